@@ -1,0 +1,399 @@
+//! The configuration: flag, then environment, then `~/.config/omni-deploy/config.json`, then
+//! `/etc/omni-deploy/config.json`, then the default. Every value knows where it came from. Nothing here is
+//! secret: keys are named by file, credentials are found elsewhere.
+
+use crate::error::{Error, Result, did_you_mean};
+use crate::names::HostName;
+use crate::store::{CacheUrl, StoreUrl};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// The keys: name in the file, variable of the environment, flag.
+pub const KEYS: [Key; 11] = [
+    Key { name: "store", env: "OMNI_DEPLOY_STORE", flag: "--store", list: false },
+    Key { name: "cache", env: "OMNI_DEPLOY_CACHE", flag: "--cache", list: false },
+    Key { name: "host", env: "OMNI_DEPLOY_HOST", flag: "--this-host", list: false },
+    Key { name: "secretKeyFile", env: "OMNI_DEPLOY_SECRET_KEY_FILE", flag: "--secret-key-file", list: false },
+    Key {
+        name: "trustedPublicKeys",
+        env: "OMNI_DEPLOY_TRUSTED_PUBLIC_KEYS",
+        flag: "--trusted-public-keys",
+        list: true,
+    },
+    Key { name: "build", env: "OMNI_DEPLOY_BUILD", flag: "--build", list: false },
+    Key { name: "ssh", env: "OMNI_DEPLOY_SSH", flag: "--ssh", list: false },
+    Key { name: "defaultHosts", env: "OMNI_DEPLOY_DEFAULT_HOSTS", flag: "--default-hosts", list: true },
+    Key { name: "caddyAdmin", env: "OMNI_DEPLOY_CADDY_ADMIN", flag: "--caddy-admin", list: false },
+    Key { name: "caddyServer", env: "OMNI_DEPLOY_CADDY_SERVER", flag: "--caddy-server", list: false },
+    Key { name: "unitDir", env: "OMNI_DEPLOY_UNIT_DIR", flag: "--unit-dir", list: false },
+];
+
+/// One key of the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Key {
+    /// Its name in the configuration files.
+    pub name: &'static str,
+    /// Its variable in the environment; empty counts as unset.
+    pub env: &'static str,
+    /// Its flag, understood by every command.
+    pub flag: &'static str,
+    /// Several values: a JSON array in the file, words separated by spaces or commas elsewhere.
+    pub list: bool,
+}
+
+/// A value and where it came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sourced {
+    /// The value as text; lists joined by spaces. None: unset.
+    pub value: Option<String>,
+    /// `flag --store`, `environment OMNI_DEPLOY_STORE`, a file's path, or `default`.
+    pub source: String,
+}
+
+/// The effective configuration, parsed.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The bucket of the manifest.
+    pub store: StoreUrl,
+    /// The binary cache.
+    pub cache: CacheUrl,
+    /// Which `hosts` entries are this machine.
+    pub host: HostName,
+    /// The key that signs.
+    pub secret_key_file: Option<PathBuf>,
+    /// The keys that are believed, in Nix's form `NAME:BASE64`; empty: not restricted by us.
+    pub trusted_public_keys: Vec<String>,
+    /// The command that builds a namespace, split into words.
+    pub build: Option<Vec<String>>,
+    /// How a host is reached, split into words; the host and the command are appended.
+    pub ssh: Vec<String>,
+    /// The hosts of a service that names none; None: such a service is refused.
+    pub default_hosts: Option<Vec<HostName>>,
+    /// Caddy's admin endpoint, without a trailing slash.
+    pub caddy_admin: String,
+    /// Which of Caddy's servers gets our route; None: by the rule of the design.
+    pub caddy_server: Option<String>,
+    /// Where units are written.
+    pub unit_dir: PathBuf,
+    /// Every key as text with its source, for `omni-deploy config`.
+    pub sources: BTreeMap<&'static str, Sourced>,
+}
+
+/// What was given by flags: key name to value.
+pub type Flags = BTreeMap<&'static str, String>;
+
+/// Takes the configuration's flags (`--store URL`, `--store=URL`, …) out of a command line, wherever they
+/// stand before a `--`; the rest is the command's own.
+pub fn split_flags(args: &[String]) -> Result<(Flags, Vec<String>)> {
+    let mut flags = Flags::new();
+    let mut rest = Vec::new();
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        if arg == "--" {
+            rest.push(arg.clone());
+            rest.extend(args.cloned());
+            break;
+        }
+        let (flag, inline) = match arg.split_once('=') {
+            Some((flag, value)) if arg.starts_with("--") => (flag, Some(value.to_string())),
+            _ => (arg.as_str(), None),
+        };
+        match KEYS.iter().find(|k| k.flag == flag) {
+            None => rest.push(arg.clone()),
+            Some(key) => {
+                let value = inline
+                    .or_else(|| args.next().cloned())
+                    .ok_or_else(|| Error::usage(format!("{flag} needs a value")))?;
+                flags.insert(key.name, value);
+            }
+        }
+    }
+    Ok((flags, rest))
+}
+
+/// `~/.config/omni-deploy` of whoever runs this: `$XDG_CONFIG_HOME`, else `$HOME/.config`, else root's.
+pub fn user_dir() -> PathBuf {
+    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    set("XDG_CONFIG_HOME").unwrap_or_else(|| home().join(".config")).join("omni-deploy")
+}
+
+/// The home folder: `$HOME`, else root's (units of the system have none).
+pub fn home() -> PathBuf {
+    std::env::var_os("HOME").filter(|v| !v.is_empty()).map_or_else(|| PathBuf::from("/root"), PathBuf::from)
+}
+
+/// The configuration file of this user.
+pub fn user_file() -> PathBuf {
+    user_dir().join("config.json")
+}
+
+/// The configuration file of this machine.
+pub const SYSTEM_FILE: &str = "/etc/omni-deploy/config.json";
+
+/// Reads everything and parses it. Errors name the source of the value that is wrong.
+pub fn load(flags: &Flags) -> Result<Settings> {
+    let files = [read_file(&user_file())?, read_file(Path::new(SYSTEM_FILE))?];
+    resolve(flags, &|name| std::env::var(name).ok(), &files)
+}
+
+type FileValues = (PathBuf, BTreeMap<&'static str, String>);
+
+/// Reads one file: None when it is not there; unknown keys and wrong types are refused.
+fn read_file(path: &Path) -> Result<Option<FileValues>> {
+    let text = match fs_err::read_to_string(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    parse_file(path, &text).map(Some)
+}
+
+fn parse_file(path: &Path, text: &str) -> Result<FileValues> {
+    let at = path.display();
+    let value: Value = serde_json::from_str(text).map_err(|e| {
+        Error::new(format!("{at} is not JSON: {e}; correct it or write it anew with 'omni-deploy init'"))
+    })?;
+    let Value::Object(map) = value else {
+        return Err(Error::new(format!("{at} is not a JSON object; the form is {{\"store\": \"s3://…\"}}")));
+    };
+    let mut values = BTreeMap::new();
+    for (name, value) in map {
+        let Some(key) = KEYS.iter().find(|k| k.name == name) else {
+            let near = did_you_mean(&name, KEYS.iter().map(|k| k.name));
+            return Err(Error::new(format!("{at}: unknown key '{name}'{near}")));
+        };
+        let text = match (&value, key.list) {
+            (Value::Null, _) => continue,
+            (Value::String(s), _) => s.clone(),
+            (Value::Array(items), true) if items.iter().all(Value::is_string) => {
+                items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" ")
+            }
+            (_, true) => {
+                return Err(Error::new(format!("{at}: '{name}' is {value}, an array of strings is meant")));
+            }
+            (_, false) => return Err(Error::new(format!("{at}: '{name}' is {value}, a string is meant"))),
+        };
+        values.insert(key.name, text);
+    }
+    Ok((path.to_path_buf(), values))
+}
+
+/// Decides every key; pure but for the probes of the defaults (host name, PATH, writable unit folder).
+fn resolve(
+    flags: &Flags,
+    env: &dyn Fn(&str) -> Option<String>,
+    files: &[Option<FileValues>],
+) -> Result<Settings> {
+    let mut sources: BTreeMap<&'static str, Sourced> = BTreeMap::new();
+    for key in KEYS {
+        let from_flag = flags.get(key.name).map(|v| (v.clone(), format!("flag {}", key.flag)));
+        let from_env =
+            || env(key.env).filter(|v| !v.is_empty()).map(|v| (v, format!("environment {}", key.env)));
+        let from_files = || {
+            files.iter().flatten().find_map(|(path, values)| {
+                values.get(key.name).map(|v| (v.clone(), path.display().to_string()))
+            })
+        };
+        let found = from_flag.or_else(from_env).or_else(from_files);
+        let sourced = match found {
+            Some((value, source)) => Sourced { value: Some(value), source },
+            None => Sourced { value: None, source: "default".into() },
+        };
+        sources.insert(key.name, sourced);
+    }
+    let get = |name: &str| sources.get(name).and_then(|s| s.value.clone());
+    let wrong = |name: &str, value: &str, why: &str| {
+        let source = sources.get(name).map_or("default", |s| s.source.as_str());
+        Error::new(format!("{name} '{value}' ({source}) {why}"))
+    };
+
+    let store_text = get("store").unwrap_or_else(|| "file:///var/lib/omni-deploy".into());
+    let store = StoreUrl::parse(&store_text).map_err(|why| wrong("store", &store_text, &why))?;
+    let cache = match get("cache") {
+        None => CacheUrl::from(store.clone()),
+        Some(text) => CacheUrl::parse(&text).map_err(|why| wrong("cache", &text, &why))?,
+    };
+    let host = match get("host") {
+        Some(text) => HostName::parse(&text).map_err(|why| wrong("host", &text, &why))?,
+        None => HostName::of_this_machine().ok_or_else(|| {
+            Error::new("this machine has no usable host name; set 'host' in the configuration")
+        })?,
+    };
+    let mut default_hosts = None;
+    if let Some(text) = get("defaultHosts") {
+        let mut hosts = Vec::new();
+        for word in words(&text) {
+            hosts.push(HostName::parse(&word).map_err(|why| wrong("defaultHosts", &word, &why))?);
+        }
+        default_hosts = (!hosts.is_empty()).then_some(hosts);
+    } else if let StoreUrl::Dir(_) = store {
+        default_hosts = Some(vec![host.clone()]);
+    }
+    let mut trusted_public_keys = Vec::new();
+    for word in get("trustedPublicKeys").map(|t| words(&t)).unwrap_or_default() {
+        if word.split_once(':').is_none_or(|(name, key)| name.is_empty() || key.len() != 44) {
+            return Err(wrong(
+                "trustedPublicKeys",
+                &word,
+                "is not a public key; the form is NAME:BASE64, as Nix writes it",
+            ));
+        }
+        trusted_public_keys.push(word);
+    }
+    let build = match get("build") {
+        Some(text) => Some(text.split_whitespace().map(String::from).collect()),
+        None => on_path("bild").then(|| vec!["bild".to_string()]),
+    };
+    let caddy_admin = get("caddyAdmin").unwrap_or_else(|| "http://localhost:2019".into());
+    if !caddy_admin.starts_with("http://") && !caddy_admin.starts_with("https://") {
+        return Err(wrong("caddyAdmin", &caddy_admin, "is not an http:// URL"));
+    }
+    let unit_dir = match get("unitDir") {
+        Some(text) if !text.starts_with('/') => {
+            return Err(wrong("unitDir", &text, "is not an absolute path"));
+        }
+        Some(text) => PathBuf::from(text),
+        None => default_unit_dir(),
+    };
+    let settings = Settings {
+        store,
+        cache,
+        host,
+        secret_key_file: get("secretKeyFile").map(|t| expand_home(&t)),
+        trusted_public_keys,
+        build,
+        ssh: get("ssh").unwrap_or_else(|| "ssh".into()).split_whitespace().map(String::from).collect(),
+        default_hosts,
+        caddy_admin: caddy_admin.trim_end_matches('/').to_string(),
+        caddy_server: get("caddyServer"),
+        unit_dir,
+        sources: BTreeMap::new(),
+    };
+    Ok(with_defaults(settings, sources))
+}
+
+/// Fills in what the defaults came to, so that `omni-deploy config` shows effective values.
+fn with_defaults(mut settings: Settings, mut sources: BTreeMap<&'static str, Sourced>) -> Settings {
+    let join = |hosts: &Vec<HostName>| hosts.iter().map(HostName::as_str).collect::<Vec<_>>().join(" ");
+    for (name, value) in [
+        ("store", Some(settings.store.to_string())),
+        ("cache", Some(settings.cache.to_string())),
+        ("host", Some(settings.host.to_string())),
+        ("build", settings.build.as_ref().map(|b| b.join(" "))),
+        ("ssh", Some(settings.ssh.join(" "))),
+        ("defaultHosts", settings.default_hosts.as_ref().map(join)),
+        ("caddyAdmin", Some(settings.caddy_admin.clone())),
+        ("unitDir", Some(settings.unit_dir.display().to_string())),
+    ] {
+        if let Some(sourced) = sources.get_mut(name)
+            && sourced.value.is_none()
+        {
+            sourced.value = value;
+        }
+    }
+    settings.sources = sources;
+    settings
+}
+
+fn words(text: &str) -> Vec<String> {
+    text.split([' ', ',', '\n', '\t']).filter(|w| !w.is_empty()).map(String::from).collect()
+}
+
+fn expand_home(text: &str) -> PathBuf {
+    match text.strip_prefix("~/") {
+        Some(rest) => home().join(rest),
+        None => PathBuf::from(text),
+    }
+}
+
+/// Whether a program of that name is on PATH.
+pub fn on_path(program: &str) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|dir| {
+            fs_err::metadata(dir.join(program))
+                .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+        })
+    })
+}
+
+/// `/etc/systemd/system`, or `/run/systemd/system` where the former cannot be written (NixOS links it into
+/// its store).
+fn default_unit_dir() -> PathBuf {
+    let etc = PathBuf::from("/etc/systemd/system");
+    let in_store = fs_err::canonicalize(&etc).is_ok_and(|p| p.starts_with(crate::names::STORE_DIR));
+    if in_store { PathBuf::from("/run/systemd/system") } else { etc }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(list: &[&str]) -> Vec<String> {
+        list.iter().map(|s| s.to_string()).collect()
+    }
+
+    #[test]
+    fn flags_are_taken_from_anywhere_before_a_double_dash() {
+        let (flags, rest) = split_flags(&args(&[
+            "show",
+            "--store",
+            "file:///x",
+            "ava",
+            "--cache=file:///c",
+            "--",
+            "--store",
+        ]))
+        .unwrap();
+        assert_eq!(flags.get("store").map(String::as_str), Some("file:///x"));
+        assert_eq!(flags.get("cache").map(String::as_str), Some("file:///c"));
+        assert_eq!(rest, args(&["show", "ava", "--", "--store"]));
+        assert_eq!(split_flags(&args(&["--store"])).unwrap_err().exit(), 2);
+    }
+
+    #[test]
+    fn flag_beats_environment_beats_user_file_beats_system_file() {
+        let file = |path: &str, store: &str| {
+            Some(parse_file(Path::new(path), &format!("{{\"store\": \"{store}\"}}")).unwrap())
+        };
+        let files = [file("/u", "file:///user"), file("/s", "file:///system")];
+        let env = |name: &str| (name == "OMNI_DEPLOY_STORE").then(|| "file:///env".to_string());
+        let none = |_: &str| None;
+        let flags = Flags::from([("store", "file:///flag".to_string())]);
+        let got = |flags: &Flags, env: &dyn Fn(&str) -> Option<String>, files: &[Option<FileValues>]| {
+            let s = resolve(flags, env, files).unwrap();
+            (s.store.to_string(), s.sources["store"].source.clone())
+        };
+        assert_eq!(got(&flags, &env, &files), ("file:///flag".into(), "flag --store".into()));
+        let empty = Flags::new();
+        assert_eq!(got(&empty, &env, &files).1, "environment OMNI_DEPLOY_STORE");
+        assert_eq!(got(&empty, &none, &files), ("file:///user".into(), "/u".into()));
+        assert_eq!(got(&empty, &none, &files[1..]), ("file:///system".into(), "/s".into()));
+        assert_eq!(got(&empty, &none, &[]), ("file:///var/lib/omni-deploy".into(), "default".into()));
+    }
+
+    #[test]
+    fn a_directory_store_makes_this_host_the_default_and_s3_does_not() {
+        let none = |_: &str| None;
+        let dir = Flags::from([("host", "biz".to_string())]);
+        let s = resolve(&dir, &none, &[]).unwrap();
+        assert_eq!(s.default_hosts.unwrap()[0].as_str(), "biz");
+        let s3 = Flags::from([("host", "biz".to_string()), ("store", "s3://bucket".to_string())]);
+        let s = resolve(&s3, &none, &[]).unwrap();
+        assert!(s.default_hosts.is_none());
+        assert_eq!(s.cache.to_string(), "s3://bucket");
+    }
+
+    #[test]
+    fn a_wrong_value_names_its_source() {
+        let none = |_: &str| None;
+        let flags = Flags::from([("store", "bucket".to_string())]);
+        let e = resolve(&flags, &none, &[]).unwrap_err().to_string();
+        assert!(e.contains("flag --store") && e.contains("'bucket'"), "{e}");
+        let e = parse_file(Path::new("/c"), "{\"stor\": \"x\"}").unwrap_err().to_string();
+        assert!(e.contains("did you mean 'store'"), "{e}");
+        assert!(parse_file(Path::new("/c"), "{\"store\": 1}").is_err());
+        assert!(parse_file(Path::new("/c"), "[]").is_err());
+    }
+}

@@ -1,0 +1,4 @@
+//! The host agent.
+
+pub mod root;
+pub mod state;

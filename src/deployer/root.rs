@@ -1,0 +1,77 @@
+//! The one root: every path on the host hangs from here.
+
+use crate::names::ServiceName;
+use std::path::{Path, PathBuf};
+
+/// The deployer's folders on this host.
+#[derive(Debug, Clone)]
+pub struct Root {
+    /// State, last good manifest, applied entries: `/var/lib/deployer`.
+    pub state_dir: PathBuf,
+    /// Where our units are.
+    pub unit_dir: PathBuf,
+    /// Our roots against Nix's garbage collector.
+    pub gcroots: PathBuf,
+}
+
+/// The folder of the deployer's state.
+pub const STATE_DIR: &str = "/var/lib/deployer";
+
+/// The state file's path, as the runbook has it.
+pub const STATE_FILE: &str = "/var/lib/deployer/state.json";
+
+impl Root {
+    /// This machine, with units in `unit_dir`.
+    pub fn system(unit_dir: &Path) -> Self {
+        Root {
+            state_dir: PathBuf::from(STATE_DIR),
+            unit_dir: unit_dir.to_path_buf(),
+            gcroots: PathBuf::from(crate::nix::GCROOTS),
+        }
+    }
+
+    /// The state file.
+    pub fn state_file(&self) -> PathBuf {
+        self.state_dir.join("state.json")
+    }
+
+    /// The last manifest that was good, byte for byte.
+    pub fn manifest(&self) -> PathBuf {
+        self.state_dir.join("manifest.json")
+    }
+
+    /// Which version of which store that manifest is.
+    pub fn manifest_origin(&self) -> PathBuf {
+        self.state_dir.join("manifest.origin.json")
+    }
+
+    /// Held by the pass under way.
+    pub fn lock(&self) -> PathBuf {
+        self.state_dir.join("lock")
+    }
+
+    /// What was last proved of each service: the entry of the manifest that its unit was made from.
+    pub fn applied_dir(&self) -> PathBuf {
+        self.state_dir.join("applied")
+    }
+
+    /// The entry last proved of one service.
+    pub fn applied(&self, name: &ServiceName) -> PathBuf {
+        self.applied_dir().join(format!("{name}.json"))
+    }
+
+    /// A service's unit.
+    pub fn unit(&self, name: &ServiceName) -> PathBuf {
+        self.unit_dir.join(name.unit())
+    }
+
+    /// The link that starts a service at boot.
+    pub fn wanted(&self, name: &ServiceName) -> PathBuf {
+        self.unit_dir.join("multi-user.target.wants").join(name.unit())
+    }
+
+    /// The folder of a service's roots.
+    pub fn roots(&self, name: &ServiceName) -> PathBuf {
+        self.gcroots.join(name.as_str())
+    }
+}

@@ -1,0 +1,178 @@
+//! `state.json` and the host's report: what a host believes about its services. Both have the same form; a
+//! person reads it with `cat`, a script with `jq`. It never holds a secret. The form is a contract: fixtures
+//! of every published version are under tests/fixtures/.
+
+use crate::clock::Timestamp;
+use crate::names::{HostName, ServiceName, StorePath};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The version of the format that this program writes.
+pub const STATE_VERSION: u64 = 1;
+
+/// What a host believes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct State {
+    /// [`STATE_VERSION`].
+    pub version: u64,
+    /// The host.
+    pub host: HostName,
+    /// The version of the program that wrote this.
+    #[serde(default)]
+    pub deployer: String,
+    /// The serial of the manifest that the last pass worked from.
+    pub serial: Option<u64>,
+    /// When that manifest was written.
+    pub generation: Option<Timestamp>,
+    /// When a pass last wrote this. A pass that finds nothing to do leaves it alone for up to
+    /// [`REPORT_EVERY_SEC`].
+    pub checked_at: Timestamp,
+    /// When a pass last changed something on the host.
+    pub changed_at: Option<Timestamp>,
+    /// Why the manifest in the bucket could not be used; the pass then worked from the last good one.
+    #[serde(default)]
+    pub manifest_error: Option<String>,
+    /// Caddy's route.
+    #[serde(default)]
+    pub route: RouteState,
+    /// The services of this host, by name.
+    pub services: BTreeMap<ServiceName, ServiceState>,
+}
+
+/// How long a report that has nothing new may be left alone, in seconds.
+pub const REPORT_EVERY_SEC: i64 = 30 * 60;
+
+/// What a host believes about one service.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceState {
+    /// Its name again, for scripts that select by it.
+    pub name: ServiceName,
+    /// What runs; null when nothing does.
+    pub store_path: Option<StorePath>,
+    /// How it stands.
+    pub status: Status,
+    /// Since when the status and the path are these.
+    pub since: Timestamp,
+    /// The closures before this one that are still on the host, newest first.
+    #[serde(default)]
+    pub previous: Vec<StorePath>,
+    /// Why it is not as the manifest says, if it is not.
+    #[serde(default)]
+    pub failure: Option<Failure>,
+}
+
+/// How a service stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// It runs what the manifest names, and is well.
+    Running,
+    /// What the manifest names could not be put in place, or is down. `storePath` tells which.
+    Failed,
+    /// The manifest names a placeholder.
+    Waiting,
+    /// What the manifest names was tried and refused; it is not tried again by itself.
+    Rejected,
+    /// It was stopped on purpose.
+    Stopped,
+}
+
+impl Status {
+    /// The word in the formats.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Status::Running => "running",
+            Status::Failed => "failed",
+            Status::Waiting => "waiting",
+            Status::Rejected => "rejected",
+            Status::Stopped => "stopped",
+        }
+    }
+}
+
+/// Why a service is not as the manifest says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Failure {
+    /// The object, the cause and the next move.
+    pub reason: String,
+    /// The path that should run.
+    pub attempted: Option<StorePath>,
+    /// When it was refused or found.
+    pub at: Timestamp,
+    /// The last lines of its journal, oldest first.
+    #[serde(default)]
+    pub journal: Vec<String>,
+    /// What was refused, as a hash of everything that went into the attempt: another hash is a new attempt.
+    #[serde(default)]
+    pub inputs: Option<String>,
+}
+
+/// How Caddy's route stands.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RouteState {
+    /// `none` (no service has http), `current`, or `pending`.
+    pub status: RouteStatus,
+    /// Why it is pending.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// How Caddy's route stands, in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RouteStatus {
+    /// No service of this host is reached over HTTP.
+    #[default]
+    None,
+    /// Caddy has the route that the services need.
+    Current,
+    /// Caddy could not be given the route; the next pass tries again.
+    Pending,
+}
+
+impl State {
+    /// The state of a host that never finished a pass.
+    pub fn new(host: HostName, now: Timestamp) -> Self {
+        State {
+            version: STATE_VERSION,
+            host,
+            deployer: env!("CARGO_PKG_VERSION").into(),
+            serial: None,
+            generation: None,
+            checked_at: now,
+            changed_at: None,
+            manifest_error: None,
+            route: RouteState::default(),
+            services: BTreeMap::new(),
+        }
+    }
+
+    /// Reads the form; the error is for people.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Head {
+            version: u64,
+        }
+        let head: Head = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        if head.version > STATE_VERSION {
+            return Err(format!("it has version {}, this program reads up to {STATE_VERSION}", head.version));
+        }
+        serde_json::from_slice(bytes).map_err(|e| e.to_string())
+    }
+
+    /// The exit code it stands for: 4 when something is down, 3 when something is not as it should be.
+    pub fn exit_code(&self) -> u8 {
+        let off = |s: &&ServiceState| matches!(s.status, Status::Failed | Status::Rejected);
+        if self.services.values().filter(off).any(|s| s.store_path.is_none()) {
+            crate::error::EXIT_DOWN
+        } else if self.services.values().any(|s| off(&s)) {
+            crate::error::EXIT_DEGRADED
+        } else {
+            0
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The one writer: every file, link and removal that must survive a power cut goes through here. A reader sees
+//! the old content or the new, never a part. Temporary files are named `.omni-deploy-*` so that leftovers of
+//! a killed process are known as ours; [`sweep`] removes them.
+
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+const TEMP_PREFIX: &str = ".omni-deploy-";
+
+fn parent(path: &Path) -> io::Result<&Path> {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidInput, format!("{} has no folder above it", path.display()))
+    })
+}
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    fs_err::File::open(dir)?.sync_all()
+}
+
+fn named(error: io::Error, what: &str, path: &Path) -> io::Error {
+    io::Error::new(error.kind(), format!("cannot {what} {}: {error}", path.display()))
+}
+
+fn temp_with(path: &Path, bytes: &[u8], mode: u32) -> io::Result<tempfile::NamedTempFile> {
+    let mut temp = tempfile::Builder::new()
+        .prefix(TEMP_PREFIX)
+        .permissions(std::fs::Permissions::from_mode(0o600))
+        .tempfile_in(parent(path)?)
+        .map_err(|e| named(e, "write", path))?;
+    temp.write_all(bytes).map_err(|e| named(e, "write", path))?;
+    temp.as_file()
+        .set_permissions(std::fs::Permissions::from_mode(mode))
+        .map_err(|e| named(e, "set the mode of", path))?;
+    temp.as_file().sync_all().map_err(|e| named(e, "sync", path))?;
+    Ok(temp)
+}
+
+/// Replaces `path` with `bytes` and `mode`, whole or not at all, and returns when it is on the disk.
+/// The folder must exist. Errors name the path.
+pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    temp_with(path, bytes, mode)?.persist(path).map_err(|e| named(e.error, "write", path))?;
+    sync_dir(parent(path)?)
+}
+
+/// Creates `path`; false, with nothing changed, when something of that name is there already.
+pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
+    match temp_with(path, bytes, mode)?.persist_noclobber(path) {
+        Ok(_) => sync_dir(parent(path)?).map(|()| true),
+        Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(e) => Err(named(e.error, "create", path)),
+    }
+}
+
+/// Makes `link` a symbolic link to `target`, replacing what is there (a file or a link, not a folder).
+pub fn symlink(target: &Path, link: &Path) -> io::Result<()> {
+    let dir = parent(link)?;
+    let name = link.file_name().unwrap_or_default().to_string_lossy();
+    let temp: PathBuf = dir.join(format!("{TEMP_PREFIX}{}-{name}", std::process::id()));
+    remove(&temp)?;
+    fs_err::os::unix::fs::symlink(target, &temp)?;
+    fs_err::rename(&temp, link)?;
+    sync_dir(dir)
+}
+
+/// Removes a file or link; one that is not there is no error. Returns whether there was one.
+pub fn remove(path: &Path) -> io::Result<bool> {
+    match fs_err::remove_file(path) {
+        Ok(()) => sync_dir(parent(path)?).map(|()| true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Makes a folder and those above it; `mode` is given to the last, also when it was there.
+pub fn folder(path: &Path, mode: u32) -> io::Result<()> {
+    if let Ok(meta) = fs_err::metadata(path)
+        && meta.is_dir()
+        && meta.permissions().mode() & 0o7777 == mode
+    {
+        return Ok(());
+    }
+    fs_err::create_dir_all(path)?;
+    fs_err::set_permissions(path, std::fs::Permissions::from_mode(mode))
+}
+
+/// Removes temporary files that a killed process left in `dir`. Only for a folder whose lock is held: another
+/// process could be about to rename its own.
+pub fn sweep(dir: &Path) -> io::Result<()> {
+    let entries = match fs_err::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(TEMP_PREFIX) {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_replaces_whole_files_and_leaves_nothing_beside_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        write(&path, b"one", 0o644).unwrap();
+        write(&path, b"two", 0o600).unwrap();
+        assert_eq!(fs_err::read(&path).unwrap(), b"two");
+        assert_eq!(fs_err::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn create_new_never_overwrites() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        assert!(create_new(&path, b"one", 0o644).unwrap());
+        assert!(!create_new(&path, b"two", 0o644).unwrap());
+        assert_eq!(fs_err::read(&path).unwrap(), b"one");
+        assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_link_is_replaced_and_removal_says_whether_there_was_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("l");
+        symlink(Path::new("/a"), &link).unwrap();
+        symlink(Path::new("/b"), &link).unwrap();
+        assert_eq!(fs_err::read_link(&link).unwrap(), Path::new("/b"));
+        assert!(remove(&link).unwrap());
+        assert!(!remove(&link).unwrap());
+    }
+
+    #[test]
+    fn sweeping_takes_our_leftovers_only() {
+        let dir = tempfile::tempdir().unwrap();
+        fs_err::write(dir.path().join(".omni-deploy-abc"), "").unwrap();
+        fs_err::write(dir.path().join("keep"), "").unwrap();
+        sweep(dir.path()).unwrap();
+        let left: Vec<_> = fs_err::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["keep"]);
+    }
+
+    #[test]
+    fn a_folder_that_is_missing_is_named() {
+        let error = write(Path::new("/nonexistent-folder/f"), b"", 0o644).unwrap_err().to_string();
+        assert!(error.contains("/nonexistent-folder/f"), "{error}");
+    }
+}

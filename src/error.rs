@@ -1,0 +1,156 @@
+//! The error a command ends with: one line for the person, one exit code for the script. Modules whose
+//! callers must tell causes apart (the store, the runner, the manifest) have enums of their own and turn into
+//! this one at the edge. It never carries a chain of causes: the text names the object, the cause and the
+//! next move.
+
+use std::fmt;
+
+/// Nothing could be done: bad manifest, bucket out of reach, refused input.
+pub const EXIT_FAILED: u8 = 1;
+/// The command line was not understood.
+pub const EXIT_USAGE: u8 = 2;
+/// Some service failed and its previous version runs.
+pub const EXIT_DEGRADED: u8 = 3;
+/// Some service is down.
+pub const EXIT_DOWN: u8 = 4;
+
+/// What went wrong, in one line, and the exit code that says so to a script.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    text: String,
+    exit: u8,
+}
+
+/// The result of everything that can end a command.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error with exit code 1.
+    pub fn new(text: impl Into<String>) -> Self {
+        Error { text: text.into(), exit: EXIT_FAILED }
+    }
+
+    /// A usage error: exit code 2.
+    pub fn usage(text: impl Into<String>) -> Self {
+        Error { text: text.into(), exit: EXIT_USAGE }
+    }
+
+    /// Everything was said already (a usage text was printed): only the exit code is left.
+    pub fn said(exit: u8) -> Self {
+        Error { text: String::new(), exit }
+    }
+
+    /// Whether there is nothing left to print.
+    pub fn is_said(&self) -> bool {
+        self.text.is_empty()
+    }
+
+    /// The same error with another exit code.
+    pub fn with_exit(mut self, exit: u8) -> Self {
+        self.exit = exit;
+        self
+    }
+
+    /// The exit code of the process.
+    pub fn exit(&self) -> u8 {
+        self.exit
+    }
+
+    /// Puts what was being done in front: `"{context}: {text}"`.
+    pub fn context(mut self, context: impl fmt::Display) -> Self {
+        self.text = format!("{context}: {}", self.text);
+        self
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<std::io::Error> for Error {
+    /// Errors of fs-err name the path and the operation already.
+    fn from(e: std::io::Error) -> Self {
+        Error::new(io_text(&e))
+    }
+}
+
+/// An I/O error with the next move for the causes an operator can do something about.
+pub fn io_text(e: &std::io::Error) -> String {
+    let source = std::error::Error::source(e).map(|s| s.to_string());
+    let mut text = e.to_string();
+    if let Some(source) = source
+        && !text.contains(&source)
+    {
+        text = format!("{text}: {source}");
+    }
+    match e.kind() {
+        std::io::ErrorKind::StorageFull => format!("{text}; free some space on that file system"),
+        std::io::ErrorKind::ReadOnlyFilesystem => format!("{text}; make that file system writable"),
+        std::io::ErrorKind::PermissionDenied => format!("{text}; run this as root or as the file's owner"),
+        _ => text,
+    }
+}
+
+/// Edit distance, for "did you mean": counts insertions, deletions and substitutions.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, cb) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(ca != *cb);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// The (at most three) candidates most like `word`, nearest first; those nothing like it are left out.
+pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
+    let lower = word.to_lowercase();
+    let mut scored: Vec<(usize, &str)> = candidates
+        .into_iter()
+        .filter_map(|c| {
+            let candidate = c.to_lowercase();
+            let d = if !lower.is_empty() && (candidate.contains(&lower) || lower.contains(&candidate)) {
+                1
+            } else {
+                distance(&lower, &candidate)
+            };
+            (d <= 1 + word.chars().count() / 3).then_some((d, c))
+        })
+        .collect();
+    scored.sort();
+    scored.truncate(3);
+    scored.into_iter().map(|(_, c)| c).collect()
+}
+
+/// `"; did you mean 'a' or 'b'?"`, or nothing when nothing is near.
+pub fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
+    let near = nearest(word, candidates);
+    if near.is_empty() {
+        return String::new();
+    }
+    let quoted: Vec<String> = near.iter().map(|n| format!("'{n}'")).collect();
+    format!("; did you mean {}?", quoted.join(" or "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_names_come_first_and_strangers_are_left_out() {
+        let names = ["ava", "podcastitlater-web", "storage"];
+        assert_eq!(nearest("avaa", names), ["ava"]);
+        assert_eq!(nearest("podcast", names), ["podcastitlater-web"]);
+        assert_eq!(nearest("zzz", names), Vec::<&str>::new());
+        assert_eq!(did_you_mean("storge", names), "; did you mean 'storage'?");
+    }
+}

@@ -1,0 +1,309 @@
+//! What the manifest says, as types. Parsing and its error paths are in [`super::parse`], checks across
+//! services in [`super::validate`]. Serializing writes every field in the order a person reads them; fields
+//! this version does not know are kept in `extra` and written back.
+
+use crate::clock::Timestamp;
+use crate::names::{HostName, NEXT_SUFFIX, STORE_DIR, ServiceName, StorePath};
+use serde::{Serialize, Serializer};
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+
+/// The version of the format that this program writes, and the highest it reads.
+pub const FORMAT_VERSION: u64 = 1;
+
+/// The largest manifest that is read, in bytes.
+pub const MAX_BYTES: u64 = 32 << 20;
+
+/// The whole manifest.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Manifest {
+    /// The format, [`FORMAT_VERSION`].
+    pub version: u64,
+    /// Grows by one with every write.
+    pub serial: u64,
+    /// When this version was written.
+    pub generation: Timestamp,
+    /// What this version changed, and who did.
+    pub change: Change,
+    /// The services, in the order they were added.
+    pub services: Vec<Service>,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// What a version changed.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct Change {
+    /// In words: `update ava`.
+    pub action: String,
+    /// `user@host`.
+    pub by: String,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// One service.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Service {
+    /// Its name, unique in the manifest.
+    pub name: ServiceName,
+    /// What runs.
+    pub artifact: Artifact,
+    /// The hosts it runs on.
+    pub hosts: Vec<HostName>,
+    /// How it is started.
+    pub exec: Exec,
+    /// Its environment; not secret (anybody on the host can read it).
+    pub env: BTreeMap<String, String>,
+    /// A file of secrets on the host, `NAME=value` lines; absolute.
+    pub env_file: Option<String>,
+    /// How it is reached, if over HTTP.
+    pub http: Option<Http>,
+    /// How it shows that it is well.
+    pub health: Option<Health>,
+    /// How a new version takes over.
+    pub rollout: Rollout,
+    /// Words for its unit.
+    pub systemd: Systemd,
+    /// How far its unit is confined.
+    pub hardening: Hardening,
+    /// The commit it was built from.
+    pub revision: Option<String>,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// What runs.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Artifact {
+    /// Always `nix-closure`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The closure's top path, or the placeholder of a service that waits for its first push.
+    pub store_path: Target,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// A store path, or the promise of one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// `/nix/store/placeholder`: nothing was pushed yet.
+    Placeholder,
+    /// What to run.
+    Path(StorePath),
+}
+
+impl Target {
+    /// The path, unless it is still a placeholder.
+    pub fn path(&self) -> Option<&StorePath> {
+        match self {
+            Target::Placeholder => None,
+            Target::Path(path) => Some(path),
+        }
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Target::Placeholder => write!(f, "{STORE_DIR}/placeholder"),
+            Target::Path(path) => path.fmt(f),
+        }
+    }
+}
+
+impl Serialize for Target {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+/// How a service is started.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Exec {
+    /// The command line, words quoted as in a shell (no variables, no expansion); null is
+    /// `<storePath>/bin/<name>`. A first word that is not absolute is taken below the store path.
+    pub command: Option<String>,
+    /// The user it runs as.
+    pub user: String,
+    /// The group it runs as.
+    pub group: String,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Default for Exec {
+    fn default() -> Self {
+        Exec { command: None, user: "root".into(), group: "root".into(), extra: Map::new() }
+    }
+}
+
+/// How a service is reached.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Http {
+    /// The domain, lower-case; may begin with `*.`.
+    pub domain: String,
+    /// The path below which requests go to the service, `/` for all; no trailing slash otherwise.
+    pub path: String,
+    /// The port it listens on, on 127.0.0.1.
+    pub internal_port: u16,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// How a service shows that it is well.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Health {
+    /// What is asked with GET on the internal port; 2xx and 3xx are well. None: a TCP connect.
+    pub path: Option<String>,
+    /// How long it may take to come up, in seconds.
+    pub timeout_sec: u32,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// How long a service without `health` may take to come up, in seconds.
+pub const DEFAULT_TIMEOUT_SEC: u32 = 30;
+
+/// How a new version takes over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rollout {
+    /// The unit is restarted; Caddy holds requests meanwhile.
+    #[default]
+    Restart,
+}
+
+/// Words for the unit; each is systemd's directive of that name (systemd.unit(5), systemd.service(5),
+/// systemd.exec(5), systemd.resource-control(5)).
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Systemd {
+    /// `After=`.
+    pub after: Vec<String>,
+    /// `Requires=`.
+    pub requires: Vec<String>,
+    /// `Restart=`.
+    pub restart: String,
+    /// `RestartSec=`, in seconds.
+    pub restart_sec: u32,
+    /// `StateDirectory=`, below /var/lib.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state_directory: Option<String>,
+    /// `ReadWritePaths=`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub read_write_paths: Vec<String>,
+    /// `MemoryMax=`, as systemd writes it: `512M`, `50%`, `infinity`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_max: Option<String>,
+    /// `CPUQuota=`, as systemd writes it: `150%`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_quota: Option<String>,
+    /// `WorkingDirectory=`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub working_directory: Option<String>,
+    /// `TimeoutStopSec=`, in seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_timeout_sec: Option<u32>,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Default for Systemd {
+    fn default() -> Self {
+        Systemd {
+            after: vec!["network-online.target".into()],
+            requires: Vec::new(),
+            restart: "on-failure".into(),
+            restart_sec: 5,
+            state_directory: None,
+            read_write_paths: Vec::new(),
+            memory_max: None,
+            cpu_quota: None,
+            working_directory: None,
+            stop_timeout_sec: None,
+            extra: Map::new(),
+        }
+    }
+}
+
+/// How far the unit is confined.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Hardening {
+    /// `DynamicUser=`.
+    pub dynamic_user: bool,
+    /// `PrivateTmp=`.
+    pub private_tmp: bool,
+    /// `ProtectSystem=`: `no`, `yes`, `full` or `strict`.
+    pub protect_system: String,
+    /// `ProtectHome=`.
+    pub protect_home: bool,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Default for Hardening {
+    fn default() -> Self {
+        Hardening {
+            dynamic_user: false,
+            private_tmp: true,
+            protect_system: "strict".into(),
+            protect_home: true,
+            extra: Map::new(),
+        }
+    }
+}
+
+impl Manifest {
+    /// The first version: no services.
+    pub fn empty(now: Timestamp, by: &str) -> Self {
+        Manifest {
+            version: FORMAT_VERSION,
+            serial: 1,
+            generation: now,
+            change: Change { action: "init".into(), by: by.into(), extra: Map::new() },
+            services: Vec::new(),
+            extra: Map::new(),
+        }
+    }
+
+    /// The service of that name.
+    pub fn service(&self, name: &str) -> Option<&Service> {
+        self.services.iter().find(|s| s.name.as_str() == name)
+    }
+
+    /// The bytes that are stored: pretty-printed JSON with a newline at the end.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        // Serializing plain data into memory cannot fail: no map has a key that is not a string.
+        let mut bytes = serde_json::to_vec_pretty(self).expect("plain data with text keys serializes");
+        bytes.push(b'\n');
+        bytes
+    }
+}
+
+impl Service {
+    /// How long it may take to come up, in seconds.
+    pub fn timeout_sec(&self) -> u32 {
+        self.health.as_ref().map_or(DEFAULT_TIMEOUT_SEC, |h| h.timeout_sec)
+    }
+
+    /// The unit of the understudy of an overlapping rollout.
+    pub fn next_unit(&self) -> String {
+        format!("{}{NEXT_SUFFIX}.service", self.name)
+    }
+}

@@ -1,0 +1,1 @@
+//! From a namespace to a published version.

@@ -1,0 +1,465 @@
+//! The one runner: every program the product starts is started here. Argument vectors only, never a shell.
+//! Exit status and stderr are kept; an exit, a signal, a deadline and a failure to start are told apart.
+
+use crate::error::Error;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+#[allow(clippy::disallowed_types, reason = "this is the one runner")]
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// How a program ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// It exited by itself with this code.
+    Exit(i32),
+    /// This signal ended it.
+    Signal(i32),
+}
+
+impl Status {
+    /// Exit code 0.
+    pub fn ok(self) -> bool {
+        self == Status::Exit(0)
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Status::Exit(code) => write!(f, "exit code {code}"),
+            Status::Signal(signal) => write!(f, "signal {signal}"),
+        }
+    }
+}
+
+/// What a program that ran left behind.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// How it ended.
+    pub status: Status,
+    /// Its stdout, whole.
+    pub stdout: Vec<u8>,
+    /// Its stderr, with invalid UTF-8 replaced.
+    pub stderr: String,
+}
+
+impl Output {
+    /// Its stdout as text, with invalid UTF-8 replaced.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+}
+
+/// Why a program did not do its work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RunError {
+    /// There is no such program on PATH (or at that path).
+    NotFound {
+        /// The program as it was called.
+        program: String,
+    },
+    /// It is there, but the kernel would not start it.
+    Spawn {
+        /// The program as it was called.
+        program: String,
+        /// What the kernel said.
+        cause: String,
+    },
+    /// It ran and failed.
+    Failed {
+        /// The program with its arguments, for people.
+        command: String,
+        /// How it ended.
+        status: Status,
+        /// Its stderr.
+        stderr: String,
+    },
+    /// It was still running at its deadline and was killed.
+    Deadline {
+        /// The program with its arguments, for people.
+        command: String,
+        /// The deadline it was given.
+        after: Duration,
+        /// Its stderr so far.
+        stderr: String,
+    },
+}
+
+/// The Debian package (and what else there is to do) that brings a program.
+fn remedy(program: &str) -> &'static str {
+    match program.rsplit('/').next().unwrap_or(program) {
+        "nix" | "nix-store" | "nix-build" | "nix-instantiate" => {
+            "install Nix (Debian: apt install nix-bin; NixOS has it) or put it on PATH"
+        }
+        "systemctl" | "journalctl" | "systemd-analyze" => "install systemd (Debian: apt install systemd)",
+        "ssh" => {
+            "install OpenSSH's client (Debian: apt install openssh-client) or set 'ssh' in the configuration"
+        }
+        "sudo" => "install sudo (Debian: apt install sudo) or run this as root",
+        "git" => "install git (Debian: apt install git)",
+        "bild" => "put bild on PATH or set 'build' in the configuration",
+        _ => "install it or put it on PATH",
+    }
+}
+
+/// The last lines of a program's stderr, joined for one line of ours; at most 600 characters.
+pub fn tail(stderr: &str) -> String {
+    let lines: Vec<&str> = stderr.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    let text = lines[lines.len().saturating_sub(4)..].join("; ");
+    match text.char_indices().rev().nth(599) {
+        Some((at, _)) => format!("…{}", &text[at..]),
+        None => text,
+    }
+}
+
+impl fmt::Display for RunError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RunError::NotFound { program } => write!(f, "{program} not found: {}", remedy(program)),
+            RunError::Spawn { program, cause } => {
+                write!(f, "cannot start {program}: {cause}; check that it is executable")
+            }
+            RunError::Failed { command, status, stderr } if stderr.trim().is_empty() => {
+                write!(f, "{command} failed with {status} and said nothing")
+            }
+            RunError::Failed { command, status, stderr } => {
+                write!(f, "{command} failed with {status}: {}", tail(stderr))
+            }
+            RunError::Deadline { command, after, stderr } => {
+                write!(f, "{command} was still running after {} s and was ended", after.as_secs())?;
+                if stderr.trim().is_empty() { Ok(()) } else { write!(f, ": {}", tail(stderr)) }
+            }
+        }
+    }
+}
+
+impl std::error::Error for RunError {}
+
+impl From<RunError> for Error {
+    fn from(e: RunError) -> Self {
+        Error::new(e.to_string())
+    }
+}
+
+/// A program about to run. Stdin is empty unless given; stdout and stderr are read whole.
+#[derive(Debug, Clone)]
+pub struct Run {
+    program: String,
+    args: Vec<OsString>,
+    env: Vec<(String, Option<OsString>)>,
+    stdin: Vec<u8>,
+    dir: Option<PathBuf>,
+    deadline: Option<Duration>,
+}
+
+/// Which of a program's streams a line came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+impl Run {
+    /// A run of `program`, looked up on PATH unless it has a slash.
+    pub fn new(program: impl Into<String>) -> Self {
+        Run {
+            program: program.into(),
+            args: Vec::new(),
+            env: Vec::new(),
+            stdin: Vec::new(),
+            dir: None,
+            deadline: None,
+        }
+    }
+
+    /// Adds one argument.
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.args.extend(args.into_iter().map(|a| a.as_ref().to_owned()));
+        self
+    }
+
+    /// Sets a variable of its environment.
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.env.push((name.into(), Some(value.as_ref().to_owned())));
+        self
+    }
+
+    /// Takes a variable out of its environment.
+    pub fn without_env(mut self, name: &str) -> Self {
+        self.env.push((name.into(), None));
+        self
+    }
+
+    /// What it reads on stdin.
+    pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.stdin = bytes.into();
+        self
+    }
+
+    /// The folder it runs in.
+    pub fn dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.dir = Some(dir.into());
+        self
+    }
+
+    /// Ends it (SIGKILL) when it runs longer than this.
+    pub fn deadline(mut self, after: Duration) -> Self {
+        self.deadline = Some(after);
+        self
+    }
+
+    /// The command for people; words with anything unusual are quoted.
+    pub fn shown(&self) -> String {
+        let mut words = vec![self.program.clone()];
+        words.extend(self.args.iter().map(|a| a.to_string_lossy().into_owned()));
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+        let quoted: Vec<String> = words
+            .into_iter()
+            .map(|w| if !w.is_empty() && w.chars().all(plain) { w } else { format!("{w:?}") })
+            .collect();
+        let text = quoted.join(" ");
+        match text.char_indices().nth(300) {
+            Some((at, _)) => format!("{}…", &text[..at]),
+            None => text,
+        }
+    }
+
+    #[allow(clippy::disallowed_types, reason = "this is the one runner")]
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(&self.args);
+        for (name, value) in &self.env {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        if let Some(dir) = &self.dir {
+            command.current_dir(dir);
+        }
+        command
+    }
+
+    #[allow(clippy::disallowed_types, reason = "this is the one runner")]
+    fn spawn(&self, mut command: Command) -> Result<Child, RunError> {
+        command.spawn().map_err(|e| {
+            // A missing working folder gives the same error number as a missing program.
+            let missing_dir = self.dir.as_ref().filter(|d| !d.is_dir());
+            match (e.kind(), missing_dir) {
+                (std::io::ErrorKind::NotFound, None) => RunError::NotFound { program: self.program.clone() },
+                (_, Some(dir)) => RunError::Spawn {
+                    program: self.program.clone(),
+                    cause: format!("no folder {}", dir.display()),
+                },
+                _ => RunError::Spawn { program: self.program.clone(), cause: e.to_string() },
+            }
+        })
+    }
+
+    /// Runs it with our own stdin, stdout and stderr (an editor, a pager, ssh).
+    pub fn inherit(self) -> Result<Status, RunError> {
+        let mut child = self.spawn(self.command())?;
+        let status = child
+            .wait()
+            .map_err(|e| RunError::Spawn { program: self.program.clone(), cause: e.to_string() })?;
+        Ok(told(status))
+    }
+
+    /// Runs it and returns what it left, whatever its exit status.
+    pub fn output(self) -> Result<Output, RunError> {
+        self.each_line(|_, _| {})
+    }
+
+    /// Runs it; a status other than 0 is an error.
+    pub fn success(self) -> Result<Output, RunError> {
+        let shown = self.shown();
+        let output = self.output()?;
+        if output.status.ok() {
+            Ok(output)
+        } else {
+            Err(RunError::Failed { command: shown, status: output.status, stderr: output.stderr })
+        }
+    }
+
+    /// Runs it and hands every line over as it comes (without its newline); returns the whole as well.
+    pub fn each_line(self, mut on_line: impl FnMut(Stream, &str)) -> Result<Output, RunError> {
+        let mut command = self.command();
+        command
+            .stdin(if self.stdin.is_empty() { Stdio::null() } else { Stdio::piped() })
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = self.spawn(command)?;
+        let (sender, lines) = mpsc::channel::<(Stream, Vec<u8>)>();
+        let out = child.stdout.take();
+        let err = child.stderr.take();
+        let input = child.stdin.take();
+        let mut stdout = Vec::new();
+        let mut stderr = Vec::new();
+        let started = Instant::now();
+        let mut late = false;
+        // Readers that outlive the program (a grandchild holds the pipe) must not hold us: they are plain
+        // threads, and the channel is left when the program has ended and a short grace has passed.
+        if let Some(out) = out {
+            let sender = sender.clone();
+            std::thread::spawn(move || read_lines(out, Stream::Stdout, &sender));
+        }
+        if let Some(err) = err {
+            let sender = sender.clone();
+            std::thread::spawn(move || read_lines(err, Stream::Stderr, &sender));
+        }
+        drop(sender);
+        if let Some(mut input) = input {
+            let bytes = self.stdin.clone();
+            // A program that does not read its stdin closes the pipe: that is its affair, its status tells.
+            std::thread::spawn(move || drop(input.write_all(&bytes)));
+        }
+        let mut ended: Option<(ExitStatus, Instant)> = None;
+        loop {
+            let wait = match (ended, self.deadline) {
+                (Some(_), _) => Duration::from_millis(50),
+                (None, Some(deadline)) => {
+                    deadline.saturating_sub(started.elapsed()).clamp(Duration::from_millis(1), POLL)
+                }
+                (None, None) => POLL,
+            };
+            match lines.recv_timeout(wait) {
+                Ok((stream, line)) => {
+                    let shown = line.strip_suffix(b"\n").unwrap_or(&line);
+                    on_line(stream, &String::from_utf8_lossy(shown));
+                    match stream {
+                        Stream::Stdout => stdout.extend_from_slice(&line),
+                        Stream::Stderr => stderr.extend_from_slice(&line),
+                    }
+                    continue;
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    if ended.is_none() {
+                        let status = match self.deadline {
+                            None => child.wait().ok(),
+                            Some(_) => child.try_wait().ok().flatten(),
+                        };
+                        if let Some(status) = status {
+                            ended = Some((status, Instant::now()));
+                        } else {
+                            std::thread::sleep(Duration::from_millis(2));
+                        }
+                    }
+                    if ended.is_some() {
+                        break;
+                    }
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            match ended {
+                Some((_, at)) if at.elapsed() > Duration::from_secs(1) => break,
+                Some(_) => {}
+                None => {
+                    if let Ok(Some(status)) = child.try_wait() {
+                        ended = Some((status, Instant::now()));
+                    } else if !late && self.deadline.is_some_and(|d| started.elapsed() >= d) {
+                        late = true;
+                        child.kill().map_err(|e| RunError::Spawn {
+                            program: self.program.clone(),
+                            cause: format!("cannot end it: {e}"),
+                        })?;
+                    }
+                }
+            }
+        }
+        let stderr = String::from_utf8_lossy(&stderr).into_owned();
+        let after = self.deadline.unwrap_or_default();
+        match ended {
+            Some((status, _)) if !late => Ok(Output { status: told(status), stdout, stderr }),
+            _ => Err(RunError::Deadline { command: self.shown(), after, stderr }),
+        }
+    }
+}
+
+const POLL: Duration = Duration::from_millis(100);
+
+fn told(status: ExitStatus) -> Status {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Status::Exit(code),
+        (None, Some(signal)) => Status::Signal(signal),
+        (None, None) => Status::Exit(-1),
+    }
+}
+
+fn read_lines(stream: impl Read, which: Stream, sender: &mpsc::Sender<(Stream, Vec<u8>)>) {
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = Vec::new();
+        match reader.read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {
+                if sender.send((which, line)).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_signal_and_failure_to_start_are_told_apart() {
+        let exit = Run::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]).output().unwrap();
+        assert_eq!(
+            (exit.status, exit.text().as_str(), exit.stderr.as_str()),
+            (Status::Exit(3), "out\n", "err\n")
+        );
+        let signal = Run::new("sh").args(["-c", "kill -TERM $$"]).output().unwrap();
+        assert_eq!(signal.status, Status::Signal(15));
+        let missing = Run::new("no-such-program-here").output().unwrap_err();
+        assert!(matches!(missing, RunError::NotFound { .. }), "{missing:?}");
+        let plain_file = Run::new("/etc/hostname").output().unwrap_err();
+        assert!(matches!(plain_file, RunError::Spawn { .. }), "{plain_file:?}");
+        let no_dir = Run::new("true").dir("/nonexistent-folder").output().unwrap_err();
+        assert!(no_dir.to_string().contains("/nonexistent-folder"), "{no_dir}");
+    }
+
+    #[test]
+    fn a_run_past_its_deadline_is_ended_and_says_so() {
+        let e =
+            Run::new("sh").args(["-c", "echo busy >&2; exec sleep 60"]).deadline(Duration::from_millis(300));
+        let e = e.output().unwrap_err();
+        assert!(matches!(e, RunError::Deadline { .. }) && e.to_string().contains("busy"), "{e}");
+    }
+
+    #[test]
+    fn a_grandchild_that_keeps_the_pipe_does_not_hold_us() {
+        let started = Instant::now();
+        let out = Run::new("sh").args(["-c", "sleep 30 & echo done"]).output().unwrap();
+        assert_eq!(out.text(), "done\n");
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn a_program_that_is_missing_names_its_package() {
+        let text = RunError::NotFound { program: "nix".into() }.to_string();
+        assert!(text.contains("nix-bin"), "{text}");
+    }
+
+    #[test]
+    fn stdin_and_large_output_do_not_block_each_other() {
+        let big = vec![b'x'; 1 << 20];
+        let out = Run::new("cat").stdin(big.clone()).output().unwrap();
+        assert_eq!(out.stdout, big);
+    }
+}

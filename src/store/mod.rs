@@ -1,0 +1,115 @@
+//! The bucket of the manifest: S3 ([`s3`]) or a directory ([`dir`]) with the same guarantees. A key is a
+//! relative path (`manifest.json`, `manifests/…`, `hosts/HOST.json`). Every write can be conditional; that is
+//! all the coordination the product has.
+
+pub mod credentials;
+pub mod dir;
+pub mod s3;
+pub mod url;
+
+use crate::error::Error;
+use std::fmt;
+
+pub use url::{CacheUrl, StoreUrl};
+
+/// The current manifest.
+pub const MANIFEST_KEY: &str = "manifest.json";
+/// The folder of replaced versions.
+pub const ARCHIVE_PREFIX: &str = "manifests/";
+/// The folder of the hosts' reports.
+pub const HOSTS_PREFIX: &str = "hosts/";
+
+/// The version of an object, as the store names it; opaque, compared for equality only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Etag(pub String);
+
+/// The answer to a conditional read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Got {
+    /// There is no such object.
+    Missing,
+    /// It is still the version that was named.
+    NotModified,
+    /// Its bytes and its version.
+    Found {
+        /// The whole object.
+        bytes: Vec<u8>,
+        /// Its version.
+        etag: Etag,
+    },
+}
+
+/// When a write may take place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum When {
+    /// Whatever is there.
+    Always,
+    /// Only if there is no such object (`If-None-Match: *`).
+    Absent,
+    /// Only if it is still this version (`If-Match`).
+    Still(Etag),
+}
+
+/// Why the store did not do what it was asked. The text names the object, the cause and the next move.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreError {
+    /// The condition of a write did not hold: somebody else was first. Read again and retry.
+    Changed(String),
+    /// The object is larger than the limit that was given.
+    TooLarge(String),
+    /// The store cannot be reached or did not answer in time, also after the retries: worth trying later.
+    Unreachable(String),
+    /// The store answered and refused (bucket missing, wrong key, clock skewed, garbage): a person must act.
+    Refused(String),
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StoreError::Changed(t)
+            | StoreError::TooLarge(t)
+            | StoreError::Unreachable(t)
+            | StoreError::Refused(t) => f.write_str(t),
+        }
+    }
+}
+
+impl std::error::Error for StoreError {}
+
+impl From<StoreError> for Error {
+    fn from(e: StoreError) -> Self {
+        Error::new(e.to_string())
+    }
+}
+
+/// A bucket or a directory that behaves like one.
+pub trait Store: Send + Sync {
+    /// The store for people: its URL without anything secret.
+    fn url(&self) -> String;
+
+    /// Reads an object of at most `limit` bytes, unless it is still the version `unless`.
+    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError>;
+
+    /// The first `count` bytes of an object (all of a shorter one); None when it is missing.
+    fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError>;
+
+    /// The size of an object in bytes; None when it is missing.
+    fn size(&self, key: &str) -> Result<Option<u64>, StoreError>;
+
+    /// Writes an object if the condition holds, else [`StoreError::Changed`]; returns the new version.
+    fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError>;
+
+    /// Removes an object; one that is missing is no error.
+    fn delete(&self, key: &str) -> Result<(), StoreError>;
+
+    /// All keys that begin with `prefix`, sorted; pages are followed to the end.
+    fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError>;
+}
+
+/// Opens the store a URL names. Credentials are looked up now; nothing is asked of the network.
+pub fn open(url: &StoreUrl) -> Result<Box<dyn Store>, StoreError> {
+    match url {
+        StoreUrl::Dir(path) => Ok(Box::new(dir::DirStore::new(path))),
+        StoreUrl::S3(location) => Ok(Box::new(s3::S3Store::open(location)?)),
+    }
+}

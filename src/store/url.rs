@@ -1,0 +1,269 @@
+//! URLs of stores and caches: `s3://BUCKET[/PREFIX]?region=&endpoint=&scheme=&profile=` (the grammar of Nix's
+//! own S3 stores), `file:///DIR`, and for caches anything else that `nix copy` takes.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// Where a bucket is and how it is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct S3Location {
+    /// The bucket's name.
+    pub bucket: String,
+    /// What stands before every key: empty, or without a leading and with a trailing slash.
+    pub prefix: String,
+    /// The region of the URL, if it has one.
+    pub region: Option<String>,
+    /// `host[:port]` of a store that is not AWS's; addressed path-style.
+    pub endpoint: Option<String>,
+    /// `https` unless the URL says `http`.
+    pub scheme: String,
+    /// The profile of the URL, if it has one.
+    pub profile: Option<String>,
+}
+
+/// The store of the manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreUrl {
+    /// A directory.
+    Dir(PathBuf),
+    /// A bucket.
+    S3(S3Location),
+}
+
+/// A binary cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CacheUrl {
+    /// A directory; Nix reads and writes it itself.
+    Dir(PathBuf),
+    /// A bucket, through the bridge.
+    S3(S3Location),
+    /// Whatever else Nix understands, given to it as it is.
+    Nix(String),
+}
+
+impl StoreUrl {
+    /// Parses a URL; the error is the reason and the remedy, without the URL.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        match CacheUrl::parse(text)? {
+            CacheUrl::Dir(path) => Ok(StoreUrl::Dir(path)),
+            CacheUrl::S3(location) => Ok(StoreUrl::S3(location)),
+            CacheUrl::Nix(_) => Err("is neither s3://BUCKET nor file:///DIR".into()),
+        }
+    }
+}
+
+impl CacheUrl {
+    /// Parses a URL; the error is the reason and the remedy, without the URL.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if let Some(c) = text.chars().find(|c| c.is_control() || c.is_whitespace()) {
+            return Err(format!("has {c:?} in it"));
+        }
+        if let Some(rest) = text.strip_prefix("file://") {
+            let path = rest.split('?').next().unwrap_or_default();
+            if !path.starts_with('/') {
+                return Err("needs an absolute folder: file:///DIR".into());
+            }
+            if path.split('/').any(|part| part == "..") {
+                return Err("has '..' in it".into());
+            }
+            let trimmed = path.trim_end_matches('/');
+            return Ok(CacheUrl::Dir(PathBuf::from(if trimmed.is_empty() { "/" } else { trimmed })));
+        }
+        if let Some(rest) = text.strip_prefix("s3://") {
+            return s3_location(rest).map(CacheUrl::S3);
+        }
+        match text.split_once("://") {
+            Some((scheme, rest))
+                if !rest.is_empty() && scheme.chars().all(scheme_char) && !scheme.is_empty() =>
+            {
+                Ok(CacheUrl::Nix(text.to_string()))
+            }
+            _ => Err("is not a URL; s3://BUCKET or file:///DIR is meant".into()),
+        }
+    }
+}
+
+fn scheme_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.')
+}
+
+fn s3_location(rest: &str) -> Result<S3Location, String> {
+    let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (bucket, prefix) = path.split_once('/').unwrap_or((path, ""));
+    let bucket_char = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    if !(3..=63).contains(&bucket.len()) || !bucket.chars().all(bucket_char) {
+        return Err("has no bucket name (3 to 63 of a-z, 0-9, '-' and '.') after s3://".into());
+    }
+    let prefix = prefix.trim_matches('/');
+    if prefix.split('/').any(|part| part == ".." || part == ".") {
+        return Err("has '.' or '..' in its prefix".into());
+    }
+    let mut location = S3Location {
+        bucket: bucket.to_string(),
+        prefix: if prefix.is_empty() { String::new() } else { format!("{prefix}/") },
+        region: None,
+        endpoint: None,
+        scheme: "https".to_string(),
+        profile: None,
+    };
+    for pair in query.split('&').filter(|p| !p.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let value = percent_decode(value)?;
+        if value.is_empty() {
+            continue;
+        }
+        match name {
+            "region" => location.region = Some(value),
+            "endpoint" => {
+                // An endpoint is often pasted with its scheme; what it says then counts.
+                let (scheme, host) = match value.split_once("://") {
+                    Some((scheme, host)) => (Some(scheme.to_string()), host.to_string()),
+                    None => (None, value),
+                };
+                if let Some(scheme) = scheme {
+                    location.scheme = scheme;
+                }
+                location.endpoint = Some(host.trim_end_matches('/').to_string());
+            }
+            "scheme" => location.scheme = value,
+            "profile" => location.profile = Some(value),
+            // Nix's own settings of an s3 store are Nix's affair.
+            "compression"
+            | "parallel-compression"
+            | "priority"
+            | "want-mass-query"
+            | "trusted"
+            | "multipart-upload"
+            | "buffer-size"
+            | "secret-key"
+            | "ls-compression"
+            | "log-compression"
+            | "write-nar-listing"
+            | "index-debug-info"
+            | "path-info-cache-size"
+            | "compression-level"
+            | "narinfo-compression" => {}
+            _ => {
+                return Err(format!(
+                    "has the parameter '{name}', which is none of region, endpoint, scheme, profile"
+                ));
+            }
+        }
+    }
+    if !matches!(location.scheme.as_str(), "http" | "https") {
+        return Err(format!("has the scheme '{}'; http or https is meant", location.scheme));
+    }
+    Ok(location)
+}
+
+/// Decodes `%XX`; the error is the reason.
+fn percent_decode(text: &str) -> Result<String, String> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(b) = bytes.next() {
+        if b != b'%' {
+            out.push(b);
+            continue;
+        }
+        let digit = |b: Option<u8>| b.and_then(|b| (b as char).to_digit(16));
+        match (digit(bytes.next()), digit(bytes.next())) {
+            (Some(high), Some(low)) => out.push((high * 16 + low) as u8),
+            _ => return Err("has a '%' that is not followed by two hexadecimal digits".into()),
+        }
+    }
+    String::from_utf8(out).map_err(|_| "is not UTF-8 after decoding".to_string())
+}
+
+impl fmt::Display for S3Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "s3://{}", self.bucket)?;
+        if !self.prefix.is_empty() {
+            write!(f, "/{}", self.prefix.trim_end_matches('/'))?;
+        }
+        let mut query = Vec::new();
+        if let Some(region) = &self.region {
+            query.push(format!("region={region}"));
+        }
+        if let Some(endpoint) = &self.endpoint {
+            query.push(format!("endpoint={endpoint}"));
+        }
+        if self.scheme != "https" {
+            query.push(format!("scheme={}", self.scheme));
+        }
+        if let Some(profile) = &self.profile {
+            query.push(format!("profile={profile}"));
+        }
+        if query.is_empty() { Ok(()) } else { write!(f, "?{}", query.join("&")) }
+    }
+}
+
+impl fmt::Display for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StoreUrl::Dir(path) => write!(f, "file://{}", path.display()),
+            StoreUrl::S3(location) => location.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for CacheUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CacheUrl::Dir(path) => write!(f, "file://{}", path.display()),
+            CacheUrl::S3(location) => location.fmt(f),
+            CacheUrl::Nix(url) => f.write_str(url),
+        }
+    }
+}
+
+impl From<StoreUrl> for CacheUrl {
+    fn from(url: StoreUrl) -> Self {
+        match url {
+            StoreUrl::Dir(path) => CacheUrl::Dir(path),
+            StoreUrl::S3(location) => CacheUrl::S3(location),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_grammar_of_nix_s3_stores_is_read_and_written_back() {
+        let text = "s3://bucket/a/b?region=eu-1&endpoint=127.0.0.1:9000&scheme=http&profile=p";
+        let StoreUrl::S3(l) = StoreUrl::parse(text).unwrap() else { panic!("not s3") };
+        assert_eq!((l.bucket.as_str(), l.prefix.as_str(), l.scheme.as_str()), ("bucket", "a/b/", "http"));
+        assert_eq!(l.endpoint.as_deref(), Some("127.0.0.1:9000"));
+        assert_eq!(StoreUrl::S3(l).to_string(), text);
+        let StoreUrl::S3(l) = StoreUrl::parse("s3://bucket?endpoint=http%3A%2F%2Fx%3A1").unwrap() else {
+            panic!("not s3")
+        };
+        assert_eq!((l.endpoint.as_deref(), l.scheme.as_str()), (Some("x:1"), "http"));
+        assert_eq!(StoreUrl::parse("file:///var/x/").unwrap().to_string(), "file:///var/x");
+    }
+
+    #[test]
+    fn what_is_no_store_is_refused_with_the_form_that_is_meant() {
+        for bad in [
+            "",
+            "bucket",
+            "s3://",
+            "s3://a",
+            "s3://bucket/../x",
+            "file://relative",
+            "https://x",
+            "s3://b b",
+            "s3://bucket?regoin=x",
+            "s3://bucket?scheme=ftp",
+            "file:///a/../b",
+            "s3://bucket?region=%zz",
+        ] {
+            assert!(StoreUrl::parse(bad).is_err(), "{bad:?} passed");
+        }
+        assert_eq!(
+            CacheUrl::parse("https://cache.example.org").unwrap().to_string(),
+            "https://cache.example.org"
+        );
+    }
+}
