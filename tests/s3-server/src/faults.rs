@@ -3,6 +3,7 @@
 //! ```json
 //! {"fail": {"status": 503, "code": "SlowDown", "count": 5, "methods": ["GET"], "key_prefix": ""},
 //!  "reset": {"count": 1, "after": true},
+//!  "cut": {"bytes": 1000},
 //!  "garbage": true,
 //!  "delay_ms": 100,
 //!  "ignore_conditions": true,
@@ -11,8 +12,9 @@
 //!
 //! Every field may be left out. `fail` answers that error, `garbage` a page that is not XML with status
 //! 200, and `reset` closes the connection without an answer: before anything was done, or with `after`
-//! once the request was carried out, which is how a client comes to repeat a write that succeeded. Each
-//! of the three takes the scope shown at `fail` (`garbage` as an object instead of `true`): at most
+//! once the request was carried out, which is how a client comes to repeat a write that succeeded. `cut`
+//! carries it out too, and closes the connection after so many bytes of the answer's body. Each of the
+//! four takes the scope shown at `fail` (`garbage` as an object instead of `true`): at most
 //! `count` requests (without it: all), only these methods, only keys below this prefix (a listing has
 //! the empty key), and only once `skip` such requests have passed unharmed. Counts start again whenever
 //! the file changes. `ignore_conditions` and `always_412` are about writes with If-Match or
@@ -31,6 +33,7 @@ use serde::Deserialize;
 struct Faults {
     fail: Option<Fail>,
     reset: Option<Reset>,
+    cut: Option<Cut>,
     garbage: Option<Garbage>,
     delay_ms: u64,
     ignore_conditions: bool,
@@ -50,6 +53,13 @@ struct Fail {
 struct Reset {
     #[serde(default)]
     after: bool,
+    #[serde(flatten)]
+    scope: Scope,
+}
+
+#[derive(Debug, Deserialize)]
+struct Cut {
+    bytes: usize,
     #[serde(flatten)]
     scope: Scope,
 }
@@ -97,6 +107,7 @@ impl Scope {
 pub enum Fate {
     Serve,
     Fail { status: u16, code: String },
+    Cut { bytes: usize },
     Garbage,
     ResetBefore,
     ResetAfter,
@@ -133,6 +144,7 @@ impl Control {
         let Faults {
             fail,
             reset,
+            cut,
             garbage,
             delay_ms,
             ignore_conditions: _,
@@ -153,6 +165,11 @@ impl Control {
         {
             let (status, code) = (fail.status, fail.code.clone());
             return Ok((delay, Fate::Fail { status, code }));
+        }
+        if let Some(cut) = cut
+            && cut.scope.take(method, key)
+        {
+            return Ok((delay, Fate::Cut { bytes: cut.bytes }));
         }
         if let Some(garbage) = garbage
             && garbage.take(method, key)

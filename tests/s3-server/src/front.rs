@@ -6,16 +6,16 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::header::{
-    CACHE_CONTROL, CONTENT_TYPE, ETAG, EXPIRES, HeaderMap, HeaderName, HeaderValue, IF_MATCH,
-    IF_NONE_MATCH, LAST_MODIFIED, VARY,
+    CACHE_CONTROL, CONTENT_TYPE, ETAG, EXPECT, EXPIRES, HeaderMap, HeaderName, HeaderValue,
+    IF_MATCH, IF_NONE_MATCH, LAST_MODIFIED, VARY,
 };
 use hyper::{Method, Request, Response, StatusCode};
 use s3s::service::S3Service;
 use s3s::{Body, HttpError, HttpResponse, S3Error, S3ErrorCode, s3_error};
 
+use crate::body::{cut, drain, lend};
 use crate::faults::{Control, Fate};
 
 /// The status in the log of a request that got no answer.
@@ -72,13 +72,18 @@ impl Front {
         }
         match fate {
             Fate::Serve => self.serve(request).await,
+            Fate::Cut { bytes } => {
+                let response = self.serve(request).await?;
+                let (head, body) = response.into_parts();
+                Ok(Response::from_parts(head, cut(body, bytes).await))
+            }
             Fate::ResetAfter => {
                 self.serve(request).await?;
                 Err(HttpError::new("the control file asks for a reset".into()))
             }
             Fate::ResetBefore => Err(HttpError::new("the control file asks for a reset".into())),
             Fate::Fail { status, code } => {
-                drain(request).await;
+                drain(request.into_body()).await;
                 let code = S3ErrorCode::from_bytes(code.as_bytes());
                 let mut error = S3Error::with_message(
                     code.unwrap_or(S3ErrorCode::InternalError),
@@ -90,7 +95,7 @@ impl Front {
                 refuse(error)
             }
             Fate::Garbage => {
-                drain(request).await;
+                drain(request.into_body()).await;
                 let page = "<!DOCTYPE html><html><body><h1>Welcome & log in<br></body>";
                 let mut response = Response::new(Body::from(page.to_owned()));
                 let html = HeaderValue::from_static("text/html");
@@ -103,7 +108,16 @@ impl Front {
     async fn serve(&self, request: Request<Incoming>) -> Result<HttpResponse, HttpError> {
         let reads = matches!(*request.method(), Method::GET | Method::HEAD);
         let conditions = request.headers().clone();
-        let response = self.service.call(request.map(Body::from)).await?;
+        // A client that waits for 100 Continue has sent no body yet, and shall be spared it.
+        let waits = request.headers().contains_key(EXPECT);
+        let (head, body) = request.into_parts();
+        let (body, mut unread) = lend(body);
+        let response = self.service.call(Request::from_parts(head, body)).await?;
+        if let Ok(body) = unread.try_recv()
+            && !waits
+        {
+            drain(body).await;
+        }
         if reads && response.status().is_success() {
             return condition(response, &conditions);
         }
@@ -128,12 +142,6 @@ fn key_of(path: &str) -> String {
         Ok(key) => key.into_owned(),
         Err(_) => key.to_owned(),
     }
-}
-
-/// Reads the body to its end, so that a client which sends before it listens hears the answer.
-async fn drain(request: Request<Incoming>) {
-    let mut body = request.into_body();
-    while let Some(Ok(_)) = body.frame().await {}
 }
 
 fn refuse(error: S3Error) -> Result<HttpResponse, HttpError> {

@@ -7,6 +7,7 @@
 
 mod access;
 mod args;
+mod body;
 mod faults;
 mod front;
 mod store;
