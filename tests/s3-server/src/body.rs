@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures::stream::{self, StreamExt};
+use futures::stream;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Body as HttpBody, Bytes, Frame, Incoming, SizeHint};
 use s3s::{Body, StdError};
@@ -61,22 +61,22 @@ pub async fn drain(mut body: Incoming) {
 }
 
 /// The first `bytes` of a body, and then an error, at which hyper closes the connection.
-pub async fn cut(mut body: Body, bytes: usize) -> Body {
-    let mut start = Vec::new();
-    while start.len() < bytes {
-        let Some(Ok(frame)) = body.frame().await else {
-            break;
-        };
-        if let Ok(data) = frame.into_data() {
-            start.extend_from_slice(&data);
+pub fn cut(body: Body, bytes: usize) -> Body {
+    let frames = stream::unfold(Some((body, bytes)), |state| async {
+        let (mut body, left) = state?;
+        if left == 0 {
+            // hyper drops what it has not written yet; the pause is for it to do so.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let error = StdError::from("the control file asks for a cut");
+            return Some((Err(error), None));
         }
-    }
-    start.truncate(bytes);
-    let start = stream::iter([Ok(Frame::data(Bytes::from(start)))]);
-    let end = stream::once(async {
-        // hyper forgets what it has not written yet; the pause is for it to do so.
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        Err(StdError::from("the control file asks for a cut"))
+        let mut data = match body.frame().await? {
+            Ok(frame) => frame.into_data().unwrap_or_default(),
+            Err(error) => return Some((Err(error), None)),
+        };
+        data.truncate(left);
+        let left = left - data.len();
+        Some((Ok(Frame::data(data)), Some((body, left))))
     });
-    Body::http_body_unsync(StreamBody::new(start.chain(Box::pin(end))))
+    Body::http_body_unsync(StreamBody::new(Box::pin(frames)))
 }

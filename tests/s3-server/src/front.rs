@@ -75,7 +75,7 @@ impl Front {
             Fate::Cut { bytes } => {
                 let response = self.serve(request).await?;
                 let (head, body) = response.into_parts();
-                Ok(Response::from_parts(head, cut(body, bytes).await))
+                Ok(Response::from_parts(head, cut(body, bytes)))
             }
             Fate::ResetAfter => {
                 self.serve(request).await?;
