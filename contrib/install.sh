@@ -171,7 +171,11 @@ drop_marked() {
 do_uninstall() {
   local purge=$1 name path before
   if [[ -L $UNITS/timers.target.wants/deployer.timer ]]; then
-    if systemd_runs; then systemctl stop deployer.timer deployer.service; fi
+    if systemd_runs; then
+      systemctl stop deployer.timer deployer.service
+      # A unit that failed stays in systemd's list after its file is gone.
+      if systemctl is-failed --quiet deployer.service; then systemctl reset-failed deployer.service; fi
+    fi
     systemctl disable --quiet deployer.timer
     changed "stopped and disabled deployer.timer"
   fi

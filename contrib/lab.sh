@@ -378,6 +378,7 @@ boot() {
     # nspawn keeps locks and folders below /run/systemd, and leaves them when killed: let it write elsewhere.
     # shellcheck disable=SC2016  # expanded by the inner shell
     exec setsid env -i PATH="$INNER_PATH" SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 SYSTEMD_NSPAWN_TMPFS_TMP=0 \
+      SYSTEMD_NSPAWN_API_VFS_WRITABLE=network \
       unshare --mount --propagation slave \
       sh -euc 'mkdir -p /run/systemd; mount -t tmpfs omni-lab /run/systemd; exec "$@"' - \
       systemd-nspawn --quiet --directory="$root" --machine="omni-lab-$n" --hostname="$(<"$dir/hostname")" --boot \
