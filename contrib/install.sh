@@ -6,6 +6,8 @@ set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 # In the first line of every file of ours under /etc: what lacks it belongs to somebody else.
 MARK='# Part of omni-deploy, installed by contrib/install.sh'
+# The start of the first line of every unit that the deployer writes.
+SERVICE_MARK='# Managed by omni-deploy'
 BIN=/usr/local/bin
 UNITS=/etc/systemd/system
 DROPIN=$UNITS/caddy.service.d/omni-deploy.conf
@@ -168,6 +170,17 @@ drop_marked() {
   fi
 }
 
+# Names the services that were deployed and stay, and how each is removed: that is for a person to decide.
+services_left() {
+  local unit name
+  for unit in "$UNITS"/*.service; do
+    head -n 1 "$unit" 2>/dev/null | grep -qF "$SERVICE_MARK" || continue
+    name=$(basename "$unit" .service)
+    echo "kept service $name, which goes on running; to remove it:"
+    echo "  systemctl disable --now $name; rm $unit; rm -rf /nix/var/nix/gcroots/omni-deploy/$name; systemctl daemon-reload"
+  done
+}
+
 do_uninstall() {
   local purge=$1 name path before
   if [[ -L $UNITS/timers.target.wants/deployer.timer ]]; then
@@ -218,8 +231,7 @@ do_uninstall() {
   if ((changes == 0)); then
     echo "nothing to change"
   else
-    echo "deployed services keep running and stay enabled; for each that should go as well:"
-    echo "  systemctl disable --now NAME && rm $UNITS/NAME.service && systemctl daemon-reload"
+    services_left
   fi
 }
 

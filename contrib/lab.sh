@@ -78,18 +78,18 @@ cmd_packages() {
   mapfile -t missing < <(missing_packages)
   ((${#missing[@]})) || return 0
   command -v apt-get >/dev/null || die "missing ${missing[*]}, and there is no apt-get here; install them by hand"
-  local policy=/usr/sbin/policy-rc.d ours=0 package rc=0
+  local policy=/usr/sbin/policy-rc.d package rc=0
   if [[ ! -e $policy ]]; then
+    # shellcheck disable=SC2064  # this path, also when the function is long gone
+    trap "rm -f '$policy'" EXIT
     printf '#!/bin/sh\nexit 101\n' >"$policy"
     chmod 755 "$policy"
-    ours=1
   fi
   say "installing ${missing[*]}"
   {
     apt-get install -y --no-install-recommends "${missing[@]}" ||
       { apt-get update && apt-get install -y --no-install-recommends "${missing[@]}"; }
   } >&2 </dev/null || rc=$?
-  ((ours)) && rm -f "$policy"
   for package in "${missing[@]}"; do
     case $package in
       caddy) systemctl disable caddy.service ;;

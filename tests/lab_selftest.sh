@@ -217,16 +217,22 @@ test_lab() {
 # --- scripts and units ------------------------------------------------------------------------------------------
 
 test_sources() {
-  local script unit
+  local script unit root
   for script in "$top"/contrib/*.sh "$top"/contrib/example/*.sh "$top"/tests/*.sh; do
     check "shellcheck ${script#"$top"/}" shellcheck "$script"
   done
-  for script in "$top"/contrib/nix/*.nix "$top"/contrib/example/*.nix; do
-    [[ -e $script ]] || continue
-    check "syntax of ${script#"$top"/}" nix-instantiate --parse "$script"
-  done
   "$lab" up verify
-  cp -r "$top/contrib" "$("$lab" root verify)/opt/contrib"
+  root=$("$lab" root verify)/opt
+  cp -r "$top/contrib" "$top/tests" "$root/"
+  for script in Cargo.toml src; do
+    [[ ! -e $top/$script ]] || cp -r "$top/$script" "$root/"
+  done
+  # In the host, because Nix makes a store wherever it is asked something.
+  for script in contrib/nix/module.nix contrib/nix/package.nix contrib/example/default.nix tests/nix_module.nix; do
+    check "syntax of $script" "$lab" run verify nix-instantiate --parse "/opt/$script"
+  done
+  check the_nixos_module_yields_what_it_should prints true \
+    "$lab" run verify nix-instantiate --eval --strict /opt/tests/nix_module.nix
   in_host verify 'install -D /bin/true /usr/local/bin/deployer
     cp /opt/contrib/systemd/deployer.* /etc/systemd/system/
     cp -r /opt/contrib/systemd/caddy.service.d /etc/systemd/system/'
@@ -367,8 +373,8 @@ test_install() {
     in_host target "$install" >/dev/null
   fi
 
-  in_host target 'echo secret >/var/lib/deployer-secrets/x.env; printf "[Service]\nExecStart=/bin/true\n" >/etc/systemd/system/mine.service'
-  check uninstall in_host target '/opt/omni/contrib/install.sh --uninstall'
+  in_host target 'echo secret >/var/lib/deployer-secrets/x.env; printf "# Managed by omni-deploy: x\n[Service]\nExecStart=/bin/true\n" >/etc/systemd/system/mine.service'
+  check uninstall_says_how_services_go mentions 'systemctl disable --now mine; rm ' in_host target '/opt/omni/contrib/install.sh --uninstall'
   check it_keeps_secrets_and_state in_host target 'test -e /var/lib/deployer-secrets/x.env -a -d /var/lib/deployer -a -e /etc/omni-deploy/deployer.env'
   check it_keeps_services in_host target 'test -e /etc/systemd/system/mine.service'
   check a_second_uninstall_has_nothing_to_do mentions 'nothing to change' in_host target '/opt/omni/contrib/install.sh --uninstall'
