@@ -315,6 +315,7 @@ fn service(
     let secrets = observed.secrets.get(name);
     let stamp = secrets.and_then(|s| s.as_ref().ok()).map(String::as_str);
     let candidate = goal_of(entry, path, stamp, applied, true);
+    let tried = candidate.unit.clone();
     let trouble_of = |goal: &Goal| -> Option<Trouble> {
         if let Some(trouble) = learned.troubles.get(&(name.clone(), goal.inputs.clone())) {
             return Some(trouble.clone());
@@ -370,6 +371,7 @@ fn service(
     }
     let write = match &seen.file {
         UnitFile::Ours(text) if *text == goal.unit => None,
+        UnitFile::Ours(text) if !goal.desired && *text == tried => Some("putting the version before back"),
         UnitFile::Ours(_) if applied.is_some_and(|a| a.path != goal.path) => Some("another version"),
         UnitFile::Ours(_) if goal.proved => Some("the unit was changed on the host"),
         UnitFile::Ours(_) => Some("the manifest's entry changed"),
