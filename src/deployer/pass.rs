@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::{Manifest, Service};
+use crate::names::ServiceName;
 use crate::say;
 use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, When};
 use serde::{Deserialize, Serialize};
@@ -219,6 +220,11 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
             .map_err(|e| would_empty(settings.host.as_str(), &e.0))
     };
 
+    let abandoned: Vec<ServiceName> = plan::abandoned(&observed, &memory).into_iter().cloned().collect();
+    if !abandoned.is_empty() {
+        host.undo_abandoned(&abandoned, &desired, &memory, &mut observed)?;
+        changed = true;
+    }
     let mut plan = decide(&observed, &memory, &learned)?;
     if !plan.is_empty() {
         for dir in [&root.state_dir, &root.unit_dir, &root.applied_dir()] {
@@ -229,7 +235,7 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
         if plan.services.iter().all(|s| s.steps.is_empty()) {
             break;
         }
-        changed |= host.round(&plan, &mut observed, &mut memory, &mut learned)?;
+        changed |= host.round(&plan, &desired, &mut observed, &mut memory, &mut learned)?;
         observed.units = observe::units(&root, &desired, &memory.applied)?;
         plan = decide(&observed, &memory, &learned)?;
     }
@@ -264,6 +270,11 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
             state
         }
     };
+    if !plan.understudies.is_empty() {
+        changed = true;
+        host.drain_understudies(&plan.understudies, &memory)?;
+        host.remove_understudies(&plan.understudies, &mut observed)?;
+    }
     if !plan.gone.is_empty() {
         changed |= host.remove(&plan.gone, &mut memory, &observed)?;
         host.unroot(&plan.gone, &mut observed)?;
