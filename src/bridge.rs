@@ -8,8 +8,9 @@
 //! `Content-Length` and `Expect: 100-continue`.
 
 use crate::error::{Error, Result};
-use crate::store::s3::{ByteRange, MAX_SINGLE_PUT, S3Store};
-use crate::store::{StoreError, url::S3Location};
+use crate::store::s3::{MAX_SINGLE_PUT, S3Store};
+use crate::store::url::S3Location;
+use crate::store::{Store, StoreError};
 use ring::rand::{SecureRandom, SystemRandom};
 use std::collections::HashMap;
 use std::io::{self, Read, Seek, Write};
@@ -28,6 +29,9 @@ const MAX_CONNECTIONS: usize = 64;
 const IDLE: Duration = Duration::from_secs(60);
 /// How long a request head may take from its first byte to its last.
 const HEAD_WITHIN: Duration = Duration::from_secs(20);
+const CACHE_INFO: &str = "nix-cache-info";
+/// What a cache says of itself that has nothing to say (Nix writes the same into a new one).
+const DEFAULT_INFO: &str = "StoreDir: /nix/store\n";
 const HEADERS: usize = 64;
 const COPY_BUFFER: usize = 64 << 10;
 
@@ -69,8 +73,11 @@ pub struct Request {
     pub method: Method,
     /// The path as it was sent; nothing is decoded.
     pub path: String,
-    /// One byte range; several, or one that is malformed, count as none (RFC 9110, section 14.2).
-    pub range: Option<ByteRange>,
+    /// The `Range` header, if it names one byte range; several, or a malformed one, count as none (RFC 9110,
+    /// section 14.2).
+    pub range: Option<String>,
+    /// The media type of its body.
+    pub content_type: Option<String>,
     /// Its body.
     pub framing: Framing,
     /// The client waits for `100 Continue` before it sends the body.
@@ -112,6 +119,7 @@ pub fn parse_head(bytes: &[u8]) -> Head {
         },
         path: path.to_string(),
         range: None,
+        content_type: None,
         framing: Framing::Length(0),
         expects_continue: false,
         keep_alive: version == 1,
@@ -142,7 +150,9 @@ pub fn parse_head(bytes: &[u8]) -> Head {
             let has = |word: &str| value.split(',').any(|w| w.trim().eq_ignore_ascii_case(word));
             request.keep_alive = !has("close") && (request.keep_alive || has("keep-alive"));
         } else if is("range") {
-            request.range = parse_range(value);
+            request.range = is_one_range(value).then(|| value.to_string());
+        } else if is("content-type") && value.bytes().all(|b| (b' '..=b'~').contains(&b)) {
+            request.content_type = Some(value.to_string());
         }
     }
     request.framing = match (content_length, chunked) {
@@ -155,19 +165,18 @@ pub fn parse_head(bytes: &[u8]) -> Head {
     Head::Whole(request, length)
 }
 
-/// One range of `bytes=FIRST-LAST`, `bytes=FIRST-` or `bytes=-LAST`.
-fn parse_range(value: &str) -> Option<ByteRange> {
-    let (first, last) = value.strip_prefix("bytes=")?.split_once('-')?;
-    let number = |text: &str| {
-        if text.bytes().all(|b| b.is_ascii_digit()) { text.parse::<u64>().ok() } else { None }
+/// Whether a value is `bytes=FIRST-LAST`, `bytes=FIRST-` or `bytes=-LAST`.
+fn is_one_range(value: &str) -> bool {
+    let Some((first, last)) = value.strip_prefix("bytes=").and_then(|v| v.split_once('-')) else {
+        return false;
     };
-    match (first, last) {
-        ("", last) => Some(ByteRange::Last(number(last)?)),
-        (first, "") => Some(ByteRange::From(number(first)?)),
-        (first, last) => {
-            let (first, last) = (number(first)?, number(last)?);
-            (first <= last).then_some(ByteRange::Between(first, last))
-        }
+    let number =
+        |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u64>().ok()).flatten();
+    match (number(first), number(last)) {
+        (Some(first), Some(last)) => first <= last,
+        (Some(_), None) => last.is_empty(),
+        (None, Some(_)) => first.is_empty(),
+        (None, None) => false,
     }
 }
 
@@ -217,7 +226,7 @@ pub fn is_cache_key(key: &str) -> bool {
     match key.split_once('/') {
         None => {
             let with_hash = |name: &str| name.len() == 32 && name.bytes().all(|b| b.is_ascii_alphanumeric());
-            key == "nix-cache-info"
+            key == CACHE_INFO
                 || key.strip_suffix(".narinfo").or(key.strip_suffix(".ls")).is_some_and(with_hash)
         }
         Some((folder, _)) => matches!(folder, "nar" | "realisations" | "log"),
@@ -345,7 +354,7 @@ fn accept(listener: &TcpListener, address: SocketAddr, shared: &Arc<Shared>) {
 /// /proc/net/tcp); None where there is no such table.
 fn owner_of(peer: SocketAddr, ours: SocketAddr) -> Option<u32> {
     let hex = |a: SocketAddr| match a {
-        SocketAddr::V4(a) => Some(format!("{:08X}:{:04X}", u32::from(*a.ip()).to_be().swap_bytes().to_be(), a.port())),
+        SocketAddr::V4(a) => Some(format!("{:08X}:{:04X}", u32::from_ne_bytes(a.ip().octets()), a.port())),
         SocketAddr::V6(_) => None,
     };
     let (peer, ours) = (hex(peer)?, hex(ours)?);
@@ -363,14 +372,11 @@ impl Shared {
             troubles.push(text);
         }
     }
+}
 
-    /// Keeps what S3 said, and the status that stands for it: one that Nix neither takes for "missing" nor
-    /// (for a refusal) hides behind a success.
-    fn failed(&self, e: StoreError) -> u16 {
-        let status = if matches!(e, StoreError::Unreachable(_)) { 502 } else { 500 };
-        self.trouble(e.to_string());
-        status
-    }
+/// The status that stands for what S3 said: never one that Nix takes for "missing".
+fn status_of(e: &StoreError) -> u16 {
+    if matches!(e, StoreError::Unreachable(_)) { 502 } else { 500 }
 }
 
 /// A connection with the bytes that were read beyond the last head.
@@ -493,20 +499,388 @@ impl Connection {
         self.answer(404, "Content-Length: 0\r\n").map(|()| After::Go)
     }
 
-    fn failed(&mut self, shared: &Shared, e: StoreError) -> io::Result<After> {
-        let status = shared.failed(e);
-        self.answer(status, "Content-Length: 0\r\n").map(|()| After::Go)
+    fn failed(&mut self, shared: &Shared, e: &StoreError) -> io::Result<After> {
+        shared.trouble(e.to_string());
+        self.answer(status_of(e), "Content-Length: 0\r\n").map(|()| After::Go)
     }
 
     fn get(&mut self, shared: &Shared, request: &Request, key: &str) -> io::Result<After> {
-        todo!()
+        let stream = match shared.store.read_stream(key, request.range.as_deref()) {
+            Ok(Some(stream)) => stream,
+            Ok(None) if key == CACHE_INFO && shared.access == Access::Read => {
+                self.answer(200, &format!("Content-Length: {}\r\n", DEFAULT_INFO.len()))?;
+                self.stream.write_all(DEFAULT_INFO.as_bytes())?;
+                return Ok(After::Go);
+            }
+            Ok(None) => return self.missing(),
+            Err(e) => return self.failed(shared, &e),
+        };
+        let Some(length) = stream.content_length else {
+            let text = format!(
+                "{} sends {key} without its length; a proxy in between may do that",
+                shared.store.url()
+            );
+            return self.failed(shared, &StoreError::Refused(text));
+        };
+        let mut headers = format!("Content-Length: {length}\r\nAccept-Ranges: bytes\r\n");
+        for (name, value) in
+            [("Content-Range", &stream.content_range), ("Content-Type", &stream.content_type)]
+        {
+            if let Some(value) = value.as_deref().filter(|v| !v.contains(['\r', '\n'])) {
+                headers.push_str(&format!("{name}: {value}\r\n"));
+            }
+        }
+        self.answer(stream.status, &headers)?;
+        let mut body = stream.body.take(length);
+        let mut left = length;
+        let mut buffer = vec![0; COPY_BUFFER];
+        while left > 0 {
+            // The head promised the length: a shorter body can only be told by ending the connection.
+            let n = match body.read(&mut buffer) {
+                Ok(0) => return Ok(self.broken(shared, key, "it ended early")),
+                Ok(n) => n,
+                Err(e) => return Ok(self.broken(shared, key, &e.to_string())),
+            };
+            self.stream.write_all(&buffer[..n])?;
+            left -= n as u64;
+        }
+        Ok(After::Go)
+    }
+
+    fn broken(&self, shared: &Shared, key: &str, cause: &str) -> After {
+        shared.trouble(format!("reading {key} from {} broke off: {cause}; try again", shared.store.url()));
+        After::Close
     }
 
     fn head(&mut self, shared: &Shared, key: &str) -> io::Result<After> {
-        todo!()
+        let size = match shared.store.head(key) {
+            Ok(Some(head)) => head.size,
+            Ok(None) if key == CACHE_INFO && shared.access == Access::Read => DEFAULT_INFO.len() as u64,
+            Ok(None) => return self.missing(),
+            Err(e) => return self.failed(shared, &e),
+        };
+        self.answer(200, &format!("Content-Length: {size}\r\nAccept-Ranges: bytes\r\n")).map(|()| After::Go)
     }
 
     fn put(&mut self, shared: &Shared, request: &Request, key: &str) -> io::Result<After> {
-        todo!()
+        let mut body = Body {
+            connection: self,
+            awaited: request.expects_continue,
+            left: match request.framing {
+                Framing::Length(n) => Left::Bytes(n),
+                Framing::Chunked => Left::NextChunk,
+            },
+            broken: false,
+        };
+        let content_type = request.content_type.as_deref();
+        let written = match request.framing {
+            Framing::Length(length) if length > MAX_SINGLE_PUT => Err(too_large(shared, key)),
+            Framing::Length(length) => shared.store.write_stream(key, length, content_type, &mut body),
+            // S3 wants the length first.
+            Framing::Chunked => match spool(&mut body) {
+                Ok((_, length)) if length > MAX_SINGLE_PUT => Err(too_large(shared, key)),
+                Ok((mut file, length)) => shared.store.write_stream(key, length, content_type, &mut file),
+                Err(_) if body.broken => return Ok(After::Close),
+                Err(e) => Err(StoreError::Refused(format!(
+                    "cannot hold {key} back in {}: {e}; free some space there or set TMPDIR",
+                    std::env::temp_dir().display()
+                ))),
+            },
+        };
+        let (broken, whole) = (body.broken, body.left == Left::Bytes(0));
+        match written {
+            Ok(()) => self.answer(200, "Content-Length: 0\r\n").map(|()| After::Go),
+            // The client left in the middle of its body: there is nobody to answer.
+            Err(_) if broken => Ok(After::Close),
+            Err(e) => {
+                let status = if matches!(e, StoreError::TooLarge(_)) { 413 } else { status_of(&e) };
+                shared.trouble(e.to_string());
+                let end = if whole { "" } else { "Connection: close\r\n" };
+                self.answer(status, &format!("Content-Length: 0\r\n{end}"))?;
+                Ok(if whole { After::Go } else { After::Close })
+            }
+        }
+    }
+}
+
+fn too_large(shared: &Shared, key: &str) -> StoreError {
+    StoreError::TooLarge(format!(
+        "{key} is larger than the {} GiB that {} takes in one PUT; split the closure into smaller paths or use \
+         a cache that is not S3",
+        MAX_SINGLE_PUT >> 30,
+        shared.store.url()
+    ))
+}
+
+/// Writes a body to a file without a name and goes back to its start; reads at most one byte more than S3
+/// would take.
+fn spool(body: &mut Body<'_>) -> io::Result<(impl Read + use<>, u64)> {
+    let mut file = tempfile::tempfile()?;
+    let length = io::copy(&mut body.take(MAX_SINGLE_PUT + 1), &mut file)?;
+    file.rewind()?;
+    Ok((file, length))
+}
+
+/// What is still to come of a body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    /// So many bytes, then the end.
+    Bytes(u64),
+    /// So many bytes of a chunk, then another chunk.
+    Chunk(u64),
+    /// A chunk's head.
+    NextChunk,
+}
+
+/// A request's body as it comes. The client is told to go on when the first byte is asked for.
+struct Body<'a> {
+    connection: &'a mut Connection,
+    awaited: bool,
+    left: Left,
+    broken: bool,
+}
+
+impl Read for Body<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let read = self.next(buf);
+        self.broken |= read.is_err();
+        read
+    }
+}
+
+impl Body<'_> {
+    fn next(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() || self.left == Left::Bytes(0) {
+            return Ok(0);
+        }
+        if std::mem::take(&mut self.awaited) {
+            self.connection.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+        }
+        if self.left == Left::NextChunk {
+            self.left = match self.line(|line| match httparse::parse_chunk_size(line) {
+                Ok(httparse::Status::Complete((_, size))) => Some(size),
+                _ => None,
+            })? {
+                0 => {
+                    // Trailers say nothing that matters here.
+                    let mut trailers = 0;
+                    while !self.line(|line| Some(line == b"\r\n"))? {
+                        trailers += 1;
+                        if trailers > HEADERS {
+                            return Err(io::ErrorKind::InvalidData.into());
+                        }
+                    }
+                    Left::Bytes(0)
+                }
+                size => Left::Chunk(size),
+            };
+        }
+        let (Left::Bytes(left) | Left::Chunk(left)) = self.left else { return Ok(0) };
+        if left == 0 {
+            return Ok(0);
+        }
+        let most = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let n = self.connection.read(&mut buf[..most])?;
+        if n == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let left = left - n as u64;
+        self.left = match self.left {
+            Left::Chunk(_) if left == 0 => {
+                self.line(|line| (line == b"\r\n").then_some(()))?;
+                Left::NextChunk
+            }
+            Left::Chunk(_) => Left::Chunk(left),
+            Left::Bytes(_) | Left::NextChunk => Left::Bytes(left),
+        };
+        Ok(n)
+    }
+
+    /// Reads one line of the chunks' framing, with its end, and what it means.
+    fn line<T>(&mut self, meaning: impl Fn(&[u8]) -> Option<T>) -> io::Result<T> {
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while line.len() < 1024 && self.connection.read(&mut byte)? == 1 {
+            line.push(byte[0]);
+            if byte[0] == b'\n' {
+                return meaning(&line).ok_or_else(|| io::ErrorKind::InvalidData.into());
+            }
+        }
+        Err(io::ErrorKind::InvalidData.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECRET: &str = "0123456789abcdef";
+
+    fn whole(text: &str) -> Request {
+        match parse_head(text.as_bytes()) {
+            Head::Whole(request, length) => {
+                assert_eq!(length, text.len());
+                request
+            }
+            other => panic!("{text:?} is {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_requests_of_nix_are_understood() {
+        let put = whole(
+            "PUT /s/nar/x.nar.zst HTTP/1.1\r\nHost: 127.0.0.1:1\r\nUser-Agent: curl/7.85.0 Nix/2.8.0\r\n\
+             Accept: */*\r\nContent-Type: application/x-nix-nar\r\nContent-Length: 3000723\r\n\
+             Expect: 100-continue\r\n\r\n",
+        );
+        let want = Request {
+            method: Method::Put,
+            path: "/s/nar/x.nar.zst".into(),
+            range: None,
+            content_type: Some("application/x-nix-nar".into()),
+            framing: Framing::Length(3_000_723),
+            expects_continue: true,
+            keep_alive: true,
+        };
+        assert_eq!(put, want);
+        let get = whole("GET /s/nar/x HTTP/1.1\r\nrange: bytes=5-\r\nConnection: close\r\n\r\n");
+        assert_eq!(
+            (get.method, get.range.as_deref(), get.keep_alive),
+            (Method::Get, Some("bytes=5-"), false)
+        );
+        let chunked = whole("PUT /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n");
+        assert_eq!(chunked.framing, Framing::Chunked);
+        assert!(!whole("GET / HTTP/1.0\r\n\r\n").keep_alive);
+        assert!(whole("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n").keep_alive);
+    }
+
+    #[test]
+    fn a_head_is_read_alike_however_it_is_cut() {
+        let text = b"GET /s/a.narinfo HTTP/1.1\r\nHost: x\r\n\r\nrest";
+        for cut in 0..text.len() - 4 {
+            assert_eq!(parse_head(&text[..cut]), Head::Partial, "cut at {cut}");
+        }
+        assert!(matches!(parse_head(text), Head::Whole(_, n) if n == text.len() - 4));
+    }
+
+    #[test]
+    fn a_head_that_could_hide_another_request_is_refused() {
+        let many = format!("GET / HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(HEADERS + 1));
+        let long = format!("GET /{} HTTP/1.1\r\n\r\n", "a".repeat(MAX_HEAD));
+        for (text, status) in [
+            ("PUT /a HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+            ("PUT /a HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n", 400),
+            ("PUT /a HTTP/1.1\r\nContent-Length: +1\r\n\r\n", 400),
+            ("PUT /a HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+            ("PUT /a HTTP/1.1\r\nContent-Length: 1, 1\r\n\r\n", 400),
+            ("PUT /a HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n", 400),
+            ("PUT /a HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
+            ("PUT /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 501),
+            ("PUT /a HTTP/1.1\r\nExpect: something\r\n\r\n", 417),
+            ("PUT /a HTTP/1.1\r\n\r\n", 411),
+            ("GET / HTTP/1.1\r\nA : b\r\n\r\n", 400),
+            ("GET / HTTP/2.0\r\n\r\n", 400),
+            ("\x16\x03\x01\x02\x00\x01\x00", 400),
+            (&many, 431),
+            (&long, 431),
+        ] {
+            assert_eq!(parse_head(text.as_bytes()), Head::Bad(status), "{:.80}", text);
+        }
+        assert_eq!(parse_head(&vec![b'a'; MAX_HEAD]), Head::Bad(431));
+    }
+
+    #[test]
+    fn only_one_well_formed_range_counts() {
+        for (value, counts) in [
+            ("bytes=0-0", true),
+            ("bytes=5-", true),
+            ("bytes=-5", true),
+            ("bytes=5-4", false),
+            ("bytes=-", false),
+            ("bytes=0-1,3-4", false),
+            ("bytes=+1-2", false),
+            ("lines=1-2", false),
+            ("bytes=1-99999999999999999999", false),
+        ] {
+            assert_eq!(is_one_range(value), counts, "{value}");
+        }
+    }
+
+    #[test]
+    fn only_keys_of_a_binary_cache_below_the_secret_path_are_reached() {
+        let hash = "0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd";
+        let narinfo = format!("{hash}.narinfo");
+        let listing = format!("{hash}.ls");
+        for key in [
+            "nix-cache-info",
+            &narinfo,
+            &listing,
+            "nar/a.nar.zst",
+            "log/x.drv",
+            "realisations/sha256:a!out.doi",
+        ] {
+            let request = whole(&format!("GET /{SECRET}/{key} HTTP/1.1\r\n\r\n"));
+            assert_eq!(route(&request, SECRET, Access::Read), Route::Get(key));
+        }
+        for key in [
+            "",
+            "/",
+            "manifest.json",
+            "manifests/x",
+            "hosts/biz.json",
+            "x.narinfo",
+            ".narinfo",
+            "nar",
+            "nar/",
+            "nar//x",
+            "nar/../manifest.json",
+            "nar/..",
+            "nar/.x",
+            "nar/a/./b",
+            "nar/%2e%2e/x",
+            "nar/a?b",
+            "nar/a#b",
+            "nix-cache-info/",
+            "/nix-cache-info",
+            "NAR/x",
+            "nar/a\\b",
+            "nar/a;b",
+        ] {
+            let request = whole(&format!("GET /{SECRET}/{key} HTTP/1.1\r\n\r\n"));
+            assert_eq!(route(&request, SECRET, Access::Write), Route::Refuse(404), "{key}");
+        }
+        for path in [
+            "/",
+            "/nix-cache-info",
+            "/0123456789abcdee/nix-cache-info",
+            "/0123456789abcdef",
+            "/0123456789abcdef0/x",
+            "*",
+            "http://x/0123456789abcdef/nix-cache-info",
+            "//0123456789abcdef/nix-cache-info",
+        ] {
+            let request = whole(&format!("GET {path} HTTP/1.1\r\n\r\n"));
+            assert_eq!(route(&request, SECRET, Access::Write), Route::Stranger, "{path}");
+        }
+    }
+
+    #[test]
+    fn only_a_bridge_opened_for_writing_writes() {
+        let put = whole(&format!("PUT /{SECRET}/nar/x HTTP/1.1\r\nContent-Length: 1\r\n\r\n"));
+        assert_eq!(route(&put, SECRET, Access::Read), Route::Refuse(405));
+        assert_eq!(route(&put, SECRET, Access::Write), Route::Put("nar/x"));
+        for method in ["POST", "DELETE", "PATCH", "OPTIONS", "CONNECT", "get"] {
+            let request = whole(&format!("{method} /{SECRET}/nar/x HTTP/1.1\r\n\r\n"));
+            assert_eq!(route(&request, SECRET, Access::Write), Route::Refuse(405), "{method}");
+        }
+    }
+
+    #[test]
+    fn the_owner_of_a_loopback_connection_is_known() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let ours = listener.local_addr().unwrap();
+        let client = TcpStream::connect(ours).unwrap();
+        let uid = fs_err::metadata("/proc/self").unwrap().uid();
+        assert_eq!(owner_of(client.local_addr().unwrap(), ours), Some(uid));
     }
 }
