@@ -1,0 +1,1 @@
+//! The loopback bridge between Nix and an S3 cache.
