@@ -151,7 +151,8 @@ impl fmt::Display for PublicKey {
 /// What is wrong with who may read a secret key file; None when it is well or cannot be looked at.
 pub fn mode_trouble(path: &Path) -> Option<String> {
     let mode = fs_err::metadata(path).ok()?.permissions().mode() & 0o7777;
-    (mode & 0o077 != 0).then(|| format!("has mode {mode:04o}, others can use it; chmod 600 {}", path.display()))
+    (mode & 0o077 != 0)
+        .then(|| format!("has mode {mode:04o}, others can use it; chmod 600 {}", path.display()))
 }
 
 fn read_key_file(path: &Path, remedy: &str) -> Result<String> {

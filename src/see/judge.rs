@@ -234,8 +234,7 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
     row.reported_at = Some(state.checked_at);
     let (behind, overdue) = behind(manifest, state, now);
     let Some(entry) = state.services.get(&service.name) else {
-        (row.status, row.off) =
-            if behind { (Standing::Pending, overdue) } else { (Standing::Missing, true) };
+        (row.status, row.off) = if behind { (Standing::Pending, overdue) } else { (Standing::Missing, true) };
         row.problem = (!behind).then(|| {
             format!("{host} worked from this manifest and does not know the service; see 'omni-deploy logs deployer'")
         });
@@ -332,7 +331,8 @@ fn host_row(manifest: &Manifest, host: &HostName, report: &Report, now: Timestam
             return row;
         }
         Report::Unreadable(why) => {
-            row.problems.push(format!("its report cannot be read: {why}; upgrade whichever omni-deploy is older"));
+            row.problems
+                .push(format!("its report cannot be read: {why}; upgrade whichever omni-deploy is older"));
             return row;
         }
         Report::Silent(why) => {
