@@ -9,6 +9,7 @@ pub mod deployer;
 pub mod dispatch;
 pub mod durable;
 pub mod error;
+pub mod http;
 pub mod keys;
 pub mod manifest;
 pub mod names;

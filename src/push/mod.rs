@@ -1,1 +1,4 @@
 //! From a namespace to a published version.
+
+pub mod namespace;
+pub mod wait;
