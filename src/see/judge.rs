@@ -358,6 +358,7 @@ fn host_row(manifest: &Manifest, host: &HostName, report: &Report, now: Timestam
         changed_at: _,
         manifest_error,
         route,
+        reported: _,
         services: _,
     } = state.as_ref();
     row.reported_at = Some(*checked_at);
