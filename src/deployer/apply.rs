@@ -152,13 +152,11 @@ impl Host<'_> {
     ) {
         let rejected = !goal.proved;
         let reason = if rejected {
-            format!(
-                "{name}: {why}; push a mended version, or try this one again with 'deployer run --retry {name}'"
-            )
+            format!("{why}; push a mended version, or try this one again with 'deployer run --retry {name}'")
         } else {
-            format!("{name}: {why}; see 'journalctl -u {name}'")
+            format!("{why}; see 'journalctl -u {name}'")
         };
-        say::error(&reason);
+        say::error(format!("{name}: {reason}"));
         for line in &journal {
             say::info(format!("{name} | {line}"));
         }
@@ -194,8 +192,8 @@ impl Host<'_> {
             }
             if let Some(e) = failed {
                 // The host's trouble, not the release's: tried again by the next pass.
-                let reason = format!("{}: {e}", service.name);
-                say::error(&reason);
+                let reason = e.to_string();
+                say::error(format!("{}: {reason}", service.name));
                 let failure = Failure {
                     reason,
                     attempted: Some(goal.path.clone()),
