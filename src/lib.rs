@@ -1,6 +1,7 @@
 //! omni-deploy: from a developer's machine to a running service on a plain host. See docs/ARCHITECTURE.md for
 //! how one manifest flows through these modules.
 
+pub mod bridge;
 pub mod clock;
 pub mod cmd;
 pub mod config;
@@ -8,10 +9,14 @@ pub mod deployer;
 pub mod dispatch;
 pub mod durable;
 pub mod error;
+pub mod http;
+pub mod keys;
 pub mod manifest;
 pub mod names;
 pub mod nix;
 pub mod push;
 pub mod runner;
 pub mod say;
+pub mod see;
+pub mod ssh;
 pub mod store;

@@ -18,7 +18,6 @@ use crate::{nix, say};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long a service must stay up and well before it counts as up.
@@ -159,13 +158,11 @@ impl Host<'_> {
     ) {
         let rejected = !goal.proved;
         let reason = if rejected {
-            format!(
-                "{name}: {why}; push a mended version, or try this one again with 'deployer run --retry {name}'"
-            )
+            format!("{why}; push a mended version, or try this one again with 'deployer run --retry {name}'")
         } else {
-            format!("{name}: {why}; see 'journalctl -u {name}'")
+            format!("{why}; see 'journalctl -u {name}'")
         };
-        say::error(&reason);
+        say::error(format!("{name}: {reason}"));
         for line in &journal {
             say::info(format!("{name} | {line}"));
         }
@@ -201,8 +198,8 @@ impl Host<'_> {
             }
             if let Some(e) = failed {
                 // The host's trouble, not the release's: tried again by the next pass.
-                let reason = format!("{}: {e}", service.name);
-                say::error(&reason);
+                let reason = e.to_string();
+                say::error(format!("{}: {reason}", service.name));
                 let failure = Failure {
                     reason,
                     attempted: Some(goal.path.clone()),
@@ -377,13 +374,13 @@ fn starts(plan: &Plan) -> impl Iterator<Item = Start<'_>> {
 /// Whether the program of a service is there and may be executed.
 fn executable(service: &Service, path: &StorePath) -> Result<(), String> {
     let (program, _) = command::program(service, path);
-    let shown = Path::new(&program);
-    match fs_err::metadata(shown) {
+    let shown = program.display();
+    match fs_err::metadata(&program) {
         Ok(meta) if meta.is_file() && meta.permissions().mode() & 0o111 != 0 => Ok(()),
-        Ok(meta) if meta.is_file() => Err(format!("{program} is not executable")),
-        Ok(_) => Err(format!("{program} is not a file")),
+        Ok(meta) if meta.is_file() => Err(format!("{shown} is not executable")),
+        Ok(_) => Err(format!("{shown} is not a file")),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            Err(format!("there is no {program} in its closure; correct exec.command or the build"))
+            Err(format!("there is no {shown} in its closure; correct exec.command or the build"))
         }
         Err(e) => Err(e.to_string()),
     }

@@ -319,7 +319,7 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
     };
     let failure = plan.trouble.as_ref().map(|t| t.failure.clone()).or_else(|| {
         (status == Status::Failed).then(|| super::state::Failure {
-            reason: format!("{0}: it was up and is not any more; see 'journalctl -u {0}'", plan.name),
+            reason: format!("it was up and is not any more; see 'journalctl -u {}'", plan.name),
             attempted: plan.target.clone(),
             at: now,
             journal: Vec::new(),
@@ -344,11 +344,7 @@ fn tell(before: &State, after: &State) {
             (Some(failure), _) => {
                 let runs =
                     service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
-                say::error(format!(
-                    "{}: {} ({runs})",
-                    name,
-                    failure.reason.trim_start_matches(&format!("{name}: "))
-                ));
+                say::error(format!("{}: {} ({runs})", name, failure.reason));
             }
             (None, Status::Running) => {
                 if let Some(path) = &service.store_path {

@@ -1,0 +1,104 @@
+//! What the tests of caches need besides the S3 server: its bucket, and small closures in this machine's Nix
+//! store that are gone again at the end.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use crate::common::{KEY, S3Server, SECRET};
+use omni_deploy::names::StorePath;
+use omni_deploy::runner::Run;
+use omni_deploy::store::StoreUrl;
+use omni_deploy::store::s3::S3Store;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Settings of Nix for a machine without build users and without a network.
+pub const NIX_CONFIG: &str =
+    "sandbox = false\nbuild-users-group =\nsubstituters =\nexperimental-features = nix-command";
+
+/// A server's bucket below `cache/`, opened with this user's key.
+pub fn bucket_as(s3: &S3Server, id: &'static str, secret: &'static str) -> S3Store {
+    let StoreUrl::S3(location) = StoreUrl::parse(&s3.url("cache")).unwrap() else { panic!("no s3:// URL") };
+    let env = move |name: &str| match name {
+        "AWS_ACCESS_KEY_ID" => Some(id.to_string()),
+        "AWS_SECRET_ACCESS_KEY" => Some(secret.to_string()),
+        "AWS_EC2_METADATA_DISABLED" => Some("true".into()),
+        _ => None,
+    };
+    S3Store::open_in(&location, Arc::new(env)).unwrap()
+}
+
+/// A server's bucket below `cache/`.
+pub fn bucket(s3: &S3Server) -> S3Store {
+    bucket_as(s3, KEY, SECRET)
+}
+
+/// A closure of two input-addressed paths, `app` with a program that refers to `lib`.
+pub struct Closure {
+    pub app: StorePath,
+    pub lib: StorePath,
+    drvs: Vec<String>,
+}
+
+impl Closure {
+    /// `name` is the program's; `size` the bytes of noise in the library.
+    pub fn build(name: &str, size: u64) -> Closure {
+        let unique = tempfile::tempdir().unwrap();
+        let expression = format!(
+            "let make = name: script: derivation {{ inherit name; system = builtins.currentSystem; \
+             builder = \"/bin/sh\"; args = [ \"-ec\" script ]; PATH = \"/usr/bin:/bin\"; salt = \"{}\"; }};\n\
+             lib = make \"{name}-lib\" \"mkdir $out; head -c {size} /dev/urandom > $out/noise\";\n\
+             in make \"{name}\" \"mkdir -p $out/bin; echo ${{lib}} > $out/bin/{name}; chmod +x $out/bin/{name}\"\n",
+            unique.path().display()
+        );
+        let file = unique.path().join("closure.nix");
+        fs_err::write(&file, expression).unwrap();
+        let drv = ask("nix-instantiate", &[file.to_str().unwrap()]).trim().to_string();
+        let app = StorePath::parse(ask("nix-store", &["--realise", &drv]).trim()).unwrap();
+        let paths = ask("nix-store", &["--query", "--requisites", app.as_str()]);
+        let lib = paths.lines().find(|l| l.ends_with("-lib")).unwrap();
+        let drvs = ask("nix-store", &["--query", "--requisites", &drv]);
+        let drvs = drvs.lines().filter(|l| l.ends_with(".drv")).map(String::from).collect();
+        Closure { lib: StorePath::parse(lib).unwrap(), app, drvs }
+    }
+
+    pub fn paths(&self) -> [StorePath; 2] {
+        [self.app.clone(), self.lib.clone()]
+    }
+
+    /// Takes the closure out of this machine's store.
+    pub fn forget(&self) {
+        let mut words = vec!["--delete", self.app.as_str(), self.lib.as_str()];
+        words.extend(self.drvs.iter().map(String::as_str));
+        ask("nix-store", &words);
+    }
+}
+
+impl Drop for Closure {
+    fn drop(&mut self) {
+        let there = |p: &&str| fs_err::metadata(p).is_ok();
+        let all = [self.app.as_str(), self.lib.as_str()];
+        let words: Vec<&str> =
+            all.into_iter().chain(self.drvs.iter().map(String::as_str)).filter(there).collect();
+        if !words.is_empty() && !std::thread::panicking() {
+            ask("nix-store", &[&["--delete"], &words[..]].concat());
+        }
+    }
+}
+
+/// What a program of Nix's prints.
+pub fn ask(program: &str, words: &[&str]) -> String {
+    Run::new(program).args(words).env("NIX_CONFIG", NIX_CONFIG).success().unwrap().text()
+}
+
+/// A new signing key: its file, and its public part.
+pub fn key(dir: &tempfile::TempDir, name: &str) -> (PathBuf, String) {
+    let secret = ask("nix", &["key", "generate-secret", "--key-name", name]);
+    let file = dir.path().join(format!("{name}.secret"));
+    fs_err::write(&file, &secret).unwrap();
+    let public = Run::new("nix")
+        .args(["key", "convert-secret-to-public"])
+        .env("NIX_CONFIG", NIX_CONFIG)
+        .stdin(secret)
+        .success()
+        .unwrap();
+    (file, public.text().trim().to_string())
+}
