@@ -341,10 +341,13 @@ fn tell(before: &State, after: &State) {
             continue;
         }
         match (&service.failure, service.status) {
-            (Some(failure), _) => {
+            (Some(failure), status) => {
                 let runs =
                     service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
-                say::error(format!("{}: {} ({runs})", name, failure.reason));
+                // The reason of an attempt was said when it failed.
+                let reason =
+                    if failure.inputs.is_some() { String::new() } else { format!(": {}", failure.reason) };
+                say::error(format!("{name}: {}, {runs}{reason}", status.as_str()));
             }
             (None, Status::Running) => {
                 if let Some(path) = &service.store_path {
