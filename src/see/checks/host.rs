@@ -167,7 +167,7 @@ fn caddy(settings: &Settings, manifest: Option<&Manifest>) -> Vec<Check> {
 }
 
 fn route(observed: &Observed, settings: &Settings, needed: bool) -> Vec<Check> {
-    let bad = if needed { Check::fail } else { Check::warn };
+    let bad = |name, why: String| if needed { Check::fail(name, why) } else { Check::warn(name, why) };
     let servers = match observed {
         Observed::Unavailable(why) => return vec![bad("caddy admin", why.clone())],
         Observed::Servers(servers) => servers,
@@ -178,17 +178,15 @@ fn route(observed: &Observed, settings: &Settings, needed: bool) -> Vec<Check> {
         let routes = server.get("routes").and_then(Value::as_array);
         routes.is_some_and(|routes| routes.iter().any(|r| r.get("@id") == ours.get("@id")))
     };
-    let server = match (caddy::plan(settings.caddy_server.as_deref(), Some(&ours), observed), needed) {
-        (RoutePlan::Pending(why), true) => Check::fail(SERVER, why),
-        (RoutePlan::Pending(why), false) => Check::warn(SERVER, why),
-        (RoutePlan::Write(requests), _) => match servers.iter().find(|(_, server)| has_route(server)) {
-            Some((name, _)) => Check::ok(SERVER, format!("'{name}' has our route")),
-            None => {
-                let steps: Vec<&str> = requests.iter().map(|r| r.what.as_str()).collect();
-                Check::ok(SERVER, format!("the first route: {}", steps.join(", ")))
-            }
-        },
-        (RoutePlan::None | RoutePlan::Current, _) => Check::ok(SERVER, "has our route"),
+    let planned = caddy::plan(settings.caddy_server.as_deref(), Some(&ours), observed);
+    let server = match (planned, servers.iter().find(|(_, server)| has_route(server))) {
+        (RoutePlan::Pending(why), _) => bad(SERVER, why),
+        (_, Some((name, _))) => Check::ok(SERVER, format!("'{name}' has our route")),
+        (RoutePlan::Write(requests), None) => {
+            let steps: Vec<&str> = requests.iter().map(|r| r.what.as_str()).collect();
+            Check::ok(SERVER, format!("the first route: {}", steps.join(", ")))
+        }
+        (RoutePlan::None | RoutePlan::Current, None) => Check::ok(SERVER, "nothing to route"),
     };
     vec![Check::ok("caddy admin", format!("{} answers", settings.caddy_admin)), server]
 }
