@@ -59,7 +59,7 @@ fn named(settings: &Settings, manifest: &Manifest) -> Check {
     let hosts = reports::hosts(manifest);
     let here = manifest.services.iter().filter(|s| s.hosts.contains(&settings.host)).count();
     if here > 0 {
-        return Check::ok("host name", format!("{}, {here} services", settings.host));
+        return Check::ok("host name", format!("{}, services: {here}", settings.host));
     }
     let near = did_you_mean(settings.host.as_str(), hosts.iter().map(HostName::as_str));
     Check::warn(
@@ -277,7 +277,7 @@ fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
         secret_file(file).map(|why| Check::fail(NAME, format!("of {service}: {why}")))
     }));
     if checks.is_empty() {
-        checks.push(Check::ok(NAME, format!("{} files, root's alone", files.len())));
+        checks.push(Check::ok(NAME, format!("files, root's alone: {}", files.len())));
     }
     checks
 }
