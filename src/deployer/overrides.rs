@@ -72,10 +72,8 @@ impl Overrides {
         self.paused.retain(|name, pause| {
             desired.iter().any(|s| s.name == *name) && pause.until.is_none_or(|until| now < until)
         });
-        let kept: BTreeMap<ServiceName, Pin> = desired
-            .iter()
-            .filter_map(|s| self.pin(s).map(|pin| (s.name.clone(), pin.clone())))
-            .collect();
+        let kept: BTreeMap<ServiceName, Pin> =
+            desired.iter().filter_map(|s| self.pin(s).map(|pin| (s.name.clone(), pin.clone()))).collect();
         self.pinned = kept;
         before != self.paused.len() + self.pinned.len()
     }

@@ -166,6 +166,17 @@ pub enum Step {
     Unroot(String),
 }
 
+impl Step {
+    /// Whether it changes what runs: an interruption then leaves something to find out.
+    pub fn touches(&self) -> bool {
+        match self {
+            Step::Write(_) | Step::Enable | Step::Overlap(_) | Step::Restart(_) | Step::Prove(_) => true,
+            Step::Pause | Step::Remove(_) => true,
+            Step::Root(_) | Step::Fetch(_) | Step::Record | Step::Unroot(_) => false,
+        }
+    }
+}
+
 /// What is to be done for one service.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ServicePlan {
@@ -370,7 +381,7 @@ fn service(
             && !observed.present.contains(&goal.path)
             && failure.attempts > 0
             && failure.attempted.as_ref() == Some(&goal.path)
-            && now.0 - memory.state.checked_at.0.max(failure.at.0) < backoff_sec(failure.attempts);
+            && now.0 - memory.state.checked_at.0 < backoff_sec(failure.attempts);
         again.then(|| Trouble { rejected: false, failure: failure.clone() })
     };
     let remembered = || {
@@ -626,7 +637,13 @@ mod tests {
                         json!({"srv0": {"listen": [":443"], "routes": []}}).as_object().unwrap().clone(),
                     ),
                 },
-                memory: Memory { state, applied: BTreeMap::new(), readable: true, interrupted: BTreeSet::new(), overrides: Overrides::default() },
+                memory: Memory {
+                    state,
+                    applied: BTreeMap::new(),
+                    readable: true,
+                    interrupted: BTreeSet::new(),
+                    overrides: Overrides::default(),
+                },
                 learned: Learned::default(),
                 options: Options::default(),
                 broken: BTreeSet::new(),
