@@ -11,7 +11,7 @@ use std::fs::TryLockError;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What our own files begin with: the lock, and the temporary files of [`crate::durable`].
 const OWN_PREFIX: &str = ".omni-deploy";
@@ -49,9 +49,11 @@ impl DirStore {
         match e.kind() {
             ErrorKind::PermissionDenied => {
                 let rights = if verb == "read" || verb == "list" { "read" } else { "write to" };
+                let path = self.root.join(key);
+                let folder = path.ancestors().skip(1).find(|p| p.is_dir()).unwrap_or(&self.root);
                 StoreError::Refused(format!(
                     "{what}: permission denied; run this as a user who may {rights} {0} ('ls -ld {0}' says who)",
-                    self.root.display()
+                    folder.display()
                 ))
             }
             ErrorKind::StorageFull | ErrorKind::ReadOnlyFilesystem | ErrorKind::QuotaExceeded => {
@@ -63,6 +65,13 @@ impl DirStore {
             )),
             _ => StoreError::Unreachable(format!("{what}: {}", io_text(e))),
         }
+    }
+
+    fn changed(&self, key: &str) -> StoreError {
+        StoreError::Changed(format!(
+            "cannot write {key} in {}: somebody else wrote it first; read it again and retry",
+            self.url()
+        ))
     }
 
     /// The object's file with its size; None when there is none.
@@ -111,30 +120,33 @@ impl DirStore {
             }
             Err(e) => return Err(self.failed(verb, key, &e)),
         };
-        let started = Instant::now();
-        let mut pause = Duration::from_millis(1);
-        loop {
-            match file.file().try_lock() {
-                Ok(()) => break,
-                Err(TryLockError::WouldBlock) if started.elapsed() < self.lock_wait => {
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(Duration::from_millis(20));
+        // The kernel serves those who wait in their order, which asking again and again does not; the wait is
+        // a thread's, so that it can be given up.
+        let file = match file.file().try_lock() {
+            Ok(()) => file,
+            Err(TryLockError::Error(e)) => return Err(self.failed(verb, key, &e)),
+            Err(TryLockError::WouldBlock) => {
+                let (sender, locked) = std::sync::mpsc::channel();
+                // When nobody waits any more, the file goes down with the answer, and the lock with the file.
+                std::thread::spawn(move || drop(sender.send(file.file().lock().map(|()| file))));
+                match locked.recv_timeout(self.lock_wait) {
+                    Ok(Ok(file)) => file,
+                    Ok(Err(e)) => return Err(self.failed(verb, key, &e)),
+                    Err(_) => {
+                        let holder = fs_err::read_to_string(&path).unwrap_or_default();
+                        let holder = crate::say::printable(holder.trim()).into_owned();
+                        return Err(StoreError::Unreachable(format!(
+                            "cannot {verb} {key} in {}: {} was held for {} s by {}; if that process hangs, end \
+                             it ('fuser -v {1}' shows it)",
+                            self.url(),
+                            path.display(),
+                            self.lock_wait.as_secs(),
+                            if holder.is_empty() { "another process" } else { &holder },
+                        )));
+                    }
                 }
-                Err(TryLockError::WouldBlock) => {
-                    let holder = fs_err::read_to_string(&path).unwrap_or_default();
-                    let holder = crate::say::printable(holder.trim()).into_owned();
-                    return Err(StoreError::Unreachable(format!(
-                        "cannot {verb} {key} in {}: {} was held for {} s by {}; if that process hangs, end it \
-                         ('fuser -v {1}' shows it)",
-                        self.url(),
-                        path.display(),
-                        self.lock_wait.as_secs(),
-                        if holder.is_empty() { "another process" } else { &holder },
-                    )));
-                }
-                Err(TryLockError::Error(e)) => return Err(self.failed(verb, key, &e)),
             }
-        }
+        };
         if ours {
             // A hint for the person who waits: it need not survive anything.
             let program = std::env::args().next().unwrap_or_default();
@@ -201,24 +213,22 @@ impl Store for DirStore {
     fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
         let path = self.path(key)?;
         let failed = |e: io::Error| self.failed("write", key, &e);
-        self.folders(path.parent().unwrap_or(&self.root)).map_err(failed)?;
+        self.folders(&self.root).map_err(failed)?;
         let _lock = self.lock("write", key)?;
         let holds = match when {
-            When::Always => true,
-            // Exact also where something writes here without the lock.
-            When::Absent => {
-                if durable::create_new(&path, bytes, 0o644).map_err(failed)? {
-                    return Ok(etag(bytes));
-                }
-                false
-            }
+            // Nothing is made for a write that will not take place.
             When::Still(etag) => self.version(key)?.as_ref() == Some(etag),
+            When::Absent => !path.exists(),
+            When::Always => true,
         };
         if !holds {
-            return Err(StoreError::Changed(format!(
-                "cannot write {key} in {}: somebody else wrote it first; read it again and retry",
-                self.url()
-            )));
+            return Err(self.changed(key));
+        }
+        self.folders(path.parent().unwrap_or(&self.root)).map_err(failed)?;
+        if *when == When::Absent {
+            // Exact also where something writes here without the lock.
+            let made = durable::create_new(&path, bytes, 0o644).map_err(failed)?;
+            return if made { Ok(etag(bytes)) } else { Err(self.changed(key)) };
         }
         durable::write(&path, bytes, 0o644).map_err(failed)?;
         Ok(etag(bytes))
@@ -231,7 +241,17 @@ impl Store for DirStore {
             return Ok(());
         }
         let _lock = self.lock("delete", key)?;
-        durable::remove(&path).map(drop).map_err(|e| self.failed("delete", key, &e))
+        let failed = |e: io::Error| self.failed("delete", key, &e);
+        durable::remove(&path).map_err(failed)?;
+        // A folder is there for what is in it; writers make theirs under the lock, too.
+        for folder in path.ancestors().skip(1).take_while(|p| *p != self.root) {
+            match fs_err::remove_dir(folder) {
+                Ok(()) => {}
+                Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::NotFound) => break,
+                Err(e) => return Err(failed(e)),
+            }
+        }
+        Ok(())
     }
 
     fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
@@ -313,6 +333,11 @@ mod tests {
         assert_eq!(store.size("k"), Ok(Some(5)));
         store.delete("k").unwrap();
         assert_eq!(store.get("k", None, 9), Ok(Got::Missing));
+        assert!(changed(&When::Still(etag(b"three"))));
+        store.put("a/b/c", b"x", &When::Always).unwrap();
+        store.put("a/d", b"x", &When::Always).unwrap();
+        store.delete("a/b/c").unwrap();
+        assert!(!store.root.join("a/b").exists() && store.root.join("a/d").exists());
     }
 
     #[test]
