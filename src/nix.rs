@@ -25,6 +25,8 @@ pub const GCROOTS: &str = "/nix/var/nix/gcroots/omni-deploy";
 const FETCH_WITHIN: Duration = Duration::from_secs(15 * 60);
 /// How long a question to the local store's database may take.
 const ASK_WITHIN: Duration = Duration::from_secs(120);
+/// How often an upload that the network broke is taken up again, the first time included.
+const WRITE_TRIES: u32 = 3;
 /// Paths per command line; each has up to 255 bytes, a command line 2 MiB.
 const PER_CALL: usize = 2000;
 
@@ -156,12 +158,43 @@ impl Cache {
                 }
             }
         }
-        run = run.args(["--option", "download-attempts", "3", "--option", "connect-timeout", "15"]);
+        // Nix 2.8 tries an upload again with an empty body, and waits for an answer to it.
+        let attempts = if side == Side::To { "1" } else { "3" };
+        run = run.args(["--option", "download-attempts", attempts, "--option", "connect-timeout", "15"]);
         if side == Side::From && !settings.trusted_public_keys.is_empty() {
             let keys = settings.trusted_public_keys.join(" ");
             run = run.args(["--option", "require-sigs", "true", "--option", "trusted-public-keys", &keys]);
         }
         Ok((run, scratch))
+    }
+
+    /// Calls nix to write to this cache. What the network broke is taken up again: what was copied stays
+    /// copied, and the next call goes on from there.
+    fn write(
+        &self,
+        settings: &Settings,
+        side: Side,
+        words: &[&str],
+        paths: &[StorePath],
+        on_line: &mut dyn FnMut(&str),
+    ) -> Result<()> {
+        for some in paths.chunks(PER_CALL) {
+            let mut tries = 1;
+            loop {
+                let (run, _scratch) = self.nix(settings, side, words)?;
+                let output = run.args(some).each_line(|_, line| on_line(&self.clean(line)));
+                let Err(e) = check(output, "nix") else { break };
+                let cause = self.cause(&e);
+                let bridge = self.bridge.as_ref().filter(|b| b.may_pass() && tries < WRITE_TRIES);
+                let Some(bridge) = bridge else {
+                    return Err(Error::new(format!("nix {} to {} failed: {cause}", words[0], self.shown)));
+                };
+                say::warning(format!("{cause}; going on"));
+                bridge.forgive();
+                tries += 1;
+            }
+        }
+        Ok(())
     }
 
     /// Why a call of nix failed, in the bucket's words if it said something.
@@ -360,7 +393,7 @@ fn why_not(cache: &Cache, path: &StorePath, e: &RunError) -> FetchError {
     let has = |words: &[&str]| words.iter().any(|w| stderr.contains(w));
     if cache.bridge.as_ref().is_some_and(|b| !b.troubles().is_empty()) {
         FetchError::Unreachable(format!("cache {}: {cause}", cache.shown))
-    } else if has(&["signature", "hash mismatch", "corrupt", "NAR", "decompress", "zstd"]) {
+    } else if has(&["signature", "hash mismatch", "NAR", "compress", "archive", "unexpected end"]) {
         FetchError::Refused(format!(
             "nix refuses what {} has of {path}: {cause}; push it again with a key that is trusted here",
             cache.shown
@@ -408,23 +441,12 @@ pub fn publish(settings: &Settings, paths: &[StorePath], on_line: &mut dyn FnMut
         cache::forget(direct.as_ref(), &found.faults)?;
         unsigned.retain(|p| !found.faults.contains_key(p));
     }
-    let call =
-        |side: Side, words: &[&str], paths: &[StorePath], on_line: &mut dyn FnMut(&str)| -> Result<()> {
-            for some in paths.chunks(PER_CALL) {
-                let (run, _scratch) = cache.nix(settings, side, words)?;
-                let run = run.args(some);
-                let output = run.each_line(|_, line| on_line(&cache.clean(line)));
-                check(output, "nix").map_err(|e| {
-                    Error::new(format!("nix {} to {} failed: {}", words[0], cache.shown, cache.cause(&e)))
-                })?;
-            }
-            Ok(())
-        };
     if !whole {
-        call(Side::To, &["copy"], paths, on_line)?;
+        cache.write(settings, Side::To, &["copy"], paths, on_line)?;
     }
     if let (false, Some(file)) = (unsigned.is_empty(), &settings.secret_key_file) {
-        call(Side::Store, &["store", "sign", "--key-file", &file.to_string_lossy()], &unsigned, on_line)?;
+        let sign = ["store", "sign", "--key-file", &file.to_string_lossy()];
+        cache.write(settings, Side::Store, &sign, &unsigned, on_line)?;
     }
     Ok(Published::Copied)
 }
@@ -461,8 +483,7 @@ pub fn verify_closure(settings: &Settings, paths: &[StorePath]) -> Result<Figure
         && let Some(path) = found.unsigned_by(&key).first()
     {
         return Err(Error::new(format!(
-            "{path} in the cache {shown} has no signature by the key {key}; sign it with \
-             'nix store sign --recursive --key-file FILE {path}' and push again"
+            "{path} in the cache {shown} has no signature by the key {key}; push it again with 'omni-deploy push'"
         )));
     }
     Ok(figures(&found))

@@ -11,10 +11,11 @@ use crate::names::StorePath;
 use serde_json::{Map, Value};
 use std::collections::{HashMap, HashSet};
 
-/// There is no such service: with the nearest names, or how one is added.
+/// There is no such service: with the nearest names, or where those are that there are.
 pub fn unknown_service(name: &str, manifest: &Manifest) -> Error {
     let near = did_you_mean(name, manifest.services.iter().map(|s| s.name.as_str()));
-    let next = if near.is_empty() { "; add it with 'deploy-manifest add-service'" } else { near.as_str() };
+    let next =
+        if near.is_empty() { "; 'deploy-manifest show' prints those there are" } else { near.as_str() };
     Error::new(format!("no service '{}' in the manifest{next}", crate::say::printable(name)))
 }
 
@@ -29,7 +30,10 @@ fn index(manifest: &Manifest, name: &str) -> Result<usize> {
 /// Gives a service its closure, and the commit it was built from. Returns whether anything changed: the same
 /// path again, without a commit or with the same, changes nothing.
 pub fn update(manifest: &mut Manifest, name: &str, path: &StorePath, revision: Option<&str>) -> Result<bool> {
-    let at = index(manifest, name)?;
+    let at = index(manifest, name).map_err(|e| {
+        let joint = if e.to_string().ends_with('?') { " a new one is added" } else { "; add it" };
+        Error::new(format!("{e}{joint} with 'deploy-manifest add-service'"))
+    })?;
     let service = &mut manifest.services[at];
     let target = Target::Path(path.clone());
     let same_path = service.artifact.store_path == target;
