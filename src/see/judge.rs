@@ -507,8 +507,8 @@ mod tests {
             assert_eq!((row.status, row.off), (standing, off), "{target:?} {age} {serial} {services:?}");
             assert_eq!(picture.rows.len(), 1);
             assert!(
-                off == row.problem.is_some(),
-                "what is off has a reason: {target:?} {age} {serial} {services:?}"
+                (off || standing == Standing::Stopped) == row.problem.is_some(),
+                "what is off or stopped has a reason: {target:?} {age} {serial} {services:?}"
             );
         }
     }
