@@ -390,6 +390,7 @@ fn state(serial: u64, status: Status, runs: &StorePath, attempted: Option<&Store
         attempted: Some(path.clone()),
         at: Timestamp(0),
         journal: vec!["panic: no database".into()],
+        attempts: 0,
         inputs: None,
     });
     let service = ServiceState {
@@ -399,6 +400,9 @@ fn state(serial: u64, status: Status, runs: &StorePath, attempted: Option<&Store
         since: Timestamp(0),
         previous: Vec::new(),
         failure,
+        secrets_changed: false,
+        pinned_since: None,
+        paused_until: None,
     };
     state.services.insert(name, service);
     serde_json::to_string(&state).unwrap()

@@ -185,7 +185,8 @@ impl Host<'_> {
             at: Timestamp::now(),
             journal,
             attempts: 0,
-            inputs: Some(goal.inputs.clone()),
+            // What has been up before may be started again at any time: only a refusal is remembered.
+            inputs: rejected.then(|| goal.inputs.clone()),
         };
         learned.troubles.insert((name.clone(), goal.inputs.clone()), Trouble { rejected, failure });
     }

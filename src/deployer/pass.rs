@@ -398,7 +398,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         reported: true,
         services,
     };
-    tell(&before, &state);
+    tell(&before, &state, &learned);
     let code = state.exit_code();
     publish(root, store.as_ref(), &before, state)?;
     if root.intent().exists() {
@@ -477,7 +477,7 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
 }
 
 /// The story's last lines: what is off (once, when it begins), and what is well again.
-fn tell(before: &State, after: &State) {
+fn tell(before: &State, after: &State, learned: &Learned) {
     for (name, service) in &after.services {
         let old = before.services.get(name);
         let same = old.is_some_and(|o| o.status == service.status && o.failure == service.failure);
@@ -489,8 +489,8 @@ fn tell(before: &State, after: &State) {
                 let runs =
                     service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
                 // The reason of an attempt was said when it failed.
-                let reason =
-                    if failure.inputs.is_some() { String::new() } else { format!(": {}", failure.reason) };
+                let said = learned.troubles.values().any(|t| t.failure == *failure);
+                let reason = if said { String::new() } else { format!(": {}", failure.reason) };
                 say::error(format!("{name}: {}, {runs}{reason}", status.as_str()));
             }
             (None, Status::Running) => {

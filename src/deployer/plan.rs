@@ -4,7 +4,7 @@
 
 use super::caddy::{self, RoutePlan};
 use super::overrides::Overrides;
-use super::state::{Failure, State, Status};
+use super::state::{Failure, State};
 use super::systemd::Listed;
 use super::unit;
 use crate::clock::Timestamp;
@@ -385,8 +385,7 @@ fn service(
         again.then(|| Trouble { rejected: false, failure: failure.clone() })
     };
     let remembered = || {
-        let before = before.filter(|b| b.status == Status::Rejected && !options.retry.contains(name))?;
-        let failure = before.failure.as_ref()?;
+        let failure = before.filter(|_| !options.retry.contains(name))?.failure.as_ref()?;
         (failure.inputs.as_deref() == Some(candidate.inputs.as_str()))
             .then(|| Trouble { rejected: true, failure: failure.clone() })
     };
@@ -395,7 +394,7 @@ fn service(
         let goal = applied.map(|a| goal_of(&a.service, &a.path, stamp, applied, false));
         let stopped = matches!(seen.listed.active.as_str(), "" | "inactive" | "failed") && !seen.wanted;
         let steps = if stopped || seen.file == UnitFile::Absent { Vec::new() } else { vec![Step::Pause] };
-        return ServicePlan { paused: true, ..done(goal, None, steps) };
+        return ServicePlan { paused: true, ..done(goal, remembered(), steps) };
     }
     if let Some(Err(reason)) = secrets {
         // Nothing is started with secrets that others can read, and nothing that runs is touched.
@@ -554,6 +553,7 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
+    use super::super::state::Status;
     use super::*;
     use crate::manifest::{Artifact, Exec, Hardening, Rollout, Systemd, Target};
     use serde_json::{Map, json};
@@ -694,7 +694,7 @@ mod tests {
                                 at: NOW,
                                 journal: Vec::new(),
                                 attempts: 0,
-                                inputs: Some(goal.inputs.clone()),
+                                inputs: (!goal.proved).then(|| goal.inputs.clone()),
                             };
                             let trouble = Trouble { rejected: !goal.proved, failure };
                             self.learned

@@ -264,8 +264,8 @@ mod tests {
     #[test]
     fn what_cannot_be_set_is_refused_and_changes_nothing() {
         for (assignment, message) in [
-            ("port=1", "port: unknown field; did you mean 'http.internalPort'?"),
-            ("http.port=1", "http.port: unknown field; did you mean 'internalPort'?"),
+            ("port=1", "port: unknown field; did you mean 'http.internalPort' or 'http.portEnv'?"),
+            ("http.port=1", "http.port: unknown field; did you mean 'internalPort' or 'portEnv'?"),
             ("http.internalPort=99999", "http.internalPort: 99999 is not a port"),
             ("http.internalPort=x", "http.internalPort: \"x\" is a string"),
             ("http={\"port\": 1}", "http.domain: missing"),

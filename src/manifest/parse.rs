@@ -707,7 +707,7 @@ mod tests {
             (
                 "/services/0/port",
                 json!(80),
-                "services[0].port: unknown field; did you mean 'http.internalPort'?",
+                "services[0].port: unknown field; did you mean 'http.internalPort' or 'http.portEnv'?",
             ),
             ("/services/0/nmae", json!(80), "services[0].nmae: unknown field; did you mean 'name'"),
             ("/services/0/a b", json!(80), "services[0][\"a b\"]: unknown field"),
@@ -796,7 +796,7 @@ mod tests {
             (
                 "/services/0/http/port",
                 json!(80),
-                "services[0].http.port: unknown field; did you mean 'internalPort'?",
+                "services[0].http.port: unknown field; did you mean 'internalPort' or 'portEnv'?",
             ),
             ("/services/0/http/domain", json!("a_b.c"), "services[0].http.domain: \"a_b.c\" has '_'"),
             ("/services/0/http/domain", json!("bücher.de"), "services[0].http.domain: \"bücher.de\" has 'ü'"),
@@ -809,11 +809,6 @@ mod tests {
                 "services[0].health.timeoutSec: 0 is not a number of seconds",
             ),
             ("/services/0/http", json!(null), "services[0].health.path: \"/health?deep=1\" needs http"),
-            (
-                "/services/0/rollout",
-                json!("overlap"),
-                "services[0].rollout: \"overlap\" is not in this version yet",
-            ),
             ("/services/0/rollout", json!("canary"), "services[0].rollout: \"canary\" is not known"),
             ("/services/0/systemd/after", json!(["x"]), "services[0].systemd.after[0]: \"x\" is no unit"),
             ("/services/0/systemd/requires", json!("x.service"), "services[0].systemd.requires: "),
@@ -973,6 +968,42 @@ mod tests {
             }
             let first = read(&document, Mode::Strict).unwrap();
             assert_eq!(manifest(&first.to_bytes(), Mode::Strict).unwrap(), first, "{subset:b}");
+        }
+    }
+
+    #[test]
+    fn a_service_overlaps_only_where_a_second_instance_can_be_given_its_port() {
+        let http = json!({"domain": "a.example.com", "internalPort": 8080});
+        for (fields, reason) in [
+            (json!({"http": null}), Some("needs http")),
+            (json!({"http": http}), Some("no variable of env is \"8080\"")),
+            (json!({"http": http, "env": {"PORT": "8080"}}), None),
+            (json!({"http": http, "env": {"LISTEN": "8080"}}), None),
+            (json!({"http": http, "env": {"A": "8080", "PORT": "8080"}}), None),
+            (json!({"http": http, "env": {"A": "8080", "B": "8080"}}), Some("no variable")),
+            (
+                json!({"http": {"domain": "a.b", "internalPort": 1, "portEnv": "P"}, "env": {"PORT": "1"}}),
+                Some("'P' of http.portEnv"),
+            ),
+            (
+                json!({"http": http, "env": {"PORT": "8080"}, "hardening": {"dynamicUser": true}}),
+                Some("a name in exec.user"),
+            ),
+        ] {
+            let mut service = json!({
+                "name": "ava", "hosts": ["biz"], "rollout": "overlap",
+                "artifact": {"storePath": "/nix/store/placeholder"},
+            });
+            let entries = fields.as_object().unwrap().clone();
+            service.as_object_mut().unwrap().extend(entries);
+            let parsed = super::service(service, Mode::Strict, None);
+            match reason {
+                None => assert_eq!(parsed.unwrap().rollout, Rollout::Overlap, "{fields}"),
+                Some(reason) => {
+                    let error = parsed.unwrap_err();
+                    assert!(error.path.ends_with("rollout") && error.reason.contains(reason), "{error}");
+                }
+            }
         }
     }
 }
