@@ -205,7 +205,7 @@ fn every_mistake_is_one_line_and_changes_nothing() {
         (words(&["remove-service", "we"]), "did you mean 'web'"),
         (
             words(&["set", "ava", "http.port=1"]),
-            "ava: http.port: unknown field; did you mean 'internalPort'?",
+            "ava: http.port: unknown field; did you mean 'internalPort' or 'portEnv'?",
         ),
         (
             words(&["set", "ava", "http={\"domain\": \"b.org\", \"internalPort\": 80}"]),
