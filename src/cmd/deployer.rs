@@ -1,9 +1,254 @@
-//! Not written yet.
+//! `deployer`: one pass, its preview, and the state for people.
 
-use super::Call;
-use crate::error::Result;
+use super::{Call, print};
+use crate::clock::Timestamp;
+use crate::config::Settings;
+use crate::deployer::caddy::RoutePlan;
+use crate::deployer::pass::{self, Asks, Preview};
+use crate::deployer::plan::{ServicePlan, Step};
+use crate::deployer::root::STATE_FILE;
+use crate::deployer::state::{RouteStatus, State};
+use crate::error::{Error, Result};
+use crate::say;
+use argh::FromArgs;
+use serde_json::{Value, json};
+
+#[derive(FromArgs)]
+/// Bring this host to what the manifest says. Without a command: run.
+#[argh(
+    example = "sudo {command_name} run
+sudo {command_name} plan
+{command_name} state",
+    note = "Exit codes: 0 done or nothing to do, 1 nothing could be done, 3 a service failed and its previous \
+            version runs, 4 a service is down."
+)]
+struct Args {
+    #[argh(subcommand)]
+    command: Command,
+}
+
+#[derive(FromArgs)]
+#[argh(subcommand)]
+enum Command {
+    Run(RunArgs),
+    Plan(PlanArgs),
+    State(StateArgs),
+}
+
+#[derive(FromArgs)]
+/// Make one pass: fetch the manifest, deploy what differs, repair what is off, report.
+#[argh(
+    subcommand,
+    name = "run",
+    example = "sudo {command_name}
+sudo {command_name} --retry ava"
+)]
+struct RunArgs {
+    #[argh(switch)]
+    /// started by the timer: a pass already under way is then no error
+    timer: bool,
+    #[argh(option, arg_name = "name")]
+    /// try a rejected version of this service again (may be repeated)
+    retry: Vec<String>,
+    #[argh(switch)]
+    /// remove all services of this host if the manifest has none for it
+    allow_empty: bool,
+}
+
+#[derive(FromArgs)]
+/// Print what run would do, without touching anything.
+#[argh(subcommand, name = "plan", example = "sudo {command_name} --json | jq .services")]
+struct PlanArgs {
+    #[argh(switch)]
+    /// print JSON
+    json: bool,
+    #[argh(option, arg_name = "name")]
+    /// as for run
+    retry: Vec<String>,
+    #[argh(switch)]
+    /// as for run
+    allow_empty: bool,
+}
+
+#[derive(FromArgs)]
+/// Print the state that the last pass left, for people.
+#[argh(subcommand, name = "state", example = "{command_name}")]
+struct StateArgs {
+    #[argh(switch)]
+    /// print the file as it is
+    json: bool,
+}
 
 /// Runs the command.
-pub fn run(_call: &Call) -> Result<u8> {
-    todo!()
+pub fn run(call: &Call) -> Result<u8> {
+    let mut call = call.clone();
+    let first = call.args.first().map(String::as_str);
+    let asks_for_help = matches!(first, Some("--help" | "help"));
+    let is_option = first.is_none_or(|a| a.starts_with('-'));
+    if is_option && !asks_for_help {
+        call.args.insert(0, "run".into());
+    }
+    let args: Args = call.parse()?;
+    match args.command {
+        Command::Run(a) => {
+            let asks = Asks { timer: a.timer, retry: a.retry, allow_empty: a.allow_empty };
+            pass::run(&call.settings()?, &asks)
+        }
+        Command::Plan(a) => {
+            let asks = Asks { timer: false, retry: a.retry, allow_empty: a.allow_empty };
+            let settings = call.settings()?;
+            let preview = pass::preview(&settings, &asks)?;
+            if let Some(error) = &preview.manifest_error {
+                say::warning(format!("{error}; planned from the last good manifest"));
+            }
+            print(&if a.json { plan_json(&preview) } else { plan_text(&preview, &settings) })?;
+            Ok(0)
+        }
+        Command::State(a) => state(a.json),
+    }
+}
+
+fn step_text(step: &Step) -> String {
+    match step {
+        Step::Root(path) => format!("root {path}"),
+        Step::Fetch(path) => format!("fetch {path}"),
+        Step::Write(why) => format!("write its unit ({why})"),
+        Step::Enable => "have it started at boot".into(),
+        Step::Overlap(why) => format!("prove the new version beside it and lead requests there ({why})"),
+        Step::Restart(why) => format!("restart and see it come up ({why})"),
+        Step::Record => "take its changed entry down".into(),
+        Step::Remove(why) => format!("stop and remove ({why})"),
+        Step::Unroot(base) => format!("let go of {}/{base}", crate::names::STORE_DIR),
+    }
+}
+
+fn step_json(step: &Step) -> Value {
+    match step {
+        Step::Root(path) => json!({"do": "root", "path": path}),
+        Step::Fetch(path) => json!({"do": "fetch", "path": path}),
+        Step::Write(why) => json!({"do": "write", "why": why}),
+        Step::Enable => json!({"do": "enable"}),
+        Step::Overlap(why) => json!({"do": "overlap", "why": why}),
+        Step::Restart(why) => json!({"do": "restart", "why": why}),
+        Step::Record => json!({"do": "record"}),
+        Step::Remove(why) => json!({"do": "remove", "why": why}),
+        Step::Unroot(base) => {
+            json!({"do": "unroot", "path": format!("{}/{base}", crate::names::STORE_DIR)})
+        }
+    }
+}
+
+fn plan_text(preview: &Preview, settings: &Settings) -> String {
+    let mut text =
+        format!("host {}, manifest serial {} of {}\n", settings.host, preview.serial, preview.generation);
+    let plan = &preview.plan;
+    for service in plan.services.iter().chain(&plan.gone) {
+        if let Some(trouble) = &service.trouble {
+            text.push_str(&format!("{}: {}\n", service.name, say::printable(&trouble.failure.reason)));
+        }
+        for step in &service.steps {
+            text.push_str(&format!("{}: {}\n", service.name, step_text(step)));
+        }
+    }
+    for name in &plan.understudies {
+        text.push_str(&format!("{name}: stop and remove the understudy that an earlier pass left\n"));
+    }
+    match &plan.route {
+        RoutePlan::None | RoutePlan::Current => {}
+        RoutePlan::Pending(why) => text.push_str(&format!("route: pending: {why}\n")),
+        RoutePlan::Write(requests) => {
+            for request in requests {
+                text.push_str(&format!("route: {}\n", request.what));
+            }
+        }
+    }
+    if plan.is_empty() {
+        text.push_str("nothing to do\n");
+    }
+    text
+}
+
+fn plan_json(preview: &Preview) -> String {
+    let service = |s: &ServicePlan| {
+        json!({
+            "name": s.name,
+            "target": s.target,
+            "goal": s.goal.as_ref().map(|g| &g.path),
+            "desired": s.goal.as_ref().is_some_and(|g| g.desired),
+            "reason": s.trouble.as_ref().map(|t| &t.failure.reason),
+            "steps": s.steps.iter().map(step_json).collect::<Vec<_>>(),
+        })
+    };
+    let route = match &preview.plan.route {
+        RoutePlan::None => json!({"status": "none"}),
+        RoutePlan::Current => json!({"status": "current"}),
+        RoutePlan::Pending(why) => json!({"status": "pending", "reason": why}),
+        RoutePlan::Write(requests) => json!({
+            "status": "write",
+            "requests": requests
+                .iter()
+                .map(|r| json!({"method": r.method, "path": r.path, "body": r.body}))
+                .collect::<Vec<_>>(),
+        }),
+    };
+    let value = json!({
+        "version": 1,
+        "serial": preview.serial,
+        "manifestError": preview.manifest_error,
+        "empty": preview.plan.is_empty(),
+        "services": preview.plan.services.iter().map(service).collect::<Vec<_>>(),
+        "gone": preview.plan.gone.iter().map(service).collect::<Vec<_>>(),
+        "understudies": preview.plan.understudies,
+        "route": route,
+    });
+    format!("{value:#}")
+}
+
+fn state(json: bool) -> Result<u8> {
+    let bytes = match fs_err::read(STATE_FILE) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::new(format!(
+                "no {STATE_FILE}: no pass has finished on this host; run 'deployer'"
+            )));
+        }
+        Err(e) => return Err(e.into()),
+    };
+    if json {
+        print(&String::from_utf8_lossy(&bytes))?;
+        return Ok(0);
+    }
+    let state = State::parse(&bytes).map_err(|e| {
+        Error::new(format!("{STATE_FILE} cannot be used: {e}; run 'deployer' to write it anew"))
+    })?;
+    let now = Timestamp::now();
+    let mut text = format!(
+        "host {}, manifest serial {}, last written {} ago\n",
+        state.host,
+        state.serial.map_or("none".to_string(), |s| s.to_string()),
+        state.checked_at.age(now)
+    );
+    if let Some(error) = &state.manifest_error {
+        text.push_str(&format!("manifest: {}\n", say::printable(error)));
+    }
+    for service in state.services.values() {
+        let path = service.store_path.as_ref().map_or("nothing runs".to_string(), ToString::to_string);
+        text.push_str(&format!(
+            "{:<24} {:<9} {:>5}  {path}\n",
+            service.name,
+            service.status.as_str(),
+            service.since.age(now)
+        ));
+        if let Some(failure) = &service.failure {
+            text.push_str(&format!("    {}\n", say::printable(&failure.reason)));
+            for line in &failure.journal {
+                text.push_str(&format!("    | {}\n", say::printable(line)));
+            }
+        }
+    }
+    if let (RouteStatus::Pending, Some(reason)) = (state.route.status, &state.route.reason) {
+        text.push_str(&format!("route pending: {}\n", say::printable(reason)));
+    }
+    print(&text)?;
+    Ok(0)
 }

@@ -1,4 +1,15 @@
-//! The host agent.
+//! The host's agent. One pass compares what is with what should be and changes the difference: [`pass`] runs
+//! it, [`observe`] looks, [`plan`] decides, [`apply`] acts, [`state`] is what remains.
 
+pub mod applied;
+pub mod apply;
+pub mod caddy;
+pub mod lock;
+pub mod observe;
+pub mod overlap;
+pub mod pass;
+pub mod plan;
 pub mod root;
 pub mod state;
+pub mod systemd;
+pub mod unit;

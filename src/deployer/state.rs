@@ -36,6 +36,9 @@ pub struct State {
     /// Caddy's route.
     #[serde(default)]
     pub route: RouteState,
+    /// Whether this reached the bucket; if not, the next pass tries again.
+    #[serde(default)]
+    pub reported: bool,
     /// The services of this host, by name.
     pub services: BTreeMap<ServiceName, ServiceState>,
 }
@@ -147,6 +150,7 @@ impl State {
             changed_at: None,
             manifest_error: None,
             route: RouteState::default(),
+            reported: false,
             services: BTreeMap::new(),
         }
     }

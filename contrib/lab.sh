@@ -1,0 +1,597 @@
+#!/usr/bin/env bash
+# Boots throw-away systemd hosts from this machine's own file system, for tests and the demo.
+#
+# A host is an overlay of / whose changes live in memory, booted by systemd-nspawn in a cgroup, a network
+# namespace and a pid namespace of its own, with an empty Nix store, its own journal, Caddy, D-Bus and sshd.
+# The machine below is only ever read: nothing is mounted, written, started or routed outside
+# $OMNI_LAB_DIR/NAME, one cgroup and one veth device per host, and `down` takes all of these away again.
+set -euo pipefail
+shopt -s nullglob
+
+LAB_DIR=${OMNI_LAB_DIR:-/run/omni-deploy-lab}
+NET=${OMNI_LAB_NET:-10.231}            # hosts get $NET.N.2, and reach the outside at $NET.N.1
+BOOT_TIMEOUT=${OMNI_LAB_BOOT_TIMEOUT:-90}
+INNER_PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+
+usage() {
+  cat <<'TEXT'
+usage: lab.sh COMMAND [NAME] [ARGUMENTS]        (as root)
+
+  packages                install the Debian packages a host needs, if any is missing
+  up NAME [--hostname H] [--caddyfile FILE]
+                          boot a fresh host; a leftover of that name is removed first
+  run NAME COMMAND...     run a command in the host as root; stdio and exit code pass through
+  ip NAME                 the host's address, reachable from here
+  gateway NAME            this side's address, reachable from the host
+  leader NAME             process id of the host's systemd, seen from here
+  root NAME               the host's root directory, seen from here (not its /run, /dev, /proc, /sys)
+  console NAME            what its boots printed
+  reboot NAME             clean shutdown, then boot the same disk; /run starts empty
+  stop NAME               clean shutdown
+  kill NAME               the power fails (poweroff is the same): every process dies at once
+  start NAME              boot the same disk again, after stop, kill or a reboot from inside
+  ssh-setup NAME [DIR]    make `ssh HOSTNAME` work with DIR/bin first on PATH, as user admin with sudo
+                          (DIR: the lab directory's own ssh folder for that host)
+  list                    the hosts there are, and whether they run
+  down NAME | down-all    take a host away, with everything that belonged to it
+
+example: lab.sh up biz && lab.sh run biz systemctl status caddy; lab.sh down biz
+environment: OMNI_LAB_DIR (/run/omni-deploy-lab), OMNI_LAB_NET (10.231), OMNI_LAB_BOOT_TIMEOUT (90 s)
+TEXT
+}
+
+say() { printf 'lab: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# A wrong call exits 2, like the tool's own commands, so that a test can tell it from a failed host.
+misuse() { say "$*; see 'lab.sh --help'"; exit 2; }
+
+# What a host needs, by the file that proves it: a Nix or Caddy from elsewhere would not be visible inside.
+REQUIRED=(
+  /usr/bin/nix:nix-bin
+  /usr/bin/caddy:caddy
+  /lib/systemd/system/caddy.service:caddy
+  /usr/bin/systemd-nspawn:systemd-container
+  /usr/bin/dbus-daemon:dbus
+  /usr/bin/jq:jq
+  /usr/bin/curl:curl
+  /usr/bin/shellcheck:shellcheck
+  /usr/bin/sudo:sudo
+  /usr/sbin/sshd:openssh-server
+  /usr/bin/ssh:openssh-client
+  /bin/ip:iproute2
+  /bin/busybox:busybox-static
+)
+
+# Names of the packages that are not there yet, each once.
+missing_packages() {
+  local entry
+  for entry in "${REQUIRED[@]}"; do
+    [[ -e ${entry%%:*} ]] || printf '%s\n' "${entry#*:}"
+  done | sort -u
+}
+
+# Installing a daemon on Debian starts it and enables it for the next boot. Neither may happen to the machine
+# below, so starting is forbidden for the time of the installation and what was new is disabled after it.
+cmd_packages() {
+  local -a missing
+  mapfile -t missing < <(missing_packages)
+  ((${#missing[@]})) || return 0
+  command -v apt-get >/dev/null || die "missing ${missing[*]}, and there is no apt-get here; install them by hand"
+  local policy=/usr/sbin/policy-rc.d package rc=0
+  if [[ ! -e $policy ]]; then
+    # shellcheck disable=SC2064  # this path, also when the function is long gone
+    trap "rm -f '$policy'" EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+  fi
+  say "installing ${missing[*]}"
+  {
+    apt-get install -y --no-install-recommends "${missing[@]}" ||
+      { apt-get update && apt-get install -y --no-install-recommends "${missing[@]}"; }
+  } >&2 </dev/null || rc=$?
+  for package in "${missing[@]}"; do
+    case $package in
+      caddy) systemctl disable caddy.service ;;
+      openssh-server) systemctl disable ssh.service ;;
+      nix-bin) systemctl disable nix-daemon.socket nix-daemon.service ;;
+    esac >/dev/null 2>&1 || say "$package: its unit stays enabled on this machine; see 'systemctl disable'"
+  done
+  local -a still
+  mapfile -t still < <(missing_packages)
+  ((${#still[@]} == 0)) ||
+    die "could not install ${still[*]} (apt-get ended $rc, its words are above); mend the package sources and try again"
+}
+
+# --- one host's own things ------------------------------------------------------------------------------
+
+# Everything that belongs to host $1 hangs from these; $n is its number on the network and in the cgroups.
+select_host() {
+  name=$1
+  [[ $name =~ ^[a-z0-9][a-z0-9-]{0,39}$ ]] ||
+    misuse "'$name' cannot name a host: lower-case letters, digits and '-', at most 40"
+  dir=$LAB_DIR/$name
+  disk=$dir/disk
+  root=$disk/root
+}
+
+# The same for a host that must exist already.
+existing_host() {
+  (($# >= 1)) || misuse "the host's NAME is missing"
+  select_host "$1"
+  [[ -r $dir/number ]] || die "no host '$name'; make it with 'lab.sh up $name'"
+  n=$(<"$dir/number")
+  locate_cgroup
+}
+
+# On cgroup2 machines the tree is at /sys/fs/cgroup; hybrid ones have it below, beside a v1 tree for systemd
+# that nspawn mirrors, so there the host owns a folder in both.
+locate_cgroup() {
+  local base
+  legacy=
+  case $(stat -fc %T /sys/fs/cgroup 2>/dev/null) in
+    cgroup2fs) base=/sys/fs/cgroup ;;
+    *)
+      base=/sys/fs/cgroup/unified
+      [[ $(stat -fc %T "$base" 2>/dev/null) == cgroup2fs ]] ||
+        die "no cgroup2 below /sys/fs/cgroup; mount one at /sys/fs/cgroup/unified"
+      [[ -d /sys/fs/cgroup/systemd ]] && legacy=/sys/fs/cgroup/systemd/omni-deploy-lab-$n
+      ;;
+  esac
+  cgroup=$base/omni-deploy-lab-$n
+}
+
+# True while any process of the host lives: the kernel's word, which no stale pid file can fake.
+is_alive() {
+  [[ -r $cgroup/cgroup.events ]] && grep -qx 'populated 1' "$cgroup/cgroup.events"
+}
+
+# Sets $leader to the host's pid 1 as seen from here, checked against its cgroup because pids are reused.
+find_leader() {
+  local candidate line starter
+  local -a children
+  leader=
+  if [[ -r $dir/leader ]]; then
+    read -r candidate <"$dir/leader"
+    in_our_cgroup "$candidate" && { leader=$candidate; return 0; }
+  fi
+  [[ -r $dir/nspawn ]] || return 1
+  read -r starter <"$dir/nspawn"
+  # The kernel ends this list without a newline, which read calls a failure.
+  { read -ra children <"/proc/$starter/task/$starter/children" || true; } 2>/dev/null
+  for candidate in "${children[@]}"; do
+    in_our_cgroup "$candidate" || continue
+    while read -r line; do
+      [[ $line == NSpid:*[[:space:]]1 ]] || continue
+      leader=$candidate
+      printf '%s\n' "$leader" >"$dir/leader"
+      return 0
+    done 2>/dev/null <"/proc/$candidate/status"
+  done
+  return 1
+}
+
+in_our_cgroup() {
+  [[ -n $1 ]] && grep -q "/omni-deploy-lab-$n/" "/proc/$1/cgroup" 2>/dev/null
+}
+
+# Kills every process of the host in one stroke, as a power failure does: systemd gets no chance to stop units.
+power_off() {
+  local deadline=$((SECONDS + 20)) pid
+  rm -f "$dir/leader"
+  is_alive || return 0
+  if [[ -w $cgroup/cgroup.kill ]]; then
+    echo 1 >"$cgroup/cgroup.kill"
+  fi
+  while is_alive; do
+    # Kernels before 5.14 have no cgroup.kill.
+    find "$cgroup" -name cgroup.procs -exec cat {} + 2>/dev/null | while read -r pid; do
+      kill -KILL "$pid" 2>/dev/null || true
+    done
+    ((SECONDS < deadline)) || die "host '$name': processes in $cgroup survive SIGKILL; see 'cat $cgroup/cgroup.procs'"
+    sleep 0.05
+  done
+}
+
+# Removes the host's (by now empty) cgroups, deepest first: nspawn and the systemd inside leave theirs behind.
+remove_cgroups() {
+  local top attempt
+  for top in "$cgroup" ${legacy:+"$legacy"}; do
+    for attempt in 1 2 3 4 5 6 7 8 9 10; do
+      [[ -d $top ]] || break
+      find "$top" -depth -type d -exec rmdir {} + 2>/dev/null || true
+      [[ -d $top ]] || break
+      ((attempt < 10)) || die "host '$name': cannot remove cgroup $top; is a process left in it?"
+      sleep 0.1
+    done
+  done
+}
+
+# Mount points at or below $1, deepest first.
+mounts_below() {
+  awk -v top="$1" '{ p = $5; gsub(/\\040/, " ", p); if (p == top || index(p, top "/") == 1) print p }' \
+    /proc/self/mountinfo | tac
+}
+
+# Takes away whatever is left of the host, in whatever state an interrupted run left it.
+remove_host() {
+  local mountpoint
+  if [[ -r $dir/number ]]; then
+    n=$(<"$dir/number")
+    locate_cgroup
+    power_off
+    remove_cgroups
+    if [[ -e /sys/class/net/olab$n ]]; then
+      ip link delete "olab$n"
+    fi
+  fi
+  while read -r mountpoint; do
+    umount "$mountpoint" 2>/dev/null || umount --lazy "$mountpoint"
+  done < <(mounts_below "$dir")
+  [[ -z $(mounts_below "$dir") ]] || die "host '$name': cannot unmount $(mounts_below "$dir" | head -n 1); who uses it?"
+  # Only ever below our own folder, and never into something mounted there.
+  [[ ! -d $dir ]] || rm -rf --one-file-system -- "$dir"
+  rmdir --ignore-fail-on-non-empty "$LAB_DIR" 2>/dev/null || true
+}
+
+# --- making one ---------------------------------------------------------------------------------------------
+
+# Claims the first free number for the host. Two labs may start at once, from different folders even, so the
+# claim is made under a lock, and the veth device itself is the mark that a number is taken.
+claim_number() {
+  exec 9</run
+  flock 9
+  mkdir -p "$dir"
+  for ((n = 1; n < 255; n++)); do
+    [[ -e /sys/class/net/olab$n ]] && continue
+    printf '%s\n' "$n" >"$dir/number"
+    disk_mount
+    wire
+    exec 9<&-
+    return 0
+  done
+  die "all 254 networks below $NET are in use; 'lab.sh down-all' removes this folder's hosts"
+}
+
+# The host's memory disk, private so that no other mount namespace keeps a copy of what is mounted below it.
+disk_mount() {
+  mkdir -p "$disk"
+  mount -t tmpfs -o mode=755 omni-lab "$disk"
+  mount --make-private "$disk"
+}
+
+# A network of two addresses between here and the host. There is no default route and no name server: what is
+# not this machine fails at once instead of timing out.
+wire() {
+  touch "$disk/net"
+  unshare --net="$disk/net" true
+  ip link add "olab$n" type veth peer name host0 netns "$disk/net"
+  ip address add "$NET.$n.1/30" dev "olab$n"
+  ip link set "olab$n" up
+  nsenter --net="$disk/net" ip link set lo up
+  nsenter --net="$disk/net" ip address add "$NET.$n.2/30" dev host0
+  nsenter --net="$disk/net" ip link set host0 up
+}
+
+# The overlay, with fresh memory where the machine below keeps things that are none of the host's business.
+make_root() {
+  local place
+  for place in usr etc var; do
+    [[ $(stat -c %m "/$place/.") == / ]] ||
+      die "/$place is a file system of its own, which an overlay of / does not show; use a machine that has it on /"
+  done
+  mkdir "$disk/upper" "$disk/work" "$root"
+  mount -t overlay overlay -o "lowerdir=/,upperdir=$disk/upper,workdir=$disk/work" "$root"
+  for place in nix root home tmp var/tmp var/log; do
+    mkdir -p "$disk/fresh/$place" "$root/$place"
+    mount --bind "$disk/fresh/$place" "$root/$place"
+  done
+  chmod 700 "$root/root"
+  chmod 1777 "$root/tmp" "$root/var/tmp"
+  mkdir -p "$root/nix/store" "$root/nix/var/nix" "$root/var/log/journal"
+  # What an omni-deploy or a Caddy on the machine below has written.
+  rm -rf "$root"/etc/omni-deploy "$root"/var/lib/{omni-deploy,deployer,deployer-secrets} \
+    "$root"/usr/local/bin/{omni-deploy,deploy-manifest,deployer} "$root"/etc/sysctl.d/90-omni-deploy.conf \
+    "$root"/var/lib/caddy
+  install -d -m 750 -o caddy -g caddy "$root/var/lib/caddy"
+}
+
+# Replaces a file of the host: removed first, because it may be a symlink that leads somewhere else.
+put() {
+  rm -f "$root/$1"
+  mkdir -p "$(dirname "$root/$1")"
+  cat >"$root/$1"
+}
+
+# Who the host is.
+write_identity() {
+  printf '%s\n' "$1" | put etc/hostname
+  printf '127.0.0.1 localhost\n127.0.1.1 %s\n::1 localhost ip6-localhost\n%s.%s.1 outside\n' "$1" "$NET" "$n" | put etc/hosts
+  tr -d - </proc/sys/kernel/random/uuid | put etc/machine-id
+  rm -f "$root/var/lib/dbus/machine-id"
+  ln -s /etc/machine-id "$root/var/lib/dbus/machine-id"
+  printf '# no name server in the lab\n' | put etc/resolv.conf
+  : | put etc/fstab
+  : | put etc/environment
+  put etc/nix/nix.conf <<'TEXT'
+# Nothing to build as, nothing to sandbox with, nowhere to substitute from: only what a test pushes arrives.
+sandbox = false
+build-users-group =
+substituters =
+experimental-features = nix-command flakes
+TEXT
+  rm -f "$root"/etc/ssh/ssh_host_* "$root"/etc/ssh/sshd_config.d/*
+  ssh-keygen -q -t ed25519 -N '' -C "$1" -f "$root/etc/ssh/ssh_host_ed25519_key"
+  put etc/ssh/sshd_config <<'TEXT'
+HostKey /etc/ssh/ssh_host_ed25519_key
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+PermitRootLogin no
+UsePAM no
+UseDNS no
+TEXT
+}
+
+# Chooses what boots. The machine below may run anything: of its enabled units, generators, init scripts and
+# vendor defaults only those named here start, so the host is the same on every machine and boots in seconds.
+choose_units() {
+  local unit generator system=etc/systemd/system
+  rm -rf "${root:?}/$system" "$root/usr/local/lib/systemd" "$root/etc/systemd/system.control"
+  mkdir -p "$root/$system/multi-user.target.wants" "$root/$system/sockets.target.wants" \
+    "$root/etc/systemd/system-generators"
+  for generator in "$root"/{usr/lib,usr/local/lib,etc}/systemd/system-generators/*; do
+    ln -sf /dev/null "$root/etc/systemd/system-generators/${generator##*/}"
+  done
+  for unit in "$root"/usr/lib/systemd/system/*.target.wants/*; do
+    case ${unit##*/} in
+      dbus.* | dev-mqueue.mount | systemd-journal* | systemd-sysctl.service | systemd-tmpfiles-setup.service | \
+        systemd-user-sessions.service | systemd-initctl.socket) ;;
+      # Not masked: it can still be started, by hand or over the bus.
+      *) rm "$unit" ;;
+    esac
+  done
+  ln -s /lib/systemd/system/multi-user.target "$root/$system/default.target"
+  ln -s /lib/systemd/system/caddy.service "$root/$system/multi-user.target.wants/caddy.service"
+  ln -s /lib/systemd/system/ssh.service "$root/$system/multi-user.target.wants/ssh.service"
+  if [[ -e $root/lib/systemd/system/nix-daemon.socket ]]; then
+    ln -s /lib/systemd/system/nix-daemon.socket "$root/$system/sockets.target.wants/nix-daemon.socket"
+  fi
+}
+
+# What Debian ships, in the two directives it consists of; the machine's own may have been edited.
+default_caddyfile() {
+  printf ':80 {\n\troot * /usr/share/caddy\n\tfile_server\n}\n'
+}
+
+# Boots the host's disk and waits until its systemd has nothing left to start.
+boot() {
+  local deadline=$((SECONDS + BOOT_TIMEOUT)) state starter
+  is_alive && die "host '$name' runs already; 'lab.sh reboot $name' restarts it"
+  rm -f "$dir/leader"
+  remove_cgroups
+  mkdir "$cgroup" ${legacy:+"$legacy"}
+  (
+    # A cgroup of its own: otherwise the systemd inside would see, and tidy up, other people's processes.
+    for group in "$cgroup" ${legacy:+"$legacy"}; do
+      echo "$BASHPID" >"$group/cgroup.procs"
+    done
+    # nspawn keeps locks and folders below /run/systemd, and leaves them when killed: let it write elsewhere.
+    # shellcheck disable=SC2016  # expanded by the inner shell
+    exec setsid env -i PATH="$INNER_PATH" SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 SYSTEMD_NSPAWN_TMPFS_TMP=0 \
+      SYSTEMD_NSPAWN_API_VFS_WRITABLE=network \
+      unshare --mount --propagation slave \
+      sh -euc 'mkdir -p /run/systemd; mount -t tmpfs omni-lab /run/systemd; exec "$@"' - \
+      systemd-nspawn --quiet --directory="$root" --machine="omni-lab-$n" --hostname="$(<"$dir/hostname")" --boot \
+      --register=no --keep-unit --console=pipe --link-journal=no --resolv-conf=off --timezone=off \
+      --network-namespace-path="$disk/net"
+  ) </dev/null >>"$disk/console" 2>&1 &
+  starter=$!
+  printf '%s\n' "$starter" >"$dir/nspawn"
+  disown
+  while :; do
+    if find_leader && [[ -S /proc/$leader/root/run/systemd/private ]]; then
+      # 'degraded' exits 1; what it printed decides.
+      state=$(in_host timeout "$((deadline - SECONDS > 0 ? deadline - SECONDS : 1))" \
+        systemctl is-system-running --wait 2>/dev/null) || true
+      case $state in
+        running) return 0 ;;
+        degraded)
+          say "host '$name' is up, but degraded: $(in_host systemctl --failed --plain --no-legend | awk '{ printf "%s ", $1 }')"
+          return 0
+          ;;
+      esac
+    fi
+    is_alive || kill -0 "$starter" 2>/dev/null || die "host '$name' did not boot: $(tail -n 1 "$disk/console"); all of it: 'lab.sh console $name'"
+    ((SECONDS < deadline)) ||
+      die "host '$name' is not up after $BOOT_TIMEOUT s (${state:-no systemd yet}); see 'lab.sh console $name'"
+    sleep 0.05
+  done
+}
+
+# Runs a command in the host, in place of a subshell of ours: in all its namespaces, with a login's environment
+# instead of ours, and in one of the host's cgroups, so that a power failure takes it too. That cgroup is not
+# below the payload's: nsenter itself has no pid in there, which systemd takes for an error when it lists it.
+enter() {
+  local scope=$cgroup/run
+  mkdir -p "$scope"
+  echo "$BASHPID" >"$scope/cgroup.procs"
+  exec nsenter --target "$leader" --mount --uts --ipc --net --pid --cgroup -- \
+    /usr/bin/env -i --chdir=/root PATH="$INNER_PATH" HOME=/root USER=root LOGNAME=root SHELL=/bin/bash \
+    LANG=C.UTF-8 TERM="${TERM:-dumb}" "$@"
+}
+
+in_host() { (enter "$@"); }
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+cmd_up() {
+  (($# >= 1)) || misuse "up: the host's NAME is missing"
+  select_host "$1"
+  shift
+  local hostname=$name caddyfile='' missing
+  while (($#)); do
+    case $1 in
+      --hostname) hostname=${2:?lab: --hostname needs a name}; shift 2 ;;
+      --caddyfile) caddyfile=${2:?lab: --caddyfile needs a file}; shift 2 ;;
+      *) misuse "up: '$1' is not an option of it" ;;
+    esac
+  done
+  [[ $hostname =~ ^[a-z0-9][a-z0-9-]{0,62}$ ]] || misuse "up: '$hostname' cannot be a host name"
+  [[ -z $caddyfile || -r $caddyfile ]] || die "up: cannot read the Caddyfile '$caddyfile'"
+  missing=$(missing_packages | tr '\n' ' ')
+  [[ -z $missing ]] || die "missing: ${missing% }; install with 'lab.sh packages'"
+  remove_host
+  # From here on a failure leaves nothing behind but its message.
+  trap 'abandon' EXIT
+  claim_number
+  locate_cgroup
+  printf '%s\n' "$hostname" >"$dir/hostname"
+  make_root
+  write_identity "$hostname"
+  choose_units
+  if [[ -n $caddyfile ]]; then put etc/caddy/Caddyfile <"$caddyfile"; else default_caddyfile | put etc/caddy/Caddyfile; fi
+  boot
+  trap - EXIT
+}
+
+# Undoes an `up` that failed, with the boot's own words first, since they go away with the disk.
+abandon() {
+  trap - EXIT
+  [[ ! -s $disk/console ]] || tail -n 20 "$disk/console" >&2
+  remove_host
+}
+
+cmd_run() {
+  existing_host "$@"
+  shift
+  (($#)) || misuse "run: the command to run in '$name' is missing"
+  find_leader || die "host '$name' does not run; start it with 'lab.sh start $name'"
+  enter "$@"
+}
+
+cmd_start() {
+  existing_host "$@"
+  boot
+}
+
+cmd_stop() {
+  existing_host "$@"
+  local deadline=$((SECONDS + BOOT_TIMEOUT))
+  find_leader || { power_off; return 0; }
+  # systemd's own signal for it, which needs no bus to be up.
+  kill -s SIGRTMIN+4 "$leader"
+  while is_alive; do
+    ((SECONDS < deadline)) || die "host '$name' is still going down after $BOOT_TIMEOUT s; 'lab.sh kill $name' cuts its power"
+    sleep 0.05
+  done
+  rm -f "$dir/leader"
+}
+
+cmd_reboot() {
+  cmd_stop "$@"
+  boot
+}
+
+cmd_kill() {
+  existing_host "$@"
+  power_off
+}
+
+cmd_list() {
+  local each
+  for each in "$LAB_DIR"/*/number; do
+    existing_host "$(basename "$(dirname "$each")")"
+    printf '%s\t%s\t%s\n' "$name" "$NET.$n.2" "$(is_alive && echo up || echo off)"
+  done
+}
+
+cmd_down() {
+  (($# >= 1)) || misuse "down: the host's NAME is missing"
+  select_host "$1"
+  remove_host
+}
+
+cmd_down_all() {
+  local each
+  for each in "$LAB_DIR"/*/; do
+    select_host "$(basename "$each")"
+    remove_host
+  done
+}
+
+# `ssh HOSTNAME` as people type it: an ssh first on PATH that brings its own configuration, key and known
+# hosts, so that nobody's ~/.ssh is read or written. One DIR serves several hosts.
+cmd_ssh_setup() {
+  existing_host "$@"
+  local hostname keys
+  hostname=$(<"$dir/hostname")
+  keys=$(realpath -m "${2:-$dir/ssh}")
+  find_leader || die "host '$name' does not run; start it with 'lab.sh start $name'"
+  mkdir -p "$keys/bin" "$keys/hosts"
+  chmod 700 "$keys"
+  [[ -e $keys/key ]] || ssh-keygen -q -t ed25519 -N '' -C omni-deploy-lab -f "$keys/key"
+  # shellcheck disable=SC2016  # expanded inside the host
+  in_host bash -euc '
+    id admin >/dev/null 2>&1 || useradd --no-create-home --home-dir /home/admin --shell /bin/bash admin
+    usermod --password "*" --expiredate "" admin
+    install -d -m 755 -o admin /home/admin
+    install -d -m 700 -o admin /home/admin/.ssh
+    printf "%s\n" "$1" >/home/admin/.ssh/authorized_keys
+    chown admin /home/admin/.ssh/authorized_keys
+    printf "admin ALL=(ALL:ALL) NOPASSWD: ALL\n" >/etc/sudoers.d/omni-lab
+    chmod 440 /etc/sudoers.d/omni-lab
+  ' - "$(<"$keys/key.pub")" || die "host '$name': cannot make the user admin"
+  printf 'Include "%s/hosts/*"\n' "$keys" >"$keys/config"
+  cat >"$keys/hosts/$hostname" <<TEXT
+Host $hostname
+  HostName $NET.$n.2
+  User admin
+  IdentityFile "$keys/key"
+  IdentitiesOnly yes
+  StrictHostKeyChecking no
+  UserKnownHostsFile "$keys/known_hosts.$hostname"
+  GlobalKnownHostsFile /dev/null
+  LogLevel ERROR
+  ConnectTimeout 10
+TEXT
+  # A host that was made anew has a new key.
+  rm -f "$keys/known_hosts.$hostname"
+  printf '#!/bin/sh\nexec /usr/bin/ssh -F "%s/config" "$@"\n' "$keys" >"$keys/bin/ssh"
+  chmod 755 "$keys/bin/ssh"
+  printf '%s\n' "$keys/bin"
+}
+
+main() {
+  (($#)) || { usage >&2; exit 2; }
+  local command=$1
+  shift
+  case $command in
+    -h | --help | help) usage; return 0 ;;
+  esac
+  ((EUID == 0)) || die "$command: hosts are booted as root; use sudo"
+  case $command in
+    packages) cmd_packages ;;
+    up) cmd_up "$@" ;;
+    run) cmd_run "$@" ;;
+    ip) existing_host "$@"; printf '%s\n' "$NET.$n.2" ;;
+    gateway) existing_host "$@"; printf '%s\n' "$NET.$n.1" ;;
+    leader)
+      existing_host "$@"
+      find_leader || die "host '$name' does not run; start it with 'lab.sh start $name'"
+      printf '%s\n' "$leader"
+      ;;
+    root) existing_host "$@"; printf '%s\n' "$root" ;;
+    console) existing_host "$@"; cat "$disk/console" ;;
+    start) cmd_start "$@" ;;
+    stop) cmd_stop "$@" ;;
+    reboot) cmd_reboot "$@" ;;
+    kill | poweroff) cmd_kill "$@" ;;
+    list) cmd_list ;;
+    ssh-setup) cmd_ssh_setup "$@" ;;
+    down) cmd_down "$@" ;;
+    down-all) cmd_down_all ;;
+    *) misuse "'$command' is not a command" ;;
+  esac
+}
+
+main "$@"

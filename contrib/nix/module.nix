@@ -1,0 +1,175 @@
+# Makes a NixOS machine a target of deployments:
+#
+#   imports = [ ./omni-deploy/contrib/nix/module.nix ];
+#   services.omni-deploy = { enable = true; store = "s3://releases?region=eu-central-1"; };
+#   services.caddy.enable = true;
+#
+# Units of deployed services go to a mutable folder that systemd reads besides NixOS's own, so that they survive
+# reboots and `nixos-rebuild` knows nothing of them.
+{ config, lib, pkgs, ... }:
+let
+  inherit (lib) mkOption types;
+  cfg = config.services.omni-deploy;
+
+  setting = type: example: description: mkOption {
+    type = types.nullOr type;
+    default = null;
+    inherit example description;
+  };
+
+  # The keys of config.json; null leaves a key to omni-deploy's own default.
+  keys = {
+    store = setting types.str "s3://releases?region=eu-central-1"
+      "Bucket of the manifest: `s3://BUCKET[/PREFIX]?region=&endpoint=&scheme=&profile=` or `file:///DIR`.";
+    cache = setting types.str "https://cache.example.com"
+      "Binary cache: like the store, or any URL that `nix copy` takes; the store if null.";
+    host = setting types.str "biz"
+      "Which `hosts` entries of the manifest are this machine; its short host name if null.";
+    secretKeyFile = setting types.str "/root/.config/omni-deploy/keys/ann.secret"
+      "File of the key that signs closures and manifests; a target needs none. A path outside the Nix store.";
+    trustedPublicKeys = setting (types.listOf types.str) [ "ann:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=" ]
+      "Keys that are believed; when set, nothing unsigned is accepted.";
+    build = setting types.str "bild" "Command that builds a namespace.";
+    ssh = setting types.str "ssh -F /etc/omni-deploy/ssh_config" "How a host is reached for logs and live status.";
+    defaultHosts = setting (types.listOf types.str) [ "biz" ] "`hosts` of a service that names none.";
+    caddyAdmin = setting types.str "http://localhost:2019" "Caddy's admin endpoint.";
+    caddyServer = setting types.str "srv0" "Which of Caddy's servers gets the route.";
+    unitDir = mkOption {
+      type = types.str;
+      default = "/etc/systemd-mutable/system";
+      example = "/run/systemd/system";
+      description = "Where units of deployed services are written. Below /run they are made anew at every boot.";
+    };
+  };
+
+  settings = lib.filterAttrs (_: value: value != null) (builtins.intersectAttrs keys cfg);
+
+  # systemd reads its folder below /run in any case.
+  mutable = cfg.unitDir != "/run/systemd/system";
+
+  # Asks for a pass, with root's rights (+) because Caddy's user may not, and never fails Caddy (-).
+  nudge = "-+${config.systemd.package}/bin/systemctl start --no-block deployer.service";
+in
+{
+  options.services.omni-deploy = keys // {
+    enable = lib.mkEnableOption "the deployer of omni-deploy";
+    package = mkOption {
+      type = types.package;
+      default = pkgs.callPackage ./package.nix { };
+      defaultText = lib.literalExpression "pkgs.callPackage ./package.nix { }";
+      description = "The omni-deploy to run.";
+    };
+    environmentFile = mkOption {
+      type = types.str;
+      default = "/etc/omni-deploy/deployer.env";
+      description = "Credentials for the bucket (`AWS_ACCESS_KEY_ID=…`), mode 0600; need not exist.";
+    };
+    interval = mkOption {
+      type = types.str;
+      default = "5min";
+      description = "How long after a pass the next one begins.";
+    };
+    jitter = mkOption {
+      type = types.str;
+      default = "20s";
+      description = "At most how much later than that, so that many hosts spread out.";
+    };
+    caddy = mkOption {
+      type = types.bool;
+      default = config.services.caddy.enable;
+      defaultText = lib.literalExpression "config.services.caddy.enable";
+      description = "Whether this machine's Caddy keeps its configuration over restarts and asks for a pass after one.";
+    };
+  };
+
+  config = lib.mkIf cfg.enable (lib.mkMerge [
+    {
+      environment.systemPackages = [ cfg.package ];
+      environment.etc."omni-deploy/config.json".text = builtins.toJSON settings;
+
+      boot.extraSystemdUnitPaths = lib.optional mutable cfg.unitDir;
+      # A connection just made must not be reset when Caddy opens a new listening socket, which it does at
+      # every change of its configuration.
+      boot.kernel.sysctl."net.ipv4.tcp_migrate_req" = 1;
+
+      systemd.tmpfiles.rules = [
+        "d /var/lib/deployer 0755 root root -"
+        "d /var/lib/deployer-secrets 0700 root root -"
+      ] ++ lib.optional mutable "d ${cfg.unitDir} 0755 root root -";
+
+      systemd.services.deployer = {
+        description = "Bring this host to what the manifest says";
+        wants = [ "network-online.target" ];
+        after = [ "network-online.target" "nix-daemon.socket" "nix-daemon.service" "caddy.service" ];
+        path = [ config.nix.package config.systemd.package pkgs.openssh ];
+        environment = {
+          HOME = "/root";
+          XDG_CACHE_HOME = "/var/cache/deployer";
+          # The store is mounted read-only here; the daemon writes it.
+          NIX_REMOTE = "daemon";
+        };
+        # A rebuild that changes this unit must not wait for a pass; the timer comes soon enough.
+        restartIfChanged = false;
+        startLimitIntervalSec = 0;
+        # The reasons are in contrib/systemd/deployer.service, which this mirrors.
+        serviceConfig = {
+          Type = "oneshot";
+          ExecStart = "${cfg.package}/bin/deployer run --timer";
+          EnvironmentFile = "-${cfg.environmentFile}";
+          TimeoutStartSec = "30min";
+          TimeoutStopSec = "30s";
+          KillMode = "control-group";
+          UMask = "0022";
+          StateDirectory = "deployer";
+          CacheDirectory = "deployer";
+          ProtectSystem = "strict";
+          ReadWritePaths = [ "-${cfg.unitDir}" "-/run/systemd" "-/nix/var" "-/var/lib/omni-deploy" ];
+          ProtectHome = "read-only";
+          PrivateTmp = true;
+          PrivateDevices = true;
+          CapabilityBoundingSet = [ "CAP_CHOWN" "CAP_DAC_OVERRIDE" "CAP_FOWNER" "CAP_SYS_PTRACE" ];
+          NoNewPrivileges = true;
+          RestrictAddressFamilies = [ "AF_UNIX" "AF_INET" "AF_INET6" "AF_NETLINK" ];
+          RestrictNamespaces = true;
+          RestrictRealtime = true;
+          RestrictSUIDSGID = true;
+          LockPersonality = true;
+          MemoryDenyWriteExecute = true;
+          ProtectClock = true;
+          ProtectControlGroups = true;
+          ProtectHostname = true;
+          ProtectKernelLogs = true;
+          ProtectKernelModules = true;
+          ProtectKernelTunables = true;
+          SystemCallArchitectures = "native";
+          SystemCallFilter = [ "@system-service" ];
+          SystemCallErrorNumber = "EPERM";
+        };
+      };
+
+      systemd.timers.deployer = {
+        description = "Look for a new manifest at boot and every ${cfg.interval}";
+        wantedBy = [ "timers.target" ];
+        timerConfig = {
+          OnBootSec = "5s";
+          OnUnitInactiveSec = cfg.interval;
+          RandomizedDelaySec = cfg.jitter;
+          AccuracySec = "1s";
+        };
+      };
+    }
+    (lib.mkIf cfg.caddy {
+      services.caddy.resume = lib.mkDefault true;
+      systemd.services.caddy = {
+        startLimitIntervalSec = lib.mkForce 0;
+        serviceConfig = {
+          Restart = lib.mkForce "always";
+          RestartPreventExitStatus = lib.mkForce "";
+          RestartSec = lib.mkForce "1s";
+          ExecStartPost = [ nudge ];
+          ExecReload = lib.mkAfter [ nudge ];
+        };
+      };
+    })
+  ]);
+}

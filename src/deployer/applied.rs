@@ -1,0 +1,82 @@
+//! What was last proved of each service, one file each: the entry of the manifest that its unit was made from
+//! and the paths before it. It is what a failed version is put back to, also by another pass or after a
+//! reboot. Written only after a service came up.
+
+use super::plan::Applied;
+use super::root::Root;
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::manifest::parse::{self, Mode};
+use crate::names::{ServiceName, StorePath};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+const VERSION: u64 = 1;
+
+#[derive(Serialize)]
+struct Written<'a> {
+    version: u64,
+    previous: &'a [StorePath],
+    service: &'a crate::manifest::Service,
+}
+
+#[derive(Deserialize)]
+struct Read {
+    version: u64,
+    #[serde(default)]
+    previous: Vec<StorePath>,
+    service: Value,
+}
+
+/// Reads all of them. Files that cannot be read or understood are returned as complaints: their services are
+/// not known to be ours, and nothing may be removed on such knowledge.
+pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, Applied>, Vec<String>)> {
+    let mut applied = BTreeMap::new();
+    let mut complaints = Vec::new();
+    let entries = match fs_err::read_dir(root.applied_dir()) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((applied, complaints)),
+        Err(e) => return Err(e.into()),
+    };
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_none_or(|e| e != "json") {
+            continue;
+        }
+        match fs_err::read(&path).map_err(|e| e.to_string()).and_then(|bytes| read(&bytes)) {
+            Ok(one) => {
+                applied.insert(one.service.name.clone(), one);
+            }
+            Err(why) => complaints.push(format!("{} cannot be used: {why}", path.display())),
+        }
+    }
+    Ok((applied, complaints))
+}
+
+fn read(bytes: &[u8]) -> Result<Applied, String> {
+    let read: Read = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    if read.version > VERSION {
+        return Err(format!("it has version {}, this program reads up to {VERSION}", read.version));
+    }
+    let service = parse::service(read.service, Mode::Tolerant, None).map_err(|e| e.to_string())?;
+    let path = service.artifact.store_path.path().cloned().ok_or("it names no store path")?;
+    Ok(Applied { service, path, previous: read.previous })
+}
+
+/// Takes down what was proved.
+pub fn record(root: &Root, applied: &Applied) -> Result<()> {
+    durable::folder(&root.applied_dir(), 0o755)?;
+    let written = Written { version: VERSION, previous: &applied.previous, service: &applied.service };
+    let mut bytes = serde_json::to_vec_pretty(&written)
+        .map_err(|e| Error::new(format!("cannot write the entry of {}: {e}", applied.service.name)))?;
+    bytes.push(b'\n');
+    durable::write(&root.applied(&applied.service.name), &bytes, 0o644)?;
+    Ok(())
+}
+
+/// Forgets a service that is gone.
+pub fn forget(root: &Root, name: &ServiceName) -> Result<()> {
+    durable::remove(&root.applied(name))?;
+    Ok(())
+}

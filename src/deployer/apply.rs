@@ -1,0 +1,503 @@
+//! The effects: performs the steps of a plan, phase by phase for all services together, and returns what was
+//! learned. It decides nothing: what follows from a failure is for the next call of [`super::plan::plan`].
+
+use super::plan::{
+    Applied, Goal, Learned, Memory, Observed, Plan, ServicePlan, Step, Trouble, previous_after,
+};
+use super::root::Root;
+use super::state::Failure;
+use super::systemd::{self, CameUp, Shown};
+use super::{applied, observe};
+use crate::clock::Timestamp;
+use crate::config::Settings;
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::manifest::{Service, command};
+use crate::names::{ServiceName, StorePath};
+use crate::{nix, say};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
+/// How long a service must stay up and well before it counts as up.
+pub const SETTLE: Duration = Duration::from_secs(3);
+/// How often services that are coming up are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(150);
+/// systemd's own patience with a unit that does not stop (DefaultTimeoutStopSec).
+const DEFAULT_STOP_SEC: u64 = 90;
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How many lines of its journal go with a refusal.
+pub const JOURNAL_LINES: u32 = 10;
+
+/// What the effects work on.
+#[derive(Debug)]
+pub struct Host<'a> {
+    /// The configuration.
+    pub settings: &'a Settings,
+    /// The paths.
+    pub root: &'a Root,
+}
+
+/// A goal that is about to be put in place.
+struct Start<'a> {
+    name: &'a ServiceName,
+    goal: &'a Goal,
+    why: &'static str,
+}
+
+impl Host<'_> {
+    /// Performs the steps of the services (not those of what is gone, not the route) and keeps `observed`,
+    /// `memory` and `learned` true. Returns whether anything on the host was changed.
+    pub fn round(
+        &self,
+        plan: &Plan,
+        desired: &[&Service],
+        observed: &mut Observed,
+        memory: &mut Memory,
+        learned: &mut Learned,
+    ) -> Result<bool> {
+        let known = learned.troubles.len() + learned.unfetchable.len();
+        self.root_and_fetch(plan, observed, learned)?;
+        self.check(plan, learned)?;
+        if learned.troubles.len() + learned.unfetchable.len() > known {
+            // What was refused has another goal now: everything that restarts shall restart in one call.
+            return Ok(false);
+        }
+        let overlapped = self.overlap(plan, desired, memory, observed, learned)?;
+        if learned.troubles.len() + learned.unfetchable.len() > known {
+            return Ok(overlapped);
+        }
+        let removed = self.remove(&plan.services, memory, observed)?;
+        let started = self.write_and_start(plan, memory, learned)?;
+        self.record(plan, memory)?;
+        self.unroot(&plan.services, observed)?;
+        Ok(removed || started)
+    }
+
+    /// Roots first, so that no collection can come between; then all closures in one copy.
+    fn root_and_fetch(&self, plan: &Plan, observed: &mut Observed, learned: &mut Learned) -> Result<()> {
+        let mut wanted: BTreeMap<&StorePath, Vec<&ServiceName>> = BTreeMap::new();
+        for (service, step) in steps(&plan.services) {
+            match step {
+                Step::Root(path) => {
+                    let dir = self.root.roots(&service.name);
+                    durable::folder(&dir, 0o755)?;
+                    durable::symlink(path.as_ref(), &dir.join(path.base()))?;
+                    observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
+                }
+                Step::Fetch(path) => wanted.entry(path).or_default().push(&service.name),
+                _ => {}
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let paths: Vec<StorePath> = wanted.keys().map(|p| (*p).clone()).collect();
+        say::info(format!("fetching {} closure(s) from {}", paths.len(), self.settings.cache));
+        let begun = Instant::now();
+        let failures = match nix::fetch(self.settings, &paths) {
+            Ok(failures) => failures,
+            // Nix itself is missing or broken: true for each of them, and no reason to stop what runs.
+            Err(e) => {
+                let reason = e.to_string();
+                for path in &paths {
+                    learned.unfetchable.insert(path.clone(), reason.clone());
+                }
+                say::error(reason);
+                return Ok(());
+            }
+        };
+        for path in paths {
+            let names: Vec<&str> = wanted[&path].iter().map(|n| n.as_str()).collect();
+            let names = names.join(", ");
+            match failures.get(&path) {
+                None => {
+                    say::info(format!("{names}: fetched {path} ({:.1} s)", begun.elapsed().as_secs_f64()));
+                    observed.present.insert(path);
+                }
+                Some(why) => {
+                    say::error(format!("{names}: {why}"));
+                    learned.unfetchable.insert(path, why.to_string());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What can be known before anything is touched: the executable is there, and systemd takes every line.
+    fn check(&self, plan: &Plan, learned: &mut Learned) -> Result<()> {
+        let mut to_verify = Vec::new();
+        for Start { name, goal, .. } in starts(plan) {
+            if goal.proved || learned.unfetchable.contains_key(&goal.path) {
+                continue;
+            }
+            match executable(&goal.service, &goal.path) {
+                Ok(()) => to_verify.push((name.clone(), goal.unit.clone())),
+                Err(why) => self.refuse(name, goal, why, Vec::new(), learned),
+            }
+        }
+        for (name, complaint) in systemd::verify(&to_verify)? {
+            let goal = starts(plan).find(|s| *s.name == name).map(|s| s.goal);
+            if let Some(goal) = goal {
+                let why = format!("systemd does not take its unit: {complaint}");
+                self.refuse(&name, goal, why, Vec::new(), learned);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a failed attempt down: the reason, with the last lines of its journal.
+    pub fn refuse(
+        &self,
+        name: &ServiceName,
+        goal: &Goal,
+        why: String,
+        journal: Vec<String>,
+        learned: &mut Learned,
+    ) {
+        let rejected = !goal.proved;
+        let reason = if rejected {
+            format!("{why}; push a mended version, or try this one again with 'deployer run --retry {name}'")
+        } else {
+            format!("{why}; see 'journalctl -u {name}'")
+        };
+        say::error(format!("{name}: {reason}"));
+        for line in &journal {
+            say::info(format!("{name} | {line}"));
+        }
+        let failure = Failure {
+            reason,
+            attempted: Some(goal.path.clone()),
+            at: Timestamp::now(),
+            journal,
+            inputs: Some(goal.inputs.clone()),
+        };
+        learned.troubles.insert((name.clone(), goal.inputs.clone()), Trouble { rejected, failure });
+    }
+
+    /// Writes units, makes systemd read them, restarts in one call, and watches them come up.
+    fn write_and_start(&self, plan: &Plan, memory: &mut Memory, learned: &mut Learned) -> Result<bool> {
+        let mut reload = false;
+        let mut restart: Vec<Start> = Vec::new();
+        for service in &plan.services {
+            let Some(goal) = &service.goal else { continue };
+            let mut failed = None;
+            for step in &service.steps {
+                match step {
+                    Step::Write(_) => {
+                        reload = true;
+                        failed = self.write_unit(&service.name, &goal.unit).err();
+                    }
+                    Step::Enable => failed = failed.or(self.enable(&service.name).err()),
+                    Step::Restart(why) if failed.is_none() => {
+                        restart.push(Start { name: &service.name, goal, why });
+                    }
+                    _ => {}
+                }
+            }
+            if let Some(e) = failed {
+                // The host's trouble, not the release's: tried again by the next pass.
+                let reason = e.to_string();
+                say::error(format!("{}: {reason}", service.name));
+                let failure = Failure {
+                    reason,
+                    attempted: Some(goal.path.clone()),
+                    at: Timestamp::now(),
+                    journal: Vec::new(),
+                    inputs: None,
+                };
+                let key = (service.name.clone(), goal.inputs.clone());
+                learned.troubles.insert(key, Trouble { rejected: false, failure });
+            }
+        }
+        if reload {
+            systemd::daemon_reload()?;
+        }
+        if restart.is_empty() {
+            return Ok(reload);
+        }
+        for start in &restart {
+            say::notice(format!("{}: starting {} ({})", start.name, start.goal.path, start.why));
+        }
+        let units: Vec<String> = restart.iter().map(|s| s.name.unit()).collect();
+        systemd::reset_failed(&units)?;
+        let patience = restart
+            .iter()
+            .map(|s| s.goal.service.systemd.stop_timeout_sec.map_or(DEFAULT_STOP_SEC, u64::from))
+            .max();
+        let begun = Timestamp::now();
+        let complaint =
+            systemd::restart(&units, Duration::from_secs(patience.unwrap_or(DEFAULT_STOP_SEC) + 60))?;
+        let watched: Vec<Watched> = restart
+            .iter()
+            .map(|s| Watched { name: s.name, unit: s.name.unit(), service: &s.goal.service })
+            .collect();
+        let outcomes = watch(&watched)?;
+        for start in &restart {
+            match outcomes.get(start.name) {
+                Some(Ok(after)) => {
+                    say::info(format!("{}: up after {:.1} s", start.name, after.as_secs_f64()));
+                    self.proved(start.name, start.goal, memory)?;
+                }
+                Some(Err(why)) => {
+                    let journal = systemd::journal(&start.name.unit(), begun.0, JOURNAL_LINES);
+                    self.refuse(start.name, start.goal, why.clone(), journal, learned);
+                }
+                None => {
+                    let why = complaint.clone().unwrap_or_else(|| "systemd says nothing of it".into());
+                    self.refuse(start.name, start.goal, why, Vec::new(), learned);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn write_unit(&self, name: &ServiceName, text: &str) -> Result<()> {
+        fs_err::create_dir_all(&self.root.unit_dir)?;
+        durable::write(&self.root.unit(name), text.as_bytes(), 0o644)?;
+        for stray in observe::strays(self.root, name) {
+            say::notice(format!("{name}: removing {}, which would stand in for its unit", stray.display()));
+            durable::remove(&stray)?;
+        }
+        Ok(())
+    }
+
+    fn enable(&self, name: &ServiceName) -> Result<()> {
+        let link = self.root.wanted(name);
+        durable::folder(link.parent().unwrap_or(&self.root.unit_dir), 0o755)?;
+        durable::symlink(&self.root.unit(name), &link)?;
+        Ok(())
+    }
+
+    fn proved(&self, name: &ServiceName, goal: &Goal, memory: &mut Memory) -> Result<()> {
+        let previous = previous_after(&goal.path, memory.applied.get(name));
+        let proved = Applied { service: goal.service.clone(), path: goal.path.clone(), previous };
+        if memory.applied.get(name) != Some(&proved) {
+            applied::record(self.root, &proved)?;
+            memory.applied.insert(name.clone(), proved);
+        }
+        Ok(())
+    }
+
+    /// Entries that changed without changing their unit (a route, a health path).
+    fn record(&self, plan: &Plan, memory: &mut Memory) -> Result<()> {
+        for (service, step) in steps(&plan.services) {
+            if let (Step::Record, Some(goal)) = (step, &service.goal) {
+                self.proved(&service.name, goal, memory)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops services and removes their units, links and entries; returns whether there were any. Only units
+    /// with our mark are touched.
+    pub fn remove(&self, services: &[ServicePlan], memory: &mut Memory, observed: &Observed) -> Result<bool> {
+        let going: Vec<(&ServiceName, &str)> = steps(services)
+            .filter_map(|(service, step)| match step {
+                Step::Remove(why) => Some((&service.name, *why)),
+                _ => None,
+            })
+            .collect();
+        if going.is_empty() {
+            return Ok(false);
+        }
+        let mut marked = Vec::new();
+        for (name, why) in &going {
+            say::notice(format!("{name}: removing ({why})"));
+            let unit = observed.units.get(*name);
+            if unit.is_some_and(|u| matches!(u.file, super::plan::UnitFile::Ours(_))) {
+                marked.push(name.unit());
+            }
+        }
+        // Stop before deleting: a unit without a file keeps its process and cannot be restarted.
+        systemd::stop(&marked, Duration::from_secs(DEFAULT_STOP_SEC + 60))?;
+        for (name, _) in &going {
+            if marked.contains(&name.unit()) {
+                durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
+                durable::remove(&self.root.unit(name))?;
+            }
+            applied::forget(self.root, name)
+                .or_else(|e| if self.root.applied_dir().is_dir() { Err(e) } else { Ok(()) })?;
+            memory.applied.remove(*name);
+        }
+        if !marked.is_empty() {
+            systemd::daemon_reload()?;
+            systemd::reset_failed(&marked)?;
+        }
+        Ok(true)
+    }
+
+    /// Lets go of paths; a service's folder goes with its last one.
+    pub fn unroot(&self, services: &[ServicePlan], observed: &mut Observed) -> Result<()> {
+        for (service, step) in steps(services) {
+            let Step::Unroot(base) = step else { continue };
+            durable::remove(&self.root.roots(&service.name).join(base))?;
+            if let Some(held) = observed.roots.get_mut(&service.name) {
+                held.remove(base);
+            }
+        }
+        let emptied: BTreeSet<&ServiceName> = services
+            .iter()
+            .filter(|s| s.goal.is_none() && observed.roots.get(&s.name).is_some_and(BTreeSet::is_empty))
+            .map(|s| &s.name)
+            .collect();
+        for name in emptied {
+            match fs_err::remove_dir(self.root.roots(name)) {
+                Ok(()) => {}
+                // Somebody else put something there: it is theirs.
+                Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {}
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(e.into()),
+            }
+            observed.roots.remove(name);
+        }
+        Ok(())
+    }
+}
+
+fn missing_folder(e: std::io::Error) -> std::io::Result<bool> {
+    if e.kind() == std::io::ErrorKind::NotFound { Ok(false) } else { Err(e) }
+}
+
+fn steps(services: &[ServicePlan]) -> impl Iterator<Item = (&ServicePlan, &Step)> {
+    services.iter().flat_map(|s| s.steps.iter().map(move |step| (s, step)))
+}
+
+fn starts(plan: &Plan) -> impl Iterator<Item = Start<'_>> {
+    steps(&plan.services).filter_map(|(service, step)| match (step, &service.goal) {
+        (Step::Restart(why), Some(goal)) => Some(Start { name: &service.name, goal, why }),
+        _ => None,
+    })
+}
+
+/// Whether the program of a service is there and may be executed.
+fn executable(service: &Service, path: &StorePath) -> Result<(), String> {
+    let (program, _) = command::program(service, path);
+    let shown = program.display();
+    match fs_err::metadata(&program) {
+        Ok(meta) if meta.is_file() && meta.permissions().mode() & 0o111 != 0 => Ok(()),
+        Ok(meta) if meta.is_file() => Err(format!("{shown} is not executable")),
+        Ok(_) => Err(format!("{shown} is not a file")),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            Err(format!("there is no {shown} in its closure; correct exec.command or the build"))
+        }
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+/// A unit that was started and is to come up.
+#[derive(Debug)]
+pub struct Watched<'a> {
+    /// The service.
+    pub name: &'a ServiceName,
+    /// The unit.
+    pub unit: String,
+    /// How it is probed, and how long it may take.
+    pub service: &'a Service,
+}
+
+/// Watches units come up: each until it has been well for the settle time, cannot recover, or is out of time.
+/// Returns how long each took to be well, or why it is not up.
+pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duration, String>>> {
+    struct Pending<'a> {
+        watched: &'a Watched<'a>,
+        first: Option<Shown>,
+        well_since: Option<Instant>,
+    }
+    let begun = Instant::now();
+    let mut outcomes = BTreeMap::new();
+    let mut pending: Vec<Pending> =
+        watched.iter().map(|watched| Pending { watched, first: None, well_since: None }).collect();
+    while !pending.is_empty() {
+        let units: Vec<String> = pending.iter().map(|p| p.watched.unit.clone()).collect();
+        let mut shown = systemd::show(&units)?;
+        let probes = probe_all(pending.iter().map(|p| p.watched.service));
+        let mut still = Vec::new();
+        for (mut one, probe) in pending.into_iter().zip(probes) {
+            let now = shown.remove(&one.watched.unit).unwrap_or_default();
+            let name = one.watched.name.clone();
+            let deadline = Duration::from_secs(one.watched.service.timeout_sec().into());
+            match systemd::came_up(one.first.as_ref(), &now, probe.as_ref()) {
+                CameUp::No(why) => {
+                    outcomes.insert(name, Err(why));
+                    continue;
+                }
+                CameUp::Well => {
+                    let since = *one.well_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= SETTLE {
+                        outcomes.insert(name, Ok(since.duration_since(begun)));
+                        continue;
+                    }
+                }
+                CameUp::NotYet(why) => {
+                    one.well_since = None;
+                    if begun.elapsed() >= deadline {
+                        outcomes.insert(name, Err(format!("not up within {} s: {why}", deadline.as_secs())));
+                        continue;
+                    }
+                }
+            }
+            one.first.get_or_insert(now);
+            still.push(one);
+        }
+        pending = still;
+        if !pending.is_empty() {
+            std::thread::sleep(LOOK_EVERY);
+        }
+    }
+    Ok(outcomes)
+}
+
+/// One probe of each service, side by side; None where there is nothing to probe.
+fn probe_all<'a>(services: impl Iterator<Item = &'a Service>) -> Vec<Option<Result<(), String>>> {
+    let services: Vec<&Service> = services.collect();
+    let mut answers = Vec::with_capacity(services.len());
+    for some in services.chunks(16) {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = some.iter().map(|s| scope.spawn(|| probe(s))).collect();
+            for thread in threads {
+                // A probe that panics is a defect of ours; the service is then not known to be well.
+                answers.push(thread.join().unwrap_or_else(|_| Some(Err("the probe broke".into()))));
+            }
+        });
+    }
+    answers
+}
+
+/// Asks a service whether it is well: GET of its health path, else a TCP connect, else nothing.
+fn probe(service: &Service) -> Option<Result<(), String>> {
+    let http = service.http.as_ref()?;
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, http.internal_port));
+    let Some(path) = service.health.as_ref().and_then(|h| h.path.as_ref()) else {
+        return Some(
+            TcpStream::connect_timeout(&address, PROBE_TIMEOUT)
+                .map(drop)
+                .map_err(|e| format!("nothing answers on {address} ({e})")),
+        );
+    };
+    let agent: ureq::Agent = ureq::Agent::config_builder()
+        .proxy(None)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .http_status_as_error(false)
+        .timeout_global(Some(PROBE_TIMEOUT))
+        .build()
+        .into();
+    let answer = agent.get(format!("http://{address}{path}")).header("Host", &http.domain).call();
+    Some(match answer {
+        Ok(response) if response.status().is_success() || response.status().is_redirection() => Ok(()),
+        Ok(response) => Err(format!("GET {path} on {address} answers {}", response.status().as_u16())),
+        Err(e) => Err(format!("GET {path} on {address} fails ({e})")),
+    })
+}
+
+/// The error for a manifest that would remove everything.
+pub fn would_empty(host: &str, names: &[ServiceName]) -> Error {
+    let names: Vec<&str> = names.iter().map(ServiceName::as_str).collect();
+    Error::new(format!(
+        "the manifest has nothing to run on host '{host}', but {} run(s) here: nothing was removed; if that is meant, \
+         run 'deployer run --allow-empty', else check 'hosts' in the manifest and 'host' in the configuration",
+        names.join(", ")
+    ))
+}

@@ -1,0 +1,430 @@
+//! Caddy's one route. [`route`] and [`plan`] are pure: entries and Caddy's present servers in, the requests to
+//! make out. All services of the host are one route with the id `deployer` that matches all their domains
+//! (Caddy manages certificates only for hosts matched by a server's own routes) and holds a subroute, longest
+//! path first. Other people's routes and servers are never changed.
+
+use crate::manifest::Http;
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+/// The id of our route in Caddy's configuration.
+pub const ROUTE_ID: &str = "deployer";
+/// The server we make where none listens on :443.
+pub const OWN_SERVER: &str = "deployer";
+const SERVERS: &str = "/config/apps/http/servers";
+
+/// What Caddy has, as far as it concerns us.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Observed {
+    /// Its servers, as its admin API gives them.
+    Servers(Map<String, Value>),
+    /// It cannot be asked, or has no http app; the reason with the next move.
+    Unavailable(String),
+}
+
+/// One request to Caddy's admin API.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// `PUT`, `PATCH` or `DELETE`.
+    pub method: &'static str,
+    /// The path below the admin endpoint.
+    pub path: String,
+    /// The JSON body, if any.
+    pub body: Option<Value>,
+    /// What it does, for people.
+    pub what: String,
+}
+
+/// What is to be done about the route.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RoutePlan {
+    /// No service needs one and there is none.
+    None,
+    /// Caddy has it as it should be.
+    Current,
+    /// These requests, in this order.
+    Write(Vec<Request>),
+    /// It cannot be done now; why, and the next move.
+    Pending(String),
+}
+
+/// The one route for these services, or None when there are none. Order in, order out: equal sets of entries
+/// give equal routes.
+pub fn route(entries: &[&Http]) -> Option<Value> {
+    if entries.is_empty() {
+        return None;
+    }
+    let domains: BTreeSet<&str> = entries.iter().map(|h| h.domain.as_str()).collect();
+    let mut sorted: Vec<&&Http> = entries.iter().collect();
+    // First match wins in Caddy: a plain name before a wildcard, then the longest path.
+    sorted.sort_by_key(|h| {
+        (h.domain.starts_with("*."), h.domain.clone(), std::cmp::Reverse(h.path.len()), h.path.clone())
+    });
+    let routes: Vec<Value> = sorted
+        .iter()
+        .map(|http| {
+            let mut matcher = json!({"host": [http.domain]});
+            if http.path != "/" {
+                // `/api/*` alone misses `/api`, and `/api*` would catch `/apix`.
+                matcher["path"] = json!([http.path, format!("{}/*", http.path)]);
+            }
+            json!({
+                "match": [matcher],
+                "handle": [{
+                    "handler": "reverse_proxy",
+                    "upstreams": [{"dial": format!("127.0.0.1:{}", http.internal_port)}],
+                    // Requests that come while the unit restarts wait for it.
+                    "load_balancing": {"try_duration": "10s", "try_interval": "50ms"},
+                }],
+                "terminal": true,
+            })
+        })
+        .collect();
+    Some(json!({
+        "@id": ROUTE_ID,
+        "match": [{"host": domains}],
+        "handle": [{"handler": "subroute", "routes": routes}],
+    }))
+}
+
+/// In a server that is ours alone, what nobody's route matches is a 404 rather than Caddy's empty 200.
+fn not_found() -> Value {
+    json!({"handle": [{"handler": "static_response", "status_code": 404}]})
+}
+
+fn routes_of(server: &Value) -> &[Value] {
+    server.get("routes").and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+fn is_ours(route: &Value) -> bool {
+    route.get("@id").and_then(Value::as_str) == Some(ROUTE_ID)
+}
+
+/// Whether a server is one that we made: our name, and no route but ours and the 404 after it.
+fn own_server(name: &str, server: &Value) -> bool {
+    name == OWN_SERVER && routes_of(server).iter().all(|r| is_ours(r) || *r == not_found())
+}
+
+fn listens_on_https(server: &Value) -> bool {
+    let addresses = server.get("listen").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    addresses.iter().filter_map(Value::as_str).any(|a| a.rsplit(':').next() == Some("443"))
+}
+
+/// The name of a server as one segment of a path of the admin API. Names come from Caddy or the configuration.
+fn segment(name: &str) -> String {
+    let mut out = String::new();
+    for b in name.bytes() {
+        if b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'~') {
+            out.push(b as char);
+        } else {
+            out.push_str(&format!("%{b:02X}"));
+        }
+    }
+    out
+}
+
+/// Compares what Caddy has with what it should have. `wanted` is the server of the configuration, if set.
+pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) -> RoutePlan {
+    let servers = match observed {
+        Observed::Unavailable(why) => {
+            return if desired.is_none() { RoutePlan::None } else { RoutePlan::Pending(why.clone()) };
+        }
+        Observed::Servers(servers) => servers,
+    };
+    let target: Option<&str> = match wanted {
+        Some(name) if name == OWN_SERVER || servers.contains_key(name) => Some(name),
+        Some(name) if desired.is_some() => {
+            let names: Vec<&str> = servers.keys().map(String::as_str).collect();
+            return RoutePlan::Pending(format!(
+                "Caddy has no server '{name}' (it has: {}); correct 'caddyServer' in the configuration",
+                if names.is_empty() { "none".to_string() } else { names.join(", ") }
+            ));
+        }
+        Some(_) => None,
+        None => servers.iter().find(|(_, s)| listens_on_https(s)).map(|(name, _)| name.as_str()),
+    };
+    let target = target.unwrap_or(OWN_SERVER);
+    let mut requests = Vec::new();
+
+    // Ours where it should not be: in other servers, or anywhere when no service has http.
+    for (name, server) in servers {
+        let ours = routes_of(server).iter().filter(|r| is_ours(r)).count();
+        if ours == 0 || (name == target && desired.is_some()) {
+            continue;
+        }
+        let path = format!("{SERVERS}/{}", segment(name));
+        if own_server(name, server) {
+            requests.push(Request {
+                method: "DELETE",
+                path,
+                body: None,
+                what: format!("remove our server '{name}'"),
+            });
+        } else {
+            let rest: Vec<&Value> = routes_of(server).iter().filter(|r| !is_ours(r)).collect();
+            requests.push(Request {
+                method: "PATCH",
+                path: format!("{path}/routes"),
+                body: Some(json!(rest)),
+                what: format!("remove our route from server '{name}'"),
+            });
+        }
+    }
+    let Some(desired) = desired else {
+        return if requests.is_empty() { RoutePlan::None } else { RoutePlan::Write(requests) };
+    };
+
+    let path = format!("{SERVERS}/{}", segment(target));
+    match servers.get(target) {
+        None => requests.push(Request {
+            method: "PUT",
+            path,
+            body: Some(json!({"listen": [":443"], "routes": [desired, not_found()]})),
+            what: format!("make server '{target}' on :443 with our route"),
+        }),
+        Some(server) => {
+            let routes = routes_of(server);
+            let ours: Vec<usize> =
+                routes.iter().enumerate().filter(|(_, r)| is_ours(r)).map(|(i, _)| i).collect();
+            match ours[..] {
+                [0] if routes[0] == *desired => {}
+                [0] => requests.push(Request {
+                    method: "PATCH",
+                    path: format!("/id/{ROUTE_ID}"),
+                    body: Some(desired.clone()),
+                    what: format!("replace our route in server '{target}'"),
+                }),
+                [] if server.get("routes").is_some_and(Value::is_array) => requests.push(Request {
+                    method: "PUT",
+                    path: format!("{path}/routes/0"),
+                    body: Some(desired.clone()),
+                    what: format!("add our route to server '{target}'"),
+                }),
+                [] => requests.push(Request {
+                    method: if server.get("routes").is_some() { "PATCH" } else { "PUT" },
+                    path: format!("{path}/routes"),
+                    body: Some(json!([desired])),
+                    what: format!("add our route to server '{target}'"),
+                }),
+                // Not first, or more than once: the list is written anew, others' routes in their order.
+                _ => {
+                    let mut all = vec![desired];
+                    all.extend(routes.iter().filter(|r| !is_ours(r)));
+                    requests.push(Request {
+                        method: "PATCH",
+                        path: format!("{path}/routes"),
+                        body: Some(json!(all)),
+                        what: format!("put our route first in server '{target}'"),
+                    });
+                }
+            }
+        }
+    }
+    if requests.is_empty() { RoutePlan::Current } else { RoutePlan::Write(requests) }
+}
+
+fn agent() -> ureq::Agent {
+    // The admin endpoint is this machine's: a proxy of the environment has no business here.
+    ureq::Agent::config_builder()
+        .proxy(None)
+        .timeout_global(Some(Duration::from_secs(20)))
+        .timeout_connect(Some(Duration::from_secs(3)))
+        .http_status_as_error(false)
+        .build()
+        .into()
+}
+
+/// Asks Caddy for its servers.
+pub fn observe(admin: &str) -> Observed {
+    let url = format!("{admin}{SERVERS}");
+    let mut response = match agent().get(&url).call() {
+        Ok(response) => response,
+        Err(e) => {
+            return Observed::Unavailable(format!(
+                "Caddy's admin endpoint {admin} does not answer ({e}); start Caddy ('systemctl start caddy') or \
+                 set 'caddyAdmin'"
+            ));
+        }
+    };
+    let status = response.status().as_u16();
+    let body = match response.body_mut().with_config().limit(64 << 20).read_to_string() {
+        Ok(body) => body,
+        Err(e) => {
+            return Observed::Unavailable(format!(
+                "Caddy's answer at {url} broke off ({e}); the next pass asks again"
+            ));
+        }
+    };
+    let no_app = || {
+        Observed::Unavailable(format!(
+            "Caddy at {admin} has no http app to put a route into; give it a configuration with one server"
+        ))
+    };
+    match (status, serde_json::from_str::<Value>(&body)) {
+        (200, Ok(Value::Object(servers))) => Observed::Servers(servers),
+        (200, Ok(Value::Null)) | (400 | 404, _) => no_app(),
+        _ => Observed::Unavailable(format!("Caddy at {admin} answered {status}: {}", first_line(&body))),
+    }
+}
+
+/// Performs one request; the error is the reason.
+pub fn perform(admin: &str, request: &Request) -> Result<(), String> {
+    let url = format!("{admin}{}", request.path);
+    let body = request.body.as_ref().map(Value::to_string).unwrap_or_default();
+    let built = ureq::http::Request::builder()
+        .method(request.method)
+        .uri(&url)
+        .header("Content-Type", "application/json")
+        .body(body)
+        .map_err(|e| format!("cannot {}: {e}", request.what))?;
+    let mut response = agent().run(built).map_err(|e| format!("cannot {}: {e}", request.what))?;
+    if response.status().is_success() {
+        return Ok(());
+    }
+    let status = response.status().as_u16();
+    let said = response.body_mut().read_to_string().unwrap_or_else(|e| e.to_string());
+    Err(format!("cannot {}: Caddy answered {status}: {}", request.what, first_line(&said)))
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().chars().take(300).collect()
+}
+
+/// The domains of a route with what they lead to, for people: `ava.example.com/api → 8080`.
+pub fn shown(entries: &BTreeMap<String, &Http>) -> Vec<String> {
+    entries
+        .iter()
+        .map(|(name, h)| format!("{}{} → {} (127.0.0.1:{})", h.domain, h.path, name, h.internal_port))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn http(domain: &str, path: &str, port: u16) -> Http {
+        Http {
+            domain: domain.into(),
+            path: path.into(),
+            internal_port: port,
+            port_env: None,
+            drain_sec: None,
+            extra: Map::new(),
+        }
+    }
+
+    fn servers(value: Value) -> Observed {
+        Observed::Servers(value.as_object().unwrap().clone())
+    }
+
+    /// What Caddy would have after the requests; enough of its API for this module's own requests.
+    fn apply(observed: &Observed, plan: &RoutePlan) -> Observed {
+        let (Observed::Servers(servers), RoutePlan::Write(requests)) = (observed, plan) else {
+            return observed.clone();
+        };
+        let mut servers = servers.clone();
+        for r in requests {
+            let parts: Vec<&str> = r.path.split('/').skip(1).collect();
+            match (r.method, &parts[..]) {
+                ("DELETE", ["config", "apps", "http", "servers", name]) => {
+                    servers.remove(*name).unwrap();
+                }
+                ("PUT", ["config", "apps", "http", "servers", name]) => {
+                    assert!(servers.insert(name.to_string(), r.body.clone().unwrap()).is_none());
+                }
+                ("PATCH" | "PUT", ["config", "apps", "http", "servers", name, "routes"]) => {
+                    servers[*name]["routes"] = r.body.clone().unwrap();
+                }
+                ("PUT", ["config", "apps", "http", "servers", name, "routes", "0"]) => {
+                    servers[*name]["routes"].as_array_mut().unwrap().insert(0, r.body.clone().unwrap());
+                }
+                ("PATCH", ["id", ROUTE_ID]) => {
+                    let mut places = servers.iter_mut().flat_map(|(_, s)| {
+                        s["routes"].as_array_mut().unwrap().iter_mut().filter(|r| is_ours(r))
+                    });
+                    *places.next().unwrap() = r.body.clone().unwrap();
+                }
+                other => panic!("no such request in Caddy: {other:?}"),
+            }
+        }
+        Observed::Servers(servers)
+    }
+
+    #[test]
+    fn after_the_plan_nothing_is_left_to_do_and_others_are_untouched() {
+        let a = http("a.example.com", "/", 8080);
+        let b = http("b.example.com", "/api", 8081);
+        let desired = route(&[&a, &b]).unwrap();
+        let old = route(&[&a]).unwrap();
+        let foreign = json!({"handle": [{"handler": "static_response", "body": "theirs"}]});
+        for (wanted, start) in [
+            (None, json!({})),
+            (None, json!({"srv0": {"listen": [":80"], "routes": [foreign]}})),
+            (None, json!({"web": {"listen": ["0.0.0.0:443"], "routes": [foreign]}})),
+            (None, json!({"web": {"listen": [":443"], "routes": [foreign, old]}})),
+            (None, json!({"web": {"listen": [":443"], "routes": [old, foreign, old]}})),
+            (None, json!({"web": {"listen": [":443"], "routes": [old, foreign]}})),
+            (None, json!({"web": {"listen": [":443"]}})),
+            (
+                Some("srv0"),
+                json!({"srv0": {"listen": [":80"], "routes": []}, "deployer": {"listen": [":443"], "routes": [old, not_found()]}}),
+            ),
+            (
+                Some("srv0"),
+                json!({"srv0": {"listen": [":80"], "routes": [foreign]}, "web": {"listen": [":443"], "routes": [foreign, old]}}),
+            ),
+        ] {
+            let start = servers(start);
+            let first = plan(wanted, Some(&desired), &start);
+            assert!(matches!(first, RoutePlan::Write(_)), "{start:?}");
+            let after = apply(&start, &first);
+            assert_eq!(plan(wanted, Some(&desired), &after), RoutePlan::Current, "{after:?}");
+            let Observed::Servers(after_servers) = &after else { unreachable!() };
+            let Observed::Servers(start_servers) = &start else { unreachable!() };
+            for (name, server) in start_servers {
+                let theirs = |s: &Value| routes_of(s).iter().filter(|r| **r == foreign).count();
+                if theirs(server) > 0 {
+                    assert_eq!(theirs(server), theirs(&after_servers[name]), "{name}");
+                }
+            }
+            // And back: no trace of ours is left.
+            let gone = plan(wanted, None, &after);
+            let cleaned = apply(&after, &gone);
+            assert_eq!(plan(wanted, None, &cleaned), RoutePlan::None);
+            let Observed::Servers(cleaned) = cleaned else { unreachable!() };
+            assert!(cleaned.values().all(|s| !routes_of(s).iter().any(is_ours)));
+        }
+    }
+
+    #[test]
+    fn the_outer_route_matches_every_domain_and_the_longest_path_comes_first() {
+        let entries = [
+            http("a.example.com", "/", 1),
+            http("a.example.com", "/api/v2", 2),
+            http("a.example.com", "/api", 3),
+            http("*.example.com", "/", 4),
+        ];
+        let route = route(&entries.iter().collect::<Vec<_>>()).unwrap();
+        assert_eq!(route["match"], json!([{"host": ["*.example.com", "a.example.com"]}]));
+        let inner = route["handle"][0]["routes"].as_array().unwrap();
+        let dials: Vec<&str> =
+            inner.iter().map(|r| r["handle"][0]["upstreams"][0]["dial"].as_str().unwrap()).collect();
+        assert_eq!(dials, ["127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:1", "127.0.0.1:4"]);
+        assert_eq!(inner[1]["match"][0]["path"], json!(["/api", "/api/*"]));
+    }
+
+    #[test]
+    fn what_cannot_be_done_now_is_pending_with_a_reason() {
+        let a = http("a.example.com", "/", 8080);
+        let desired = route(&[&a]).unwrap();
+        let down = Observed::Unavailable("down".into());
+        assert_eq!(plan(None, Some(&desired), &down), RoutePlan::Pending("down".into()));
+        assert_eq!(plan(None, None, &down), RoutePlan::None);
+        let RoutePlan::Pending(why) = plan(Some("nosuch"), Some(&desired), &servers(json!({"srv0": {}})))
+        else {
+            panic!("not pending")
+        };
+        assert!(why.contains("nosuch") && why.contains("srv0"), "{why}");
+    }
+}

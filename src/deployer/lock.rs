@@ -1,0 +1,66 @@
+//! The lock of a pass. The kernel holds it (flock) and lets go when the process ends, however it ends; the
+//! file's content only says who.
+
+use super::root::Root;
+use crate::clock::Timestamp;
+use crate::durable;
+use crate::error::{Error, Result};
+use std::io::{Read, Seek, Write};
+
+/// Held while a pass runs.
+#[derive(Debug)]
+pub struct Lock {
+    _file: fs_err::File,
+}
+
+/// What came of asking for the lock.
+#[derive(Debug)]
+pub enum Asked {
+    /// It is ours.
+    Taken(Lock),
+    /// Somebody else's; who and since when.
+    Held(String),
+}
+
+/// Asks for the lock, without waiting.
+pub fn take(root: &Root, now: Timestamp) -> Result<Asked> {
+    durable::folder(&root.state_dir, 0o755)?;
+    let path = root.lock();
+    let mut file =
+        fs_err::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
+    match file.file().try_lock() {
+        Ok(()) => {}
+        Err(std::fs::TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            file.read_to_string(&mut holder)?;
+            let holder = holder.trim();
+            return Ok(Asked::Held(if holder.is_empty() { "another process".into() } else { holder.into() }));
+        }
+        Err(std::fs::TryLockError::Error(e)) => {
+            return Err(Error::new(format!("cannot lock {}: {e}", path.display())));
+        }
+    }
+    // Whose it is, is for people only: a torn line harms nothing, so this needs no durable write.
+    file.set_len(0)?;
+    file.rewind()?;
+    write!(file, "process {} since {now}", std::process::id())?;
+    Ok(Asked::Taken(Lock { _file: file }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_asker_is_told_who_holds_it_and_since_when() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut root = Root::system(dir.path());
+        root.state_dir = dir.path().to_path_buf();
+        let first = take(&root, Timestamp(1_795_372_265)).unwrap();
+        assert!(matches!(first, Asked::Taken(_)));
+        let Asked::Held(who) = take(&root, Timestamp(0)).unwrap() else { panic!("taken twice") };
+        assert_eq!(who, format!("process {} since 2026-11-22T18:31:05Z", std::process::id()));
+        drop(first);
+        assert!(matches!(take(&root, Timestamp(0)).unwrap(), Asked::Taken(_)));
+    }
+}

@@ -1,0 +1,253 @@
+//! What is: looks at units, links, store paths, roots, secrets and Caddy. Reads only. A pass that has nothing
+//! to do costs one `systemctl list-units`, one request to Caddy, and a few file reads a service.
+
+use super::caddy;
+use super::plan::{Observed, UnitFile, UnitSeen};
+use super::root::Root;
+use super::systemd::{self, UNIT_PATH};
+use super::unit;
+use crate::error::Result;
+use crate::manifest::Service;
+use crate::names::{ServiceName, StorePath};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// Looks at everything that concerns these services and whatever else is ours.
+pub fn observe(
+    root: &Root,
+    caddy_admin: &str,
+    desired: &[&Service],
+    applied: &BTreeMap<ServiceName, super::plan::Applied>,
+) -> Result<Observed> {
+    let mut present = BTreeSet::new();
+    let paths =
+        desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(applied.values().map(|a| &a.path));
+    for path in paths {
+        if is_there(path)? {
+            present.insert(path.clone());
+        }
+    }
+    let mut secrets = BTreeMap::new();
+    for service in desired {
+        if let Some(file) = &service.env_file {
+            secrets.insert(service.name.clone(), secrets_file(&service.name, Path::new(file)));
+        }
+    }
+    Ok(Observed {
+        units: units(root, desired, applied)?,
+        present,
+        roots: roots(root)?,
+        secrets,
+        understudies: understudies(root)?,
+        caddy: caddy::observe(caddy_admin),
+    })
+}
+
+/// Whether a store path is on the disk. Its contents are Nix's affair: a path is only ever registered whole.
+fn is_there(path: &StorePath) -> Result<bool> {
+    match fs_err::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The units in question: files, boot links and what systemd says.
+pub fn units(
+    root: &Root,
+    desired: &[&Service],
+    applied: &BTreeMap<ServiceName, super::plan::Applied>,
+) -> Result<BTreeMap<ServiceName, UnitSeen>> {
+    let mut listed = systemd::list_units()?;
+    let mut units: BTreeMap<ServiceName, UnitSeen> = BTreeMap::new();
+    for (name, text) in marked(&root.unit_dir, ".service")? {
+        units.insert(name, UnitSeen { file: UnitFile::Ours(text), ..UnitSeen::default() });
+    }
+    for name in desired.iter().map(|s| &s.name).chain(applied.keys()) {
+        if !units.contains_key(name) {
+            let file = foreign(root, name, applied.contains_key(name))?;
+            units.insert(name.clone(), UnitSeen { file, ..UnitSeen::default() });
+        }
+    }
+    for (name, seen) in &mut units {
+        seen.listed = listed.remove(&name.unit()).unwrap_or_default();
+        let link = root.wanted(name);
+        seen.wanted = fs_err::read_link(&link).is_ok_and(|target| {
+            let target =
+                if target.is_absolute() { target } else { link.parent().unwrap_or(&link).join(target) };
+            same_file(&target, &root.unit(name))
+        });
+    }
+    Ok(units)
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    match (fs_err::metadata(a), fs_err::metadata(b)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+/// The units with our mark in a folder whose file name is a service's and `ending`.
+fn marked(dir: &Path, ending: &str) -> Result<Vec<(ServiceName, String)>> {
+    let mut found = Vec::new();
+    let entries = match fs_err::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(found),
+        Err(e) => return Err(e.into()),
+    };
+    for entry in entries {
+        let entry = entry?;
+        let file_name = entry.file_name();
+        let name = file_name.to_str().and_then(|n| n.strip_suffix(ending)).map(ServiceName::parse);
+        let Some(Ok(name)) = name else { continue };
+        if !entry.file_type()?.is_file() {
+            continue;
+        }
+        match fs_err::read(entry.path()) {
+            Ok(bytes) if unit::is_ours(&bytes) => {
+                found.push((name, String::from_utf8_lossy(&bytes).into_owned()));
+            }
+            Ok(_) => {}
+            // Somebody removed it between the two looks.
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(found)
+}
+
+/// The services that have an understudy with our mark.
+pub fn understudies(root: &Root) -> Result<BTreeSet<ServiceName>> {
+    let ending = format!("{}.service", crate::names::NEXT_SUFFIX);
+    Ok(marked(&root.unit_dir, &ending)?.into_iter().map(|(name, _)| name).collect())
+}
+
+/// Whether somebody else has a unit of this name, anywhere that systemd looks. A link to /dev/null over a
+/// service that we run (`systemctl mask`) is drift and may be replaced; over anything else it is a refusal.
+fn foreign(root: &Root, name: &ServiceName, was_ours: bool) -> Result<UnitFile> {
+    let folders = [root.unit_dir.as_path()].into_iter().chain(UNIT_PATH.iter().map(Path::new));
+    for dir in folders {
+        let path = dir.join(name.unit());
+        let meta = match fs_err::symlink_metadata(&path) {
+            Ok(meta) => meta,
+            Err(e) if e.kind() == ErrorKind::NotFound => continue,
+            Err(e) => return Err(e.into()),
+        };
+        let masks =
+            meta.is_symlink() && fs_err::metadata(&path).is_ok_and(|m| m.file_type().is_char_device());
+        if was_ours && masks {
+            continue;
+        }
+        if meta.is_file() && fs_err::read(&path).is_ok_and(|bytes| unit::is_ours(&bytes)) {
+            continue;
+        }
+        return Ok(UnitFile::Foreign(path));
+    }
+    Ok(UnitFile::Absent)
+}
+
+/// Where copies of our unit would take precedence over, or be shadowed by, the one in our folder.
+pub fn strays(root: &Root, name: &ServiceName) -> Vec<PathBuf> {
+    UNIT_PATH
+        .iter()
+        .map(Path::new)
+        .filter(|dir| *dir != root.unit_dir)
+        .map(|dir| dir.join(name.unit()))
+        .filter(|path| {
+            fs_err::symlink_metadata(path).is_ok_and(|m| m.is_file() || m.is_symlink())
+                && (fs_err::read(path).is_ok_and(|bytes| unit::is_ours(&bytes) || bytes.is_empty()))
+        })
+        .collect()
+}
+
+/// Our roots: service to the base names of the paths it holds. Only links whose name is their target's count.
+pub fn roots(root: &Root) -> Result<BTreeMap<ServiceName, BTreeSet<String>>> {
+    let mut roots = BTreeMap::new();
+    let services = match fs_err::read_dir(&root.gcroots) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(roots),
+        Err(e) => return Err(e.into()),
+    };
+    for service in services {
+        let service = service?;
+        let Some(Ok(name)) = service.file_name().to_str().map(ServiceName::parse) else { continue };
+        let mut held = BTreeSet::new();
+        for link in fs_err::read_dir(service.path())? {
+            let link = link?;
+            let base = link.file_name().to_string_lossy().into_owned();
+            let expected = Path::new(crate::names::STORE_DIR).join(&base);
+            if fs_err::read_link(link.path()).is_ok_and(|target| target == expected) {
+                held.insert(base);
+            }
+        }
+        roots.insert(name, held);
+    }
+    Ok(roots)
+}
+
+/// Whether a secrets file may be used: there, a regular file, root's, readable by nobody else. The answer
+/// identifies its present content without telling anything of it (times, size, inode), or is the reason with
+/// the command that mends it.
+pub fn secrets_file(name: &ServiceName, path: &Path) -> Result<String, String> {
+    let shown = path.display();
+    let meta = match fs_err::symlink_metadata(path) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            return Err(format!(
+                "secrets file {shown} of {name} is missing; make it: install -m 600 /dev/null {shown}"
+            ));
+        }
+        Err(e) => return Err(format!("secrets file of {name}: {e}")),
+    };
+    if meta.is_symlink() {
+        return Err(format!("secrets file {shown} of {name} is a symbolic link; put the file itself there"));
+    }
+    if !meta.is_file() {
+        return Err(format!("secrets file {shown} of {name} is not a regular file; put a file there"));
+    }
+    if meta.uid() != 0 {
+        return Err(format!(
+            "secrets file {shown} of {name} belongs to user {}; run: chown root:root {shown}",
+            meta.uid()
+        ));
+    }
+    let mode = meta.mode() & 0o7777;
+    if mode & !0o600 != 0 {
+        return Err(format!(
+            "secrets file {shown} of {name} has mode {mode:04o}, others could read it; run: chmod 600 {shown}"
+        ));
+    }
+    Ok(format!("{}.{}.{}.{}", meta.mtime(), meta.mtime_nsec(), meta.size(), meta.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn secrets_that_others_could_read_are_refused_with_the_line_to_type() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = ServiceName::parse("ava").unwrap();
+        let file = dir.path().join("ava.env");
+        assert!(secrets_file(&name, &file).unwrap_err().contains("install -m 600"));
+        fs_err::write(&file, "A=1").unwrap();
+        for (mode, good) in
+            [(0o644, false), (0o640, false), (0o601, false), (0o4600, false), (0o600, true), (0o400, true)]
+        {
+            fs_err::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+            let answer = secrets_file(&name, &file);
+            assert_eq!(answer.is_ok(), good, "{mode:o}: {answer:?}");
+            if let Err(why) = answer {
+                assert!(why.contains(&format!("chmod 600 {}", file.display())), "{why}");
+            }
+        }
+        let link = dir.path().join("link.env");
+        fs_err::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(secrets_file(&name, &link).unwrap_err().contains("symbolic link"));
+        assert!(secrets_file(&name, dir.path()).unwrap_err().contains("regular"));
+    }
+}

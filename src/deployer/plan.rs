@@ -1,0 +1,919 @@
+//! The plan: a pure function from what should be and what is to what is to be done. It never asks the host.
+//! It is called again after every round of effects with what was learned, until it has nothing left to do; the
+//! same function so decides the first deploy, the repair of drift, and putting a previous version back.
+
+use super::caddy::{self, RoutePlan};
+use super::state::{Failure, State, Status};
+use super::systemd::Listed;
+use super::unit;
+use crate::clock::Timestamp;
+use crate::manifest::{Http, Rollout, Service};
+use crate::names::{ServiceName, StorePath};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+/// How many closures of a service stay on the host, the current one included.
+pub const KEEP_CLOSURES: usize = 3;
+
+/// What was seen of the host.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    /// Units: of every service that should be here, and every other one that is ours.
+    pub units: BTreeMap<ServiceName, UnitSeen>,
+    /// Which of the paths in question are in this machine's store.
+    pub present: BTreeSet<StorePath>,
+    /// Our roots: service to the names (`HASH-NAME`) of what it holds.
+    pub roots: BTreeMap<ServiceName, BTreeSet<String>>,
+    /// Secrets files of services that have one: what identifies their present content, or why they cannot be
+    /// used.
+    pub secrets: BTreeMap<ServiceName, Result<String, String>>,
+    /// Services that have an understudy: one that an earlier pass left, or this one started.
+    pub understudies: BTreeSet<ServiceName>,
+    /// Caddy.
+    pub caddy: caddy::Observed,
+}
+
+/// What was seen of one unit.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct UnitSeen {
+    /// Its file.
+    pub file: UnitFile,
+    /// Whether it is started at boot.
+    pub wanted: bool,
+    /// What systemd says of it.
+    pub listed: Listed,
+}
+
+/// A unit's file.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum UnitFile {
+    /// There is none.
+    #[default]
+    Absent,
+    /// One with our mark.
+    Ours(String),
+    /// Somebody else's, there.
+    Foreign(PathBuf),
+}
+
+/// What was last proved of a service: the entry of the manifest, and the path that ran.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Applied {
+    /// The entry.
+    pub service: Service,
+    /// Its store path.
+    pub path: StorePath,
+    /// The paths proved before it that are still held, newest first.
+    pub previous: Vec<StorePath>,
+}
+
+/// What earlier passes left for this one.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    /// The state file.
+    pub state: State,
+    /// What was last proved of each service.
+    pub applied: BTreeMap<ServiceName, Applied>,
+    /// False when something of it could not be read: then nothing is removed.
+    pub readable: bool,
+}
+
+/// What was learned in this pass about an attempt, known by its inputs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Trouble {
+    /// Whether the release itself is bad (and is remembered), or the attempt just did not work out.
+    pub rejected: bool,
+    /// The reason.
+    pub failure: Failure,
+}
+
+/// Everything that was learned in this pass.
+#[derive(Debug, Clone, Default)]
+pub struct Learned {
+    /// Attempts that failed, by service and inputs.
+    pub troubles: BTreeMap<(ServiceName, String), Trouble>,
+    /// Paths that could not be fetched, with the reason.
+    pub unfetchable: BTreeMap<StorePath, String>,
+}
+
+/// What a person asked for besides.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Rejected services to try again.
+    pub retry: BTreeSet<ServiceName>,
+    /// Remove everything if the manifest says so.
+    pub allow_empty: bool,
+    /// Which of Caddy's servers gets our route.
+    pub caddy_server: Option<String>,
+}
+
+/// What should run under a service's name.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Goal {
+    /// The entry.
+    pub service: Service,
+    /// Its store path.
+    pub path: StorePath,
+    /// Its unit.
+    pub unit: String,
+    /// What goes into an attempt, as a hash: unit and secrets.
+    pub inputs: String,
+    /// Whether a pass has proved this very unit before.
+    pub proved: bool,
+    /// Whether this is what the manifest says (else: the version before).
+    pub desired: bool,
+}
+
+/// One thing to do for one service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Keep a path from the garbage collector.
+    Root(StorePath),
+    /// Get a closure from the cache.
+    Fetch(StorePath),
+    /// Write the unit; the reason.
+    Write(&'static str),
+    /// Have it started at boot.
+    Enable,
+    /// Before it is restarted: prove the new version beside it and lead requests there; the reason.
+    Overlap(&'static str),
+    /// Restart it and see it come up; the reason.
+    Restart(&'static str),
+    /// Take the entry down as proved: nothing of the unit changed.
+    Record,
+    /// Stop it and remove its unit; the reason.
+    Remove(&'static str),
+    /// Let go of a path.
+    Unroot(String),
+}
+
+/// What is to be done for one service.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ServicePlan {
+    /// The service.
+    pub name: ServiceName,
+    /// What the manifest names; None: a placeholder.
+    pub target: Option<StorePath>,
+    /// What should run now; None: nothing can.
+    pub goal: Option<Goal>,
+    /// Why that is not what the manifest says, or not running.
+    pub trouble: Option<Trouble>,
+    /// In this order.
+    pub steps: Vec<Step>,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The services of this host, in the manifest's order, then those that go.
+    pub services: Vec<ServicePlan>,
+    /// Services of ours that are not in the manifest (any more).
+    pub gone: Vec<ServicePlan>,
+    /// Caddy's route.
+    pub route: RoutePlan,
+    /// Understudies to stop and remove once the route leads past them.
+    pub understudies: Vec<ServiceName>,
+}
+
+/// The manifest would remove everything: refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WouldEmpty(pub Vec<ServiceName>);
+
+/// A short hash of what goes into an attempt.
+pub fn inputs_hash(unit: &str, secrets: Option<&str>) -> String {
+    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
+    context.update(unit.as_bytes());
+    context.update(b"\0");
+    context.update(secrets.unwrap_or_default().as_bytes());
+    context.finish().as_ref()[..12].iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Compares what should be with what is.
+pub fn plan(
+    desired: &[&Service],
+    observed: &Observed,
+    memory: &Memory,
+    learned: &Learned,
+    options: &Options,
+    now: Timestamp,
+) -> Result<Plan, WouldEmpty> {
+    let names: BTreeSet<&ServiceName> = desired.iter().map(|s| &s.name).collect();
+    let ours = ours(observed, memory);
+    if desired.iter().all(|s| s.artifact.store_path.path().is_none())
+        && !ours.is_empty()
+        && !options.allow_empty
+    {
+        return Err(WouldEmpty(ours.into_iter().cloned().collect()));
+    }
+    let services: Vec<ServicePlan> =
+        desired.iter().map(|s| service(s, observed, memory, learned, options, now)).collect();
+    let gone = if memory.readable {
+        ours.into_iter()
+            .filter(|n| !names.contains(n))
+            .map(|n| removal(n, observed, "not in the manifest"))
+            .collect()
+    } else {
+        Vec::new()
+    };
+    let routed = routed(desired, &services);
+    let entries: Vec<&Http> = routed.values().copied().collect();
+    let route =
+        caddy::plan(options.caddy_server.as_deref(), caddy::route(&entries).as_ref(), &observed.caddy);
+    let understudies = observed.understudies.iter().cloned().collect();
+    Ok(Plan { services, gone, route, understudies })
+}
+
+/// The services whose requests Caddy should bring, by name: what runs, and what should run but cannot (whose
+/// answer is then honestly a 502, and never the neighbour's page). Waiting services are not routed.
+pub fn routed<'a>(desired: &[&'a Service], plans: &'a [ServicePlan]) -> BTreeMap<String, &'a Http> {
+    let mut routed = BTreeMap::new();
+    let mut claimed = BTreeSet::new();
+    for (entry, plan) in desired.iter().zip(plans) {
+        let http = match (&plan.goal, &plan.target) {
+            (Some(goal), _) => goal.service.http.as_ref(),
+            (None, Some(_)) => entry.http.as_ref(),
+            (None, None) => None,
+        };
+        // A version that was put back may claim what a neighbour has by now; the first keeps it.
+        if let Some(http) = http
+            && claimed.insert((http.domain.as_str(), http.path.as_str()))
+        {
+            routed.insert(plan.name.to_string(), http);
+        }
+    }
+    routed
+}
+
+/// The services that are ours to remove: a unit with our mark, a proved entry, or roots.
+fn ours<'a>(observed: &'a Observed, memory: &'a Memory) -> BTreeSet<&'a ServiceName> {
+    let units =
+        observed.units.iter().filter(|(_, u)| matches!(u.file, UnitFile::Ours(_))).map(|(name, _)| name);
+    units.chain(memory.applied.keys()).chain(observed.roots.keys()).collect()
+}
+
+fn removal(name: &ServiceName, observed: &Observed, why: &'static str) -> ServicePlan {
+    let roots = observed.roots.get(name).into_iter().flatten().cloned().map(Step::Unroot);
+    let steps = [Step::Remove(why)].into_iter().chain(roots).collect();
+    ServicePlan { name: name.clone(), target: None, goal: None, trouble: None, steps }
+}
+
+fn goal_of(
+    service: &Service,
+    path: &StorePath,
+    secrets: Option<&str>,
+    applied: Option<&Applied>,
+    desired: bool,
+) -> Goal {
+    let unit = unit::render(service, path);
+    let proved = applied.is_some_and(|a| unit::render(&a.service, &a.path) == unit);
+    let inputs = inputs_hash(&unit, secrets);
+    Goal { service: service.clone(), path: path.clone(), unit, inputs, proved, desired }
+}
+
+fn service(
+    entry: &Service,
+    observed: &Observed,
+    memory: &Memory,
+    learned: &Learned,
+    options: &Options,
+    now: Timestamp,
+) -> ServicePlan {
+    let name = &entry.name;
+    let unseen = UnitSeen::default();
+    let seen = observed.units.get(name).unwrap_or(&unseen);
+    let applied = memory.applied.get(name);
+    let before = memory.state.services.get(name);
+    let target = entry.artifact.store_path.path();
+    let done = |goal: Option<Goal>, trouble: Option<Trouble>, steps: Vec<Step>| ServicePlan {
+        name: name.clone(),
+        target: target.cloned(),
+        goal,
+        trouble,
+        steps,
+    };
+    // A reason keeps the time at which it was first found.
+    let failed = |reason: String| {
+        let old = before.and_then(|b| b.failure.as_ref()).filter(|f| f.reason == reason);
+        let failure = Failure {
+            at: old.map_or(now, |f| f.at),
+            journal: old.map(|f| f.journal.clone()).unwrap_or_default(),
+            reason,
+            attempted: target.cloned(),
+            inputs: None,
+        };
+        Trouble { rejected: false, failure }
+    };
+
+    if let UnitFile::Foreign(path) = &seen.file {
+        let reason = format!(
+            "{} exists and is not ours; rename the service, or remove that unit and run 'deployer'",
+            path.display()
+        );
+        return done(None, Some(failed(reason)), Vec::new());
+    }
+    let Some(path) = target else {
+        let mut steps = Vec::new();
+        if matches!(seen.file, UnitFile::Ours(_)) || applied.is_some() || observed.roots.contains_key(name) {
+            steps = removal(name, observed, "the manifest names a placeholder").steps;
+        }
+        return done(None, None, steps);
+    };
+
+    let secrets = observed.secrets.get(name);
+    let stamp = secrets.and_then(|s| s.as_ref().ok()).map(String::as_str);
+    let candidate = goal_of(entry, path, stamp, applied, true);
+    let tried = candidate.unit.clone();
+    let trouble_of = |goal: &Goal| -> Option<Trouble> {
+        if let Some(trouble) = learned.troubles.get(&(name.clone(), goal.inputs.clone())) {
+            return Some(trouble.clone());
+        }
+        if let Some(reason) = learned.unfetchable.get(&goal.path) {
+            return Some(failed(reason.clone()));
+        }
+        None
+    };
+    let remembered = || {
+        let before = before.filter(|b| b.status == Status::Rejected && !options.retry.contains(name))?;
+        let failure = before.failure.as_ref()?;
+        (failure.inputs.as_deref() == Some(candidate.inputs.as_str()))
+            .then(|| Trouble { rejected: true, failure: failure.clone() })
+    };
+
+    if let Some(Err(reason)) = secrets {
+        // Nothing is started with secrets that others can read, and nothing that runs is touched.
+        let goal = applied.map(|a| goal_of(&a.service, &a.path, stamp, applied, false));
+        return done(goal, Some(failed(reason.clone())), Vec::new());
+    }
+    let trouble = trouble_of(&candidate).or_else(remembered);
+    let (goal, trouble) = match trouble {
+        None => (Some(candidate), None),
+        Some(trouble) => {
+            let previous = applied.map(|a| goal_of(&a.service, &a.path, stamp, applied, false));
+            match previous {
+                // What ran before does not come up either: systemd goes on trying, we do not.
+                Some(previous) if trouble_of(&previous).is_some() => {
+                    return done(Some(previous), Some(trouble), Vec::new());
+                }
+                other => (other, Some(trouble)),
+            }
+        }
+    };
+    let Some(goal) = goal else {
+        // Refused, and nothing ran before: nothing is left behind that would crash at every boot.
+        let mut steps = Vec::new();
+        if matches!(seen.file, UnitFile::Ours(_)) {
+            steps.push(Step::Remove("it was refused and there is no version before it"));
+        }
+        steps.extend(unroots(name, observed, memory, None, Some(path), trouble.as_ref()));
+        return done(None, trouble, steps);
+    };
+
+    let mut steps = Vec::new();
+    let held = observed.roots.get(name);
+    if !held.is_some_and(|h| h.contains(goal.path.base())) {
+        steps.push(Step::Root(goal.path.clone()));
+    }
+    if !observed.present.contains(&goal.path) {
+        steps.push(Step::Fetch(goal.path.clone()));
+    }
+    let write = match &seen.file {
+        UnitFile::Ours(text) if *text == goal.unit => None,
+        UnitFile::Ours(text) if !goal.desired && *text == tried => Some("putting the version before back"),
+        UnitFile::Ours(_) if applied.is_some_and(|a| a.path != goal.path) => Some("another version"),
+        UnitFile::Ours(_) if goal.proved => Some("the unit was changed on the host"),
+        UnitFile::Ours(_) => Some("the manifest's entry changed"),
+        UnitFile::Absent if applied.is_some() => Some("the unit was gone"),
+        UnitFile::Absent | UnitFile::Foreign(_) => Some("new here"),
+    };
+    if let Some(why) = write {
+        steps.push(Step::Write(why));
+    }
+    if !seen.wanted {
+        steps.push(Step::Enable);
+    }
+    if let Some(why) = write {
+        if overlaps(&goal, seen, observed) {
+            steps.push(Step::Overlap(why));
+        }
+        steps.push(Step::Restart(why));
+    } else if !seen.listed.running() {
+        steps.push(Step::Restart("it was not running"));
+    } else if !goal.proved {
+        steps.push(Step::Restart("it was not proved yet"));
+    } else if goal.desired && applied.is_none_or(|a| a.service != goal.service) {
+        steps.push(Step::Record);
+    }
+    steps.extend(unroots(name, observed, memory, Some(&goal.path), Some(path), trouble.as_ref()));
+    done(Some(goal), trouble, steps)
+}
+
+/// Whether the new version is to be proved beside the old one: where there is an old one that answers, and
+/// Caddy to lead requests past it. An understudy that is there already has the requests (or had them: an
+/// earlier pass died); the unit is then restarted behind it.
+fn overlaps(goal: &Goal, seen: &UnitSeen, observed: &Observed) -> bool {
+    goal.desired
+        && goal.service.rollout == Rollout::Overlap
+        && goal.service.port_variable().is_some()
+        && seen.listed.running()
+        && matches!(observed.caddy, caddy::Observed::Servers(_))
+        && !observed.understudies.contains(&goal.service.name)
+}
+
+/// Understudies that an earlier pass left beside a version that is still as it was proved: nothing of the new
+/// version is in place, so requests go back to the proved one before anything else.
+pub fn abandoned<'a>(observed: &'a Observed, memory: &Memory) -> Vec<&'a ServiceName> {
+    let intact = |name: &ServiceName| {
+        let proved = memory.applied.get(name).map(|a| unit::render(&a.service, &a.path));
+        let seen = observed.units.get(name);
+        seen.is_some_and(|s| {
+            s.listed.running() && matches!((&s.file, &proved), (UnitFile::Ours(t), Some(p)) if t == p)
+        })
+    };
+    observed.understudies.iter().filter(|name| intact(name)).collect()
+}
+
+/// Roots that nothing needs any more: not what runs, not one of the versions before it, and not what is still
+/// to be fetched.
+fn unroots(
+    name: &ServiceName,
+    observed: &Observed,
+    memory: &Memory,
+    current: Option<&StorePath>,
+    target: Option<&StorePath>,
+    trouble: Option<&Trouble>,
+) -> Vec<Step> {
+    if !memory.readable {
+        return Vec::new();
+    }
+    let applied = memory.applied.get(name).map(|a| &a.path);
+    let previous = memory.applied.get(name).map(|a| a.previous.as_slice()).unwrap_or_default();
+    let pending = target.filter(|_| trouble.is_none_or(|t| !t.rejected));
+    let kept: BTreeSet<&str> =
+        current.into_iter().chain(applied).chain(pending).chain(previous).map(StorePath::base).collect();
+    let held = observed.roots.get(name).into_iter().flatten();
+    held.filter(|base| !kept.contains(base.as_str())).cloned().map(Step::Unroot).collect()
+}
+
+/// The versions before the current one, after `current` was proved where `replaced` was before.
+pub fn previous_after(current: &StorePath, replaced: Option<&Applied>) -> Vec<StorePath> {
+    let mut previous: Vec<StorePath> = Vec::new();
+    for path in replaced.iter().flat_map(|a| [&a.path].into_iter().chain(&a.previous)) {
+        if path != current && !previous.contains(path) {
+            previous.push(path.clone());
+        }
+    }
+    previous.truncate(KEEP_CLOSURES - 1);
+    previous
+}
+
+impl Plan {
+    /// Whether there is nothing to do for any unit, root or closure (the route apart).
+    pub fn services_settled(&self) -> bool {
+        self.services.iter().chain(&self.gone).all(|s| s.steps.is_empty())
+    }
+
+    /// Whether there is nothing to do at all.
+    pub fn is_empty(&self) -> bool {
+        self.services_settled() && self.understudies.is_empty() && !matches!(self.route, RoutePlan::Write(_))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::{Artifact, Exec, Hardening, Rollout, Systemd, Target};
+    use serde_json::{Map, json};
+
+    const NOW: Timestamp = Timestamp(1_000_000);
+
+    fn path(n: u8) -> StorePath {
+        StorePath::parse(&format!("/nix/store/{}-v{n}", n.to_string().repeat(32))).unwrap()
+    }
+
+    fn name(text: &str) -> ServiceName {
+        ServiceName::parse(text).unwrap()
+    }
+
+    fn entry(text: &str, version: u8) -> Service {
+        Service {
+            name: name(text),
+            artifact: Artifact {
+                kind: "nix-closure".into(),
+                store_path: Target::Path(path(version)),
+                extra: Map::new(),
+            },
+            hosts: Vec::new(),
+            exec: Exec::default(),
+            env: BTreeMap::new(),
+            env_file: None,
+            http: Some(Http {
+                domain: format!("{text}.example.com"),
+                path: "/".into(),
+                internal_port: 8080,
+                port_env: None,
+                drain_sec: None,
+                extra: Map::new(),
+            }),
+            health: None,
+            rollout: Rollout::default(),
+            systemd: Systemd::default(),
+            hardening: Hardening::default(),
+            revision: None,
+            extra: Map::new(),
+        }
+    }
+
+    fn waiting(text: &str) -> Service {
+        let mut service = entry(text, 1);
+        service.artifact.store_path = Target::Placeholder;
+        service
+    }
+
+    fn running() -> Listed {
+        Listed { load: "loaded".into(), active: "active".into(), sub: "running".into() }
+    }
+
+    /// A host and what is remembered of it, on which steps can be performed as the real ones would be.
+    #[derive(Clone)]
+    struct World {
+        observed: Observed,
+        memory: Memory,
+        learned: Learned,
+        options: Options,
+        /// Versions that never come up.
+        broken: BTreeSet<StorePath>,
+        /// Versions that the cache does not have.
+        absent: BTreeSet<StorePath>,
+        /// How often each service was restarted.
+        restarts: BTreeMap<ServiceName, u32>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let state = State::new(crate::names::HostName::parse("biz").unwrap(), NOW);
+            World {
+                observed: Observed {
+                    units: BTreeMap::new(),
+                    present: BTreeSet::new(),
+                    roots: BTreeMap::new(),
+                    secrets: BTreeMap::new(),
+                    understudies: BTreeSet::new(),
+                    caddy: caddy::Observed::Servers(
+                        json!({"srv0": {"listen": [":443"], "routes": []}}).as_object().unwrap().clone(),
+                    ),
+                },
+                memory: Memory { state, applied: BTreeMap::new(), readable: true },
+                learned: Learned::default(),
+                options: Options::default(),
+                broken: BTreeSet::new(),
+                absent: BTreeSet::new(),
+                restarts: BTreeMap::new(),
+            }
+        }
+
+        fn plan(&self, desired: &[&Service]) -> Result<Plan, WouldEmpty> {
+            plan(desired, &self.observed, &self.memory, &self.learned, &self.options, NOW)
+        }
+
+        fn act(&mut self, service: &ServicePlan) {
+            let unit = self.observed.units.entry(service.name.clone()).or_default();
+            let fetching =
+                service.steps.iter().find_map(|s| if let Step::Fetch(p) = s { Some(p) } else { None });
+            for step in &service.steps {
+                if let Step::Root(p) = step {
+                    self.observed.roots.entry(service.name.clone()).or_default().insert(p.base().into());
+                }
+            }
+            if let Some(path) = fetching {
+                if self.absent.contains(path) {
+                    self.learned.unfetchable.insert(path.clone(), "not in the cache".into());
+                    return;
+                }
+                self.observed.present.insert(path.clone());
+            }
+            for step in &service.steps {
+                match step {
+                    Step::Root(_) | Step::Fetch(_) | Step::Overlap(_) => {}
+                    Step::Write(_) => unit.file = UnitFile::Ours(service.goal.as_ref().unwrap().unit.clone()),
+                    Step::Enable => unit.wanted = true,
+                    Step::Restart(_) | Step::Record => {
+                        let goal = service.goal.as_ref().unwrap();
+                        if matches!(step, Step::Restart(_)) {
+                            *self.restarts.entry(service.name.clone()).or_default() += 1;
+                        }
+                        if self.broken.contains(&goal.path) {
+                            unit.listed = Listed::default();
+                            let failure = Failure {
+                                reason: "it exits at once".into(),
+                                attempted: Some(goal.path.clone()),
+                                at: NOW,
+                                journal: Vec::new(),
+                                inputs: Some(goal.inputs.clone()),
+                            };
+                            let trouble = Trouble { rejected: !goal.proved, failure };
+                            self.learned
+                                .troubles
+                                .insert((service.name.clone(), goal.inputs.clone()), trouble);
+                        } else {
+                            unit.listed = running();
+                            let previous = previous_after(&goal.path, self.memory.applied.get(&service.name));
+                            let proved =
+                                Applied { service: goal.service.clone(), path: goal.path.clone(), previous };
+                            self.memory.applied.insert(service.name.clone(), proved);
+                        }
+                    }
+                    Step::Remove(_) => {
+                        *unit = UnitSeen::default();
+                        self.memory.applied.remove(&service.name);
+                    }
+                    Step::Unroot(base) => {
+                        let held = self.observed.roots.get_mut(&service.name).unwrap();
+                        assert!(held.remove(base), "{base} was not held");
+                        if held.is_empty() {
+                            self.observed.roots.remove(&service.name);
+                        }
+                    }
+                }
+            }
+        }
+
+        /// One pass, to the end; what was learned is forgotten but for what the state keeps.
+        fn pass(&mut self, desired: &[&Service]) -> Plan {
+            for _ in 0..6 {
+                let plan = self.plan(desired).unwrap();
+                if plan.services_settled() {
+                    for service in &plan.services {
+                        let trouble = service.trouble.as_ref();
+                        let status = match trouble {
+                            Some(t) if t.rejected => Status::Rejected,
+                            Some(_) => Status::Failed,
+                            None => Status::Running,
+                        };
+                        let state = super::super::state::ServiceState {
+                            name: service.name.clone(),
+                            store_path: service.goal.as_ref().map(|g| g.path.clone()),
+                            status,
+                            since: NOW,
+                            previous: Vec::new(),
+                            failure: trouble.map(|t| t.failure.clone()),
+                        };
+                        self.memory.state.services.insert(service.name.clone(), state);
+                    }
+                    self.learned = Learned::default();
+                    return plan;
+                }
+                for service in plan.services.iter().chain(&plan.gone) {
+                    self.act(service);
+                }
+            }
+            panic!("the plan never settles");
+        }
+
+        fn unit(&self, service: &str) -> &UnitSeen {
+            &self.observed.units[&name(service)]
+        }
+
+        fn runs(&self, service: &str, version: u8) -> bool {
+            let text = match &self.unit(service).file {
+                UnitFile::Ours(text) => text,
+                _ => return false,
+            };
+            self.unit(service).listed.running() && text.contains(path(version).as_str())
+        }
+
+        fn held(&self, service: &str) -> Vec<String> {
+            self.observed.roots.get(&name(service)).into_iter().flatten().cloned().collect()
+        }
+    }
+
+    #[test]
+    fn a_first_deploy_roots_before_it_fetches_and_then_has_nothing_to_do() {
+        let mut world = World::new();
+        let ava = entry("ava", 1);
+        let first = world.plan(&[&ava]).unwrap();
+        assert_eq!(
+            first.services[0].steps,
+            [
+                Step::Root(path(1)),
+                Step::Fetch(path(1)),
+                Step::Write("new here"),
+                Step::Enable,
+                Step::Restart("new here")
+            ]
+        );
+        assert!(matches!(first.route, RoutePlan::Write(_)));
+        world.pass(&[&ava]);
+        assert!(world.runs("ava", 1));
+        world.pass(&[&ava]);
+        assert_eq!(world.restarts[&name("ava")], 1);
+    }
+
+    #[test]
+    fn a_broken_version_is_put_back_once_and_not_tried_again_until_asked() {
+        let mut world = World::new();
+        world.pass(&[&entry("ava", 1)]);
+        world.broken.insert(path(2));
+        let next = entry("ava", 2);
+        let plan = world.pass(&[&next]);
+        assert!(world.runs("ava", 1));
+        assert!(plan.services[0].trouble.as_ref().unwrap().rejected);
+        assert_eq!(world.restarts[&name("ava")], 3, "the attempt and the way back");
+        world.pass(&[&next]);
+        assert_eq!(world.restarts[&name("ava")], 3, "remembered");
+        world.options.retry.insert(name("ava"));
+        world.broken.clear();
+        world.pass(&[&next]);
+        assert!(world.runs("ava", 2));
+    }
+
+    #[test]
+    fn a_refused_version_is_tried_again_when_anything_that_goes_into_it_changes() {
+        let mut world = World::new();
+        let mut next = entry("ava", 2);
+        next.env_file = Some("/s".into());
+        world.observed.secrets.insert(name("ava"), Ok("1".into()));
+        world.broken.insert(path(2));
+        world.pass(&[&next]);
+        let tries = world.restarts[&name("ava")];
+        world.pass(&[&next]);
+        assert_eq!(world.restarts[&name("ava")], tries);
+        world.observed.secrets.insert(name("ava"), Ok("2".into()));
+        world.pass(&[&next]);
+        assert_eq!(world.restarts[&name("ava")], tries + 1);
+        next.env.insert("A".into(), "1".into());
+        world.pass(&[&next]);
+        assert_eq!(world.restarts[&name("ava")], tries + 2);
+    }
+
+    #[test]
+    fn a_first_version_that_is_refused_leaves_no_unit_behind() {
+        let mut world = World::new();
+        world.broken.insert(path(1));
+        let plan = world.pass(&[&entry("ava", 1)]);
+        assert!(plan.services[0].goal.is_none());
+        assert_eq!(world.unit("ava").file, UnitFile::Absent);
+        assert!(world.held("ava").is_empty());
+        let RoutePlan::Write(requests) = &plan.route else { panic!("{:?}", plan.route) };
+        assert!(
+            requests[0].body.as_ref().unwrap().to_string().contains("ava.example.com"),
+            "its 502 is its own"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_fetched_leaves_the_running_version_alone_and_is_tried_every_pass() {
+        let mut world = World::new();
+        world.pass(&[&entry("ava", 1)]);
+        world.absent.insert(path(2));
+        let next = entry("ava", 2);
+        let plan = world.pass(&[&next]);
+        assert!(!plan.services[0].trouble.as_ref().unwrap().rejected);
+        assert!(world.runs("ava", 1));
+        assert_eq!(world.restarts[&name("ava")], 1);
+        let again = world.plan(&[&next]).unwrap();
+        assert!(again.services[0].steps.contains(&Step::Fetch(path(2))));
+        world.absent.clear();
+        world.pass(&[&next]);
+        assert!(world.runs("ava", 2));
+    }
+
+    #[test]
+    fn the_current_and_two_earlier_closures_are_held_and_no_more() {
+        let mut world = World::new();
+        for version in 1..=5 {
+            world.pass(&[&entry("ava", version)]);
+        }
+        let held: Vec<String> = [3, 4, 5].iter().map(|v| path(*v).base().to_string()).collect();
+        assert_eq!(world.held("ava"), held);
+        world.pass(&[&entry("ava", 4)]);
+        assert_eq!(world.held("ava"), held, "going back needs no other closure");
+    }
+
+    #[test]
+    fn every_drift_is_repaired_with_a_reason() {
+        type Damage = fn(&mut World);
+        let damages: [(&str, Damage); 6] = [
+            ("the unit was changed on the host", |w| {
+                w.observed.units.get_mut(&name("ava")).unwrap().file = UnitFile::Ours(unit::MARK.into());
+            }),
+            ("the unit was gone", |w| {
+                w.observed.units.get_mut(&name("ava")).unwrap().file = UnitFile::Absent;
+            }),
+            ("it was not running", |w| {
+                w.observed.units.get_mut(&name("ava")).unwrap().listed = Listed::default();
+            }),
+            ("Enable", |w| w.observed.units.get_mut(&name("ava")).unwrap().wanted = false),
+            ("Root", |w| w.observed.roots.clear()),
+            ("Fetch", |w| w.observed.present.clear()),
+        ];
+        for (reason, damage) in damages {
+            let mut world = World::new();
+            let ava = entry("ava", 1);
+            world.pass(&[&ava]);
+            damage(&mut world);
+            let steps = world.plan(&[&ava]).unwrap().services[0].steps.clone();
+            assert!(format!("{steps:?}").contains(reason), "{reason}: {steps:?}");
+            world.pass(&[&ava]);
+            assert!(world.runs("ava", 1) && world.unit("ava").wanted && !world.held("ava").is_empty());
+        }
+    }
+
+    #[test]
+    fn a_service_that_died_is_started_but_never_rejected() {
+        let mut world = World::new();
+        let ava = entry("ava", 1);
+        world.pass(&[&ava]);
+        world.broken.insert(path(1));
+        world.observed.units.get_mut(&name("ava")).unwrap().listed = Listed::default();
+        let plan = world.pass(&[&ava]);
+        assert!(!plan.services[0].trouble.as_ref().unwrap().rejected);
+        assert!(matches!(world.unit("ava").file, UnitFile::Ours(_)), "its unit stays");
+        world.broken.clear();
+        world.pass(&[&ava]);
+        assert!(world.runs("ava", 1));
+    }
+
+    #[test]
+    fn bad_secrets_start_nothing_and_stop_nothing() {
+        let mut world = World::new();
+        world.pass(&[&entry("ava", 1)]);
+        let mut next = entry("ava", 2);
+        next.env_file = Some("/s".into());
+        world.observed.secrets.insert(name("ava"), Err("mode 0644; run: chmod 600 /s".into()));
+        let plan = world.pass(&[&next]);
+        assert!(plan.services[0].trouble.as_ref().unwrap().failure.reason.contains("chmod"));
+        assert!(world.runs("ava", 1));
+        assert_eq!(world.restarts[&name("ava")], 1);
+    }
+
+    #[test]
+    fn a_unit_of_somebody_else_is_never_touched() {
+        let mut world = World::new();
+        let foreign = UnitFile::Foreign("/lib/systemd/system/ssh.service".into());
+        world.observed.units.insert(name("ssh"), UnitSeen { file: foreign, ..UnitSeen::default() });
+        let plan = world.pass(&[&entry("ssh", 1)]);
+        assert!(plan.services[0].steps.is_empty());
+        assert!(plan.services[0].trouble.as_ref().unwrap().failure.reason.contains("not ours"));
+    }
+
+    #[test]
+    fn one_failure_does_not_hold_the_others_up() {
+        let mut world = World::new();
+        world.broken.insert(path(1));
+        world.absent.insert(path(3));
+        let services = [entry("a", 1), entry("b", 2), entry("c", 3)];
+        world.pass(&services.iter().collect::<Vec<_>>());
+        assert!(!world.runs("a", 1) && world.runs("b", 2) && !world.runs("c", 3));
+    }
+
+    #[test]
+    fn what_is_gone_from_the_manifest_goes_but_never_everything_at_once() {
+        let mut world = World::new();
+        let (a, b) = (entry("a", 1), entry("b", 2));
+        world.pass(&[&a, &b]);
+        let plan = world.plan(&[&a]).unwrap();
+        assert_eq!(plan.gone.len(), 1);
+        assert_eq!(
+            plan.gone[0].steps,
+            [Step::Remove("not in the manifest"), Step::Unroot(path(2).base().into())]
+        );
+        assert_eq!(world.plan(&[]).unwrap_err(), WouldEmpty(vec![name("a"), name("b")]));
+        assert!(world.plan(&[&waiting("a")]).is_err(), "a placeholder runs nothing either");
+        world.options.allow_empty = true;
+        assert_eq!(world.plan(&[]).unwrap().gone.len(), 2);
+        world.memory.readable = false;
+        assert!(world.plan(&[]).unwrap().gone.is_empty(), "what cannot be read disables deletion");
+    }
+
+    #[test]
+    fn an_entry_that_changes_without_its_unit_restarts_nothing() {
+        let mut world = World::new();
+        let mut ava = entry("ava", 1);
+        world.pass(&[&ava]);
+        ava.http.as_mut().unwrap().domain = "new.example.com".into();
+        assert_eq!(world.plan(&[&ava]).unwrap().services[0].steps, [Step::Record]);
+        let plan = world.pass(&[&ava]);
+        assert!(matches!(plan.route, RoutePlan::Write(_)));
+        assert_eq!(world.restarts[&name("ava")], 1);
+    }
+
+    #[test]
+    fn the_route_of_a_refused_version_is_that_of_the_version_that_runs() {
+        let mut world = World::new();
+        world.pass(&[&entry("ava", 1)]);
+        let mut next = entry("ava", 2);
+        next.http.as_mut().unwrap().internal_port = 9999;
+        world.broken.insert(path(2));
+        let plan = world.pass(&[&next]);
+        let routed = routed(&[&next], &plan.services);
+        assert_eq!(routed["ava"].internal_port, 8080);
+    }
+
+    #[test]
+    fn a_service_that_waits_has_no_unit_and_no_route() {
+        let mut world = World::new();
+        let plan = world.pass(&[&waiting("ava")]);
+        assert!(plan.services[0].steps.is_empty() && plan.services[0].trouble.is_none());
+        assert_eq!(plan.route, RoutePlan::None);
+    }
+}

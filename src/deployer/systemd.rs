@@ -1,0 +1,375 @@
+//! systemd: every call of systemctl, systemd-analyze and journalctl on the host, and the pure rule that says
+//! whether a service came up.
+
+use crate::error::{Error, Result};
+use crate::names::ServiceName;
+use crate::runner::{Run, RunError};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where systemd looks for units besides our folder; a unit of a service's name there is somebody else's.
+pub const UNIT_PATH: [&str; 6] = [
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+    "/run/systemd/transient",
+];
+
+/// How long systemctl may take for what it does at once, reload included.
+const QUICK: Duration = Duration::from_secs(90);
+
+fn systemctl() -> Run {
+    Run::new("systemctl").arg("--no-pager").arg("--no-ask-password")
+}
+
+/// What `list-units` says of a unit.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Listed {
+    /// `loaded`, `not-found`, `masked`, …
+    pub load: String,
+    /// `active`, `inactive`, `failed`, `activating`, …
+    pub active: String,
+    /// `running`, `dead`, `auto-restart`, …
+    pub sub: String,
+}
+
+impl Listed {
+    /// Up as far as systemd can tell.
+    pub fn running(&self) -> bool {
+        matches!(self.active.as_str(), "active" | "reloading") && self.sub == "running"
+    }
+}
+
+/// Every service unit that systemd has in memory, by unit name.
+pub fn list_units() -> Result<BTreeMap<String, Listed>> {
+    let output = systemctl()
+        .args(["list-units", "--type=service", "--all", "--full", "--plain", "--no-legend"])
+        .deadline(QUICK)
+        .success()?;
+    Ok(parse_list(&output.text()))
+}
+
+fn parse_list(text: &str) -> BTreeMap<String, Listed> {
+    let mut units = BTreeMap::new();
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        if let (Some(unit), Some(load), Some(active), Some(sub)) =
+            (words.next(), words.next(), words.next(), words.next())
+        {
+            units.insert(unit.into(), Listed { load: load.into(), active: active.into(), sub: sub.into() });
+        }
+    }
+    units
+}
+
+/// What `show` says of a unit: the properties the rule looks at.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Shown {
+    /// `loaded`, `not-found`, `bad-setting`, `masked`, …
+    pub load: String,
+    /// `active`, `inactive`, …
+    pub active: String,
+    /// `running`, `auto-restart`, …
+    pub sub: String,
+    /// `success`, `exit-code`, `resources`, …
+    pub result: String,
+    /// How often systemd restarted it by itself since it was started.
+    pub restarts: u32,
+    /// The invocation's id; another one is another start.
+    pub invocation: String,
+    /// Its main process.
+    pub main_pid: u32,
+    /// How the main process ended (`1` exited, `2` killed, `3` dumped core), if it did.
+    pub exec_code: u32,
+    /// Its exit code or signal.
+    pub exec_status: i32,
+}
+
+/// The properties of some units; those systemd knows nothing of are shown as `not-found`.
+pub fn show(units: &[String]) -> Result<BTreeMap<String, Shown>> {
+    if units.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let output = systemctl()
+        .args([
+            "show",
+            "--property=Id,LoadState,ActiveState,SubState,Result,NRestarts,InvocationID,MainPID,ExecMainCode,\
+             ExecMainStatus",
+            "--",
+        ])
+        .args(units)
+        .deadline(QUICK)
+        .success()?;
+    Ok(parse_show(&output.text()))
+}
+
+fn parse_show(text: &str) -> BTreeMap<String, Shown> {
+    let mut units = BTreeMap::new();
+    for block in text.split("\n\n") {
+        let mut id = String::new();
+        let mut shown = Shown::default();
+        for (key, value) in block.lines().filter_map(|l| l.split_once('=')) {
+            match key {
+                "Id" => id = value.into(),
+                "LoadState" => shown.load = value.into(),
+                "ActiveState" => shown.active = value.into(),
+                "SubState" => shown.sub = value.into(),
+                "Result" => shown.result = value.into(),
+                "NRestarts" => shown.restarts = value.parse().unwrap_or(0),
+                "InvocationID" => shown.invocation = value.into(),
+                "MainPID" => shown.main_pid = value.parse().unwrap_or(0),
+                "ExecMainCode" => shown.exec_code = value.parse().unwrap_or(0),
+                "ExecMainStatus" => shown.exec_status = value.parse().unwrap_or(0),
+                _ => {}
+            }
+        }
+        if !id.is_empty() {
+            units.insert(id, shown);
+        }
+    }
+    units
+}
+
+/// What the rule says of a service that was just started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CameUp {
+    /// Nothing speaks against it, but it is not running or not well yet.
+    NotYet(String),
+    /// Running and well; it must stay so for the settle time.
+    Well,
+    /// It cannot recover by itself.
+    No(String),
+}
+
+/// The rule, for one look: `first` is what the first look after the start saw, `probe` the health probe's
+/// answer (None where there is nothing to probe).
+pub fn came_up(first: Option<&Shown>, now: &Shown, probe: Option<&Result<(), String>>) -> CameUp {
+    let ended = || match (now.exec_code, now.exec_status) {
+        (1, code) => format!("its process exited with code {code}"),
+        (2 | 3, signal) => format!("its process was ended by signal {signal}"),
+        _ => format!("systemd's result is '{}'", now.result),
+    };
+    match now.load.as_str() {
+        "loaded" => {}
+        other => return CameUp::No(format!("systemd did not load its unit (LoadState={other})")),
+    }
+    match (now.active.as_str(), now.sub.as_str()) {
+        (_, "auto-restart") => return CameUp::No(format!("{}, and systemd is about to restart it", ended())),
+        ("failed", _) => return CameUp::No(ended()),
+        ("inactive" | "deactivating", _) => {
+            return CameUp::No(format!("it does not keep running: {}", ended()));
+        }
+        _ => {}
+    }
+    if now.restarts > 0 {
+        return CameUp::No(format!("it crashed and was restarted {} time(s): {}", now.restarts, ended()));
+    }
+    if let Some(first) = first
+        && !first.invocation.is_empty()
+        && (first.invocation != now.invocation || (first.main_pid != 0 && first.main_pid != now.main_pid))
+    {
+        return CameUp::No("its process was replaced while it was being watched".into());
+    }
+    if (now.active.as_str(), now.sub.as_str()) != ("active", "running") {
+        return CameUp::NotYet(format!("it is {}/{}", now.active, now.sub));
+    }
+    match probe {
+        Some(Err(why)) => CameUp::NotYet(why.clone()),
+        Some(Ok(())) | None => CameUp::Well,
+    }
+}
+
+/// Makes systemd read unit files again.
+pub fn daemon_reload() -> Result<()> {
+    systemctl().arg("daemon-reload").deadline(QUICK).success()?;
+    Ok(())
+}
+
+/// Forgets failures and start counts, so that our own starts do not trip the start limit. Units that are not
+/// loaded make systemctl complain, which is no news: only loaded ones may be given.
+pub fn reset_failed(units: &[String]) -> Result<()> {
+    if units.is_empty() {
+        return Ok(());
+    }
+    let output = systemctl().args(["reset-failed", "--"]).args(units).deadline(QUICK).output()?;
+    if !output.status.ok() && !output.stderr.contains("not loaded") {
+        return Err(Error::new(format!("systemctl reset-failed: {}", output.stderr.trim())));
+    }
+    Ok(())
+}
+
+/// Restarts units in one call. A unit that fails makes systemctl fail but not the others start less: what
+/// became of each is for [`show`] to tell, so the call's complaint is returned as a text.
+pub fn restart(units: &[String], deadline: Duration) -> Result<Option<String>> {
+    if units.is_empty() {
+        return Ok(None);
+    }
+    match systemctl().args(["restart", "--"]).args(units).deadline(deadline).output() {
+        Ok(output) if output.status.ok() => Ok(None),
+        Ok(output) => Ok(Some(output.stderr.trim().to_string())),
+        Err(e @ RunError::Deadline { .. }) => Ok(Some(e.to_string())),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Stops units in one call.
+pub fn stop(units: &[String], deadline: Duration) -> Result<()> {
+    if units.is_empty() {
+        return Ok(());
+    }
+    let output = systemctl().args(["stop", "--"]).args(units).deadline(deadline).output()?;
+    if !output.status.ok() && !output.stderr.contains("not loaded") {
+        return Err(Error::new(format!(
+            "systemctl stop failed with {}: {}",
+            output.status,
+            output.stderr.trim()
+        )));
+    }
+    Ok(())
+}
+
+/// What `systemd-analyze verify` has to say of unit texts: the complaint per service; none is good.
+/// Its exit status does not tell (LAB: 0 also for ignored lines), its output does.
+pub fn verify(units: &[(ServiceName, String)]) -> Result<BTreeMap<ServiceName, String>> {
+    let mut complaints = BTreeMap::new();
+    if units.is_empty() {
+        return Ok(complaints);
+    }
+    let dir = tempfile::Builder::new().prefix("omni-deploy-verify-").tempdir()?;
+    let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
+    for (name, text) in units {
+        let file = dir.path().join(name.unit());
+        crate::durable::write(&file, text.as_bytes(), 0o644)?;
+        files.push((name.clone(), file));
+    }
+    let all: Vec<&Path> = files.iter().map(|(_, f)| f.as_path()).collect();
+    if analyze(&all)?.is_none() {
+        return Ok(complaints);
+    }
+    // Something was said: one by one, so that it is known of whom.
+    for (name, file) in &files {
+        if let Some(complaint) = analyze(&[file])? {
+            let text = complaint.replace(&format!("{}/", dir.path().display()), "");
+            complaints.insert(name.clone(), text);
+        }
+    }
+    Ok(complaints)
+}
+
+fn analyze(files: &[&Path]) -> Result<Option<String>> {
+    let output = Run::new("systemd-analyze")
+        .args(["verify", "--man=no", "--recursive-errors=no", "--"])
+        .args(files)
+        .deadline(Duration::from_secs(120))
+        .output()?;
+    let names: Vec<String> =
+        files.iter().filter_map(|f| f.file_name()).map(|n| n.to_string_lossy().into_owned()).collect();
+    let said: Vec<&str> = output
+        .stderr
+        .lines()
+        .filter(|l| names.iter().any(|n| l.contains(n.as_str())))
+        .map(str::trim)
+        .collect();
+    if !said.is_empty() {
+        return Ok(Some(said.join("; ")));
+    }
+    if !output.status.ok() {
+        return Ok(Some(crate::runner::tail(&output.stderr)));
+    }
+    Ok(None)
+}
+
+/// The last lines a unit wrote to the journal since `since` (Unix seconds), oldest first.
+pub fn journal(unit: &str, since: i64, lines: u32) -> Vec<String> {
+    let output = Run::new("journalctl")
+        .args(["--no-pager", "--output=cat", "--quiet"])
+        .arg(format!("--unit={unit}"))
+        .arg(format!("--since=@{since}"))
+        .arg(format!("--lines={lines}"))
+        .deadline(Duration::from_secs(20))
+        .output();
+    match output {
+        Ok(output) => output.text().lines().map(clip).collect(),
+        Err(e) => vec![format!("(its journal cannot be read: {e})")],
+    }
+}
+
+/// A line of a log, cut where it stops being one.
+fn clip(line: &str) -> String {
+    match line.char_indices().nth(500) {
+        Some((at, _)) => format!("{}…", &line[..at]),
+        None => line.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn running() -> Shown {
+        Shown {
+            load: "loaded".into(),
+            active: "active".into(),
+            sub: "running".into(),
+            result: "success".into(),
+            invocation: "abc".into(),
+            main_pid: 7,
+            ..Shown::default()
+        }
+    }
+
+    #[test]
+    fn a_service_came_up_only_when_nothing_speaks_against_it() {
+        let first = running();
+        assert_eq!(came_up(Some(&first), &running(), None), CameUp::Well);
+        assert_eq!(came_up(Some(&first), &running(), Some(&Ok(()))), CameUp::Well);
+        assert_eq!(
+            came_up(Some(&first), &running(), Some(&Err("refused".into()))),
+            CameUp::NotYet("refused".into())
+        );
+        let starting = Shown { active: "activating".into(), sub: "start".into(), ..running() };
+        assert!(matches!(came_up(None, &starting, None), CameUp::NotYet(_)));
+        for hopeless in [
+            Shown { load: "not-found".into(), ..running() },
+            Shown { load: "bad-setting".into(), ..running() },
+            Shown { active: "activating".into(), sub: "auto-restart".into(), ..running() },
+            Shown { active: "failed".into(), sub: "failed".into(), ..running() },
+            Shown { active: "inactive".into(), sub: "dead".into(), ..running() },
+            Shown { restarts: 1, ..running() },
+            Shown { invocation: "def".into(), ..running() },
+            Shown { main_pid: 8, ..running() },
+        ] {
+            assert!(matches!(came_up(Some(&first), &hopeless, Some(&Ok(()))), CameUp::No(_)), "{hopeless:?}");
+        }
+    }
+
+    #[test]
+    fn the_exit_code_is_in_the_reason() {
+        let dead = Shown {
+            active: "activating".into(),
+            sub: "auto-restart".into(),
+            exec_code: 1,
+            exec_status: 42,
+            ..running()
+        };
+        let CameUp::No(why) = came_up(None, &dead, None) else { panic!("came up") };
+        assert!(why.contains("code 42"), "{why}");
+    }
+
+    #[test]
+    fn the_lists_of_systemctl_are_read() {
+        let list = parse_list(
+            "ava.service loaded active running ava (deployed)\nx.service not-found inactive dead x\n",
+        );
+        assert!(list["ava.service"].running());
+        assert_eq!(list["x.service"].load, "not-found");
+        let shown = parse_show(
+            "Id=a.service\nLoadState=loaded\nNRestarts=2\nMainPID=5\n\nId=b.service\nResult=exit-code\n",
+        );
+        assert_eq!((shown["a.service"].restarts, shown["a.service"].main_pid), (2, 5));
+        assert_eq!(shown["b.service"].result, "exit-code");
+    }
+}

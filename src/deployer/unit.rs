@@ -1,0 +1,188 @@
+//! Units as text: a pure function from an entry of the manifest to the bytes of its unit file. Every value is
+//! escaped for the directive it stands in (systemd.syntax(7), systemd.exec(5)); nothing is expanded by a
+//! shell, and neither `%` nor `$` means anything.
+
+use crate::manifest::{Service, command};
+use crate::names::StorePath;
+use std::fmt::Write;
+
+/// The first line of every unit we write: whoever sees it knows whose the unit is, and so do we.
+pub const MARK: &str = "# Managed by omni-deploy: edit the manifest instead, changes here are undone.";
+
+/// Whether a unit's text is one of ours.
+pub fn is_ours(text: &[u8]) -> bool {
+    text.split(|b| *b == b'\n').next() == Some(MARK.as_bytes())
+}
+
+/// A word in double quotes, with what systemd would interpret escaped. `%` is a specifier everywhere.
+fn quoted(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '\\' => out.push_str("\\\\"),
+            '"' => out.push_str("\\\""),
+            '%' => out.push_str("%%"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+/// A word of `ExecStart=`, where `$` would be a variable as well.
+fn exec_word(text: &str) -> String {
+    quoted(text).replace('$', "$$")
+}
+
+/// A path in a directive that takes the rest of the line as it is: only specifiers mean anything.
+fn bare(text: &str) -> String {
+    text.replace('%', "%%")
+}
+
+fn yes(value: bool) -> &'static str {
+    if value { "yes" } else { "no" }
+}
+
+/// The unit of a service that runs `path`. Equal entries give equal bytes.
+pub fn render(service: &Service, path: &StorePath) -> String {
+    let Service {
+        name,
+        artifact: _,
+        hosts: _,
+        exec,
+        env,
+        env_file,
+        http: _,
+        health: _,
+        rollout: _,
+        systemd,
+        hardening,
+        revision: _,
+        extra: _,
+    } = service;
+    let (program, args) = command::program(service, path);
+    let mut u = String::with_capacity(1024);
+    // Writing into a String cannot fail.
+    let mut line = |key: &str, value: &str| {
+        let _infallible = writeln!(u, "{key}={value}");
+    };
+    let mut section = Vec::new();
+    section.push(("Description", format!("{name} (deployed by omni-deploy)")));
+    if !systemd.after.is_empty() {
+        section.push(("After", systemd.after.join(" ")));
+    }
+    if systemd.after.iter().any(|u| u == "network-online.target") {
+        section.push(("Wants", "network-online.target".into()));
+    }
+    if !systemd.requires.is_empty() {
+        section.push(("Requires", systemd.requires.join(" ")));
+    }
+    line(&format!("{MARK}\n\n[Unit]\n{}", section[0].0), &section[0].1);
+    for (key, value) in &section[1..] {
+        line(key, value);
+    }
+
+    let mut exec_start = exec_word(&program.to_string_lossy());
+    for arg in &args {
+        exec_start.push(' ');
+        exec_start.push_str(&exec_word(arg));
+    }
+    line("\n[Service]\nType", "exec");
+    line("ExecStart", &exec_start);
+    if hardening.dynamic_user {
+        line("DynamicUser", "yes");
+        // The default names say nothing here: the user is made for the service.
+        if exec.user != "root" {
+            line("User", &exec.user);
+        }
+        if exec.group != "root" {
+            line("Group", &exec.group);
+        }
+    } else {
+        line("User", &exec.user);
+        line("Group", &exec.group);
+    }
+    for (name, value) in env {
+        line("Environment", &quoted(&format!("{name}={value}")));
+    }
+    if let Some(file) = env_file {
+        line("EnvironmentFile", &bare(file));
+    }
+    if let Some(dir) = &systemd.working_directory {
+        line("WorkingDirectory", &bare(dir));
+    }
+    line("Restart", &systemd.restart);
+    line("RestartSec", &systemd.restart_sec.to_string());
+    if let Some(seconds) = systemd.stop_timeout_sec {
+        line("TimeoutStopSec", &seconds.to_string());
+    }
+    if let Some(dir) = &systemd.state_directory {
+        line("StateDirectory", &quoted(dir));
+    }
+    if let Some(limit) = &systemd.memory_max {
+        // A percentage is not a specifier here: systemd does not expand them in resource limits.
+        line("MemoryMax", limit);
+    }
+    if let Some(quota) = &systemd.cpu_quota {
+        line("CPUQuota", quota);
+    }
+    line("PrivateTmp", yes(hardening.private_tmp));
+    line("ProtectSystem", &hardening.protect_system);
+    line("ProtectHome", yes(hardening.protect_home));
+    for path in &systemd.read_write_paths {
+        line("ReadWritePaths", &quoted(path));
+    }
+    line("\n[Install]\nWantedBy", "multi-user.target");
+    u
+}
+
+/// The unit of the understudy: the same service on a spare port, never started at boot. None when nothing in
+/// its environment says its port.
+pub fn render_next(service: &Service, path: &StorePath, port: u16) -> Option<String> {
+    let text = render(&service.on_port(port)?, path);
+    let body = text.split("\n[Install]").next()?;
+    let body = body.strip_prefix(MARK)?;
+    Some(format!("{MARK}\n{NEXT_PORT}{port}{}", body.replacen(" (deployed", " (taking over, deployed", 1)))
+}
+
+/// The second line of an understudy's unit: the port it was given.
+const NEXT_PORT: &str = "# An understudy on port ";
+
+/// The port of an understudy, from its unit.
+pub fn next_port(text: &str) -> Option<u16> {
+    text.lines().nth(1)?.strip_prefix(NEXT_PORT)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_systemd_would_interpret_is_escaped() {
+        for (text, expected) in [
+            ("plain", r#""plain""#),
+            ("a b", r#""a b""#),
+            (r#"say "hi""#, r#""say \"hi\"""#),
+            (r"c:\x", r#""c:\\x""#),
+            ("100%", r#""100%%""#),
+            ("two\nlines\r\tx", r#""two\nlines\r\tx""#),
+            ("$HOME", r#""$HOME""#),
+        ] {
+            assert_eq!(quoted(text), expected);
+        }
+        assert_eq!(exec_word("$HOME %i"), r#""$$HOME %%i""#);
+        assert_eq!(bare("/a%b"), "/a%%b");
+    }
+
+    #[test]
+    fn a_unit_is_ours_by_its_first_line_alone() {
+        assert!(is_ours(format!("{MARK}\n[Unit]\n").as_bytes()));
+        assert!(!is_ours(format!("[Unit]\n{MARK}\n").as_bytes()));
+        assert!(!is_ours(format!("{MARK} \n").as_bytes()));
+        assert!(!is_ours(b""));
+    }
+}

@@ -1,0 +1,454 @@
+//! What a host needs: systemd and the deployer's timer, Caddy with an HTTP app that survives a restart, secrets
+//! nobody else reads, folders that can be written, space.
+
+use super::{Check, said, writable};
+use crate::clock::Timestamp;
+use crate::config::Settings;
+use crate::deployer::caddy::{self, Observed, RoutePlan};
+use crate::deployer::root::{STATE_DIR, STATE_FILE};
+use crate::deployer::state::State;
+use crate::error::did_you_mean;
+use crate::manifest::Manifest;
+use crate::names::HostName;
+use crate::runner::{Run, RunError, Status};
+use crate::say::printable;
+use crate::see::judge::STALE_SEC;
+use crate::see::reports;
+use crate::ssh::is_root;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+/// Where units may be.
+const UNIT_PATHS: [&str; 4] =
+    ["/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"];
+
+/// Below this much free space, in bytes, a warning; a closure is easily as large.
+const LOW_SPACE: u64 = 2 << 30;
+
+/// Below this much, in bytes, even units and state may not fit any more.
+const NO_SPACE: u64 = 100 << 20;
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Whether this machine is one that a deployer works on.
+pub fn is_host() -> bool {
+    let unit = |name: &str| UNIT_PATHS.iter().any(|dir| Path::new(dir).join(name).exists());
+    unit("deployer.timer") || unit("deployer.service") || is_root() && Path::new(STATE_DIR).is_dir()
+}
+
+/// Everything, in the order in which one thing needs the other.
+pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> Vec<Check> {
+    let mut checks = vec![];
+    checks.extend(manifest.map(|manifest| named(settings, manifest)));
+    checks.extend(systemd(now));
+    checks.extend(caddy(settings, manifest));
+    checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")));
+    if let Some(manifest) = manifest {
+        checks.extend(secrets(&settings.host, manifest));
+    }
+    checks.push(unit_dir(&settings.unit_dir));
+    checks.extend(space());
+    checks
+}
+
+/// Whether the manifest places anything on this host.
+fn named(settings: &Settings, manifest: &Manifest) -> Check {
+    let hosts = reports::hosts(manifest);
+    let here = manifest.services.iter().filter(|s| s.hosts.contains(&settings.host)).count();
+    if here > 0 {
+        return Check::ok("host name", format!("{}, services: {here}", settings.host));
+    }
+    let near = did_you_mean(settings.host.as_str(), hosts.iter().map(HostName::as_str));
+    Check::warn(
+        "host name",
+        format!(
+            "no service is placed on '{}'{near}; 'host' in {} says who this is",
+            settings.host,
+            crate::config::SYSTEM_FILE
+        ),
+    )
+}
+
+/// The properties of a unit, as systemctl shows them.
+fn show(unit: &str, properties: &str) -> Result<BTreeMap<String, String>, RunError> {
+    let run = Run::new("systemctl").args(["show", "--no-pager", "--property", properties, "--", unit]);
+    let text = run.deadline(DEADLINE).success()?.text();
+    let pairs = text.lines().filter_map(|line| line.split_once('='));
+    Ok(pairs.map(|(name, value)| (name.to_string(), value.to_string())).collect())
+}
+
+fn systemd(now: Timestamp) -> Vec<Check> {
+    const NAME: &str = "systemd";
+    if !Path::new("/run/systemd/system").is_dir() {
+        return vec![Check::fail(NAME, "does not run this machine; the deployer needs it as PID 1")];
+    }
+    // It exits with 1 for anything but `running`: the word is what counts.
+    let mut checks = vec![match Run::new("systemctl").arg("is-system-running").deadline(DEADLINE).output() {
+        Err(e) => return vec![said(NAME, e)],
+        Ok(output) => match output.text().trim() {
+            "running" => Check::ok(NAME, "running"),
+            "degraded" => Check::ok(NAME, "running; some unit failed ('systemctl --failed')"),
+            "starting" | "initializing" => {
+                Check::warn(NAME, "still starting; 'systemctl list-jobs' shows why")
+            }
+            word => {
+                let word = if word.is_empty() { output.stderr.trim() } else { word };
+                Check::fail(NAME, format!("is '{}'; see 'systemctl status'", printable(word)))
+            }
+        },
+    }];
+    checks.push(timer());
+    checks.push(last_pass(now));
+    checks
+}
+
+fn timer() -> Check {
+    const NAME: &str = "deployer.timer";
+    let timer = match show("deployer.timer", "LoadState,UnitFileState,ActiveState") {
+        Ok(timer) => timer,
+        Err(e) => return said(NAME, e),
+    };
+    let is = |name: &str| timer.get(name).map_or("", String::as_str);
+    match (is("LoadState"), is("UnitFileState"), is("ActiveState")) {
+        ("loaded", "enabled" | "linked" | "static", "active") => Check::ok(NAME, "enabled and active"),
+        ("loaded", file, active) => {
+            Check::fail(NAME, format!("is {active} and {file}; systemctl enable --now deployer.timer"))
+        }
+        (load, ..) => Check::fail(NAME, format!("is {load}; install it with contrib/install.sh")),
+    }
+}
+
+/// What the last pass left: its state, and how its unit ended.
+fn last_pass(now: Timestamp) -> Check {
+    const NAME: &str = "last pass";
+    let bytes = match fs_err::read(STATE_FILE) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Check::warn(NAME, "there was none; systemctl start deployer");
+        }
+        Err(e) => return Check::warn(NAME, crate::error::io_text(&e)),
+    };
+    let state = match State::parse(&bytes) {
+        Ok(state) => state,
+        Err(why) => {
+            return Check::fail(
+                NAME,
+                format!("{STATE_FILE} cannot be read: {why}; the next pass writes it anew"),
+            );
+        }
+    };
+    let age = state.checked_at.age(now);
+    let ended = show("deployer.service", "Result,ExecMainStatus").unwrap_or_default();
+    let result = ended.get("Result").map_or("", String::as_str);
+    if now.0.saturating_sub(state.checked_at.0) > STALE_SEC {
+        return Check::fail(NAME, format!("was {age} ago; see 'journalctl -u deployer'"));
+    }
+    match (&state.manifest_error, state.exit_code()) {
+        (Some(error), _) => {
+            Check::warn(NAME, format!("{age} ago, from the last good manifest: {}", printable(error)))
+        }
+        (None, 0) if matches!(result, "" | "success") => Check::ok(NAME, format!("{age} ago, all well")),
+        (None, 0) => Check::warn(NAME, format!("ended with {result}; see 'journalctl -u deployer'")),
+        (None, _) => Check::warn(NAME, format!("{age} ago, something is off; see 'omni-deploy status'")),
+    }
+}
+
+/// Whether Caddy can be told, and which of its servers gets our route: both by the deployer's own rule.
+fn caddy(settings: &Settings, manifest: Option<&Manifest>) -> Vec<Check> {
+    let needed = manifest.is_some_and(|manifest| {
+        manifest.services.iter().any(|s| s.http.is_some() && s.hosts.contains(&settings.host))
+    });
+    let mut checks = route(&caddy::observe(&settings.caddy_admin), settings, needed);
+    checks.push(caddy_unit());
+    checks
+}
+
+fn route(observed: &Observed, settings: &Settings, needed: bool) -> Vec<Check> {
+    let bad = |name, why: String| if needed { Check::fail(name, why) } else { Check::warn(name, why) };
+    let servers = match observed {
+        Observed::Unavailable(why) => return vec![bad("caddy admin", why.clone())],
+        Observed::Servers(servers) => servers,
+    };
+    const SERVER: &str = "caddy server";
+    let ours = json!({"@id": caddy::ROUTE_ID});
+    let has_route = |server: &Value| {
+        let routes = server.get("routes").and_then(Value::as_array);
+        routes.is_some_and(|routes| routes.iter().any(|r| r.get("@id") == ours.get("@id")))
+    };
+    let planned = caddy::plan(settings.caddy_server.as_deref(), Some(&ours), observed);
+    let server = match (planned, servers.iter().find(|(_, server)| has_route(server))) {
+        (RoutePlan::Pending(why), _) => bad(SERVER, why),
+        (_, Some((name, _))) => Check::ok(SERVER, format!("'{name}' has our route")),
+        (RoutePlan::Write(requests), None) => {
+            let steps: Vec<&str> = requests.iter().map(|r| r.what.as_str()).collect();
+            Check::ok(SERVER, format!("the first route: {}", steps.join(", ")))
+        }
+        (RoutePlan::None | RoutePlan::Current, None) => Check::ok(SERVER, "nothing to route"),
+    };
+    vec![Check::ok("caddy admin", format!("{} answers", settings.caddy_admin)), server]
+}
+
+/// Whether what the deployer tells Caddy survives Caddy's restart, and whether Caddy is started again.
+fn caddy_unit() -> Check {
+    const NAME: &str = "caddy unit";
+    if !Path::new("/run/systemd/system").is_dir() {
+        return Check::warn(NAME, "not looked at without systemd");
+    }
+    let mut found = None;
+    for unit in ["caddy.service", "caddy-api.service"] {
+        match show(unit, "Id,LoadState,ActiveState,Restart,ExecStart") {
+            Err(e) => return said(NAME, e),
+            Ok(shown) if shown.get("LoadState").is_some_and(|l| l == "loaded") => {
+                let active = shown.get("ActiveState").is_some_and(|a| a == "active");
+                if active || found.is_none() {
+                    found = Some((unit, active, shown));
+                }
+                if active {
+                    break;
+                }
+            }
+            Ok(_) => {}
+        }
+    }
+    let Some((unit, active, shown)) = found else {
+        return Check::warn(NAME, "there is none: nothing starts Caddy at boot (Debian: apt install caddy)");
+    };
+    let drop_in = "install the drop-in with contrib/install.sh";
+    let start = shown.get("ExecStart").map_or("", String::as_str);
+    if !active {
+        Check::fail(NAME, format!("{unit} is not active; systemctl enable --now {unit}"))
+    } else if !start.split_whitespace().any(|word| word == "--resume") {
+        Check::warn(
+            NAME,
+            format!(
+                "{unit} runs without --resume and forgets our route at a restart, until the next pass; {drop_in}"
+            ),
+        )
+    } else if shown.get("Restart").is_none_or(|r| r == "no") {
+        Check::warn(NAME, format!("{unit} has no Restart= and stays down after a crash; {drop_in}"))
+    } else {
+        Check::ok(NAME, format!("{unit} resumes and restarts"))
+    }
+}
+
+/// Without this, connections that wait in a listening socket which Caddy closes on a change are reset.
+fn migrate_req(path: &Path) -> Check {
+    const NAME: &str = "tcp_migrate_req";
+    match fs_err::read_to_string(path) {
+        Ok(text) if text.trim() == "1" => Check::ok(NAME, "1"),
+        Ok(text) => Check::warn(
+            NAME,
+            format!(
+                "{}: a change of Caddy's routes resets some new connections; sysctl -w net.ipv4.tcp_migrate_req=1, and put it into /etc/sysctl.d",
+                text.trim()
+            ),
+        ),
+        Err(_) => Check::warn(
+            NAME,
+            "this kernel has none (it came with 5.14): a change of Caddy's routes resets some new connections; upgrade it",
+        ),
+    }
+}
+
+/// The secrets of this host's services: whom they belong to and who may read them. Never what is in them.
+fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
+    const NAME: &str = "secrets";
+    let files: Vec<(&str, &Path)> = manifest
+        .services
+        .iter()
+        .filter(|s| s.hosts.contains(host))
+        .filter_map(|s| Some((s.name.as_str(), Path::new(s.env_file.as_deref()?))))
+        .collect();
+    if files.is_empty() {
+        return vec![Check::ok(NAME, "no service here has any")];
+    }
+    if !is_root() {
+        return vec![Check::warn(NAME, "not looked at; run this as root")];
+    }
+    let mut dirs: Vec<&Path> = files.iter().filter_map(|(_, file)| file.parent()).collect();
+    dirs.sort();
+    dirs.dedup();
+    let mut checks: Vec<Check> =
+        dirs.iter().filter_map(|dir| secret_dir(dir).map(|why| Check::fail(NAME, why))).collect();
+    checks.extend(files.iter().filter_map(|(service, file)| {
+        secret_file(file).map(|why| Check::fail(NAME, format!("of {service}: {why}")))
+    }));
+    if checks.is_empty() {
+        checks.push(Check::ok(NAME, format!("files, root's alone: {}", files.len())));
+    }
+    checks
+}
+
+/// What is wrong with a folder of secrets. One that others use as well (`/etc`) is judged by its files alone.
+fn secret_dir(dir: &Path) -> Option<String> {
+    let meta = fs_err::metadata(dir).ok()?;
+    let ours = dir.file_name().is_some_and(|name| name.to_string_lossy().contains("secret"));
+    let (mode, at) = (meta.mode() & 0o7777, dir.display());
+    if meta.uid() != 0 {
+        Some(format!("{at} belongs to user {}; chown root:root {at}", meta.uid()))
+    } else if ours && mode & 0o077 != 0 {
+        Some(format!("{at} has mode {mode:04o}; chmod 700 {at}"))
+    } else if mode & 0o022 != 0 && mode & 0o1000 == 0 {
+        Some(format!("{at} has mode {mode:04o}, others can put files there; chmod go-w {at}"))
+    } else {
+        None
+    }
+}
+
+/// What is wrong with a file of secrets.
+fn secret_file(file: &Path) -> Option<String> {
+    let at = file.display();
+    let meta = match fs_err::symlink_metadata(file) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Some(format!("{at} is missing; make it: install -m 600 -o root -g root /dev/stdin {at}"));
+        }
+        Err(e) => return Some(crate::error::io_text(&e)),
+    };
+    let mode = meta.mode() & 0o7777;
+    if meta.is_symlink() {
+        Some(format!("{at} is a symbolic link; put the file itself there"))
+    } else if !meta.is_file() {
+        Some(format!("{at} is no regular file; put one there"))
+    } else if meta.uid() != 0 {
+        Some(format!("{at} belongs to user {}; chown root:root {at}", meta.uid()))
+    } else if mode & 0o177 != 0 {
+        Some(format!("{at} has mode {mode:04o}; chmod 600 {at}"))
+    } else {
+        None
+    }
+}
+
+fn unit_dir(dir: &Path) -> Check {
+    const NAME: &str = "unit folder";
+    let at = dir.display();
+    if !is_root() {
+        return Check::warn(NAME, format!("{at} not tried; run this as root"));
+    }
+    match writable(dir) {
+        Ok(()) => Check::ok(NAME, format!("{at} can be written")),
+        Err(why) => Check::fail(
+            NAME,
+            format!(
+                "{at} cannot be written: {why}; set unitDir (NixOS: a folder of boot.extraSystemdUnitPaths)"
+            ),
+        ),
+    }
+}
+
+/// Free space where closures and state go, as df(1) has it.
+fn space() -> Vec<Check> {
+    const NAME: &str = "disk space";
+    ["/nix", "/var"]
+        .iter()
+        .map(|dir| {
+            let run = Run::new("df").args(["--output=avail,iavail", "--block-size=1", "--", dir]);
+            match run.env("LC_ALL", "C").deadline(DEADLINE).output() {
+                Ok(output) if output.status == Status::Exit(0) => free(dir, &output.text()),
+                Ok(output) => Check::warn(NAME, format!("of {dir}: {}", crate::runner::tail(&output.stderr))),
+                Err(e) => said(NAME, e),
+            }
+        })
+        .collect()
+}
+
+fn free(dir: &str, df: &str) -> Check {
+    const NAME: &str = "disk space";
+    let mut words = df.lines().nth(1).unwrap_or_default().split_whitespace();
+    let Some(bytes) = words.next().and_then(|w| w.parse::<u64>().ok()) else {
+        return Check::warn(NAME, format!("of {dir}: df gave no number; look with 'df {dir}'"));
+    };
+    // File systems that make inodes as they go say `-` or 0.
+    let inodes = words.next().and_then(|w| w.parse::<u64>().ok()).filter(|n| *n > 0);
+    let text = format!("{dir} has {:.1} GiB free", bytes as f64 / f64::from(1 << 30));
+    let remedy = "nix-collect-garbage -d frees what no root holds";
+    if bytes < NO_SPACE {
+        Check::fail(NAME, format!("{text}; {remedy}"))
+    } else if bytes < LOW_SPACE {
+        Check::warn(NAME, format!("{text}; {remedy}"))
+    } else if inodes.is_some_and(|n| n < 10_000) {
+        Check::warn(NAME, format!("{dir} has {} inodes free; {remedy}", inodes.unwrap_or_default()))
+    } else {
+        Check::ok(NAME, text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::see::checks::Verdict;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn the_server_that_gets_our_route_is_named_and_trouble_counts_when_it_is_needed() {
+        let servers = |value: Value| match value {
+            Value::Object(servers) => Observed::Servers(servers),
+            other => panic!("{other}"),
+        };
+        let two = servers(json!({
+            "srv0": {"listen": [":80"], "routes": []},
+            "srv1": {"listen": [":443"], "routes": [{"@id": "deployer"}]}}));
+        let plain = servers(json!({"srv0": {"listen": [":80"], "routes": []}}));
+        let down = Observed::Unavailable("down".into());
+        for (observed, configured, needed, verdict, word) in [
+            (&two, None, true, Verdict::Ok, "'srv1' has our route"),
+            (&two, Some("srv9"), true, Verdict::Fail, "srv0, srv1"),
+            (&plain, None, true, Verdict::Ok, "on :443"),
+            (&plain, Some("srv0"), true, Verdict::Ok, "to server 'srv0'"),
+            (&down, None, true, Verdict::Fail, "down"),
+            (&down, None, false, Verdict::Warn, "down"),
+        ] {
+            let mut settings = crate::config::load(&Default::default()).unwrap();
+            settings.caddy_server = configured.map(String::from);
+            let check = route(observed, &settings, needed).pop().unwrap();
+            assert!(check.verdict == verdict && check.text.contains(word), "{check:?}");
+        }
+    }
+
+    #[test]
+    fn a_secrets_file_that_others_reach_comes_with_the_line_to_type() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("ava.env");
+        let link = dir.path().join("link.env");
+        assert!(secret_file(&file).unwrap().contains("missing"));
+        fs_err::write(&file, "K=v").unwrap();
+        let mode = |m| fs_err::set_permissions(&file, std::fs::Permissions::from_mode(m)).unwrap();
+        for (m, well) in [(0o644, false), (0o640, false), (0o700, false), (0o600, true), (0o400, true)] {
+            mode(m);
+            let why = secret_file(&file);
+            assert_eq!(why.is_none(), well, "{m:o}: {why:?}");
+            assert!(well || why.unwrap().contains(&format!("chmod 600 {}", file.display())));
+        }
+        fs_err::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(secret_file(&link).unwrap().contains("symbolic link"));
+        assert!(secret_file(dir.path()).unwrap().contains("no regular file"));
+    }
+
+    #[test]
+    fn space_that_runs_out_is_said_before_it_does() {
+        for (df, verdict) in [
+            ("  Avail IFree\n81110257664 16359128\n", Verdict::Ok),
+            ("  Avail IFree\n81110257664 -\n", Verdict::Ok),
+            ("  Avail IFree\n81110257664 12\n", Verdict::Warn),
+            ("  Avail IFree\n1073741824 16359128\n", Verdict::Warn),
+            ("  Avail IFree\n1048576 16359128\n", Verdict::Fail),
+            ("", Verdict::Warn),
+        ] {
+            assert_eq!(free("/nix", df).verdict, verdict, "{df:?}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_switch_that_is_off_or_missing_is_a_warning() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        assert_eq!(migrate_req(&path).verdict, Verdict::Warn);
+        for (text, verdict) in [("0\n", Verdict::Warn), ("1\n", Verdict::Ok)] {
+            fs_err::write(&path, text).unwrap();
+            assert_eq!(migrate_req(&path).verdict, verdict);
+        }
+    }
+}
