@@ -380,10 +380,11 @@ fn a_flake_and_a_nix_file_are_built_and_named() {
         )
     };
     let flake = format!("{{ outputs = {{ self }}: {{ ava = {}; }}; }}", derivation("ava", desk.dir.path()));
-    fs_err::write(desk.path("flake.nix"), flake).unwrap();
+    fs_err::create_dir(desk.path("flake")).unwrap();
+    fs_err::write(desk.path("flake/flake.nix"), flake).unwrap();
     let file = format!("# : out thing\n{}\n", derivation("thing", desk.dir.path()));
     fs_err::write(desk.path("Biz/App/any.nix"), file).unwrap();
-    let reference = format!("path:{}#ava", desk.dir.path().display());
+    let reference = format!("path:{}#ava", desk.path("flake").display());
     let printed = desk.ok(&["push", &reference, "Biz/App/any.nix"]);
     let lines: Vec<Vec<&str>> = printed.lines().map(|l| l.split(' ').collect()).collect();
     assert!(lines.len() == 2 && lines[0][0] == "ava" && lines[1][0] == "thing", "{printed}");
@@ -392,6 +393,10 @@ fn a_flake_and_a_nix_file_are_built_and_named() {
     }
     let refused = desk.run(&["push", "--service", "ava", &reference.replace("#ava", "#nope")]);
     assert!(refused.stderr.contains("build of path:") && !refused.status.ok(), "{}", refused.stderr);
+    let flakes = ["--extra-experimental-features", "flakes", "flake", "metadata", "--json"];
+    let metadata = ask("nix", &[&flakes[..], &[reference.trim_end_matches("#ava")]].concat());
+    let metadata: serde_json::Value = serde_json::from_str(&metadata).unwrap();
+    ask("nix-store", &["--delete", metadata["path"].as_str().unwrap()]);
     for line in &lines {
         let drv = ask("nix-store", &["--query", "--deriver", line[1]]);
         ask("nix-store", &["--delete", line[1], drv.trim()]);
