@@ -9,7 +9,7 @@ use crate::bridge::{Access, Bridge};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::names::StorePath;
-use crate::runner::{Output, Run, RunError, tail};
+use crate::runner::{Output, Run, RunError, Stream, tail};
 use crate::say;
 use crate::store::s3::S3Store;
 use crate::store::{self, CacheUrl, Store, StoreUrl};
@@ -393,9 +393,16 @@ fn why_not(cache: &Cache, path: &StorePath, e: &RunError) -> FetchError {
     let has = |words: &[&str]| words.iter().any(|w| stderr.contains(w));
     if cache.bridge.as_ref().is_some_and(|b| !b.troubles().is_empty()) {
         FetchError::Unreachable(format!("cache {}: {cause}", cache.shown))
-    } else if has(&["signature", "hash mismatch", "NAR", "compress", "archive", "unexpected end"]) {
+    } else if has(&["signature"]) {
         FetchError::Refused(format!(
-            "nix refuses what {} has of {path}: {cause}; push it again with a key that is trusted here",
+            "nix refuses what {} has of {path}: {cause}; push it with a key that is trusted here, or trust the \
+             key that signed it ('trustedPublicKeys')",
+            cache.shown
+        ))
+    } else if has(&["hash mismatch", "NAR", "compress", "archive", "unexpected end"]) {
+        FetchError::Refused(format!(
+            "what {} has of {path} is damaged: {cause}; take that path's narinfo and NAR out of the cache and push \
+             it again",
             cache.shown
         ))
     } else if has(&["does not exist in", "is not valid", "don't know how to build"]) {
@@ -509,36 +516,50 @@ fn verify_through_nix(settings: &Settings, paths: &[StorePath]) -> Result<Figure
 /// Builds a flake reference in `dir`; its output's path. Nix's progress is handed over line by line.
 pub fn build_flake(reference: &str, dir: &Path, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
     let (run, _scratch) = nix(&["nix-command", "flakes"])?;
-    let run = run.args(["build", "--no-link", "--print-out-paths", "--", reference]).dir(dir);
-    built(run, &format!("nix build {reference}"), on_line)
+    // Nix 2.8 has no --print-out-paths yet.
+    let text =
+        built(run.args(["build", "--no-link", "--json", "--", reference]).dir(dir), "nix build", on_line)?;
+    one_path("nix build", &outputs_of(&text)?)
 }
 
 /// Builds a Nix file; its output's path.
 pub fn build_file(file: &Path, dir: &Path, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
-    // A path of Nix's must not look like an option, nor like a name to look up.
-    let file = if file.is_absolute() { file.to_path_buf() } else { Path::new("./").join(file) };
-    let run = Run::new("nix-build").arg("--no-out-link").arg(&file).dir(dir);
-    built(run, &format!("nix-build {}", file.display()), on_line)
+    let text = built(Run::new("nix-build").arg("--no-out-link").arg(file).dir(dir), "nix-build", on_line)?;
+    one_path("nix-build", &text.lines().map(String::from).collect::<Vec<_>>())
 }
 
-fn built(run: Run, shown: &str, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
-    let output = check(
-        run.each_line(|stream, line| {
-            if stream == crate::runner::Stream::Stderr {
-                on_line(line);
-            }
-        }),
-        shown,
-    )?;
-    let text = output.text();
-    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
-    match lines[..] {
-        [line] => StorePath::parse(line.trim())
-            .map_err(|why| Error::new(format!("{shown} printed {line:?}, which {why}"))),
-        [] => Err(Error::new(format!("{shown} printed no path; does it have an output?"))),
+fn built(run: Run, program: &str, on_line: &mut dyn FnMut(&str)) -> Result<String> {
+    let output = run.each_line(|stream, line| {
+        if stream == Stream::Stderr {
+            on_line(line);
+        }
+    });
+    Ok(check(output, program)?.text())
+}
+
+/// The paths in what `nix build --json` prints: of each derivation the output `out`, or all if there is none.
+fn outputs_of(text: &str) -> Result<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Built {
+        outputs: BTreeMap<String, String>,
+    }
+    let all: Vec<Built> = serde_json::from_str(text)
+        .map_err(|e| Error::new(format!("nix build --json printed something else than builds: {e}")))?;
+    let chosen = |b: Built| match b.outputs.get("out") {
+        Some(out) => vec![out.clone()],
+        None => b.outputs.into_values().collect(),
+    };
+    Ok(all.into_iter().flat_map(chosen).collect())
+}
+
+fn one_path(program: &str, paths: &[String]) -> Result<StorePath> {
+    match paths {
+        [path] => StorePath::parse(path)
+            .map_err(|why| Error::new(format!("{program} names {path:?} as its result, which {why}"))),
+        [] => Err(Error::new(format!("{program} built nothing; name something that has an output"))),
         _ => Err(Error::new(format!(
-            "{shown} printed {} paths; a service is one path: name one output",
-            lines.len()
+            "{program} built {} paths, and a service is one; name one attribute and one output",
+            paths.len()
         ))),
     }
 }
@@ -576,6 +597,25 @@ mod tests {
         }
         assert_eq!(with_params("ssh://host", &[]), "ssh://host");
         assert_eq!(encoded("/a b/ü#?&c"), "/a%20b/%C3%BC%23%3F%26c");
+    }
+
+    #[test]
+    fn of_a_build_the_one_path_counts() {
+        let path = |n: u32| format!("/nix/store/{n:032}-ava");
+        let json = |outputs: &str| format!("[{{\"drvPath\": \"x.drv\", \"outputs\": {{{outputs}}}}}]");
+        let out = |name: &str, n: u32| format!("\"{name}\": \"{}\"", path(n));
+        for (text, want) in [
+            (json(&out("out", 1)), Some(path(1))),
+            (json(&[out("man", 2), out("out", 1)].join(", ")), Some(path(1))),
+            (json(&out("bin", 3)), Some(path(3))),
+            (json(&[out("man", 2), out("bin", 3)].join(", ")), None),
+            ("[]".to_string(), None),
+            ("garbage".to_string(), None),
+            (json("\"out\": \"/nix/store/x\""), None),
+        ] {
+            let got = outputs_of(&text).and_then(|paths| one_path("nix build", &paths));
+            assert_eq!(got.ok().map(|p| p.to_string()), want, "{text}");
+        }
     }
 
     #[test]

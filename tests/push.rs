@@ -179,21 +179,30 @@ fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
     let (_, foreign) = key(&desk.dir, "foreign-1");
     let signing = desk.settings(&[("secretKeyFile", secret.to_str().unwrap())]);
     let host = desk.settings(&[("trustedPublicKeys", &public)]);
-    let closures: Vec<Closure> =
-        ["good", "absent", "holed", "altered"].map(|n| Closure::build(n, 100_000)).into();
-    let [good, absent, holed, altered] = &closures[..] else { panic!("four closures") };
-    let tops: Vec<StorePath> = [good, holed, altered].map(|c| c.app.clone()).into();
+    let names = ["good", "absent", "holed", "zeroed", "swapped", "forged"];
+    let closures: Vec<Closure> = names.map(|n| Closure::build(n, 100_000)).into();
+    let [good, absent, holed, zeroed, swapped, forged] = &closures[..] else { panic!("six closures") };
+    let pushed = [good, holed, zeroed, swapped, forged];
+    let tops: Vec<StorePath> = pushed.map(|c| c.app.clone()).into();
     nix::publish(&signing, &tops, &mut |_| {}).unwrap();
     closures.iter().for_each(Closure::forget);
-    // A hole below the top, and a NAR of the right size with other bytes.
-    let nar = |path: &StorePath| {
-        let info = store.get_start(&format!("{}.narinfo", path.hash()), 4096).unwrap().unwrap();
-        let text = String::from_utf8(info).unwrap();
-        text.lines().find_map(|l| l.strip_prefix("URL: ")).unwrap().to_string()
+    let info = |path: &StorePath| {
+        let bytes = store.get_start(&format!("{}.narinfo", path.hash()), 4096).unwrap().unwrap();
+        String::from_utf8(bytes).unwrap()
     };
+    let nar =
+        |path: &StorePath| info(path).lines().find_map(|l| l.strip_prefix("URL: ")).unwrap().to_string();
+    let put = |key: &str, bytes: &[u8]| store.put(key, bytes, &omni_deploy::store::When::Always).unwrap();
+    // A hole below the top; the right size with no content; a good NAR of another path, which has the same size;
+    // a narinfo that says what nobody signed.
     store.delete(&nar(&holed.lib)).unwrap();
-    let size = store.size(&nar(&altered.lib)).unwrap().unwrap();
-    store.put(&nar(&altered.lib), &vec![0; size as usize], &omni_deploy::store::When::Always).unwrap();
+    let size = store.size(&nar(&zeroed.lib)).unwrap().unwrap();
+    put(&nar(&zeroed.lib), &vec![0; size as usize]);
+    let other = store.get_start(&nar(&good.lib), 1 << 20).unwrap().unwrap();
+    assert_eq!(store.size(&nar(&swapped.lib)).unwrap(), Some(other.len() as u64));
+    put(&nar(&swapped.lib), &other);
+    let lie = info(&forged.lib).replace("NarSize: ", "NarSize: 1");
+    put(&format!("{}.narinfo", forged.lib.hash()), lie.as_bytes());
 
     let all: Vec<StorePath> = closures.iter().map(|c| c.app.clone()).collect();
     let reasons = nix::fetch(&host, &all).unwrap();
@@ -204,7 +213,10 @@ fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
     assert!(text(absent).contains(absent.app.as_str()) && text(absent).contains("omni-deploy push"));
     assert!(matches!(reasons[&holed.app], FetchError::NotInCache(_)), "{}", text(holed));
     assert!(text(holed).contains(holed.lib.as_str()), "{}", text(holed));
-    assert!(matches!(reasons[&altered.app], FetchError::Refused(_)), "{}", text(altered));
+    for altered in [zeroed, swapped, forged] {
+        assert!(matches!(reasons[&altered.app], FetchError::Refused(_)), "{}", text(altered));
+        assert!(nix::missing(&altered.paths()).unwrap().contains(&altered.app));
+    }
 
     good.forget();
     let stranger = desk.settings(&[("trustedPublicKeys", &foreign)]);
@@ -352,6 +364,43 @@ fn several_targets_are_one_version_with_their_commit() {
     assert_eq!(printed, format!("one {} serial 4\ntwo {} serial 4\n", one.app, two.app));
     assert_eq!(desk.manifest()["services"][1]["revision"], git(&["rev-parse", "HEAD"]).trim());
     assert_eq!(desk.manifest()["change"]["action"], "update one, two");
+}
+
+#[test]
+fn a_flake_and_a_nix_file_are_built_and_named() {
+    let desk = Desk::in_directory();
+    desk.ok(&["manifest", "init"]);
+    desk.service("ava");
+    desk.service("thing");
+    let derivation = |name: &str, salt: &Path| {
+        format!(
+            "derivation {{ name = \"{name}\"; system = \"x86_64-linux\"; builder = \"/bin/sh\"; \
+             args = [ \"-c\" \"/bin/mkdir -p $out/bin; echo {} > $out/bin/{name}\" ]; }}",
+            salt.display()
+        )
+    };
+    let flake = format!("{{ outputs = {{ self }}: {{ ava = {}; }}; }}", derivation("ava", desk.dir.path()));
+    fs_err::create_dir(desk.path("flake")).unwrap();
+    fs_err::write(desk.path("flake/flake.nix"), flake).unwrap();
+    let file = format!("# : out thing\n{}\n", derivation("thing", desk.dir.path()));
+    fs_err::write(desk.path("Biz/App/any.nix"), file).unwrap();
+    let reference = format!("path:{}#ava", desk.path("flake").display());
+    let printed = desk.ok(&["push", &reference, "Biz/App/any.nix"]);
+    let lines: Vec<Vec<&str>> = printed.lines().map(|l| l.split(' ').collect()).collect();
+    assert!(lines.len() == 2 && lines[0][0] == "ava" && lines[1][0] == "thing", "{printed}");
+    for line in &lines {
+        assert!(fs_err::metadata(format!("{}/bin/{}", line[1], line[0])).is_ok(), "{printed}");
+    }
+    let refused = desk.run(&["push", "--service", "ava", &reference.replace("#ava", "#nope")]);
+    assert!(refused.stderr.contains("build of path:") && !refused.status.ok(), "{}", refused.stderr);
+    let flakes = ["--extra-experimental-features", "flakes", "flake", "metadata", "--json"];
+    let metadata = ask("nix", &[&flakes[..], &[reference.trim_end_matches("#ava")]].concat());
+    let metadata: serde_json::Value = serde_json::from_str(&metadata).unwrap();
+    ask("nix-store", &["--delete", metadata["path"].as_str().unwrap()]);
+    for line in &lines {
+        let drv = ask("nix-store", &["--query", "--deriver", line[1]]);
+        ask("nix-store", &["--delete", line[1], drv.trim()]);
+    }
 }
 
 #[test]

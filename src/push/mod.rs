@@ -208,7 +208,8 @@ fn copy(settings: &Settings, paths: &[StorePath]) -> Result<()> {
         }
     };
     let bytes = figures.bytes.map(|b| format!(", {}", size(b))).unwrap_or_default();
-    say::info(format!("closure of {} paths{bytes} {done}", figures.paths));
+    let paths = if figures.paths == 1 { "path" } else { "paths" };
+    say::info(format!("closure of {} {paths}{bytes} {done}", figures.paths));
     Ok(())
 }
 
