@@ -377,7 +377,7 @@ mod tests {
             ("omni-deploy push a.py ", vec![":files"]),
             ("deployer run --retry a", vec!["ava"]),
             ("deployer run --all", vec!["--allow-empty"]),
-            ("deployer p", vec!["plan"]),
+            ("deployer pl", vec!["plan"]),
             ("omni-deploy nonsense ", vec![]),
             ("omni-deploy", vec![]),
         ] {
