@@ -62,7 +62,7 @@ impl Host<'_> {
         self.check(plan, learned)?;
         if learned.troubles.len() + learned.unfetchable.len() > known {
             // What was refused has another goal now: everything that restarts shall restart in one call.
-            return Ok(true);
+            return Ok(false);
         }
         let removed = self.remove(&plan.services, memory, observed)?;
         let started = self.write_and_start(plan, memory, learned)?;

@@ -315,6 +315,7 @@ fn service(
     let secrets = observed.secrets.get(name);
     let stamp = secrets.and_then(|s| s.as_ref().ok()).map(String::as_str);
     let candidate = goal_of(entry, path, stamp, applied, true);
+    let tried = candidate.unit.clone();
     let trouble_of = |goal: &Goal| -> Option<Trouble> {
         if let Some(trouble) = learned.troubles.get(&(name.clone(), goal.inputs.clone())) {
             return Some(trouble.clone());
@@ -370,6 +371,7 @@ fn service(
     }
     let write = match &seen.file {
         UnitFile::Ours(text) if *text == goal.unit => None,
+        UnitFile::Ours(text) if !goal.desired && *text == tried => Some("putting the version before back"),
         UnitFile::Ours(_) if applied.is_some_and(|a| a.path != goal.path) => Some("another version"),
         UnitFile::Ours(_) if goal.proved => Some("the unit was changed on the host"),
         UnitFile::Ours(_) => Some("the manifest's entry changed"),
@@ -438,5 +440,442 @@ impl Plan {
     /// Whether there is nothing to do at all.
     pub fn is_empty(&self) -> bool {
         self.services_settled() && !matches!(self.route, RoutePlan::Write(_))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::{Artifact, Exec, Hardening, Rollout, Systemd, Target};
+    use serde_json::{Map, json};
+
+    const NOW: Timestamp = Timestamp(1_000_000);
+
+    fn path(n: u8) -> StorePath {
+        StorePath::parse(&format!("/nix/store/{}-v{n}", n.to_string().repeat(32))).unwrap()
+    }
+
+    fn name(text: &str) -> ServiceName {
+        ServiceName::parse(text).unwrap()
+    }
+
+    fn entry(text: &str, version: u8) -> Service {
+        Service {
+            name: name(text),
+            artifact: Artifact {
+                kind: "nix-closure".into(),
+                store_path: Target::Path(path(version)),
+                extra: Map::new(),
+            },
+            hosts: Vec::new(),
+            exec: Exec::default(),
+            env: BTreeMap::new(),
+            env_file: None,
+            http: Some(Http {
+                domain: format!("{text}.example.com"),
+                path: "/".into(),
+                internal_port: 8080,
+                extra: Map::new(),
+            }),
+            health: None,
+            rollout: Rollout::default(),
+            systemd: Systemd::default(),
+            hardening: Hardening::default(),
+            revision: None,
+            extra: Map::new(),
+        }
+    }
+
+    fn waiting(text: &str) -> Service {
+        let mut service = entry(text, 1);
+        service.artifact.store_path = Target::Placeholder;
+        service
+    }
+
+    fn running() -> Listed {
+        Listed { load: "loaded".into(), active: "active".into(), sub: "running".into() }
+    }
+
+    /// A host and what is remembered of it, on which steps can be performed as the real ones would be.
+    #[derive(Clone)]
+    struct World {
+        observed: Observed,
+        memory: Memory,
+        learned: Learned,
+        options: Options,
+        /// Versions that never come up.
+        broken: BTreeSet<StorePath>,
+        /// Versions that the cache does not have.
+        absent: BTreeSet<StorePath>,
+        /// How often each service was restarted.
+        restarts: BTreeMap<ServiceName, u32>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let state = State::new(crate::names::HostName::parse("biz").unwrap(), NOW);
+            World {
+                observed: Observed {
+                    units: BTreeMap::new(),
+                    present: BTreeSet::new(),
+                    roots: BTreeMap::new(),
+                    secrets: BTreeMap::new(),
+                    caddy: caddy::Observed::Servers(
+                        json!({"srv0": {"listen": [":443"], "routes": []}}).as_object().unwrap().clone(),
+                    ),
+                },
+                memory: Memory { state, applied: BTreeMap::new(), readable: true },
+                learned: Learned::default(),
+                options: Options::default(),
+                broken: BTreeSet::new(),
+                absent: BTreeSet::new(),
+                restarts: BTreeMap::new(),
+            }
+        }
+
+        fn plan(&self, desired: &[&Service]) -> Result<Plan, WouldEmpty> {
+            plan(desired, &self.observed, &self.memory, &self.learned, &self.options, NOW)
+        }
+
+        fn act(&mut self, service: &ServicePlan) {
+            let unit = self.observed.units.entry(service.name.clone()).or_default();
+            let fetching =
+                service.steps.iter().find_map(|s| if let Step::Fetch(p) = s { Some(p) } else { None });
+            for step in &service.steps {
+                if let Step::Root(p) = step {
+                    self.observed.roots.entry(service.name.clone()).or_default().insert(p.base().into());
+                }
+            }
+            if let Some(path) = fetching {
+                if self.absent.contains(path) {
+                    self.learned.unfetchable.insert(path.clone(), "not in the cache".into());
+                    return;
+                }
+                self.observed.present.insert(path.clone());
+            }
+            for step in &service.steps {
+                match step {
+                    Step::Root(_) | Step::Fetch(_) => {}
+                    Step::Write(_) => unit.file = UnitFile::Ours(service.goal.as_ref().unwrap().unit.clone()),
+                    Step::Enable => unit.wanted = true,
+                    Step::Restart(_) | Step::Record => {
+                        let goal = service.goal.as_ref().unwrap();
+                        if matches!(step, Step::Restart(_)) {
+                            *self.restarts.entry(service.name.clone()).or_default() += 1;
+                        }
+                        if self.broken.contains(&goal.path) {
+                            unit.listed = Listed::default();
+                            let failure = Failure {
+                                reason: "it exits at once".into(),
+                                attempted: Some(goal.path.clone()),
+                                at: NOW,
+                                journal: Vec::new(),
+                                inputs: Some(goal.inputs.clone()),
+                            };
+                            let trouble = Trouble { rejected: !goal.proved, failure };
+                            self.learned
+                                .troubles
+                                .insert((service.name.clone(), goal.inputs.clone()), trouble);
+                        } else {
+                            unit.listed = running();
+                            let previous = previous_after(&goal.path, self.memory.applied.get(&service.name));
+                            let proved =
+                                Applied { service: goal.service.clone(), path: goal.path.clone(), previous };
+                            self.memory.applied.insert(service.name.clone(), proved);
+                        }
+                    }
+                    Step::Remove(_) => {
+                        *unit = UnitSeen::default();
+                        self.memory.applied.remove(&service.name);
+                    }
+                    Step::Unroot(base) => {
+                        let held = self.observed.roots.get_mut(&service.name).unwrap();
+                        assert!(held.remove(base), "{base} was not held");
+                        if held.is_empty() {
+                            self.observed.roots.remove(&service.name);
+                        }
+                    }
+                }
+            }
+        }
+
+        /// One pass, to the end; what was learned is forgotten but for what the state keeps.
+        fn pass(&mut self, desired: &[&Service]) -> Plan {
+            for _ in 0..6 {
+                let plan = self.plan(desired).unwrap();
+                if plan.services_settled() {
+                    for service in &plan.services {
+                        let trouble = service.trouble.as_ref();
+                        let status = match trouble {
+                            Some(t) if t.rejected => Status::Rejected,
+                            Some(_) => Status::Failed,
+                            None => Status::Running,
+                        };
+                        let state = super::super::state::ServiceState {
+                            name: service.name.clone(),
+                            store_path: service.goal.as_ref().map(|g| g.path.clone()),
+                            status,
+                            since: NOW,
+                            previous: Vec::new(),
+                            failure: trouble.map(|t| t.failure.clone()),
+                        };
+                        self.memory.state.services.insert(service.name.clone(), state);
+                    }
+                    self.learned = Learned::default();
+                    return plan;
+                }
+                for service in plan.services.iter().chain(&plan.gone) {
+                    self.act(service);
+                }
+            }
+            panic!("the plan never settles");
+        }
+
+        fn unit(&self, service: &str) -> &UnitSeen {
+            &self.observed.units[&name(service)]
+        }
+
+        fn runs(&self, service: &str, version: u8) -> bool {
+            let text = match &self.unit(service).file {
+                UnitFile::Ours(text) => text,
+                _ => return false,
+            };
+            self.unit(service).listed.running() && text.contains(path(version).as_str())
+        }
+
+        fn held(&self, service: &str) -> Vec<String> {
+            self.observed.roots.get(&name(service)).into_iter().flatten().cloned().collect()
+        }
+    }
+
+    #[test]
+    fn a_first_deploy_roots_before_it_fetches_and_then_has_nothing_to_do() {
+        let mut world = World::new();
+        let ava = entry("ava", 1);
+        let first = world.plan(&[&ava]).unwrap();
+        assert_eq!(
+            first.services[0].steps,
+            [
+                Step::Root(path(1)),
+                Step::Fetch(path(1)),
+                Step::Write("new here"),
+                Step::Enable,
+                Step::Restart("new here")
+            ]
+        );
+        assert!(matches!(first.route, RoutePlan::Write(_)));
+        world.pass(&[&ava]);
+        assert!(world.runs("ava", 1));
+        world.pass(&[&ava]);
+        assert_eq!(world.restarts[&name("ava")], 1);
+    }
+
+    #[test]
+    fn a_broken_version_is_put_back_once_and_not_tried_again_until_asked() {
+        let mut world = World::new();
+        world.pass(&[&entry("ava", 1)]);
+        world.broken.insert(path(2));
+        let next = entry("ava", 2);
+        let plan = world.pass(&[&next]);
+        assert!(world.runs("ava", 1));
+        assert!(plan.services[0].trouble.as_ref().unwrap().rejected);
+        assert_eq!(world.restarts[&name("ava")], 3, "the attempt and the way back");
+        world.pass(&[&next]);
+        assert_eq!(world.restarts[&name("ava")], 3, "remembered");
+        world.options.retry.insert(name("ava"));
+        world.broken.clear();
+        world.pass(&[&next]);
+        assert!(world.runs("ava", 2));
+    }
+
+    #[test]
+    fn a_refused_version_is_tried_again_when_anything_that_goes_into_it_changes() {
+        let mut world = World::new();
+        let mut next = entry("ava", 2);
+        next.env_file = Some("/s".into());
+        world.observed.secrets.insert(name("ava"), Ok("1".into()));
+        world.broken.insert(path(2));
+        world.pass(&[&next]);
+        let tries = world.restarts[&name("ava")];
+        world.pass(&[&next]);
+        assert_eq!(world.restarts[&name("ava")], tries);
+        world.observed.secrets.insert(name("ava"), Ok("2".into()));
+        world.pass(&[&next]);
+        assert_eq!(world.restarts[&name("ava")], tries + 1);
+        next.env.insert("A".into(), "1".into());
+        world.pass(&[&next]);
+        assert_eq!(world.restarts[&name("ava")], tries + 2);
+    }
+
+    #[test]
+    fn a_first_version_that_is_refused_leaves_no_unit_behind() {
+        let mut world = World::new();
+        world.broken.insert(path(1));
+        let plan = world.pass(&[&entry("ava", 1)]);
+        assert!(plan.services[0].goal.is_none());
+        assert_eq!(world.unit("ava").file, UnitFile::Absent);
+        assert!(world.held("ava").is_empty());
+        let RoutePlan::Write(requests) = &plan.route else { panic!("{:?}", plan.route) };
+        assert!(
+            requests[0].body.as_ref().unwrap().to_string().contains("ava.example.com"),
+            "its 502 is its own"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_fetched_leaves_the_running_version_alone_and_is_tried_every_pass() {
+        let mut world = World::new();
+        world.pass(&[&entry("ava", 1)]);
+        world.absent.insert(path(2));
+        let next = entry("ava", 2);
+        let plan = world.pass(&[&next]);
+        assert!(!plan.services[0].trouble.as_ref().unwrap().rejected);
+        assert!(world.runs("ava", 1));
+        assert_eq!(world.restarts[&name("ava")], 1);
+        let again = world.plan(&[&next]).unwrap();
+        assert!(again.services[0].steps.contains(&Step::Fetch(path(2))));
+        world.absent.clear();
+        world.pass(&[&next]);
+        assert!(world.runs("ava", 2));
+    }
+
+    #[test]
+    fn the_current_and_two_earlier_closures_are_held_and_no_more() {
+        let mut world = World::new();
+        for version in 1..=5 {
+            world.pass(&[&entry("ava", version)]);
+        }
+        let held: Vec<String> = [3, 4, 5].iter().map(|v| path(*v).base().to_string()).collect();
+        assert_eq!(world.held("ava"), held);
+        world.pass(&[&entry("ava", 4)]);
+        assert_eq!(world.held("ava"), held, "going back needs no other closure");
+    }
+
+    #[test]
+    fn every_drift_is_repaired_with_a_reason() {
+        type Damage = fn(&mut World);
+        let damages: [(&str, Damage); 6] = [
+            ("the unit was changed on the host", |w| {
+                w.observed.units.get_mut(&name("ava")).unwrap().file = UnitFile::Ours(unit::MARK.into());
+            }),
+            ("the unit was gone", |w| {
+                w.observed.units.get_mut(&name("ava")).unwrap().file = UnitFile::Absent;
+            }),
+            ("it was not running", |w| {
+                w.observed.units.get_mut(&name("ava")).unwrap().listed = Listed::default();
+            }),
+            ("Enable", |w| w.observed.units.get_mut(&name("ava")).unwrap().wanted = false),
+            ("Root", |w| w.observed.roots.clear()),
+            ("Fetch", |w| w.observed.present.clear()),
+        ];
+        for (reason, damage) in damages {
+            let mut world = World::new();
+            let ava = entry("ava", 1);
+            world.pass(&[&ava]);
+            damage(&mut world);
+            let steps = world.plan(&[&ava]).unwrap().services[0].steps.clone();
+            assert!(format!("{steps:?}").contains(reason), "{reason}: {steps:?}");
+            world.pass(&[&ava]);
+            assert!(world.runs("ava", 1) && world.unit("ava").wanted && !world.held("ava").is_empty());
+        }
+    }
+
+    #[test]
+    fn a_service_that_died_is_started_but_never_rejected() {
+        let mut world = World::new();
+        let ava = entry("ava", 1);
+        world.pass(&[&ava]);
+        world.broken.insert(path(1));
+        world.observed.units.get_mut(&name("ava")).unwrap().listed = Listed::default();
+        let plan = world.pass(&[&ava]);
+        assert!(!plan.services[0].trouble.as_ref().unwrap().rejected);
+        assert!(matches!(world.unit("ava").file, UnitFile::Ours(_)), "its unit stays");
+        world.broken.clear();
+        world.pass(&[&ava]);
+        assert!(world.runs("ava", 1));
+    }
+
+    #[test]
+    fn bad_secrets_start_nothing_and_stop_nothing() {
+        let mut world = World::new();
+        world.pass(&[&entry("ava", 1)]);
+        let mut next = entry("ava", 2);
+        next.env_file = Some("/s".into());
+        world.observed.secrets.insert(name("ava"), Err("mode 0644; run: chmod 600 /s".into()));
+        let plan = world.pass(&[&next]);
+        assert!(plan.services[0].trouble.as_ref().unwrap().failure.reason.contains("chmod"));
+        assert!(world.runs("ava", 1));
+        assert_eq!(world.restarts[&name("ava")], 1);
+    }
+
+    #[test]
+    fn a_unit_of_somebody_else_is_never_touched() {
+        let mut world = World::new();
+        let foreign = UnitFile::Foreign("/lib/systemd/system/ssh.service".into());
+        world.observed.units.insert(name("ssh"), UnitSeen { file: foreign, ..UnitSeen::default() });
+        let plan = world.pass(&[&entry("ssh", 1)]);
+        assert!(plan.services[0].steps.is_empty());
+        assert!(plan.services[0].trouble.as_ref().unwrap().failure.reason.contains("not ours"));
+    }
+
+    #[test]
+    fn one_failure_does_not_hold_the_others_up() {
+        let mut world = World::new();
+        world.broken.insert(path(1));
+        world.absent.insert(path(3));
+        let services = [entry("a", 1), entry("b", 2), entry("c", 3)];
+        world.pass(&services.iter().collect::<Vec<_>>());
+        assert!(!world.runs("a", 1) && world.runs("b", 2) && !world.runs("c", 3));
+    }
+
+    #[test]
+    fn what_is_gone_from_the_manifest_goes_but_never_everything_at_once() {
+        let mut world = World::new();
+        let (a, b) = (entry("a", 1), entry("b", 2));
+        world.pass(&[&a, &b]);
+        let plan = world.plan(&[&a]).unwrap();
+        assert_eq!(plan.gone.len(), 1);
+        assert_eq!(
+            plan.gone[0].steps,
+            [Step::Remove("not in the manifest"), Step::Unroot(path(2).base().into())]
+        );
+        assert_eq!(world.plan(&[]).unwrap_err(), WouldEmpty(vec![name("a"), name("b")]));
+        assert!(world.plan(&[&waiting("a")]).is_err(), "a placeholder runs nothing either");
+        world.options.allow_empty = true;
+        assert_eq!(world.plan(&[]).unwrap().gone.len(), 2);
+        world.memory.readable = false;
+        assert!(world.plan(&[]).unwrap().gone.is_empty(), "what cannot be read disables deletion");
+    }
+
+    #[test]
+    fn an_entry_that_changes_without_its_unit_restarts_nothing() {
+        let mut world = World::new();
+        let mut ava = entry("ava", 1);
+        world.pass(&[&ava]);
+        ava.http.as_mut().unwrap().domain = "new.example.com".into();
+        assert_eq!(world.plan(&[&ava]).unwrap().services[0].steps, [Step::Record]);
+        let plan = world.pass(&[&ava]);
+        assert!(matches!(plan.route, RoutePlan::Write(_)));
+        assert_eq!(world.restarts[&name("ava")], 1);
+    }
+
+    #[test]
+    fn the_route_of_a_refused_version_is_that_of_the_version_that_runs() {
+        let mut world = World::new();
+        world.pass(&[&entry("ava", 1)]);
+        let mut next = entry("ava", 2);
+        next.http.as_mut().unwrap().internal_port = 9999;
+        world.broken.insert(path(2));
+        let plan = world.pass(&[&next]);
+        let routed = routed(&[&next], &plan.services);
+        assert_eq!(routed["ava"].internal_port, 8080);
+    }
+
+    #[test]
+    fn a_service_that_waits_has_no_unit_and_no_route() {
+        let mut world = World::new();
+        let plan = world.pass(&[&waiting("ava")]);
+        assert!(plan.services[0].steps.is_empty() && plan.services[0].trouble.is_none());
+        assert_eq!(plan.route, RoutePlan::None);
     }
 }

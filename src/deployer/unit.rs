@@ -139,3 +139,33 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     line("\n[Install]\nWantedBy", "multi-user.target");
     u
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_systemd_would_interpret_is_escaped() {
+        for (text, expected) in [
+            ("plain", r#""plain""#),
+            ("a b", r#""a b""#),
+            (r#"say "hi""#, r#""say \"hi\"""#),
+            (r"c:\x", r#""c:\\x""#),
+            ("100%", r#""100%%""#),
+            ("two\nlines\r\tx", r#""two\nlines\r\tx""#),
+            ("$HOME", r#""$HOME""#),
+        ] {
+            assert_eq!(quoted(text), expected);
+        }
+        assert_eq!(exec_word("$HOME %i"), r#""$$HOME %%i""#);
+        assert_eq!(bare("/a%b"), "/a%%b");
+    }
+
+    #[test]
+    fn a_unit_is_ours_by_its_first_line_alone() {
+        assert!(is_ours(format!("{MARK}\n[Unit]\n").as_bytes()));
+        assert!(!is_ours(format!("[Unit]\n{MARK}\n").as_bytes()));
+        assert!(!is_ours(format!("{MARK} \n").as_bytes()));
+        assert!(!is_ours(b""));
+    }
+}

@@ -2,6 +2,6 @@
 use super::model::Service;
 use crate::names::StorePath;
 /// stub
-pub fn program(_service: &Service, _path: &StorePath) -> (String, Vec<String>) {
-    todo!()
+pub fn program(service: &Service, path: &StorePath) -> (String, Vec<String>) {
+    (format!("{path}/bin/{}", service.name), vec![])
 }
