@@ -8,6 +8,7 @@ pub mod deployer;
 pub mod dispatch;
 pub mod durable;
 pub mod error;
+pub mod http;
 pub mod manifest;
 pub mod names;
 pub mod nix;

@@ -4,12 +4,15 @@
 
 pub mod credentials;
 pub mod dir;
+pub mod probe;
 pub mod s3;
 pub mod url;
+mod xml;
 
 use crate::error::Error;
 use std::fmt;
 
+pub use probe::{Probe, probe};
 pub use url::{CacheUrl, StoreUrl};
 
 /// The current manifest.
@@ -106,7 +109,8 @@ pub trait Store: Send + Sync {
     fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError>;
 }
 
-/// Opens the store a URL names. Credentials are looked up now; nothing is asked of the network.
+/// Opens the store a URL names; nothing is asked of the network. Credentials are looked up with the first
+/// request.
 pub fn open(url: &StoreUrl) -> Result<Box<dyn Store>, StoreError> {
     match url {
         StoreUrl::Dir(path) => Ok(Box::new(dir::DirStore::new(path))),

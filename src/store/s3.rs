@@ -1,41 +1,903 @@
-//! S3 through rusoto over ureq.
+//! A bucket as a store: the only file that names rusoto. rusoto builds and signs the requests; they travel
+//! over ureq, so every future of rusoto's is ready when it is first polled and no runtime ever starts. rusoto
+//! never reads a byte of an answer: its XML reader spins for ever on a document that is cut short and panics on
+//! a number that is none, so [`Carrier`] keeps the answer for the code here and shows rusoto an empty success.
+//! Addresses are path-style everywhere: that is what rusoto builds, what other people's servers understand, and
+//! what keeps TLS names right for buckets with dots.
 
+use super::credentials::{Credentials, Env, Provider};
 use super::url::S3Location;
+use super::xml;
 use super::{Etag, Got, Store, StoreError, When};
+use crate::clock::{Timestamp, human_seconds};
+use crate::http::{self, Again, GaveUp, Limits, RealPace, Retry, Trouble};
+use crate::say::printable;
+use rusoto_core::credential::{AwsCredentials, StaticProvider};
+use rusoto_core::request::{DispatchSignedRequestFuture, HttpResponse};
+use rusoto_core::signature::SignedRequest;
+use rusoto_core::{ByteStream, Client, DispatchSignedRequest, HttpDispatchError, Region};
+use rusoto_s3::{
+    DeleteObjectRequest, GetObjectRequest, HeadObjectRequest, ListObjectsV2Request, S3, S3Client,
+};
+use std::cell::Cell;
+use std::fmt;
+use std::future::Future;
+use std::io::{self, Read};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+use ureq::http::{HeaderMap, Request};
+use ureq::{AsSendBody, SendBody};
 
-/// The store in a bucket.
-#[derive(Debug)]
+/// The largest object that one PUT can carry, in bytes (S3's limit: 5 GiB).
+pub const MAX_SINGLE_PUT: u64 = 5 << 30;
+
+/// Up to this size a streamed write is read first and sent like any other, with retries.
+const SMALL: u64 = 1 << 20;
+const ERROR_LIMIT: u64 = 64 << 10;
+const PAGE_LIMIT: u64 = 16 << 20;
+
+const LIMITS: Limits = Limits {
+    connect: Duration::from_secs(5),
+    answer: Duration::from_secs(10),
+    total: None,
+    stall: Duration::from_secs(20),
+};
+
+/// A store takes its time over a large object once it has the last byte.
+const STREAM_ANSWER: Duration = Duration::from_secs(120);
+
+const RETRY: Retry = Retry {
+    tries: 10,
+    first: Duration::from_millis(100),
+    longest: Duration::from_secs(5),
+    total: Duration::from_secs(30),
+};
+
+/// Where nobody listens at all, a person is waiting for the answer.
+const TRIES_OF_ABSENCE: u32 = 5;
+
+/// What a HEAD says of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectHead {
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its media type, if the store names one.
+    pub content_type: Option<String>,
+    /// Its version.
+    pub etag: Option<Etag>,
+}
+
+/// An object, or a part of it, on its way.
+pub struct ObjectStream {
+    /// 200, 206 (a part) or 416 (no such part; the body is empty).
+    pub status: u16,
+    /// How many bytes come, if the store says so.
+    pub content_length: Option<u64>,
+    /// `Content-Range` as the store gave it.
+    pub content_range: Option<String>,
+    /// `Content-Type` as the store gave it.
+    pub content_type: Option<String>,
+    /// The bytes. An error of reading means that the rest is missing.
+    pub body: Box<dyn Read + Send>,
+}
+
+/// The store in a bucket. May be used by several threads at once; they share its connections.
 pub struct S3Store {
-    _location: S3Location,
+    location: S3Location,
+    /// `scheme://host[:port]`, for requests and for people.
+    place: String,
+    region: Region,
+    agent: ureq::Agent,
+    credentials: Provider,
+}
+
+impl fmt::Debug for S3Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("S3Store").field("location", &self.location).finish_non_exhaustive()
+    }
+}
+
+/// The head of an answer, and its body still on the wire.
+struct Answer {
+    status: u16,
+    headers: HeaderMap,
+    body: ureq::BodyReader<'static>,
+}
+
+impl Answer {
+    fn header(&self, name: &str) -> Option<String> {
+        header(&self.headers, name)
+    }
+
+    fn length(&self) -> Option<u64> {
+        self.header("content-length")?.parse().ok()
+    }
+
+    /// The version; what comes without one comes from no S3.
+    fn etag(&self) -> Result<Etag, Fault> {
+        self.header("etag").map(Etag).ok_or_else(|| {
+            let kind = self.header("content-type").unwrap_or_else(|| "nothing S3 would send".into());
+            Fault::Garbage(format!("{} with {kind} and no ETag", self.status))
+        })
+    }
+
+    /// At most `limit` bytes of the body, and whether that was all of it.
+    fn read(self, limit: u64) -> Result<(Vec<u8>, bool), Fault> {
+        let mut bytes = Vec::with_capacity(self.length().unwrap_or(0).min(limit).min(1 << 20) as usize);
+        let read = self.body.take(limit.saturating_add(1)).read_to_end(&mut bytes);
+        read.map_err(|e| Fault::Trouble(Trouble::of_body(e)))?;
+        let whole = bytes.len() as u64 <= limit;
+        bytes.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+        Ok((bytes, whole))
+    }
+}
+
+fn header(headers: &HeaderMap, name: &str) -> Option<String> {
+    headers.get(name)?.to_str().ok().map(str::to_string)
+}
+
+/// An answer that is no success. The code and the message are those of S3's error document (Amazon S3 API
+/// reference, "Error responses"); empty when there is none.
+#[derive(Debug)]
+struct Refusal {
+    status: u16,
+    code: String,
+    message: String,
+    /// The bucket's region, of an answer that says it is another.
+    region: Option<String>,
+    headers: HeaderMap,
+}
+
+/// Why a try failed.
+#[derive(Debug)]
+enum Fault {
+    /// There is nothing to sign with; the text says why.
+    Credentials(String),
+    Trouble(Trouble),
+    Refusal(Box<Refusal>),
+    /// An answer that is not S3's; what it was.
+    Garbage(String),
+    /// The object is larger than this many bytes.
+    TooLarge(u64),
+    /// What was to be sent could not be read.
+    Source(String),
+}
+
+impl Fault {
+    fn status(&self) -> u16 {
+        match self {
+            Fault::Refusal(refusal) => refusal.status,
+            _ => 0,
+        }
+    }
+
+    fn code(&self) -> &str {
+        match self {
+            Fault::Refusal(refusal) => &refusal.code,
+            _ => "",
+        }
+    }
+
+    /// Trouble on the way, 5xx and 429 may pass; what S3 understood and refused stays refused.
+    fn again(&self) -> Again {
+        match self {
+            Fault::Trouble(trouble) if trouble.is_absence() => Again::AtMost(TRIES_OF_ABSENCE),
+            Fault::Trouble(trouble) if trouble.passes() => Again::Yes,
+            Fault::Refusal(refusal) if refusal.may_pass() => Again::Yes,
+            _ => Again::No,
+        }
+    }
+}
+
+impl Refusal {
+    fn may_pass(&self) -> bool {
+        (self.status >= 500 && self.status != 501) || self.status == 429
+    }
+
+    fn read(answer: Answer) -> Result<Self, Fault> {
+        let (status, headers) = (answer.status, answer.headers.clone());
+        let mut refusal =
+            Refusal { status, code: String::new(), message: String::new(), region: None, headers };
+        // An error page that is cut short is still the error its status says.
+        if let Ok((bytes, true)) = answer.read(ERROR_LIMIT) {
+            let mut fields = [String::new(), String::new(), String::new()];
+            let read = xml::leaves(&String::from_utf8_lossy(&bytes), |path, text| {
+                let names = ["Code", "Message", "Region"];
+                if let ["Error", name] = path
+                    && let Some(at) = names.iter().position(|n| n == name)
+                {
+                    fields[at] = printable(text.trim()).chars().take(300).collect();
+                }
+            });
+            if read.is_ok() {
+                let [code, message, region] = fields;
+                (refusal.code, refusal.message) = (code, message);
+                refusal.region = Some(region).filter(|r| !r.is_empty());
+            }
+        }
+        refusal.region = refusal.region.or_else(|| header(&refusal.headers, "x-amz-bucket-region"));
+        Ok(refusal)
+    }
+
+    /// How far this machine's clock is ahead of the store's, in seconds, by the answer's `Date`.
+    fn skew(&self, now: Timestamp) -> Option<i64> {
+        let date = header(&self.headers, "date")?;
+        Some(now.0 - chrono::DateTime::parse_from_rfc2822(&date).ok()?.timestamp())
+    }
+}
+
+/// What is being done, for the texts of errors.
+#[derive(Clone, Copy)]
+enum Verb {
+    Read,
+    Write,
+    Delete,
+    List,
+}
+
+impl Verb {
+    fn word(self) -> &'static str {
+        match self {
+            Verb::Read => "read",
+            Verb::Write => "write",
+            Verb::Delete => "delete",
+            Verb::List => "list",
+        }
+    }
+
+    /// The permission it takes (Amazon S3 user guide, "Actions defined by Amazon S3").
+    fn action(self) -> &'static str {
+        match self {
+            Verb::Read => "s3:GetObject and s3:ListBucket",
+            Verb::Write => "s3:PutObject",
+            Verb::Delete => "s3:DeleteObject",
+            Verb::List => "s3:ListBucket",
+        }
+    }
+}
+
+/// How long one exchange may last, and how long its answer may be awaited.
+#[derive(Clone, Copy)]
+struct Patience {
+    total: Option<Duration>,
+    answer: Duration,
+}
+
+impl Patience {
+    fn within(left: Duration) -> Self {
+        Patience { total: Some(left.max(Duration::from_secs(1))), answer: LIMITS.answer }
+    }
+
+    const STREAM: Patience = Patience { total: None, answer: STREAM_ANSWER };
+}
+
+/// Sends a signed request. An answer that is no success is a fault.
+fn exchange(
+    agent: &ureq::Agent,
+    request: &SignedRequest,
+    extra: &[(&str, &str)],
+    body: impl AsSendBody,
+    patience: Patience,
+) -> Result<Answer, Fault> {
+    let odd = |e: ureq::http::Error| Fault::Trouble(Trouble::Other(e.to_string()));
+    let query = Some(request.canonical_query_string()).filter(|q| !q.is_empty());
+    let uri = format!(
+        "{}://{}{}{}{}",
+        request.scheme(),
+        request.hostname(),
+        request.canonical_uri(),
+        if query.is_some() { "?" } else { "" },
+        query.unwrap_or_default()
+    );
+    let mut builder = Request::builder().method(request.method()).uri(uri);
+    for (name, values) in request.headers() {
+        // Not signed, and the body's own affair.
+        if name != "content-length" {
+            for value in values {
+                builder = builder.header(name, value.as_slice());
+            }
+        }
+    }
+    for (name, value) in extra {
+        builder = builder.header(*name, *value);
+    }
+    let request = agent
+        .configure_request(builder.body(body).map_err(odd)?)
+        .timeout_global(patience.total)
+        .timeout_recv_response(Some(patience.answer))
+        .build();
+    let (head, body) = agent.run(request).map_err(|e| Fault::Trouble(e.into()))?.into_parts();
+    let answer = Answer { status: head.status.as_u16(), headers: head.headers, body: body.into_reader() };
+    if (200..300).contains(&answer.status) {
+        return Ok(answer);
+    }
+    Err(Fault::Refusal(Box::new(Refusal::read(answer)?)))
+}
+
+/// Carries one request of rusoto's typed client and keeps its answer.
+struct Carrier {
+    agent: ureq::Agent,
+    patience: Patience,
+    kept: Mutex<Option<Result<Answer, Fault>>>,
+}
+
+impl DispatchSignedRequest for Carrier {
+    fn dispatch(&self, request: SignedRequest, _: Option<Duration>) -> DispatchSignedRequestFuture {
+        let answer = exchange(&self.agent, &request, &[], (), self.patience);
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+        let status = 200u16.try_into().map_err(|_| HttpDispatchError::new("200 is no status".into()));
+        Box::pin(std::future::ready(status.map(|status| HttpResponse {
+            status,
+            body: ByteStream::from(Vec::new()),
+            headers: Default::default(),
+        })))
+    }
+}
+
+/// The result of a future that never waits.
+fn ready<F: Future>(future: F) -> Option<F::Output> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(output) => Some(output),
+        Poll::Pending => None,
+    }
 }
 
 impl S3Store {
-    /// Looks the credentials up.
+    /// Names the bucket; asks nothing of the network. Credentials are looked up with the first request, so
+    /// that their absence is one more reason why a store cannot be read.
     pub fn open(location: &S3Location) -> Result<Self, StoreError> {
-        Ok(S3Store { _location: location.clone() })
+        S3Store::open_in(location, Arc::new(http::process_env))
+    }
+
+    /// [`S3Store::open`] in another environment than the process's own.
+    pub fn open_in(location: &S3Location, env: Env) -> Result<Self, StoreError> {
+        let set = |name: &str| env(name).filter(|v| !v.is_empty());
+        let credentials = Provider::new(env.clone(), location.profile.as_deref());
+        let region = location
+            .region
+            .clone()
+            .or_else(|| set("AWS_REGION"))
+            .or_else(|| set("AWS_DEFAULT_REGION"))
+            .or_else(|| credentials.region())
+            .unwrap_or_else(|| "us-east-1".into());
+        let host = location.endpoint.clone().unwrap_or_else(|| {
+            let china = if region.starts_with("cn-") { ".cn" } else { "" };
+            format!("s3.{region}.amazonaws.com{china}")
+        });
+        let place = format!("{}://{host}", location.scheme);
+        let refused = |why: String| StoreError::Refused(format!("cannot open {location}: {why}"));
+        let authority = host.split('/').next().unwrap_or_default();
+        let uri: ureq::http::uri::Authority = authority
+            .parse()
+            .map_err(|_| refused(format!("'{host}' is no endpoint; HOST or HOST:PORT is meant")))?;
+        let agent = http::agent(&*env, &location.scheme, uri.host(), LIMITS).map_err(refused)?;
+        let region = Region::Custom { name: region, endpoint: place.clone() };
+        Ok(S3Store { location: location.clone(), place, region, agent, credentials })
+    }
+
+    fn full_key(&self, key: &str) -> String {
+        format!("{}{key}", self.location.prefix)
+    }
+
+    fn sign_with(&self) -> Result<Arc<Credentials>, Fault> {
+        self.credentials.get(Timestamp::now()).map_err(Fault::Credentials)
+    }
+
+    /// One request of rusoto's typed client, again and again as the policy has it; `read` makes the result of
+    /// its answer.
+    fn typed<T, F: Future<Output = Option<String>>>(
+        &self,
+        patience: impl Fn(Duration) -> Patience,
+        call: impl Fn(S3Client) -> F,
+        read: impl Fn(Answer) -> Result<T, Fault>,
+    ) -> Result<T, GaveUp<Fault>> {
+        self.tried(|left| {
+            let c = self.sign_with()?;
+            let provider = StaticProvider::new(c.id.clone(), c.secret.clone(), c.token.clone(), None);
+            let carrier = Arc::new(Carrier {
+                agent: self.agent.clone(),
+                patience: patience(left),
+                kept: Mutex::default(),
+            });
+            let client = Client::new_with(provider, carrier.clone());
+            let said = ready(call(S3Client::new_with_client(client, self.region.clone())));
+            match carrier.kept.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                Some(answer) => read(answer?),
+                None => Err(Fault::Trouble(Trouble::Other(
+                    said.flatten().unwrap_or_else(|| "rusoto sent nothing".into()),
+                ))),
+            }
+        })
+    }
+
+    fn tried<T>(&self, attempt: impl FnMut(Duration) -> Result<T, Fault>) -> Result<T, GaveUp<Fault>> {
+        RETRY.run(&RealPace::default(), attempt, Fault::again)
+    }
+
+    fn get_request(&self, key: &str) -> GetObjectRequest {
+        GetObjectRequest {
+            bucket: self.location.bucket.clone(),
+            key: self.full_key(key),
+            ..GetObjectRequest::default()
+        }
+    }
+
+    /// A GET of one object.
+    fn object<T>(
+        &self,
+        request: &GetObjectRequest,
+        patience: impl Fn(Duration) -> Patience,
+        read: impl Fn(Answer) -> Result<T, Fault>,
+    ) -> Result<T, GaveUp<Fault>> {
+        let call = |client: S3Client| {
+            let request = request.clone();
+            async move { client.get_object(request).await.err().map(|e| e.to_string()) }
+        };
+        self.typed(patience, call, read)
+    }
+
+    /// A PUT, to be signed with the hash of `payload`, or unsigned if its bytes are not at hand.
+    fn put_request(&self, key: &str, content_type: &str, payload: Option<&[u8]>) -> SignedRequest {
+        let path = format!("/{}/{}", self.location.bucket, self.full_key(key));
+        let mut request = SignedRequest::new("PUT", "s3", &self.region, &path);
+        request.add_header("content-type", content_type);
+        match payload {
+            Some(bytes) => request.set_payload(Some(bytes.to_vec())),
+            // What stands for the stream: rusoto signs any stream as UNSIGNED-PAYLOAD.
+            None => request.set_payload_stream(ByteStream::from(Vec::new())),
+        }
+        request
+    }
+
+    fn sign(&self, request: &mut SignedRequest) -> Result<(), Fault> {
+        let c = self.sign_with()?;
+        request.sign(&AwsCredentials::new(c.id.clone(), c.secret.clone(), c.token.clone(), None));
+        Ok(())
+    }
+
+    /// A PUT of bytes at hand, under a condition or none.
+    fn put_bytes(
+        &self,
+        key: &str,
+        content_type: &str,
+        bytes: &[u8],
+        condition: Option<(&str, &str)>,
+    ) -> Result<Etag, GaveUp<Fault>> {
+        self.tried(|left| {
+            let mut request = self.put_request(key, content_type, Some(bytes));
+            if let Some((name, value)) = condition {
+                request.add_header(name, value);
+            }
+            self.sign(&mut request)?;
+            exchange(&self.agent, &request, &[], bytes, Patience::within(left))?.etag()
+        })
+    }
+
+    /// What the store says of an object; None when it is missing. A HEAD's answer has no body, so a missing
+    /// bucket is a missing object here.
+    pub fn head(&self, key: &str) -> Result<Option<ObjectHead>, StoreError> {
+        let call = |client: S3Client| {
+            let request = HeadObjectRequest {
+                bucket: self.location.bucket.clone(),
+                key: self.full_key(key),
+                ..HeadObjectRequest::default()
+            };
+            async move { client.head_object(request).await.err().map(|e| e.to_string()) }
+        };
+        let read = |answer: Answer| {
+            let etag = Some(answer.etag()?);
+            let size = answer.length().ok_or_else(|| Fault::Garbage("no Content-Length".into()))?;
+            Ok(ObjectHead { size, content_type: answer.header("content-type"), etag })
+        };
+        match self.typed(Patience::within, call, read) {
+            Ok(head) => Ok(Some(head)),
+            Err(gave_up) if gave_up.error.status() == 404 => Ok(None),
+            Err(gave_up) => {
+                // The reason of a refusal is in the body that a HEAD does not have: ask for it.
+                if matches!(gave_up.error.status(), 301 | 307 | 400 | 403) {
+                    self.get_start(key, 1)?;
+                }
+                Err(self.told(Verb::Read, key, gave_up))
+            }
+        }
+    }
+
+    /// Reads an object as it comes; `range` is a `Range` header's value. None when it is missing.
+    pub fn read_stream(&self, key: &str, range: Option<&str>) -> Result<Option<ObjectStream>, StoreError> {
+        let request = GetObjectRequest { range: range.map(str::to_string), ..self.get_request(key) };
+        let read = |answer: Answer| {
+            answer.etag()?;
+            Ok(ObjectStream {
+                status: answer.status,
+                content_length: answer.length(),
+                content_range: answer.header("content-range"),
+                content_type: answer.header("content-type"),
+                body: Box::new(answer.body),
+            })
+        };
+        match self.object(&request, |_| Patience { answer: LIMITS.answer, ..Patience::STREAM }, read) {
+            Ok(stream) => Ok(Some(stream)),
+            Err(gave_up) if gave_up.error.code() == "NoSuchKey" => Ok(None),
+            Err(GaveUp { error: Fault::Refusal(refusal), .. }) if refusal.status == 416 => {
+                Ok(Some(ObjectStream {
+                    status: 416,
+                    content_length: Some(0),
+                    content_range: header(&refusal.headers, "content-range"),
+                    content_type: None,
+                    body: Box::new(io::empty()),
+                }))
+            }
+            Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
+        }
+    }
+
+    /// Writes an object of exactly `length` bytes as it comes, whatever is there. A small one is read first
+    /// and retried like any write; of a larger one nothing is retried once a byte of `body` was taken, which
+    /// happens only when the store has said that it wants it (`Expect: 100-continue`).
+    pub fn write_stream(
+        &self,
+        key: &str,
+        length: u64,
+        content_type: Option<&str>,
+        body: &mut dyn Read,
+    ) -> Result<(), StoreError> {
+        if length > MAX_SINGLE_PUT {
+            return Err(StoreError::Refused(format!(
+                "cannot write {key} to {}: it has {length} bytes and one PUT carries {MAX_SINGLE_PUT}; split the \
+                 store path's content over several, or use a cache that is not s3://",
+                self.url()
+            )));
+        }
+        let content_type = content_type.unwrap_or("application/octet-stream");
+        let mut source = Source { inner: body, left: length, taken: false, failed: None };
+        let result = if length <= SMALL {
+            let mut bytes = Vec::with_capacity(length as usize);
+            match source.read_to_end(&mut bytes) {
+                Ok(_) => self.put_bytes(key, content_type, &bytes, None).map(drop),
+                Err(e) => {
+                    Err(GaveUp { error: Fault::Source(e.to_string()), tries: 1, after: Duration::ZERO })
+                }
+            }
+        } else {
+            let length = length.to_string();
+            let extra = [("content-length", length.as_str()), ("expect", "100-continue")];
+            let taken = Cell::new(false);
+            RETRY.run(
+                &RealPace::default(),
+                |_| {
+                    let mut request = self.put_request(key, content_type, None);
+                    self.sign(&mut request)?;
+                    let stream = SendBody::from_reader(&mut source);
+                    let sent = exchange(&self.agent, &request, &extra, stream, Patience::STREAM)
+                        .and_then(|answer| answer.etag());
+                    taken.set(source.taken);
+                    match (sent, source.failed.take()) {
+                        (Err(_), Some(why)) => Err(Fault::Source(why)),
+                        (sent, _) => sent.map(drop),
+                    }
+                },
+                |fault| if taken.get() { Again::No } else { fault.again() },
+            )
+        };
+        result.map_err(|gave_up| self.told(Verb::Write, key, gave_up))
+    }
+
+    /// The error of an operation, in one line.
+    fn told(&self, verb: Verb, key: &str, gave_up: GaveUp<Fault>) -> StoreError {
+        let GaveUp { error, tries, after } = gave_up;
+        let place = &self.place;
+        let url = self.url();
+        let object = if key.is_empty() { url } else { format!("{key} in {url}") };
+        let what = format!("cannot {} {object}", verb.word());
+        let tried =
+            if tries > 1 { format!(" ({tries} tries in {} s)", after.as_secs()) } else { String::new() };
+        match error {
+            Fault::Credentials(why) => StoreError::Refused(format!("{what}: {why}")),
+            Fault::TooLarge(limit) => StoreError::TooLarge(format!(
+                "{object} is larger than {limit} bytes; something else wrote it"
+            )),
+            Fault::Source(why) => StoreError::Unreachable(format!("{what}: its content ended early: {why}")),
+            Fault::Garbage(how) => StoreError::Refused(format!(
+                "{what}: {place} answers {how}, which is not S3; check the store's endpoint and the proxy"
+            )),
+            Fault::Refusal(refusal) => self.refused(verb, &what, &tried, &refusal, Timestamp::now()),
+            Fault::Trouble(trouble) => {
+                let remedy = match &trouble {
+                    Trouble::Unresolved => "check the store's endpoint or region, and this machine's network",
+                    Trouble::Refused => "start the store, or correct the endpoint in its URL",
+                    Trouble::Unroutable | Trouble::Late => "check this machine's network and the store",
+                    Trouble::Cut => "try again later",
+                    Trouble::Tls(why) if why.contains("UnknownIssuer") || why.contains("self-signed") => {
+                        "name the authority's certificate in AWS_CA_BUNDLE"
+                    }
+                    Trouble::Tls(_) => "check the endpoint, or add scheme=http to the store's URL",
+                    Trouble::Protocol(_) => "check the endpoint and the scheme in the store's URL",
+                    Trouble::Other(_) => "check the store's URL and the proxy",
+                };
+                let text = format!("{what}: {place}: {trouble}{tried}; {remedy}");
+                match trouble {
+                    Trouble::Tls(_) | Trouble::Protocol(_) => StoreError::Refused(text),
+                    _ => StoreError::Unreachable(text),
+                }
+            }
+        }
+    }
+
+    fn refused(&self, verb: Verb, what: &str, tried: &str, refusal: &Refusal, now: Timestamp) -> StoreError {
+        let Refusal { status, code, message, region, headers: _ } = refusal;
+        let place = &self.place;
+        let bucket = &self.location.bucket;
+        let (id, source) = match self.sign_with() {
+            Ok(c) => (c.id.clone(), c.source.to_string()),
+            Err(_) => ("unknown".into(), "the credentials' source".into()),
+        };
+        let said = match (code.is_empty(), message.is_empty()) {
+            (true, _) => format!("{status}"),
+            (false, true) => format!("{status} {code}"),
+            (false, false) => format!("{status} {code} ({message})"),
+        };
+        let why = match (*status, code.as_str()) {
+            _ if refusal.may_pass() => {
+                return StoreError::Unreachable(format!(
+                    "{what}: {place} answers {said}{tried}; try again later"
+                ));
+            }
+            (_, "NoSuchBucket") => {
+                format!("there is no bucket '{bucket}' at {place}; create it, or correct the store's URL")
+            }
+            (_, "InvalidAccessKeyId") => {
+                format!("{place} does not know the access key {id}; correct {source}")
+            }
+            (_, "SignatureDoesNotMatch") => {
+                format!("the secret key is not the one of access key {id}; correct {source}")
+            }
+            (_, "ExpiredToken" | "TokenRefreshRequired") => {
+                format!("the session token has expired; renew {source}")
+            }
+            (_, "InvalidToken") => format!("the session token is not valid; renew {source}"),
+            (_, "RequestTimeTooSkewed") => {
+                let skew = match refusal.skew(now) {
+                    Some(s) if s.abs() >= 60 => {
+                        let side = if s > 0 { "ahead of" } else { "behind" };
+                        format!("{} {side} the store's", human_seconds(s.abs()))
+                    }
+                    _ => "too far from the store's".into(),
+                };
+                format!("this machine's clock is {skew}; run 'timedatectl set-ntp true'")
+            }
+            (301 | 307, _) | (_, "AuthorizationHeaderMalformed" | "PermanentRedirect") => match region {
+                Some(region) => format!(
+                    "the bucket is in region {region}, not {}; write region={region} in the store's URL",
+                    self.region.name()
+                ),
+                None => format!(
+                    "{place} answers {said}: the bucket is elsewhere; correct the region or the endpoint in the \
+                     store's URL"
+                ),
+            },
+            (501, _) | (_, "NotImplemented") => {
+                format!("{place} cannot do this ({said}); use a store that has S3's conditional writes")
+            }
+            (403, _) => {
+                format!(
+                    "{place} denies it to access key {id} ({said}); allow {} on the bucket",
+                    verb.action()
+                )
+            }
+            (_, "") => format!("{place} answers {said} without S3's reason; check the store's endpoint"),
+            _ => format!("{place} answers {said}; check the store's URL"),
+        };
+        StoreError::Refused(format!("{what}: {why}"))
+    }
+}
+
+/// Exactly as many bytes as were promised, and what became of them.
+struct Source<'a> {
+    inner: &'a mut dyn Read,
+    left: u64,
+    taken: bool,
+    failed: Option<String>,
+}
+
+impl Read for Source<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.left == 0 || buffer.is_empty() {
+            return Ok(0);
+        }
+        self.taken = true;
+        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let read = match self.inner.read(&mut buffer[..most]) {
+            // Passed on as the end, it would be waited for until the store gives up.
+            Ok(0) => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{} bytes fewer than promised", self.left),
+            )),
+            other => other,
+        };
+        match read {
+            Ok(count) => {
+                self.left -= count as u64;
+                Ok(count)
+            }
+            Err(e) => {
+                if e.kind() != io::ErrorKind::Interrupted {
+                    self.failed = Some(e.to_string());
+                }
+                Err(e)
+            }
+        }
+    }
+}
+
+/// A page of a listing.
+#[derive(Debug, Default, PartialEq)]
+struct Page {
+    keys: Vec<String>,
+    next: Option<String>,
+}
+
+/// Reads `ListBucketResult` (Amazon S3 API reference, ListObjectsV2). The error says what is wrong with it.
+fn page(text: &str) -> Result<Page, String> {
+    let mut page = Page::default();
+    let (mut truncated, mut root) = (false, false);
+    xml::leaves(text, |path, text| {
+        root |= path[0] == "ListBucketResult";
+        match path {
+            ["ListBucketResult", "Contents", "Key"] => page.keys.push(text),
+            ["ListBucketResult", "IsTruncated"] => truncated = text.trim() == "true",
+            ["ListBucketResult", "NextContinuationToken"] => page.next = Some(text),
+            _ => {}
+        }
+    })?;
+    if !root {
+        return Err("a document that is no listing".into());
+    }
+    match (truncated, &page.next) {
+        (true, None) => Err("a part of a listing without the way to the rest".into()),
+        (false, _) => Ok(Page { next: None, ..page }),
+        (true, Some(_)) => Ok(page),
     }
 }
 
 impl Store for S3Store {
     fn url(&self) -> String {
-        todo!()
+        self.location.to_string()
     }
-    fn get(&self, _key: &str, _unless: Option<&Etag>, _limit: u64) -> Result<Got, StoreError> {
-        todo!()
+
+    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+        let request =
+            GetObjectRequest { if_none_match: unless.map(|e| e.0.clone()), ..self.get_request(key) };
+        let read = |answer: Answer| {
+            let etag = answer.etag()?;
+            // Some stores know no If-None-Match.
+            if Some(&etag) == unless {
+                return Ok(Got::NotModified);
+            }
+            if answer.length().is_some_and(|length| length > limit) {
+                return Err(Fault::TooLarge(limit));
+            }
+            match answer.read(limit)? {
+                (bytes, true) => Ok(Got::Found { bytes, etag }),
+                (_, false) => Err(Fault::TooLarge(limit)),
+            }
+        };
+        match self.object(&request, Patience::within, read) {
+            Ok(got) => Ok(got),
+            Err(gave_up) if gave_up.error.status() == 304 && unless.is_some() => Ok(Got::NotModified),
+            Err(gave_up) if gave_up.error.code() == "NoSuchKey" => Ok(Got::Missing),
+            Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
+        }
     }
-    fn get_start(&self, _key: &str, _count: u64) -> Result<Option<Vec<u8>>, StoreError> {
-        todo!()
+
+    fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        let range = Some(format!("bytes=0-{}", count.max(1) - 1));
+        let request = GetObjectRequest { range, ..self.get_request(key) };
+        let read = |answer: Answer| {
+            answer.etag()?;
+            // A store that knows no Range sends everything: the rest stays unread.
+            Ok(answer.read(count)?.0)
+        };
+        match self.object(&request, Patience::within, read) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(gave_up) if gave_up.error.code() == "NoSuchKey" => Ok(None),
+            // An empty object has no first byte.
+            Err(gave_up) if gave_up.error.status() == 416 => Ok(Some(Vec::new())),
+            Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
+        }
     }
-    fn size(&self, _key: &str) -> Result<Option<u64>, StoreError> {
-        todo!()
+
+    fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
+        Ok(self.head(key)?.map(|head| head.size))
     }
-    fn put(&self, _key: &str, _bytes: &[u8], _when: &When) -> Result<Etag, StoreError> {
-        todo!()
+
+    /// A write whose answer is lost is repeated, and the repetition of a conditional one finds its own work:
+    /// [`StoreError::Changed`] may then be the echo of our own success. Who gets it and reads again must
+    /// compare what is there with what was to be written before writing anew.
+    fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+        let condition = match when {
+            When::Always => None,
+            When::Absent => Some(("if-none-match", "*")),
+            When::Still(etag) => Some(("if-match", etag.0.as_str())),
+        };
+        let content_type =
+            if key.ends_with(".json") { "application/json" } else { "application/octet-stream" };
+        let gave_up = match self.put_bytes(key, content_type, bytes, condition) {
+            Ok(etag) => return Ok(etag),
+            Err(gave_up) => gave_up,
+        };
+        let changed = match (gave_up.error.status(), gave_up.error.code()) {
+            (412, _) | (409, "ConditionalRequestConflict") => condition.is_some(),
+            // The object that was to be still the same is gone.
+            (404, code) => matches!(when, When::Still(_)) && code != "NoSuchBucket",
+            _ => false,
+        };
+        if changed {
+            return Err(StoreError::Changed(format!(
+                "cannot write {key} in {}: somebody else wrote it first; read it again and retry",
+                self.url()
+            )));
+        }
+        Err(self.told(Verb::Write, key, gave_up))
     }
-    fn delete(&self, _key: &str) -> Result<(), StoreError> {
-        todo!()
+
+    fn delete(&self, key: &str) -> Result<(), StoreError> {
+        let call = |client: S3Client| {
+            let request = DeleteObjectRequest {
+                bucket: self.location.bucket.clone(),
+                key: self.full_key(key),
+                ..DeleteObjectRequest::default()
+            };
+            async move { client.delete_object(request).await.err().map(|e| e.to_string()) }
+        };
+        let read = |answer: Answer| match answer.header("content-type") {
+            Some(kind) if kind.starts_with("text/html") => Err(Fault::Garbage("with a web page".into())),
+            _ => Ok(()),
+        };
+        match self.typed(Patience::within, call, read) {
+            Err(gave_up) if gave_up.error.code() != "NoSuchKey" => Err(self.told(Verb::Delete, key, gave_up)),
+            _ => Ok(()),
+        }
     }
-    fn list(&self, _prefix: &str) -> Result<Vec<String>, StoreError> {
-        todo!()
+
+    fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let full = self.full_key(prefix);
+        let mut keys = Vec::new();
+        let mut token: Option<String> = None;
+        loop {
+            let call = |client: S3Client| {
+                let request = ListObjectsV2Request {
+                    bucket: self.location.bucket.clone(),
+                    prefix: Some(full.clone()).filter(|p| !p.is_empty()),
+                    continuation_token: token.clone(),
+                    ..ListObjectsV2Request::default()
+                };
+                async move { client.list_objects_v2(request).await.err().map(|e| e.to_string()) }
+            };
+            let read = |answer: Answer| {
+                let (bytes, whole) = answer.read(PAGE_LIMIT)?;
+                if !whole {
+                    return Err(Fault::TooLarge(PAGE_LIMIT));
+                }
+                let text =
+                    String::from_utf8(bytes).map_err(|_| Fault::Garbage("bytes that are no text".into()))?;
+                let page = page(&text).map_err(Fault::Garbage)?;
+                if page.next.is_some() && page.next == token {
+                    return Err(Fault::Garbage("the same part of a listing again and again".into()));
+                }
+                Ok(page)
+            };
+            let page = self
+                .typed(Patience::within, call, read)
+                .map_err(|gave_up| self.told(Verb::List, prefix, gave_up))?;
+            let own = |key: String| Some(key.strip_prefix(&self.location.prefix)?.to_string());
+            keys.extend(page.keys.into_iter().filter_map(own));
+            token = page.next;
+            if token.is_none() {
+                keys.sort();
+                return Ok(keys);
+            }
+        }
     }
 }

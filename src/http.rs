@@ -1,0 +1,435 @@
+//! How the product speaks HTTP: agents with time limits, proxies and TLS roots as the environment names them,
+//! a name for every way in which no answer comes, and one policy of trying again. It never looks at what an
+//! answer says: statuses are not errors here.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+
+/// Reads a variable of the environment; tests bring their own.
+pub type Env<'a> = &'a (dyn Fn(&str) -> Option<String> + 'a);
+
+/// The process's own environment.
+pub fn process_env(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// How long an exchange may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Until the connection stands: name, TCP, TLS.
+    pub connect: Duration,
+    /// From the end of the request to the head of the answer.
+    pub answer: Duration,
+    /// The whole exchange. None: as long as bytes flow.
+    pub total: Option<Duration>,
+    /// The longest pause between two bytes.
+    pub stall: Duration,
+}
+
+/// An agent for one server. Statuses are answers, redirects are not followed; connections are kept and used
+/// again. Errors name the variable of the environment that is wrong.
+pub fn agent(env: Env, scheme: &str, host: &str, limits: Limits) -> Result<ureq::Agent, String> {
+    let roots = if scheme == "https" { roots(env)? } else { RootCerts::WebPki };
+    Ok(ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .user_agent(concat!("omni-deploy/", env!("CARGO_PKG_VERSION")))
+        .timeout_connect(Some(limits.connect))
+        .timeout_recv_response(Some(limits.answer))
+        .timeout_per_read(Some(limits.stall))
+        .timeout_per_write(Some(limits.stall))
+        .timeout_global(limits.total)
+        .max_idle_connections_per_host(16)
+        .max_idle_connections(16)
+        .proxy(proxy(env, scheme, host)?)
+        .tls_config(TlsConfig::builder().root_certs(roots).build())
+        .build()
+        .new_agent())
+}
+
+/// Mozilla's roots, which are compiled in, or the PEM bundle that the environment names.
+fn roots(env: Env) -> Result<RootCerts, String> {
+    let named = ["AWS_CA_BUNDLE", "NIX_SSL_CERT_FILE", "SSL_CERT_FILE"]
+        .into_iter()
+        .find_map(|name| Some((name, env(name).filter(|v| !v.is_empty())?)));
+    let Some((name, path)) = named else { return Ok(RootCerts::WebPki) };
+    let wrong = |why: String| format!("cannot use {name}={path}: {why}; correct or unset {name}");
+    let pem = fs_err::read(&path).map_err(|e| wrong(e.to_string()))?;
+    let certificates: Vec<Certificate<'static>> = parse_pem(&pem)
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
+            Ok(_) => None,
+            Err(e) => Some(Err(wrong(e.to_string()))),
+        })
+        .collect::<Result<_, _>>()?;
+    if certificates.is_empty() {
+        return Err(wrong("there is no certificate in it".into()));
+    }
+    Ok(certificates.into())
+}
+
+fn is_loopback(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    match bare.parse::<std::net::IpAddr>() {
+        Ok(address) => address.is_loopback(),
+        Err(_) => bare.eq_ignore_ascii_case("localhost") || bare.to_ascii_lowercase().ends_with(".localhost"),
+    }
+}
+
+/// The proxy that curl(1) would take for this server; none for loopback, whatever the environment says.
+fn proxy(env: Env, scheme: &str, host: &str) -> Result<Option<ureq::Proxy>, String> {
+    let set = |name: &&str| Some((name.to_string(), env(name).filter(|v| !v.is_empty())?));
+    let names: &[&str] = match scheme {
+        "https" => &["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"],
+        _ => &["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"],
+    };
+    let Some((name, url)) = names.iter().find_map(set) else { return Ok(None) };
+    let direct = ["no_proxy", "NO_PROXY"].iter().find_map(set).is_some_and(|(_, list)| {
+        list.split(',').map(str::trim).any(|entry| {
+            let domain = entry.trim_start_matches('*').trim_start_matches('.');
+            let bare = host.trim_start_matches('[').trim_end_matches(']');
+            entry == "*"
+                || !domain.is_empty()
+                    && (bare.eq_ignore_ascii_case(domain)
+                        || bare.to_ascii_lowercase().ends_with(&format!(".{}", domain.to_ascii_lowercase())))
+        })
+    });
+    if direct || is_loopback(host) {
+        return Ok(None);
+    }
+    // The URL itself may hold a password: it is not shown.
+    ureq::Proxy::new(&url).map(Some).map_err(|_| format!("{name} is not a proxy's URL; correct or unset it"))
+}
+
+/// Why no answer came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trouble {
+    /// The host's name has no address.
+    Unresolved,
+    /// Nothing listens there.
+    Refused,
+    /// There is no way there.
+    Unroutable,
+    /// A time limit passed.
+    Late,
+    /// The connection ended before the answer did.
+    Cut,
+    /// No TLS connection; why.
+    Tls(String),
+    /// The other side does not speak HTTP, or not as it should; how.
+    Protocol(String),
+    /// Anything else, in the client's words.
+    Other(String),
+}
+
+impl Trouble {
+    /// Whether the same request may well succeed a moment later.
+    pub fn passes(&self) -> bool {
+        match self {
+            Trouble::Unresolved | Trouble::Refused | Trouble::Unroutable | Trouble::Late | Trouble::Cut => {
+                true
+            }
+            Trouble::Tls(_) | Trouble::Protocol(_) | Trouble::Other(_) => false,
+        }
+    }
+
+    /// Whether nobody is there at all, so that a few quick tries tell as much as many.
+    pub fn is_absence(&self) -> bool {
+        matches!(self, Trouble::Unresolved | Trouble::Refused | Trouble::Unroutable)
+    }
+
+    fn of_io(e: &std::io::Error) -> Self {
+        use std::io::ErrorKind as Kind;
+        match e.kind() {
+            Kind::ConnectionRefused => Trouble::Refused,
+            Kind::HostUnreachable | Kind::NetworkUnreachable | Kind::NetworkDown => Trouble::Unroutable,
+            Kind::TimedOut | Kind::WouldBlock => Trouble::Late,
+            Kind::ConnectionReset
+            | Kind::ConnectionAborted
+            | Kind::BrokenPipe
+            | Kind::NotConnected
+            | Kind::UnexpectedEof => Trouble::Cut,
+            Kind::InvalidData => Trouble::Tls(e.to_string()),
+            // getaddrinfo's failures come without a kind of their own.
+            _ if e.to_string().contains("failed to lookup address") => Trouble::Unresolved,
+            _ => Trouble::Other(e.to_string()),
+        }
+    }
+
+    /// The trouble behind an error while the body was read.
+    pub fn of_body(e: std::io::Error) -> Self {
+        Trouble::from(ureq::Error::from(e))
+    }
+}
+
+impl From<ureq::Error> for Trouble {
+    fn from(e: ureq::Error) -> Self {
+        match e {
+            ureq::Error::Io(e) => Trouble::of_io(&e),
+            ureq::Error::HostNotFound => Trouble::Unresolved,
+            ureq::Error::Timeout(_) => Trouble::Late,
+            ureq::Error::Tls(why) => Trouble::Tls(why.into()),
+            ureq::Error::Rustls(e) => Trouble::Tls(e.to_string()),
+            e @ (ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..)) => {
+                Trouble::Protocol(e.to_string())
+            }
+            e => Trouble::Other(e.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Trouble::Unresolved => f.write_str("its host name does not resolve"),
+            Trouble::Refused => f.write_str("connection refused"),
+            Trouble::Unroutable => f.write_str("no route to it"),
+            Trouble::Late => f.write_str("no answer in time"),
+            Trouble::Cut => f.write_str("the connection was cut before the answer was complete"),
+            Trouble::Tls(why) => write!(f, "no TLS connection: {why}"),
+            Trouble::Protocol(how) => write!(f, "what it says is not HTTP: {how}"),
+            Trouble::Other(text) => f.write_str(text),
+        }
+    }
+}
+
+/// How often and how long a request is tried: exponential backoff with full jitter (a pause of a random part
+/// of a bound that doubles), within a bound on the whole.
+#[derive(Debug, Clone, Copy)]
+pub struct Retry {
+    /// How many tries at most, the first included.
+    pub tries: u32,
+    /// The bound of the first pause.
+    pub first: Duration,
+    /// The bound of every later pause.
+    pub longest: Duration,
+    /// No try begins, and no try lasts, after this.
+    pub total: Duration,
+}
+
+/// Time and chance as [`Retry`] uses them.
+pub trait Pace {
+    /// Time since some fixed moment.
+    fn now(&self) -> Duration;
+    /// Lets this time pass.
+    fn sleep(&self, time: Duration);
+    /// A number in `0.0..1.0`.
+    fn chance(&self) -> f64;
+}
+
+/// The machine's own clock and generator.
+pub struct RealPace(Instant);
+
+impl Default for RealPace {
+    fn default() -> Self {
+        RealPace(Instant::now())
+    }
+}
+
+impl Pace for RealPace {
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+
+    fn sleep(&self, time: Duration) {
+        std::thread::sleep(time);
+    }
+
+    fn chance(&self) -> f64 {
+        (u64::from_le_bytes(random()) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// Bytes nobody can guess.
+pub fn random<const N: usize>() -> [u8; N] {
+    use ring::rand::SecureRandom;
+    let mut bytes = [0; N];
+    ring::rand::SystemRandom::new().fill(&mut bytes).expect("the kernel's generator does not fail");
+    bytes
+}
+
+/// What to do about a failed try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Again {
+    /// It will not get better.
+    No,
+    /// As often as the policy says.
+    Yes,
+    /// Only this many tries.
+    AtMost(u32),
+}
+
+/// The last failure, and how long it was tried.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GaveUp<E> {
+    /// What went wrong the last time.
+    pub error: E,
+    /// How many tries there were.
+    pub tries: u32,
+    /// How long they took together.
+    pub after: Duration,
+}
+
+impl Retry {
+    /// Tries until it works, cannot work, or took too long. `attempt` gets the time that is left to it.
+    pub fn run<T, E>(
+        &self,
+        pace: &dyn Pace,
+        mut attempt: impl FnMut(Duration) -> Result<T, E>,
+        again: impl Fn(&E) -> Again,
+    ) -> Result<T, GaveUp<E>> {
+        let started = pace.now();
+        let mut bound = self.first;
+        let mut tries = 0;
+        loop {
+            let left = self.total.saturating_sub(pace.now() - started);
+            tries += 1;
+            let error = match attempt(left) {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            };
+            let most = match again(&error) {
+                Again::No => 0,
+                Again::Yes => self.tries,
+                Again::AtMost(tries) => tries.min(self.tries),
+            };
+            let pause = bound.mul_f64(pace.chance());
+            let after = pace.now() - started;
+            if tries >= most || after + pause >= self.total {
+                return Err(GaveUp { error, tries, after });
+            }
+            pace.sleep(pause);
+            bound = (bound * 2).min(self.longest);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::{Cell, RefCell};
+
+    struct Simulated {
+        now: Cell<Duration>,
+        pauses: RefCell<Vec<Duration>>,
+        chance: f64,
+    }
+
+    impl Pace for Simulated {
+        fn now(&self) -> Duration {
+            self.now.get()
+        }
+        fn sleep(&self, time: Duration) {
+            self.pauses.borrow_mut().push(time);
+            self.now.set(self.now.get() + time);
+        }
+        fn chance(&self) -> f64 {
+            self.chance
+        }
+    }
+
+    fn simulated(chance: f64) -> Simulated {
+        Simulated { now: Cell::default(), pauses: RefCell::default(), chance }
+    }
+
+    const POLICY: Retry = Retry {
+        tries: 6,
+        first: Duration::from_millis(100),
+        longest: Duration::from_secs(1),
+        total: Duration::from_secs(10),
+    };
+
+    #[test]
+    fn pauses_double_up_to_their_bound_and_tries_are_counted() {
+        let pace = simulated(0.5);
+        let gave_up = POLICY.run(&pace, |_| Err::<(), _>("no"), |_| Again::Yes).unwrap_err();
+        assert_eq!(gave_up.tries, 6);
+        let millis: Vec<u128> = pace.pauses.borrow().iter().map(Duration::as_millis).collect();
+        assert_eq!(millis, [50, 100, 200, 400, 500]);
+        assert_eq!(gave_up.after, Duration::from_millis(1250));
+    }
+
+    #[test]
+    fn what_cannot_get_better_is_tried_once_and_what_got_better_is_the_result() {
+        let pace = simulated(0.9);
+        let count = Cell::new(0);
+        let try_one = |_| {
+            count.set(count.get() + 1);
+            if count.get() < 4 { Err(count.get()) } else { Ok("done") }
+        };
+        assert_eq!(POLICY.run(&pace, try_one, |_| Again::Yes), Ok("done"));
+        assert_eq!(count.get(), 4);
+        let gave_up = POLICY.run(&pace, |_| Err::<(), _>(()), |()| Again::No).unwrap_err();
+        assert_eq!(gave_up.tries, 1);
+        let gave_up = POLICY.run(&pace, |_| Err::<(), _>(()), |()| Again::AtMost(3)).unwrap_err();
+        assert_eq!(gave_up.tries, 3);
+    }
+
+    #[test]
+    fn the_whole_is_bounded_and_every_try_knows_what_is_left() {
+        let pace = simulated(0.99);
+        let slow = Retry { tries: 100, ..POLICY };
+        let lefts = RefCell::new(Vec::new());
+        let gave_up = slow
+            .run(
+                &pace,
+                |left| {
+                    lefts.borrow_mut().push(left);
+                    pace.now.set(pace.now.get() + left.min(Duration::from_secs(3)));
+                    Err::<(), _>(())
+                },
+                |()| Again::Yes,
+            )
+            .unwrap_err();
+        assert!(gave_up.after <= slow.total, "{:?}", gave_up.after);
+        assert!(lefts.borrow().windows(2).all(|w| w[1] < w[0]), "{lefts:?}");
+    }
+
+    #[test]
+    fn chance_fills_its_range() {
+        let pace = RealPace::default();
+        let numbers: Vec<f64> = (0..1000).map(|_| pace.chance()).collect();
+        assert!(numbers.iter().all(|n| (0.0..1.0).contains(n)));
+        assert!(numbers.iter().any(|n| *n < 0.1) && numbers.iter().any(|n| *n > 0.9));
+    }
+
+    #[test]
+    fn proxies_are_for_outside_hosts_that_no_proxy_does_not_name() {
+        let env = |name: &str| match name {
+            "HTTPS_PROXY" => Some("http://user:pw@proxy.example:3128".to_string()),
+            "NO_PROXY" => Some("internal.example, .corp.example,10.0.0.5".to_string()),
+            _ => None,
+        };
+        for (scheme, host, proxied) in [
+            ("https", "s3.eu-1.example", true),
+            ("http", "s3.eu-1.example", false),
+            ("https", "internal.example", false),
+            ("https", "a.internal.example", false),
+            ("https", "xinternal.example", true),
+            ("https", "s3.corp.example", false),
+            ("https", "10.0.0.5", false),
+            ("https", "127.0.0.1", false),
+            ("https", "[::1]", false),
+            ("https", "localhost", false),
+            ("https", "s3.localhost", false),
+        ] {
+            assert_eq!(proxy(&env, scheme, host).unwrap().is_some(), proxied, "{scheme} {host}");
+        }
+        let wrong = |name: &str| (name == "ALL_PROXY").then(|| "http://".to_string());
+        assert!(proxy(&wrong, "https", "x.example").unwrap_err().contains("ALL_PROXY"));
+    }
+
+    #[test]
+    fn a_bundle_of_roots_that_is_none_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ca.pem");
+        let env = |name: &str| (name == "NIX_SSL_CERT_FILE").then(|| path.display().to_string());
+        let error = roots(&env).unwrap_err();
+        assert!(error.contains("NIX_SSL_CERT_FILE") && error.contains("ca.pem"), "{error}");
+        fs_err::write(&path, "nothing").unwrap();
+        assert!(roots(&env).unwrap_err().contains("no certificate"));
+        assert!(matches!(roots(&|_| None), Ok(RootCerts::WebPki)));
+    }
+}
