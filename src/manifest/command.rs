@@ -1,7 +1,125 @@
-//! stub
+//! Command lines of services: words split as a shell splits them, and nothing else a shell does. Never runs
+//! anything.
+
 use super::model::Service;
 use crate::names::StorePath;
-/// stub
-pub fn program(service: &Service, path: &StorePath) -> (String, Vec<String>) {
-    (format!("{path}/bin/{}", service.name), vec![])
+use std::path::PathBuf;
+
+/// Splits a command line into words: blanks separate, `'…'` keeps everything, `"…"` keeps everything but
+/// `\"`, `\\`, `` \` `` and `\$`, a backslash keeps the character after it (POSIX shell, 2.2). Variables,
+/// patterns, pipes and the like have no meaning. The error is the reason alone.
+pub fn split_command(text: &str) -> Result<Vec<String>, String> {
+    let mut words = Vec::new();
+    let mut word: Option<String> = None;
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            ' ' | '\t' | '\n' | '\r' => words.extend(word.take()),
+            '\'' => {
+                let into = word.get_or_insert_default();
+                loop {
+                    match chars.next() {
+                        None => return Err("has a ' that is never closed".into()),
+                        Some('\'') => break,
+                        Some(c) => into.push(c),
+                    }
+                }
+            }
+            '"' => {
+                let into = word.get_or_insert_default();
+                loop {
+                    match chars.next() {
+                        None => return Err("has a \" that is never closed".into()),
+                        Some('"') => break,
+                        Some('\\') => match chars.next() {
+                            None => return Err("has a \" that is never closed".into()),
+                            Some(c @ ('"' | '\\' | '`' | '$')) => into.push(c),
+                            Some(c) => into.extend(['\\', c]),
+                        },
+                        Some(c) => into.push(c),
+                    }
+                }
+            }
+            '\\' => match chars.next() {
+                None => return Err("ends with a backslash that keeps nothing".into()),
+                Some(c) => word.get_or_insert_default().push(c),
+            },
+            c => word.get_or_insert_default().push(c),
+        }
+    }
+    words.extend(word);
+    Ok(words)
+}
+
+/// Checks a command line; the error is the reason alone.
+pub(super) fn check(text: &str) -> Result<(), String> {
+    let words = split_command(text)?;
+    match words.first().map(String::as_str) {
+        None => Err("has no word; null is <storePath>/bin/<name>".into()),
+        Some("") => Err("has an empty first word; the executable is meant".into()),
+        Some(first) if first.split('/').any(|part| part == "..") => {
+            Err("has '..' in its first word; a path below the store path, or an absolute one, is meant"
+                .into())
+        }
+        Some(first) if first.ends_with('/') => Err("names a folder; the executable is meant".into()),
+        Some(_) => Ok(()),
+    }
+}
+
+/// The executable of a service, absolute, and its arguments, when `path` is its closure.
+pub fn program(service: &Service, path: &StorePath) -> (PathBuf, Vec<String>) {
+    // A command that was parsed splits; were it not so, the default is what a service without one runs.
+    let words = service.exec.command.as_deref().map(split_command).and_then(Result::ok).unwrap_or_default();
+    let mut words = words.into_iter();
+    let first = words.next().unwrap_or_else(|| format!("bin/{}", service.name));
+    // Joining an absolute path gives that path.
+    (PathBuf::from(path.as_str()).join(first), words.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::parse::{self, Mode};
+
+    #[test]
+    fn words_are_split_as_a_shell_splits_them() {
+        for (text, words) in [
+            ("", vec![]),
+            ("  ", vec![]),
+            ("bin/ava", vec!["bin/ava"]),
+            (" bin/ava  --port 8080 ", vec!["bin/ava", "--port", "8080"]),
+            (r"a\ b c", vec!["a b", "c"]),
+            ("a 'b c' d", vec!["a", "b c", "d"]),
+            (r#"a "b \"c\" \\ \n $HOME `x`" '\'"#, vec!["a", r#"b "c" \ \n $HOME `x`"#, r"\"]),
+            ("a'b'\"c\"d", vec!["abcd"]),
+            ("'' \"\"", vec!["", ""]),
+            ("$HOME * ; | > & # %i", vec!["$HOME", "*", ";", "|", ">", "&", "#", "%i"]),
+            ("ü 'ß'", vec!["ü", "ß"]),
+        ] {
+            assert_eq!(split_command(text).unwrap(), words, "{text:?}");
+        }
+        for text in ["'a", "a \"b", "a\\", "\"a\\", "a 'b\" c"] {
+            assert!(split_command(text).is_err(), "{text:?} passed");
+        }
+    }
+
+    #[test]
+    fn the_executable_is_below_the_store_path_unless_it_is_absolute() {
+        let path = StorePath::parse("/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava").unwrap();
+        for (command, program_path, args) in [
+            (serde_json::Value::Null, format!("{path}/bin/ava"), vec![]),
+            ("bin/serve -v".into(), format!("{path}/bin/serve"), vec!["-v"]),
+            ("serve".into(), format!("{path}/serve"), vec![]),
+            ("/usr/bin/env 'a b'".into(), "/usr/bin/env".to_string(), vec!["a b"]),
+        ] {
+            let value = serde_json::json!({"name": "ava", "artifact": {"storePath": path.as_str()},
+                "hosts": ["biz"], "exec": {"command": command}});
+            let service = parse::service(value, Mode::Strict, None).unwrap();
+            let (got, got_args) = program(&service, &path);
+            assert_eq!(
+                (got.to_str().unwrap(), got_args),
+                (program_path.as_str(), args.iter().map(|a| a.to_string()).collect())
+            );
+        }
+    }
 }

@@ -1,10 +1,19 @@
 //! The manifest: what should run where. [`model`] has the types, [`parse`] reads them from JSON with the path
-//! of every mistake, [`validate`] checks what spans services, [`edit`] changes and publishes a version.
+//! of every mistake, [`validate`] checks what spans services, [`changes`] are what people do to it, [`edit`]
+//! publishes a version, [`versions`] finds the replaced ones, [`diff`] compares two, [`schema`] describes the form to other
+//! programs, [`command`] splits command lines.
 
+pub mod changes;
 pub mod command;
+pub mod diff;
+pub mod edit;
+pub mod json;
 pub mod model;
 pub mod parse;
+mod rules;
+pub mod schema;
 pub mod validate;
+pub mod versions;
 
 pub use model::{
     Artifact, Change, Exec, Hardening, Health, Http, Manifest, Rollout, Service, Systemd, Target,

@@ -1,10 +1,20 @@
-//! Reads the manifest from JSON, with the path of every mistake.
+//! Reads the manifest from JSON, with the path of every mistake. Every field is read by one cursor that knows
+//! where it stands; what a text may be is in [`super::rules`], what spans services in [`super::validate`].
+//! Never reads a file and never guesses: what cannot be is refused.
 
-use super::model::{Manifest, Service};
-use crate::error::Error;
-use crate::names::HostName;
-use serde_json::Value;
+use super::json::{self, At, shown};
+use super::model::{
+    Artifact, Change, DEFAULT_TIMEOUT_SEC, Exec, FORMAT_VERSION, Hardening, Health, Http, Manifest, Rollout,
+    Service, Systemd, Target,
+};
+use super::rules::{self, Rule};
+use crate::clock::Timestamp;
+use crate::error::{Error, did_you_mean};
+use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
+use serde_json::{Map, Value};
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::ops::RangeInclusive;
 
 /// What happens to fields this version does not know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,22 +46,580 @@ impl fmt::Display for FieldError {
 
 impl std::error::Error for FieldError {}
 
+impl FieldError {
+    /// Whether the document was written in a newer format, which no mending here can help.
+    pub fn is_newer_version(&self) -> bool {
+        self.path == "version" && self.reason.ends_with(NEWER)
+    }
+}
+
+const NEWER: &str = "was written by a newer omni-deploy; upgrade this one";
+
 impl From<FieldError> for Error {
     fn from(e: FieldError) -> Self {
         Error::new(e.to_string())
     }
 }
 
+type Parsed<T> = Result<T, FieldError>;
+
+/// The highest serial: what every reader of JSON holds exactly.
+pub const MAX_SERIAL: u64 = (1 << 53) - 1;
+
+pub(super) const MANIFEST_FIELDS: &[&str] = &["version", "serial", "generation", "change", "services"];
+pub(super) const CHANGE_FIELDS: &[&str] = &["action", "by"];
+pub(super) const SERVICE_FIELDS: &[&str] = &[
+    "name",
+    "artifact",
+    "hosts",
+    "exec",
+    "env",
+    "envFile",
+    "http",
+    "health",
+    "rollout",
+    "systemd",
+    "hardening",
+    "revision",
+];
+pub(super) const ARTIFACT_FIELDS: &[&str] = &["type", "storePath"];
+pub(super) const EXEC_FIELDS: &[&str] = &["command", "user", "group"];
+pub(super) const HTTP_FIELDS: &[&str] = &["domain", "path", "internalPort"];
+pub(super) const HEALTH_FIELDS: &[&str] = &["path", "timeoutSec"];
+pub(super) const SYSTEMD_FIELDS: &[&str] = &[
+    "after",
+    "requires",
+    "restart",
+    "restartSec",
+    "stateDirectory",
+    "readWritePaths",
+    "memoryMax",
+    "cpuQuota",
+    "workingDirectory",
+    "stopTimeoutSec",
+];
+pub(super) const HARDENING_FIELDS: &[&str] = &["dynamicUser", "privateTmp", "protectSystem", "protectHome"];
+
 /// Reads and checks a whole manifest (each field, and what spans services).
-pub fn manifest(_bytes: &[u8], _mode: Mode) -> Result<Manifest, FieldError> {
-    todo!()
+pub fn manifest(bytes: &[u8], mode: Mode) -> Parsed<Manifest> {
+    manifest_with(bytes, mode, None)
+}
+
+/// As [`manifest`]; `default_hosts` stand in for services that name none.
+pub fn manifest_with(bytes: &[u8], mode: Mode, default_hosts: Option<&[HostName]>) -> Parsed<Manifest> {
+    let list = At::Field(&At::Root, "services");
+    let mut services = Vec::new();
+    let mut first_error = None;
+    let mut take = |index, value| {
+        if first_error.is_none() {
+            match service_at(value, &At::Item(&list, index), mode, default_hosts) {
+                Ok(service) => services.push(service),
+                Err(e) => first_error = Some(e),
+            }
+        }
+    };
+    let root = json::read(bytes, Some(("services", &mut take)))?;
+    // A newer format is said first: what is wrong by today's rules may be right by its own.
+    if let Some(version) = root.get("version") {
+        check_version(version)?;
+    }
+    let mut fields = Fields::open(root, &At::Root, mode, MANIFEST_FIELDS, "a manifest")?;
+    fields.required("version", "1 is meant")?;
+    let serial = fields.number("serial", None, 0..=MAX_SERIAL, "a serial")?;
+    let generation = fields.required("generation", "the time it was written is meant")?;
+    let generation = text_of(generation, &fields.at("generation"), timestamp)?;
+    let change = match fields.take("change") {
+        None => Change::default(),
+        Some(value) => change(value, &fields.at("change"), mode)?,
+    };
+    match fields.required("services", "an array of services is meant")? {
+        Value::Array(_) => {}
+        other => return Err(wrong_type(&list, &other, "an array of services")),
+    }
+    if let Some(e) = first_error {
+        return Err(e);
+    }
+    let manifest = Manifest {
+        version: FORMAT_VERSION,
+        serial,
+        generation: Timestamp::parse(&generation).unwrap_or_default(),
+        change,
+        services,
+        extra: fields.rest(),
+    };
+    super::validate::clashes(&manifest)?;
+    Ok(manifest)
 }
 
 /// Reads and checks one service; `default_hosts` stand in when it names none.
-pub fn service(
-    _value: Value,
-    _mode: Mode,
-    _default_hosts: Option<&[HostName]>,
-) -> Result<Service, FieldError> {
-    todo!()
+pub fn service(value: Value, mode: Mode, default_hosts: Option<&[HostName]>) -> Parsed<Service> {
+    service_at(value, &At::Root, mode, default_hosts)
+}
+
+/// As [`service`], from bytes, with every check of the text itself.
+pub fn service_from(bytes: &[u8], mode: Mode, default_hosts: Option<&[HostName]>) -> Parsed<Service> {
+    service(json::read(bytes, None)?, mode, default_hosts)
+}
+
+fn check_version(version: &Value) -> Parsed<()> {
+    let at = At::Field(&At::Root, "version");
+    match version.as_u64() {
+        Some(FORMAT_VERSION) => Ok(()),
+        Some(newer) if newer > FORMAT_VERSION => Err(at.error(format!("{newer} {NEWER}"))),
+        _ => Err(
+            at.error(format!("{} is not a version of the format; {FORMAT_VERSION} is meant", shown(version)))
+        ),
+    }
+}
+
+fn timestamp(text: &str) -> Result<String, String> {
+    match Timestamp::parse(text) {
+        Some(_) => Ok(text.into()),
+        None => Err("is not a time; RFC 3339 is meant, such as 2026-11-22T18:31:05Z".into()),
+    }
+}
+
+fn any_text(text: &str) -> Result<String, String> {
+    Ok(text.into())
+}
+
+fn change(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Change> {
+    let mut fields = Fields::open(value, at, mode, CHANGE_FIELDS, "what was changed, and by whom,")?;
+    Ok(Change {
+        action: fields.text("action", Some(""), any_text)?,
+        by: fields.text("by", Some(""), any_text)?,
+        extra: fields.rest(),
+    })
+}
+
+fn service_at(value: Value, at: &At<'_>, mode: Mode, default_hosts: Option<&[HostName]>) -> Parsed<Service> {
+    let mut fields = Fields::open(value, at, mode, SERVICE_FIELDS, "a service")?;
+    let name = fields.required("name", "the name of its unit is meant")?;
+    let name = parsed_text(name, &fields.at("name"), "a name", ServiceName::parse)?;
+    let artifact = fields.required("artifact", "{\"storePath\": \"/nix/store/…\"} is meant")?;
+    let artifact = artifact_at(artifact, &fields.at("artifact"), mode)?;
+    let hosts = match (fields.take("hosts"), default_hosts) {
+        (Some(value), _) => hosts(value, &fields.at("hosts"))?,
+        (None, Some(hosts)) if !hosts.is_empty() => hosts.to_vec(),
+        (None, _) => {
+            return Err(fields.at("hosts").error(
+                "missing; name them, as in \"hosts\": [\"biz\"], or set 'defaultHosts' in the configuration",
+            ));
+        }
+    };
+    let exec = match fields.take("exec") {
+        None => Exec::default(),
+        Some(value) => exec(value, &fields.at("exec"), mode)?,
+    };
+    let env = match fields.take("env") {
+        None => BTreeMap::new(),
+        Some(value) => env(value, &fields.at("env"))?,
+    };
+    let env_file = fields.optional_text("envFile", rules::absolute)?;
+    let http = match fields.take_set("http") {
+        None => None,
+        Some(value) => Some(http(value, &fields.at("http"), mode)?),
+    };
+    let health = match fields.take_set("health") {
+        None => None,
+        Some(value) => Some(health(value, &fields.at("health"), mode)?),
+    };
+    if let (None, Some(Health { path: Some(path), .. })) = (&http, &health) {
+        let at = fields.at("health");
+        let reason = format!(
+            "{} needs http: without its internalPort there is nothing to ask",
+            shown(&path[..].into())
+        );
+        return Err(At::Field(&at, "path").error(reason));
+    }
+    fields.text("rollout", Some("restart"), rollout)?;
+    let systemd = match fields.take("systemd") {
+        None => Systemd::default(),
+        Some(value) => systemd(value, &fields.at("systemd"), mode)?,
+    };
+    let hardening = match fields.take("hardening") {
+        None => Hardening::default(),
+        Some(value) => hardening(value, &fields.at("hardening"), mode)?,
+    };
+    let revision = fields.optional_text("revision", rules::words)?;
+    Ok(Service {
+        name,
+        artifact,
+        hosts,
+        exec,
+        env,
+        env_file,
+        http,
+        health,
+        rollout: Rollout::Restart,
+        systemd,
+        hardening,
+        revision,
+        extra: fields.rest(),
+    })
+}
+
+fn rollout(text: &str) -> Result<String, String> {
+    if text == "overlap" {
+        return Err("is not in this version yet; \"restart\" is".into());
+    }
+    rules::one_of(text, &["restart"])
+}
+
+fn artifact_at(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Artifact> {
+    let mut fields = Fields::open(value, at, mode, ARTIFACT_FIELDS, "an artifact")?;
+    let kind = fields.text("type", Some("nix-closure"), |t| rules::one_of(t, &["nix-closure"]))?;
+    let path = fields.required("storePath", "the closure's top path is meant")?;
+    let store_path = parsed_text(path, &fields.at("storePath"), "a store path", |text| {
+        if text.strip_prefix(STORE_DIR) == Some("/placeholder") {
+            return Ok(Target::Placeholder);
+        }
+        StorePath::parse(text).map(Target::Path)
+    })?;
+    Ok(Artifact { kind, store_path, extra: fields.rest() })
+}
+
+fn hosts(value: Value, at: &At<'_>) -> Parsed<Vec<HostName>> {
+    let Value::Array(items) = value else {
+        return Err(wrong_type(at, &value, "an array of host names"));
+    };
+    if items.is_empty() {
+        return Err(at.error("[] names no host; a service runs on at least one"));
+    }
+    let mut seen = HashSet::new();
+    let mut hosts = Vec::with_capacity(items.len());
+    for (index, item) in items.into_iter().enumerate() {
+        let at = At::Item(at, index);
+        let host = parsed_text(item, &at, "a host name", HostName::parse)?;
+        if !seen.insert(host.clone()) {
+            return Err(at.error(format!("{} stands twice; keep one", shown(&host.as_str().into()))));
+        }
+        hosts.push(host);
+    }
+    Ok(hosts)
+}
+
+fn exec(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Exec> {
+    let mut fields = Fields::open(value, at, mode, EXEC_FIELDS, "how it is started")?;
+    Ok(Exec {
+        command: fields.optional_text("command", rules::command)?,
+        user: fields.text("user", Some("root"), rules::user)?,
+        group: fields.text("group", Some("root"), rules::user)?,
+        extra: fields.rest(),
+    })
+}
+
+fn env(value: Value, at: &At<'_>) -> Parsed<BTreeMap<String, String>> {
+    let Value::Object(map) = value else {
+        return Err(wrong_type(at, &value, "an object of texts"));
+    };
+    let mut env = BTreeMap::new();
+    for (name, value) in map {
+        let at = At::Field(at, &name);
+        rules::env_name(&name).map_err(|why| at.error(format!("{} {why}", shown(&name[..].into()))))?;
+        let Value::String(text) = value else {
+            return Err(wrong_type(&at, &value, "a string"));
+        };
+        rules::env_value(&text).map_err(|why| at.error(format!("{} {why}", shown(&text[..].into()))))?;
+        env.insert(name, text);
+    }
+    Ok(env)
+}
+
+fn http(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Http> {
+    let mut fields = Fields::open(value, at, mode, HTTP_FIELDS, "how it is reached")?;
+    let domain = fields.text("domain", None, rules::domain)?;
+    let path = fields.text("path", Some("/"), rules::url_path)?;
+    let port = fields.number("internalPort", None, 1..=65535, "a port")?;
+    Ok(Http { domain, path, internal_port: port as u16, extra: fields.rest() })
+}
+
+fn health(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Health> {
+    let mut fields = Fields::open(value, at, mode, HEALTH_FIELDS, "how it shows that it is well")?;
+    let path = fields.optional_text("path", rules::probe_path)?;
+    let default = Some(u64::from(DEFAULT_TIMEOUT_SEC));
+    let timeout = fields.number("timeoutSec", default, 1..=3600, "a number of seconds")?;
+    Ok(Health { path, timeout_sec: timeout as u32, extra: fields.rest() })
+}
+
+fn systemd(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Systemd> {
+    let mut fields = Fields::open(value, at, mode, SYSTEMD_FIELDS, "words for its unit")?;
+    let default = Systemd::default();
+    let seconds = "a number of seconds";
+    let stop = match fields.map.get("stopTimeoutSec") {
+        None | Some(Value::Null) => {
+            fields.take("stopTimeoutSec");
+            None
+        }
+        Some(_) => Some(fields.number("stopTimeoutSec", None, 1..=3600, seconds)? as u32),
+    };
+    Ok(Systemd {
+        after: fields.texts("after", default.after, rules::unit)?,
+        requires: fields.texts("requires", default.requires, rules::unit)?,
+        restart: fields.text("restart", Some(&default.restart), rules::restart)?,
+        restart_sec: fields.number("restartSec", Some(default.restart_sec.into()), 0..=86_400, seconds)?
+            as u32,
+        state_directory: fields.optional_text("stateDirectory", rules::below_state)?,
+        read_write_paths: fields.texts("readWritePaths", Vec::new(), rules::absolute)?,
+        memory_max: fields.optional_text("memoryMax", rules::memory)?,
+        cpu_quota: fields.optional_text("cpuQuota", rules::quota)?,
+        working_directory: fields.optional_text("workingDirectory", rules::directory)?,
+        stop_timeout_sec: stop,
+        extra: fields.rest(),
+    })
+}
+
+fn hardening(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Hardening> {
+    let mut fields = Fields::open(value, at, mode, HARDENING_FIELDS, "how far it is confined")?;
+    let default = Hardening::default();
+    if let Some(Value::Bool(on)) = fields.map.get("protectSystem") {
+        let word = if *on { "yes" } else { "no" };
+        fields.map.insert("protectSystem".into(), word.into());
+    }
+    Ok(Hardening {
+        dynamic_user: fields.flag("dynamicUser", default.dynamic_user)?,
+        private_tmp: fields.flag("privateTmp", default.private_tmp)?,
+        protect_system: fields.text("protectSystem", Some(&default.protect_system), |text| {
+            rules::one_of(text, &rules::PROTECT_SYSTEM)
+        })?,
+        protect_home: fields.flag("protectHome", default.protect_home)?,
+        extra: fields.rest(),
+    })
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+fn wrong_type(at: &At<'_>, value: &Value, meant: &str) -> FieldError {
+    at.error(match value {
+        Value::Null => format!("null was found; {meant} is meant"),
+        _ => format!("{} is {}; {meant} is meant", shown(value), kind(value)),
+    })
+}
+
+/// A text that `parse` turns into something; control characters are refused first.
+fn parsed_text<T>(
+    value: Value,
+    at: &At<'_>,
+    meant: &str,
+    parse: impl FnOnce(&str) -> Result<T, String>,
+) -> Parsed<T> {
+    let Value::String(text) = value else {
+        return Err(wrong_type(at, &value, meant));
+    };
+    rules::clean(&text)
+        .and_then(|()| parse(&text))
+        .map_err(|why| at.error(format!("{} {why}", shown(&text.into()))))
+}
+
+fn text_of(value: Value, at: &At<'_>, rule: Rule) -> Parsed<String> {
+    parsed_text(value, at, "a string", rule)
+}
+
+/// An object whose fields are taken out one by one; what is left at the end are the unknown ones.
+struct Fields<'a> {
+    at: &'a At<'a>,
+    map: Map<String, Value>,
+}
+
+impl<'a> Fields<'a> {
+    fn open(value: Value, at: &'a At<'a>, mode: Mode, known: &[&str], meant: &str) -> Parsed<Self> {
+        let Value::Object(map) = value else {
+            return Err(wrong_type(at, &value, &format!("an object with {meant}")));
+        };
+        if mode == Mode::Strict
+            && let Some(name) = map.keys().find(|name| !known.contains(&name.as_str()))
+        {
+            return Err(unknown_field(&At::Field(at, name), name, known));
+        }
+        Ok(Fields { at, map })
+    }
+
+    fn at<'b>(&'b self, name: &'b str) -> At<'b> {
+        At::Field(self.at, name)
+    }
+
+    fn take(&mut self, name: &str) -> Option<Value> {
+        self.map.remove(name)
+    }
+
+    /// As [`Fields::take`]; null counts as absent.
+    fn take_set(&mut self, name: &str) -> Option<Value> {
+        self.take(name).filter(|v| !v.is_null())
+    }
+
+    fn required(&mut self, name: &str, meant: &str) -> Parsed<Value> {
+        match self.take(name) {
+            Some(value) => Ok(value),
+            None => Err(self.at(name).error(format!("missing; {meant}"))),
+        }
+    }
+
+    fn text(&mut self, name: &str, default: Option<&str>, rule: Rule) -> Parsed<String> {
+        match (self.take(name), default) {
+            (Some(value), _) => text_of(value, &self.at(name), rule),
+            (None, Some(default)) => Ok(default.into()),
+            (None, None) => Err(self.at(name).error("missing; a string is meant")),
+        }
+    }
+
+    fn optional_text(&mut self, name: &str, rule: Rule) -> Parsed<Option<String>> {
+        match self.take_set(name) {
+            None => Ok(None),
+            Some(value) => parsed_text(value, &self.at(name), "a string or null", rule).map(Some),
+        }
+    }
+
+    fn texts(&mut self, name: &str, default: Vec<String>, rule: Rule) -> Parsed<Vec<String>> {
+        match self.take(name) {
+            None => Ok(default),
+            Some(Value::Array(items)) => {
+                let at = self.at(name);
+                let read = |(index, item)| text_of(item, &At::Item(&at, index), rule);
+                items.into_iter().enumerate().map(read).collect()
+            }
+            Some(other) => Err(wrong_type(&self.at(name), &other, "an array of strings")),
+        }
+    }
+
+    fn flag(&mut self, name: &str, default: bool) -> Parsed<bool> {
+        match self.take(name) {
+            None => Ok(default),
+            Some(Value::Bool(on)) => Ok(on),
+            Some(other) => Err(wrong_type(&self.at(name), &other, "true or false")),
+        }
+    }
+
+    fn number(
+        &mut self,
+        name: &str,
+        default: Option<u64>,
+        range: RangeInclusive<u64>,
+        what: &str,
+    ) -> Parsed<u64> {
+        let meant = format!("{} to {}", range.start(), range.end());
+        match (self.take(name), default) {
+            (None, Some(default)) => Ok(default),
+            (None, None) => Err(self.at(name).error(format!("missing; {what} is meant, {meant}"))),
+            (Some(Value::Number(n)), _) => match n.as_u64().filter(|n| range.contains(n)) {
+                Some(n) => Ok(n),
+                None => Err(self.at(name).error(format!("{n} is not {what}; {meant} is meant"))),
+            },
+            (Some(other), _) => {
+                Err(wrong_type(&self.at(name), &other, &format!("a whole number from {meant}")))
+            }
+        }
+    }
+
+    fn rest(self) -> Map<String, Value> {
+        self.map
+    }
+}
+
+/// Fields are often written one level too high: those below a service are offered for one of its own.
+fn unknown_field(at: &At<'_>, name: &str, known: &[&str]) -> FieldError {
+    let mut candidates: Vec<String> = known.iter().map(|k| k.to_string()).collect();
+    if known == SERVICE_FIELDS {
+        for (above, below) in [
+            ("artifact", ARTIFACT_FIELDS),
+            ("exec", EXEC_FIELDS),
+            ("http", HTTP_FIELDS),
+            ("health", HEALTH_FIELDS),
+            ("systemd", SYSTEMD_FIELDS),
+            ("hardening", HARDENING_FIELDS),
+        ] {
+            candidates.extend(below.iter().map(|field| format!("{above}.{field}")));
+        }
+    }
+    at.error(format!("unknown field{}", did_you_mean(name, candidates.iter().map(String::as_str))))
+}
+
+/// A field that a service does not have, with those it may stand for.
+pub(super) fn unknown_in_service(at: &At<'_>, name: &str) -> FieldError {
+    unknown_field(&At::Field(at, name), name, SERVICE_FIELDS)
+}
+
+/// The first field that this version does not know in `manifest` and that `before` did not have at the same
+/// place (services are told apart by name): what a person typed, as against what a newer version wrote.
+pub fn new_unknown(manifest: &Manifest, before: Option<&Manifest>) -> Option<FieldError> {
+    let Manifest { version: _, serial: _, generation: _, change, services, extra } = manifest;
+    let root = At::Root;
+    new_in(&root, extra, before.map(|b| &b.extra), MANIFEST_FIELDS)
+        .or_else(|| {
+            let at = At::Field(&root, "change");
+            new_in(&at, &change.extra, before.map(|b| &b.change.extra), CHANGE_FIELDS)
+        })
+        .or_else(|| {
+            let list = At::Field(&root, "services");
+            let known: BTreeMap<&str, &Service> =
+                before.iter().flat_map(|b| &b.services).map(|s| (s.name.as_str(), s)).collect();
+            services.iter().enumerate().find_map(|(index, service)| {
+                new_unknown_at(&At::Item(&list, index), service, known.get(service.name.as_str()).copied())
+            })
+        })
+}
+
+/// As [`new_unknown`], for one service.
+pub fn new_unknown_in_service(service: &Service, before: Option<&Service>) -> Option<FieldError> {
+    new_unknown_at(&At::Root, service, before)
+}
+
+fn new_unknown_at(at: &At<'_>, service: &Service, before: Option<&Service>) -> Option<FieldError> {
+    extras(service).into_iter().enumerate().find_map(|(nth, (field, extra, known))| {
+        let before = before.and_then(|b| extras(b)[nth].1);
+        let extra = extra?;
+        match field {
+            "" => new_in(at, extra, before, known),
+            _ => new_in(&At::Field(at, field), extra, before, known),
+        }
+    })
+}
+
+fn new_in(
+    at: &At<'_>,
+    extra: &Map<String, Value>,
+    before: Option<&Map<String, Value>>,
+    known: &[&str],
+) -> Option<FieldError> {
+    let name = extra.keys().find(|name| !before.is_some_and(|b| b.contains_key(*name)))?;
+    Some(unknown_field(&At::Field(at, name), name, known))
+}
+
+type Extra<'a> = (&'static str, Option<&'a Map<String, Value>>, &'static [&'static str]);
+
+/// The unknown fields of a service, level by level, always in this order. Destructured whole, so that a new
+/// level cannot be forgotten.
+fn extras(service: &Service) -> [Extra<'_>; 7] {
+    let Service {
+        name: _,
+        artifact,
+        hosts: _,
+        exec,
+        env: _,
+        env_file: _,
+        http,
+        health,
+        rollout: Rollout::Restart,
+        systemd,
+        hardening,
+        revision: _,
+        extra,
+    } = service;
+    [
+        ("", Some(extra), SERVICE_FIELDS),
+        ("artifact", Some(&artifact.extra), ARTIFACT_FIELDS),
+        ("exec", Some(&exec.extra), EXEC_FIELDS),
+        ("http", http.as_ref().map(|h| &h.extra), HTTP_FIELDS),
+        ("health", health.as_ref().map(|h| &h.extra), HEALTH_FIELDS),
+        ("systemd", Some(&systemd.extra), SYSTEMD_FIELDS),
+        ("hardening", Some(&hardening.extra), HARDENING_FIELDS),
+    ]
 }

@@ -1,0 +1,562 @@
+//! Writing the manifest: every write is a compare-and-swap that archives what it replaces, so that two people
+//! publishing at once lose nothing and history only grows. What is changed is the caller's ([`super::changes`]).
+
+use super::changes;
+use super::model::{Change, FORMAT_VERSION, MAX_BYTES, Manifest};
+use super::parse::{self, FieldError, MAX_SERIAL, Mode};
+use super::validate::clashes;
+use super::versions::{self, archive_key, archive_name};
+use crate::clock::Timestamp;
+use crate::error::{Error, Result};
+use crate::names::{HostName, ServiceName, StorePath};
+use crate::say;
+use crate::store::{Etag, Got, MANIFEST_KEY, Store, StoreError, When};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+/// What a change may start from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// A manifest that can be read; anything else is an error.
+    Existing,
+    /// The same, or an empty one where there is none.
+    OrEmpty,
+    /// Whatever is there, also what cannot be read (it is archived like any other), or nothing: the change
+    /// brings the content. Not a manifest of a newer version.
+    Repair,
+}
+
+/// The manifest in the store.
+#[derive(Debug, Clone)]
+pub struct Current {
+    /// As it is stored.
+    pub bytes: Vec<u8>,
+    /// Its version for the store.
+    pub etag: Etag,
+    /// What it says, or why it cannot be used.
+    pub manifest: Result<Manifest, FieldError>,
+}
+
+/// What came of a change.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Published {
+    /// The manifest in force.
+    pub manifest: Manifest,
+    /// Whether it was written; false: it said so already.
+    pub written: bool,
+}
+
+/// Who writes: `user@host`, from `USER` or `LOGNAME`, else the user's number; only plain characters.
+pub fn author() -> String {
+    let named = ["USER", "LOGNAME"].iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()));
+    let user = named
+        .or_else(|| fs_err::metadata("/proc/self").ok().map(|m| m.uid().to_string()))
+        .unwrap_or_else(|| "unknown".into());
+    let host = HostName::of_this_machine().map_or_else(|| "unknown".into(), |h| h.to_string());
+    let clean = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    let user: String = user.chars().take(64).map(clean).collect();
+    format!("{user}@{host}")
+}
+
+/// Reads what is there; None when there is none.
+pub fn load(store: &dyn Store) -> Result<Option<Current>> {
+    match store.get(MANIFEST_KEY, None, MAX_BYTES) {
+        Ok(Got::Found { bytes, etag }) => {
+            let manifest = parse::manifest(&bytes, Mode::Tolerant);
+            Ok(Some(Current { bytes, etag, manifest }))
+        }
+        Ok(Got::Missing | Got::NotModified) => Ok(None),
+        Err(e @ StoreError::TooLarge(_)) => Err(Error::new(format!(
+            "{e}; put one of the versions under manifests/ back in its place with the store's own tools"
+        ))),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Reads the manifest; that there is none, or that it cannot be used, is an error.
+pub fn read(store: &dyn Store) -> Result<Manifest> {
+    load(store)?.ok_or_else(|| missing(store))?.manifest.map_err(|e| unusable(store, &e))
+}
+
+/// There is no manifest yet.
+pub fn missing(store: &dyn Store) -> Error {
+    Error::new(format!("no manifest in {} yet; run 'deploy-manifest init'", store.url()))
+}
+
+/// There is one that cannot be used.
+pub fn unusable(store: &dyn Store, why: &FieldError) -> Error {
+    let next = match why.is_newer_version() {
+        true => "",
+        false => "; mend it with 'deploy-manifest edit' or go back with 'deploy-manifest rollback'",
+    };
+    Error::new(format!("the manifest in {} cannot be used: {why}{next}", store.url()))
+}
+
+/// Creates an empty manifest where there is none.
+pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, by: &str) -> Result<Published> {
+    swap(store, now, by, Start::OrEmpty, |_, current| Ok(current.is_none().then(|| "init".into())))
+}
+
+/// One service's new closure.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Update {
+    /// The service.
+    pub name: ServiceName,
+    /// The closure's top path.
+    pub path: StorePath,
+    /// The commit it was built from.
+    pub revision: Option<String>,
+}
+
+/// Publishes new closures of services, all in one version: `update ava, web`.
+pub fn update(
+    store: &dyn Store,
+    now: &dyn Fn() -> Timestamp,
+    by: &str,
+    updates: &[Update],
+) -> Result<Published> {
+    publish(store, now, by, Start::Existing, |manifest| {
+        let mut changed = Vec::new();
+        for Update { name, path, revision } in updates {
+            if changes::update(manifest, name.as_str(), path, revision.as_deref())? {
+                changed.push(name.as_str());
+            }
+        }
+        Ok((!changed.is_empty()).then(|| format!("update {}", changed.join(", "))))
+    })
+}
+
+/// Changes the manifest and publishes the result as a new version. `change` gives the action in words, or None
+/// when there is nothing to change; it is called again on what others wrote meanwhile. Ends within about a
+/// minute, also when the store never takes the write.
+pub fn publish(
+    store: &dyn Store,
+    now: &dyn Fn() -> Timestamp,
+    by: &str,
+    start: Start,
+    mut change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
+) -> Result<Published> {
+    swap(store, now, by, start, |manifest, _| change(manifest))
+}
+
+fn swap(
+    store: &dyn Store,
+    now: &dyn Fn() -> Timestamp,
+    by: &str,
+    start: Start,
+    mut change: impl FnMut(&mut Manifest, Option<&Current>) -> Result<Option<String>>,
+) -> Result<Published> {
+    let mut contention = Contention::new();
+    let mut tried: Option<(Vec<u8>, Manifest)> = None;
+    loop {
+        let began = Instant::now();
+        let current = load(store)?;
+        if let Some((bytes, manifest)) = tried.take()
+            && landed(store, current.as_ref(), &bytes, &manifest)?
+        {
+            return Ok(Published { manifest, written: true });
+        }
+        let (mut manifest, replaced) = base(store, current.as_ref(), start, now)?;
+        let Some(action) = change(&mut manifest, current.as_ref())? else {
+            return Ok(Published { manifest, written: false });
+        };
+        manifest.version = FORMAT_VERSION;
+        manifest.serial += 1;
+        manifest.generation = manifest.generation.max(now());
+        manifest.change = Change { action, by: by.into(), extra: std::mem::take(&mut manifest.change.extra) };
+        clashes(&manifest)?;
+        let bytes = manifest.to_bytes();
+        check_size(&manifest, bytes.len() as u64)?;
+        let when = match &current {
+            None => When::Absent,
+            Some(current) => {
+                archive(store, &replaced, &current.bytes)?;
+                When::Still(current.etag.clone())
+            }
+        };
+        match store.put(MANIFEST_KEY, &bytes, &when) {
+            Ok(_) => return Ok(Published { manifest, written: true }),
+            Err(StoreError::Changed(why)) => {
+                tried = Some((bytes, manifest));
+                contention.wait(began.elapsed(), current.map(|c| c.etag), &why, store)?;
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// What the change starts from, and the name that what is there is archived under.
+fn base(
+    store: &dyn Store,
+    current: Option<&Current>,
+    start: Start,
+    now: &dyn Fn() -> Timestamp,
+) -> Result<(Manifest, String)> {
+    match (current, start) {
+        (Some(Current { manifest: Ok(manifest), .. }), _) => {
+            Ok((manifest.clone(), archive_name(manifest.serial, manifest.generation)))
+        }
+        (Some(Current { manifest: Err(why), .. }), Start::Existing | Start::OrEmpty) => {
+            Err(unusable(store, why))
+        }
+        (Some(Current { manifest: Err(why), .. }), Start::Repair) if why.is_newer_version() => {
+            Err(unusable(store, why))
+        }
+        (None, Start::Existing) => Err(missing(store)),
+        (found, Start::OrEmpty | Start::Repair) => {
+            // The serial goes on from the highest there was: a host may have seen it.
+            let highest = versions::archived(store)?.first().map_or(0, |v| v.serial);
+            let head = found.and_then(|c| versions::head_of(&c.bytes));
+            let mut manifest = Manifest::empty(now(), "");
+            manifest.serial = match (found, &head) {
+                (None, _) => highest,
+                (Some(_), None) => highest + 1,
+                (Some(_), Some(head)) => highest.max(head.serial),
+            };
+            let generation = head.map_or(manifest.generation, |h| h.generation);
+            let name = archive_name(manifest.serial, generation);
+            Ok((manifest, name))
+        }
+    }
+}
+
+fn archive(store: &dyn Store, name: &str, bytes: &[u8]) -> Result<()> {
+    match store.put(&archive_key(name), bytes, &When::Absent) {
+        // Another writer, about to replace the same version, archived it.
+        Ok(_) | Err(StoreError::Changed(_)) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Whether a write that was answered with "changed" had taken place nevertheless: its answer was lost, and
+/// the repeated request met our own version, in force or replaced by the next writer.
+fn landed(store: &dyn Store, current: Option<&Current>, bytes: &[u8], manifest: &Manifest) -> Result<bool> {
+    let Some(current) = current else { return Ok(false) };
+    if current.bytes == bytes {
+        return Ok(true);
+    }
+    if !current.manifest.as_ref().is_ok_and(|c| c.serial > manifest.serial) {
+        return Ok(false);
+    }
+    let key = archive_key(&archive_name(manifest.serial, manifest.generation));
+    match store.get(&key, None, MAX_BYTES)? {
+        Got::Found { bytes: archived, .. } => Ok(archived == bytes),
+        Got::Missing | Got::NotModified => Ok(false),
+    }
+}
+
+fn check_size(manifest: &Manifest, bytes: u64) -> Result<()> {
+    if bytes > MAX_BYTES {
+        return Err(Error::new(format!(
+            "the manifest would have {bytes} bytes, at most {MAX_BYTES} are read; take services or variables out"
+        )));
+    }
+    if manifest.serial > MAX_SERIAL {
+        return Err(Error::new(format!(
+            "the serial would be {}, at most {MAX_SERIAL} is possible; begin a new store",
+            manifest.serial
+        )));
+    }
+    Ok(())
+}
+
+/// The waiting of a writer that others were faster than. How long depends on how long an attempt takes here
+/// (a directory, a bucket far away): up to 24 attempts' time, so that two dozen writers share the store
+/// without standing in one another's way, and nobody waits long when there is nobody else.
+struct Contention {
+    started: Instant,
+    attempts: u32,
+    /// The version the store last refused to replace, and since when it has been that one.
+    refused: (Option<Etag>, Instant),
+}
+
+/// How long a writer tries at most.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// How long a store may refuse to replace a version that does not change, before it is said to be at fault.
+const STUCK: Duration = Duration::from_secs(15);
+
+impl Contention {
+    fn new() -> Self {
+        let now = Instant::now();
+        Contention { started: now, attempts: 0, refused: (None, now) }
+    }
+
+    fn wait(&mut self, attempt: Duration, refused: Option<Etag>, why: &str, store: &dyn Store) -> Result<()> {
+        self.attempts += 1;
+        if self.refused.0 != refused {
+            self.refused = (refused, Instant::now());
+        }
+        if self.attempts > 4 && self.refused.1.elapsed() > STUCK {
+            return Err(Error::new(format!(
+                "{} refuses to replace {MANIFEST_KEY} although nobody changed it ({why}); nothing was \
+                 published; check the store with 'omni-deploy doctor'",
+                store.url()
+            )));
+        }
+        if self.started.elapsed() > DEADLINE {
+            return Err(Error::new(format!(
+                "{} kept refusing for {} s: others changed {MANIFEST_KEY} before each of {} attempts; nothing \
+                 was published; try again",
+                store.url(),
+                DEADLINE.as_secs(),
+                self.attempts
+            )));
+        }
+        let unit = attempt.clamp(Duration::from_millis(2), Duration::from_millis(500));
+        let most = (unit * (1 << self.attempts.min(5)).min(24)).min(Duration::from_secs(4));
+        std::thread::sleep(most.mul_f64(random()));
+        Ok(())
+    }
+}
+
+/// From 0 to 1; the keys of std's hash maps are random.
+fn random() -> f64 {
+    let bits = RandomState::new().build_hasher().finish();
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// Says what came of a change: one line on stderr.
+pub fn report(store: &dyn Store, published: &Published) {
+    let Manifest { serial, change, .. } = &published.manifest;
+    match published.written {
+        true => say::notice(format!("serial {serial}: {} ({})", change.action, store.url())),
+        false => say::info(format!("unchanged: serial {serial} says so already ({})", store.url())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use std::sync::Mutex;
+
+    /// A store in memory that does what a script says with the next writes of the manifest.
+    #[derive(Default)]
+    struct Scripted {
+        objects: Mutex<BTreeMap<String, Vec<u8>>>,
+        script: Mutex<Vec<Fault>>,
+        puts: Mutex<u32>,
+    }
+
+    enum Fault {
+        /// Somebody else writes this first.
+        Overtaken(Vec<u8>),
+        /// It is written, and the answer says that it was not.
+        AnswerLost,
+        /// It is written, somebody else writes the next version upon it, and the answer is lost.
+        AnswerLostAndReplaced,
+        /// It fails.
+        Down,
+    }
+
+    fn etag(bytes: &[u8]) -> Etag {
+        use std::hash::{DefaultHasher, Hash};
+        let mut hasher = DefaultHasher::new();
+        bytes.hash(&mut hasher);
+        Etag(format!("{:x}", hasher.finish()))
+    }
+
+    impl Scripted {
+        fn current(&self) -> Manifest {
+            parse::manifest(&self.objects.lock().unwrap()[MANIFEST_KEY], Mode::Strict).unwrap()
+        }
+
+        fn keys(&self) -> Vec<String> {
+            self.objects.lock().unwrap().keys().cloned().collect()
+        }
+    }
+
+    impl Store for Scripted {
+        fn url(&self) -> String {
+            "file:///test".into()
+        }
+        fn get(&self, key: &str, _: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+            match self.objects.lock().unwrap().get(key) {
+                None => Ok(Got::Missing),
+                Some(bytes) if bytes.len() as u64 > limit => Err(StoreError::TooLarge("too large".into())),
+                Some(bytes) => Ok(Got::Found { etag: etag(bytes), bytes: bytes.clone() }),
+            }
+        }
+        fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
+            let objects = self.objects.lock().unwrap();
+            Ok(objects.get(key).map(|b| b[..b.len().min(count as usize)].to_vec()))
+        }
+        fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
+            Ok(self.objects.lock().unwrap().get(key).map(|b| b.len() as u64))
+        }
+        fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+            let mut objects = self.objects.lock().unwrap();
+            let fault = if key == MANIFEST_KEY { self.script.lock().unwrap().pop() } else { None };
+            *self.puts.lock().unwrap() += u32::from(key == MANIFEST_KEY);
+            if let Some(Fault::Overtaken(other)) = &fault {
+                objects.insert(key.into(), other.clone());
+            }
+            let holds = match (when, objects.get(key)) {
+                (When::Always, _) | (When::Absent, None) => true,
+                (When::Still(e), Some(there)) => etag(there) == *e,
+                (When::Absent, Some(_)) | (When::Still(_), None) => false,
+            };
+            if matches!(fault, Some(Fault::Down)) {
+                return Err(StoreError::Unreachable("the store is down; try again".into()));
+            }
+            if !holds {
+                return Err(StoreError::Changed("changed".into()));
+            }
+            objects.insert(key.into(), bytes.to_vec());
+            match fault {
+                Some(Fault::AnswerLost) => Err(StoreError::Changed("changed".into())),
+                Some(Fault::AnswerLostAndReplaced) => {
+                    let mut next = parse::manifest(bytes, Mode::Strict).unwrap();
+                    objects.insert(archive_key(&archive_name(next.serial, next.generation)), bytes.to_vec());
+                    next.serial += 1;
+                    objects.insert(key.into(), next.to_bytes());
+                    Err(StoreError::Changed("changed".into()))
+                }
+                _ => Ok(etag(bytes)),
+            }
+        }
+        fn delete(&self, key: &str) -> Result<(), StoreError> {
+            self.objects.lock().unwrap().remove(key);
+            Ok(())
+        }
+        fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+            Ok(self.keys().into_iter().filter(|k| k.starts_with(prefix)).collect())
+        }
+    }
+
+    const NOW: fn() -> Timestamp = || Timestamp(1_795_372_265);
+
+    fn service(name: &str) -> crate::manifest::Service {
+        let value = serde_json::json!({"name": name, "artifact": {"storePath": "/nix/store/placeholder"}, "hosts": ["biz"]});
+        parse::service(value, Mode::Strict, None).unwrap()
+    }
+
+    fn add(store: &Scripted, name: &str) -> Result<Published> {
+        publish(store, &NOW, "ann@laptop", Start::OrEmpty, |m| {
+            changes::add(m, service(name))?;
+            Ok(Some(format!("add-service {name}")))
+        })
+    }
+
+    fn names(store: &Scripted) -> Vec<String> {
+        store.current().services.iter().map(|s| s.name.to_string()).collect()
+    }
+
+    #[test]
+    fn a_write_archives_what_it_replaces_byte_for_byte() {
+        let store = Scripted::default();
+        assert!(init(&store, &NOW, "ann@laptop").unwrap().written);
+        assert!(!init(&store, &NOW, "ann@laptop").unwrap().written);
+        let first = store.objects.lock().unwrap()[MANIFEST_KEY].clone();
+        assert!(add(&store, "ava").unwrap().written);
+        let key = "manifests/manifest-20261122T183105Z-00000001.json";
+        assert_eq!(store.keys(), [MANIFEST_KEY, key]);
+        assert_eq!(store.objects.lock().unwrap()[key], first);
+        let now = store.current();
+        assert_eq!(
+            (now.serial, now.change.action.as_str(), now.change.by.as_str()),
+            (2, "add-service ava", "ann@laptop")
+        );
+    }
+
+    #[test]
+    fn a_writer_that_was_overtaken_builds_on_what_the_other_wrote() {
+        let store = Scripted::default();
+        add(&store, "ava").unwrap();
+        let mut other = store.current();
+        other.serial += 1;
+        other.services.push(service("web"));
+        store.script.lock().unwrap().push(Fault::Overtaken(other.to_bytes()));
+        assert_eq!(add(&store, "db").unwrap().manifest.serial, 3);
+        assert_eq!(names(&store), ["ava", "web", "db"]);
+    }
+
+    #[test]
+    fn a_write_whose_answer_was_lost_is_not_made_twice() {
+        for fault in [Fault::AnswerLost, Fault::AnswerLostAndReplaced] {
+            let store = Scripted::default();
+            add(&store, "ava").unwrap();
+            store.script.lock().unwrap().push(fault);
+            assert_eq!(add(&store, "db").unwrap().manifest.serial, 2);
+            assert_eq!(names(&store), ["ava", "db"]);
+            assert_eq!(*store.puts.lock().unwrap(), 2);
+        }
+    }
+
+    #[test]
+    fn a_store_that_fails_ends_the_write_with_its_own_words() {
+        let store = Scripted::default();
+        store.script.lock().unwrap().push(Fault::Down);
+        assert!(add(&store, "ava").unwrap_err().to_string().contains("the store is down"));
+        assert!(store.keys().is_empty());
+    }
+
+    #[test]
+    fn nothing_to_change_writes_nothing() {
+        let store = Scripted::default();
+        add(&store, "ava").unwrap();
+        let path = StorePath::parse("/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava").unwrap();
+        let one = Update { name: ServiceName::parse("ava").unwrap(), path, revision: Some("abc".into()) };
+        assert!(update(&store, &NOW, "b", std::slice::from_ref(&one)).unwrap().written);
+        let before = store.keys();
+        assert!(!update(&store, &NOW, "b", std::slice::from_ref(&one)).unwrap().written);
+        assert!(!update(&store, &NOW, "b", &[Update { revision: None, ..one.clone() }]).unwrap().written);
+        assert_eq!((store.keys(), store.current().services[0].revision.as_deref()), (before, Some("abc")));
+        assert!(update(&store, &NOW, "b", &[Update { revision: Some("d".into()), ..one }]).unwrap().written);
+    }
+
+    #[test]
+    fn the_time_of_a_version_never_goes_back() {
+        let store = Scripted::default();
+        add(&store, "ava").unwrap();
+        let earlier = || Timestamp(1_000_000);
+        publish(&store, &earlier, "b", Start::Existing, |m| {
+            changes::remove(m, "ava").map(|()| Some("x".into()))
+        })
+        .unwrap();
+        assert_eq!(store.current().generation, NOW());
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_never_written_over_but_by_a_repair_which_archives_it() {
+        let store = Scripted::default();
+        add(&store, "ava").unwrap();
+        add(&store, "web").unwrap();
+        store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), b"{\"version\": 1, ".to_vec());
+        let e = add(&store, "db").unwrap_err().to_string();
+        assert!(e.contains("cut off") && e.contains("rollback"), "{e}");
+        let repaired = publish(&store, &NOW, "b", Start::Repair, |_| Ok(Some("mend".into()))).unwrap();
+        assert_eq!(repaired.manifest.serial, 3);
+        assert_eq!(
+            store.objects.lock().unwrap()["manifests/manifest-20261122T183105Z-00000002.json"],
+            b"{\"version\": 1, "
+        );
+        store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), b"{\"version\": 2}".to_vec());
+        for start in [Start::Existing, Start::OrEmpty, Start::Repair] {
+            let e = publish(&store, &NOW, "b", start, |_| Ok(Some("x".into()))).unwrap_err().to_string();
+            assert!(e.contains("newer omni-deploy; upgrade"), "{e}");
+        }
+    }
+
+    #[test]
+    fn a_manifest_that_was_lost_goes_on_from_the_highest_serial_there_was() {
+        let store = Scripted::default();
+        for name in ["a", "b", "c"] {
+            add(&store, name).unwrap();
+        }
+        store.objects.lock().unwrap().remove(MANIFEST_KEY);
+        let e = update(&store, &NOW, "b", &[]).unwrap_err().to_string();
+        assert!(e.contains("no manifest in file:///test yet; run 'deploy-manifest init'"), "{e}");
+        assert_eq!(init(&store, &NOW, "b").unwrap().manifest.serial, 3);
+    }
+
+    #[test]
+    fn the_author_is_plain() {
+        let by = author();
+        assert!(
+            by.contains('@') && by.chars().all(|c| c.is_ascii_alphanumeric() || "@._-".contains(c)),
+            "{by}"
+        );
+    }
+}

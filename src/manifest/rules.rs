@@ -1,0 +1,461 @@
+//! What the manifest's texts may be, field by field: each rule takes a text and gives it in its normal form,
+//! or the reason why it cannot be, without the text itself. Pure. Whatever passes here may be put into a
+//! unit, into Caddy's configuration or into a path by whoever escapes for those.
+
+/// A rule: the text in its normal form, or the reason.
+pub(super) type Rule = fn(&str) -> Result<String, String>;
+
+/// Characters that show as nothing or turn the text around them (Unicode's bidirectional controls, zero-width
+/// characters, separators of lines, tags): what a person reads would not be what is there.
+fn is_invisible(c: char) -> bool {
+    matches!(c,
+        '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+/// Refuses control characters and invisible ones.
+pub(super) fn clean(text: &str) -> Result<(), String> {
+    match text.chars().find(|c| c.is_control() || is_invisible(*c)) {
+        None => Ok(()),
+        Some(c) if c.is_control() => {
+            Err(format!("has the control character {}; take it out", c.escape_default()))
+        }
+        Some(c) => Err(format!("has the invisible character {}; take it out", c.escape_unicode())),
+    }
+}
+
+/// Any clean text that is not empty.
+pub(super) fn words(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("is empty".into()) } else { Ok(text.into()) }
+}
+
+/// The largest value of a variable, in bytes. The kernel takes 131,072 for `NAME=value` (MAX_ARG_STRLEN).
+pub(super) const MAX_ENV_BYTES: usize = 100_000;
+
+/// A name of the environment: what systemd does not drop.
+pub(super) fn env_name(text: &str) -> Result<(), String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    if text.is_empty() || text.starts_with(|c: char| c.is_ascii_digit()) || !text.chars().all(good) {
+        return Err(
+            "is no name of a variable; ASCII letters, digits and '_' are meant, no digit first".into()
+        );
+    }
+    Ok(())
+}
+
+/// A value of the environment: tabs and invisible characters are its own affair.
+pub(super) fn env_value(text: &str) -> Result<(), String> {
+    if text.len() > MAX_ENV_BYTES {
+        return Err(format!("has {} bytes; at most {MAX_ENV_BYTES} are possible", text.len()));
+    }
+    match text.chars().find(|c| c.is_control() && *c != '\t') {
+        Some(c) => Err(format!("has the control character {}; take it out", c.escape_default())),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn command(text: &str) -> Result<String, String> {
+    super::command::check(text).map(|()| text.into())
+}
+
+/// A user or group, by the strict rule of systemd (systemd.exec(5), "User/Group Name Syntax"), or a number.
+pub(super) fn user(text: &str) -> Result<String, String> {
+    let named = text.len() <= 31
+        && text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
+    // 65535 and 4294967295 mean "no user" to the kernel.
+    let numbered = text.chars().all(|c| c.is_ascii_digit())
+        && (text == "0" || !text.starts_with('0'))
+        && text.parse::<u32>().is_ok_and(|n| n != u32::from(u16::MAX) && n != u32::MAX);
+    if named || numbered {
+        return Ok(text.into());
+    }
+    Err("is no user or group; a name of at most 31 of A-Z, a-z, 0-9, '_', '-', no digit first, or a number \
+         is meant"
+        .into())
+}
+
+fn path_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "/-_.+@:,=~".contains(c)
+}
+
+/// An absolute path of the host; `//`, `/./` and a trailing slash are taken out.
+pub(super) fn absolute(text: &str) -> Result<String, String> {
+    if !text.starts_with('/') {
+        return Err("is not absolute; a path that begins with '/' is meant".into());
+    }
+    let parts = components(text)?;
+    if parts.is_empty() {
+        return Err("is the root of the file system; a path below it is meant".into());
+    }
+    Ok(format!("/{}", parts.join("/")))
+}
+
+/// As [`absolute`], and the root itself.
+pub(super) fn directory(text: &str) -> Result<String, String> {
+    if text == "/" { Ok(text.into()) } else { absolute(text) }
+}
+
+/// A path below /var/lib.
+pub(super) fn below_state(text: &str) -> Result<String, String> {
+    if text.starts_with('/') {
+        return Err("is absolute; the name of a folder below /var/lib is meant".into());
+    }
+    let parts = components(text)?;
+    // systemd reads 'a:b' as the folder a with a link b to it.
+    if parts.is_empty() || text.contains(':') {
+        return Err("is no name of a folder below /var/lib".into());
+    }
+    Ok(parts.join("/"))
+}
+
+fn components(text: &str) -> Result<Vec<&str>, String> {
+    if text.len() > 4000 {
+        return Err(format!("has {} characters; at most 4000 are possible", text.len()));
+    }
+    if let Some(c) = text.chars().find(|c| !path_char(*c)) {
+        return Err(format!("has {c:?}; ASCII letters, digits and /-_.+@:,=~ make a path"));
+    }
+    if text.split('/').any(|part| part == "..") {
+        return Err("has '..'; the path itself is meant".into());
+    }
+    Ok(text.split('/').filter(|part| !part.is_empty() && *part != ".").collect())
+}
+
+/// A DNS name (RFC 1123), lower-cased; the first label may be `*`.
+pub(super) fn domain(text: &str) -> Result<String, String> {
+    let meant = "a DNS name such as ava.example.com is meant";
+    let text = text.to_ascii_lowercase();
+    if text.len() > 253 {
+        return Err(format!("has {} characters; a DNS name has at most 253", text.len()));
+    }
+    let rest = text.strip_prefix("*.").unwrap_or(&text);
+    for label in rest.split('.') {
+        if let Some(c) = label.chars().find(|c| !(c.is_ascii_alphanumeric() || *c == '-')) {
+            let hint = if c.is_ascii() { "" } else { " (other letters are written as xn--…)" };
+            return Err(format!("has {c:?}; {meant}{hint}"));
+        }
+        if label.is_empty() || label.len() > 63 || label.starts_with('-') || label.ends_with('-') {
+            return Err(format!("has the label '{label}'; {meant}"));
+        }
+    }
+    Ok(text)
+}
+
+/// A path of a URL that Caddy matches as it stands: none of its wildcards, placeholders or escapes. A trailing
+/// slash is taken off.
+pub(super) fn url_path(text: &str) -> Result<String, String> {
+    if !text.starts_with('/') {
+        return Err("does not begin with '/'".into());
+    }
+    if text.len() > 1000 {
+        return Err(format!("has {} characters; at most 1000 are possible", text.len()));
+    }
+    for bad in ["..", "//"] {
+        if text.contains(bad) {
+            return Err(format!("has '{bad}'; the path itself is meant"));
+        }
+    }
+    let good = |c: char| c.is_ascii_alphanumeric() || "/-._~!$&'()+,;=:@".contains(c);
+    if let Some(c) = text.chars().find(|c| !good(*c)) {
+        return Err(format!("has {c:?}; a plain path is meant, without patterns, queries or escapes"));
+    }
+    Ok(match text.trim_end_matches('/') {
+        "" => "/".into(),
+        trimmed => trimmed.into(),
+    })
+}
+
+/// What a probe asks for: a path, and a query if need be. Kept as it is: `/health/` may differ from `/health`.
+pub(super) fn probe_path(text: &str) -> Result<String, String> {
+    let (path, query) = text.split_once('?').unwrap_or((text, ""));
+    url_path(path)?;
+    let good = |c: char| c.is_ascii_alphanumeric() || "/-._~!$&'()*+,;=:@?%".contains(c);
+    if let Some(c) = query.chars().find(|c| !good(*c)) {
+        return Err(format!("has {c:?} in its query; write it as %XX"));
+    }
+    if text.len() > 2000 {
+        return Err(format!("has {} characters; at most 2000 are possible", text.len()));
+    }
+    Ok(text.into())
+}
+
+const UNIT_SUFFIXES: [&str; 11] = [
+    "service",
+    "socket",
+    "device",
+    "mount",
+    "automount",
+    "swap",
+    "target",
+    "path",
+    "timer",
+    "slice",
+    "scope",
+];
+
+/// A unit's name with its suffix (systemd.unit(5)).
+pub(super) fn unit(text: &str) -> Result<String, String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
+    let suffixed = text
+        .rsplit_once('.')
+        .is_some_and(|(stem, suffix)| !stem.is_empty() && UNIT_SUFFIXES.contains(&suffix));
+    if !suffixed {
+        return Err("is no unit; its name with its suffix is meant, such as postgresql.service".into());
+    }
+    if text.len() > 255 || text.starts_with(['-', '.', '@']) || !text.chars().all(good) {
+        return Err("is no unit; ASCII letters, digits and :-_.\\@ make its name, at most 255 of them".into());
+    }
+    Ok(text.into())
+}
+
+/// One of a few words.
+pub(super) fn one_of(text: &str, allowed: &[&str]) -> Result<String, String> {
+    if allowed.contains(&text) {
+        return Ok(text.into());
+    }
+    let near = crate::error::did_you_mean(text, allowed.iter().copied());
+    Err(format!("is not known; one of {} is meant{near}", allowed.join(", ")))
+}
+
+/// The values of systemd's `Restart=` (systemd.service(5)).
+pub(super) const RESTARTS: [&str; 7] =
+    ["no", "on-success", "on-failure", "on-abnormal", "on-watchdog", "on-abort", "always"];
+
+/// The values of systemd's `ProtectSystem=` (systemd.exec(5)).
+pub(super) const PROTECT_SYSTEM: [&str; 4] = ["no", "yes", "full", "strict"];
+
+pub(super) fn restart(text: &str) -> Result<String, String> {
+    one_of(text, &RESTARTS)
+}
+
+/// `digits[.digits]`, with at most `places` digits after the point, as (whole, has more than zero).
+fn decimal(text: &str, places: usize) -> Option<(u64, bool)> {
+    let (whole, part) = text.split_once('.').map_or((text, None), |(w, p)| (w, Some(p)));
+    let digits =
+        |t: &str, most: usize| (1..=most).contains(&t.len()) && t.chars().all(|c| c.is_ascii_digit());
+    if !digits(whole, 18) || !part.is_none_or(|p| digits(p, places)) {
+        return None;
+    }
+    let some = text.chars().any(|c| matches!(c, '1'..='9'));
+    whole.parse().ok().map(|n| (n, some))
+}
+
+/// `MemoryMax=`: bytes with an optional suffix to base 1024, a share of the machine's, or `infinity`
+/// (systemd.resource-control(5)).
+pub(super) fn memory(text: &str) -> Result<String, String> {
+    let good = if let Some(share) = text.strip_suffix('%') {
+        decimal(share, 2)
+            .is_some_and(|(n, some)| some && (n < 100 || share.trim_end_matches(['0', '.']) == "1"))
+    } else {
+        let number = text.strip_suffix(['K', 'M', 'G', 'T']).unwrap_or(text);
+        let shift = match text.chars().last() {
+            Some('K') => 10,
+            Some('M') => 20,
+            Some('G') => 30,
+            Some('T') => 40,
+            _ => 0,
+        };
+        let places = if shift == 0 { 0 } else { 3 };
+        decimal(number, places).is_some_and(|(n, some)| some && u128::from(n) << shift < 1 << 62)
+    };
+    if good || text == "infinity" {
+        return Ok(text.into());
+    }
+    Err("is no amount of memory; such as 512M, 1.5G, 50% or infinity is meant".into())
+}
+
+/// `CPUQuota=`: a share of one processor, more than 100% for several (systemd.resource-control(5)).
+pub(super) fn quota(text: &str) -> Result<String, String> {
+    let good = text
+        .strip_suffix('%')
+        .and_then(|n| decimal(n, 2))
+        .is_some_and(|(whole, some)| some && whole <= 1_000_000);
+    if good {
+        Ok(text.into())
+    } else {
+        Err("is no share of the processors; such as 50% or 150% is meant".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_rule_passes_what_is_meant_and_refuses_what_is_not() {
+        let long = "a".repeat(64);
+        let table: [(&str, Rule, &[&str], &[&str]); 11] = [
+            (
+                "user",
+                user,
+                &["root", "_apt", "www-data", "0", "1000"],
+                &[
+                    "",
+                    "a b",
+                    "1a",
+                    "-x",
+                    "a.b",
+                    "ü",
+                    "65535",
+                    "4294967295",
+                    "007",
+                    "a:b",
+                    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+                ],
+            ),
+            (
+                "absolute",
+                absolute,
+                &["/a", "/var/lib/deployer-secrets/ava.env"],
+                &[
+                    "", "a", "/", "//", "/a/../b", "/..", "/a b", "/a%n", "/a\\", "/a\"", "/a*", "/a$x",
+                    "-/a", "/ü",
+                ],
+            ),
+            ("directory", directory, &["/", "/srv"], &["", "srv", "~", "/../"]),
+            (
+                "below_state",
+                below_state,
+                &["ava", "a/b"],
+                &["", ".", "/a", "..", "a/../b", "a b", "a:b", "%S"],
+            ),
+            (
+                "domain",
+                domain,
+                &["ava.example.com", "localhost", "*.example.com", "xn--bcher-kva.example", "10.0.0.1"],
+                &[
+                    "",
+                    "*",
+                    "*.",
+                    "a..b",
+                    ".a",
+                    "a.",
+                    "-a.b",
+                    "a-.b",
+                    "a_b.c",
+                    "a b",
+                    "a.*.b",
+                    "**.a",
+                    "a:80",
+                    "a/b",
+                    "bücher.de",
+                    "{env.X}",
+                    "a\u{202e}b",
+                    &long,
+                ],
+            ),
+            (
+                "url_path",
+                url_path,
+                &["/", "/api", "/a/b-c_d.e~f", "/@x:y"],
+                &[
+                    "", "api", "/a/*", "/{x}", "/a?b", "/a#b", "/a%2f", "/a b", "/../a", "/a//b", "//",
+                    "/a\\b", "/ü", "/a|b", "/a\"",
+                ],
+            ),
+            (
+                "probe_path",
+                probe_path,
+                &["/", "/health", "/health/", "/h?deep=1&x=%20"],
+                &["", "health", "/h#x", "/a b", "/h?a b", "/h?a\"b", "/h%20", "/a/../b", "/h?ü"],
+            ),
+            (
+                "unit",
+                unit,
+                &["network-online.target", "a@b.service", "dev-sda\\x2d1.device"],
+                &[
+                    "",
+                    "network-online",
+                    ".service",
+                    "a.conf",
+                    "a b.service",
+                    "a\nb.service",
+                    "../a.service",
+                    "-a.target",
+                    "a.service ",
+                    "@.service",
+                    "ü.service",
+                    "a%i.service",
+                ],
+            ),
+            ("restart", restart, &["no", "always", "on-failure"], &["", "yes", "Always", "on_failure"]),
+            (
+                "memory",
+                memory,
+                &["512M", "1.5G", "1048576", "50%", "100%", "0.5%", "infinity", "1T"],
+                &[
+                    "",
+                    "0",
+                    "0M",
+                    "0%",
+                    "101%",
+                    "100.01%",
+                    "M",
+                    "-1",
+                    "1X",
+                    "1 G",
+                    "1e9",
+                    "1.5",
+                    "half",
+                    "99999999999999999999",
+                    "9999999999T",
+                    "1.G",
+                ],
+            ),
+            (
+                "quota",
+                quota,
+                &["50%", "150%", "0.5%", "33.33%"],
+                &["", "50", "0%", "%", "-5%", "1e2%", "infinity", "1.234%", "99999999%"],
+            ),
+        ];
+        for (name, rule, good, bad) in table {
+            for text in good {
+                assert_eq!(rule(text).as_deref(), Ok(*text), "{name}");
+            }
+            for text in bad {
+                assert!(rule(text).is_err(), "{name} passed {text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn normal_forms_are_taken() {
+        assert_eq!(domain("Ava.Example.COM").unwrap(), "ava.example.com");
+        assert_eq!(url_path("/api/").unwrap(), "/api");
+        assert_eq!(absolute("/a//b/./c/").unwrap(), "/a/b/c");
+        assert_eq!(below_state("a/").unwrap(), "a");
+    }
+
+    #[test]
+    fn controls_and_invisible_characters_are_refused() {
+        for bad in [
+            "a\nb",
+            "\0",
+            "\u{7f}",
+            "\u{9b}2J",
+            "a\u{202e}b",
+            "\u{200b}",
+            "\u{feff}x",
+            "\u{2066}",
+            "\t",
+            "\u{e0041}",
+        ] {
+            assert!(clean(bad).is_err(), "{bad:?} passed");
+        }
+        assert!(clean("plain ü 日本 😀").is_ok());
+        assert!(env_value("a\tb \u{202e} ü").is_ok());
+        for bad in ["a\nb", "\0", "\u{85}", "\r"] {
+            assert!(env_value(bad).is_err(), "{bad:?} passed");
+        }
+        assert!(
+            env_value(&"x".repeat(MAX_ENV_BYTES)).is_ok()
+                && env_value(&"x".repeat(MAX_ENV_BYTES + 1)).is_err()
+        );
+        for bad in ["", "1A", "A-B", "A B", "A=B", "Ä", "A\n"] {
+            assert!(env_name(bad).is_err(), "{bad:?} passed");
+        }
+        assert!(env_name("_a1").is_ok());
+    }
+}
