@@ -1,6 +1,7 @@
 //! omni-deploy: from a developer's machine to a running service on a plain host. See docs/ARCHITECTURE.md for
 //! how one manifest flows through these modules.
 
+pub mod bridge;
 pub mod clock;
 pub mod cmd;
 pub mod config;
@@ -15,4 +16,5 @@ pub mod nix;
 pub mod push;
 pub mod runner;
 pub mod say;
+pub mod ssh;
 pub mod store;

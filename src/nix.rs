@@ -1,37 +1,549 @@
-//! Nix: closures in, closures out. Every call of a nix program is in this file.
+//! Nix: closures in, closures out, and builds. Every call of a nix program is in this file. A bucket is reached
+//! through the [`crate::bridge`], whose URL goes to Nix through the environment, which other users cannot
+//! read, and never as an argument. Each call has a cache of narinfos of its own: Nix would believe last
+//! week's otherwise.
 
+pub mod cache;
+
+use crate::bridge::{Access, Bridge};
 use crate::config::Settings;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::names::StorePath;
-use std::collections::BTreeMap;
+use crate::runner::{Output, Run, RunError, tail};
+use crate::say;
+use crate::store::{self, CacheUrl, Store, StoreUrl};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// Where roots against the garbage collector are kept, ours in a folder of our own below.
 pub const GCROOTS: &str = "/nix/var/nix/gcroots/omni-deploy";
 
+/// How long all copies of one [`fetch`] may take together.
+const FETCH_WITHIN: Duration = Duration::from_secs(15 * 60);
+/// How long a question to the local store's database may take.
+const ASK_WITHIN: Duration = Duration::from_secs(120);
+/// Paths per command line; each has up to 255 bytes, a command line 2 MiB.
+const PER_CALL: usize = 2000;
+
+/// Why a closure could not be had from the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FetchError {
+    /// The cache does not have it, or not all of it: only a push helps.
+    NotInCache(String),
+    /// The cache did not answer, or not in time, or refused us: worth trying again.
+    Unreachable(String),
+    /// What the cache has was not accepted: no valid signature, or not what was signed.
+    Refused(String),
+    /// This machine could not take it: disk full, store read-only.
+    Failed(String),
+}
+
+impl fmt::Display for FetchError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            FetchError::NotInCache(t)
+            | FetchError::Unreachable(t)
+            | FetchError::Refused(t)
+            | FetchError::Failed(t) => f.write_str(t),
+        }
+    }
+}
+
+/// The size of a closure in a cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Figures {
+    /// Its paths.
+    pub paths: usize,
+    /// Its files together, compressed; None where only Nix can look.
+    pub bytes: Option<u64>,
+}
+
+/// What [`publish`] had to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Published {
+    /// Nothing: the whole closure was there, signed. It was looked at path by path.
+    Already(Figures),
+    /// Nix copied or signed; whether all arrived is for [`verify_closure`] to say.
+    Copied,
+}
+
 /// Of `paths`, those that are not valid in this machine's store (asks the store's database, not only the
 /// file system).
-pub fn missing(_paths: &[StorePath]) -> Result<Vec<StorePath>> {
-    todo!()
+pub fn missing(paths: &[StorePath]) -> Result<Vec<StorePath>> {
+    query(&["--check-validity", "--print-invalid"], paths)
 }
 
-/// Copies closures from the cache into this machine's store: one `nix copy` for all, then, if that fails, one
-/// by one for those still missing. Returns the reason for each path that could not be had.
-pub fn fetch(_settings: &Settings, _paths: &[StorePath]) -> Result<BTreeMap<StorePath, String>> {
-    todo!()
+/// The paths of the closures (`nix-store --query --requisites`), in no order that means anything.
+pub fn closure(paths: &[StorePath]) -> Result<Vec<StorePath>> {
+    query(&["--query", "--requisites"], paths)
 }
 
-/// Signs a closure (if there is a key), copies it to the cache and returns how many paths it has.
-pub fn publish(_settings: &Settings, _paths: &[StorePath]) -> Result<()> {
-    todo!()
+fn query(words: &[&str], paths: &[StorePath]) -> Result<Vec<StorePath>> {
+    let mut found = BTreeSet::new();
+    for some in paths.chunks(PER_CALL) {
+        let output = Run::new("nix-store").args(words).args(some).deadline(ASK_WITHIN).success()?;
+        for line in output.text().lines() {
+            let path = StorePath::parse(line).map_err(|why| {
+                Error::new(format!("nix-store printed {line:?}, which {why}; is its store elsewhere?"))
+            })?;
+            found.insert(path);
+        }
+    }
+    Ok(found.into_iter().collect())
 }
 
-/// The paths of the closures (`nix-store --query --requisites`).
-pub fn closure(_paths: &[StorePath]) -> Result<Vec<StorePath>> {
-    todo!()
+/// The cache as it is opened for one piece of work.
+struct Cache {
+    /// The URL for people.
+    shown: String,
+    /// The URL for Nix, with our parameters; secret if there is a bridge.
+    url: String,
+    bridge: Option<Bridge>,
+    /// What can be read without Nix.
+    direct: Option<Box<dyn Store>>,
 }
 
-/// Where `nix` keeps its state (for tests).
-pub fn state_dir() -> &'static Path {
-    Path::new("/nix/var/nix")
+impl Cache {
+    fn open(settings: &Settings, access: Access) -> Result<Self> {
+        let shown = settings.cache.to_string();
+        let (base, bridge, direct) = match &settings.cache {
+            CacheUrl::Nix(url) => (url.clone(), None, None),
+            CacheUrl::Dir(path) => {
+                if access == Access::Read && !path.is_dir() {
+                    return Err(Error::new(format!(
+                        "no folder {}; mount it, or push something there first",
+                        path.display()
+                    )));
+                }
+                (
+                    format!("file://{}", encoded(&path.to_string_lossy())),
+                    None,
+                    Some(StoreUrl::Dir(path.clone())),
+                )
+            }
+            CacheUrl::S3(location) => {
+                let bridge = Bridge::open(location, access)?;
+                (bridge.url(), Some(bridge), Some(StoreUrl::S3(location.clone())))
+            }
+        };
+        let mut params = Vec::new();
+        if access == Access::Write && is_binary_cache(&base) {
+            params.push(("compression", "zstd".to_string()));
+            if let Some(file) = &settings.secret_key_file {
+                params.push(("secret-key", encoded(&file.to_string_lossy())));
+            }
+        }
+        let direct = direct.map(|url| store::open(&url)).transpose()?;
+        Ok(Cache { shown, url: with_params(&base, &params), bridge, direct })
+    }
+
+    /// A call of `nix` with this cache on one side and this machine's store on the other; `side` is the
+    /// option that names the cache.
+    fn nix(&self, settings: &Settings, side: Side, words: &[&str]) -> Result<(Run, tempfile::TempDir)> {
+        let (run, scratch) = nix(&["nix-command"])?;
+        let mut run = run.args(words);
+        match (&self.bridge, side) {
+            (None, side) => run = run.arg(side.option()).arg(&self.url),
+            (Some(_), side) => {
+                // The bridge takes the place of the default store, and the option names the local one.
+                run = run.env("NIX_CONFIG", config_with_store(&self.url));
+                let local = std::env::var("NIX_REMOTE").ok().filter(|r| !r.is_empty());
+                if let Some(other) = side.other() {
+                    run = run.arg(other).arg(local.as_deref().unwrap_or("auto"));
+                }
+            }
+        }
+        run = run.args(["--option", "download-attempts", "3", "--option", "connect-timeout", "15"]);
+        if side == Side::From && !settings.trusted_public_keys.is_empty() {
+            let keys = settings.trusted_public_keys.join(" ");
+            run = run.args(["--option", "require-sigs", "true", "--option", "trusted-public-keys", &keys]);
+        }
+        Ok((run, scratch))
+    }
+
+    /// Why a call of nix failed, in the bucket's words if it said something.
+    fn cause(&self, e: &RunError) -> String {
+        let troubles = self.bridge.as_ref().map(Bridge::troubles).unwrap_or_default();
+        if !troubles.is_empty() {
+            return troubles.join("; ");
+        }
+        match e {
+            RunError::Failed { stderr, .. } if !stderr.trim().is_empty() => {
+                self.clean(&tail(&errors_of(stderr)))
+            }
+            e => self.clean(&e.to_string()),
+        }
+    }
+
+    /// A text of Nix's with the cache's own name in place of the bridge's.
+    fn clean(&self, text: &str) -> String {
+        match &self.bridge {
+            None => text.to_string(),
+            Some(bridge) => text.replace(&bridge.url(), &self.shown),
+        }
+    }
+}
+
+/// On which side of a call of nix the cache stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    From,
+    To,
+    Store,
+}
+
+impl Side {
+    fn option(self) -> &'static str {
+        match self {
+            Side::From => "--from",
+            Side::To => "--to",
+            Side::Store => "--store",
+        }
+    }
+
+    fn other(self) -> Option<&'static str> {
+        match self {
+            Side::From => Some("--to"),
+            Side::To => Some("--from"),
+            Side::Store => None,
+        }
+    }
+}
+
+/// A call of `nix` with experimental features switched on and a private cache folder, which must outlive it.
+/// A unit of the system has no HOME: Nix then gets that folder too.
+fn nix(features: &[&str]) -> Result<(Run, tempfile::TempDir)> {
+    let scratch = tempfile::Builder::new().prefix("omni-deploy-nix-").tempdir().map_err(|e| {
+        Error::new(format!("cannot make a folder in {}: {e}; set TMPDIR", std::env::temp_dir().display()))
+    })?;
+    let mut run = Run::new("nix")
+        .args(["--extra-experimental-features", &features.join(" ")])
+        .env("XDG_CACHE_HOME", scratch.path());
+    if std::env::var_os("HOME").is_none_or(|h| h.is_empty()) {
+        run = run.env("HOME", scratch.path());
+    }
+    Ok((run, scratch))
+}
+
+fn config_with_store(url: &str) -> String {
+    let own = std::env::var("NIX_CONFIG").unwrap_or_default();
+    format!("{own}\nstore = {url}\n")
+}
+
+/// Of Nix's stderr the lines that say what went wrong; all of it if there are none.
+fn errors_of(stderr: &str) -> String {
+    let from = stderr.lines().position(|l| l.starts_with("error"));
+    let lines: Vec<&str> = stderr.lines().skip(from.unwrap_or(0)).collect();
+    lines.join("\n")
+}
+
+/// Percent-encodes what is not plain in a path.
+fn encoded(text: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"/-._~+,".contains(&b);
+    text.bytes().map(|b| if plain(b) { (b as char).to_string() } else { format!("%{b:02X}") }).collect()
+}
+
+/// Whether Nix keeps narinfos and NARs at such a URL (and so knows compression and signing there).
+fn is_binary_cache(url: &str) -> bool {
+    ["http://", "https://", "file://", "s3://"].iter().any(|scheme| url.starts_with(scheme))
+}
+
+/// A URL with parameters added; those it has already stay as they are.
+fn with_params(url: &str, params: &[(&str, String)]) -> String {
+    let (base, query) = url.split_once('?').unwrap_or((url, ""));
+    let mut pairs: Vec<String> = query.split('&').filter(|p| !p.is_empty()).map(String::from).collect();
+    for (name, value) in params {
+        if !pairs.iter().any(|p| p.split('=').next() == Some(name)) {
+            pairs.push(format!("{name}={value}"));
+        }
+    }
+    if pairs.is_empty() { base.to_string() } else { format!("{base}?{}", pairs.join("&")) }
+}
+
+/// The name of the configured key, under which its signatures stand in narinfos.
+fn key_name(settings: &Settings) -> Result<Option<String>> {
+    let Some(file) = &settings.secret_key_file else { return Ok(None) };
+    let text = fs_err::read_to_string(file).map_err(|e| {
+        Error::new(format!(
+            "{}; 'omni-deploy init' makes a key, or correct 'secretKeyFile'",
+            crate::error::io_text(&e)
+        ))
+    })?;
+    match text.trim().split_once(':') {
+        Some((name, key)) if !name.is_empty() && !key.is_empty() => Ok(Some(name.to_string())),
+        _ => Err(Error::new(format!(
+            "{} is no secret key (NAME:BASE64, as Nix writes it); correct 'secretKeyFile'",
+            file.display()
+        ))),
+    }
+}
+
+/// Copies closures from the cache into this machine's store: all of them in one `nix copy`. If that fails, the
+/// closures that are not whole in the cache are left out and the rest is tried again, at last one by one.
+/// Returns the reason for each path that could not be had; an error means that nothing could be tried.
+pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<BTreeMap<StorePath, FetchError>> {
+    let mut left = missing(paths)?;
+    let mut reasons = BTreeMap::new();
+    if left.is_empty() {
+        return Ok(reasons);
+    }
+    let until = Instant::now() + FETCH_WITHIN;
+    let all = |left: &[StorePath], e: &FetchError| left.iter().map(|p| (p.clone(), e.clone())).collect();
+    let cache = match Cache::open(settings, Access::Read) {
+        Ok(cache) => cache,
+        Err(e) => return Ok(all(&left, &FetchError::Unreachable(format!("cache {}: {e}", settings.cache)))),
+    };
+    match fetch_some(settings, &cache, &left, until) {
+        Ok(()) => return Ok(reasons),
+        Err(RunError::NotFound { program }) => return Err(RunError::NotFound { program }.into()),
+        Err(_) => left = missing(&left)?,
+    }
+    if let Some(direct) = &cache.direct {
+        let found = match cache::inspect(direct.as_ref(), &left) {
+            Ok(found) => found,
+            Err(e) => return Ok(all(&left, &FetchError::Unreachable(e.to_string()))),
+        };
+        // What this machine has already need not be in the cache.
+        let faulty: Vec<StorePath> = found.faults.keys().cloned().collect();
+        let needed: BTreeSet<StorePath> = missing(&faulty)?.into_iter().collect();
+        let before = left.len();
+        left.retain(|top| match found.fault_below(top, &|p| needed.contains(p)) {
+            None => true,
+            Some((path, fault)) => {
+                reasons
+                    .insert(top.clone(), FetchError::NotInCache(not_whole(top, path, fault, &cache.shown)));
+                false
+            }
+        });
+        if left.len() < before && left.len() > 1 && fetch_some(settings, &cache, &left, until).is_ok() {
+            return Ok(reasons);
+        }
+        left = missing(&left)?;
+    }
+    for path in left {
+        if let Err(e) = fetch_some(settings, &cache, std::slice::from_ref(&path), until) {
+            let reason = why_not(&cache, &path, &e);
+            reasons.insert(path, reason);
+        }
+    }
+    Ok(reasons)
+}
+
+fn fetch_some(
+    settings: &Settings,
+    cache: &Cache,
+    paths: &[StorePath],
+    until: Instant,
+) -> Result<(), RunError> {
+    let spawn = |e: Error| RunError::Spawn { program: "nix".into(), cause: e.to_string() };
+    for some in paths.chunks(PER_CALL) {
+        let (run, _scratch) = cache.nix(settings, Side::From, &["copy"]).map_err(spawn)?;
+        let within = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+        run.args(some).deadline(within).success()?;
+    }
+    Ok(())
+}
+
+fn why_not(cache: &Cache, path: &StorePath, e: &RunError) -> FetchError {
+    let RunError::Failed { stderr, .. } = e else {
+        return match e {
+            RunError::Deadline { .. } => {
+                FetchError::Unreachable(format!("cache {}: {}", cache.shown, cache.cause(e)))
+            }
+            e => FetchError::Failed(format!("cannot copy {path}: {}", cache.cause(e))),
+        };
+    };
+    let cause = cache.cause(e);
+    let has = |words: &[&str]| words.iter().any(|w| stderr.contains(w));
+    if cache.bridge.as_ref().is_some_and(|b| !b.troubles().is_empty()) {
+        FetchError::Unreachable(format!("cache {}: {cause}", cache.shown))
+    } else if has(&["signature", "hash mismatch", "corrupt", "NAR", "decompress", "zstd"]) {
+        FetchError::Refused(format!(
+            "nix refuses what {} has of {path}: {cause}; push it again with a key that is trusted here",
+            cache.shown
+        ))
+    } else if has(&["does not exist in", "is not valid", "don't know how to build"]) {
+        FetchError::NotInCache(format!(
+            "{path} is not in the cache {}; push it with 'omni-deploy push'",
+            cache.shown
+        ))
+    } else if has(&["unable to download", "HTTP error", "cannot connect", "failed to start SSH"]) {
+        FetchError::Unreachable(format!("cache {}: {cause}", cache.shown))
+    } else {
+        FetchError::Failed(format!("cannot copy {path}: {cause}"))
+    }
+}
+
+fn not_whole(top: &StorePath, path: &StorePath, fault: &cache::Fault, shown: &str) -> String {
+    if top == path && *fault == cache::Fault::Absent {
+        return format!("{top} is not in the cache {shown}; push it with 'omni-deploy push'");
+    }
+    format!(
+        "the closure of {top} is not whole in the cache {shown}: {path} {}; push it again with 'omni-deploy push'",
+        fault.text()
+    )
+}
+
+/// Copies closures to the cache, signed if there is a key, unless they are there already. Entries that are
+/// broken are taken out first, so that they are written anew, and entries without our signature get it.
+/// `on_line` gets Nix's lines as they come.
+pub fn publish(settings: &Settings, paths: &[StorePath], on_line: &mut dyn FnMut(&str)) -> Result<Published> {
+    let key = key_name(settings)?;
+    let cache = Cache::open(settings, Access::Write)?;
+    let mut unsigned = Vec::new();
+    let mut whole = false;
+    if let Some(direct) = &cache.direct {
+        let found = cache::inspect(direct.as_ref(), paths)?;
+        unsigned = key.map(|key| found.unsigned_by(&key)).unwrap_or_default();
+        whole = found.faults.is_empty();
+        if whole && unsigned.is_empty() {
+            return Ok(Published::Already(figures(&found)));
+        }
+        for (path, fault) in found.faults.iter().filter(|(_, fault)| **fault != cache::Fault::Absent) {
+            say::warning(format!("{path} {} in {}; writing it anew", fault.text(), cache.shown));
+        }
+        cache::forget(direct.as_ref(), &found.faults)?;
+        unsigned.retain(|p| !found.faults.contains_key(p));
+    }
+    let call =
+        |side: Side, words: &[&str], paths: &[StorePath], on_line: &mut dyn FnMut(&str)| -> Result<()> {
+            for some in paths.chunks(PER_CALL) {
+                let (run, _scratch) = cache.nix(settings, side, words)?;
+                let run = run.args(some);
+                let output = run.each_line(|_, line| on_line(&cache.clean(line)));
+                check(output, "nix").map_err(|e| {
+                    Error::new(format!("nix {} to {} failed: {}", words[0], cache.shown, cache.cause(&e)))
+                })?;
+            }
+            Ok(())
+        };
+    if !whole {
+        call(Side::To, &["copy"], paths, on_line)?;
+    }
+    if let (false, Some(file)) = (unsigned.is_empty(), &settings.secret_key_file) {
+        call(Side::Store, &["store", "sign", "--key-file", &file.to_string_lossy()], &unsigned, on_line)?;
+    }
+    Ok(Published::Copied)
+}
+
+/// A status other than 0 as an error.
+fn check(output: Result<Output, RunError>, command: &str) -> Result<Output, RunError> {
+    let output = output?;
+    if output.status.ok() {
+        return Ok(output);
+    }
+    Err(RunError::Failed { command: command.to_string(), status: output.status, stderr: output.stderr })
+}
+
+fn figures(found: &cache::Inspection) -> Figures {
+    Figures { paths: found.infos.len(), bytes: Some(found.bytes()) }
+}
+
+/// Walks the closures in the cache itself, from narinfo to narinfo, and looks for every NAR file. The error
+/// names the first part that is missing, and says when a path lacks our signature.
+pub fn verify_closure(settings: &Settings, paths: &[StorePath]) -> Result<Figures> {
+    let shown = settings.cache.to_string();
+    let url = match &settings.cache {
+        CacheUrl::Nix(_) => return verify_through_nix(settings, paths),
+        CacheUrl::Dir(path) => StoreUrl::Dir(path.clone()),
+        CacheUrl::S3(location) => StoreUrl::S3(location.clone()),
+    };
+    let found = cache::inspect(store::open(&url)?.as_ref(), paths)?;
+    for top in paths {
+        if let Some((path, fault)) = found.fault_below(top, &|_| true) {
+            return Err(Error::new(not_whole(top, path, fault, &shown)));
+        }
+    }
+    if let Some(key) = key_name(settings)?
+        && let Some(path) = found.unsigned_by(&key).first()
+    {
+        return Err(Error::new(format!(
+            "{path} in the cache {shown} has no signature by the key {key}; sign it with \
+             'nix store sign --recursive --key-file FILE {path}' and push again"
+        )));
+    }
+    Ok(figures(&found))
+}
+
+fn verify_through_nix(settings: &Settings, paths: &[StorePath]) -> Result<Figures> {
+    let cache = Cache::open(settings, Access::Read)?;
+    let mut found = BTreeSet::new();
+    for some in paths.chunks(PER_CALL) {
+        let (run, _scratch) = cache.nix(settings, Side::Store, &["path-info", "--recursive"])?;
+        let output = run.args(some).success().map_err(|e| {
+            Error::new(format!(
+                "the closure is not whole in the cache {}: {}; push it again",
+                cache.shown,
+                cache.cause(&e)
+            ))
+        })?;
+        found.extend(output.text().lines().map(String::from));
+    }
+    Ok(Figures { paths: found.len(), bytes: None })
+}
+
+/// Builds a flake reference in `dir`; its output's path. Nix's progress is handed over line by line.
+pub fn build_flake(reference: &str, dir: &Path, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
+    let (run, _scratch) = nix(&["nix-command", "flakes"])?;
+    let run = run.args(["build", "--no-link", "--print-out-paths", "--", reference]).dir(dir);
+    built(run, &format!("nix build {reference}"), on_line)
+}
+
+/// Builds a Nix file; its output's path.
+pub fn build_file(file: &Path, dir: &Path, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
+    // A path of Nix's must not look like an option, nor like a name to look up.
+    let file = if file.is_absolute() { file.to_path_buf() } else { Path::new("./").join(file) };
+    let run = Run::new("nix-build").arg("--no-out-link").arg(&file).dir(dir);
+    built(run, &format!("nix-build {}", file.display()), on_line)
+}
+
+fn built(run: Run, shown: &str, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
+    let output = check(
+        run.each_line(|stream, line| {
+            if stream == crate::runner::Stream::Stderr {
+                on_line(line);
+            }
+        }),
+        shown,
+    )?;
+    let text = output.text();
+    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
+    match lines[..] {
+        [line] => StorePath::parse(line.trim())
+            .map_err(|why| Error::new(format!("{shown} printed {line:?}, which {why}"))),
+        [] => Err(Error::new(format!("{shown} printed no path; does it have an output?"))),
+        _ => Err(Error::new(format!(
+            "{shown} printed {} paths; a service is one path: name one output",
+            lines.len()
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_merged_and_never_doubled() {
+        let zstd = [("compression", "zstd".to_string()), ("secret-key", "/k".to_string())];
+        for (url, want) in [
+            ("file:///c", "file:///c?compression=zstd&secret-key=/k"),
+            ("https://c/x?priority=5", "https://c/x?priority=5&compression=zstd&secret-key=/k"),
+            ("https://c?compression=xz", "https://c?compression=xz&secret-key=/k"),
+            ("https://c?", "https://c?compression=zstd&secret-key=/k"),
+        ] {
+            assert_eq!(with_params(url, &zstd), want);
+        }
+        assert_eq!(with_params("ssh://host", &[]), "ssh://host");
+        assert_eq!(encoded("/a b/ü#?&c"), "/a%20b/%C3%BC%23%3F%26c");
+    }
+
+    #[test]
+    fn of_nix_talk_the_error_is_what_counts() {
+        let stderr = "copying 2 paths...\nerror: path '/x' lacks a signature\n  more";
+        assert_eq!(errors_of(stderr), "error: path '/x' lacks a signature\n  more");
+        assert_eq!(errors_of("plain"), "plain");
+    }
 }

@@ -1,9 +1,124 @@
-//! Not written yet.
+//! `omni-deploy push` and `ship`.
 
 use super::Call;
+use crate::config::Settings;
 use crate::error::Result;
+use crate::names::{HostName, ServiceName};
+use crate::push::wait::{self, Outcome};
+use crate::push::{self, Pushed};
+use crate::say;
+use argh::FromArgs;
+use std::time::Duration;
 
-/// Runs the command.
-pub fn run(_call: &Call, _live: bool) -> Result<u8> {
-    todo!()
+/// Build, copy the closure to the cache, verify that all of it is there, publish.
+#[derive(FromArgs)]
+#[argh(
+    example = "Push a namespace, whose service is named by its ': out' header or its path:\n  {command_name} Biz/PodcastItLater/Web.py\n\nPush a closure that is built already, and follow the hosts:\n  {command_name} --wait --service ava /nix/store/…-ava",
+    note = "A TARGET is a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file,\nor a store path. Several are published together, in one version. On stdout: NAME STOREPATH serial N.",
+    error_code(1, "nothing was published; or, with --wait, a host did not answer in time"),
+    error_code(3, "with --wait: a host refused a service, and its previous version runs"),
+    error_code(4, "with --wait: a service is down")
+)]
+struct Push {
+    /// what to push
+    #[argh(positional, arg_name = "target")]
+    targets: Vec<String>,
+
+    /// the service's name, for a single target
+    #[argh(option, arg_name = "name")]
+    service: Option<String>,
+
+    /// start the deployer on the hosts and follow each until it runs the new version or has refused it
+    #[argh(switch)]
+    wait: bool,
+
+    /// how long to follow the hosts, in seconds (300)
+    #[argh(option, arg_name = "seconds", default = "300")]
+    timeout: u64,
+}
+
+/// Push, then start the deployer on the hosts and follow each until it runs the new version or has refused it.
+#[derive(FromArgs)]
+#[argh(
+    example = "Make a finished program live now:\n  {command_name} Omni/Ava.hs",
+    note = "A TARGET is a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file,\nor a store path. On stdout: NAME STOREPATH serial N, then NAME HOST OUTCOME for each host.",
+    error_code(1, "nothing was published, or a host did not answer in time"),
+    error_code(3, "a host refused a service, and its previous version runs"),
+    error_code(4, "a service is down")
+)]
+struct Ship {
+    /// what to push
+    #[argh(positional, arg_name = "target")]
+    targets: Vec<String>,
+
+    /// the service's name, for a single target
+    #[argh(option, arg_name = "name")]
+    service: Option<String>,
+
+    /// how long to follow the hosts, in seconds (300)
+    #[argh(option, arg_name = "seconds", default = "300")]
+    timeout: u64,
+}
+
+/// Runs the command; `live` is `ship`.
+pub fn run(call: &Call, live: bool) -> Result<u8> {
+    let args = if live {
+        let Ship { targets, service, timeout } = call.parse()?;
+        Push { targets, service, wait: true, timeout }
+    } else {
+        call.parse::<Push>()?
+    };
+    if args.targets.is_empty() {
+        return Err(crate::error::Error::usage(format!(
+            "nothing to push; name a target: '{} Biz/App.py'",
+            call.name
+        )));
+    }
+    let settings = call.settings()?;
+    let cwd = std::env::current_dir()
+        .map_err(|e| crate::error::Error::new(format!("cannot tell the current folder: {e}; cd to one")))?;
+    let pushed = push::push(&settings, &args.targets, args.service.as_deref(), &cwd)?;
+    for (name, path) in &pushed.services {
+        super::print(&format!("{name} {path} serial {}", pushed.serial))?;
+    }
+    let hosts: Vec<&str> = pushed.hosts.keys().map(HostName::as_str).collect();
+    if hosts.is_empty() {
+        say::warning("no host runs what was pushed; name some with 'deploy-manifest set NAME hosts=…'");
+        return Ok(0);
+    }
+    if args.wait {
+        return follow(&settings, &pushed, Duration::from_secs(args.timeout));
+    }
+    say::info(format!(
+        "{} will pick it up within 5 minutes; 'omni-deploy ship' makes it live at once",
+        hosts.join(", ")
+    ));
+    Ok(0)
+}
+
+fn follow(settings: &Settings, pushed: &Pushed, timeout: Duration) -> Result<u8> {
+    let outcomes = wait::follow(settings, &pushed.hosts, pushed.serial, timeout);
+    for ((service, host), outcome) in &outcomes {
+        super::print(&format!("{service} {host} {}", outcome.word()))?;
+    }
+    for ((service, host), outcome) in &outcomes {
+        explain(service, host, outcome);
+    }
+    Ok(wait::exit_code(outcomes.values()))
+}
+
+fn explain(service: &ServiceName, host: &HostName, outcome: &Outcome) {
+    match outcome {
+        Outcome::Runs => {}
+        Outcome::Superseded(serial) => {
+            say::warning(format!("{service} on {host}: serial {serial} was published meanwhile and counts"));
+        }
+        Outcome::Refused(trouble) | Outcome::Down(trouble) => {
+            say::error(format!("{service} on {host}: {}", trouble.reason));
+            for line in &trouble.journal {
+                say::info(format!("  {line}"));
+            }
+        }
+        Outcome::Unknown(why) => say::error(format!("{service} on {host}: {why}")),
+    }
 }

@@ -1,1 +1,247 @@
-//! From a namespace to a published version.
+//! From a target to a published version: resolve, build, copy, verify, publish. Each step is for all targets
+//! before the next begins, and the manifest is written once, at the end: a failure anywhere publishes nothing
+//! and says at which step.
+
+pub mod namespace;
+pub mod wait;
+
+use crate::clock::{Timestamp, human_seconds};
+use crate::config::Settings;
+use crate::error::{Error, Result, did_you_mean};
+use crate::manifest::Manifest;
+use crate::manifest::edit::{self, Update};
+use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
+use crate::nix::{self, Published};
+use crate::runner::{Run, Stream, tail};
+use crate::say;
+use crate::store;
+use namespace::{How, Target};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::Instant;
+
+/// A version with everything that was pushed in it.
+#[derive(Debug, Clone)]
+pub struct Pushed {
+    /// The version's serial.
+    pub serial: u64,
+    /// What runs from now on, in the order of the targets.
+    pub services: Vec<(ServiceName, StorePath)>,
+    /// The services by the hosts they run on.
+    pub hosts: BTreeMap<HostName, Vec<(ServiceName, StorePath)>>,
+}
+
+/// A step's time for people.
+fn took(since: Instant) -> String {
+    match since.elapsed() {
+        t if t.as_secs() < 60 => format!("{:.1} s", t.as_secs_f64()),
+        t => human_seconds(t.as_secs() as i64),
+    }
+}
+
+/// A size for people.
+fn size(bytes: u64) -> String {
+    match bytes {
+        b if b < 1 << 10 => format!("{b} B"),
+        b if b < 1 << 20 => format!("{:.1} KiB", b as f64 / 1024.0),
+        b if b < 1 << 30 => format!("{:.1} MiB", b as f64 / f64::from(1 << 20)),
+        b => format!("{:.2} GiB", b as f64 / f64::from(1 << 30)),
+    }
+}
+
+/// Pushes all targets, seen from the folder `cwd`; `service` names the only one.
+pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd: &Path) -> Result<Pushed> {
+    if targets.len() > 1 && service.is_some() {
+        return Err(Error::usage(
+            "--service names one service, and there are several targets; push them apart",
+        ));
+    }
+    let mut resolved = Vec::new();
+    let mut names = BTreeSet::new();
+    for text in targets {
+        let target = namespace::resolve(text, service, cwd)?;
+        if !names.insert(target.service.clone()) {
+            return Err(Error::usage(format!("two targets are the service '{}'; push one", target.service)));
+        }
+        resolved.push(target);
+    }
+    let store = store::open(&settings.store)?;
+    let manifest = edit::read(store.as_ref())?;
+    for target in &resolved {
+        known(&manifest, target)?;
+    }
+
+    let mut built = Vec::new();
+    for target in &resolved {
+        let path =
+            build(settings, target).map_err(|e| e.context(format!("build of {} failed", target.shown)))?;
+        let revision = target.repository.as_deref().map(namespace::revision).transpose()?.flatten();
+        built.push(Update { name: target.service.clone(), path, revision });
+    }
+    let paths: Vec<StorePath> = built.iter().map(|u| u.path.clone()).collect();
+    for update in &built {
+        warn_without_program(&manifest, update);
+    }
+
+    let nothing = "; nothing was published";
+    copy(settings, &paths).map_err(|e| Error::new(format!("copy to the cache failed: {e}{nothing}")))?;
+
+    let since = Instant::now();
+    let now = || Timestamp::now();
+    let version = edit::update(store.as_ref(), &now, &edit::author(), &built)
+        .map_err(|e| Error::new(format!("publishing failed: {e}{nothing}")))?;
+    let (serial, written) = (version.manifest.serial, version.written);
+    let mut hosts: BTreeMap<HostName, Vec<(ServiceName, StorePath)>> = BTreeMap::new();
+    for Update { name, path, .. } in &built {
+        for host in version.manifest.service(name.as_str()).map(|s| s.hosts.as_slice()).unwrap_or_default() {
+            hosts.entry(host.clone()).or_default().push((name.clone(), path.clone()));
+        }
+    }
+    let url = store.url();
+    if written {
+        say::notice(format!("published serial {serial} to {url} in {}", took(since)));
+    } else {
+        say::info(format!("nothing to publish: serial {serial} in {url} says so already"));
+    }
+    Ok(Pushed { serial, services: built.into_iter().map(|u| (u.name, u.path)).collect(), hosts })
+}
+
+/// Refuses a target whose service the manifest does not have.
+fn known(manifest: &Manifest, target: &Target) -> Result<()> {
+    let name = target.service.as_str();
+    if manifest.service(name).is_some() {
+        return Ok(());
+    }
+    let near = did_you_mean(name, manifest.services.iter().map(|s| s.name.as_str()));
+    Err(Error::new(format!(
+        "no service '{name}' in the manifest (the name comes from {}){near}; add it with 'deploy-manifest \
+         add-service', or name another with --service",
+        target.shown
+    )))
+}
+
+fn build(settings: &Settings, target: &Target) -> Result<StorePath> {
+    let since = Instant::now();
+    let mut progress = |line: &str| say::info(line);
+    let path = match &target.how {
+        How::Built(path) => path.clone(),
+        How::Flake(reference) => nix::build_flake(reference, &target.dir, &mut progress)?,
+        How::NixFile(file) => nix::build_file(file, &target.dir, &mut progress)?,
+        How::Command(namespace) => build_with_command(settings, namespace, &target.dir)?,
+    };
+    if !nix::missing(std::slice::from_ref(&path))?.is_empty() {
+        return Err(Error::new(format!(
+            "{path} is not valid in this machine's Nix store; build it here, or fetch it with 'nix copy --from'"
+        )));
+    }
+    match target.how {
+        How::Built(_) => {}
+        _ => say::info(format!("built {} as {path} in {}", target.shown, took(since))),
+    }
+    Ok(path)
+}
+
+fn build_with_command(settings: &Settings, namespace: &str, dir: &Path) -> Result<StorePath> {
+    let Some((program, words)) = settings.build.as_ref().and_then(|words| words.split_first()) else {
+        return Err(Error::new(
+            "there is no 'bild' on PATH and no other build command; set 'build' in the configuration, or push a \
+             flake reference, a .nix file or a store path",
+        ));
+    };
+    let run = Run::new(program).args(words).arg(namespace).dir(dir);
+    let mut found = None;
+    let output = run.each_line(|stream, line| match path_in(stream, line) {
+        Some(path) => found = Some(path.to_string()),
+        None => say::info(line),
+    })?;
+    if !output.status.ok() {
+        let said = if output.stderr.trim().is_empty() { output.text() } else { output.stderr };
+        return Err(Error::new(format!("{program} ended with {}: {}", output.status, tail(&said))));
+    }
+    match found {
+        Some(text) => StorePath::parse(&text)
+            .map_err(|why| Error::new(format!("{program} names {text:?} as its result, which {why}"))),
+        None => Err(Error::new(format!(
+            "{program} succeeded and printed no store path; it must print STORE_PATH=/nix/store/… on its output"
+        ))),
+    }
+}
+
+/// The path that a line of a build command's output names: `STORE_PATH=…` anywhere, or a line on stdout that is
+/// a path in the store and nothing else.
+fn path_in(stream: Stream, line: &str) -> Option<&str> {
+    let line = line.trim();
+    match line.strip_prefix("STORE_PATH=") {
+        Some(path) => Some(path.trim().trim_matches('"')),
+        None => {
+            let below = line.strip_prefix(STORE_DIR).and_then(|l| l.strip_prefix('/'))?;
+            (stream == Stream::Stdout && !below.contains(char::is_whitespace)).then_some(line)
+        }
+    }
+}
+
+/// Says early what the host would refuse: a closure without the program that the unit starts.
+fn warn_without_program(manifest: &Manifest, Update { name, path, .. }: &Update) {
+    let own_command = manifest.service(name.as_str()).is_some_and(|s| s.exec.command.is_some());
+    let program = format!("{path}/bin/{name}");
+    if !own_command && fs_err::metadata(&program).is_err() {
+        say::warning(format!(
+            "there is no {program}, which '{name}' starts by default; set it with 'deploy-manifest set {name} \
+             exec.command=…'"
+        ));
+    }
+}
+
+/// Copies and looks whether everything is there.
+fn copy(settings: &Settings, paths: &[StorePath]) -> Result<()> {
+    let since = Instant::now();
+    let published = nix::publish(settings, paths, &mut |line| say::info(line))?;
+    let (figures, done) = match published {
+        Published::Already(figures) => (figures, "already in"),
+        Published::Copied => {
+            say::info(format!("copied to {} in {}", settings.cache, took(since)));
+            (nix::verify_closure(settings, paths)?, "whole in")
+        }
+    };
+    let bytes = figures.bytes.map(|b| format!(", {}", size(b))).unwrap_or_default();
+    say::info(format!(
+        "closure of {} paths{bytes} {done} {} (looked at in {})",
+        figures.paths,
+        settings.cache,
+        took(since)
+    ));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_build_commands_result_is_told_from_its_talk() {
+        let path = "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava";
+        let (out, err) = (Stream::Stdout, Stream::Stderr);
+        for (stream, line, want) in [
+            (out, format!("STORE_PATH={path}"), Some(path)),
+            (err, format!("STORE_PATH={path}\r"), Some(path)),
+            (out, format!("  {path}  "), Some(path)),
+            (out, format!("STORE_PATH=\"{path}\""), Some(path)),
+            // nix lists on stderr what it is about to build.
+            (err, format!("  {path}"), None),
+            (out, format!("built {path}"), None),
+            (out, format!("{path} is old"), None),
+            (out, "STORE_PATH".to_string(), None),
+            (out, String::new(), None),
+        ] {
+            assert_eq!(path_in(stream, &line), want, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_for_people() {
+        assert_eq!(
+            (size(512), size(1536), size(3 << 20)),
+            ("512 B".into(), "1.5 KiB".into(), "3.0 MiB".into())
+        );
+    }
+}
