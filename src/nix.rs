@@ -521,6 +521,22 @@ fn built(run: Run, shown: &str, on_line: &mut dyn FnMut(&str)) -> Result<StorePa
     }
 }
 
+/// Asks a store whether it answers (this machine's own when none is named).
+pub fn ping(store: Option<&str>) -> Result<String, RunError> {
+    let mut run = Run::new("nix").args(["--extra-experimental-features", "nix-command", "store", "ping"]);
+    if let Some(store) = store {
+        run = run.env("NIX_REMOTE", store);
+    }
+    let output = run.deadline(Duration::from_secs(30)).success()?;
+    // What it found goes to stderr in some versions and to stdout in others; warnings are in front.
+    let text = format!("{}\n{}", output.text(), output.stderr);
+    let found = |word: &str| text.lines().find_map(|l| l.strip_prefix(word)).map(|v| v.trim().to_string());
+    Ok(match found("Version:") {
+        Some(version) => format!("version {version}, the store answers"),
+        None => "the store answers".into(),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

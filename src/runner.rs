@@ -155,6 +155,7 @@ pub struct Run {
     stdin: Vec<u8>,
     dir: Option<PathBuf>,
     deadline: Option<Duration>,
+    keep: bool,
 }
 
 /// Which of a program's streams a line came from.
@@ -176,6 +177,7 @@ impl Run {
             stdin: Vec::new(),
             dir: None,
             deadline: None,
+            keep: true,
         }
     }
 
@@ -218,6 +220,12 @@ impl Run {
     /// Ends it (SIGKILL) when it runs longer than this.
     pub fn deadline(mut self, after: Duration) -> Self {
         self.deadline = Some(after);
+        self
+    }
+
+    /// Does not keep its stdout: what runs for as long as a person watches must not fill the memory.
+    pub fn unkept(mut self) -> Self {
+        self.keep = false;
         self
     }
 
@@ -340,7 +348,8 @@ impl Run {
                     let shown = line.strip_suffix(b"\n").unwrap_or(&line);
                     on_line(stream, &String::from_utf8_lossy(shown));
                     match stream {
-                        Stream::Stdout => stdout.extend_from_slice(&line),
+                        Stream::Stdout if self.keep => stdout.extend_from_slice(&line),
+                        Stream::Stdout => {}
                         Stream::Stderr => stderr.extend_from_slice(&line),
                     }
                     continue;

@@ -1,9 +1,61 @@
-//! Not written yet.
+//! `omni-deploy config`: the effective values and where each came from. Never prints a secret: keys are shown
+//! as the path of their file, URLs without what authenticates.
 
-use super::Call;
+use super::{Call, print};
+use crate::config::{KEYS, Sourced};
 use crate::error::Result;
+use crate::say::printable;
+use crate::store::url::without_secrets;
+use argh::FromArgs;
+use serde_json::{Map, Value, json};
+
+/// Print the effective configuration and where each value came from.
+#[derive(FromArgs)]
+#[argh(
+    example = "omni-deploy config\nOMNI_DEPLOY_STORE=file:///tmp/s omni-deploy config --json | jq .settings.store",
+    note = "A flag beats the environment, which beats ~/.config/omni-deploy/config.json, which beats /etc/omni-deploy/config.json."
+)]
+struct Args {
+    /// print JSON
+    #[argh(switch)]
+    json: bool,
+}
 
 /// Runs the command.
-pub fn run(_call: &Call) -> Result<u8> {
-    todo!()
+pub fn run(call: &Call) -> Result<u8> {
+    let args: Args = call.parse()?;
+    let settings = call.settings()?;
+    let shown = |name: &str| {
+        let Some(Sourced { value, source }) = settings.sources.get(name) else { return (None, "default") };
+        (value.as_deref().map(without_secrets), source.as_str())
+    };
+    if args.json {
+        let mut map = Map::new();
+        for key in KEYS {
+            let (value, source) = shown(key.name);
+            let value = match value {
+                Some(text) if key.list => {
+                    let items = text.split([' ', ',', '\n', '\t']).filter(|w| !w.is_empty());
+                    Value::Array(items.map(Value::from).collect())
+                }
+                other => other.map_or(Value::Null, Value::from),
+            };
+            map.insert(key.name.into(), json!({"value": value, "source": source}));
+        }
+        let text = serde_json::to_string_pretty(&json!({"version": 1, "settings": map}));
+        print(&text.map_err(|e| crate::error::Error::new(format!("cannot write the configuration: {e}")))?)?;
+        return Ok(0);
+    }
+    let lines: Vec<[String; 3]> = KEYS
+        .iter()
+        .map(|key| {
+            let (value, source) = shown(key.name);
+            [key.name.to_string(), printable(value.as_deref().unwrap_or("-")).into_owned(), source.into()]
+        })
+        .collect();
+    let width = |i: usize| lines.iter().map(|l| l[i].chars().count()).max().unwrap_or(0);
+    let (names, values) = (width(0), width(1).min(60));
+    let text: String = lines.iter().map(|[n, v, s]| format!("{n:<names$}  {v:<values$}  {s}\n")).collect();
+    print(&text)?;
+    Ok(0)
 }

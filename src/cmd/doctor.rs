@@ -1,9 +1,82 @@
-//! Not written yet.
+//! `omni-deploy doctor`: checks this machine and says what to do. It repairs nothing.
 
-use super::Call;
-use crate::error::Result;
+use super::{Call, print};
+use crate::clock::Timestamp;
+use crate::error::{EXIT_FAILED, Error, Result};
+use crate::say::{self, printable};
+use crate::see::checks::{Check, Verdict, host, machine};
+use argh::FromArgs;
+use serde_json::json;
+use std::io::IsTerminal;
+
+/// Check configuration, store, keys and programs, and on a host also systemd, Caddy and secrets, with remedies.
+#[derive(FromArgs)]
+#[argh(
+    example = "omni-deploy doctor\nsudo omni-deploy doctor --host\nomni-deploy doctor --json | jq '.checks[] | select(.verdict == \"fail\")'",
+    note = "On a machine with a deployer the host is checked without being asked for.",
+    error_code(0, "nothing failed (warnings may have been given)"),
+    error_code(1, "some check failed")
+)]
+struct Args {
+    /// check this machine as a host, also without a deployer on it
+    #[argh(switch)]
+    host: bool,
+    /// print JSON
+    #[argh(switch)]
+    json: bool,
+}
 
 /// Runs the command.
-pub fn run(_call: &Call) -> Result<u8> {
-    todo!()
+pub fn run(call: &Call) -> Result<u8> {
+    let args: Args = call.parse()?;
+    let checks = look(call, args.host || host::is_host());
+    let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
+    if args.json {
+        let text = serde_json::to_string_pretty(&json!({"version": 1, "checks": checks}));
+        print(&text.map_err(|e| Error::new(format!("cannot write the checks: {e}")))?)?;
+    } else {
+        let colour = std::io::stdout().is_terminal() && say::colour_wanted();
+        print(&checks.iter().map(|check| line(check, colour)).collect::<String>())?;
+    }
+    Ok(if failed { EXIT_FAILED } else { 0 })
+}
+
+fn look(call: &Call, on_host: bool) -> Vec<Check> {
+    let settings = match call.settings() {
+        Ok(settings) => settings,
+        Err(e) => return vec![Check::fail("configuration", e.to_string())],
+    };
+    let mut checks = vec![machine::files()];
+    let mut manifest = None;
+    match crate::store::open(&settings.store) {
+        Err(e) => checks.push(Check::fail("store", e.to_string())),
+        Ok(store) => {
+            checks.extend(machine::store(store.as_ref(), on_host));
+            // A store that does not answer was said: the manifest would say it again.
+            if checks.iter().all(|c| c.name != "store" || c.verdict == Verdict::Ok) {
+                let (check, found) = machine::manifest(store.as_ref());
+                checks.push(check);
+                manifest = found;
+            }
+        }
+    }
+    checks.extend(machine::signing(&settings, on_host));
+    checks.push(machine::nix());
+    checks.push(machine::cache(&settings, on_host));
+    if !on_host {
+        checks.extend(machine::programs(&settings));
+    } else {
+        checks.extend(host::all(&settings, manifest.as_ref(), Timestamp::now()));
+    }
+    checks
+}
+
+fn line(check: &Check, colour: bool) -> String {
+    let (word, code) = match check.verdict {
+        Verdict::Ok => ("ok  ", "32"),
+        Verdict::Warn => ("warn", "33"),
+        Verdict::Fail => ("FAIL", "31"),
+    };
+    let word = if colour { format!("\x1b[{code}m{word}\x1b[0m") } else { word.to_string() };
+    format!("{word}  {:<18}  {}\n", check.name, printable(&check.text))
 }

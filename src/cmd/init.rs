@@ -1,9 +1,266 @@
-//! Not written yet.
+//! `omni-deploy init`: sets a developer's machine up. It adds to the user's configuration file and keeps what is
+//! in it, makes a signing key unless there is one, makes the manifest unless there is one, and prints what the
+//! hosts need. Doing it again changes nothing.
 
-use super::Call;
-use crate::error::Result;
+use super::{Call, print};
+use crate::clock::Timestamp;
+use crate::config::{self, KEYS, Settings};
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::keys::{PublicKey, SecretKey};
+use crate::manifest::Manifest;
+use crate::names::HostName;
+use crate::say;
+use crate::see::reports;
+use crate::store::url::without_secrets;
+use crate::store::{CacheUrl, MANIFEST_KEY, Store, StoreError, StoreUrl, When};
+use argh::FromArgs;
+use serde_json::{Map, Value, json};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// Set a developer's machine up: configuration, signing key, manifest. Prints the configuration for the hosts.
+#[derive(FromArgs)]
+#[argh(
+    example = "omni-deploy init 's3://bucket?region=eu-central-1'\nomni-deploy init file:///srv/omni-deploy\nomni-deploy init | ssh biz sudo tee /etc/omni-deploy/config.json",
+    note = "Flags of the configuration that are given here (--cache, --default-hosts, …) are written to the file too."
+)]
+struct Args {
+    /// the bucket of the manifest: s3://BUCKET[/PREFIX]?region=… or file:///DIR
+    #[argh(positional)]
+    store: Option<String>,
+    /// name of the signing key to make, if none is configured
+    #[argh(option, arg_name = "name")]
+    key_name: Option<String>,
+}
 
 /// Runs the command.
-pub fn run(_call: &Call) -> Result<u8> {
-    todo!()
+pub fn run(call: &Call) -> Result<u8> {
+    let args: Args = call.parse()?;
+    let mut flags = call.flags.clone();
+    if let Some(store) = args.store
+        && let Some(other) = flags.insert("store", store)
+    {
+        return Err(Error::usage(format!(
+            "the store is named twice, also by --store {}",
+            without_secrets(&other)
+        )));
+    }
+    let file = config::user_file();
+    let old = existing(&file)?;
+    let settings = config::load(&flags)?;
+    let store = crate::store::open(&settings.store)?;
+
+    let mut new = old.clone();
+    for (name, value) in &flags {
+        new.insert(name.to_string(), file_value(name, value)?);
+    }
+    let (key_file, key) = signing_key(&settings, args.key_name.as_deref())?;
+    if settings.secret_key_file.is_none() {
+        new.insert("secretKeyFile".into(), Value::from(key_file.display().to_string()));
+    }
+    save(&file, &old, &new)?;
+    for key in KEYS.iter().filter(|k| flags.contains_key(k.name)) {
+        if std::env::var_os(key.env).is_some_and(|v| !v.is_empty()) {
+            say::warning(format!(
+                "{} is set and beats '{}' of {}; unset it",
+                key.env,
+                key.name,
+                file.display()
+            ));
+        }
+    }
+    let probe = crate::store::probe(store.as_ref())?;
+    if let Some(complaint) = probe.complaint {
+        return Err(Error::new(complaint));
+    }
+    if let Some(leftover) = probe.leftover {
+        say::warning(leftover);
+    }
+    make_manifest(store.as_ref(), &settings.host)?;
+
+    let text = serde_json::to_string_pretty(&for_hosts(&settings, &key.public()));
+    say::info(
+        "every host needs this in /etc/omni-deploy/config.json, and credentials of its own for the bucket:",
+    );
+    print(&text.map_err(|e| Error::new(format!("cannot write the hosts' configuration: {e}")))?)?;
+    Ok(0)
+}
+
+/// What the user's file holds. One that is no JSON object is put aside as `config.json.broken`.
+fn existing(file: &Path) -> Result<Map<String, Value>> {
+    let bytes = match fs_err::read(file) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
+        Err(e) => return Err(e.into()),
+    };
+    match serde_json::from_slice(&bytes) {
+        Ok(Value::Object(map)) => Ok(map),
+        _ => {
+            let aside = file.with_extension("json.broken");
+            durable::write(&aside, &bytes, 0o600)?;
+            durable::remove(file)?;
+            say::warning(format!("{} was no JSON object; kept as {}", file.display(), aside.display()));
+            Ok(Map::new())
+        }
+    }
+}
+
+/// A flag's value as the file holds it: lists as arrays, paths absolute.
+fn file_value(name: &str, value: &str) -> Result<Value> {
+    if KEYS.iter().any(|k| k.name == name && k.list) {
+        let items = value.split([' ', ',', '\n', '\t']).filter(|w| !w.is_empty());
+        return Ok(Value::Array(items.map(Value::from).collect()));
+    }
+    if name == "secretKeyFile" && !value.starts_with("~/") {
+        return Ok(Value::from(std::path::absolute(value)?.display().to_string()));
+    }
+    Ok(Value::from(value))
+}
+
+/// The configured key, or one that is made (or was made by an earlier call) in the user's folder.
+fn signing_key(settings: &Settings, name: Option<&str>) -> Result<(PathBuf, SecretKey)> {
+    if let Some(path) = &settings.secret_key_file {
+        let key = SecretKey::read(path)?;
+        if name.is_some_and(|name| name != key.public().name()) {
+            return Err(Error::new(format!(
+                "{} is configured and named {}; take secretKeyFile out of the configuration to make another",
+                path.display(),
+                key.public().name()
+            )));
+        }
+        say::info(format!("signing key: {} (configured)", path.display()));
+        return Ok((path.clone(), key));
+    }
+    let name = name.map_or_else(|| default_key_name(&user(), &settings.host), String::from);
+    let dir = config::user_dir().join("keys");
+    let path = dir.join(format!("{name}.secret"));
+    if path.exists() {
+        say::info(format!("signing key: {} (was there)", path.display()));
+        return Ok((path.clone(), SecretKey::read(&path)?));
+    }
+    let key = SecretKey::generate(&name)?;
+    let path = key.write(&dir)?;
+    say::notice(format!("signing key: {} (made; keep a copy where only you can read it)", path.display()));
+    Ok((path, key))
+}
+
+fn user() -> String {
+    ["USER", "LOGNAME"]
+        .iter()
+        .find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()))
+        .unwrap_or("root".into())
+}
+
+fn default_key_name(user: &str, host: &HostName) -> String {
+    let user: String =
+        user.chars().filter(|c| c.is_ascii_alphanumeric() || "-_".contains(*c)).take(40).collect();
+    format!("omni-deploy-{}-{host}-1", if user.is_empty() { "user" } else { user.as_str() })
+}
+
+/// Writes the file if anything differs, and says what.
+fn save(file: &Path, old: &Map<String, Value>, new: &Map<String, Value>) -> Result<()> {
+    let at = file.display();
+    if old == new {
+        say::info(format!("configuration: {at} needs no change"));
+        return Ok(());
+    }
+    let mode = fs_err::metadata(file).map_or(0o600, |m| m.permissions().mode() & 0o777);
+    let dir = file.parent().ok_or_else(|| Error::new(format!("{at} has no folder above it; set HOME")))?;
+    fs_err::create_dir_all(dir)?;
+    let text = serde_json::to_string_pretty(&new)
+        .map_err(|e| Error::new(format!("cannot write the configuration: {e}")))?;
+    durable::write(file, format!("{text}\n").as_bytes(), mode)?;
+    let shown = |value: &Value| match value {
+        Value::String(text) => without_secrets(text),
+        other => other.to_string(),
+    };
+    for (name, value) in new.iter().filter(|(name, value)| old.get(*name) != Some(*value)) {
+        let was = old.get(name).map_or(String::new(), |v| format!(" (was {})", shown(v)));
+        say::notice(format!("configuration: {at}: {name} is now {}{was}", shown(value)));
+    }
+    Ok(())
+}
+
+fn make_manifest(store: &dyn Store, host: &HostName) -> Result<()> {
+    let first = Manifest::empty(Timestamp::now(), &format!("{}@{host}", user()));
+    match store.put(MANIFEST_KEY, &first.to_bytes(), &When::Absent) {
+        Ok(_) => say::notice(format!("manifest: made in {}", store.url())),
+        Err(StoreError::Changed(_)) => {
+            let serial = reports::manifest(store)?.serial;
+            say::info(format!("manifest: {} has one, serial {serial}", store.url()));
+        }
+        Err(e) => return Err(e.into()),
+    }
+    Ok(())
+}
+
+/// The configuration of a host: where to look and whom to believe. A profile is of this machine's credentials
+/// and stays here.
+fn for_hosts(settings: &Settings, ours: &PublicKey) -> Value {
+    let mut store = settings.store.clone();
+    if let StoreUrl::S3(location) = &mut store {
+        location.profile = None;
+    }
+    let mut cache = settings.cache.clone();
+    if let CacheUrl::S3(location) = &mut cache {
+        location.profile = None;
+    }
+    let shown = |name: &str, url: String| {
+        let shown = without_secrets(&url);
+        if shown != url {
+            say::warning(format!(
+                "'{name}' below is shown without what authenticates; fill it in on the hosts"
+            ));
+        }
+        shown
+    };
+    let mut trusted = settings.trusted_public_keys.clone();
+    if !trusted.contains(&ours.to_string()) {
+        trusted.push(ours.to_string());
+    }
+    json!({
+        "store": shown("store", store.to_string()),
+        "cache": shown("cache", cache.to_string()),
+        "trustedPublicKeys": trusted,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_told_where_to_look_and_whom_to_believe_and_nothing_of_ours() {
+        let key = SecretKey::generate("k").unwrap().public();
+        let flags = [
+            ("store", "s3://bucket/p?region=eu&profile=dev"),
+            ("trustedPublicKeys", "old:igHme8Qi9gyKFZOCtbcuFVJ1hxBRtVR/TyOJJsiLcaI="),
+            ("secretKeyFile", "/secret"),
+        ];
+        let settings = config::load(&flags.map(|(name, value)| (name, value.to_string())).into()).unwrap();
+        let value = for_hosts(&settings, &key);
+        assert_eq!(value["store"], "s3://bucket/p?region=eu");
+        assert_eq!(value["cache"], "s3://bucket/p?region=eu");
+        assert_eq!(value["trustedPublicKeys"][1], key.to_string());
+        assert_eq!(value.as_object().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn the_default_key_name_is_a_key_name_whoever_the_user_is() {
+        let host = HostName::parse("laptop").unwrap();
+        assert_eq!(default_key_name("ann", &host), "omni-deploy-ann-laptop-1");
+        for user in ["", "DOM\\ann lee", "ä", &"x".repeat(500)] {
+            crate::keys::check_name(&default_key_name(user, &host)).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_flags_say_is_written_in_the_form_of_the_file() {
+        assert_eq!(file_value("defaultHosts", "a, b").unwrap(), json!(["a", "b"]));
+        assert_eq!(file_value("secretKeyFile", "/k").unwrap(), json!("/k"));
+        assert!(file_value("secretKeyFile", "k").unwrap().as_str().unwrap().starts_with('/'));
+        assert_eq!(file_value("secretKeyFile", "~/k").unwrap(), json!("~/k"));
+        assert_eq!(file_value("store", "s3://b").unwrap(), json!("s3://b"));
+    }
 }

@@ -1,9 +1,258 @@
-//! Not written yet.
+//! `omni-deploy logs`: the journal of a service, of the deployer or of Caddy, from the hosts that run it. Lines
+//! of hosts are shown with their control characters escaped; what a person gives reaches journalctl as the
+//! value of an option, never as one.
 
-use super::Call;
-use crate::error::Result;
+use super::{Call, print};
+use crate::config::Settings;
+use crate::error::{EXIT_FAILED, Error, Result, did_you_mean};
+use crate::names::HostName;
+use crate::runner::{Status, Stream};
+use crate::say::{self, printable};
+use crate::see::reports;
+use crate::ssh;
+use argh::FromArgs;
+use std::collections::BTreeSet;
+use std::sync::mpsc;
+
+/// The journal of a service, the deployer or Caddy, from the hosts that run it.
+#[derive(FromArgs)]
+#[argh(
+    example = "omni-deploy logs ava -f\nomni-deploy logs ava --since '1 hour ago'\nomni-deploy logs deployer -n 50 --host biz",
+    note = "Without -n and --since the last 100 lines are shown. With several hosts, each line begins with its host."
+)]
+struct Args {
+    /// a service's name, or deployer, or caddy
+    #[argh(positional)]
+    name: String,
+    /// go on with new lines as they come, until Ctrl-C
+    #[argh(switch, short = 'f')]
+    follow: bool,
+    /// how many of the last lines, or all
+    #[argh(option, short = 'n', arg_name = "lines", from_str_fn(lines))]
+    lines: Option<String>,
+    /// since when, in a form of systemd.time(7): yesterday, '1 hour ago', '2026-11-22 18:00'
+    #[argh(option, from_str_fn(since))]
+    since: Option<String>,
+    /// only this host
+    #[argh(option)]
+    host: Option<String>,
+}
+
+const DEFAULT_LINES: &str = "100";
+
+fn lines(text: &str) -> Result<String, String> {
+    match text.parse::<u32>() {
+        Ok(n) => Ok(n.to_string()),
+        Err(_) if text == "all" => Ok(text.into()),
+        Err(_) => Err(format!("'{}' is no number of lines; 50 or all is meant", printable(text))),
+    }
+}
+
+fn since(text: &str) -> Result<String, String> {
+    let well = |c: char| c.is_ascii_alphanumeric() || " :+-.,@/_".contains(c);
+    if text.trim().is_empty() || text.len() > 64 || !text.chars().all(well) {
+        return Err(format!(
+            "'{}' is no time; the form is '1 hour ago' or '2026-11-22 18:00'",
+            printable(text)
+        ));
+    }
+    Ok(text.into())
+}
 
 /// Runs the command.
-pub fn run(_call: &Call) -> Result<u8> {
-    todo!()
+pub fn run(call: &Call) -> Result<u8> {
+    let args: Args = call.parse()?;
+    let settings = call.settings()?;
+    let (unit, hosts) = which(&settings, &args)?;
+    let words = journalctl(&unit, &args);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let failed = if args.follow || hosts.len() == 1 {
+        together(&settings, &hosts, &words)?
+    } else {
+        in_turn(&settings, &hosts, &words)?
+    };
+    Ok(if failed { EXIT_FAILED } else { 0 })
+}
+
+/// The unit and the hosts that run it.
+fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
+    let picked = match &args.host {
+        None => None,
+        Some(host) => Some(
+            HostName::parse(host)
+                .map_err(|why| Error::usage(format!("the host '{}' {why}", printable(host))))?,
+        ),
+    };
+    let everywhere = matches!(args.name.as_str(), "deployer" | "caddy");
+    // A host's own journal needs no manifest: that may be what is being looked into.
+    if everywhere && let Some(host) = picked {
+        return Ok((format!("{}.service", args.name), vec![host]));
+    }
+    let store = crate::store::open(&settings.store)?;
+    let manifest = reports::manifest(store.as_ref())?;
+    if everywhere {
+        let hosts: Vec<HostName> = reports::hosts(&manifest).into_iter().collect();
+        if hosts.is_empty() {
+            return Err(Error::new("the manifest names no host; name one with --host"));
+        }
+        return Ok((format!("{}.service", args.name), hosts));
+    }
+    let service = manifest.service(&args.name).ok_or_else(|| {
+        let names = manifest.services.iter().map(|s| s.name.as_str()).chain(["deployer", "caddy"]);
+        let near = did_you_mean(&args.name, names);
+        let hint = if near.is_empty() { "; 'omni-deploy status' lists them" } else { near.as_str() };
+        Error::new(format!("no service '{}' in the manifest{hint}", args.name))
+    })?;
+    let placed: BTreeSet<HostName> = service.hosts.iter().cloned().collect();
+    let hosts = match picked {
+        None => placed.into_iter().collect(),
+        Some(host) if placed.contains(&host) => vec![host],
+        Some(host) => {
+            let on: Vec<&str> = placed.iter().map(HostName::as_str).collect();
+            return Err(Error::new(format!(
+                "{} does not run on {host}; it runs on {}",
+                service.name,
+                on.join(", ")
+            )));
+        }
+    };
+    Ok((service.name.unit(), hosts))
+}
+
+fn journalctl(unit: &str, args: &Args) -> Vec<String> {
+    let mut words: Vec<String> = ["journalctl", "--no-pager", "--output=short-iso"].map(String::from).into();
+    words.push(format!("--unit={unit}"));
+    match (&args.lines, &args.since) {
+        (Some(lines), _) => words.push(format!("--lines={lines}")),
+        (None, None) => words.push(format!("--lines={DEFAULT_LINES}")),
+        // Who names a time wants all since then.
+        (None, Some(_)) => words.push("--lines=all".into()),
+    }
+    words.extend(args.since.as_ref().map(|since| format!("--since={since}")));
+    words.extend(args.follow.then(|| "--follow".to_string()));
+    words
+}
+
+/// Starts the journal on one host and hands its lines over as they come. Returns why it failed, if it did.
+fn stream(
+    settings: &Settings,
+    host: &HostName,
+    words: &[&str],
+    mut line: impl FnMut(Stream, &str),
+) -> Option<String> {
+    let run = ssh::run_on(settings, host, true, words).unkept();
+    match run.each_line(&mut line) {
+        Ok(output) if output.status.ok() => None,
+        Ok(output) if output.status == Status::Exit(255) && !ssh::is_here(settings, host) => {
+            Some(format!("host {host} does not answer; try '{} {host} true'", settings.ssh.join(" ")))
+        }
+        Ok(output) => Some(format!("journalctl on {host} ended with {}", output.status)),
+        Err(e) => Some(format!("host {host}: {e}")),
+    }
+}
+
+/// Line by line as they come, from all hosts at once. Returns whether some host failed.
+fn together(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<bool> {
+    enum Event {
+        Line(usize, Stream, String),
+        Failed(String),
+    }
+    let (sender, events) = mpsc::channel();
+    for (i, host) in hosts.iter().enumerate() {
+        let (sender, settings, host) = (sender.clone(), settings.clone(), host.clone());
+        let words: Vec<String> = words.iter().map(|w| w.to_string()).collect();
+        // Plain threads: when our reader goes away we end, whatever the hosts are about to say.
+        std::thread::spawn(move || {
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            let failed = stream(&settings, &host, &words, |stream, line| {
+                // Nobody listens any more only when the process is about to end.
+                drop(sender.send(Event::Line(i, stream, line.to_string())));
+            });
+            if let Some(why) = failed {
+                drop(sender.send(Event::Failed(why)));
+            }
+        });
+    }
+    drop(sender);
+    let mut failed = false;
+    for event in events {
+        match event {
+            Event::Line(i, stream, line) => show(hosts, &hosts[i], stream, &line)?,
+            Event::Failed(why) => {
+                failed = true;
+                say::error(why);
+            }
+        }
+    }
+    Ok(failed)
+}
+
+/// Asked all at once, shown host after host. Returns whether some host failed.
+fn in_turn(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<bool> {
+    std::thread::scope(|scope| {
+        let ask = |host: &HostName| {
+            let mut lines = Vec::new();
+            let failed = stream(settings, host, words, |stream, line| lines.push((stream, line.to_string())));
+            (lines, failed)
+        };
+        let asked: Vec<_> = hosts.iter().map(|host| (host, scope.spawn(move || ask(host)))).collect();
+        let mut failed = false;
+        for (host, answer) in asked {
+            let (lines, why) = answer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            for (stream, line) in lines {
+                show(hosts, host, stream, &line)?;
+            }
+            if let Some(why) = why {
+                failed = true;
+                say::error(why);
+            }
+        }
+        Ok(failed)
+    })
+}
+
+fn show(hosts: &[HostName], host: &HostName, stream: Stream, line: &str) -> Result<()> {
+    // A tab moves the cursor and does nothing else; programs align their lines with it.
+    let text = line.split('\t').map(printable).collect::<Vec<_>>().join("\t");
+    match (stream, hosts.len()) {
+        (Stream::Stdout, 1) => print(&format!("{text}\n")),
+        (Stream::Stdout, _) => print(&format!("{host} | {text}\n")),
+        (Stream::Stderr, _) => {
+            say::warning(format!("{host}: {text}"));
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(lines: Option<&str>, since: Option<&str>, follow: bool) -> Args {
+        let (lines, since) = (lines.map(String::from), since.map(String::from));
+        Args { name: "ava".into(), follow, lines, since, host: None }
+    }
+
+    #[test]
+    fn what_is_given_reaches_journalctl_as_values() {
+        for (given, want) in [
+            (args(None, None, false), "--lines=100"),
+            (args(None, None, true), "--lines=100 --follow"),
+            (args(Some("5"), None, false), "--lines=5"),
+            (args(None, Some("1 hour ago"), false), "--lines=all --since=1 hour ago"),
+            (args(Some("5"), Some("-1h"), true), "--lines=5 --since=-1h --follow"),
+        ] {
+            let words = journalctl("ava.service", &given).join(" ");
+            let want = format!("journalctl --no-pager --output=short-iso --unit=ava.service {want}");
+            assert_eq!(words, want);
+        }
+    }
+
+    #[test]
+    fn numbers_and_times_that_are_none_are_refused() {
+        assert!(["0", "50", "all"].iter().all(|t| lines(t).is_ok()));
+        assert!(["", "-5", "5x", "--follow", "all "].iter().all(|t| lines(t).is_err()));
+        assert!(["yesterday", "2026-11-22 18:00:01", "-1h", "@1795372265"].iter().all(|t| since(t).is_ok()));
+        assert!(["", " ", "a\nb", "$(x)", "'", "a;b", &"1".repeat(65)].iter().all(|t| since(t).is_err()));
+    }
 }

@@ -1,9 +1,319 @@
-//! Not written yet.
+//! `omni-deploy status`: what should run, what runs, and what is off. Everything a host wrote is shown with its
+//! control characters escaped.
 
-use super::Call;
-use crate::error::Result;
+use super::{Call, print};
+use crate::clock::Timestamp;
+use crate::config::Settings;
+use crate::error::{EXIT_DEGRADED, Error, Result, did_you_mean};
+use crate::names::StorePath;
+use crate::say::{self, printable};
+use crate::see::judge::{Only, Picture, Row, Standing, judge};
+use crate::see::reports;
+use argh::FromArgs;
+use std::fmt::Write;
+use std::io::IsTerminal;
+use std::time::Duration;
+
+/// What should run, what runs, and what is off: a row for each service on each host, from the hosts' reports.
+#[derive(FromArgs)]
+#[argh(
+    example = "omni-deploy status\nomni-deploy status ava --live\nomni-deploy status --json | jq '.rows[] | select(.off)'",
+    note = "Below the table: the reason and the last log lines of whatever is off.",
+    error_code(0, "all is as the manifest says, or on its way there"),
+    error_code(1, "no manifest, no such service, or the store cannot be reached"),
+    error_code(3, "something is off")
+)]
+struct Args {
+    /// only this service
+    #[argh(positional)]
+    service: Option<String>,
+    /// only this host
+    #[argh(option)]
+    host: Option<String>,
+    /// print JSON
+    #[argh(switch)]
+    json: bool,
+    /// show it again every two seconds; on a pipe, when something changed
+    #[argh(switch)]
+    watch: bool,
+    /// ask the hosts over ssh instead of reading their reports
+    #[argh(switch)]
+    live: bool,
+}
+
+const WATCH_EVERY: Duration = Duration::from_secs(2);
+
+/// The most lines of a journal that are shown for one service.
+const JOURNAL_LINES: usize = 10;
+
+/// The most characters that are shown of one line of a host.
+const LINE_CHARS: usize = 1000;
 
 /// Runs the command.
-pub fn run(_call: &Call) -> Result<u8> {
-    todo!()
+pub fn run(call: &Call) -> Result<u8> {
+    let args: Args = call.parse()?;
+    let settings = call.settings()?;
+    if args.watch {
+        return watch(&settings, &args);
+    }
+    let picture = look(&settings, &args)?;
+    if args.json {
+        print(&json(&picture, true)?)?;
+    } else if picture.rows.is_empty() {
+        say::info(format!("nothing should run; the manifest has serial {}", picture.serial));
+    } else {
+        let colour = std::io::stdout().is_terminal() && say::colour_wanted();
+        print(&table(&picture, Timestamp::now(), colour))?;
+    }
+    Ok(if picture.off() { EXIT_DEGRADED } else { 0 })
+}
+
+fn look(settings: &Settings, args: &Args) -> Result<Picture> {
+    let store = crate::store::open(&settings.store)?;
+    let manifest = reports::manifest(store.as_ref())?;
+    let mut hosts = reports::hosts(&manifest);
+    if let Some(name) = &args.service {
+        let service = reports::service(&manifest, name)?;
+        hosts.retain(|h| service.hosts.contains(h));
+    }
+    let reports = match args.live {
+        false => reports::stored(store.as_ref(), &hosts)?,
+        true => {
+            hosts.retain(|h| args.host.as_deref().is_none_or(|only| only == h.as_str()));
+            reports::live(settings, &hosts)?
+        }
+    };
+    if let Some(host) = &args.host
+        && !reports.keys().any(|h| h.as_str() == host)
+    {
+        let known = reports::hosts(&manifest);
+        let near = did_you_mean(host, known.iter().map(|h| h.as_str()));
+        return Err(Error::new(format!("no host '{host}' in the manifest{near}")));
+    }
+    let only = Only { service: args.service.as_deref(), host: args.host.as_deref() };
+    Ok(judge(&manifest, &reports, Timestamp::now(), only))
+}
+
+/// Shows it until it is interrupted. A store that is out of reach for a while is said once and waited for.
+fn watch(settings: &Settings, args: &Args) -> Result<u8> {
+    let terminal = std::io::stdout().is_terminal();
+    let mut shown = String::new();
+    loop {
+        let (text, key) = match look(settings, args) {
+            Ok(picture) if args.json => {
+                let line = json(&picture, false)?;
+                (line.clone(), line)
+            }
+            Ok(picture) => {
+                let text = table(&picture, Timestamp::now(), terminal && say::colour_wanted());
+                (text, json(&picture, false)?)
+            }
+            // What is wrong from the start stays wrong: no such service, no manifest.
+            Err(e) if shown.is_empty() => return Err(e),
+            Err(e) if !terminal || args.json => {
+                if e.to_string() != shown {
+                    say::warning(&e);
+                }
+                shown = e.to_string();
+                std::thread::sleep(WATCH_EVERY);
+                continue;
+            }
+            Err(e) => (format!("error: {}\n", printable(&e.to_string())), e.to_string()),
+        };
+        if terminal && !args.json {
+            // Home, then each line with the rest of the old one erased, then everything below: no flicker.
+            let text = text.replace('\n', "\x1b[K\n");
+            print(&format!("\x1b[H{}{text}\x1b[J", if shown.is_empty() { "\x1b[2J" } else { "" }))?;
+        } else if key != shown {
+            print(&text)?;
+        }
+        shown = key;
+        std::thread::sleep(WATCH_EVERY);
+    }
+}
+
+/// The picture as JSON, safe to send to a terminal: what would steer one is written as `\u` escapes.
+fn json(picture: &Picture, pretty: bool) -> Result<String> {
+    let text = if pretty { serde_json::to_string_pretty(picture) } else { serde_json::to_string(picture) };
+    let text = text.map_err(|e| Error::new(format!("cannot write the status as JSON: {e}")))?;
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c != '\n' && matches!(printable(c.encode_utf8(&mut [0; 4])), std::borrow::Cow::Owned(_)) {
+            write!(out, "\\u{:04x}", u32::from(c)).map_err(|_| Error::new("cannot format a character"))?;
+        } else {
+            out.push(c);
+        }
+    }
+    Ok(out)
+}
+
+/// `HASH-NAME` with the hash cut to seven digits, as git does.
+fn short(path: &StorePath) -> String {
+    let name = path.base().split_once('-').map_or("", |(_, name)| name);
+    format!("{}-{name}", &path.hash()[..7])
+}
+
+fn wanted(row: &Row) -> String {
+    let Some(path) = &row.wanted else { return "-".into() };
+    match &row.revision {
+        Some(revision) => {
+            let start: String = revision.chars().take(10).collect();
+            format!("{} ({})", short(path), printable(&start))
+        }
+        None => short(path),
+    }
+}
+
+fn paint(standing: Standing, off: bool, text: &str) -> String {
+    let code = match standing {
+        _ if off => "31",
+        Standing::Running => "32",
+        _ => "33",
+    };
+    format!("\x1b[{code}m{text}\x1b[0m")
+}
+
+fn clipped(text: &str) -> String {
+    let line: String = text.chars().take(LINE_CHARS).collect();
+    let more = if line.len() < text.len() { "…" } else { "" };
+    format!("{}{more}", printable(&line))
+}
+
+fn table(picture: &Picture, now: Timestamp, colour: bool) -> String {
+    const STATUS: usize = 4;
+    let head = ["SERVICE", "HOST", "WANTED", "RUNNING", "STATUS", "SINCE", "REPORT"];
+    let age = |t: Option<Timestamp>| t.map_or("-".into(), |t| t.age(now));
+    let cells: Vec<[String; 7]> = picture
+        .rows
+        .iter()
+        .map(|row| {
+            [
+                row.service.to_string(),
+                row.host.to_string(),
+                wanted(row),
+                row.running.as_ref().map_or("-".into(), short),
+                row.status.as_str().to_string(),
+                age(row.since),
+                age(row.reported_at),
+            ]
+        })
+        .collect();
+    let mut widths = head.map(str::len);
+    for line in &cells {
+        for (width, cell) in widths.iter_mut().zip(line) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut out = String::new();
+    let mut line = |cells: &[&str], painted: Option<&Row>| {
+        let mut text = String::new();
+        for (i, cell) in cells.iter().enumerate() {
+            let pad = " ".repeat(if i + 1 == cells.len() { 0 } else { widths[i] - cell.chars().count() + 2 });
+            match painted {
+                Some(row) if i == STATUS => text.push_str(&paint(row.status, row.off, cell)),
+                _ => text.push_str(cell),
+            }
+            text.push_str(&pad);
+        }
+        out.push_str(text.trim_end());
+        out.push('\n');
+    };
+    line(&head, None);
+    for (row, cells) in picture.rows.iter().zip(&cells) {
+        line(&cells.each_ref().map(String::as_str), colour.then_some(row));
+    }
+    let mut below = String::new();
+    for host in &picture.hosts {
+        for problem in &host.problems {
+            below.push_str(&format!("{}: {}\n", host.host, clipped(problem)));
+        }
+    }
+    for row in &picture.rows {
+        let Some(problem) = &row.problem else { continue };
+        let tried = row.attempted.as_ref().map_or(String::new(), |path| format!(" {}", short(path)));
+        below.push_str(&format!(
+            "{} on {}: {}{tried}: {}\n",
+            row.service,
+            row.host,
+            row.status.as_str(),
+            clipped(problem)
+        ));
+        for line in &row.journal[row.journal.len().saturating_sub(JOURNAL_LINES)..] {
+            below.push_str(&format!("  | {}\n", clipped(line)));
+        }
+    }
+    if !below.is_empty() {
+        out.push('\n');
+        out.push_str(&below);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::names::{HostName, ServiceName};
+    use crate::see::judge::HostRow;
+
+    fn picture() -> Picture {
+        let path = |d: &str| StorePath::parse(&format!("/nix/store/{}-ava-1.0", d.repeat(32))).unwrap();
+        let host = HostName::parse("biz").unwrap();
+        Picture {
+            version: 1,
+            serial: 7,
+            generation: Timestamp(1000),
+            hosts: vec![HostRow {
+                host: host.clone(),
+                reported_at: Some(Timestamp(940)),
+                serial: Some(7),
+                off: true,
+                problems: vec!["Caddy's route is pending: \x1b]0;x\x07".into()],
+            }],
+            rows: vec![Row {
+                service: ServiceName::parse("ava").unwrap(),
+                host,
+                wanted: Some(path("2")),
+                revision: Some("0123456789abcdef".into()),
+                running: Some(path("1")),
+                status: Standing::Rejected,
+                since: Some(Timestamp(700)),
+                reported_at: Some(Timestamp(940)),
+                off: true,
+                problem: Some("exited with 1".into()),
+                attempted: Some(path("2")),
+                journal: (0..12).map(|i| format!("line {i} \u{9b}2J\u{202e}")).collect(),
+            }],
+        }
+    }
+
+    #[test]
+    fn the_table_is_as_wide_as_its_content_and_reasons_stand_below() {
+        let text = table(&picture(), Timestamp(1000), false);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(
+            lines[..2],
+            [
+                "SERVICE  HOST  WANTED                        RUNNING          STATUS    SINCE  REPORT",
+                "ava      biz   2222222-ava-1.0 (0123456789)  1111111-ava-1.0  rejected  5m     1m",
+            ]
+        );
+        assert_eq!(lines[3], "biz: Caddy's route is pending: \\u{1b}]0;x\\u{7}");
+        assert_eq!(lines[4], "ava on biz: rejected 2222222-ava-1.0: exited with 1");
+        assert_eq!((lines.len(), lines[5]), (5 + JOURNAL_LINES, "  | line 2 \\u{9b}2J\\u{202e}"));
+        assert!(table(&picture(), Timestamp(1000), true).contains("\x1b[31mrejected\x1b[0m  5m"));
+    }
+
+    #[test]
+    fn json_holds_what_the_host_wrote_and_steers_no_terminal() {
+        for pretty in [true, false] {
+            let text = json(&picture(), pretty).unwrap();
+            assert!(
+                text.chars().all(|c| c == '\n' || !c.is_control()) && !text.contains('\u{202e}'),
+                "{text}"
+            );
+            let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(value["rows"][0]["journal"][0], "line 0 \u{9b}2J\u{202e}");
+            assert_eq!(value["version"], 1);
+        }
+    }
 }

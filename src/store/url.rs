@@ -156,6 +156,37 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
     Ok(location)
 }
 
+/// A URL as it may be shown: user and password before an `@`, and values of parameters that are secrets by
+/// their name, are replaced by `***`. `secret-key` names a file and stays.
+pub fn without_secrets(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_string() };
+    let (address, query) = rest.split_once('?').map_or((rest, None), |(a, q)| (a, Some(q)));
+    let hidden = |text: &str| match text.rsplit_once('@') {
+        Some((before, host)) => match before.rsplit_once("://") {
+            Some((scheme, _)) => format!("{scheme}://***@{host}"),
+            None => format!("***@{host}"),
+        },
+        None => text.to_string(),
+    };
+    let mut out = match address.split_once('/') {
+        Some((authority, path)) => format!("{scheme}://{}/{path}", hidden(authority)),
+        None => format!("{scheme}://{}", hidden(address)),
+    };
+    for (i, pair) in query.into_iter().flat_map(|q| q.split('&')).enumerate() {
+        out.push(if i == 0 { '?' } else { '&' });
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let lower = name.to_lowercase();
+        let secret = lower != "secret-key"
+            && ["token", "secret", "password", "signature", "credential"].iter().any(|w| lower.contains(w));
+        match (pair.contains('='), secret) {
+            (false, _) => out.push_str(&hidden(pair)),
+            (true, true) => out.push_str(&format!("{name}=***")),
+            (true, false) => out.push_str(&format!("{name}={}", hidden(&value.replace("%40", "@")))),
+        }
+    }
+    out
+}
+
 /// Decodes `%XX`; the error is the reason.
 fn percent_decode(text: &str) -> Result<String, String> {
     let mut out = Vec::with_capacity(text.len());
@@ -241,6 +272,26 @@ mod tests {
         };
         assert_eq!((l.endpoint.as_deref(), l.scheme.as_str()), (Some("x:1"), "http"));
         assert_eq!(StoreUrl::parse("file:///var/x/").unwrap().to_string(), "file:///var/x");
+    }
+
+    #[test]
+    fn what_is_secret_in_a_url_is_not_shown() {
+        for (url, shown) in [
+            ("s3://bucket/a?region=x&profile=p", "s3://bucket/a?region=x&profile=p"),
+            ("https://ann:pw@cache.example.org/a@b", "https://***@cache.example.org/a@b"),
+            ("https://pw@x", "https://***@x"),
+            ("https://ann:p@w@x?y=1", "https://***@x?y=1"),
+            (
+                "s3://bucket?endpoint=http://a:pw@h:1&scheme=http",
+                "s3://bucket?endpoint=http://***@h:1&scheme=http",
+            ),
+            ("s3://bucket?endpoint=http%3A%2F%2Fa%3Apw%40h", "s3://bucket?endpoint=***@h"),
+            ("https://x?access_token=abc&secret-key=/f", "https://x?access_token=***&secret-key=/f"),
+            ("file:///var/x", "file:///var/x"),
+            ("ssh-ng://root@biz", "ssh-ng://***@biz"),
+        ] {
+            assert_eq!(without_secrets(url), shown);
+        }
     }
 
     #[test]

@@ -1,0 +1,505 @@
+//! What a host needs: systemd and the deployer's timer, Caddy with an HTTP app that survives a restart, secrets
+//! nobody else reads, folders that can be written, space.
+
+use super::{Check, said, writable};
+use crate::clock::Timestamp;
+use crate::config::Settings;
+use crate::deployer::root::{STATE_DIR, STATE_FILE};
+use crate::deployer::state::State;
+use crate::error::did_you_mean;
+use crate::manifest::Manifest;
+use crate::names::HostName;
+use crate::runner::{Run, RunError, Status};
+use crate::say::printable;
+use crate::see::judge::STALE_SEC;
+use crate::see::reports;
+use crate::ssh::is_root;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+/// Where units may be.
+const UNIT_PATHS: [&str; 4] =
+    ["/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"];
+
+/// Below this much free space, in bytes, a warning; a closure is easily as large.
+const LOW_SPACE: u64 = 2 << 30;
+
+/// Below this much, in bytes, even units and state may not fit any more.
+const NO_SPACE: u64 = 100 << 20;
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Whether this machine is one that a deployer works on.
+pub fn is_host() -> bool {
+    let unit = |name: &str| UNIT_PATHS.iter().any(|dir| Path::new(dir).join(name).exists());
+    unit("deployer.timer") || unit("deployer.service") || is_root() && Path::new(STATE_DIR).is_dir()
+}
+
+/// Everything, in the order in which one thing needs the other.
+pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> Vec<Check> {
+    let mut checks = vec![];
+    checks.extend(manifest.map(|manifest| named(settings, manifest)));
+    checks.extend(systemd(now));
+    checks.extend(caddy(settings));
+    checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")));
+    if let Some(manifest) = manifest {
+        checks.extend(secrets(&settings.host, manifest));
+    }
+    checks.push(unit_dir(&settings.unit_dir));
+    checks.extend(space());
+    checks
+}
+
+/// Whether the manifest places anything on this host.
+fn named(settings: &Settings, manifest: &Manifest) -> Check {
+    let hosts = reports::hosts(manifest);
+    let here = manifest.services.iter().filter(|s| s.hosts.contains(&settings.host)).count();
+    if here > 0 {
+        return Check::ok("host name", format!("{}, {here} services", settings.host));
+    }
+    let near = did_you_mean(settings.host.as_str(), hosts.iter().map(HostName::as_str));
+    Check::warn(
+        "host name",
+        format!(
+            "no service is placed on '{}'{near}; 'host' in {} says who this is",
+            settings.host,
+            crate::config::SYSTEM_FILE
+        ),
+    )
+}
+
+/// The properties of a unit, as systemctl shows them.
+fn show(unit: &str, properties: &str) -> Result<BTreeMap<String, String>, RunError> {
+    let run = Run::new("systemctl").args(["show", "--no-pager", "--property", properties, "--", unit]);
+    let text = run.deadline(DEADLINE).success()?.text();
+    let pairs = text.lines().filter_map(|line| line.split_once('='));
+    Ok(pairs.map(|(name, value)| (name.to_string(), value.to_string())).collect())
+}
+
+fn systemd(now: Timestamp) -> Vec<Check> {
+    const NAME: &str = "systemd";
+    if !Path::new("/run/systemd/system").is_dir() {
+        return vec![Check::fail(NAME, "does not run this machine; the deployer needs it as PID 1")];
+    }
+    // It exits with 1 for anything but `running`: the word is what counts.
+    let mut checks = vec![match Run::new("systemctl").arg("is-system-running").deadline(DEADLINE).output() {
+        Err(e) => return vec![said(NAME, e)],
+        Ok(output) => match output.text().trim() {
+            "running" => Check::ok(NAME, "running"),
+            "degraded" => Check::ok(NAME, "running; some unit failed ('systemctl --failed')"),
+            "starting" | "initializing" => {
+                Check::warn(NAME, "still starting; 'systemctl list-jobs' shows why")
+            }
+            word => {
+                let word = if word.is_empty() { output.stderr.trim() } else { word };
+                Check::fail(NAME, format!("is '{}'; see 'systemctl status'", printable(word)))
+            }
+        },
+    }];
+    checks.push(timer());
+    checks.push(last_pass(now));
+    checks
+}
+
+fn timer() -> Check {
+    const NAME: &str = "deployer.timer";
+    let timer = match show("deployer.timer", "LoadState,UnitFileState,ActiveState") {
+        Ok(timer) => timer,
+        Err(e) => return said(NAME, e),
+    };
+    let is = |name: &str| timer.get(name).map_or("", String::as_str);
+    match (is("LoadState"), is("UnitFileState"), is("ActiveState")) {
+        ("loaded", "enabled" | "linked" | "static", "active") => Check::ok(NAME, "enabled and active"),
+        ("loaded", file, active) => {
+            Check::fail(NAME, format!("is {active} and {file}; systemctl enable --now deployer.timer"))
+        }
+        (load, ..) => Check::fail(NAME, format!("is {load}; install it with contrib/install.sh")),
+    }
+}
+
+/// What the last pass left: its state, and how its unit ended.
+fn last_pass(now: Timestamp) -> Check {
+    const NAME: &str = "last pass";
+    let bytes = match fs_err::read(STATE_FILE) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Check::warn(NAME, "there was none; systemctl start deployer");
+        }
+        Err(e) => return Check::warn(NAME, crate::error::io_text(&e)),
+    };
+    let state = match State::parse(&bytes) {
+        Ok(state) => state,
+        Err(why) => {
+            return Check::fail(
+                NAME,
+                format!("{STATE_FILE} cannot be read: {why}; the next pass writes it anew"),
+            );
+        }
+    };
+    let age = state.checked_at.age(now);
+    let ended = show("deployer.service", "Result,ExecMainStatus").unwrap_or_default();
+    let result = ended.get("Result").map_or("", String::as_str);
+    if now.0.saturating_sub(state.checked_at.0) > STALE_SEC {
+        return Check::fail(NAME, format!("was {age} ago; see 'journalctl -u deployer'"));
+    }
+    match (&state.manifest_error, state.exit_code()) {
+        (Some(error), _) => {
+            Check::warn(NAME, format!("{age} ago, from the last good manifest: {}", printable(error)))
+        }
+        (None, 0) if matches!(result, "" | "success") => Check::ok(NAME, format!("{age} ago, all well")),
+        (None, 0) => Check::warn(NAME, format!("ended with {result}; see 'journalctl -u deployer'")),
+        (None, _) => Check::warn(NAME, format!("{age} ago, something is off; see 'omni-deploy status'")),
+    }
+}
+
+/// One GET of Caddy's admin API (loopback, no proxy): the status and the body as JSON.
+fn admin_get(settings: &Settings, path: &str) -> Result<(u16, Value), String> {
+    let agent = ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .proxy(None)
+        .timeout_global(Some(Duration::from_secs(5)))
+        .build()
+        .new_agent();
+    let mut answer =
+        agent.get(format!("{}{path}", settings.caddy_admin)).call().map_err(|e| e.to_string())?;
+    let status = answer.status().as_u16();
+    let body = answer.body_mut().with_config().limit(64 << 20).read_to_string().map_err(|e| e.to_string())?;
+    let value = serde_json::from_str(&body).map_err(|e| format!("answered {status} and no JSON: {e}"))?;
+    Ok((status, value))
+}
+
+fn caddy(settings: &Settings) -> Vec<Check> {
+    const NAME: &str = "caddy admin";
+    let admin = &settings.caddy_admin;
+    let config = match admin_get(settings, "/config/") {
+        Ok((200, config)) => config,
+        Ok((status, _)) => {
+            let text = format!(
+                "{admin} answers {status} to a GET of its configuration; check caddyAdmin and Caddy's admin.origins"
+            );
+            return vec![Check::fail(NAME, text), caddy_unit()];
+        }
+        Err(why) => {
+            let text = format!(
+                "{admin} does not answer: {why}; start Caddy (Debian: apt install caddy) or set caddyAdmin"
+            );
+            return vec![Check::fail(NAME, text), caddy_unit()];
+        }
+    };
+    vec![
+        Check::ok(NAME, format!("{admin} answers")),
+        server(&config, settings.caddy_server.as_deref()),
+        caddy_unit(),
+    ]
+}
+
+/// Which server gets our route: the one that is configured, else the one on :443, else one made on :443.
+fn server(config: &Value, configured: Option<&str>) -> Check {
+    const NAME: &str = "caddy server";
+    let Some(servers) = config.pointer("/apps/http/servers").and_then(Value::as_object) else {
+        return Check::warn(
+            NAME,
+            "Caddy has no http app; the deployer makes a server 'deployer' on :443 with its first route",
+        );
+    };
+    let on_443 = |server: &Value| {
+        server.get("listen").and_then(Value::as_array).is_some_and(|listen| {
+            listen.iter().filter_map(Value::as_str).any(|address| {
+                let address = address.rsplit_once('/').map_or(address, |(_, port)| port);
+                address.ends_with(":443")
+            })
+        })
+    };
+    let has_route = |server: &Value| {
+        let routes = server.get("routes").and_then(Value::as_array);
+        routes.is_some_and(|r| {
+            r.iter().any(|route| route.get("@id").and_then(Value::as_str) == Some("deployer"))
+        })
+    };
+    let names = || servers.keys().map(|n| printable(n).into_owned()).collect::<Vec<_>>().join(", ");
+    let (name, server) = match configured {
+        Some(name) => match servers.get(name) {
+            Some(server) => (name, server),
+            None => {
+                return Check::fail(
+                    NAME,
+                    format!("Caddy has no server '{name}', which caddyServer names; it has: {}", names()),
+                );
+            }
+        },
+        None => match servers.iter().find(|(_, s)| on_443(s)).or_else(|| servers.get_key_value("deployer")) {
+            Some((name, server)) => (name.as_str(), server),
+            None => {
+                return Check::ok(
+                    NAME,
+                    format!("none listens on :443 ({}); the deployer makes 'deployer' there", names()),
+                );
+            }
+        },
+    };
+    let route = if has_route(server) { "has our route" } else { "gets our route" };
+    Check::ok(NAME, format!("'{}' {route}", printable(name)))
+}
+
+/// Whether what the deployer tells Caddy survives Caddy's restart, and whether Caddy is started again.
+fn caddy_unit() -> Check {
+    const NAME: &str = "caddy unit";
+    let mut found = None;
+    for unit in ["caddy.service", "caddy-api.service"] {
+        match show(unit, "Id,LoadState,ActiveState,Restart,ExecStart") {
+            Err(e) => return said(NAME, e),
+            Ok(shown) if shown.get("LoadState").is_some_and(|l| l == "loaded") => {
+                let active = shown.get("ActiveState").is_some_and(|a| a == "active");
+                if active || found.is_none() {
+                    found = Some((unit, active, shown));
+                }
+                if active {
+                    break;
+                }
+            }
+            Ok(_) => {}
+        }
+    }
+    let Some((unit, active, shown)) = found else {
+        return Check::warn(NAME, "there is none: nothing starts Caddy at boot (Debian: apt install caddy)");
+    };
+    let drop_in = "install the drop-in with contrib/install.sh";
+    let start = shown.get("ExecStart").map_or("", String::as_str);
+    if !active {
+        Check::fail(NAME, format!("{unit} is not active; systemctl enable --now {unit}"))
+    } else if !start.split_whitespace().any(|word| word == "--resume") {
+        Check::warn(
+            NAME,
+            format!(
+                "{unit} runs without --resume and forgets our route at a restart, until the next pass; {drop_in}"
+            ),
+        )
+    } else if shown.get("Restart").is_none_or(|r| r == "no") {
+        Check::warn(NAME, format!("{unit} has no Restart= and stays down after a crash; {drop_in}"))
+    } else {
+        Check::ok(NAME, format!("{unit} resumes and restarts"))
+    }
+}
+
+/// Without this, connections that wait in a listening socket which Caddy closes on a change are reset.
+fn migrate_req(path: &Path) -> Check {
+    const NAME: &str = "tcp_migrate_req";
+    match fs_err::read_to_string(path) {
+        Ok(text) if text.trim() == "1" => Check::ok(NAME, "1"),
+        Ok(text) => Check::warn(
+            NAME,
+            format!(
+                "{}: a change of Caddy's routes resets some new connections; sysctl -w net.ipv4.tcp_migrate_req=1, and put it into /etc/sysctl.d",
+                text.trim()
+            ),
+        ),
+        Err(_) => Check::warn(
+            NAME,
+            "this kernel has none (it came with 5.14): a change of Caddy's routes resets some new connections; upgrade it",
+        ),
+    }
+}
+
+/// The secrets of this host's services: whom they belong to and who may read them. Never what is in them.
+fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
+    const NAME: &str = "secrets";
+    let files: Vec<(&str, &Path)> = manifest
+        .services
+        .iter()
+        .filter(|s| s.hosts.contains(host))
+        .filter_map(|s| Some((s.name.as_str(), Path::new(s.env_file.as_deref()?))))
+        .collect();
+    if files.is_empty() {
+        return vec![Check::ok(NAME, "no service here has any")];
+    }
+    if !is_root() {
+        return vec![Check::warn(NAME, "not looked at; run this as root")];
+    }
+    let mut dirs: Vec<&Path> = files.iter().filter_map(|(_, file)| file.parent()).collect();
+    dirs.sort();
+    dirs.dedup();
+    let mut checks: Vec<Check> =
+        dirs.iter().filter_map(|dir| secret_dir(dir).map(|why| Check::fail(NAME, why))).collect();
+    checks.extend(files.iter().filter_map(|(service, file)| {
+        secret_file(file).map(|why| Check::fail(NAME, format!("of {service}: {why}")))
+    }));
+    if checks.is_empty() {
+        checks.push(Check::ok(NAME, format!("{} files, root's alone", files.len())));
+    }
+    checks
+}
+
+/// What is wrong with a folder of secrets. One that others use as well (`/etc`) is judged by its files alone.
+fn secret_dir(dir: &Path) -> Option<String> {
+    let meta = fs_err::metadata(dir).ok()?;
+    let ours = dir.file_name().is_some_and(|name| name.to_string_lossy().contains("secret"));
+    let (mode, at) = (meta.mode() & 0o7777, dir.display());
+    if meta.uid() != 0 {
+        Some(format!("{at} belongs to user {}; chown root:root {at}", meta.uid()))
+    } else if ours && mode & 0o077 != 0 {
+        Some(format!("{at} has mode {mode:04o}; chmod 700 {at}"))
+    } else if mode & 0o022 != 0 && mode & 0o1000 == 0 {
+        Some(format!("{at} has mode {mode:04o}, others can put files there; chmod go-w {at}"))
+    } else {
+        None
+    }
+}
+
+/// What is wrong with a file of secrets.
+fn secret_file(file: &Path) -> Option<String> {
+    let at = file.display();
+    let meta = match fs_err::symlink_metadata(file) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Some(format!("{at} is missing; make it: install -m 600 -o root -g root /dev/stdin {at}"));
+        }
+        Err(e) => return Some(crate::error::io_text(&e)),
+    };
+    let mode = meta.mode() & 0o7777;
+    if meta.is_symlink() {
+        Some(format!("{at} is a symbolic link; put the file itself there"))
+    } else if !meta.is_file() {
+        Some(format!("{at} is no regular file; put one there"))
+    } else if meta.uid() != 0 {
+        Some(format!("{at} belongs to user {}; chown root:root {at}", meta.uid()))
+    } else if mode & 0o177 != 0 {
+        Some(format!("{at} has mode {mode:04o}; chmod 600 {at}"))
+    } else {
+        None
+    }
+}
+
+fn unit_dir(dir: &Path) -> Check {
+    const NAME: &str = "unit folder";
+    let at = dir.display();
+    if !is_root() {
+        return Check::warn(NAME, format!("{at} not tried; run this as root"));
+    }
+    match writable(dir) {
+        Ok(()) => Check::ok(NAME, format!("{at} can be written")),
+        Err(why) => Check::fail(
+            NAME,
+            format!(
+                "{at} cannot be written: {why}; set unitDir (NixOS: a folder of boot.extraSystemdUnitPaths)"
+            ),
+        ),
+    }
+}
+
+/// Free space where closures and state go, as df(1) has it.
+fn space() -> Vec<Check> {
+    const NAME: &str = "disk space";
+    ["/nix", "/var"]
+        .iter()
+        .map(|dir| {
+            let run = Run::new("df").args(["--output=avail,iavail", "--block-size=1", "--", dir]);
+            match run.env("LC_ALL", "C").deadline(DEADLINE).output() {
+                Ok(output) if output.status == Status::Exit(0) => free(dir, &output.text()),
+                Ok(output) => Check::warn(NAME, format!("of {dir}: {}", crate::runner::tail(&output.stderr))),
+                Err(e) => said(NAME, e),
+            }
+        })
+        .collect()
+}
+
+fn free(dir: &str, df: &str) -> Check {
+    const NAME: &str = "disk space";
+    let mut words = df.lines().nth(1).unwrap_or_default().split_whitespace();
+    let Some(bytes) = words.next().and_then(|w| w.parse::<u64>().ok()) else {
+        return Check::warn(NAME, format!("of {dir}: df gave no number; look with 'df {dir}'"));
+    };
+    // File systems that make inodes as they go say `-` or 0.
+    let inodes = words.next().and_then(|w| w.parse::<u64>().ok()).filter(|n| *n > 0);
+    let text = format!("{dir} has {:.1} GiB free", bytes as f64 / f64::from(1 << 30));
+    let remedy = "nix-collect-garbage -d frees what no root holds";
+    if bytes < NO_SPACE {
+        Check::fail(NAME, format!("{text}; {remedy}"))
+    } else if bytes < LOW_SPACE {
+        Check::warn(NAME, format!("{text}; {remedy}"))
+    } else if inodes.is_some_and(|n| n < 10_000) {
+        Check::warn(NAME, format!("{dir} has {} inodes free; {remedy}", inodes.unwrap_or_default()))
+    } else {
+        Check::ok(NAME, text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::see::checks::Verdict;
+    use serde_json::json;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn the_server_that_gets_our_route_is_found_by_the_rule() {
+        let route = json!([{"@id": "deployer"}]);
+        let two = json!({"apps": {"http": {"servers": {
+            "srv0": {"listen": [":80"], "routes": []},
+            "srv1": {"listen": ["127.0.0.1:8080", "tcp/:443"], "routes": route}}}}});
+        let plain = json!({"apps": {"http": {"servers": {"srv0": {"listen": [":80"]}}}}});
+        for (config, configured, verdict, word) in [
+            (&two, None, Verdict::Ok, "'srv1' has our route"),
+            (&two, Some("srv0"), Verdict::Ok, "'srv0' gets our route"),
+            (&two, Some("srv9"), Verdict::Fail, "srv0, srv1"),
+            (&plain, None, Verdict::Ok, "makes 'deployer'"),
+            (&json!(null), None, Verdict::Warn, "no http app"),
+            (
+                &json!({"apps": {"http": {"servers": {"s": {"listen": [":4430"]}}}}}),
+                None,
+                Verdict::Ok,
+                "none listens",
+            ),
+        ] {
+            let check = server(config, configured);
+            assert!(check.verdict == verdict && check.text.contains(word), "{check:?}");
+        }
+    }
+
+    #[test]
+    fn a_secrets_file_that_others_reach_comes_with_the_line_to_type() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("ava.env");
+        let link = dir.path().join("link.env");
+        assert!(secret_file(&file).unwrap().contains("missing"));
+        fs_err::write(&file, "K=v").unwrap();
+        let mode = |m| fs_err::set_permissions(&file, std::fs::Permissions::from_mode(m)).unwrap();
+        for (m, well) in [(0o644, false), (0o640, false), (0o700, false), (0o600, true), (0o400, true)] {
+            mode(m);
+            let why = secret_file(&file);
+            assert_eq!(why.is_none(), well, "{m:o}: {why:?}");
+            assert!(well || why.unwrap().contains(&format!("chmod 600 {}", file.display())));
+        }
+        fs_err::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(secret_file(&link).unwrap().contains("symbolic link"));
+        assert!(secret_file(dir.path()).unwrap().contains("no regular file"));
+    }
+
+    #[test]
+    fn space_that_runs_out_is_said_before_it_does() {
+        for (df, verdict) in [
+            ("  Avail IFree\n81110257664 16359128\n", Verdict::Ok),
+            ("  Avail IFree\n81110257664 -\n", Verdict::Ok),
+            ("  Avail IFree\n81110257664 12\n", Verdict::Warn),
+            ("  Avail IFree\n1073741824 16359128\n", Verdict::Warn),
+            ("  Avail IFree\n1048576 16359128\n", Verdict::Fail),
+            ("", Verdict::Warn),
+        ] {
+            assert_eq!(free("/nix", df).verdict, verdict, "{df:?}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_switch_that_is_off_or_missing_is_a_warning() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        assert_eq!(migrate_req(&path).verdict, Verdict::Warn);
+        for (text, verdict) in [("0\n", Verdict::Warn), ("1\n", Verdict::Ok)] {
+            fs_err::write(&path, text).unwrap();
+            assert_eq!(migrate_req(&path).verdict, verdict);
+        }
+    }
+}

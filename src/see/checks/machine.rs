@@ -1,0 +1,187 @@
+//! What every machine needs: configuration, store, keys, cache and the programs that push and ship call.
+
+use super::{Check, said, writable};
+use crate::config::{self, SYSTEM_FILE, Settings};
+use crate::keys::{self, PublicKey, SecretKey};
+use crate::manifest::Manifest;
+use crate::see::reports;
+use crate::store::url::without_secrets;
+use crate::store::{CacheUrl, Probe, Store, StoreUrl};
+use std::path::Path;
+
+/// Which files the configuration was read from.
+pub fn files() -> Check {
+    let user = config::user_file();
+    let found: Vec<String> = [user.as_path(), Path::new(SYSTEM_FILE)]
+        .iter()
+        .filter(|path| path.exists())
+        .map(|path| path.display().to_string())
+        .collect();
+    if found.is_empty() {
+        Check::warn("configuration", "no file, defaults are used; 'omni-deploy init STORE' writes one")
+    } else {
+        Check::ok("configuration", found.join(", "))
+    }
+}
+
+/// The store: whether it answers and honours conditional writes. A host that only reads is well.
+pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
+    let url = store.url();
+    if let Err(e) = store.list(crate::store::HOSTS_PREFIX) {
+        return vec![Check::fail("store", e.to_string())];
+    }
+    let reached = Check::ok("store", format!("{url} answers"));
+    const WRITES: &str = "conditional writes";
+    let writes = match crate::store::probe(store) {
+        Ok(Probe { complaint: Some(why), .. }) => Check::fail(WRITES, why),
+        Ok(Probe { complaint: None, leftover: Some(why) }) => {
+            Check::warn(WRITES, format!("honoured, but {why}"))
+        }
+        Ok(Probe { complaint: None, leftover: None }) => {
+            Check::ok(WRITES, "honoured: two pushes at once lose nothing")
+        }
+        Err(e) if on_host => Check::warn(WRITES, format!("{e} (a host needs to write its report only)")),
+        Err(e) => Check::fail(WRITES, e.to_string()),
+    };
+    vec![reached, writes]
+}
+
+/// The manifest.
+pub fn manifest(store: &dyn Store) -> (Check, Option<Manifest>) {
+    match reports::manifest(store) {
+        Ok(manifest) => {
+            let text = format!("serial {}, {} services", manifest.serial, manifest.services.len());
+            (Check::ok("manifest", text), Some(manifest))
+        }
+        Err(e) => (Check::fail("manifest", e.to_string()), None),
+    }
+}
+
+/// The key that signs and the keys that are believed.
+pub fn signing(settings: &Settings, on_host: bool) -> Vec<Check> {
+    let mut checks = Vec::new();
+    let mut ours = None;
+    match &settings.secret_key_file {
+        None if on_host => {}
+        None => checks.push(Check::warn(
+            "signing key",
+            "none: what is pushed is unsigned; 'omni-deploy init' makes one",
+        )),
+        Some(path) => match (SecretKey::read(path), keys::mode_trouble(path)) {
+            (Err(e), _) => checks.push(Check::fail("signing key", e.to_string())),
+            (_, Some(why)) => checks.push(Check::fail("signing key", format!("{} {why}", path.display()))),
+            (Ok(key), None) => {
+                checks
+                    .push(Check::ok("signing key", format!("{} ({})", key.public().name(), path.display())));
+                ours = Some(key.public());
+            }
+        },
+    }
+    let mut trusted = Vec::new();
+    for text in &settings.trusted_public_keys {
+        match PublicKey::parse(text) {
+            Ok(key) => trusted.push(key),
+            Err(why) => {
+                let text = format!("'{text}' {why}; correct it");
+                checks.push(Check::fail("trusted keys", text));
+            }
+        }
+    }
+    checks.push(match ours {
+        _ if trusted.is_empty() && on_host => Check::warn(
+            "trusted keys",
+            "none: whoever can write the bucket decides what runs here; set trustedPublicKeys ('omni-deploy init' prints them)",
+        ),
+        _ if trusted.is_empty() => Check::ok("trusted keys", "none here; set them on the hosts"),
+        Some(ours) if !trusted.contains(&ours) => Check::fail(
+            "trusted keys",
+            format!("our own key is not among them: what is pushed here is refused; add {ours} to trustedPublicKeys"),
+        ),
+        _ => Check::ok("trusted keys", trusted.iter().map(PublicKey::name).collect::<Vec<_>>().join(", ")),
+    });
+    checks
+}
+
+/// The binary cache.
+pub fn cache(settings: &Settings, on_host: bool) -> Check {
+    const NAME: &str = "cache";
+    if settings.cache == CacheUrl::from(settings.store.clone()) && matches!(settings.store, StoreUrl::S3(_)) {
+        return Check::ok(NAME, "is the store");
+    }
+    let url = without_secrets(&settings.cache.to_string());
+    match &settings.cache {
+        CacheUrl::Dir(dir) => {
+            // One that is not there yet is made by the first push.
+            let nearest = dir.ancestors().find(|d| d.exists()).unwrap_or(Path::new("/"));
+            match (nearest == dir, writable(nearest)) {
+                (true, Ok(())) => Check::ok(NAME, format!("{url} can be written")),
+                (false, Ok(())) => Check::ok(NAME, format!("{url} is made by the first push")),
+                (true, Err(_)) if on_host => Check::ok(NAME, format!("{url} can be read")),
+                (_, Err(why)) => Check::warn(
+                    NAME,
+                    format!(
+                        "{url} cannot be written: {why}; pushes need chown or chmod of {}",
+                        nearest.display()
+                    ),
+                ),
+            }
+        }
+        CacheUrl::S3(location) => match crate::store::open(&StoreUrl::S3(location.clone())) {
+            Err(e) => Check::fail(NAME, e.to_string()),
+            Ok(bucket) => match (bucket.size("nix-cache-info"), on_host) {
+                (Err(e), _) => Check::fail(NAME, e.to_string()),
+                (Ok(_), true) => Check::ok(NAME, format!("{url} answers")),
+                (Ok(_), false) => match crate::store::probe(bucket.as_ref()) {
+                    Ok(_) => Check::ok(NAME, format!("{url} can be written")),
+                    Err(e) => Check::warn(NAME, format!("pushes may fail: {e}")),
+                },
+            },
+        },
+        CacheUrl::Nix(url) => match crate::nix::ping(Some(url)) {
+            Ok(_) => Check::ok(NAME, format!("{} answers", without_secrets(url))),
+            // Nix repeats the URL; what authenticates in it is not shown.
+            Err(e) => Check::fail(
+                NAME,
+                format!("{}; check the URL of 'cache'", e.to_string().replace(url, &without_secrets(url))),
+            ),
+        },
+    }
+}
+
+/// Nix itself.
+pub fn nix() -> Check {
+    match crate::nix::ping(None) {
+        Ok(text) => Check::ok("nix", text),
+        Err(e) => said("nix", e),
+    }
+}
+
+/// The programs that pushing calls.
+pub fn programs(settings: &Settings) -> Vec<Check> {
+    let known = |program: &str| match program.contains('/') {
+        true => Path::new(program).exists(),
+        false => config::on_path(program),
+    };
+    let build = match settings.build.as_deref().and_then(|words| words.first()) {
+        Some(program) if known(program) => Check::ok("build", program.clone()),
+        Some(program) => Check::fail(
+            "build",
+            format!("'{program}' is not on PATH; put it there or correct 'build' in the configuration"),
+        ),
+        None => Check::warn(
+            "build",
+            "no command builds namespaces; put bild on PATH or set 'build' (flakes and .nix files need neither)",
+        ),
+    };
+    let ssh = match settings.ssh.first() {
+        Some(program) if known(program) => Check::ok("ssh", program.clone()),
+        program => Check::warn(
+            "ssh",
+            format!(
+                "'{}' is not on PATH, so logs, --live and ship cannot reach hosts; install OpenSSH's client (Debian: apt install openssh-client) or set 'ssh'",
+                program.map_or("ssh", String::as_str)
+            ),
+        ),
+    };
+    vec![build, ssh]
+}
