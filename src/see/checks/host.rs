@@ -7,6 +7,7 @@ use crate::config::Settings;
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
 use crate::deployer::state::State;
 use crate::error::did_you_mean;
+use crate::http::{self, Limits};
 use crate::manifest::Manifest;
 use crate::names::HostName;
 use crate::runner::{Run, RunError, Status};
@@ -157,13 +158,16 @@ fn last_pass(now: Timestamp) -> Check {
 
 /// One GET of Caddy's admin API (loopback, no proxy): the status and the body as JSON.
 fn admin_get(settings: &Settings, path: &str) -> Result<(u16, Value), String> {
-    let agent = ureq::Agent::config_builder()
-        .http_status_as_error(false)
-        .max_redirects(0)
-        .proxy(None)
-        .timeout_global(Some(Duration::from_secs(5)))
-        .build()
-        .new_agent();
+    let (scheme, rest) = settings.caddy_admin.split_once("://").unwrap_or(("http", &settings.caddy_admin));
+    let authority = rest.split('/').next().unwrap_or_default();
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    let limits = Limits {
+        connect: Duration::from_secs(2),
+        answer: Duration::from_secs(5),
+        total: Some(Duration::from_secs(10)),
+        stall: Duration::from_secs(5),
+    };
+    let agent = http::agent(&http::process_env, scheme, host, limits)?;
     let mut answer =
         agent.get(format!("{}{path}", settings.caddy_admin)).call().map_err(|e| e.to_string())?;
     let status = answer.status().as_u16();
