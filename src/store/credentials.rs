@@ -309,3 +309,163 @@ fn read_profile(file: &Path, name: &str) -> Result<Option<BTreeMap<String, Strin
     }
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::TcpListener;
+
+    fn provider(profile: Option<&str>, vars: &[(&str, &str)]) -> Provider {
+        let vars: BTreeMap<String, String> =
+            vars.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        Provider::new(Arc::new(move |name| vars.get(name).cloned()), profile)
+    }
+
+    fn home() -> (tempfile::TempDir, String) {
+        let dir = tempfile::tempdir().unwrap();
+        fs_err::create_dir(dir.path().join(".aws")).unwrap();
+        let text = "# ours\n[default]\naws_access_key_id = D\naws_secret_access_key = ds\n\n\
+                    [ work ]\nAWS_ACCESS_KEY_ID=W\naws_secret_access_key=w=s=\naws_session_token = wt\n\
+                    [half]\naws_access_key_id = H\n";
+        fs_err::write(dir.path().join(".aws/credentials"), text).unwrap();
+        let text = "[default]\nregion = eu-default\n[profile work]\nregion=eu-work\ns3 =\n  \
+                    region = nested\n[profile sso]\nsso_start_url = https://x\n\
+                    [profile inline]\naws_access_key_id = I\naws_secret_access_key = is\n";
+        fs_err::write(dir.path().join(".aws/config"), text).unwrap();
+        let home = dir.path().display().to_string();
+        (dir, home)
+    }
+
+    const OFF: (&str, &str) = ("AWS_EC2_METADATA_DISABLED", "true");
+
+    #[test]
+    fn the_environment_comes_first_then_the_profile() {
+        let (_dir, home) = home();
+        let keys = [("AWS_ACCESS_KEY_ID", "E"), ("AWS_SECRET_ACCESS_KEY", "es")];
+        let found = provider(Some("work"), &[("HOME", &home), keys[0], keys[1]]).get(Timestamp(0)).unwrap();
+        assert_eq!((found.id.as_str(), &found.source), ("E", &Source::Environment));
+        for (profile, var, id, secret, token) in [
+            (None, None, "D", "ds", None),
+            (Some("work"), None, "W", "w=s=", Some("wt")),
+            (None, Some("work"), "W", "w=s=", Some("wt")),
+            (Some("inline"), Some("work"), "I", "is", None),
+        ] {
+            let provider = provider(profile, &[("HOME", &home), ("AWS_PROFILE", var.unwrap_or("")), OFF]);
+            let found = provider.get(Timestamp(0)).unwrap();
+            let got = (found.id.as_str(), found.secret.as_str(), found.token.as_deref());
+            assert_eq!(got, (id, secret, token), "{profile:?} {var:?}");
+            assert!(matches!(&found.source, Source::Profile { file, .. } if file.starts_with(&home)));
+        }
+    }
+
+    #[test]
+    fn the_region_is_the_profiles_own() {
+        let (_dir, home) = home();
+        for (profile, region) in
+            [(None, Some("eu-default")), (Some("work"), Some("eu-work")), (Some("sso"), None)]
+        {
+            assert_eq!(provider(profile, &[("HOME", &home)]).region().as_deref(), region, "{profile:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_said_with_what_was_tried() {
+        let (_dir, home) = home();
+        let id = ("AWS_ACCESS_KEY_ID", "AKID");
+        for (profile, vars, parts) in [
+            (None, vec![id], vec!["AWS_SECRET_ACCESS_KEY is not"]),
+            (Some("half"), vec![], vec!["'half'", "/credentials", "no aws_secret_access_key"]),
+            (Some("sso"), vec![], vec!["'sso'", "sso_start_url", "export-credentials --profile sso"]),
+            (
+                Some("nobody"),
+                vec![],
+                vec![
+                    "AWS_ACCESS_KEY_ID is not set",
+                    "'nobody'",
+                    "/credentials",
+                    "/config",
+                    "METADATA_DISABLED",
+                ],
+            ),
+        ] {
+            let vars: Vec<_> = vars.into_iter().chain([("HOME", home.as_str()), OFF]).collect();
+            let error = provider(profile, &vars).get(Timestamp(0)).unwrap_err();
+            assert!(parts.iter().all(|p| error.contains(p)), "{error}");
+            assert!(!error.contains('\n') && !error.contains("AKID"), "{error}");
+        }
+    }
+
+    /// A metadata service that answers each request with the next of `answers`; its requests come back.
+    fn metadata(answers: Vec<String>) -> (String, std::thread::JoinHandle<Vec<String>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let thread = std::thread::spawn(move || {
+            let mut asked = Vec::new();
+            for answer in answers {
+                let (mut socket, _) = listener.accept().unwrap();
+                let mut head = String::new();
+                let mut reader = BufReader::new(socket.try_clone().unwrap());
+                while reader.read_line(&mut head).unwrap() > 2 {}
+                asked.push(head);
+                let length = answer.len();
+                write!(
+                    socket,
+                    "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{answer}"
+                )
+                .unwrap();
+            }
+            asked
+        });
+        (base, thread)
+    }
+
+    fn role(id: &str, expires: &str) -> Vec<String> {
+        let keys = format!(
+            r#"{{"Code":"Success","AccessKeyId":"{id}","SecretAccessKey":"is","Token":"it","Expiration":"{expires}"}}"#
+        );
+        vec!["the-token".into(), "biz-role\n".into(), keys]
+    }
+
+    #[test]
+    fn an_instances_role_is_asked_for_by_version_2_and_again_before_its_keys_end() {
+        let mut answers = role("ONE", "1970-01-01T01:00:00Z");
+        answers.extend(role("TWO", "1970-01-01T02:00:00Z"));
+        let (base, thread) = metadata(answers);
+        let (dir, _) = home();
+        let empty = dir.path().join("nobody").display().to_string();
+        let provider = provider(None, &[("HOME", &empty), ("AWS_EC2_METADATA_SERVICE_ENDPOINT", &base)]);
+        let found = provider.get(Timestamp(0)).unwrap();
+        assert_eq!((found.id.as_str(), found.token.as_deref()), ("ONE", Some("it")));
+        assert_eq!(found.source, Source::Instance { role: "biz-role".into() });
+        assert_eq!(found.expires, Some(Timestamp(3600)));
+        assert_eq!(provider.get(Timestamp(3000)).unwrap().id, "ONE", "kept while it lasts");
+        assert_eq!(provider.get(Timestamp(3400)).unwrap().id, "TWO", "looked up before it ends");
+        let asked = thread.join().unwrap();
+        assert!(asked[0].starts_with("PUT /latest/api/token "), "{}", asked[0]);
+        assert!(asked[0].to_lowercase().contains("x-aws-ec2-metadata-token-ttl-seconds: 21600"));
+        assert!(asked[2].contains("/iam/security-credentials/biz-role "), "{}", asked[2]);
+        assert!(asked[1..3].iter().all(|a| a.to_lowercase().contains("x-aws-ec2-metadata-token: the-token")));
+        // The service is gone now: what is kept serves to its end and no longer.
+        assert_eq!(provider.get(Timestamp(7100)).unwrap().id, "TWO");
+        let error = provider.get(Timestamp(7200)).unwrap_err();
+        assert!(error.contains(&base) && error.contains("connection refused"), "{error}");
+    }
+
+    #[test]
+    fn nothing_secret_is_printed() {
+        let keys = [
+            ("AWS_ACCESS_KEY_ID", "AKID"),
+            ("AWS_SECRET_ACCESS_KEY", "hush"),
+            ("AWS_SESSION_TOKEN", "hush2"),
+        ];
+        let text = format!("{:?}", provider(None, &keys).get(Timestamp(0)).unwrap());
+        assert!(text.contains("AKID") && !text.contains("hush"), "{text}");
+        let answers = vec!["t".into(), "r".into(), r#"{"SecretAccessKey": "hush"}"#.into()];
+        let (base, thread) = metadata(answers);
+        let vars = [("HOME", "/nonexistent"), ("AWS_EC2_METADATA_SERVICE_ENDPOINT", base.as_str())];
+        let error = provider(None, &vars).get(Timestamp(0)).unwrap_err();
+        thread.join().unwrap();
+        assert!(error.contains("role 'r'") && !error.contains("hush"), "{error}");
+    }
+}

@@ -1,41 +1,379 @@
-//! A directory as a bucket.
+//! A directory as a bucket. Writes take a lock file, which gives compare-and-swap between processes, and go
+//! through [`crate::durable`], so that readers, who take no lock, see an object whole or not at all. A version
+//! is a hash of the content. It never touches a file outside its directory, and its own files (the lock,
+//! temporary ones) are never keys.
 
 use super::{Etag, Got, Store, StoreError, When};
+use crate::durable;
+use crate::error::io_text;
+use fs_err::os::unix::fs::OpenOptionsExt;
+use std::fs::TryLockError;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// What our own files begin with: the lock, and the temporary files of [`crate::durable`].
+const OWN_PREFIX: &str = ".omni-deploy";
+const LOCK: &str = ".omni-deploy.lock";
+
+/// A write holds the lock for milliseconds: who waits longer waits for something that hangs.
+const LOCK_WAIT: Duration = Duration::from_secs(30);
 
 /// The store in a directory.
 #[derive(Debug)]
 pub struct DirStore {
-    _root: PathBuf,
+    root: PathBuf,
+    lock_wait: Duration,
 }
 
 impl DirStore {
     /// Names the directory; it is made with the first write.
     pub fn new(root: &Path) -> Self {
-        DirStore { _root: root.to_path_buf() }
+        DirStore { root: root.to_path_buf(), lock_wait: LOCK_WAIT }
     }
+
+    fn path(&self, key: &str) -> Result<PathBuf, StoreError> {
+        let odd = |part: &str| part.is_empty() || part == "." || part == ".." || part.starts_with(OWN_PREFIX);
+        if key.split('/').any(odd) || key.chars().any(char::is_control) {
+            return Err(StoreError::Refused(format!(
+                "{key:?} cannot be a key of {}: a key is a relative path without '.', '..' and control characters",
+                self.url()
+            )));
+        }
+        Ok(self.root.join(key))
+    }
+
+    fn failed(&self, verb: &str, key: &str, e: &io::Error) -> StoreError {
+        let what = format!("cannot {verb} {key} in {}", self.url());
+        match e.kind() {
+            ErrorKind::PermissionDenied => {
+                let rights = if verb == "read" || verb == "list" { "read" } else { "write to" };
+                StoreError::Refused(format!(
+                    "{what}: permission denied; run this as a user who may {rights} {0} ('ls -ld {0}' says who)",
+                    self.root.display()
+                ))
+            }
+            ErrorKind::StorageFull | ErrorKind::ReadOnlyFilesystem | ErrorKind::QuotaExceeded => {
+                StoreError::Refused(format!("{what}: {}", io_text(e)))
+            }
+            ErrorKind::NotADirectory | ErrorKind::IsADirectory => StoreError::Refused(format!(
+                "{what}: a file stands where a folder is needed, or the other way round; look at {}",
+                self.root.display()
+            )),
+            _ => StoreError::Unreachable(format!("{what}: {}", io_text(e))),
+        }
+    }
+
+    /// The object's file with its size; None when there is none.
+    fn open(&self, key: &str) -> Result<Option<(fs_err::File, u64)>, StoreError> {
+        let path = self.path(key)?;
+        let opened = fs_err::File::open(&path).and_then(|file| {
+            let meta = file.metadata()?;
+            Ok((file, meta))
+        });
+        match opened {
+            Ok((file, meta)) if meta.is_file() => Ok(Some((file, meta.len()))),
+            // A folder is what the objects below it make of a key, no object.
+            Ok(_) => Ok(None),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+            Err(e) => Err(self.failed("read", key, &e)),
+        }
+    }
+
+    fn read(&self, key: &str, limit: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        let Some((file, size)) = self.open(key)? else { return Ok(None) };
+        let mut bytes = Vec::with_capacity(size.min(limit) as usize);
+        file.take(limit).read_to_end(&mut bytes).map_err(|e| self.failed("read", key, &e))?;
+        Ok(Some(bytes))
+    }
+
+    /// The version that is there now; None when there is none.
+    fn version(&self, key: &str) -> Result<Option<Etag>, StoreError> {
+        Ok(self.read(key, u64::MAX)?.map(|bytes| etag(&bytes)))
+    }
+
+    /// Takes the lock of all writers; dropping the file gives it back.
+    fn lock(&self, verb: &str, key: &str) -> Result<fs_err::File, StoreError> {
+        let path = self.root.join(LOCK);
+        let opened = fs_err::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o664)
+            .open(&path);
+        let (file, ours) = match opened {
+            Ok(file) => (file, true),
+            // Another user made it; reading is all that flock(2) needs.
+            Err(e) if e.kind() == ErrorKind::PermissionDenied && path.exists() => {
+                (fs_err::File::open(&path).map_err(|e| self.failed(verb, key, &e))?, false)
+            }
+            Err(e) => return Err(self.failed(verb, key, &e)),
+        };
+        let started = Instant::now();
+        let mut pause = Duration::from_millis(1);
+        loop {
+            match file.file().try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if started.elapsed() < self.lock_wait => {
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_millis(20));
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let holder = fs_err::read_to_string(&path).unwrap_or_default();
+                    let holder = crate::say::printable(holder.trim()).into_owned();
+                    return Err(StoreError::Unreachable(format!(
+                        "cannot {verb} {key} in {}: {} was held for {} s by {}; if that process hangs, end it \
+                         ('fuser -v {1}' shows it)",
+                        self.url(),
+                        path.display(),
+                        self.lock_wait.as_secs(),
+                        if holder.is_empty() { "another process" } else { &holder },
+                    )));
+                }
+                Err(TryLockError::Error(e)) => return Err(self.failed(verb, key, &e)),
+            }
+        }
+        if ours {
+            // A hint for the person who waits: it need not survive anything.
+            let program = std::env::args().next().unwrap_or_default();
+            let note = format!("process {} ({program})\n", std::process::id());
+            let noted = file.file().set_len(0).and_then(|()| (&mut file.file()).write_all(note.as_bytes()));
+            noted.map_err(|e| self.failed(verb, key, &e))?;
+        }
+        Ok(file)
+    }
+
+    /// Makes the folders above an object that are missing, the store's own included.
+    fn folders(&self, folder: &Path) -> io::Result<()> {
+        if folder.is_dir() {
+            return Ok(());
+        }
+        if let Some(above) = folder.parent() {
+            self.folders(above)?;
+            match fs_err::create_dir(folder) {
+                Ok(()) => {
+                    // Hosts read as users of their own, whatever the umask here.
+                    let mode = fs_err::metadata(folder)?.permissions().mode() | 0o755;
+                    fs_err::set_permissions(folder, std::fs::Permissions::from_mode(mode))?;
+                    fs_err::File::open(above)?.sync_all()?;
+                }
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn etag(bytes: &[u8]) -> Etag {
+    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    let hex: String = digest.as_ref()[..16].iter().map(|b| format!("{b:02x}")).collect();
+    Etag(format!("\"{hex}\""))
 }
 
 impl Store for DirStore {
     fn url(&self) -> String {
-        todo!()
+        format!("file://{}", self.root.display())
     }
-    fn get(&self, _key: &str, _unless: Option<&Etag>, _limit: u64) -> Result<Got, StoreError> {
-        todo!()
+
+    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+        let Some(bytes) = self.read(key, limit.saturating_add(1))? else { return Ok(Got::Missing) };
+        if bytes.len() as u64 > limit {
+            return Err(StoreError::TooLarge(format!(
+                "{key} in {} is larger than {limit} bytes; something else wrote it",
+                self.url()
+            )));
+        }
+        let etag = etag(&bytes);
+        Ok(if unless == Some(&etag) { Got::NotModified } else { Got::Found { bytes, etag } })
     }
-    fn get_start(&self, _key: &str, _count: u64) -> Result<Option<Vec<u8>>, StoreError> {
-        todo!()
+
+    fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        self.read(key, count)
     }
-    fn size(&self, _key: &str) -> Result<Option<u64>, StoreError> {
-        todo!()
+
+    fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
+        Ok(self.open(key)?.map(|(_, size)| size))
     }
-    fn put(&self, _key: &str, _bytes: &[u8], _when: &When) -> Result<Etag, StoreError> {
-        todo!()
+
+    fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+        let path = self.path(key)?;
+        let failed = |e: io::Error| self.failed("write", key, &e);
+        self.folders(path.parent().unwrap_or(&self.root)).map_err(failed)?;
+        let _lock = self.lock("write", key)?;
+        let holds = match when {
+            When::Always => true,
+            // Exact also where something writes here without the lock.
+            When::Absent => {
+                if durable::create_new(&path, bytes, 0o644).map_err(failed)? {
+                    return Ok(etag(bytes));
+                }
+                false
+            }
+            When::Still(etag) => self.version(key)?.as_ref() == Some(etag),
+        };
+        if !holds {
+            return Err(StoreError::Changed(format!(
+                "cannot write {key} in {}: somebody else wrote it first; read it again and retry",
+                self.url()
+            )));
+        }
+        durable::write(&path, bytes, 0o644).map_err(failed)?;
+        Ok(etag(bytes))
     }
-    fn delete(&self, _key: &str) -> Result<(), StoreError> {
-        todo!()
+
+    fn delete(&self, key: &str) -> Result<(), StoreError> {
+        let path = self.path(key)?;
+        // No folder, no lock, no object.
+        if self.open(key)?.is_none() {
+            return Ok(());
+        }
+        let _lock = self.lock("delete", key)?;
+        durable::remove(&path).map(drop).map_err(|e| self.failed("delete", key, &e))
     }
-    fn list(&self, _prefix: &str) -> Result<Vec<String>, StoreError> {
-        todo!()
+
+    fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let failed = |e: io::Error| self.failed("list", prefix, &e);
+        // Only the folder that the prefix names is walked.
+        let folder = prefix.rsplit_once('/').map_or("", |(folder, _)| folder);
+        if !folder.is_empty() {
+            self.path(folder)?;
+        }
+        let mut folders = vec![folder.to_string()];
+        let mut keys = Vec::new();
+        while let Some(folder) = folders.pop() {
+            let entries = match fs_err::read_dir(self.root.join(&folder)) {
+                Ok(entries) => entries,
+                // Also one that went away while we walked.
+                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => continue,
+                Err(e) => return Err(failed(e)),
+            };
+            for entry in entries {
+                let entry = entry.map_err(failed)?;
+                // What is not UTF-8 was not written here.
+                let Ok(name) = entry.file_name().into_string() else { continue };
+                if name.starts_with(OWN_PREFIX) {
+                    continue;
+                }
+                let key = if folder.is_empty() { name } else { format!("{folder}/{name}") };
+                match entry.path().metadata() {
+                    Ok(meta) if meta.is_dir() => folders.push(key),
+                    Ok(_) if key.starts_with(prefix) => keys.push(key),
+                    Ok(_) => {}
+                    Err(e) if e.kind() == ErrorKind::NotFound => {}
+                    Err(e) => return Err(failed(e)),
+                }
+            }
+        }
+        keys.sort();
+        Ok(keys)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, DirStore) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = DirStore::new(&dir.path().join("a/b"));
+        (dir, store)
+    }
+
+    #[test]
+    fn a_missing_directory_is_empty_until_the_first_write_makes_it() {
+        let (_dir, store) = store();
+        assert_eq!(store.get("manifest.json", None, 10), Ok(Got::Missing));
+        assert_eq!(store.get_start("manifest.json", 10), Ok(None));
+        assert_eq!(store.size("manifest.json"), Ok(None));
+        assert_eq!(store.list(""), Ok(vec![]));
+        assert_eq!(store.delete("manifest.json"), Ok(()));
+        assert!(!store.root.exists());
+        let etag = store.put("manifest.json", b"one", &When::Absent).unwrap();
+        let bytes = b"one".to_vec();
+        assert_eq!(store.get("manifest.json", None, 3), Ok(Got::Found { bytes, etag: etag.clone() }));
+        assert_eq!(store.get("manifest.json", Some(&etag), 3), Ok(Got::NotModified));
+        let mode = fs_err::metadata(store.root.join("manifest.json")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o644);
+    }
+
+    #[test]
+    fn a_write_whose_condition_does_not_hold_changes_nothing() {
+        let (_dir, store) = store();
+        let changed = |when: &When| matches!(store.put("k", b"no", when), Err(StoreError::Changed(_)));
+        assert!(changed(&When::Still(etag(b"one"))), "missing");
+        let one = store.put("k", b"one", &When::Absent).unwrap();
+        assert!(changed(&When::Absent));
+        let two = store.put("k", b"two", &When::Still(one.clone())).unwrap();
+        assert!(changed(&When::Still(one)));
+        assert_eq!(store.get("k", None, 9), Ok(Got::Found { bytes: b"two".to_vec(), etag: two }));
+        store.put("k", b"three", &When::Always).unwrap();
+        assert_eq!(store.size("k"), Ok(Some(5)));
+        store.delete("k").unwrap();
+        assert_eq!(store.get("k", None, 9), Ok(Got::Missing));
+    }
+
+    #[test]
+    fn keys_cannot_leave_the_directory_or_name_our_own_files() {
+        let (_dir, store) = store();
+        for bad in ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\nb", "a\0b", LOCK] {
+            assert!(matches!(store.put(bad, b"", &When::Always), Err(StoreError::Refused(_))), "{bad:?}");
+            assert!(matches!(store.get(bad, None, 1), Err(StoreError::Refused(_))), "{bad:?}");
+            assert!(matches!(store.delete(bad), Err(StoreError::Refused(_))), "{bad:?}");
+        }
+        assert!(matches!(store.list("../"), Err(StoreError::Refused(_))));
+        assert!(!store.root.exists());
+    }
+
+    #[test]
+    fn a_listing_is_recursive_sorted_and_without_our_own_files() {
+        let (_dir, store) = store();
+        for key in ["manifests/b", "manifests/a", "manifest.json", "hosts/biz.json", "nar/x/y"] {
+            store.put(key, b"x", &When::Always).unwrap();
+        }
+        fs_err::write(store.root.join(".omni-deploy-tmp"), "").unwrap();
+        fs_err::write(store.root.join("manifests/.omni-deploy-tmp"), "").unwrap();
+        let all = ["hosts/biz.json", "manifest.json", "manifests/a", "manifests/b", "nar/x/y"];
+        assert_eq!(store.list("").unwrap(), all);
+        assert_eq!(store.list("manifests/").unwrap(), &all[2..4]);
+        assert_eq!(store.list("manifest").unwrap(), &all[1..4]);
+        assert_eq!(store.list("nar/x").unwrap(), ["nar/x/y"]);
+        assert_eq!(store.list("nothing/here/").unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_is_larger_than_its_limit_is_not_read_and_a_start_is_cut() {
+        let (_dir, store) = store();
+        store.put("k", b"0123456789", &When::Always).unwrap();
+        assert!(matches!(store.get("k", None, 9), Err(StoreError::TooLarge(_))));
+        assert!(matches!(store.get("k", None, 10), Ok(Got::Found { .. })));
+        assert_eq!(store.get_start("k", 4).unwrap().unwrap(), b"0123");
+        assert_eq!(store.get_start("k", 40).unwrap().unwrap(), b"0123456789");
+    }
+
+    #[test]
+    fn a_lock_that_is_never_given_back_is_reported_with_its_holder() {
+        let (_dir, mut store) = store();
+        store.put("k", b"one", &When::Always).unwrap();
+        store.lock_wait = Duration::from_millis(30);
+        let held = store.lock("write", "k").unwrap();
+        let error = store.put("k", b"two", &When::Always).unwrap_err();
+        assert!(matches!(error, StoreError::Unreachable(_)));
+        let (text, pid) = (error.to_string(), format!("process {} ", std::process::id()));
+        assert!(text.contains(&pid) && text.contains(LOCK) && text.contains("fuser"), "{text}");
+        assert!(matches!(store.get("k", None, 9), Ok(Got::Found { .. })), "reading takes no lock");
+        drop(held);
+        store.put("k", b"two", &When::Always).unwrap();
+    }
+
+    #[test]
+    fn a_file_in_the_place_of_a_folder_is_said() {
+        let (_dir, store) = store();
+        store.put("hosts", b"x", &When::Always).unwrap();
+        assert_eq!(store.get("hosts/biz.json", None, 9), Ok(Got::Missing));
+        let error = store.put("hosts/biz.json", b"x", &When::Always).unwrap_err().to_string();
+        assert!(error.contains("hosts/biz.json"), "{error}");
     }
 }

@@ -901,3 +901,130 @@ impl Store for S3Store {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::StoreUrl;
+
+    fn store(url: &str, vars: &'static [(&str, &str)]) -> S3Store {
+        let StoreUrl::S3(location) = StoreUrl::parse(url).unwrap() else { panic!("{url} is not s3") };
+        let env = move |name: &str| {
+            let own =
+                [("AWS_ACCESS_KEY_ID", "AKID"), ("AWS_SECRET_ACCESS_KEY", "hush"), ("HOME", "/nonexistent")];
+            vars.iter().chain(&own).find(|(n, _)| *n == name).map(|(_, v)| v.to_string())
+        };
+        S3Store::open_in(&location, Arc::new(env)).unwrap()
+    }
+
+    fn refusal(status: u16, code: &str) -> Refusal {
+        let mut headers = HeaderMap::new();
+        headers.insert("date", "Sun, 22 Nov 2026 18:31:05 GMT".parse().unwrap());
+        let region = (code == "PermanentRedirect").then(|| "eu-2".to_string());
+        Refusal { status, code: code.into(), message: "because".into(), region, headers }
+    }
+
+    #[test]
+    fn the_region_is_the_urls_then_the_environments_then_the_default() {
+        for (url, vars, region, place) in [
+            ("s3://bucket", &[] as &[(&str, &str)], "us-east-1", "https://s3.us-east-1.amazonaws.com"),
+            ("s3://bucket", &[("AWS_DEFAULT_REGION", "b-1")], "b-1", "https://s3.b-1.amazonaws.com"),
+            (
+                "s3://bucket",
+                &[("AWS_DEFAULT_REGION", "b-1"), ("AWS_REGION", "a-1")],
+                "a-1",
+                "https://s3.a-1.amazonaws.com",
+            ),
+            ("s3://bucket?region=cn-x", &[("AWS_REGION", "a-1")], "cn-x", "https://s3.cn-x.amazonaws.com.cn"),
+            ("s3://bucket?endpoint=h:1&scheme=http", &[], "us-east-1", "http://h:1"),
+        ] {
+            let store = store(url, vars);
+            assert_eq!((store.region.name(), store.place.as_str()), (region, place));
+        }
+    }
+
+    #[test]
+    fn every_refusal_names_the_object_the_cause_and_the_next_move() {
+        let store = store("s3://bucket/p?endpoint=h:1&scheme=http", &[]);
+        // Two hours after the answer's date.
+        let now = Timestamp::parse("2026-11-22T20:31:05Z").unwrap();
+        for (status, code, parts) in [
+            (404, "NoSuchBucket", &["no bucket 'bucket'", "http://h:1", "create it"][..]),
+            (403, "InvalidAccessKeyId", &["does not know the access key AKID", "AWS_SECRET_ACCESS_KEY"]),
+            (403, "SignatureDoesNotMatch", &["secret key", "AKID", "correct AWS_ACCESS_KEY_ID"]),
+            (403, "AccessDenied", &["denies", "AKID", "s3:PutObject", "because"]),
+            (400, "ExpiredToken", &["expired", "renew"]),
+            (403, "RequestTimeTooSkewed", &["2h ahead of", "timedatectl set-ntp true"]),
+            (301, "PermanentRedirect", &["region eu-2, not us-east-1", "region=eu-2"]),
+            (501, "NotImplemented", &["conditional writes"]),
+            (405, "", &["405", "endpoint"]),
+            (409, "OperationAborted", &["OperationAborted (because)"]),
+            (503, "SlowDown", &["503 SlowDown", "(7 tries)", "try again later"]),
+            (429, "", &["429", "try again later"]),
+        ] {
+            let error =
+                store.refused(Verb::Write, "cannot write k in x", " (7 tries)", &refusal(status, code), now);
+            let passing = status >= 429 && status != 501;
+            assert_eq!(matches!(error, StoreError::Unreachable(_)), passing, "{error}");
+            let text = error.to_string();
+            assert!(text.starts_with("cannot write k in x: ") && text.contains("; "), "{text}");
+            assert!(parts.iter().all(|p| text.contains(p)), "{text}");
+            assert!(!text.contains("hush") && !text.contains('\n'), "{text}");
+        }
+    }
+
+    #[test]
+    fn only_what_may_pass_is_tried_again() {
+        let fault = |status| Fault::Refusal(Box::new(refusal(status, "")));
+        for (fault, again) in [
+            (fault(500), Again::Yes),
+            (fault(503), Again::Yes),
+            (fault(429), Again::Yes),
+            (fault(400), Again::No),
+            (fault(403), Again::No),
+            (fault(404), Again::No),
+            (fault(412), Again::No),
+            (fault(501), Again::No),
+            (Fault::Trouble(Trouble::Cut), Again::Yes),
+            (Fault::Trouble(Trouble::Late), Again::Yes),
+            (Fault::Trouble(Trouble::Refused), Again::AtMost(TRIES_OF_ABSENCE)),
+            (Fault::Trouble(Trouble::Tls(String::new())), Again::No),
+            (Fault::Garbage(String::new()), Again::No),
+        ] {
+            assert_eq!(fault.again(), again, "{fault:?}");
+        }
+    }
+
+    #[test]
+    fn a_listing_is_read_whole_or_not_at_all() {
+        let text = |truncated: &str, token: &str| {
+            format!(
+                "<?xml version=\"1.0\"?><ListBucketResult xmlns=\"x\"><Name>b</Name><Prefix>k</Prefix>\
+                 <IsTruncated>{truncated}</IsTruncated>{token}<Contents><Key>k/a&amp;b</Key><Size>1</Size>\
+                 <Owner><ID>Key</ID></Owner></Contents></ListBucketResult>"
+            )
+        };
+        let token = "<NextContinuationToken>t==</NextContinuationToken>";
+        let keys = vec!["k/a&b".to_string()];
+        assert_eq!(page(&text("false", "")), Ok(Page { keys: keys.clone(), next: None }));
+        assert_eq!(page(&text("true", token)), Ok(Page { keys, next: Some("t==".into()) }));
+        assert!(page(&text("true", "")).is_err());
+        assert!(page("<html><body>Hello</body></html>").is_err());
+        assert!(page("").is_err());
+    }
+
+    #[test]
+    fn a_source_gives_what_was_promised_or_fails() {
+        let source = |left, text: &'static str| {
+            let mut inner = text.as_bytes();
+            let mut source = Source { inner: &mut inner, left, taken: false, failed: None };
+            let mut got = String::new();
+            let result = source.read_to_string(&mut got).map(drop);
+            (result.is_ok(), got, source.failed.is_some())
+        };
+        assert_eq!(source(3, "abc"), (true, "abc".into(), false));
+        assert_eq!(source(2, "abc"), (true, "ab".into(), false));
+        assert!(!source(4, "abc").0 && source(4, "abc").2);
+        assert_eq!(source(0, ""), (true, String::new(), false));
+    }
+}
