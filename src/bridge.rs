@@ -9,7 +9,6 @@
 
 use crate::error::{Error, Result};
 use crate::store::s3::{MAX_SINGLE_PUT, S3Store};
-use crate::store::url::S3Location;
 use crate::store::{Store, StoreError};
 use ring::rand::{SecureRandom, SystemRandom};
 use std::collections::HashMap;
@@ -253,8 +252,8 @@ struct Shared {
 }
 
 impl Bridge {
-    /// Opens the port. Nothing is asked of the network yet.
-    pub fn open(location: &S3Location, access: Access) -> Result<Self> {
+    /// Opens the port for a bucket. Nothing is asked of the network yet.
+    pub fn open(store: S3Store, access: Access) -> Result<Self> {
         let mut random = [0; 24];
         SystemRandom::new()
             .fill(&mut random)
@@ -266,7 +265,7 @@ impl Bridge {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(no_port)?;
         let address = listener.local_addr().map_err(no_port)?;
         let shared = Arc::new(Shared {
-            store: S3Store::open(location)?,
+            store,
             access,
             secret,
             owner: fs_err::metadata("/proc/self").ok().map(|m| m.uid()),

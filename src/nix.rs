@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::names::StorePath;
 use crate::runner::{Output, Run, RunError, tail};
 use crate::say;
+use crate::store::s3::S3Store;
 use crate::store::{self, CacheUrl, Store, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -124,7 +125,7 @@ impl Cache {
                 )
             }
             CacheUrl::S3(location) => {
-                let bridge = Bridge::open(location, access)?;
+                let bridge = Bridge::open(S3Store::open(location)?, access)?;
                 (bridge.url(), Some(bridge), Some(StoreUrl::S3(location.clone())))
             }
         };

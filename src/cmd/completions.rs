@@ -6,6 +6,7 @@ use super::{Call, print};
 use crate::config::{self, KEYS};
 use crate::dispatch::APPLETS;
 use crate::error::{Error, Result};
+use crate::manifest::edit;
 use crate::see::reports;
 use crate::store::ARCHIVE_PREFIX;
 use argh::FromArgs;
@@ -301,7 +302,7 @@ fn look_up(kind: Kind, flags: &config::Flags) -> Result<Vec<String>> {
         };
         return Ok(store.list(ARCHIVE_PREFIX)?.iter().filter_map(|key| plain(key)).collect());
     }
-    let manifest = reports::manifest(store.as_ref())?;
+    let manifest = edit::read(store.as_ref())?;
     Ok(match kind {
         Kind::Host => reports::hosts(&manifest).iter().map(|h| h.to_string()).collect(),
         _ => manifest

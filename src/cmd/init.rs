@@ -8,12 +8,10 @@ use crate::config::{self, KEYS, Settings};
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
-use crate::manifest::Manifest;
-use crate::names::HostName;
+use crate::manifest::edit;
 use crate::say;
-use crate::see::reports;
 use crate::store::url::without_secrets;
-use crate::store::{CacheUrl, MANIFEST_KEY, Store, StoreError, StoreUrl, When};
+use crate::store::{CacheUrl, StoreUrl};
 use argh::FromArgs;
 use serde_json::{Map, Value, json};
 use std::os::unix::fs::PermissionsExt;
@@ -77,7 +75,14 @@ pub fn run(call: &Call) -> Result<u8> {
     if let Some(leftover) = probe.leftover {
         say::warning(leftover);
     }
-    make_manifest(store.as_ref(), &settings.host)?;
+    let published = edit::init(store.as_ref(), &Timestamp::now, &edit::author())?;
+    match published.written {
+        true => say::notice(format!("manifest: made in {}", store.url())),
+        false => {
+            let serial = published.manifest.serial;
+            say::info(format!("manifest: {} has one, serial {serial}", store.url()));
+        }
+    }
 
     let text = serde_json::to_string_pretty(&for_hosts(&settings, &key.public()));
     say::info(
@@ -132,7 +137,7 @@ fn signing_key(settings: &Settings, name: Option<&str>) -> Result<(PathBuf, Secr
         say::info(format!("signing key: {} (configured)", path.display()));
         return Ok((path.clone(), key));
     }
-    let name = name.map_or_else(|| default_key_name(&user(), &settings.host), String::from);
+    let name = name.map_or_else(|| default_key_name(&edit::author()), String::from);
     let dir = config::user_dir().join("keys");
     let path = dir.join(format!("{name}.secret"));
     if path.exists() {
@@ -145,17 +150,9 @@ fn signing_key(settings: &Settings, name: Option<&str>) -> Result<(PathBuf, Secr
     Ok((path, key))
 }
 
-fn user() -> String {
-    ["USER", "LOGNAME"]
-        .iter()
-        .find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()))
-        .unwrap_or("root".into())
-}
-
-fn default_key_name(user: &str, host: &HostName) -> String {
-    let user: String =
-        user.chars().filter(|c| c.is_ascii_alphanumeric() || "-_".contains(*c)).take(40).collect();
-    format!("omni-deploy-{}-{host}-1", if user.is_empty() { "user" } else { user.as_str() })
+/// `omni-deploy-ann-laptop-1`: who signs and where, and room for the key after this one.
+fn default_key_name(author: &str) -> String {
+    format!("omni-deploy-{}-1", author.replace('@', "-"))
 }
 
 /// Writes the file if anything differs, and says what.
@@ -178,19 +175,6 @@ fn save(file: &Path, old: &Map<String, Value>, new: &Map<String, Value>) -> Resu
     for (name, value) in new.iter().filter(|(name, value)| old.get(*name) != Some(*value)) {
         let was = old.get(name).map_or(String::new(), |v| format!(" (was {})", shown(v)));
         say::notice(format!("configuration: {at}: {name} is now {}{was}", shown(value)));
-    }
-    Ok(())
-}
-
-fn make_manifest(store: &dyn Store, host: &HostName) -> Result<()> {
-    let first = Manifest::empty(Timestamp::now(), &format!("{}@{host}", user()));
-    match store.put(MANIFEST_KEY, &first.to_bytes(), &When::Absent) {
-        Ok(_) => say::notice(format!("manifest: made in {}", store.url())),
-        Err(StoreError::Changed(_)) => {
-            let serial = reports::manifest(store)?.serial;
-            say::info(format!("manifest: {} has one, serial {serial}", store.url()));
-        }
-        Err(e) => return Err(e.into()),
     }
     Ok(())
 }
@@ -247,12 +231,9 @@ mod tests {
     }
 
     #[test]
-    fn the_default_key_name_is_a_key_name_whoever_the_user_is() {
-        let host = HostName::parse("laptop").unwrap();
-        assert_eq!(default_key_name("ann", &host), "omni-deploy-ann-laptop-1");
-        for user in ["", "DOM\\ann lee", "ä", &"x".repeat(500)] {
-            crate::keys::check_name(&default_key_name(user, &host)).unwrap();
-        }
+    fn the_default_key_name_is_a_key_name() {
+        assert_eq!(default_key_name("ann@laptop"), "omni-deploy-ann-laptop-1");
+        crate::keys::check_name(&default_key_name(&edit::author())).unwrap();
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use super::{Call, print};
 use crate::config::Settings;
 use crate::error::{EXIT_FAILED, Error, Result, did_you_mean};
+use crate::manifest::edit;
 use crate::names::HostName;
 use crate::runner::{Status, Stream};
 use crate::say::{self, printable};
@@ -89,7 +90,7 @@ fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
         return Ok((format!("{}.service", args.name), vec![host]));
     }
     let store = crate::store::open(&settings.store)?;
-    let manifest = reports::manifest(store.as_ref())?;
+    let manifest = edit::read(store.as_ref())?;
     if everywhere {
         let hosts: Vec<HostName> = reports::hosts(&manifest).into_iter().collect();
         if hosts.is_empty() {
@@ -101,7 +102,7 @@ fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
         let names = manifest.services.iter().map(|s| s.name.as_str()).chain(["deployer", "caddy"]);
         let near = did_you_mean(&args.name, names);
         let hint = if near.is_empty() { "; 'omni-deploy status' lists them" } else { near.as_str() };
-        Error::new(format!("no service '{}' in the manifest{hint}", args.name))
+        Error::new(format!("no service '{}' in the manifest{hint}", printable(&args.name)))
     })?;
     let placed: BTreeSet<HostName> = service.hosts.iter().cloned().collect();
     let hosts = match picked {

@@ -5,6 +5,7 @@ use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{EXIT_DEGRADED, Error, Result, did_you_mean};
+use crate::manifest::{changes, edit};
 use crate::names::StorePath;
 use crate::say::{self, printable};
 use crate::see::judge::{Only, Picture, Row, Standing, judge};
@@ -70,10 +71,10 @@ pub fn run(call: &Call) -> Result<u8> {
 
 fn look(settings: &Settings, args: &Args) -> Result<Picture> {
     let store = crate::store::open(&settings.store)?;
-    let manifest = reports::manifest(store.as_ref())?;
+    let manifest = edit::read(store.as_ref())?;
     let mut hosts = reports::hosts(&manifest);
     if let Some(name) = &args.service {
-        let service = reports::service(&manifest, name)?;
+        let service = manifest.service(name).ok_or_else(|| changes::unknown_service(name, &manifest))?;
         hosts.retain(|h| service.hosts.contains(h));
     }
     let reports = match args.live {

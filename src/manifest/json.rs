@@ -291,7 +291,7 @@ fn value_end(bytes: &[u8], from: usize) -> usize {
             b'"' => at = string_end(bytes, at) - 1,
             b'{' | b'[' => depth += 1,
             b'}' | b']' if depth > 0 => depth -= 1,
-            b'}' | b']' | b',' => return at,
+            b'}' | b']' | b',' if depth == 0 => return at,
             _ if byte.is_ascii_whitespace() && depth == 0 => return at,
             _ => {}
         }

@@ -1,17 +1,15 @@
-//! Gets the manifest and what the hosts say of themselves: their reports in the store, or the state file of
+//! Gets what the hosts say of themselves: their reports in the store, or the state file of
 //! each, asked for over ssh. A report that is missing, oversized or malformed is an answer, not an error.
 
 use super::judge::Report;
 use crate::config::Settings;
 use crate::deployer::root::STATE_FILE;
 use crate::deployer::state::State;
-use crate::error::{Error, Result};
-use crate::manifest::model::MAX_BYTES;
-use crate::manifest::parse::{self, Mode};
-use crate::manifest::{Manifest, Service};
+use crate::error::Result;
+use crate::manifest::Manifest;
 use crate::names::HostName;
 use crate::ssh;
-use crate::store::{Got, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError};
+use crate::store::{Got, HOSTS_PREFIX, Store, StoreError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -25,34 +23,9 @@ const LIVE_DEADLINE: Duration = Duration::from_secs(15);
 /// How many hosts or reports are asked at once.
 const AT_ONCE: usize = 16;
 
-/// The current manifest; that there is none is an error with its remedy.
-pub fn manifest(store: &dyn Store) -> Result<Manifest> {
-    match store.get(MANIFEST_KEY, None, MAX_BYTES)? {
-        Got::Found { bytes, .. } => parse::manifest(&bytes, Mode::Tolerant).map_err(|e| {
-            Error::new(format!(
-                "the manifest in {}: {e}; see 'deploy-manifest list' for versions to go back to",
-                store.url()
-            ))
-        }),
-        Got::Missing | Got::NotModified => Err(Error::new(format!(
-            "there is no manifest in {}; make one with 'omni-deploy init', or name another store with --store",
-            store.url()
-        ))),
-    }
-}
-
 /// The hosts that the manifest names.
 pub fn hosts(manifest: &Manifest) -> BTreeSet<HostName> {
     manifest.services.iter().flat_map(|s| s.hosts.iter().cloned()).collect()
-}
-
-/// The service, or an error with the names most like it.
-pub fn service<'a>(manifest: &'a Manifest, name: &str) -> Result<&'a Service> {
-    manifest.service(name).ok_or_else(|| {
-        let near = crate::error::did_you_mean(name, manifest.services.iter().map(|s| s.name.as_str()));
-        let hint = if near.is_empty() { "; 'omni-deploy status' lists them" } else { near.as_str() };
-        Error::new(format!("no service '{name}' in the manifest{hint}"))
-    })
 }
 
 /// The reports in the store: of `hosts`, and of all others that have one.
@@ -124,6 +97,7 @@ fn each(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
     #[test]
     fn a_report_that_is_broken_or_another_hosts_is_an_answer() {

@@ -3,8 +3,7 @@
 use super::{Check, said, writable};
 use crate::config::{self, SYSTEM_FILE, Settings};
 use crate::keys::{self, PublicKey, SecretKey};
-use crate::manifest::Manifest;
-use crate::see::reports;
+use crate::manifest::{Manifest, edit};
 use crate::store::url::without_secrets;
 use crate::store::{CacheUrl, Probe, Store, StoreUrl};
 use std::path::Path;
@@ -48,7 +47,7 @@ pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
 
 /// The manifest.
 pub fn manifest(store: &dyn Store) -> (Check, Option<Manifest>) {
-    match reports::manifest(store) {
+    match edit::read(store) {
         Ok(manifest) => {
             let text = format!("serial {}, {} services", manifest.serial, manifest.services.len());
             (Check::ok("manifest", text), Some(manifest))
