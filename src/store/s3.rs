@@ -598,7 +598,9 @@ impl S3Store {
             Fault::TooLarge(limit) => StoreError::TooLarge(format!(
                 "{object} is larger than {limit} bytes; something else wrote it"
             )),
-            Fault::Source(why) => StoreError::Unreachable(format!("{what}: its content ended early: {why}")),
+            Fault::Source(why) => {
+                StoreError::Unreachable(format!("{what}: its content could not be read: {why}; run it again"))
+            }
             Fault::Garbage(how) => StoreError::Refused(format!(
                 "{what}: {place} answers {how}, which is not S3; check the store's endpoint and the proxy"
             )),

@@ -1,0 +1,99 @@
+//! What integration tests share: the real S3 test server, started for one test and ended with it.
+
+#![allow(dead_code, reason = "every test program uses a part of it")]
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+#[allow(clippy::disallowed_types, reason = "a server in the background, ended by its own handle")]
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+pub const BUCKET: &str = "box";
+pub const KEY: &str = "AKTEST";
+pub const SECRET: &str = "test-secret";
+
+/// A running server with the bucket [`BUCKET`]; killed, and its directory removed, when it goes out of scope.
+#[allow(clippy::disallowed_types, reason = "as above")]
+pub struct S3Server {
+    child: Child,
+    pub dir: tempfile::TempDir,
+    /// `ADDRESS:PORT`.
+    pub address: String,
+}
+
+/// The server's binary. Its absence fails the test: what was not tested must not look tested.
+fn binary() -> PathBuf {
+    std::env::var_os("OMNI_TEST_S3").map(PathBuf::from).unwrap_or_else(|| {
+        panic!(
+            "OMNI_TEST_S3 is not set: build the S3 test server with 'cargo build --manifest-path \
+             tests/s3-server/Cargo.toml' and set OMNI_TEST_S3 to its omni-test-s3 (tests/run.sh does both)"
+        )
+    })
+}
+
+impl S3Server {
+    /// One user, [`KEY`], who may do everything.
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// More arguments: further users, for example.
+    #[allow(clippy::disallowed_types, reason = "as above")]
+    pub fn start_with(arguments: &[&str]) -> Self {
+        let dir = tempfile::tempdir().expect("a directory for the server");
+        let at = |name: &str| dir.path().join(name);
+        let mut child = Command::new(binary())
+            .arg("--root")
+            .arg(at("root"))
+            .args(["--listen", "127.0.0.1:0", "--bucket", BUCKET, "--user", &format!("{KEY}:{SECRET}")])
+            .arg("--log")
+            .arg(at("log"))
+            .arg("--control")
+            .arg(at("control.json"))
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("OMNI_TEST_S3 names a program that starts");
+        let mut line = String::new();
+        let stdout = child.stdout.take().expect("stdout is piped");
+        BufReader::new(stdout).read_line(&mut line).expect("the server says where it listens");
+        let address =
+            line.trim().strip_prefix("listening http://").expect("the server's address").to_string();
+        S3Server { child, dir, address }
+    }
+
+    /// `s3://box[/PREFIX]?…` of this server.
+    pub fn url(&self, prefix: &str) -> String {
+        let slash = if prefix.is_empty() { "" } else { "/" };
+        format!("s3://{BUCKET}{slash}{prefix}?endpoint={}&scheme=http", self.address)
+    }
+
+    /// Sets the server's faults (tests/s3-server/src/faults.rs has their form).
+    pub fn faults(&self, json: &str) {
+        let new = self.dir.path().join("control.new");
+        fs_err::write(&new, json).expect("the control file is written");
+        fs_err::rename(new, self.dir.path().join("control.json")).expect("the control file is replaced");
+    }
+
+    /// Every request so far: `METHOD PATH STATUS`; status 000 had no answer.
+    pub fn log(&self) -> Vec<String> {
+        let text = fs_err::read_to_string(self.dir.path().join("log")).expect("the server's log");
+        text.lines().map(str::to_string).collect()
+    }
+}
+
+impl Drop for S3Server {
+    fn drop(&mut self) {
+        self.child.kill().expect("the server is ended");
+        self.child.wait().expect("the server's end is seen");
+    }
+}
+
+/// Waits until `done`, at most `limit`.
+pub fn wait_until(limit: Duration, what: &str, mut done: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !done() {
+        assert!(started.elapsed() < limit, "not within {limit:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

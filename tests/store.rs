@@ -1,0 +1,487 @@
+//! The stores as everything above relies on them: against a real S3 server over loopback, and a real
+//! directory.
+
+mod common;
+
+use common::{KEY, S3Server, SECRET};
+use omni_deploy::store::dir::DirStore;
+use omni_deploy::store::s3::{MAX_SINGLE_PUT, S3Store};
+use omni_deploy::store::{Etag, Got, Store, StoreError, StoreUrl, When, probe};
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const LIMIT: u64 = 1 << 20;
+
+fn open_as(url: &str, key: &str, secret: &str) -> S3Store {
+    let StoreUrl::S3(location) = StoreUrl::parse(url).unwrap() else { panic!("{url} is not s3") };
+    let (key, secret) = (key.to_string(), secret.to_string());
+    let env = move |name: &str| match name {
+        "AWS_ACCESS_KEY_ID" => Some(key.clone()).filter(|k| !k.is_empty()),
+        "AWS_SECRET_ACCESS_KEY" => Some(secret.clone()).filter(|s| !s.is_empty()),
+        "AWS_EC2_METADATA_DISABLED" => Some("true".into()),
+        "HOME" => Some("/nonexistent".into()),
+        _ => None,
+    };
+    S3Store::open_in(&location, Arc::new(env)).unwrap()
+}
+
+fn open(url: &str) -> S3Store {
+    open_as(url, KEY, SECRET)
+}
+
+fn found(store: &dyn Store, key: &str) -> (Vec<u8>, Etag) {
+    match store.get(key, None, LIMIT).unwrap() {
+        Got::Found { bytes, etag } => (bytes, etag),
+        other => panic!("{key}: {other:?}"),
+    }
+}
+
+/// What both stores promise.
+fn keeps_the_contract(store: &dyn Store) {
+    let key = "manifest.json";
+    assert_eq!(store.get(key, None, LIMIT), Ok(Got::Missing));
+    assert_eq!((store.get_start(key, 4), store.size(key), store.delete(key)), (Ok(None), Ok(None), Ok(())));
+    assert_eq!(store.list(""), Ok(vec![]));
+    let changed = |result: Result<Etag, StoreError>| {
+        assert!(matches!(result, Err(StoreError::Changed(_))), "{result:?}");
+    };
+    changed(store.put(key, b"no", &When::Still(Etag("\"0123456789abcdef0123456789abcdef\"".into()))));
+    let one = store.put(key, b"one", &When::Absent).unwrap();
+    changed(store.put(key, b"no", &When::Absent));
+    assert_eq!(found(store, key), (b"one".to_vec(), one.clone()));
+    assert_eq!(store.get(key, Some(&one), LIMIT), Ok(Got::NotModified));
+    let two = store.put(key, b"two", &When::Still(one.clone())).unwrap();
+    assert_ne!(one, two);
+    changed(store.put(key, b"no", &When::Still(one.clone())));
+    assert_eq!(store.get(key, Some(&one), LIMIT), Ok(Got::Found { bytes: b"two".to_vec(), etag: two }));
+    store.put("hosts/a b+c&ü%.json", b"0123456789", &When::Always).unwrap();
+    store.put("hosts/empty", b"", &When::Always).unwrap();
+    assert_eq!(store.list("hosts/").unwrap(), ["hosts/a b+c&ü%.json", "hosts/empty"]);
+    assert_eq!(store.size("hosts/a b+c&ü%.json"), Ok(Some(10)));
+    assert_eq!(store.get_start("hosts/a b+c&ü%.json", 4), Ok(Some(b"0123".to_vec())));
+    assert_eq!(store.get_start("hosts/a b+c&ü%.json", 40), Ok(Some(b"0123456789".to_vec())));
+    assert_eq!(store.get_start("hosts/empty", 4), Ok(Some(vec![])));
+    assert_eq!(found(store, "hosts/empty").0, b"");
+    assert!(matches!(store.get("hosts/a b+c&ü%.json", None, 9), Err(StoreError::TooLarge(_))));
+    assert!(matches!(store.get("hosts/a b+c&ü%.json", None, 10), Ok(Got::Found { .. })));
+    let probed = probe(store).unwrap();
+    assert_eq!((probed.complaint, probed.leftover), (None, None));
+    store.delete("hosts/empty").unwrap();
+    assert_eq!(store.list("").unwrap(), ["hosts/a b+c&ü%.json", key]);
+}
+
+#[test]
+fn a_bucket_and_a_directory_keep_the_same_contract() {
+    let server = S3Server::start();
+    keeps_the_contract(&open(&server.url("")));
+    keeps_the_contract(&open(&server.url("some/prefix")));
+    let dir = tempfile::tempdir().unwrap();
+    keeps_the_contract(&DirStore::new(&dir.path().join("store")));
+}
+
+/// Adds one to the number in the store, as every writer of the manifest does.
+fn count_up(store: &dyn Store) {
+    loop {
+        let (text, etag) = found(store, "count");
+        let number: u32 = String::from_utf8(text).unwrap().parse().unwrap();
+        match store.put("count", (number + 1).to_string().as_bytes(), &When::Still(etag)) {
+            Ok(_) => return,
+            Err(StoreError::Changed(_)) => {}
+            Err(e) => panic!("{e}"),
+        }
+    }
+}
+
+fn loses_nothing(open: impl Fn() -> Box<dyn Store> + Sync) {
+    open().put("count", b"0", &When::Absent).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let store = open();
+                (0..25).for_each(|_| count_up(&*store));
+            });
+        }
+    });
+    assert_eq!(found(&*open(), "count").0, b"200");
+}
+
+#[test]
+fn eight_writers_to_a_bucket_lose_no_update() {
+    let server = S3Server::start();
+    loses_nothing(|| Box::new(open(&server.url(""))));
+}
+
+#[test]
+fn eight_writers_to_a_directory_lose_no_update() {
+    let dir = tempfile::tempdir().unwrap();
+    loses_nothing(|| Box::new(DirStore::new(dir.path())));
+}
+
+#[test]
+fn threads_share_one_store() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let store = &store;
+            scope.spawn(move || {
+                for n in 0..10 {
+                    let key = format!("t/{thread}/{n}");
+                    store.put(&key, key.as_bytes(), &When::Absent).unwrap();
+                    assert_eq!(found(store, &key).0, key.as_bytes());
+                }
+            });
+        }
+    });
+    assert_eq!(store.list("t/").unwrap().len(), 80);
+}
+
+#[test]
+fn a_listing_follows_every_page() {
+    let server = S3Server::start();
+    let store = open(&server.url("p"));
+    let mut keys: Vec<String> = (0..2345).map(|n| format!("manifests/{n}")).collect();
+    std::thread::scope(|scope| {
+        for part in keys.chunks(300) {
+            let store = &store;
+            scope.spawn(move || part.iter().for_each(|k| drop(store.put(k, b"x", &When::Always).unwrap())));
+        }
+    });
+    keys.sort();
+    assert_eq!(store.list("manifests/").unwrap(), keys);
+    let pages = server.log().iter().filter(|l| l.starts_with("GET /box") && !l.contains("/box/p/")).count();
+    assert!(pages >= 3, "{pages}");
+}
+
+#[test]
+fn an_unchanged_object_costs_one_request() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    let etag = store.put("manifest.json", b"{}", &When::Absent).unwrap();
+    let before = server.log().len();
+    assert_eq!(store.get("manifest.json", Some(&etag), LIMIT), Ok(Got::NotModified));
+    assert_eq!(server.log()[before..], ["GET /box/manifest.json 304"]);
+}
+
+#[test]
+fn a_store_that_is_overloaded_for_a_moment_is_waited_for() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    for code in ["SlowDown", "InternalError"] {
+        server.faults(&format!(r#"{{"fail": {{"status": 503, "code": "{code}", "count": 5}}}}"#));
+        store.put("k", code.as_bytes(), &When::Always).unwrap();
+        server.faults(&format!(r#"{{"fail": {{"status": 500, "code": "{code}", "count": 5}}}}"#));
+        assert_eq!(found(&store, "k").0, code.as_bytes());
+        server.faults(&format!(r#"{{"fail": {{"status": 503, "code": "{code}", "count": 5}}}}"#));
+        assert_eq!(store.list("").unwrap(), ["k"]);
+    }
+}
+
+#[test]
+fn a_store_that_stays_overloaded_is_given_up_in_bounded_time() {
+    let server = S3Server::start();
+    server.faults(r#"{"fail": {"status": 503, "code": "SlowDown"}}"#);
+    let store = open(&server.url(""));
+    let started = Instant::now();
+    let error = store.get("manifest.json", None, LIMIT).unwrap_err();
+    assert!(started.elapsed() < Duration::from_secs(35), "{:?}", started.elapsed());
+    assert!(
+        matches!(&error, StoreError::Unreachable(t) if t.contains("503 SlowDown") && t.contains("tries"))
+    );
+    one_line(&error, &["manifest.json", "try again later"]);
+    assert!((6..=10).contains(&server.log().len()), "{}", server.log().len());
+}
+
+#[test]
+fn a_cut_connection_is_tried_again_and_a_lost_answer_looks_like_somebody_elses_write() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    server.faults(r#"{"reset": {"count": 3}}"#);
+    let one = store.put("k", b"one", &When::Absent).unwrap();
+    server.faults(r#"{"reset": {"count": 3}}"#);
+    assert_eq!(found(&store, "k").0, b"one");
+    // The write happens, its answer is lost, and its repetition finds the new version.
+    server.faults(r#"{"reset": {"count": 1, "after": true}}"#);
+    assert!(matches!(store.put("k", b"two", &When::Still(one)), Err(StoreError::Changed(_))));
+    assert_eq!(found(&store, "k").0, b"two");
+}
+
+fn one_line(error: &StoreError, parts: &[&str]) {
+    let text = error.to_string();
+    assert!(!text.contains('\n') && !text.contains(SECRET), "{text}");
+    assert!(text.contains("; "), "no next move: {text}");
+    assert!(parts.iter().all(|p| text.contains(p)), "{parts:?} in: {text}");
+}
+
+#[test]
+fn every_mistake_is_one_line_with_its_remedy_and_is_not_tried_again() {
+    let server = S3Server::start();
+    let url = server.url("");
+    open(&url).put("k", b"x", &When::Always).unwrap();
+    let elsewhere = url.replace("//box", "//other-box");
+    let before = server.log().len();
+    for (store, parts) in [
+        (open_as(&url, KEY, "wrong"), &["secret key", KEY, "correct AWS_ACCESS_KEY_ID"][..]),
+        (open_as(&url, "AKNOBODY", "x"), &["does not know the access key AKNOBODY", "correct"]),
+        (open_as(&url, "", ""), &["no credentials", "AWS_ACCESS_KEY_ID is not set", "/nonexistent/.aws"]),
+        (open(&elsewhere), &["no bucket 'other-box'", "create it", &server.address]),
+    ] {
+        for error in [
+            store.get("k", None, LIMIT).unwrap_err(),
+            store.get("k", Some(&Etag("\"x\"".into())), LIMIT).unwrap_err(),
+            store.get_start("k", 1).unwrap_err(),
+            store.put("k", b"y", &When::Always).unwrap_err(),
+            store.put("k", b"y", &When::Absent).unwrap_err(),
+            store.put("k", b"y", &When::Still(Etag("\"x\"".into()))).unwrap_err(),
+            store.list("k").unwrap_err(),
+            store.delete("k").unwrap_err(),
+            store.read_stream("k", None).err().unwrap(),
+            store.write_stream("k", 1, None, &mut &b"y"[..]).unwrap_err(),
+        ] {
+            assert!(matches!(error, StoreError::Refused(_)), "{error:?}");
+            one_line(&error, parts);
+        }
+    }
+    // Ten operations of each of the three stores that had credentials, and no more.
+    assert_eq!(server.log().len() - before, 30);
+    let head = open_as(&url, KEY, "wrong").size("k").unwrap_err();
+    one_line(&head, &["secret key"]);
+    assert_eq!(found(&open(&url), "k").0, b"x");
+}
+
+#[test]
+fn what_a_key_may_not_do_is_said_with_the_permission_that_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let policy = dir.path().join("policy.json");
+    fs_err::write(&policy, r#"{"read": [""], "write": ["hosts/"]}"#).unwrap();
+    let server = S3Server::start_with(&["--user", &format!("AKHOST:hostword:{}", policy.display())]);
+    let store = open_as(&server.url(""), "AKHOST", "hostword");
+    store.put("hosts/biz.json", b"{}", &When::Always).unwrap();
+    let error = store.put("manifest.json", b"{}", &When::Always).unwrap_err();
+    assert!(matches!(error, StoreError::Refused(_)));
+    one_line(&error, &["manifest.json", "AKHOST", "AccessDenied", "allow s3:PutObject"]);
+}
+
+#[test]
+fn garbage_is_recognized_whatever_was_asked() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    server.faults(r#"{"garbage": true}"#);
+    for error in [
+        store.get("k", None, LIMIT).unwrap_err(),
+        store.get_start("k", 1).unwrap_err(),
+        store.size("k").unwrap_err(),
+        store.put("k", b"y", &When::Always).unwrap_err(),
+        store.put("k", b"y", &When::Absent).unwrap_err(),
+        store.list("").unwrap_err(),
+        store.delete("k").unwrap_err(),
+        store.read_stream("k", None).err().unwrap(),
+    ] {
+        assert!(matches!(error, StoreError::Refused(_)), "{error:?}");
+        one_line(&error, &["which is not S3", "check the store's endpoint"]);
+    }
+}
+
+/// A server that gives every connection the same answer.
+fn canned(answer: String) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("s3://box?endpoint={}&scheme=http", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for socket in listener.incoming() {
+            let mut socket = socket.unwrap();
+            let mut head = Vec::new();
+            let mut buffer = [0; 4096];
+            while !head.windows(4).any(|w| w == b"\r\n\r\n") {
+                match socket.read(&mut buffer) {
+                    Ok(0) | Err(_) => break,
+                    Ok(n) => head.extend_from_slice(&buffer[..n]),
+                }
+            }
+            drop(socket.write_all(answer.as_bytes()));
+        }
+    });
+    url
+}
+
+#[test]
+fn answers_that_would_confuse_an_xml_reader_end_in_an_error() {
+    let listing =
+        "<ListBucketResult><IsTruncated>maybe</IsTruncated><MaxKeys>many</MaxKeys><Contents><Key>a</Key>";
+    for (status, body) in [
+        ("200 OK", "<html><body><h1>Hi & bye<br></body></html>"),
+        ("200 OK", listing),
+        ("200 OK", "<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>"),
+        ("200 OK", "<a><b></a></b>"),
+        ("200 OK", ""),
+        ("200 OK", "\u{0}\u{1}"),
+        ("404 Not Found", "<Error><Code>NoSuchKey"),
+        ("404 Not Found", "<html>"),
+        ("403 Forbidden", "<Error><Code>"),
+    ] {
+        let length = body.len();
+        let answer = format!(
+            "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nx-amz-missing-meta: x\r\n\
+             x-amz-delete-marker: x\r\nConnection: close\r\n\r\n{body}"
+        );
+        let store = open(&canned(answer));
+        one_line(&store.list("").unwrap_err(), &[]);
+        one_line(&store.get("k", None, LIMIT).unwrap_err(), &["k"]);
+    }
+    let store = open(&canned("220 mail.example.com ESMTP\r\n".into()));
+    one_line(&store.get("k", None, LIMIT).unwrap_err(), &["not HTTP", "endpoint"]);
+}
+
+#[test]
+fn a_skewed_clock_is_measured_by_the_stores_own() {
+    let body =
+        "<Error><Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message></Error>";
+    let answer = format!(
+        "HTTP/1.1 403 Forbidden\r\nDate: Tue, 01 Jan 2019 00:00:00 GMT\r\nContent-Length: {}\r\n\
+         Connection: close\r\n\r\n{body}",
+        body.len()
+    );
+    let error = open(&canned(answer)).get("manifest.json", None, LIMIT).unwrap_err();
+    one_line(&error, &["manifest.json", "d ahead of the store's", "timedatectl set-ntp true"]);
+}
+
+#[test]
+fn a_body_without_end_is_not_read_past_the_limit() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("s3://box?endpoint={}&scheme=http", listener.local_addr().unwrap());
+    let sender = std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        assert_ne!(socket.read(&mut [0; 4096]).unwrap(), 0);
+        let head = "HTTP/1.1 200 OK\r\nETag: \"x\"\r\nTransfer-Encoding: chunked\r\n\r\n";
+        socket.write_all(head.as_bytes()).unwrap();
+        let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));
+        let mut sent = 0u64;
+        while socket.write_all(chunk.as_bytes()).is_ok() {
+            sent += 0x10000;
+        }
+        sent
+    });
+    let error = open(&url).get("k", None, 1000).unwrap_err();
+    assert!(matches!(error, StoreError::TooLarge(_)), "{error:?}");
+    // The buffers of two sockets, and nothing like all of it.
+    assert!(sender.join().unwrap() < 64 << 20);
+}
+
+#[test]
+fn nobody_there_and_no_such_name_are_told_apart_and_given_up_soon() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    for (endpoint, parts) in [
+        (address.to_string(), ["connection refused", "start the store"]),
+        ("no-such-host.invalid:9000".into(), ["does not resolve", "check the store's endpoint"]),
+    ] {
+        let started = Instant::now();
+        let store = open(&format!("s3://box?endpoint={endpoint}&scheme=http"));
+        let error = store.get("manifest.json", None, LIMIT).unwrap_err();
+        assert!(matches!(error, StoreError::Unreachable(_)), "{error:?}");
+        one_line(&error, &parts);
+        one_line(&error, &["manifest.json", &endpoint]);
+        assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+    }
+}
+
+#[test]
+fn a_store_that_ignores_or_refuses_conditions_is_found_out() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    server.faults(r#"{"ignore_conditions": true}"#);
+    let complaint = probe(&store).unwrap().complaint.unwrap();
+    assert!(complaint.contains("ignores If-None-Match") && complaint.contains("; use"), "{complaint}");
+    server.faults(r#"{"always_412": true}"#);
+    let complaint = probe(&store).unwrap().complaint.unwrap();
+    assert!(complaint.contains("refuses conditional writes"), "{complaint}");
+    server.faults("{}");
+    assert_eq!(probe(&store).unwrap().complaint, None);
+    assert_eq!(store.list("").unwrap(), Vec::<String>::new(), "the probes' own objects are gone");
+}
+
+/// Bytes that are not the same everywhere.
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|n| (n * 31 + n / 997) as u8).collect()
+}
+
+#[test]
+fn streams_go_both_ways_whole_and_in_parts() {
+    let server = S3Server::start();
+    let store = open(&server.url("cache"));
+    assert!(store.read_stream("nar/x", None).unwrap().is_none());
+    assert!(store.head("nar/x").unwrap().is_none());
+    for length in [0, 1, 100_000, 9_000_000] {
+        let bytes = pattern(length);
+        let kind = Some("application/x-nix-nar");
+        // What comes after the promised bytes is not taken.
+        let mut body = bytes.chain(&b"rest"[..]);
+        store.write_stream("nar/x", length as u64, kind, &mut body).unwrap();
+        let mut rest = String::new();
+        body.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "rest");
+        let head = store.head("nar/x").unwrap().unwrap();
+        assert_eq!((head.size, head.content_type.as_deref()), (length as u64, kind));
+        let mut stream = store.read_stream("nar/x", None).unwrap().unwrap();
+        assert_eq!((stream.status, stream.content_length), (200, Some(length as u64)));
+        let mut got = Vec::new();
+        stream.body.read_to_end(&mut got).unwrap();
+        assert!(got == bytes, "{length} bytes differ");
+    }
+    let mut part = store.read_stream("nar/x", Some("bytes=1000-1099")).unwrap().unwrap();
+    assert_eq!((part.status, part.content_range.as_deref()), (206, Some("bytes 1000-1099/9000000")));
+    let mut got = Vec::new();
+    part.body.read_to_end(&mut got).unwrap();
+    assert_eq!(got, pattern(9_000_000)[1000..1100]);
+    let none = store.read_stream("nar/x", Some("bytes=9000000-")).unwrap().unwrap();
+    assert_eq!(none.status, 416);
+}
+
+#[test]
+fn a_stream_that_fails_on_its_way_in_leaves_nothing() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    for length in [1000, 5_000_000] {
+        let bytes = pattern(length - 1);
+        let error = store.write_stream("nar/x", length as u64, None, &mut &bytes[..]).unwrap_err();
+        one_line(&error, &["nar/x", "1 bytes fewer than promised"]);
+    }
+    assert!(store.head("nar/x").unwrap().is_none());
+    let error = store.write_stream("nar/x", MAX_SINGLE_PUT + 1, None, &mut std::io::empty()).unwrap_err();
+    one_line(&error, &["nar/x", "5368709121"]);
+}
+
+#[test]
+fn a_refused_stream_is_refused_before_its_bytes_are_taken() {
+    let server = S3Server::start();
+    let store = open_as(&server.url(""), KEY, "wrong");
+    let bytes = pattern(5_000_000);
+    let mut body = &bytes[..];
+    one_line(&store.write_stream("nar/x", 5_000_000, None, &mut body).unwrap_err(), &["secret key"]);
+    assert_eq!(body.len(), bytes.len());
+    // And so a connection that is cut before that is no loss.
+    let store = open(&server.url(""));
+    server.faults(r#"{"reset": {"count": 2}}"#);
+    store.write_stream("nar/x", 5_000_000, None, &mut body).unwrap();
+    assert_eq!(store.size("nar/x"), Ok(Some(5_000_000)));
+}
+
+#[test]
+fn no_runtime_is_started() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    store.put("k", b"x", &When::Always).unwrap();
+    store.list("").unwrap();
+    store.delete("nothing").unwrap();
+    let mut stream = store.read_stream("k", None).unwrap().unwrap();
+    stream.body.read_to_end(&mut Vec::new()).unwrap();
+    let tasks = fs_err::read_dir("/proc/self/task").unwrap();
+    let name = |task: std::io::Result<fs_err::DirEntry>| {
+        // A thread of another test may end meanwhile.
+        fs_err::read_to_string(task.unwrap().path().join("comm")).unwrap_or_default()
+    };
+    let names: Vec<String> = tasks.map(name).collect();
+    assert!(names.iter().all(|n| !n.contains("tokio") && !n.contains("hyper")), "{names:?}");
+}
