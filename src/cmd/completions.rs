@@ -80,33 +80,52 @@ const fn option(long: &'static str, short: &'static str, kind: Kind) -> Flag {
 
 const JSON: Flag = switch("--json", "");
 const HOST: Flag = option("--host", "", Kind::Host);
+const SERVICE: Flag = option("--service", "", Kind::Service);
+const TIMEOUT: Flag = option("--timeout", "", Kind::Free);
+const RETRY: Flag = option("--retry", "", Kind::Service);
+const ALLOW_EMPTY: Flag = switch("--allow-empty", "");
+
+const fn command(words: &'static str, flags: &'static [Flag], args: &'static [Kind]) -> Command {
+    Command { words, flags, args }
+}
 
 /// The commands and subcommands. A test holds it against what `--help` of each says.
 pub const COMMANDS: &[Command] = &[
-    Command {
-        words: "status",
-        flags: &[HOST, JSON, switch("--watch", ""), switch("--live", "")],
-        args: &[Kind::Service],
-    },
-    Command {
-        words: "logs",
-        flags: &[
+    command("manifest", &[], &[]),
+    command("manifest init", &[], &[]),
+    command("manifest show", &[SERVICE], &[Kind::Version]),
+    command("manifest list", &[JSON, option("--number", "-n", Kind::Free), switch("--all", "")], &[]),
+    command("manifest update", &[option("--revision", "", Kind::Free)], &[Kind::Service, Kind::File]),
+    command("manifest add-service", &[], &[Kind::File]),
+    command("manifest remove-service", &[], &[Kind::Service]),
+    command("manifest set", &[], &[Kind::Service]),
+    command("manifest edit", &[], &[]),
+    command("manifest diff", &[], &[Kind::Version, Kind::Version]),
+    command("manifest rollback", &[SERVICE], &[Kind::Version]),
+    command("manifest validate", &[], &[Kind::File]),
+    command("manifest schema", &[], &[]),
+    command("deployer", &[], &[]),
+    command("deployer run", &[switch("--timer", ""), RETRY, ALLOW_EMPTY], &[]),
+    command("deployer plan", &[JSON, RETRY, ALLOW_EMPTY], &[]),
+    command("deployer state", &[JSON], &[]),
+    command("push", &[SERVICE, switch("--wait", ""), TIMEOUT], &[Kind::File]),
+    command("ship", &[SERVICE, TIMEOUT], &[Kind::File]),
+    command("status", &[HOST, JSON, switch("--watch", ""), switch("--live", "")], &[Kind::Service]),
+    command(
+        "logs",
+        &[
             switch("--follow", "-f"),
             option("--lines", "-n", Kind::Free),
             option("--since", "", Kind::Free),
             HOST,
         ],
-        args: &[Kind::Journal],
-    },
-    Command { words: "doctor", flags: &[switch("--host", ""), JSON], args: &[] },
-    Command { words: "init", flags: &[option("--key-name", "", Kind::Free)], args: &[Kind::Free] },
-    Command { words: "config", flags: &[JSON], args: &[] },
-    Command { words: "completions", flags: &[], args: &[Kind::Words(&["bash", "zsh", "fish"])] },
-    Command {
-        words: "man",
-        flags: &[],
-        args: &[Kind::Words(&["omni-deploy", "deploy-manifest", "deployer"])],
-    },
+        &[Kind::Journal],
+    ),
+    command("doctor", &[switch("--host", ""), JSON], &[]),
+    command("init", &[option("--key-name", "", Kind::Free)], &[Kind::Free]),
+    command("config", &[JSON], &[]),
+    command("completions", &[], &[Kind::Words(&["bash", "zsh", "fish"])]),
+    command("man", &[], &[Kind::Words(&["omni-deploy", "deploy-manifest", "deployer"])]),
 ];
 
 /// How long a shell waits for names.
@@ -348,6 +367,14 @@ mod tests {
             ("omni-deploy status --stor", vec!["--store"]),
             ("omni-deploy --secret-key-file ", vec![":files"]),
             ("omni-deploy completions z", vec!["zsh"]),
+            ("deploy-manifest ro", vec!["rollback"]),
+            ("deploy-manifest rollback --service w", vec!["web"]),
+            ("omni-deploy manifest rollback ", vec!["manifest-1.json"]),
+            ("deploy-manifest update ava ", vec![":files"]),
+            ("omni-deploy push a.py ", vec![":files"]),
+            ("deployer run --retry a", vec!["ava"]),
+            ("deployer run --all", vec!["--allow-empty"]),
+            ("deployer p", vec!["plan"]),
             ("omni-deploy nonsense ", vec![]),
             ("omni-deploy", vec![]),
         ] {

@@ -63,9 +63,11 @@ fn look(call: &Call, on_host: bool) -> Vec<Check> {
     checks.extend(machine::signing(&settings, on_host));
     checks.push(machine::nix());
     checks.push(machine::cache(&settings, on_host));
-    if !on_host {
+    // A host with a key of its own is a developer's machine as well.
+    if !on_host || settings.secret_key_file.is_some() {
         checks.extend(machine::programs(&settings));
-    } else {
+    }
+    if on_host {
         checks.extend(host::all(&settings, manifest.as_ref(), Timestamp::now()));
     }
     checks

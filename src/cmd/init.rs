@@ -85,9 +85,12 @@ pub fn run(call: &Call) -> Result<u8> {
     }
 
     let text = serde_json::to_string_pretty(&for_hosts(&settings, &key.public()));
-    say::info(
-        "every host needs this in /etc/omni-deploy/config.json, and credentials of its own for the bucket:",
-    );
+    say::info(match settings.store {
+        StoreUrl::Dir(_) => "a deployer on this machine needs this in /etc/omni-deploy/config.json:",
+        StoreUrl::S3(_) => {
+            "every host needs this in /etc/omni-deploy/config.json, and credentials of its own for the bucket:"
+        }
+    });
     print(&text.map_err(|e| Error::new(format!("cannot write the hosts' configuration: {e}")))?)?;
     Ok(0)
 }

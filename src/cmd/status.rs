@@ -230,7 +230,12 @@ fn table(picture: &Picture, now: Timestamp, colour: bool) -> String {
         }
     }
     for row in &picture.rows {
-        let Some(problem) = &row.problem else { continue };
+        // Of a host as a whole it was said above, once.
+        let Some(problem) =
+            row.problem.as_ref().filter(|_| !matches!(row.status, Standing::Unknown | Standing::Pending))
+        else {
+            continue;
+        };
         let tried = row.attempted.as_ref().map_or(String::new(), |path| format!(" {}", short(path)));
         below.push_str(&format!(
             "{} on {}: {}{tried}: {}\n",

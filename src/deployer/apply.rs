@@ -18,7 +18,6 @@ use crate::{nix, say};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long a service must stay up and well before it counts as up.
@@ -367,13 +366,13 @@ fn starts(plan: &Plan) -> impl Iterator<Item = Start<'_>> {
 /// Whether the program of a service is there and may be executed.
 fn executable(service: &Service, path: &StorePath) -> Result<(), String> {
     let (program, _) = command::program(service, path);
-    let shown = Path::new(&program);
-    match fs_err::metadata(shown) {
+    let shown = program.display();
+    match fs_err::metadata(&program) {
         Ok(meta) if meta.is_file() && meta.permissions().mode() & 0o111 != 0 => Ok(()),
-        Ok(meta) if meta.is_file() => Err(format!("{program} is not executable")),
-        Ok(_) => Err(format!("{program} is not a file")),
+        Ok(meta) if meta.is_file() => Err(format!("{shown} is not executable")),
+        Ok(_) => Err(format!("{shown} is not a file")),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            Err(format!("there is no {program} in its closure; correct exec.command or the build"))
+            Err(format!("there is no {shown} in its closure; correct exec.command or the build"))
         }
         Err(e) => Err(e.to_string()),
     }

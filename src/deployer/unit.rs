@@ -86,7 +86,7 @@ pub fn render(service: &Service, path: &StorePath) -> String {
         line(key, value);
     }
 
-    let mut exec_start = exec_word(&program);
+    let mut exec_start = exec_word(&program.to_string_lossy());
     for arg in &args {
         exec_start.push(' ');
         exec_start.push_str(&exec_word(arg));

@@ -228,16 +228,21 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
         journal: Vec::new(),
     };
     let state = match report {
-        Report::Missing | Report::Unreadable(_) | Report::Silent(_) => return row,
+        Report::Missing => return Row { problem: Some(format!("{host} never reported")), ..row },
+        Report::Unreadable(why) | Report::Silent(why) => return Row { problem: Some(why.clone()), ..row },
         Report::Read(state) => state,
     };
     row.reported_at = Some(state.checked_at);
     let (behind, overdue) = behind(manifest, state, now);
+    let overdue_text = || overdue.then(|| format!("{host} has not picked up serial {}", manifest.serial));
     let Some(entry) = state.services.get(&service.name) else {
-        (row.status, row.off) = if behind { (Standing::Pending, overdue) } else { (Standing::Missing, true) };
-        row.problem = (!behind).then(|| {
-            format!("{host} worked from this manifest and does not know the service; see 'omni-deploy logs deployer'")
-        });
+        (row.status, row.off, row.problem) = if behind {
+            (Standing::Pending, overdue, overdue_text())
+        } else {
+            let why =
+                "worked from this manifest and does not know the service; see 'omni-deploy logs deployer'";
+            (Standing::Missing, true, Some(format!("{host} {why}")))
+        };
         return row;
     };
     row.running = entry.store_path.clone();
@@ -267,6 +272,7 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
     };
     match row.status {
         Standing::Failed | Standing::Rejected => explain(&mut row, entry.failure.as_ref()),
+        Standing::Pending => row.problem = overdue_text(),
         Standing::Differs => {
             row.problem = Some(format!(
                 "{host} worked from this manifest and runs another version; see 'omni-deploy logs deployer'"
@@ -352,6 +358,7 @@ fn host_row(manifest: &Manifest, host: &HostName, report: &Report, now: Timestam
         changed_at: _,
         manifest_error,
         route,
+        reported: _,
         services: _,
     } = state.as_ref();
     row.reported_at = Some(*checked_at);
@@ -479,8 +486,8 @@ mod tests {
             assert_eq!((row.status, row.off), (standing, off), "{target:?} {age} {serial} {services:?}");
             assert_eq!(picture.rows.len(), 1);
             assert!(
-                !off || picture.hosts[0].off || row.problem.is_some(),
-                "nothing is said: {target:?} {age} {serial} {services:?}"
+                off == row.problem.is_some(),
+                "what is off has a reason: {target:?} {age} {serial} {services:?}"
             );
         }
     }

@@ -1,95 +1,34 @@
-//! What the tests of caches need: an S3 server, and small closures in this machine's Nix store that are gone
-//! again at the end.
+//! What the tests of caches need besides the S3 server: its bucket, and small closures in this machine's Nix
+//! store that are gone again at the end.
 #![allow(dead_code, reason = "each test binary uses a part")]
-#![allow(clippy::disallowed_types, reason = "a server in the background is no matter for the runner")]
 
+use crate::common::{KEY, S3Server, SECRET};
 use omni_deploy::names::StorePath;
 use omni_deploy::runner::Run;
+use omni_deploy::store::StoreUrl;
 use omni_deploy::store::s3::S3Store;
-use omni_deploy::store::{StoreUrl, url::S3Location};
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 /// Settings of Nix for a machine without build users and without a network.
 pub const NIX_CONFIG: &str =
     "sandbox = false\nbuild-users-group =\nsubstituters =\nexperimental-features = nix-command";
 
-pub struct S3 {
-    child: Child,
-    pub endpoint: String,
-    pub dir: tempfile::TempDir,
+/// A server's bucket below `cache/`, opened with this user's key.
+pub fn bucket_as(s3: &S3Server, id: &'static str, secret: &'static str) -> S3Store {
+    let StoreUrl::S3(location) = StoreUrl::parse(&s3.url("cache")).unwrap() else { panic!("no s3:// URL") };
+    let env = move |name: &str| match name {
+        "AWS_ACCESS_KEY_ID" => Some(id.to_string()),
+        "AWS_SECRET_ACCESS_KEY" => Some(secret.to_string()),
+        "AWS_EC2_METADATA_DISABLED" => Some("true".into()),
+        _ => None,
+    };
+    S3Store::open_in(&location, Arc::new(env)).unwrap()
 }
 
-impl S3 {
-    pub fn start() -> S3 {
-        let program = std::env::var("OMNI_TEST_S3").expect(
-            "OMNI_TEST_S3 names no server: cargo build --manifest-path tests/s3-server/Cargo.toml, then set it to \
-             the omni-test-s3 that was built",
-        );
-        let dir = tempfile::tempdir().unwrap();
-        let mut child = Command::new(program)
-            .args(["--listen", "127.0.0.1:0", "--user", "key:secret", "--bucket", "box", "--root"])
-            .arg(dir.path().join("root"))
-            .arg("--log")
-            .arg(dir.path().join("log"))
-            .arg("--control")
-            .arg(dir.path().join("control"))
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let endpoint = line.trim().strip_prefix("listening http://").unwrap().to_string();
-        S3 { child, endpoint, dir }
-    }
-
-    pub fn url(&self) -> String {
-        format!("s3://box/cache?region=us-east-1&endpoint={}&scheme=http", self.endpoint)
-    }
-
-    pub fn location(&self) -> S3Location {
-        match StoreUrl::parse(&self.url()).unwrap() {
-            StoreUrl::S3(location) => location,
-            StoreUrl::Dir(_) => unreachable!("the URL is an s3:// one"),
-        }
-    }
-
-    /// The bucket, opened with this user's key.
-    pub fn store_as(&self, id: &'static str, secret: &'static str) -> S3Store {
-        let env = move |name: &str| match name {
-            "AWS_ACCESS_KEY_ID" => Some(id.to_string()),
-            "AWS_SECRET_ACCESS_KEY" => Some(secret.to_string()),
-            "AWS_EC2_METADATA_DISABLED" => Some("true".into()),
-            _ => None,
-        };
-        S3Store::open_in(&self.location(), Arc::new(env)).unwrap()
-    }
-
-    pub fn store(&self) -> S3Store {
-        self.store_as("key", "secret")
-    }
-
-    /// Makes the server fail as the JSON says.
-    pub fn control(&self, json: &str) {
-        let temp = self.dir.path().join("control.new");
-        fs_err::write(&temp, json).unwrap();
-        fs_err::rename(&temp, self.dir.path().join("control")).unwrap();
-    }
-
-    /// The requests so far: method, path, status.
-    pub fn log(&self) -> Vec<String> {
-        let text = fs_err::read_to_string(self.dir.path().join("log")).unwrap_or_default();
-        text.lines().map(String::from).collect()
-    }
-}
-
-impl Drop for S3 {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
+/// A server's bucket below `cache/`.
+pub fn bucket(s3: &S3Server) -> S3Store {
+    bucket_as(s3, KEY, SECRET)
 }
 
 /// A closure of two input-addressed paths, `app` with a program that refers to `lib`.

@@ -1,0 +1,489 @@
+//! Seeing and setting up, through the built binary over directory stores. Hosts are reached through scripts in
+//! ssh's place, which show what argument vector a host's shell would be given.
+
+use omni_deploy::clock::Timestamp;
+use omni_deploy::cmd::completions::COMMANDS;
+use omni_deploy::deployer::state::State;
+use omni_deploy::dispatch::APPLETS;
+use omni_deploy::manifest::parse::{self, Mode};
+use omni_deploy::names::HostName;
+use omni_deploy::runner::{Output, Run, Status, Stream};
+use omni_deploy::see::judge::{Only, Report, judge};
+use omni_deploy::store::dir::DirStore;
+use omni_deploy::store::{Store, When};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
+
+const BIN: &str = env!("CARGO_BIN_EXE_omni-deploy");
+const MANIFEST: &str = include_str!("fixtures/manifest-v1.json");
+const STATE: &str = include_str!("fixtures/state-v1.json");
+const AVA: &str = "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava-1.0";
+const OLD: &str = "/nix/store/1c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava-0.9";
+
+/// A home and a store, both empty.
+struct Machine {
+    dir: tempfile::TempDir,
+}
+
+impl Machine {
+    fn new() -> Self {
+        Machine { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn store_url(&self) -> String {
+        format!("file://{}", self.path("store").display())
+    }
+
+    fn put(&self, key: &str, bytes: impl AsRef<[u8]>) {
+        DirStore::new(&self.path("store")).put(key, bytes.as_ref(), &When::Always).unwrap();
+    }
+
+    /// Ava on `hosts`, written a minute ago, and what each host reports.
+    fn with_ava(hosts: &[&str]) -> Self {
+        let machine = Machine::new();
+        let manifest = json!({"version": 1, "serial": 7, "generation": now(-60),
+            "change": {"action": "update ava", "by": "ann@laptop"},
+            "services": [{"name": "ava", "artifact": {"type": "nix-closure", "storePath": AVA}, "hosts": hosts}]});
+        machine.put("manifest.json", manifest.to_string());
+        for host in hosts {
+            machine.put(&format!("hosts/{host}.json"), report(host, "running", AVA).to_string());
+        }
+        machine
+    }
+
+    /// The program on this machine; nothing of the environment's own configuration reaches it.
+    fn run(&self, program: &str) -> Run {
+        let mut run = Run::new(program)
+            .env("HOME", self.path("home"))
+            .env("USER", "ann")
+            .env("OMNI_DEPLOY_STORE", self.store_url())
+            .env("OMNI_DEPLOY_HOST", "laptop")
+            .without_env("XDG_CONFIG_HOME")
+            .without_env("JOURNAL_STREAM");
+        for key in omni_deploy::config::KEYS.iter().filter(|k| !matches!(k.name, "store" | "host")) {
+            run = run.without_env(key.env);
+        }
+        run.deadline(Duration::from_secs(60))
+    }
+
+    fn call(&self, args: &[&str]) -> Output {
+        self.run(BIN).args(args).output().unwrap()
+    }
+
+    /// A program in ssh's place, called with a host and the words of a command.
+    fn ssh(&self, script: &str) -> String {
+        let path = self.path("fake-ssh");
+        fs_err::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs_err::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path.display().to_string()
+    }
+}
+
+fn now(offset: i64) -> String {
+    Timestamp(Timestamp::now().0 + offset).to_string()
+}
+
+fn report(host: &str, status: &str, path: &str) -> Value {
+    json!({"version": 1, "host": host, "deployer": "0.1.0", "serial": 7, "generation": now(-60),
+        "checkedAt": now(-30), "changedAt": now(-30), "manifestError": null, "route": {"status": "none", "reason": null},
+        "services": {"ava": {"name": "ava", "storePath": path, "status": status, "since": now(-30),
+            "previous": [], "failure": null}}})
+}
+
+fn json_of(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", output.text()))
+}
+
+fn exit(output: &Output) -> i32 {
+    match output.status {
+        Status::Exit(code) => code,
+        other => panic!("{other}: {}", output.stderr),
+    }
+}
+
+#[test]
+fn a_state_of_version_1_is_still_read_whole() {
+    let state = State::parse(STATE.as_bytes()).unwrap();
+    let again = serde_json::to_value(&state).unwrap();
+    let fixture: Value = serde_json::from_str(STATE).unwrap();
+    for (key, value) in fixture.as_object().unwrap() {
+        assert_eq!(again.get(key), Some(value), "{key}");
+    }
+    assert_eq!(state.exit_code(), 3);
+}
+
+#[test]
+fn status_json_keeps_its_form() {
+    let manifest = parse::manifest(MANIFEST.as_bytes(), Mode::Tolerant).unwrap();
+    let biz = HostName::parse("biz").unwrap();
+    let web = HostName::parse("web-1.example.com").unwrap();
+    let state = State::parse(STATE.as_bytes()).unwrap();
+    let reports = BTreeMap::from([(biz, Report::Read(Box::new(state))), (web, Report::Missing)]);
+    let now = Timestamp::parse("2026-11-22T18:35:00Z").unwrap();
+    let picture = serde_json::to_value(judge(&manifest, &reports, now, Only::default())).unwrap();
+    let fixture: Value = serde_json::from_str(include_str!("fixtures/status-v1.json")).unwrap();
+    assert_eq!(picture, fixture, "{}", serde_json::to_string_pretty(&picture).unwrap());
+}
+
+#[test]
+fn status_is_0_when_all_is_well_and_3_with_the_reason_when_something_is_off() {
+    let machine = Machine::with_ava(&["biz", "two"]);
+    let well = machine.call(&["status"]);
+    assert_eq!((exit(&well), well.stderr.as_str()), (0, ""), "{}", well.text());
+    assert_eq!(well.text().lines().count(), 3, "{}", well.text());
+
+    let mut refused = report("two", "rejected", OLD);
+    refused["services"]["ava"]["failure"] = json!({"reason": "exited with 1\u{1b}[2J", "attempted": AVA,
+        "at": now(-30), "journal": ["\u{9b}31mboom"], "inputs": null});
+    machine.put("hosts/two.json", refused.to_string());
+    let off = machine.call(&["status", "ava"]);
+    let text = off.text();
+    assert_eq!(exit(&off), 3);
+    assert!(text.contains("ava on two: rejected 0c0zzgb-ava-1.0: exited with 1\\u{1b}[2J\n"), "{text}");
+    assert!(text.contains("  | \\u{9b}31mboom\n"), "{text}");
+    assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
+
+    let rows = json_of(&machine.call(&["status", "--json"]));
+    assert_eq!((&rows["version"], &rows["serial"]), (&json!(1), &json!(7)));
+    let off: Vec<_> = rows["rows"].as_array().unwrap().iter().map(|r| (&r["host"], &r["off"])).collect();
+    assert_eq!(off, [(&json!("biz"), &json!(false)), (&json!("two"), &json!(true))]);
+    assert_eq!(exit(&machine.call(&["status", "--host", "biz"])), 0);
+}
+
+#[test]
+fn a_report_that_cannot_be_used_is_a_line_and_not_the_end() {
+    let machine = Machine::with_ava(&["biz", "broken", "huge", "liar", "silent"]);
+    machine.put("hosts/broken.json", "{\"version\": 1, ");
+    machine.put("hosts/huge.json", vec![b' '; (4 << 20) + 1]);
+    machine.put("hosts/liar.json", report("biz", "running", AVA).to_string());
+    fs_err::remove_file(machine.path("store/hosts/silent.json")).unwrap();
+    let output = machine.call(&["status"]);
+    let text = output.text();
+    assert_eq!(exit(&output), 3, "{}", output.stderr);
+    assert!(text.contains("broken: its report cannot be read: EOF"), "{text}");
+    assert!(text.contains("huge: its report cannot be read:"), "{text}");
+    assert!(
+        text.contains("liar: its report cannot be read: it is by a host that calls itself biz"),
+        "{text}"
+    );
+    assert!(text.contains("silent: never reported"), "{text}");
+    let biz = text.lines().find(|l| l.contains(" biz ")).unwrap();
+    assert!(biz.contains("running"), "{text}");
+}
+
+#[test]
+fn an_unknown_name_gives_the_nearest_ones_and_exit_1() {
+    let machine = Machine::with_ava(&["biz"]);
+    for (args, word) in [
+        (vec!["status", "avaa"], "did you mean 'ava'?"),
+        (vec!["logs", "avaa"], "did you mean 'ava'?"),
+        (vec!["logs", "cady"], "did you mean 'caddy'?"),
+        (vec!["status", "--host", "bix"], "did you mean 'biz'?"),
+        (vec!["logs", "ava", "--host", "two"], "it runs on biz"),
+        (vec!["man", "deployr"], "did you mean 'deployer'?"),
+    ] {
+        let output = machine.call(&args);
+        assert_eq!((exit(&output), output.text().as_str()), (1, ""), "{args:?}");
+        assert!(output.stderr.contains(word) && output.stderr.lines().count() == 1, "{}", output.stderr);
+    }
+    let empty = Machine::new();
+    let output = empty.call(&["status"]);
+    assert_eq!(exit(&output), 1);
+    assert!(output.stderr.contains("deploy-manifest init"), "{}", output.stderr);
+}
+
+#[test]
+fn live_asks_every_host_and_says_which_do_not_answer() {
+    let machine = Machine::with_ava(&["biz", "dead", "empty"]);
+    fs_err::write(machine.path("state"), report("biz", "failed", OLD).to_string()).unwrap();
+    let ssh = machine.ssh(&format!(
+        "echo \"$@\" >> {0}/asked\ncase $1 in biz) cat {0}/state;; empty) echo none >&2; exit 1;; \
+         *) echo 'Connection refused' >&2; exit 255;; esac",
+        machine.dir.path().display()
+    ));
+    let output = machine.call(&["status", "--live", "--ssh", &ssh]);
+    let text = output.text();
+    assert_eq!(exit(&output), 3);
+    assert!(text.lines().any(|l| l.contains(" biz ") && l.contains("failed")), "{text}");
+    assert!(text.contains("dead: host dead does not answer: Connection refused"), "{text}");
+    assert!(text.contains("empty: its state could not be read (exit code 1): none"), "{text}");
+    let asked = fs_err::read_to_string(machine.path("asked")).unwrap();
+    let asked: BTreeSet<&str> = asked.lines().collect();
+    let state = "/var/lib/deployer/state.json";
+    let want = ["biz", "dead", "empty"].map(|host| format!("{host} cat {state}"));
+    assert_eq!(asked, want.iter().map(String::as_str).collect());
+}
+
+#[test]
+fn watching_on_a_pipe_prints_only_what_changed() {
+    let machine = Machine::with_ava(&["biz"]);
+    let (sender, lines) = mpsc::channel();
+    // The shell says its number and becomes the program, so that it can be ended by it.
+    let watch = machine.run("sh").args(["-c", "echo $$; exec \"$0\" status --watch --json", BIN]);
+    let watcher = std::thread::spawn(move || {
+        watch.each_line(|stream, line| {
+            if stream == Stream::Stdout {
+                sender.send(line.to_string()).unwrap();
+            }
+        })
+    });
+    let next = || lines.recv_timeout(Duration::from_secs(30)).unwrap();
+    let pid = next();
+    let first: Value = serde_json::from_str(&next()).unwrap();
+    assert_eq!(first["rows"][0]["status"], "running");
+    machine.put("hosts/biz.json", report("biz", "failed", OLD).to_string());
+    let second: Value = serde_json::from_str(&next()).unwrap();
+    assert_eq!(second["rows"][0]["status"], "failed");
+    Run::new("kill").arg(pid).success().unwrap();
+    assert_eq!(watcher.join().unwrap().unwrap().status, Status::Signal(15));
+    assert_eq!(lines.try_iter().count(), 0);
+}
+
+#[test]
+fn logs_come_from_every_host_with_its_name_and_nothing_given_becomes_an_option() {
+    let machine = Machine::with_ava(&["biz", "two"]);
+    // What a remote shell would make of the words, one a line.
+    let ssh =
+        machine.ssh("host=$1; shift; eval \"set -- $*\"; printf '%s: ' $host; printf '<%s>' \"$@\"; echo");
+    let words = |output: &Output| output.text().lines().map(String::from).collect::<Vec<_>>();
+    let asked = "<sudo><journalctl><--no-pager><--output=short-iso>";
+    let output = machine.call(&["logs", "ava", "--ssh", &ssh, "-n", "5", "--since", "1 hour ago"]);
+    assert_eq!(exit(&output), 0, "{}", output.stderr);
+    assert_eq!(
+        words(&output),
+        ["biz", "two"]
+            .map(|h| { format!("{h} | {h}: {asked}<--unit=ava.service><--lines=5><--since=1 hour ago>") })
+    );
+    let output = machine.call(&["logs", "deployer", "--host", "new-host", "--ssh", &ssh]);
+    assert_eq!(words(&output), [format!("new-host: {asked}<--unit=deployer.service><--lines=100>")]);
+    for wrong in [["-n", "--follow"], ["--since", "$(reboot)"], ["--host", "-oProxyCommand=x"]] {
+        let output = machine.call(&["logs", "caddy", "--ssh", &ssh, wrong[0], wrong[1]]);
+        assert_eq!((exit(&output), output.text().as_str()), (2, ""), "{wrong:?}: {}", output.stderr);
+    }
+}
+
+#[test]
+fn following_shows_all_hosts_as_they_speak_and_says_who_fell_silent() {
+    let machine = Machine::with_ava(&["biz", "two"]);
+    // Two speaks only after biz has: together, or this would end with its deadline.
+    let ssh = machine.ssh(&format!(
+        "cd {}; case $1 in biz) printf 'a\\033[2J\\tb\\n'; touch spoke; while [ ! -e done ]; do sleep 0.05; done;; \
+         *) while [ ! -e spoke ]; do sleep 0.05; done; echo hello; touch done; exit 255;; esac",
+        machine.dir.path().display()
+    ));
+    let output = machine.call(&["logs", "ava", "-f", "--ssh", &ssh]);
+    assert_eq!(output.text(), "biz | a\\u{1b}[2J\tb\ntwo | hello\n");
+    assert_eq!(exit(&output), 1);
+    assert!(output.stderr.contains("host two does not answer"), "{}", output.stderr);
+}
+
+#[test]
+fn init_sets_up_once_and_keeps_what_is_there() {
+    let machine = Machine::new();
+    let file = machine.path("home/.config/omni-deploy/config.json");
+    fs_err::create_dir_all(file.parent().unwrap()).unwrap();
+    fs_err::write(&file, "{\"build\": \"make\", \"defaultHosts\": [\"old\"]}").unwrap();
+    let url = machine.store_url();
+    let init = |args: &[&str]| {
+        machine.run(BIN).without_env("OMNI_DEPLOY_STORE").arg("init").args(args).output().unwrap()
+    };
+    let first = init(&[&url, "--default-hosts", "biz,two"]);
+    assert_eq!(exit(&first), 0, "{}", first.stderr);
+    assert!(
+        first.stderr.contains("defaultHosts is now [\"biz\",\"two\"] (was [\"old\"])"),
+        "{}",
+        first.stderr
+    );
+    let host = json_of(&first);
+    assert_eq!((&host["store"], &host["cache"]), (&json!(url), &json!(url)));
+    let config: Value = serde_json::from_slice(&fs_err::read(&file).unwrap()).unwrap();
+    assert_eq!((&config["build"], &config["defaultHosts"]), (&json!("make"), &json!(["biz", "two"])));
+    let secret = PathBuf::from(config["secretKeyFile"].as_str().unwrap());
+    assert_eq!(fs_err::metadata(&secret).unwrap().permissions().mode() & 0o777, 0o600);
+    let public = fs_err::read_to_string(secret.with_extension("pub")).unwrap();
+    assert_eq!(host["trustedPublicKeys"], json!([public.trim()]));
+    let secret_text = fs_err::read_to_string(&secret).unwrap();
+    let payload = secret_text.split_once(':').unwrap().1;
+    assert!(!first.text().contains(payload) && !first.stderr.contains(payload));
+
+    let files = || {
+        let mut all = BTreeMap::new();
+        snapshot(machine.dir.path(), &mut all);
+        all
+    };
+    let before = files();
+    let second = init(&[]);
+    assert_eq!((exit(&second), json_of(&second)), (0, host), "{}", second.stderr);
+    assert_eq!(files(), before);
+    assert_eq!(exit(&init(&["s3://", "--key-name", "x"])), 1);
+    assert_eq!(exit(&init(&[&url, "--key-name", "other"])), 1);
+    assert_eq!(files(), before);
+}
+
+fn snapshot(dir: &Path, all: &mut BTreeMap<PathBuf, Vec<u8>>) {
+    for entry in fs_err::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            snapshot(&path, all);
+        } else if path.file_name().is_some_and(|name| name != ".omni-deploy.lock") {
+            all.insert(path.clone(), fs_err::read(&path).unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_configuration_that_is_no_json_is_put_aside_by_init() {
+    let machine = Machine::new();
+    let file = machine.path("home/.config/omni-deploy/config.json");
+    fs_err::create_dir_all(file.parent().unwrap()).unwrap();
+    fs_err::write(&file, "store = x").unwrap();
+    let status = machine.call(&["status"]);
+    assert!(exit(&status) == 1 && status.stderr.contains("omni-deploy init"), "{}", status.stderr);
+    let output = machine.call(&["init", &machine.store_url()]);
+    assert_eq!(exit(&output), 0, "{}", output.stderr);
+    assert!(output.stderr.contains("OMNI_DEPLOY_STORE is set and beats 'store'"), "{}", output.stderr);
+    let aside = file.with_extension("json.broken");
+    assert_eq!(fs_err::read_to_string(aside).unwrap(), "store = x");
+}
+
+#[test]
+fn config_names_every_key_with_its_source_and_no_secret() {
+    let machine = Machine::new();
+    let url = "https://ann:hunter2@cache.example.org?token=hunter2";
+    let text = machine.call(&["config", "--cache", url]);
+    let value = json_of(&machine.call(&["config", "--json", "--cache", url]));
+    assert!(!text.text().contains("hunter2") && !value.to_string().contains("hunter2"), "{}", text.text());
+    assert_eq!(value["version"], 1);
+    assert_eq!(
+        value["settings"]["store"],
+        json!({"value": machine.store_url(), "source": "environment OMNI_DEPLOY_STORE"})
+    );
+    assert_eq!(value["settings"]["defaultHosts"], json!({"value": ["laptop"], "source": "default"}));
+    for key in omni_deploy::config::KEYS {
+        assert!(text.text().lines().any(|l| l.starts_with(key.name)), "{}", key.name);
+        assert!(value["settings"][key.name]["source"].is_string(), "{}", key.name);
+    }
+}
+
+#[test]
+fn doctor_finds_what_is_wrong_and_names_the_remedy() {
+    let machine = Machine::new();
+    assert_eq!(exit(&machine.call(&["init"])), 0);
+    let keys = fs_err::read_dir(machine.path("home/.config/omni-deploy/keys")).unwrap();
+    let key = keys.map(|e| e.unwrap().path()).find(|p| p.extension().is_some_and(|e| e == "secret")).unwrap();
+    let (store, ssh) = (machine.path("store"), machine.ssh("exit 0"));
+    let doctor = |args: &[&str]| machine.call(&[&["doctor", "--json", "--ssh", &ssh], args].concat());
+    let verdict = |output: &Output, name: &str| {
+        let checks = json_of(output);
+        let check = checks["checks"].as_array().unwrap().iter().find(|c| c["name"] == name).cloned();
+        check.map(|c| (c["verdict"].as_str().unwrap().to_string(), c["text"].as_str().unwrap().to_string()))
+    };
+    let well = doctor(&[]);
+    for name in
+        ["configuration", "store", "conditional writes", "manifest", "signing key", "nix", "cache", "ssh"]
+    {
+        assert_eq!(verdict(&well, name).map(|v| v.0).as_deref(), Some("ok"), "{name}: {}", well.text());
+    }
+    let other = "k:igHme8Qi9gyKFZOCtbcuFVJ1hxBRtVR/TyOJJsiLcaI=";
+    fs_err::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let open = doctor(&[]);
+    assert_eq!(exit(&open), 1);
+    assert!(verdict(&open, "signing key").unwrap().1.contains("chmod 600"), "{}", open.text());
+    fs_err::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let stranger = doctor(&["--trusted-public-keys", other]);
+    assert_eq!(verdict(&stranger, "trusted keys").unwrap().0, "fail");
+    let build = doctor(&["--build", "no-such-program-here x"]);
+    assert_eq!(verdict(&build, "build").unwrap().0, "fail");
+    fs_err::write(store.join("manifest.json"), "{\"version\": 1,").unwrap();
+    let broken = doctor(&[]);
+    assert_eq!((exit(&broken), verdict(&broken, "manifest").unwrap().0), (1, "fail".into()));
+    let wrong = machine.call(&["doctor", "--store", "nonsense"]);
+    assert_eq!(exit(&wrong), 1);
+    assert!(wrong.text().starts_with("FAIL  configuration"), "{}", wrong.text());
+}
+
+/// The flags in a usage text, `-f, --follow` as both, without help's own; and the subcommands.
+fn of_usage(text: &str) -> (BTreeSet<String>, BTreeSet<String>) {
+    let (mut flags, mut commands) = (BTreeSet::new(), BTreeSet::new());
+    let mut section = "";
+    for line in text.lines() {
+        if !line.starts_with(' ') {
+            section = line;
+        }
+        let Some(entry) = line.strip_prefix("  ").filter(|l| !l.starts_with(' ')) else { continue };
+        match section {
+            "Options:" => {
+                let names = entry.split("  ").next().unwrap_or_default().split(", ");
+                flags.extend(names.filter(|n| n.starts_with('-') && *n != "--help").map(String::from));
+            }
+            "Commands:" => commands.extend(entry.split_whitespace().next().map(String::from)),
+            _ => {}
+        }
+    }
+    (flags, commands)
+}
+
+#[test]
+fn the_table_of_completions_is_what_help_says() {
+    let machine = Machine::new();
+    for (name, ..) in APPLETS {
+        assert!(COMMANDS.iter().any(|c| c.words == name), "{name} is missing");
+    }
+    for command in COMMANDS {
+        let words: Vec<&str> = command.words.split(' ').chain(["--help"]).collect();
+        let help = machine.call(&words);
+        assert_eq!((exit(&help), help.stderr.as_str()), (0, ""), "{}", command.words);
+        let (flags, commands) = of_usage(&help.text());
+        let known = command.flags.iter().flat_map(|f| [f.long, f.short]).filter(|f| !f.is_empty());
+        assert_eq!(flags, known.map(String::from).collect(), "{}", command.words);
+        let below = format!("{} ", command.words);
+        let below = COMMANDS.iter().filter_map(|c| c.words.strip_prefix(&below));
+        assert_eq!(commands, below.map(String::from).collect(), "{}", command.words);
+        assert!(help.text().contains("Examples:"), "{} has no example", command.words);
+    }
+}
+
+#[test]
+fn bash_completes_names_of_the_manifest_through_its_script() {
+    let machine = Machine::with_ava(&["biz"]);
+    let bin = machine.path("bin");
+    fs_err::create_dir_all(&bin).unwrap();
+    fs_err::os::unix::fs::symlink(BIN, bin.join("omni-deploy")).unwrap();
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let complete = |words: &[&str]| {
+        let quoted: Vec<String> = words.iter().map(|w| format!("'{w}'")).collect();
+        let script = format!(
+            "source <(omni-deploy completions bash); compopt() {{ :; }}; COMP_WORDS=({}); COMP_CWORD={}; _omni_deploy; \
+             printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+            quoted.join(" "),
+            words.len() - 1
+        );
+        let output = machine.run("bash").env("PATH", &path).args(["-c", &script]).success().unwrap();
+        output.text().trim().to_string()
+    };
+    assert_eq!(complete(&["omni-deploy", "status", ""]), "ava");
+    assert_eq!(complete(&["omni-deploy", "logs", "--host", "b"]), "biz");
+    assert_eq!(complete(&["deploy-manifest", "roll"]), "rollback");
+    assert_eq!(complete(&["omni-deploy", "status", "--store=file:///nonexistent", ""]), "");
+    assert_eq!(complete(&["deploy-manifest", "validate", "/etc/hostna"]), "/etc/hostname");
+}
+
+#[test]
+fn a_manual_page_goes_to_a_pipe_as_roff() {
+    let machine = Machine::new();
+    let list = machine.call(&["man"]);
+    assert_eq!(list.text(), "omni-deploy(1)\ndeploy-manifest(1)\ndeployer(8)\n");
+    for page in ["omni-deploy", "deploy-manifest(1)", "deployer.8"] {
+        let output = machine.call(&["man", page]);
+        assert!(exit(&output) == 0 && output.text().starts_with(".TH "), "{page}");
+        assert!(!output.text().contains("@VERSION@"));
+    }
+}
