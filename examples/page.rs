@@ -51,7 +51,10 @@ fn answer(mut stream: &TcpStream, version: &str) -> Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
-    reader.read_line(&mut line)?;
+    if reader.read_line(&mut line)? == 0 {
+        // A probe that only connects.
+        return Ok(());
+    }
     let mut length = 0;
     loop {
         let mut header = String::new();
