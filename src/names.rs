@@ -69,6 +69,11 @@ impl ServiceName {
     pub fn unit(&self) -> String {
         format!("{}.service", self.0)
     }
+
+    /// The name of the unit of its understudy while a rollout overlaps, `NAME-next.service`.
+    pub fn next_unit(&self) -> String {
+        format!("{}{NEXT_SUFFIX}.service", self.0)
+    }
 }
 
 impl HostName {

@@ -208,6 +208,23 @@ fn a_cut_connection_is_tried_again_and_a_lost_answer_looks_like_somebody_elses_w
     assert_eq!(found(&store, "k").0, b"two");
 }
 
+#[test]
+fn an_object_that_comes_in_part_is_never_taken_for_the_whole() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    let bytes = pattern(300_000);
+    store.put("k", &bytes, &When::Always).unwrap();
+    server.faults(r#"{"cut": {"bytes": 200000, "count": 2}}"#);
+    assert!(found(&store, "k").0 == bytes);
+    server.faults(r#"{"cut": {"bytes": 200000}}"#);
+    let mut stream = store.read_stream("k", None).unwrap().unwrap();
+    assert!(stream.body.read_to_end(&mut Vec::new()).is_err());
+    server.faults(r#"{"cut": {"bytes": 100}}"#);
+    let error = store.list("").unwrap_err();
+    assert!(matches!(error, StoreError::Unreachable(_)), "{error:?}");
+    one_line(&error, &["cut", "try again"]);
+}
+
 fn one_line(error: &StoreError, parts: &[&str]) {
     let text = error.to_string();
     assert!(!text.contains('\n') && !text.contains(SECRET), "{text}");

@@ -114,6 +114,7 @@ fn step_text(step: &Step) -> String {
         Step::Fetch(path) => format!("fetch {path}"),
         Step::Write(why) => format!("write its unit ({why})"),
         Step::Enable => "have it started at boot".into(),
+        Step::Overlap(why) => format!("prove the new version beside it and lead requests there ({why})"),
         Step::Restart(why) => format!("restart and see it come up ({why})"),
         Step::Record => "take its changed entry down".into(),
         Step::Remove(why) => format!("stop and remove ({why})"),
@@ -127,6 +128,7 @@ fn step_json(step: &Step) -> Value {
         Step::Fetch(path) => json!({"do": "fetch", "path": path}),
         Step::Write(why) => json!({"do": "write", "why": why}),
         Step::Enable => json!({"do": "enable"}),
+        Step::Overlap(why) => json!({"do": "overlap", "why": why}),
         Step::Restart(why) => json!({"do": "restart", "why": why}),
         Step::Record => json!({"do": "record"}),
         Step::Remove(why) => json!({"do": "remove", "why": why}),
@@ -147,6 +149,9 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
         for step in &service.steps {
             text.push_str(&format!("{}: {}\n", service.name, step_text(step)));
         }
+    }
+    for name in &plan.understudies {
+        text.push_str(&format!("{name}: stop and remove the understudy that an earlier pass left\n"));
     }
     match &plan.route {
         RoutePlan::None | RoutePlan::Current => {}
@@ -193,6 +198,7 @@ fn plan_json(preview: &Preview) -> String {
         "empty": preview.plan.is_empty(),
         "services": preview.plan.services.iter().map(service).collect::<Vec<_>>(),
         "gone": preview.plan.gone.iter().map(service).collect::<Vec<_>>(),
+        "understudies": preview.plan.understudies,
         "route": route,
     });
     format!("{value:#}")

@@ -28,7 +28,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(150);
 const DEFAULT_STOP_SEC: u64 = 90;
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How many lines of its journal go with a refusal.
-const JOURNAL_LINES: u32 = 10;
+pub const JOURNAL_LINES: u32 = 10;
 
 /// What the effects work on.
 #[derive(Debug)]
@@ -52,6 +52,7 @@ impl Host<'_> {
     pub fn round(
         &self,
         plan: &Plan,
+        desired: &[&Service],
         observed: &mut Observed,
         memory: &mut Memory,
         learned: &mut Learned,
@@ -62,6 +63,10 @@ impl Host<'_> {
         if learned.troubles.len() + learned.unfetchable.len() > known {
             // What was refused has another goal now: everything that restarts shall restart in one call.
             return Ok(false);
+        }
+        let overlapped = self.overlap(plan, desired, memory, observed, learned)?;
+        if learned.troubles.len() + learned.unfetchable.len() > known {
+            return Ok(overlapped);
         }
         let removed = self.remove(&plan.services, memory, observed)?;
         let started = self.write_and_start(plan, memory, learned)?;
@@ -142,7 +147,8 @@ impl Host<'_> {
         Ok(())
     }
 
-    fn refuse(
+    /// Takes a failed attempt down: the reason, with the last lines of its journal.
+    pub fn refuse(
         &self,
         name: &ServiceName,
         goal: &Goal,
@@ -152,13 +158,11 @@ impl Host<'_> {
     ) {
         let rejected = !goal.proved;
         let reason = if rejected {
-            format!(
-                "{name}: {why}; push a mended version, or try this one again with 'deployer run --retry {name}'"
-            )
+            format!("{why}; push a mended version, or try this one again with 'deployer run --retry {name}'")
         } else {
-            format!("{name}: {why}; see 'journalctl -u {name}'")
+            format!("{why}; see 'journalctl -u {name}'")
         };
-        say::error(&reason);
+        say::error(format!("{name}: {reason}"));
         for line in &journal {
             say::info(format!("{name} | {line}"));
         }
@@ -194,8 +198,8 @@ impl Host<'_> {
             }
             if let Some(e) = failed {
                 // The host's trouble, not the release's: tried again by the next pass.
-                let reason = format!("{}: {e}", service.name);
-                say::error(&reason);
+                let reason = e.to_string();
+                say::error(format!("{}: {reason}", service.name));
                 let failure = Failure {
                     reason,
                     attempted: Some(goal.path.clone()),
@@ -225,7 +229,11 @@ impl Host<'_> {
         let begun = Timestamp::now();
         let complaint =
             systemd::restart(&units, Duration::from_secs(patience.unwrap_or(DEFAULT_STOP_SEC) + 60))?;
-        let outcomes = watch(&restart)?;
+        let watched: Vec<Watched> = restart
+            .iter()
+            .map(|s| Watched { name: s.name, unit: s.name.unit(), service: &s.goal.service })
+            .collect();
+        let outcomes = watch(&watched)?;
         for start in &restart {
             match outcomes.get(start.name) {
                 Some(Ok(after)) => {
@@ -378,49 +386,60 @@ fn executable(service: &Service, path: &StorePath) -> Result<(), String> {
     }
 }
 
+/// A unit that was started and is to come up.
+#[derive(Debug)]
+pub struct Watched<'a> {
+    /// The service.
+    pub name: &'a ServiceName,
+    /// The unit.
+    pub unit: String,
+    /// How it is probed, and how long it may take.
+    pub service: &'a Service,
+}
+
 /// Watches units come up: each until it has been well for the settle time, cannot recover, or is out of time.
-fn watch(starts: &[Start]) -> Result<BTreeMap<ServiceName, Result<Duration, String>>> {
-    struct Watched<'a> {
-        start: &'a Start<'a>,
+/// Returns how long each took to be well, or why it is not up.
+pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duration, String>>> {
+    struct Pending<'a> {
+        watched: &'a Watched<'a>,
         first: Option<Shown>,
         well_since: Option<Instant>,
     }
     let begun = Instant::now();
     let mut outcomes = BTreeMap::new();
-    let mut pending: Vec<Watched> =
-        starts.iter().map(|start| Watched { start, first: None, well_since: None }).collect();
+    let mut pending: Vec<Pending> =
+        watched.iter().map(|watched| Pending { watched, first: None, well_since: None }).collect();
     while !pending.is_empty() {
-        let units: Vec<String> = pending.iter().map(|w| w.start.name.unit()).collect();
+        let units: Vec<String> = pending.iter().map(|p| p.watched.unit.clone()).collect();
         let mut shown = systemd::show(&units)?;
-        let probes = probe_all(pending.iter().map(|w| &w.start.goal.service));
+        let probes = probe_all(pending.iter().map(|p| p.watched.service));
         let mut still = Vec::new();
-        for (mut watched, probe) in pending.into_iter().zip(probes) {
-            let now = shown.remove(&watched.start.name.unit()).unwrap_or_default();
-            let name = watched.start.name.clone();
-            let verdict = systemd::came_up(watched.first.as_ref(), &now, probe.as_ref());
-            let deadline = Duration::from_secs(watched.start.goal.service.timeout_sec().into());
-            match verdict {
+        for (mut one, probe) in pending.into_iter().zip(probes) {
+            let now = shown.remove(&one.watched.unit).unwrap_or_default();
+            let name = one.watched.name.clone();
+            let deadline = Duration::from_secs(one.watched.service.timeout_sec().into());
+            match systemd::came_up(one.first.as_ref(), &now, probe.as_ref()) {
                 CameUp::No(why) => {
                     outcomes.insert(name, Err(why));
                     continue;
                 }
                 CameUp::Well => {
-                    let since = *watched.well_since.get_or_insert_with(Instant::now);
+                    let since = *one.well_since.get_or_insert_with(Instant::now);
                     if since.elapsed() >= SETTLE {
                         outcomes.insert(name, Ok(since.duration_since(begun)));
                         continue;
                     }
                 }
                 CameUp::NotYet(why) => {
-                    watched.well_since = None;
+                    one.well_since = None;
                     if begun.elapsed() >= deadline {
                         outcomes.insert(name, Err(format!("not up within {} s: {why}", deadline.as_secs())));
                         continue;
                     }
                 }
             }
-            watched.first.get_or_insert(now);
-            still.push(watched);
+            one.first.get_or_insert(now);
+            still.push(one);
         }
         pending = still;
         if !pending.is_empty() {

@@ -304,7 +304,14 @@ mod tests {
     use super::*;
 
     fn http(domain: &str, path: &str, port: u16) -> Http {
-        Http { domain: domain.into(), path: path.into(), internal_port: port, extra: Map::new() }
+        Http {
+            domain: domain.into(),
+            path: path.into(),
+            internal_port: port,
+            port_env: None,
+            drain_sec: None,
+            extra: Map::new(),
+        }
     }
 
     fn servers(value: Value) -> Observed {

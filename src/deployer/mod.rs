@@ -6,6 +6,7 @@ pub mod apply;
 pub mod caddy;
 pub mod lock;
 pub mod observe;
+pub mod overlap;
 pub mod pass;
 pub mod plan;
 pub mod root;

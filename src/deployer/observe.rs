@@ -40,6 +40,7 @@ pub fn observe(
         present,
         roots: roots(root)?,
         secrets,
+        understudies: understudies(root)?,
         caddy: caddy::observe(caddy_admin),
     })
 }
@@ -61,7 +62,7 @@ pub fn units(
 ) -> Result<BTreeMap<ServiceName, UnitSeen>> {
     let mut listed = systemd::list_units()?;
     let mut units: BTreeMap<ServiceName, UnitSeen> = BTreeMap::new();
-    for (name, text) in marked(&root.unit_dir)? {
+    for (name, text) in marked(&root.unit_dir, ".service")? {
         units.insert(name, UnitSeen { file: UnitFile::Ours(text), ..UnitSeen::default() });
     }
     for name in desired.iter().map(|s| &s.name).chain(applied.keys()) {
@@ -89,8 +90,8 @@ fn same_file(a: &Path, b: &Path) -> bool {
     }
 }
 
-/// The units with our mark in a folder.
-fn marked(dir: &Path) -> Result<Vec<(ServiceName, String)>> {
+/// The units with our mark in a folder whose file name is a service's and `ending`.
+fn marked(dir: &Path, ending: &str) -> Result<Vec<(ServiceName, String)>> {
     let mut found = Vec::new();
     let entries = match fs_err::read_dir(dir) {
         Ok(entries) => entries,
@@ -100,7 +101,7 @@ fn marked(dir: &Path) -> Result<Vec<(ServiceName, String)>> {
     for entry in entries {
         let entry = entry?;
         let file_name = entry.file_name();
-        let name = file_name.to_str().and_then(|n| n.strip_suffix(".service")).map(ServiceName::parse);
+        let name = file_name.to_str().and_then(|n| n.strip_suffix(ending)).map(ServiceName::parse);
         let Some(Ok(name)) = name else { continue };
         if !entry.file_type()?.is_file() {
             continue;
@@ -116,6 +117,12 @@ fn marked(dir: &Path) -> Result<Vec<(ServiceName, String)>> {
         }
     }
     Ok(found)
+}
+
+/// The services that have an understudy with our mark.
+pub fn understudies(root: &Root) -> Result<BTreeSet<ServiceName>> {
+    let ending = format!("{}.service", crate::names::NEXT_SUFFIX);
+    Ok(marked(&root.unit_dir, &ending)?.into_iter().map(|(name, _)| name).collect())
 }
 
 /// Whether somebody else has a unit of this name, anywhere that systemd looks. A link to /dev/null over a

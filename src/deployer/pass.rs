@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::{Manifest, Service};
+use crate::names::ServiceName;
 use crate::say;
 use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, When};
 use serde::{Deserialize, Serialize};
@@ -219,6 +220,11 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
             .map_err(|e| would_empty(settings.host.as_str(), &e.0))
     };
 
+    let abandoned: Vec<ServiceName> = plan::abandoned(&observed, &memory).into_iter().cloned().collect();
+    if !abandoned.is_empty() {
+        host.undo_abandoned(&abandoned, &desired, &memory, &mut observed)?;
+        changed = true;
+    }
     let mut plan = decide(&observed, &memory, &learned)?;
     if !plan.is_empty() {
         for dir in [&root.state_dir, &root.unit_dir, &root.applied_dir()] {
@@ -229,7 +235,7 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
         if plan.services.iter().all(|s| s.steps.is_empty()) {
             break;
         }
-        changed |= host.round(&plan, &mut observed, &mut memory, &mut learned)?;
+        changed |= host.round(&plan, &desired, &mut observed, &mut memory, &mut learned)?;
         observed.units = observe::units(&root, &desired, &memory.applied)?;
         plan = decide(&observed, &memory, &learned)?;
     }
@@ -264,6 +270,11 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
             state
         }
     };
+    if !plan.understudies.is_empty() {
+        changed = true;
+        host.drain_understudies(&plan.understudies, &memory)?;
+        host.remove_understudies(&plan.understudies, &mut observed)?;
+    }
     if !plan.gone.is_empty() {
         changed |= host.remove(&plan.gone, &mut memory, &observed)?;
         host.unroot(&plan.gone, &mut observed)?;
@@ -308,7 +319,7 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
     };
     let failure = plan.trouble.as_ref().map(|t| t.failure.clone()).or_else(|| {
         (status == Status::Failed).then(|| super::state::Failure {
-            reason: format!("{0}: it was up and is not any more; see 'journalctl -u {0}'", plan.name),
+            reason: format!("it was up and is not any more; see 'journalctl -u {}'", plan.name),
             attempted: plan.target.clone(),
             at: now,
             journal: Vec::new(),
@@ -330,14 +341,13 @@ fn tell(before: &State, after: &State) {
             continue;
         }
         match (&service.failure, service.status) {
-            (Some(failure), _) => {
+            (Some(failure), status) => {
                 let runs =
                     service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
-                say::error(format!(
-                    "{}: {} ({runs})",
-                    name,
-                    failure.reason.trim_start_matches(&format!("{name}: "))
-                ));
+                // The reason of an attempt was said when it failed.
+                let reason =
+                    if failure.inputs.is_some() { String::new() } else { format!(": {}", failure.reason) };
+                say::error(format!("{name}: {}, {runs}{reason}", status.as_str()));
             }
             (None, Status::Running) => {
                 if let Some(path) = &service.store_path {

@@ -7,7 +7,7 @@ use super::state::{Failure, State, Status};
 use super::systemd::Listed;
 use super::unit;
 use crate::clock::Timestamp;
-use crate::manifest::{Http, Service};
+use crate::manifest::{Http, Rollout, Service};
 use crate::names::{ServiceName, StorePath};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -27,6 +27,8 @@ pub struct Observed {
     /// Secrets files of services that have one: what identifies their present content, or why they cannot be
     /// used.
     pub secrets: BTreeMap<ServiceName, Result<String, String>>,
+    /// Services that have an understudy: one that an earlier pass left, or this one started.
+    pub understudies: BTreeSet<ServiceName>,
     /// Caddy.
     pub caddy: caddy::Observed,
 }
@@ -133,6 +135,8 @@ pub enum Step {
     Write(&'static str),
     /// Have it started at boot.
     Enable,
+    /// Before it is restarted: prove the new version beside it and lead requests there; the reason.
+    Overlap(&'static str),
     /// Restart it and see it come up; the reason.
     Restart(&'static str),
     /// Take the entry down as proved: nothing of the unit changed.
@@ -167,6 +171,8 @@ pub struct Plan {
     pub gone: Vec<ServicePlan>,
     /// Caddy's route.
     pub route: RoutePlan,
+    /// Understudies to stop and remove once the route leads past them.
+    pub understudies: Vec<ServiceName>,
 }
 
 /// The manifest would remove everything: refused.
@@ -213,7 +219,8 @@ pub fn plan(
     let entries: Vec<&Http> = routed.values().copied().collect();
     let route =
         caddy::plan(options.caddy_server.as_deref(), caddy::route(&entries).as_ref(), &observed.caddy);
-    Ok(Plan { services, gone, route })
+    let understudies = observed.understudies.iter().cloned().collect();
+    Ok(Plan { services, gone, route, understudies })
 }
 
 /// The services whose requests Caddy should bring, by name: what runs, and what should run but cannot (whose
@@ -385,6 +392,9 @@ fn service(
         steps.push(Step::Enable);
     }
     if let Some(why) = write {
+        if overlaps(&goal, seen, observed) {
+            steps.push(Step::Overlap(why));
+        }
         steps.push(Step::Restart(why));
     } else if !seen.listed.running() {
         steps.push(Step::Restart("it was not running"));
@@ -395,6 +405,31 @@ fn service(
     }
     steps.extend(unroots(name, observed, memory, Some(&goal.path), Some(path), trouble.as_ref()));
     done(Some(goal), trouble, steps)
+}
+
+/// Whether the new version is to be proved beside the old one: where there is an old one that answers, and
+/// Caddy to lead requests past it. An understudy that is there already has the requests (or had them: an
+/// earlier pass died); the unit is then restarted behind it.
+fn overlaps(goal: &Goal, seen: &UnitSeen, observed: &Observed) -> bool {
+    goal.desired
+        && goal.service.rollout == Rollout::Overlap
+        && goal.service.port_variable().is_some()
+        && seen.listed.running()
+        && matches!(observed.caddy, caddy::Observed::Servers(_))
+        && !observed.understudies.contains(&goal.service.name)
+}
+
+/// Understudies that an earlier pass left beside a version that is still as it was proved: nothing of the new
+/// version is in place, so requests go back to the proved one before anything else.
+pub fn abandoned<'a>(observed: &'a Observed, memory: &Memory) -> Vec<&'a ServiceName> {
+    let intact = |name: &ServiceName| {
+        let proved = memory.applied.get(name).map(|a| unit::render(&a.service, &a.path));
+        let seen = observed.units.get(name);
+        seen.is_some_and(|s| {
+            s.listed.running() && matches!((&s.file, &proved), (UnitFile::Ours(t), Some(p)) if t == p)
+        })
+    };
+    observed.understudies.iter().filter(|name| intact(name)).collect()
 }
 
 /// Roots that nothing needs any more: not what runs, not one of the versions before it, and not what is still
@@ -439,7 +474,7 @@ impl Plan {
 
     /// Whether there is nothing to do at all.
     pub fn is_empty(&self) -> bool {
-        self.services_settled() && !matches!(self.route, RoutePlan::Write(_))
+        self.services_settled() && self.understudies.is_empty() && !matches!(self.route, RoutePlan::Write(_))
     }
 }
 
@@ -475,6 +510,8 @@ mod tests {
                 domain: format!("{text}.example.com"),
                 path: "/".into(),
                 internal_port: 8080,
+                port_env: None,
+                drain_sec: None,
                 extra: Map::new(),
             }),
             health: None,
@@ -520,6 +557,7 @@ mod tests {
                     present: BTreeSet::new(),
                     roots: BTreeMap::new(),
                     secrets: BTreeMap::new(),
+                    understudies: BTreeSet::new(),
                     caddy: caddy::Observed::Servers(
                         json!({"srv0": {"listen": [":443"], "routes": []}}).as_object().unwrap().clone(),
                     ),
@@ -555,7 +593,7 @@ mod tests {
             }
             for step in &service.steps {
                 match step {
-                    Step::Root(_) | Step::Fetch(_) => {}
+                    Step::Root(_) | Step::Fetch(_) | Step::Overlap(_) => {}
                     Step::Write(_) => unit.file = UnitFile::Ours(service.goal.as_ref().unwrap().unit.clone()),
                     Step::Enable => unit.wanted = true,
                     Step::Restart(_) | Step::Record => {

@@ -65,6 +65,11 @@ impl Root {
         self.unit_dir.join(name.unit())
     }
 
+    /// The unit of a service's understudy.
+    pub fn next_unit(&self, name: &ServiceName) -> PathBuf {
+        self.unit_dir.join(name.next_unit())
+    }
+
     /// The link that starts a service at boot.
     pub fn wanted(&self, name: &ServiceName) -> PathBuf {
         self.unit_dir.join("multi-user.target.wants").join(name.unit())

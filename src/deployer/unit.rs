@@ -140,6 +140,23 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     u
 }
 
+/// The unit of the understudy: the same service on a spare port, never started at boot. None when nothing in
+/// its environment says its port.
+pub fn render_next(service: &Service, path: &StorePath, port: u16) -> Option<String> {
+    let text = render(&service.on_port(port)?, path);
+    let body = text.split("\n[Install]").next()?;
+    let body = body.strip_prefix(MARK)?;
+    Some(format!("{MARK}\n{NEXT_PORT}{port}{}", body.replacen(" (deployed", " (taking over, deployed", 1)))
+}
+
+/// The second line of an understudy's unit: the port it was given.
+const NEXT_PORT: &str = "# An understudy on port ";
+
+/// The port of an understudy, from its unit.
+pub fn next_port(text: &str) -> Option<u16> {
+    text.lines().nth(1)?.strip_prefix(NEXT_PORT)?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

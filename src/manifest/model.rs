@@ -3,7 +3,7 @@
 //! this version does not know are kept in `extra` and written back.
 
 use crate::clock::Timestamp;
-use crate::names::{HostName, NEXT_SUFFIX, STORE_DIR, ServiceName, StorePath};
+use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -156,6 +156,12 @@ pub struct Http {
     pub path: String,
     /// The port it listens on, on 127.0.0.1.
     pub internal_port: u16,
+    /// The variable of `env` that tells the service its port; None: the one whose value is `internalPort`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port_env: Option<String>,
+    /// How long connections may take to end before an instance is stopped, in seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain_sec: Option<u32>,
     /// Fields of a newer version.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -184,7 +190,13 @@ pub enum Rollout {
     /// The unit is restarted; Caddy holds requests meanwhile.
     #[default]
     Restart,
+    /// The new version is proved beside the old one, on a spare port, before traffic moves to it; no request
+    /// fails. For services that take their port from the environment.
+    Overlap,
 }
+
+/// How long connections may take to end before an instance is stopped, in seconds, where nothing else is said.
+pub const DEFAULT_DRAIN_SEC: u32 = 10;
 
 /// Words for the unit; each is systemd's directive of that name (systemd.unit(5), systemd.service(5),
 /// systemd.exec(5), systemd.resource-control(5)).
@@ -302,8 +314,33 @@ impl Service {
         self.health.as_ref().map_or(DEFAULT_TIMEOUT_SEC, |h| h.timeout_sec)
     }
 
-    /// The unit of the understudy of an overlapping rollout.
-    pub fn next_unit(&self) -> String {
-        format!("{}{NEXT_SUFFIX}.service", self.name)
+    /// The variable of its environment that holds its port: the one that `http.portEnv` names, else the one
+    /// whose value is `internalPort` (`PORT` if there are several). None: an overlap cannot give it another.
+    pub fn port_variable(&self) -> Option<&str> {
+        let http = self.http.as_ref()?;
+        if let Some(name) = &http.port_env {
+            return self.env.contains_key(name).then_some(name);
+        }
+        let port = http.internal_port.to_string();
+        let mut holders = self.env.iter().filter(|(_, value)| **value == port).map(|(name, _)| name.as_str());
+        let first = holders.next()?;
+        if first == "PORT" || holders.next().is_none() {
+            return Some(first);
+        }
+        (self.env.get("PORT") == Some(&port)).then_some("PORT")
+    }
+
+    /// The same service on another port, as an overlapping rollout starts it; None without a variable to say so.
+    pub fn on_port(&self, port: u16) -> Option<Service> {
+        let variable = self.port_variable()?.to_string();
+        let mut other = self.clone();
+        other.env.insert(variable, port.to_string());
+        other.http.as_mut()?.internal_port = port;
+        Some(other)
+    }
+
+    /// How long its connections may take to end, in seconds.
+    pub fn drain_sec(&self) -> u32 {
+        self.http.as_ref().and_then(|h| h.drain_sec).unwrap_or(DEFAULT_DRAIN_SEC)
     }
 }

@@ -84,7 +84,7 @@ pub(super) const SERVICE_FIELDS: &[&str] = &[
 ];
 pub(super) const ARTIFACT_FIELDS: &[&str] = &["type", "storePath"];
 pub(super) const EXEC_FIELDS: &[&str] = &["command", "user", "group"];
-pub(super) const HTTP_FIELDS: &[&str] = &["domain", "path", "internalPort"];
+pub(super) const HTTP_FIELDS: &[&str] = &["domain", "path", "internalPort", "portEnv", "drainSec"];
 pub(super) const HEALTH_FIELDS: &[&str] = &["path", "timeoutSec"];
 pub(super) const SYSTEMD_FIELDS: &[&str] = &[
     "after",
@@ -232,7 +232,10 @@ fn service_at(value: Value, at: &At<'_>, mode: Mode, default_hosts: Option<&[Hos
         );
         return Err(At::Field(&at, "path").error(reason));
     }
-    fields.text("rollout", Some("restart"), rollout)?;
+    let rollout = match fields.text("rollout", Some("restart"), rollout)?.as_str() {
+        "overlap" => Rollout::Overlap,
+        _ => Rollout::Restart,
+    };
     let systemd = match fields.take("systemd") {
         None => Systemd::default(),
         Some(value) => systemd(value, &fields.at("systemd"), mode)?,
@@ -242,7 +245,8 @@ fn service_at(value: Value, at: &At<'_>, mode: Mode, default_hosts: Option<&[Hos
         Some(value) => hardening(value, &fields.at("hardening"), mode)?,
     };
     let revision = fields.optional_text("revision", rules::words)?;
-    Ok(Service {
+    let at_rollout = fields.at("rollout").to_string();
+    let service = Service {
         name,
         artifact,
         hosts,
@@ -251,19 +255,47 @@ fn service_at(value: Value, at: &At<'_>, mode: Mode, default_hosts: Option<&[Hos
         env_file,
         http,
         health,
-        rollout: Rollout::Restart,
+        rollout,
         systemd,
         hardening,
         revision,
         extra: fields.rest(),
-    })
+    };
+    match overlap_hindrance(&service) {
+        Some(why) => Err(FieldError { path: at_rollout, reason: format!("\"overlap\" {why}") }),
+        None => Ok(service),
+    }
+}
+
+/// Why a service that is to overlap cannot run twice at once.
+fn overlap_hindrance(service: &Service) -> Option<String> {
+    if service.rollout != Rollout::Overlap {
+        return None;
+    }
+    let Some(http) = &service.http else {
+        return Some("needs http: requests are what it keeps going".into());
+    };
+    if service.port_variable().is_none() {
+        let port = http.internal_port;
+        return Some(match &http.port_env {
+            Some(name) => format!("needs the variable '{name}' of http.portEnv in env"),
+            None => format!(
+                "needs the port in the environment, where a second instance can be given another: no variable of \
+                 env is \"{port}\"; add one, as in \"PORT\": \"{port}\", or name it in http.portEnv"
+            ),
+        });
+    }
+    if service.hardening.dynamic_user && service.exec.user == "root" {
+        return Some(
+            "with hardening.dynamicUser needs a name in exec.user, so that both instances are the same user"
+                .into(),
+        );
+    }
+    None
 }
 
 fn rollout(text: &str) -> Result<String, String> {
-    if text == "overlap" {
-        return Err("is not in this version yet; \"restart\" is".into());
-    }
-    rules::one_of(text, &["restart"])
+    rules::one_of(text, &["restart", "overlap"])
 }
 
 fn artifact_at(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Artifact> {
@@ -331,7 +363,9 @@ fn http(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Http> {
     let domain = fields.text("domain", None, rules::domain)?;
     let path = fields.text("path", Some("/"), rules::url_path)?;
     let port = fields.number("internalPort", None, 1..=65535, "a port")?;
-    Ok(Http { domain, path, internal_port: port as u16, extra: fields.rest() })
+    let port_env = fields.optional_text("portEnv", |t| rules::env_name(t).map(|()| t.to_string()))?;
+    let drain_sec = fields.optional_number("drainSec", 0..=3600, "seconds")?.map(|n| n as u32);
+    Ok(Http { domain, path, internal_port: port as u16, port_env, drain_sec, extra: fields.rest() })
 }
 
 fn health(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Health> {
@@ -346,13 +380,7 @@ fn systemd(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Systemd> {
     let mut fields = Fields::open(value, at, mode, SYSTEMD_FIELDS, "words for its unit")?;
     let default = Systemd::default();
     let seconds = "a number of seconds";
-    let stop = match fields.map.get("stopTimeoutSec") {
-        None | Some(Value::Null) => {
-            fields.take("stopTimeoutSec");
-            None
-        }
-        Some(_) => Some(fields.number("stopTimeoutSec", None, 1..=3600, seconds)? as u32),
-    };
+    let stop = fields.optional_number("stopTimeoutSec", 1..=3600, seconds)?.map(|n| n as u32);
     Ok(Systemd {
         after: fields.texts("after", default.after, rules::unit)?,
         requires: fields.texts("requires", default.requires, rules::unit)?,
@@ -519,6 +547,16 @@ impl<'a> Fields<'a> {
         }
     }
 
+    fn optional_number(&mut self, name: &str, range: RangeInclusive<u64>, what: &str) -> Parsed<Option<u64>> {
+        match self.map.get(name) {
+            None | Some(Value::Null) => {
+                self.take(name);
+                Ok(None)
+            }
+            Some(_) => self.number(name, None, range, what).map(Some),
+        }
+    }
+
     fn rest(self) -> Map<String, Value> {
         self.map
     }
@@ -607,7 +645,7 @@ fn extras(service: &Service) -> [Extra<'_>; 7] {
         env_file: _,
         http,
         health,
-        rollout: Rollout::Restart,
+        rollout: _,
         systemd,
         hardening,
         revision: _,

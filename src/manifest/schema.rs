@@ -178,7 +178,7 @@ mod tests {
             ("/services/0/http", json!({"domain": "a.b", "internalPort": 80, "port": 80})),
             ("/services/0/health", json!({"timeoutSec": 0})),
             ("/services/0/health", json!({"timeoutSec": 3601})),
-            ("/services/0/rollout", json!("overlap")),
+            ("/services/0/rollout", json!("replace")),
             ("/services/0/rollout", Value::Null),
             ("/services/0/systemd", json!({"restart": "sometimes"})),
             ("/services/0/systemd", json!({"restartSec": 86401})),

@@ -21,7 +21,10 @@ pub fn clashes(manifest: &Manifest) -> Result<(), FieldError> {
             let reason = format!("\"{name}\" is the name of services[{first}] already; rename or remove one");
             return Err(At::Field(&at, "name").error(reason));
         }
-        let Some(Http { domain, path, internal_port, extra: _ }) = &service.http else { continue };
+        let Some(Http { domain, path, internal_port, port_env: _, drain_sec: _, extra: _ }) = &service.http
+        else {
+            continue;
+        };
         let at = At::Field(&at, "http");
         for host in &service.hosts {
             if let Some(first) = ports.insert((host.as_str(), *internal_port), index) {

@@ -49,9 +49,11 @@ impl DirStore {
         match e.kind() {
             ErrorKind::PermissionDenied => {
                 let rights = if verb == "read" || verb == "list" { "read" } else { "write to" };
+                let path = self.root.join(key);
+                let folder = path.ancestors().skip(1).find(|p| p.is_dir()).unwrap_or(&self.root);
                 StoreError::Refused(format!(
                     "{what}: permission denied; run this as a user who may {rights} {0} ('ls -ld {0}' says who)",
-                    self.root.display()
+                    folder.display()
                 ))
             }
             ErrorKind::StorageFull | ErrorKind::ReadOnlyFilesystem | ErrorKind::QuotaExceeded => {
@@ -63,6 +65,13 @@ impl DirStore {
             )),
             _ => StoreError::Unreachable(format!("{what}: {}", io_text(e))),
         }
+    }
+
+    fn changed(&self, key: &str) -> StoreError {
+        StoreError::Changed(format!(
+            "cannot write {key} in {}: somebody else wrote it first; read it again and retry",
+            self.url()
+        ))
     }
 
     /// The object's file with its size; None when there is none.
@@ -201,24 +210,21 @@ impl Store for DirStore {
     fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
         let path = self.path(key)?;
         let failed = |e: io::Error| self.failed("write", key, &e);
-        self.folders(path.parent().unwrap_or(&self.root)).map_err(failed)?;
+        self.folders(&self.root).map_err(failed)?;
         let _lock = self.lock("write", key)?;
         let holds = match when {
-            When::Always => true,
-            // Exact also where something writes here without the lock.
-            When::Absent => {
-                if durable::create_new(&path, bytes, 0o644).map_err(failed)? {
-                    return Ok(etag(bytes));
-                }
-                false
-            }
+            // Nothing is made for a write that will not take place.
             When::Still(etag) => self.version(key)?.as_ref() == Some(etag),
+            When::Always | When::Absent => true,
         };
         if !holds {
-            return Err(StoreError::Changed(format!(
-                "cannot write {key} in {}: somebody else wrote it first; read it again and retry",
-                self.url()
-            )));
+            return Err(self.changed(key));
+        }
+        self.folders(path.parent().unwrap_or(&self.root)).map_err(failed)?;
+        if *when == When::Absent {
+            // Exact also where something writes here without the lock.
+            let made = durable::create_new(&path, bytes, 0o644).map_err(failed)?;
+            return if made { Ok(etag(bytes)) } else { Err(self.changed(key)) };
         }
         durable::write(&path, bytes, 0o644).map_err(failed)?;
         Ok(etag(bytes))
@@ -231,7 +237,17 @@ impl Store for DirStore {
             return Ok(());
         }
         let _lock = self.lock("delete", key)?;
-        durable::remove(&path).map(drop).map_err(|e| self.failed("delete", key, &e))
+        let failed = |e: io::Error| self.failed("delete", key, &e);
+        durable::remove(&path).map_err(failed)?;
+        // A folder is there for what is in it; writers make theirs under the lock, too.
+        for folder in path.ancestors().skip(1).take_while(|p| *p != self.root) {
+            match fs_err::remove_dir(folder) {
+                Ok(()) => {}
+                Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::NotFound) => break,
+                Err(e) => return Err(failed(e)),
+            }
+        }
+        Ok(())
     }
 
     fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
@@ -313,6 +329,11 @@ mod tests {
         assert_eq!(store.size("k"), Ok(Some(5)));
         store.delete("k").unwrap();
         assert_eq!(store.get("k", None, 9), Ok(Got::Missing));
+        assert!(changed(&When::Still(etag(b"three"))));
+        store.put("a/b/c", b"x", &When::Always).unwrap();
+        store.put("a/d", b"x", &When::Always).unwrap();
+        store.delete("a/b/c").unwrap();
+        assert!(!store.root.join("a/b").exists() && store.root.join("a/d").exists());
     }
 
     #[test]

@@ -606,19 +606,24 @@ impl S3Store {
             )),
             Fault::Refusal(refusal) => self.refused(verb, &what, &tried, &refusal, Timestamp::now()),
             Fault::Trouble(trouble) => {
+                let proxy = self.agent.config().proxy();
+                let via = proxy.map_or(String::new(), |p| format!(" by the proxy {}:{}", p.host(), p.port()));
                 let remedy = match &trouble {
+                    t if t.is_absence() && proxy.is_some() => {
+                        "correct the proxy in the environment, or name the store in NO_PROXY"
+                    }
                     Trouble::Unresolved => "check the store's endpoint or region, and this machine's network",
                     Trouble::Refused => "start the store, or correct the endpoint in its URL",
                     Trouble::Unroutable | Trouble::Late => "check this machine's network and the store",
-                    Trouble::Cut => "try again later",
-                    Trouble::Tls(why) if why.contains("UnknownIssuer") || why.contains("self-signed") => {
-                        "name the authority's certificate in AWS_CA_BUNDLE"
+                    Trouble::Cut => "check the store and the scheme in its URL, and try again",
+                    Trouble::Tls(why) if why.contains("certificate") => {
+                        "name the file with its authority's certificate in AWS_CA_BUNDLE, or correct the endpoint"
                     }
                     Trouble::Tls(_) => "check the endpoint, or add scheme=http to the store's URL",
                     Trouble::Protocol(_) => "check the endpoint and the scheme in the store's URL",
                     Trouble::Other(_) => "check the store's URL and the proxy",
                 };
-                let text = format!("{what}: {place}: {trouble}{tried}; {remedy}");
+                let text = format!("{what}: {place}{via}: {trouble}{tried}; {remedy}");
                 match trouble {
                     Trouble::Tls(_) | Trouble::Protocol(_) => StoreError::Refused(text),
                     _ => StoreError::Unreachable(text),
@@ -853,8 +858,11 @@ impl Store for S3Store {
             };
             async move { client.delete_object(request).await.err().map(|e| e.to_string()) }
         };
+        // S3 answers 204. A page of some other server comes with 200.
         let read = |answer: Answer| match answer.header("content-type") {
-            Some(kind) if kind.starts_with("text/html") => Err(Fault::Garbage("with a web page".into())),
+            Some(kind) if answer.status == 200 && kind.starts_with("text/html") => {
+                Err(Fault::Garbage("with a web page".into()))
+            }
             _ => Ok(()),
         };
         match self.typed(Patience::within, call, read) {

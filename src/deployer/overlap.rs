@@ -1,0 +1,323 @@
+//! A rollout that overlaps: the new version is started beside the old one as `NAME-next.service` on a spare
+//! port and proved there; then requests move to it, and the real unit can be restarted with nobody waiting.
+//! Several services go through every phase together. Nothing here is remembered: what an interruption leaves
+//! (an understudy, a route to it) is seen by the next pass and undone or finished by it.
+
+use super::apply::{Host, Watched, watch};
+use super::caddy::{self, RoutePlan};
+use super::plan::{Goal, Learned, Memory, Observed, Plan, Step};
+use super::systemd;
+use super::unit;
+use crate::clock::Timestamp;
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::manifest::model::DEFAULT_DRAIN_SEC;
+use crate::manifest::{Http, Service};
+use crate::names::ServiceName;
+use crate::say;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, TcpListener};
+use std::time::{Duration, Instant};
+
+/// Spare ports come from below the kernel's range for outgoing connections (ip_local_port_range begins at
+/// 32768), so that none of those can take one between our look and the service's start.
+const SPARE_PORTS: std::ops::Range<u16> = 20_000..32_000;
+
+/// How often open connections are counted while an instance drains.
+const COUNT_EVERY: Duration = Duration::from_millis(50);
+
+/// The least time an instance drains: Caddy has taken the new route, but a request may be between its old
+/// route and the connection.
+const LEAST_DRAIN: Duration = Duration::from_millis(500);
+
+struct Understudy<'a> {
+    name: &'a ServiceName,
+    goal: &'a Goal,
+    service: Service,
+    text: String,
+}
+
+impl Host<'_> {
+    /// Starts and proves understudies, and leads requests to those that are well. What fails is learned.
+    pub fn overlap(
+        &self,
+        plan: &Plan,
+        desired: &[&Service],
+        memory: &Memory,
+        observed: &mut Observed,
+        learned: &mut Learned,
+    ) -> Result<bool> {
+        let mut taken: BTreeSet<u16> =
+            desired.iter().filter_map(|s| s.http.as_ref()).map(|h| h.internal_port).collect();
+        let mut understudies = Vec::new();
+        for service in &plan.services {
+            let (Some(goal), true) =
+                (&service.goal, service.steps.iter().any(|s| matches!(s, Step::Overlap(_))))
+            else {
+                continue;
+            };
+            let port = spare_port(&mut taken)?;
+            let texts = goal.service.on_port(port).zip(unit::render_next(&goal.service, &goal.path, port));
+            if let Some((on_port, text)) = texts {
+                understudies.push(Understudy { name: &service.name, goal, service: on_port, text });
+            }
+        }
+        if understudies.is_empty() {
+            return Ok(false);
+        }
+        for u in &understudies {
+            let port = u.service.http.as_ref().map_or(0, |h| h.internal_port);
+            say::notice(format!(
+                "{}: proving {} beside the running version, on port {port}",
+                u.name, u.goal.path
+            ));
+            durable::write(&self.root.next_unit(u.name), u.text.as_bytes(), 0o644)?;
+            observed.understudies.insert(u.name.clone());
+        }
+        systemd::daemon_reload()?;
+        let units: Vec<String> = understudies.iter().map(|u| u.name.next_unit()).collect();
+        systemd::reset_failed(&units)?;
+        let begun = Timestamp::now();
+        let complaint = systemd::restart(&units, Duration::from_secs(150))?;
+        let watched: Vec<Watched> = understudies
+            .iter()
+            .map(|u| Watched { name: u.name, unit: u.name.next_unit(), service: &u.service })
+            .collect();
+        let outcomes = watch(&watched)?;
+        let mut ports: BTreeMap<ServiceName, &Http> = BTreeMap::new();
+        let mut refused = Vec::new();
+        for u in &understudies {
+            match (outcomes.get(u.name), &u.service.http) {
+                (Some(Ok(after)), Some(http)) => {
+                    say::info(format!(
+                        "{}: well beside the running version after {:.1} s",
+                        u.name,
+                        after.as_secs_f64()
+                    ));
+                    ports.insert(u.name.clone(), http);
+                }
+                (outcome, _) => {
+                    let why = match outcome {
+                        Some(Err(why)) => why.clone(),
+                        _ => complaint.clone().unwrap_or_else(|| "systemd says nothing of it".into()),
+                    };
+                    let journal = systemd::journal(&u.name.next_unit(), begun.0, super::apply::JOURNAL_LINES);
+                    self.refuse(u.name, u.goal, why, journal, learned);
+                    refused.push(u.name.clone());
+                }
+            }
+        }
+        // Nobody was led to these yet.
+        self.remove_understudies(&refused, observed)?;
+        if ports.is_empty() {
+            return Ok(true);
+        }
+        let interim = interim_route(desired, memory, &ports);
+        if let Err(why) = self.lead(&interim, observed) {
+            say::error(format!("route: {why}; the new versions take over by a plain restart"));
+            return Ok(true);
+        }
+        let old: Vec<(&ServiceName, u16, u32)> = ports
+            .keys()
+            .filter_map(|name| {
+                let before = &memory.applied.get(name)?.service;
+                Some((name, before.http.as_ref()?.internal_port, before.drain_sec()))
+            })
+            .collect();
+        drain(&old)?;
+        Ok(true)
+    }
+
+    /// Writes the route for these services, if Caddy does not have it already.
+    fn lead(&self, services: &[&Http], observed: &mut Observed) -> Result<(), String> {
+        let admin = &self.settings.caddy_admin;
+        let route = caddy::route(services);
+        match caddy::plan(self.settings.caddy_server.as_deref(), route.as_ref(), &caddy::observe(admin)) {
+            RoutePlan::None | RoutePlan::Current => {}
+            RoutePlan::Pending(why) => return Err(why),
+            RoutePlan::Write(requests) => {
+                for request in &requests {
+                    caddy::perform(admin, request)?;
+                    say::notice(format!("route: {}", request.what));
+                }
+            }
+        }
+        observed.caddy = caddy::observe(admin);
+        Ok(())
+    }
+
+    /// Leads requests back to versions that are still as they were proved, and removes the understudies that an
+    /// earlier pass left beside them.
+    pub fn undo_abandoned(
+        &self,
+        names: &[ServiceName],
+        desired: &[&Service],
+        memory: &Memory,
+        observed: &mut Observed,
+    ) -> Result<()> {
+        for name in names {
+            say::notice(format!(
+                "{name}: an earlier pass ended while two versions ran; going back to the proved one"
+            ));
+        }
+        if let Err(why) = self.lead(&interim_route(desired, memory, &BTreeMap::new()), observed) {
+            say::warning(format!("route: {why}"));
+        }
+        self.drain_understudies(names, memory)?;
+        self.remove_understudies(names, observed)
+    }
+
+    /// Lets the connections of understudies end, as long as their services allow.
+    pub fn drain_understudies(&self, names: &[ServiceName], memory: &Memory) -> Result<()> {
+        let mut ports = Vec::new();
+        for name in names {
+            let text = match fs_err::read_to_string(self.root.next_unit(name)) {
+                Ok(text) => text,
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(e.into()),
+            };
+            if let Some(port) = unit::next_port(&text) {
+                let seconds = memory.applied.get(name).map_or(DEFAULT_DRAIN_SEC, |a| a.service.drain_sec());
+                ports.push((name, port, seconds));
+            }
+        }
+        drain(&ports)
+    }
+
+    /// Stops understudies and removes their units.
+    pub fn remove_understudies(&self, names: &[ServiceName], observed: &mut Observed) -> Result<()> {
+        if names.is_empty() {
+            return Ok(());
+        }
+        let units: Vec<String> = names.iter().map(ServiceName::next_unit).collect();
+        systemd::stop(&units, Duration::from_secs(150))?;
+        for name in names {
+            durable::remove(&self.root.next_unit(name))?;
+            observed.understudies.remove(name);
+            say::info(format!("{name}: the understudy is gone"));
+        }
+        systemd::daemon_reload()?;
+        systemd::reset_failed(&units)
+    }
+}
+
+/// What requests are led to between the phases: understudies that are well, and for all others what was proved
+/// last (what was never proved is led to where it will be).
+fn interim_route<'a>(
+    desired: &[&'a Service],
+    memory: &'a Memory,
+    understudies: &BTreeMap<ServiceName, &'a Http>,
+) -> Vec<&'a Http> {
+    let mut claimed = BTreeSet::new();
+    desired
+        .iter()
+        .filter(|s| s.artifact.store_path.path().is_some())
+        .filter_map(|s| match (understudies.get(&s.name), memory.applied.get(&s.name)) {
+            (Some(http), _) => Some(*http),
+            (None, Some(applied)) => applied.service.http.as_ref(),
+            (None, None) => s.http.as_ref(),
+        })
+        .filter(|http| claimed.insert((http.domain.as_str(), http.path.as_str())))
+        .collect()
+}
+
+/// A port nobody listens on and nobody was promised.
+fn spare_port(taken: &mut BTreeSet<u16>) -> Result<u16> {
+    let mut start = [0u8; 2];
+    ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut start)
+        .map_err(|_| Error::new("the kernel gives no random numbers"))?;
+    let count = SPARE_PORTS.len() as u32;
+    let offset = u32::from(u16::from_ne_bytes(start)) % count;
+    for i in 0..count {
+        let port = SPARE_PORTS.start + ((offset + i) % count) as u16;
+        if !taken.contains(&port) && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            taken.insert(port);
+            return Ok(port);
+        }
+    }
+    Err(Error::new(format!(
+        "no port from {} to {} is free for an overlapping rollout; use rollout \"restart\"",
+        SPARE_PORTS.start, SPARE_PORTS.end
+    )))
+}
+
+/// Waits until no connection to these ports is open, each at most its own time in seconds.
+fn drain(ports: &[(&ServiceName, u16, u32)]) -> Result<()> {
+    let begun = Instant::now();
+    let mut open: Vec<&(&ServiceName, u16, u32)> = ports.iter().collect();
+    if open.is_empty() {
+        return Ok(());
+    }
+    loop {
+        std::thread::sleep(COUNT_EVERY);
+        if begun.elapsed() < LEAST_DRAIN {
+            continue;
+        }
+        let counts = established()?;
+        open.retain(|(name, port, seconds)| {
+            let count = counts.get(port).copied().unwrap_or(0);
+            let late = begun.elapsed() >= Duration::from_secs((*seconds).into());
+            if count > 0 && late {
+                say::warning(format!(
+                    "{name}: {count} connection(s) to port {port} still open after {seconds} s"
+                ));
+            }
+            count > 0 && !late
+        });
+        if open.is_empty() {
+            return Ok(());
+        }
+    }
+}
+
+/// How many connections are established to each local port, by the kernel's tables (proc_pid_net(5)): column 2
+/// is the local address with its port in hexadecimal, column 4 the state, 01 for established.
+fn established() -> Result<BTreeMap<u16, usize>> {
+    let mut counts = BTreeMap::new();
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        let text = match fs_err::read_to_string(table) {
+            Ok(text) => text,
+            // A kernel without IPv6 has no such table.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(e.into()),
+        };
+        count_established(&text, &mut counts);
+    }
+    Ok(counts)
+}
+
+fn count_established(table: &str, counts: &mut BTreeMap<u16, usize>) {
+    for line in table.lines().skip(1) {
+        let mut columns = line.split_whitespace();
+        let local = columns.nth(1).and_then(|a| a.rsplit(':').next()).map(|p| u16::from_str_radix(p, 16));
+        if let (Some(Ok(port)), Some("01")) = (local, columns.nth(1)) {
+            *counts.entry(port).or_default() += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_established_connections_to_the_port_count() {
+        let table = "  sl  local_address rem_address   st tx_queue\n\
+            0: 0100007F:1F90 00000000:0000 0A 00000000:00000000\n\
+            1: 0100007F:1F90 0100007F:D431 01 00000000:00000000\n\
+            2: 0100007F:D431 0100007F:1F90 01 00000000:00000000\n\
+            3: 0100007F:1F90 0100007F:D432 06 00000000:00000000\n";
+        let mut counts = BTreeMap::new();
+        count_established(table, &mut counts);
+        assert_eq!(counts.get(&8080), Some(&1));
+    }
+
+    #[test]
+    fn a_spare_port_is_free_and_nobody_elses() {
+        let busy = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let mut taken: BTreeSet<u16> = (SPARE_PORTS.start..SPARE_PORTS.end - 2).collect();
+        let port = spare_port(&mut taken).unwrap();
+        assert!(port >= SPARE_PORTS.end - 2 && port != busy.local_addr().unwrap().port());
+        assert!(taken.contains(&port));
+    }
+}
