@@ -5,4 +5,6 @@
 mod bucket;
 mod developer;
 mod lab;
+mod mistakes;
 mod runbook;
+mod solo;
