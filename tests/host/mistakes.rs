@@ -249,7 +249,8 @@ fn of_two_passes_at_once_the_second_says_who_is_at_it() {
     host.update("web", &deaf);
     let said = host.sh(
         "systemctl start --no-block deployer
-         until grep -q starting <<<\"$(journalctl -u deployer -o cat --since -5s)\"; do sleep 0.05; done
+         until id=$(systemctl show --property=InvocationID --value deployer)
+             grep -q starting <<<\"$(journalctl -o cat _SYSTEMD_INVOCATION_ID=$id)\"; do sleep 0.05; done
          pid=$(systemctl show --property=MainPID --value deployer)
          code=0; deployer run 2>/tmp/by-hand || code=$?
          deployer run --timer 2>/tmp/by-timer
