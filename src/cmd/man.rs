@@ -68,6 +68,23 @@ mod tests {
     }
 
     #[test]
+    fn every_subcommand_and_flag_is_in_its_page() {
+        for command in crate::cmd::completions::COMMANDS {
+            let (page, words) = match command.words.split_once(' ') {
+                Some(("manifest", words)) => (1, words),
+                Some(("deployer", words)) => (2, words),
+                _ => (0, command.words),
+            };
+            let text = PAGES[page].2.replace("\\-", "-");
+            let named = |mark: &str| text.contains(&format!("\n{mark} {words}"));
+            assert!(named(".B") || named(".BR"), "{}", command.words);
+            for flag in command.flags {
+                assert!(text.contains(flag.long), "{} {}", command.words, flag.long);
+            }
+        }
+    }
+
+    #[test]
     fn man_has_nothing_to_say_against_the_pages() {
         for (name, _, roff) in PAGES {
             let mut file = tempfile::NamedTempFile::new().unwrap();

@@ -4,10 +4,10 @@
 use super::{Check, said, writable};
 use crate::clock::Timestamp;
 use crate::config::Settings;
+use crate::deployer::caddy::{self, Observed, RoutePlan};
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
 use crate::deployer::state::State;
 use crate::error::did_you_mean;
-use crate::http::{self, Limits};
 use crate::manifest::Manifest;
 use crate::names::HostName;
 use crate::runner::{Run, RunError, Status};
@@ -15,7 +15,7 @@ use crate::say::printable;
 use crate::see::judge::STALE_SEC;
 use crate::see::reports;
 use crate::ssh::is_root;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -44,7 +44,7 @@ pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> 
     let mut checks = vec![];
     checks.extend(manifest.map(|manifest| named(settings, manifest)));
     checks.extend(systemd(now));
-    checks.extend(caddy(settings));
+    checks.extend(caddy(settings, manifest));
     checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")));
     if let Some(manifest) = manifest {
         checks.extend(secrets(&settings.host, manifest));
@@ -59,7 +59,7 @@ fn named(settings: &Settings, manifest: &Manifest) -> Check {
     let hosts = reports::hosts(manifest);
     let here = manifest.services.iter().filter(|s| s.hosts.contains(&settings.host)).count();
     if here > 0 {
-        return Check::ok("host name", format!("{}, {here} services", settings.host));
+        return Check::ok("host name", format!("{}, services: {here}", settings.host));
     }
     let near = did_you_mean(settings.host.as_str(), hosts.iter().map(HostName::as_str));
     Check::warn(
@@ -156,97 +156,39 @@ fn last_pass(now: Timestamp) -> Check {
     }
 }
 
-/// One GET of Caddy's admin API (loopback, no proxy): the status and the body as JSON.
-fn admin_get(settings: &Settings, path: &str) -> Result<(u16, Value), String> {
-    let (scheme, rest) = settings.caddy_admin.split_once("://").unwrap_or(("http", &settings.caddy_admin));
-    let authority = rest.split('/').next().unwrap_or_default();
-    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
-    let limits = Limits {
-        connect: Duration::from_secs(2),
-        answer: Duration::from_secs(5),
-        total: Some(Duration::from_secs(10)),
-        stall: Duration::from_secs(5),
-    };
-    let agent = http::agent(&http::process_env, scheme, host, limits)?;
-    let mut answer =
-        agent.get(format!("{}{path}", settings.caddy_admin)).call().map_err(|e| e.to_string())?;
-    let status = answer.status().as_u16();
-    let body = answer.body_mut().with_config().limit(64 << 20).read_to_string().map_err(|e| e.to_string())?;
-    let value = serde_json::from_str(&body).map_err(|e| format!("answered {status} and no JSON: {e}"))?;
-    Ok((status, value))
+/// Whether Caddy can be told, and which of its servers gets our route: both by the deployer's own rule.
+fn caddy(settings: &Settings, manifest: Option<&Manifest>) -> Vec<Check> {
+    let needed = manifest.is_some_and(|manifest| {
+        manifest.services.iter().any(|s| s.http.is_some() && s.hosts.contains(&settings.host))
+    });
+    let mut checks = route(&caddy::observe(&settings.caddy_admin), settings, needed);
+    checks.push(caddy_unit());
+    checks
 }
 
-fn caddy(settings: &Settings) -> Vec<Check> {
-    const NAME: &str = "caddy admin";
-    let admin = &settings.caddy_admin;
-    let config = match admin_get(settings, "/config/") {
-        Ok((200, config)) => config,
-        Ok((status, _)) => {
-            let text = format!(
-                "{admin} answers {status} to a GET of its configuration; check caddyAdmin and Caddy's admin.origins"
-            );
-            return vec![Check::fail(NAME, text), caddy_unit()];
-        }
-        Err(why) => {
-            let text = format!(
-                "{admin} does not answer: {why}; start Caddy (Debian: apt install caddy) or set caddyAdmin"
-            );
-            return vec![Check::fail(NAME, text), caddy_unit()];
-        }
+fn route(observed: &Observed, settings: &Settings, needed: bool) -> Vec<Check> {
+    let bad = |name, why: String| if needed { Check::fail(name, why) } else { Check::warn(name, why) };
+    let servers = match observed {
+        Observed::Unavailable(why) => return vec![bad("caddy admin", why.clone())],
+        Observed::Servers(servers) => servers,
     };
-    vec![
-        Check::ok(NAME, format!("{admin} answers")),
-        server(&config, settings.caddy_server.as_deref()),
-        caddy_unit(),
-    ]
-}
-
-/// Which server gets our route: the one that is configured, else the one on :443, else one made on :443.
-fn server(config: &Value, configured: Option<&str>) -> Check {
-    const NAME: &str = "caddy server";
-    let Some(servers) = config.pointer("/apps/http/servers").and_then(Value::as_object) else {
-        return Check::warn(
-            NAME,
-            "Caddy has no http app; the deployer makes a server 'deployer' on :443 with its first route",
-        );
-    };
-    let on_443 = |server: &Value| {
-        server.get("listen").and_then(Value::as_array).is_some_and(|listen| {
-            listen.iter().filter_map(Value::as_str).any(|address| {
-                let address = address.rsplit_once('/').map_or(address, |(_, port)| port);
-                address.ends_with(":443")
-            })
-        })
-    };
+    const SERVER: &str = "caddy server";
+    let ours = json!({"@id": caddy::ROUTE_ID});
     let has_route = |server: &Value| {
         let routes = server.get("routes").and_then(Value::as_array);
-        routes.is_some_and(|r| {
-            r.iter().any(|route| route.get("@id").and_then(Value::as_str) == Some("deployer"))
-        })
+        routes.is_some_and(|routes| routes.iter().any(|r| r.get("@id") == ours.get("@id")))
     };
-    let names = || servers.keys().map(|n| printable(n).into_owned()).collect::<Vec<_>>().join(", ");
-    let (name, server) = match configured {
-        Some(name) => match servers.get(name) {
-            Some(server) => (name, server),
-            None => {
-                return Check::fail(
-                    NAME,
-                    format!("Caddy has no server '{name}', which caddyServer names; it has: {}", names()),
-                );
-            }
-        },
-        None => match servers.iter().find(|(_, s)| on_443(s)).or_else(|| servers.get_key_value("deployer")) {
-            Some((name, server)) => (name.as_str(), server),
-            None => {
-                return Check::ok(
-                    NAME,
-                    format!("none listens on :443 ({}); the deployer makes 'deployer' there", names()),
-                );
-            }
-        },
+    let planned = caddy::plan(settings.caddy_server.as_deref(), Some(&ours), observed);
+    let server = match (planned, servers.iter().find(|(_, server)| has_route(server))) {
+        (RoutePlan::Pending(why), _) => bad(SERVER, why),
+        (_, Some((name, _))) => Check::ok(SERVER, format!("'{name}' has our route")),
+        (RoutePlan::Write(requests), None) => {
+            let steps: Vec<&str> = requests.iter().map(|r| r.what.as_str()).collect();
+            Check::ok(SERVER, format!("the first route: {}", steps.join(", ")))
+        }
+        (RoutePlan::None | RoutePlan::Current, None) => Check::ok(SERVER, "nothing to route"),
     };
-    let route = if has_route(server) { "has our route" } else { "gets our route" };
-    Check::ok(NAME, format!("'{}' {route}", printable(name)))
+    vec![Check::ok("caddy admin", format!("{} answers", settings.caddy_admin)), server]
 }
 
 /// Whether what the deployer tells Caddy survives Caddy's restart, and whether Caddy is started again.
@@ -335,7 +277,7 @@ fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
         secret_file(file).map(|why| Check::fail(NAME, format!("of {service}: {why}")))
     }));
     if checks.is_empty() {
-        checks.push(Check::ok(NAME, format!("{} files, root's alone", files.len())));
+        checks.push(Check::ok(NAME, format!("files, root's alone: {}", files.len())));
     }
     checks
 }
@@ -438,30 +380,30 @@ fn free(dir: &str, df: &str) -> Check {
 mod tests {
     use super::*;
     use crate::see::checks::Verdict;
-    use serde_json::json;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn the_server_that_gets_our_route_is_found_by_the_rule() {
-        let route = json!([{"@id": "deployer"}]);
-        let two = json!({"apps": {"http": {"servers": {
+    fn the_server_that_gets_our_route_is_named_and_trouble_counts_when_it_is_needed() {
+        let servers = |value: Value| match value {
+            Value::Object(servers) => Observed::Servers(servers),
+            other => panic!("{other}"),
+        };
+        let two = servers(json!({
             "srv0": {"listen": [":80"], "routes": []},
-            "srv1": {"listen": ["127.0.0.1:8080", "tcp/:443"], "routes": route}}}}});
-        let plain = json!({"apps": {"http": {"servers": {"srv0": {"listen": [":80"]}}}}});
-        for (config, configured, verdict, word) in [
-            (&two, None, Verdict::Ok, "'srv1' has our route"),
-            (&two, Some("srv0"), Verdict::Ok, "'srv0' gets our route"),
-            (&two, Some("srv9"), Verdict::Fail, "srv0, srv1"),
-            (&plain, None, Verdict::Ok, "makes 'deployer'"),
-            (&json!(null), None, Verdict::Warn, "no http app"),
-            (
-                &json!({"apps": {"http": {"servers": {"s": {"listen": [":4430"]}}}}}),
-                None,
-                Verdict::Ok,
-                "none listens",
-            ),
+            "srv1": {"listen": [":443"], "routes": [{"@id": "deployer"}]}}));
+        let plain = servers(json!({"srv0": {"listen": [":80"], "routes": []}}));
+        let down = Observed::Unavailable("down".into());
+        for (observed, configured, needed, verdict, word) in [
+            (&two, None, true, Verdict::Ok, "'srv1' has our route"),
+            (&two, Some("srv9"), true, Verdict::Fail, "srv0, srv1"),
+            (&plain, None, true, Verdict::Ok, "on :443"),
+            (&plain, Some("srv0"), true, Verdict::Ok, "to server 'srv0'"),
+            (&down, None, true, Verdict::Fail, "down"),
+            (&down, None, false, Verdict::Warn, "down"),
         ] {
-            let check = server(config, configured);
+            let mut settings = crate::config::load(&Default::default()).unwrap();
+            settings.caddy_server = configured.map(String::from);
+            let check = route(observed, &settings, needed).pop().unwrap();
             assert!(check.verdict == verdict && check.text.contains(word), "{check:?}");
         }
     }

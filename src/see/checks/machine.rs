@@ -49,7 +49,7 @@ pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
 pub fn manifest(store: &dyn Store) -> (Check, Option<Manifest>) {
     match edit::read(store) {
         Ok(manifest) => {
-            let text = format!("serial {}, {} services", manifest.serial, manifest.services.len());
+            let text = format!("serial {}, services: {}", manifest.serial, manifest.services.len());
             (Check::ok("manifest", text), Some(manifest))
         }
         Err(e) => (Check::fail("manifest", e.to_string()), None),
