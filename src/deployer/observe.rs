@@ -23,7 +23,8 @@ pub fn observe(
 ) -> Result<Observed> {
     let mut present = BTreeSet::new();
     let mut unproved = BTreeSet::new();
-    let proved: BTreeSet<&StorePath> = applied.values().map(|a| &a.path).collect();
+    let proved: BTreeSet<&StorePath> =
+        applied.values().flat_map(|a| [&a.path].into_iter().chain(&a.previous)).collect();
     for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
         if is_there(path)? {
             present.insert(path.clone());

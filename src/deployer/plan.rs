@@ -396,13 +396,17 @@ fn service(
     if memory.overrides.is_paused(name, now) {
         let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
         let stopped = matches!(seen.listed.active.as_str(), "" | "inactive" | "failed") && !seen.wanted;
-        let steps = if stopped || seen.file == UnitFile::Absent { Vec::new() } else { vec![Step::Pause] };
+        let mut steps: Vec<Step> = lost_roots(name, observed, applied).collect();
+        if !stopped && seen.file != UnitFile::Absent {
+            steps.push(Step::Pause);
+        }
         return ServicePlan { paused: true, ..done(goal, remembered(), steps) };
     }
     if let Some(Err(reason)) = secrets {
         // Nothing is started with secrets that others can read, and nothing that runs is touched.
         let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
-        return done(goal, Some(failed(reason.clone())), Vec::new());
+        let steps = lost_roots(name, observed, applied).collect();
+        return done(goal, Some(failed(reason.clone())), steps);
     }
     let trouble = trouble_of(&candidate).or_else(remembered);
     let (goal, trouble) = match trouble {
@@ -433,6 +437,7 @@ fn service(
     if !held.is_some_and(|h| h.contains(goal.path.base())) {
         steps.push(Step::Root(goal.path.clone()));
     }
+    steps.extend(lost_roots(name, observed, applied).filter(|step| *step != Step::Root(goal.path.clone())));
     if !observed.present.contains(&goal.path) {
         steps.push(Step::Fetch(goal.path.clone()));
     }
@@ -506,6 +511,20 @@ fn stamp(entry: &Service, secrets: Option<&Result<String, String>>, observed: &O
         stamp.push_str(&format!(";{unit}={}", u8::from(runs)));
     }
     stamp
+}
+
+/// Roots that are gone though what they held is still there: of the version that was proved and those before it.
+fn lost_roots(
+    name: &ServiceName,
+    observed: &Observed,
+    applied: Option<&Applied>,
+) -> impl Iterator<Item = Step> {
+    let held = observed.roots.get(name);
+    applied
+        .into_iter()
+        .flat_map(|a| [&a.path].into_iter().chain(&a.previous))
+        .filter(move |path| observed.present.contains(*path) && !held.is_some_and(|h| h.contains(path.base())))
+        .map(|path| Step::Root(path.clone()))
 }
 
 /// Roots that nothing needs any more: not what runs, not one of the versions before it, and not what is still
