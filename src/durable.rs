@@ -2,6 +2,7 @@
 //! the old content or the new, never a part. Temporary files are named `.omni-deploy-*` so that leftovers of
 //! a killed process are known as ours; [`sweep`] removes them.
 
+use crate::effect;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -33,18 +34,21 @@ fn temp_with(path: &Path, bytes: &[u8], mode: u32) -> io::Result<tempfile::Named
         .set_permissions(std::fs::Permissions::from_mode(mode))
         .map_err(|e| named(e, "set the mode of", path))?;
     temp.as_file().sync_all().map_err(|e| named(e, "sync", path))?;
+    effect::point("within write", path.display());
     Ok(temp)
 }
 
 /// Replaces `path` with `bytes` and `mode`, whole or not at all, and returns when it is on the disk.
 /// The folder must exist. Errors name the path.
 pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
     temp_with(path, bytes, mode)?.persist(path).map_err(|e| named(e.error, "write", path))?;
     sync_dir(parent(path)?)
 }
 
 /// Creates `path`; false, with nothing changed, when something of that name is there already.
 pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
+    let _effect = effect::begin("create", path.display()).map_err(|e| named(e, "create", path))?;
     match temp_with(path, bytes, mode)?.persist_noclobber(path) {
         Ok(_) => sync_dir(parent(path)?).map(|()| true),
         Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
@@ -57,14 +61,17 @@ pub fn symlink(target: &Path, link: &Path) -> io::Result<()> {
     let dir = parent(link)?;
     let name = link.file_name().unwrap_or_default().to_string_lossy();
     let temp: PathBuf = dir.join(format!("{TEMP_PREFIX}{}-{name}", std::process::id()));
+    let _effect = effect::begin("link", link.display()).map_err(|e| named(e, "link", link))?;
     remove(&temp)?;
     fs_err::os::unix::fs::symlink(target, &temp)?;
+    effect::point("within link", link.display());
     fs_err::rename(&temp, link)?;
     sync_dir(dir)
 }
 
 /// Removes a file or link; one that is not there is no error. Returns whether there was one.
 pub fn remove(path: &Path) -> io::Result<bool> {
+    let _effect = effect::begin("remove", path.display()).map_err(|e| named(e, "remove", path))?;
     match fs_err::remove_file(path) {
         Ok(()) => sync_dir(parent(path)?).map(|()| true),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -80,6 +87,7 @@ pub fn folder(path: &Path, mode: u32) -> io::Result<()> {
     {
         return Ok(());
     }
+    let _effect = effect::begin("make folder", path.display()).map_err(|e| named(e, "make", path))?;
     fs_err::create_dir_all(path)?;
     fs_err::set_permissions(path, std::fs::Permissions::from_mode(mode))
 }

@@ -7,6 +7,7 @@ pub mod cache;
 
 use crate::bridge::{Access, Bridge};
 use crate::config::Settings;
+use crate::effect;
 use crate::error::{Error, Result};
 use crate::names::StorePath;
 use crate::runner::{Output, Run, RunError, Stream, tail};
@@ -429,6 +430,7 @@ fn fetch_some(
     for some in paths.chunks(PER_CALL) {
         let (run, _scratch) = cache.nix(settings, Side::From, &["copy"]).map_err(spawn)?;
         let within = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+        let _effect = effect::mark("nix copy", &cache.shown);
         run.args(some).deadline(within).success()?;
     }
     Ok(())

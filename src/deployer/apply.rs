@@ -11,6 +11,7 @@ use super::{applied, intent, observe};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
+use crate::effect;
 use crate::error::{Error, Result};
 use crate::manifest::{Service, command};
 use crate::names::{ServiceName, StorePath};
@@ -98,6 +99,9 @@ impl Host<'_> {
                     durable::folder(&dir, 0o755)?;
                     durable::symlink(path.as_ref(), &dir.join(path.base()))?;
                     observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
+                    if service.goal.as_ref().is_some_and(|g| g.proved && g.path == *path) {
+                        say::notice(format!("{}: {path} had lost its root and has one again", service.name));
+                    }
                 }
                 Step::Fetch(path) => wanted.entry(path).or_default().push(&service.name),
                 _ => {}
@@ -288,6 +292,7 @@ impl Host<'_> {
         let link = self.root.wanted(name);
         durable::folder(link.parent().unwrap_or(&self.root.unit_dir), 0o755)?;
         durable::symlink(&self.root.unit(name), &link)?;
+        say::info(format!("{name}: started at boot from now on"));
         Ok(())
     }
 
@@ -377,7 +382,9 @@ impl Host<'_> {
             .map(|s| &s.name)
             .collect();
         for name in emptied {
-            match fs_err::remove_dir(self.root.roots(name)) {
+            let dir = self.root.roots(name);
+            let _effect = effect::begin("remove folder", dir.display())?;
+            match fs_err::remove_dir(dir) {
                 Ok(()) => {}
                 // Somebody else put something there: it is theirs.
                 Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {}
@@ -459,7 +466,7 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
                 }
                 CameUp::Well => {
                     let since = *one.well_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() >= SETTLE {
+                    if since.elapsed() >= effect::shortened(SETTLE) {
                         outcomes.insert(name, Ok(since.duration_since(begun)));
                         continue;
                     }
@@ -477,7 +484,7 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
         }
         pending = still;
         if !pending.is_empty() {
-            std::thread::sleep(LOOK_EVERY);
+            std::thread::sleep(effect::shortened(LOOK_EVERY));
         }
     }
     Ok(outcomes)

@@ -12,6 +12,7 @@ use super::{applied, intent, observe, overrides};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
+use crate::effect;
 use crate::error::{Error, Result};
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
@@ -514,6 +515,7 @@ fn publish(root: &Root, store: &dyn Store, before: &State, mut state: State) -> 
     let key = format!("{HOSTS_PREFIX}{}.json", state.host);
     let mut bytes = to_bytes(&state)?;
     durable::write(&root.state_file(), &bytes, 0o644)?;
+    let _effect = effect::mark("put", &key);
     if let Err(e) = store.put(&key, &bytes, &When::Always) {
         say::warning(format!("the report was not written: {e}; the next pass tries again"));
         state.reported = false;

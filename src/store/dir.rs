@@ -5,6 +5,7 @@
 
 use super::{Etag, Got, Store, StoreError, When};
 use crate::durable;
+use crate::effect;
 use crate::error::io_text;
 use fs_err::os::unix::fs::OpenOptionsExt;
 use std::fs::TryLockError;
@@ -166,6 +167,7 @@ impl DirStore {
             self.folders(above)?;
             match fs_err::create_dir(folder) {
                 Ok(()) => {
+                    effect::point("made folder", folder.display());
                     // Hosts read as users of their own, whatever the umask here.
                     let mode = fs_err::metadata(folder)?.permissions().mode() | 0o755;
                     fs_err::set_permissions(folder, std::fs::Permissions::from_mode(mode))?;
