@@ -96,8 +96,14 @@ pub fn units(
                 if target.is_absolute() { target } else { link.parent().unwrap_or(&link).join(target) };
             same_file(&target, &root.unit(name))
         });
+        // Without a copy in memory, or with a mask there: rare, and only then are the other folders looked into.
+        let read = seen.listed.load == "loaded";
+        seen.unread = seen.listed.running() && !read;
+        if matches!(seen.file, UnitFile::Ours(_)) && !(seen.listed.running() && read) {
+            seen.shadowed = !strays(root, name).is_empty();
+        }
         if let (true, Some(started)) = (seen.listed.running(), started(name)) {
-            seen.current = changed(&root.unit(name)).is_some_and(|written| written <= started);
+            seen.current = placed(&root.unit(name)).is_some_and(|written| written <= started);
             if !seen.current {
                 older.push(name.clone());
             }
@@ -110,6 +116,7 @@ pub fn units(
             && let UnitFile::Ours(text) = &seen.file
         {
             seen.astray = runs_another(shown.main_pid, text);
+            seen.unread |= shown.unread;
         }
     }
     for service in desired {
@@ -127,6 +134,11 @@ pub fn units(
 fn started(name: &ServiceName) -> Option<(i64, i64)> {
     let link = Path::new("/run/systemd/units").join(format!("invocation:{}", name.unit()));
     fs_err::symlink_metadata(link).ok().map(|m| (m.mtime(), m.mtime_nsec()))
+}
+
+/// When a file was last put in place: also one that was copied there with an older time.
+fn placed(path: &Path) -> Option<(i64, i64)> {
+    fs_err::metadata(path).ok().map(|m| (m.ctime(), m.ctime_nsec()))
 }
 
 /// When a file's content was last changed.
@@ -242,16 +254,24 @@ pub fn roots(root: &Root) -> Result<BTreeMap<ServiceName, BTreeSet<String>>> {
     for service in services {
         let service = service?;
         let Some(Ok(name)) = service.file_name().to_str().map(ServiceName::parse) else { continue };
-        let mut held = BTreeSet::new();
+        // What somebody else put there is theirs.
+        if !service.file_type()?.is_dir() {
+            continue;
+        }
+        let (mut held, mut others) = (BTreeSet::new(), false);
         for link in fs_err::read_dir(service.path())? {
             let link = link?;
             let base = link.file_name().to_string_lossy().into_owned();
             let expected = Path::new(crate::names::STORE_DIR).join(&base);
             if fs_err::read_link(link.path()).is_ok_and(|target| target == expected) {
                 held.insert(base);
+            } else {
+                others |= !base.starts_with(crate::durable::TEMP_PREFIX);
             }
         }
-        roots.insert(name, held);
+        if !(held.is_empty() && others) {
+            roots.insert(name, held);
+        }
     }
     Ok(roots)
 }

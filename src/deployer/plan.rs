@@ -50,6 +50,10 @@ pub struct UnitSeen {
     pub current: bool,
     /// Its process runs no closure that its file names: it was started from another one.
     pub astray: bool,
+    /// systemd has read its file as it was before. Only of units that run: a start reads it anew.
+    pub unread: bool,
+    /// Another file of its name, a mask or a copy of ours, may stand in for it.
+    pub shadowed: bool,
     /// Its secrets file was changed after its process started.
     pub secrets_changed: bool,
 }
@@ -149,6 +153,8 @@ pub enum Step {
     Fetch(StorePath),
     /// Write the unit; the reason.
     Write(&'static str),
+    /// Have systemd read the unit again: a person changed it back and forth.
+    Reload,
     /// Have it started at boot.
     Enable,
     /// Before it is restarted: prove the new version beside it and lead requests there; the reason.
@@ -173,7 +179,7 @@ impl Step {
         match self {
             Step::Write(_) | Step::Enable | Step::Overlap(_) | Step::Restart(_) | Step::Prove(_) => true,
             Step::Pause | Step::Remove(_) => true,
-            Step::Root(_) | Step::Fetch(_) | Step::Record | Step::Unroot(_) => false,
+            Step::Root(_) | Step::Fetch(_) | Step::Reload | Step::Record | Step::Unroot(_) => false,
         }
     }
 }
@@ -397,7 +403,7 @@ fn service(
         let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
         let stopped = matches!(seen.listed.active.as_str(), "" | "inactive" | "failed") && !seen.wanted;
         let mut steps: Vec<Step> = lost_roots(name, observed, applied).collect();
-        if !stopped && seen.file != UnitFile::Absent {
+        if !stopped {
             steps.push(Step::Pause);
         }
         return ServicePlan { paused: true, ..done(goal, remembered(), steps) };
@@ -442,7 +448,8 @@ fn service(
         steps.push(Step::Fetch(goal.path.clone()));
     }
     let write = match &seen.file {
-        UnitFile::Ours(text) if *text == goal.unit => None,
+        UnitFile::Ours(text) if *text == goal.unit && !seen.shadowed => None,
+        UnitFile::Ours(text) if *text == goal.unit => Some("another unit stood in for it"),
         UnitFile::Ours(text) if !goal.desired && *text == tried => Some("putting the version before back"),
         UnitFile::Ours(_) if applied.is_some_and(|a| a.path != goal.path) => Some("another version"),
         UnitFile::Ours(_) if goal.proved => Some("the unit was changed on the host"),
@@ -450,8 +457,10 @@ fn service(
         UnitFile::Absent if applied.is_some() => Some("the unit was gone"),
         UnitFile::Absent | UnitFile::Foreign(_) => Some("new here"),
     };
-    if let Some(why) = write {
-        steps.push(Step::Write(why));
+    match write {
+        Some(why) => steps.push(Step::Write(why)),
+        None if seen.unread => steps.push(Step::Reload),
+        None => {}
     }
     if !seen.wanted {
         steps.push(Step::Enable);
@@ -523,7 +532,9 @@ fn lost_roots(
     applied
         .into_iter()
         .flat_map(|a| [&a.path].into_iter().chain(&a.previous))
-        .filter(move |path| observed.present.contains(*path) && !held.is_some_and(|h| h.contains(path.base())))
+        .filter(move |path| {
+            observed.present.contains(*path) && !held.is_some_and(|h| h.contains(path.base()))
+        })
         .map(|path| Step::Root(path.clone()))
 }
 
@@ -696,7 +707,7 @@ mod tests {
             }
             for step in &service.steps {
                 match step {
-                    Step::Root(_) | Step::Fetch(_) | Step::Overlap(_) => {}
+                    Step::Root(_) | Step::Fetch(_) | Step::Overlap(_) | Step::Reload => {}
                     Step::Write(_) => unit.file = UnitFile::Ours(service.goal.as_ref().unwrap().unit.clone()),
                     Step::Enable => unit.wanted = true,
                     Step::Pause => {
