@@ -383,6 +383,7 @@ fn service(
         if let Some(reason) = learned.unfetchable.get(&goal.path) {
             let mut trouble = failed(reason.clone());
             trouble.failure.attempts += 1;
+            trouble.failure.at = now;
             return Some(trouble);
         }
         let failure = before.and_then(|b| b.failure.as_ref())?;
@@ -390,7 +391,7 @@ fn service(
             && !observed.present.contains(&goal.path)
             && failure.attempts > 0
             && failure.attempted.as_ref() == Some(&goal.path)
-            && now.0 - memory.state.checked_at.0 < backoff_sec(failure.attempts);
+            && (0..backoff_sec(failure.attempts)).contains(&(now.0 - failure.at.0));
         again.then(|| Trouble { rejected: false, failure: failure.clone() })
     };
     let remembered = || {
@@ -520,6 +521,20 @@ fn stamp(entry: &Service, secrets: Option<&Result<String, String>>, observed: &O
         stamp.push_str(&format!(";{unit}={}", u8::from(runs)));
     }
     stamp
+}
+
+/// Takes down what was refused in this pass as what it is now that the pass is over: with what it requires as
+/// its own start left it.
+pub fn settle_inputs(plan: &mut Plan, desired: &[&Service], observed: &Observed, learned: &Learned) {
+    for (plan, entry) in plan.services.iter_mut().zip(desired) {
+        let stamp = stamp(entry, observed.secrets.get(&plan.name), observed);
+        if let (Some(path), Some(Trouble { rejected: true, failure })) = (&plan.target, &mut plan.trouble)
+            && failure.attempted.as_ref() == Some(path)
+            && learned.troubles.values().any(|t| t.failure == *failure)
+        {
+            failure.inputs = Some(inputs_hash(&unit::render(entry, path), entry, &stamp));
+        }
+    }
 }
 
 /// Roots that are gone though what they held is still there: of the version that was proved and those before it.
