@@ -202,7 +202,10 @@ impl Machine {
         let secrets_missing = text.contains("EnvironmentFile") && !self.secrets.contains_key(name);
         unit.process = path
             .filter(|p| !bad(p) && !ill.contains(p) && store.contains(p) && !secrets_missing)
-            .map(|path| Process { text, path, started: clock });
+            .map(|path| Process { text: text.clone(), path, started: clock });
+        if text.contains("Requires=db.service") {
+            self.others.insert("db.service".into());
+        }
         *self.restarts.entry(name.clone()).or_default() += 1;
     }
 
@@ -359,6 +362,8 @@ impl Machine {
         }
         self.remove(&plan.gone, &mut memory, &observed)?;
         self.unroot(&plan.gone, &mut observed)?;
+        observed.active = self.active();
+        plan::settle_inputs(&mut plan, &desired, &observed, &learned);
         self.effect()?;
         self.disk.services = plan.services.iter().map(|p| (p.name.clone(), state_of(p, self))).collect();
         self.effect()?;
@@ -994,7 +999,11 @@ fn needless(m: &Machine, before: &Machine) -> Vec<String> {
             && was.loaded == was.file
             && was.written <= old.started;
         // A new attempt that was refused, and the way back.
-        let attempted = m.refused.get(name).is_some_and(|attempt| !remembers(before, name, attempt));
+        let manifest = m.disk.manifest.as_deref().unwrap_or_default();
+        let entries = m.desired(manifest, &m.disk.overrides);
+        let entry = entries.iter().find(|e| e.name == *name);
+        let known = entry.is_some_and(|e| remembers(before, name, &before.attempt(e)));
+        let attempted = m.refused.contains_key(name) && !known;
         if ran_well && !attempted && *count > 0 {
             wrong.push(format!("{name} ran well and was restarted {count} time(s)"));
         }
