@@ -46,7 +46,9 @@ fn scenarios() -> Vec<Scenario> {
     let before = |rollout: &str| vec![(entry("web", 8001, rollout), old.clone())];
     let update = |version: &str| format!("deploy-manifest update web ${version}");
     let add = |name: &str, port: u16, version: &str| {
-        let service = entry(name, port, "restart").to_string().replace("/nix/store/placeholder", &format!("'${version}'"));
+        let service = entry(name, port, "restart")
+            .to_string()
+            .replace("/nix/store/placeholder", &format!("'${version}'"));
         format!("deploy-manifest add-service '{service}'")
     };
     let scenario = |name, before, change, code, serves, bad| Scenario {
@@ -74,10 +76,24 @@ fn scenarios() -> Vec<Scenario> {
         },
         scenario("overlap", before("overlap"), update("two"), 0, "two", ""),
         scenario("overlap with a version that exits", before("overlap"), update("bad"), 3, "one", "bad"),
-        scenario("overlap with a version that does not answer", before("overlap"), update("deaf"), 3, "one", "deaf"),
+        scenario(
+            "overlap with a version that does not answer",
+            before("overlap"),
+            update("deaf"),
+            3,
+            "one",
+            "deaf",
+        ),
         scenario("upgrade", before("restart"), update("two"), 0, "two", ""),
         scenario("upgrade to a version that exits", before("restart"), update("bad"), 3, "one", "bad"),
-        scenario("upgrade to a version that does not answer", before("restart"), update("deaf"), 3, "one", "deaf"),
+        scenario(
+            "upgrade to a version that does not answer",
+            before("restart"),
+            update("deaf"),
+            3,
+            "one",
+            "deaf",
+        ),
         scenario("first deploy", vec![], add("web", 8001, "two"), 0, "two", ""),
         scenario("first deploy of a version that exits", vec![], add("web", 8001, "bad"), 4, "", "bad"),
         scenario("removal", before("restart"), "deploy-manifest remove-service web".into(), 0, "", ""),
@@ -200,7 +216,8 @@ fn campaign(host: &Host, scenario: &Scenario, wrong: &mut String) -> usize {
     assert_eq!(undisturbed.starts.get("zero@8009"), None, "{}", scenario.name);
     // A person's word counts once it is on the disk; before, a pass has nothing to carry out.
     let unasked = (command != "deployer run").then(|| run(host, "deployer run", ":").unwrap());
-    let asked = effects.lines().position(|l| l.contains("after write") && l.contains("overrides.json")).unwrap_or(0);
+    let asked =
+        effects.lines().position(|l| l.contains("after write") && l.contains("overrides.json")).unwrap_or(0);
 
     let points: Vec<&str> = effects.lines().collect();
     for (i, point) in points.iter().enumerate() {
@@ -214,7 +231,8 @@ fn campaign(host: &Host, scenario: &Scenario, wrong: &mut String) -> usize {
             if got.said.contains("NOT KILLED") {
                 writeln!(verdict, "      it was not killed").unwrap();
             }
-            for (what, count) in got.starts.iter().filter(|(w, _)| w.split('@').next() != Some(scenario.bad)) {
+            for (what, count) in got.starts.iter().filter(|(w, _)| w.split('@').next() != Some(scenario.bad))
+            {
                 let planned = undisturbed.starts.get(what).copied().unwrap_or(0);
                 if *count > planned {
                     writeln!(verdict, "      {what} was started {count} times, not {planned}").unwrap();
