@@ -63,10 +63,16 @@ pub fn symlink(target: &Path, link: &Path) -> io::Result<()> {
     let name = link.file_name().unwrap_or_default().to_string_lossy();
     let temp: PathBuf = dir.join(format!("{TEMP_PREFIX}{}-{name}", std::process::id()));
     let _effect = effect::begin("link", link.display()).map_err(|e| named(e, "link", link))?;
-    remove(&temp)?;
-    fs_err::os::unix::fs::symlink(target, &temp)?;
-    effect::point("within link", link.display());
-    fs_err::rename(&temp, link)?;
+    // Where nothing is in the way, there is nothing to leave behind either.
+    match fs_err::os::unix::fs::symlink(target, link) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            remove(&temp)?;
+            fs_err::os::unix::fs::symlink(target, &temp)?;
+            effect::point("within link", link.display());
+            fs_err::rename(&temp, link)?;
+        }
+        made => made?,
+    }
     sync_dir(dir)
 }
 
@@ -93,8 +99,13 @@ pub fn folder(path: &Path, mode: u32) -> io::Result<()> {
     fs_err::set_permissions(path, std::fs::Permissions::from_mode(mode))
 }
 
-/// Removes temporary files that a killed process left in `dir`. Only for a folder whose lock is held: another
-/// process could be about to rename its own.
+/// A folder in `dir` for as long as the value lives, for nobody else to look into.
+pub fn scratch(dir: &Path) -> io::Result<tempfile::TempDir> {
+    tempfile::Builder::new().prefix(TEMP_PREFIX).tempdir_in(dir)
+}
+
+/// Removes temporary files and folders that a killed process left in `dir`. Only for a folder whose lock is
+/// held: another process could be about to rename its own.
 pub fn sweep(dir: &Path) -> io::Result<()> {
     let entries = match fs_err::read_dir(dir) {
         Ok(entries) => entries,
@@ -103,7 +114,12 @@ pub fn sweep(dir: &Path) -> io::Result<()> {
     };
     for entry in entries {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(TEMP_PREFIX) {
+        if !entry.file_name().to_string_lossy().starts_with(TEMP_PREFIX) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs_err::remove_dir_all(entry.path())?;
+        } else {
             remove(&entry.path())?;
         }
     }
@@ -150,6 +166,7 @@ mod tests {
     fn sweeping_takes_our_leftovers_only() {
         let dir = tempfile::tempdir().unwrap();
         fs_err::write(dir.path().join(".omni-deploy-abc"), "").unwrap();
+        fs_err::write(scratch(dir.path()).unwrap().keep().join("f"), "").unwrap();
         fs_err::write(dir.path().join("keep"), "").unwrap();
         sweep(dir.path()).unwrap();
         let left: Vec<_> = fs_err::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();

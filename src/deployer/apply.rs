@@ -66,7 +66,6 @@ impl Host<'_> {
             .iter()
             .filter(|s| s.steps.iter().any(Step::touches))
             .map(|s| s.name.clone())
-            .chain(memory.interrupted.iter().cloned())
             .collect();
         if !touched.is_empty() {
             intent::record(self.root, touched)?;
@@ -113,7 +112,7 @@ impl Host<'_> {
         let paths: Vec<StorePath> = wanted.keys().map(|p| (*p).clone()).collect();
         say::info(format!("fetching {} closure(s) from {}", paths.len(), self.settings.cache));
         let begun = Instant::now();
-        let failures = match nix::fetch(self.settings, &paths) {
+        let failures = match nix::fetch_within(self.settings, &paths, &self.root.run_dir) {
             Ok(failures) => failures,
             // Nix itself is missing or broken: true for each of them, and no reason to stop what runs.
             Err(e) => {
@@ -154,7 +153,7 @@ impl Host<'_> {
                 Err(why) => self.refuse(name, goal, why, Vec::new(), learned),
             }
         }
-        for (name, complaint) in systemd::verify(&to_verify)? {
+        for (name, complaint) in systemd::verify(&to_verify, &self.root.run_dir)? {
             let goal = starts(plan).find(|s| *s.name == name).map(|s| s.goal);
             if let Some(goal) = goal {
                 let why = format!("systemd does not take its unit: {complaint}");
@@ -212,7 +211,7 @@ impl Host<'_> {
                         say::notice(format!("{}: systemd had read another unit", service.name));
                         reload = true;
                     }
-                    Step::Enable => failed = failed.or(self.enable(&service.name).err()),
+                    Step::Enable if failed.is_none() => failed = self.enable(&service.name).err(),
                     Step::Restart(why) if failed.is_none() => {
                         starts.push(Start { name: &service.name, goal, why, restart: true });
                     }
@@ -238,9 +237,8 @@ impl Host<'_> {
                 learned.troubles.insert(key, Trouble { rejected: false, failure });
             }
         }
-        // A pass that died between a write and the reload, or a person who put a unit back, leaves systemd with
-        // what it had read before, and that is what it would start.
-        if reload || !memory.interrupted.is_empty() || starts.iter().any(|s| s.restart) {
+        // A person who put a unit back leaves systemd with what it had read before, and that is what it would start.
+        if reload || starts.iter().any(|s| s.restart) {
             systemd::daemon_reload()?;
         }
         if starts.is_empty() {

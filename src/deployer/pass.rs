@@ -8,7 +8,7 @@ use super::overrides::{Pause, Pin};
 use super::plan::{self, Learned, Memory, Observed, Options, Plan, ServicePlan};
 use super::root::Root;
 use super::state::{REPORT_EVERY_SEC, RouteState, RouteStatus, STATE_VERSION, ServiceState, State, Status};
-use super::{applied, intent, observe, overrides};
+use super::{applied, intent, observe, overrides, systemd};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
@@ -57,12 +57,17 @@ fn sha256(bytes: &[u8]) -> String {
     ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// The last good manifest of this store, with its version; None when there is none that can be trusted.
-fn last_good(root: &Root, store: &dyn Store) -> Option<(Vec<u8>, Etag)> {
+/// The last good manifest of this store, with its version if that is known; None when there is none.
+fn last_good(root: &Root, store: &dyn Store) -> Option<(Vec<u8>, Option<Etag>)> {
     let bytes = fs_err::read(root.manifest()).ok()?;
     let origin: Origin = serde_json::from_slice(&fs_err::read(root.manifest_origin()).ok()?).ok()?;
-    // The two files are written one after the other: the hash tells whether they belong together.
-    (origin.store == store.url() && origin.sha256 == sha256(&bytes)).then_some((bytes, Etag(origin.etag)))
+    if origin.store != store.url() {
+        return None;
+    }
+    // The two files are written one after the other, the manifest first: the hash tells whether the version is
+    // this manifest's. A pass that died between them leaves a good manifest without a version.
+    let etag = (origin.sha256 == sha256(&bytes)).then_some(Etag(origin.etag));
+    Some((bytes, etag))
 }
 
 /// Reads the manifest, from the bucket if it has a good one, else the last good one. `keep`: a new one is kept
@@ -70,7 +75,8 @@ fn last_good(root: &Root, store: &dyn Store) -> Option<(Vec<u8>, Etag)> {
 fn current(root: &Root, store: &dyn Store, keep: bool) -> Result<Current> {
     let cached = last_good(root, store);
     let url = store.url();
-    let error = match store.get(MANIFEST_KEY, cached.as_ref().map(|(_, etag)| etag), MAX_BYTES) {
+    let error = match store.get(MANIFEST_KEY, cached.as_ref().and_then(|(_, etag)| etag.as_ref()), MAX_BYTES)
+    {
         Ok(Got::NotModified) => None,
         Ok(Got::Found { bytes, etag }) => match parse::manifest(&bytes, Mode::Tolerant) {
             Ok(manifest) => {
@@ -310,6 +316,13 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
             settings.host
         ));
     }
+    durable::sweep(&root.state_dir)?;
+    if !memory.interrupted.is_empty() {
+        // A pass that died after a write or a removal leaves systemd with what it had read before.
+        systemd::daemon_reload()?;
+        let both = memory.interrupted.iter().flat_map(|n| [n.unit(), n.next_unit()]);
+        systemd::reset_failed(&both.filter(|u| !root.unit_dir.join(u).exists()).collect::<Vec<_>>())?;
+    }
     let mut observed = observe::observe(root, &settings.caddy_admin, &desired, &memory.applied)?;
     let mut learned = Learned::default();
     let host = Host { settings, root };
@@ -325,9 +338,13 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         changed = true;
     }
     let mut plan = decide(&observed, &memory, &learned)?;
-    if !plan.is_empty() {
-        for dir in [&root.state_dir, &root.unit_dir, &root.applied_dir()] {
+    if !plan.is_empty() || !memory.interrupted.is_empty() {
+        let links = root.unit_dir.join("multi-user.target.wants");
+        for dir in [&root.unit_dir, &root.applied_dir(), &root.run_dir, &links] {
             durable::sweep(dir)?;
+        }
+        for name in observed.roots.keys() {
+            durable::sweep(&root.roots(name))?;
         }
     }
     for _ in 0..MAX_ROUNDS {
@@ -376,6 +393,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         host.remove_understudies(&plan.understudies, &mut observed)?;
     }
     if !plan.gone.is_empty() {
+        intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())?;
         changed |= host.remove(&plan.gone, &mut memory, &observed)?;
         host.unroot(&plan.gone, &mut observed)?;
     }
@@ -518,15 +536,16 @@ fn publish(root: &Root, store: &dyn Store, before: &State, mut state: State) -> 
         return Ok(());
     }
     let key = format!("{HOSTS_PREFIX}{}.json", state.host);
-    let mut bytes = to_bytes(&state)?;
-    durable::write(&root.state_file(), &bytes, 0o644)?;
-    let _effect = effect::mark("put", &key);
-    if let Err(e) = store.put(&key, &bytes, &When::Always) {
+    // The report first: a pass that dies between the two finds its old state, and reports again.
+    let reported = {
+        let _effect = effect::mark("put", &key);
+        store.put(&key, &to_bytes(&state)?, &When::Always)
+    };
+    if let Err(e) = reported {
         say::warning(format!("the report was not written: {e}; the next pass tries again"));
         state.reported = false;
-        bytes = to_bytes(&state)?;
-        durable::write(&root.state_file(), &bytes, 0o644)?;
     }
+    durable::write(&root.state_file(), &to_bytes(&state)?, 0o644)?;
     Ok(())
 }
 

@@ -241,12 +241,13 @@ pub fn stop(units: &[String], deadline: Duration) -> Result<()> {
 
 /// What `systemd-analyze verify` has to say of unit texts: the complaint per service; none is good.
 /// Its exit status does not tell (LAB: 0 also for ignored lines), its output does.
-pub fn verify(units: &[(ServiceName, String)]) -> Result<BTreeMap<ServiceName, String>> {
+/// The units are put below `scratch` for it.
+pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMap<ServiceName, String>> {
     let mut complaints = BTreeMap::new();
     if units.is_empty() {
         return Ok(complaints);
     }
-    let dir = tempfile::Builder::new().prefix("omni-deploy-verify-").tempdir()?;
+    let dir = crate::durable::scratch(scratch)?;
     let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
     for (name, text) in units {
         let file = dir.path().join(name.unit());
