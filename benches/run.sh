@@ -89,13 +89,14 @@ s3() { printf 's3://box/%s?endpoint=%s&scheme=http&region=us-east-1' "$1" "$endp
 # The request that a script would make for the same object, as words.
 curl_words() {
   printf '%s\n' curl --fail --silent --show-error --aws-sigv4 aws:amz:us-east-1:s3 --user bench:bench-secret \
-    "http://$endpoint/box/$1"
+    --header x-amz-content-sha256:UNSIGNED-PAYLOAD "http://$endpoint/box/$1"
 }
 
 # A fresh host named $1 with our programs and the credentials in it.
 host() {
   say "booting a host"
   "$lab" up "$1" --caddyfile "$top/benches/Caddyfile" >&2
+  # shellcheck disable=SC2034  # for the rows
   gateway=$("$lab" gateway "$1")
   root=$("$lab" root "$1")
   install -m 755 "$omni" "$meter" "$root/usr/local/bin/"
@@ -148,7 +149,7 @@ table() {
     }'
 }
 
-version_of() { "$@" 2>/dev/null | grep -om1 '[0-9][0-9.]*[0-9]' || echo '?'; }
+version_of() { "$@" 2>/dev/null | grep -o '[0-9][0-9.]*[0-9]' | head -n 1; }
 
 # What it was measured on, in general terms.
 machine() {

@@ -21,7 +21,7 @@ for count in 1000 10000 20000; do
   on bench-large deploy-manifest init --store "$store" 2>/dev/null
   on bench-large env EDITOR='cp /tmp/manifest.json' deploy-manifest edit --store "$store" 2>/dev/null
   large show "$count" deploy-manifest show --store "$store"
-  large update "$count" deploy-manifest update web-00500 "/nix/store/$(printf '%030d' 1){}-web" --store "$store"
+  large update "$count" deploy-manifest update web-00500 "/nix/store/$(printf '%028d' 1){}-web" --store "$store"
   large plan "$count" deployer plan --store "$store" --this-host bench-0 --caddy-server srv0
 done
 for what in show update plan; do

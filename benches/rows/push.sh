@@ -33,9 +33,10 @@ bytes=$(on bench-push nix-store --query --requisites "$closure" | on bench-push 
 
 runs=5 warmup=1
 for ((i = 1; i <= runs + warmup; i++)); do
-  on bench-push deploy-manifest init --store "$(s3 "manifest-$i")" 2>/dev/null
+  store=$(s3 "manifest-$(printf '%04d' "$i")")
+  on bench-push deploy-manifest init --store "$store" 2>/dev/null
   on bench-push deploy-manifest add-service '{"name":"part","artifact":{"storePath":"/nix/store/placeholder"},"hosts":["biz"]}' \
-    --store "$(s3 "manifest-$i")" 2>/dev/null
+    --store "$store" 2>/dev/null
 done
 push=(omni-deploy push "$closure" --service part --store "$(s3 'manifest-{}')" --cache "$(s3 'cache-{}')")
 copy=(nix --extra-experimental-features nix-command copy --to 'file:///tmp/cache-{}?compression=zstd' "$closure")
@@ -45,6 +46,6 @@ read -r rival _ < <(tail -n 1 "$work/push")
 row "push of $paths paths, $(calc "$bytes / 1048576" 0) MiB to S3, against nix copy --to file://" "$(ms "$ours"), $(mib "$peak")" "$(ms "$rival")" \
   "$(calc "$ours / $rival")" '2 x' "$(holds "$ours <= 2 * $rival")"
 
-read -r ours _ < <(on bench-push omni-meter --runs 15 --warmup 1 -- "${push[@]//'{}'/1}")
+read -r ours _ < <(on bench-push omni-meter --runs 15 --warmup 1 -- "${push[@]//'{}'/0001}")
 row 'the same again, nothing to copy' "$(ms "$ours")" - - '< 0.5 s' "$(holds "$ours < 500")"
 "$lab" down bench-push

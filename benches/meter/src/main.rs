@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 const USAGE: &str = "usage: omni-meter [--runs N] [--warmup N] -- PROGRAM [ARG...] [::: PROGRAM [ARG...]]...
 
 prints a line per program: median, least and most milliseconds, and its peak memory in KiB
-{} in an argument is the number of the round, from 1; programs get no input, and must exit 0";
+{} in an argument is the number of the round, 0001 and so on; programs get no input, and must exit 0";
 
 /// What one run cost.
 struct Cost {
@@ -89,7 +89,7 @@ fn measure(asked: &Asked) -> Result<String> {
 }
 
 fn run(words: &[String], round: usize) -> Result<Cost> {
-    let words: Vec<String> = words.iter().map(|w| w.replace("{}", &round.to_string())).collect();
+    let words: Vec<String> = words.iter().map(|w| w.replace("{}", &format!("{round:04}"))).collect();
     let mut said = tempfile()?;
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?);
