@@ -249,6 +249,8 @@ struct Shared {
     closing: AtomicBool,
     live: Mutex<HashMap<u64, TcpStream>>,
     troubles: Mutex<Vec<String>>,
+    /// Among the troubles is one that no other try mends.
+    lasting: AtomicBool,
 }
 
 impl Bridge {
@@ -272,6 +274,7 @@ impl Bridge {
             closing: AtomicBool::new(false),
             live: Mutex::default(),
             troubles: Mutex::default(),
+            lasting: AtomicBool::new(false),
         });
         let for_acceptor = Arc::clone(&shared);
         let acceptor = std::thread::Builder::new()
@@ -289,6 +292,18 @@ impl Bridge {
     /// What went wrong between the bridge and the bucket so far, which Nix shows as a bare status.
     pub fn troubles(&self) -> Vec<String> {
         lock(&self.shared.troubles).clone()
+    }
+
+    /// Whether there was trouble, all of it of the kind that passes: the bucket did not answer, or not to the
+    /// end.
+    pub fn may_pass(&self) -> bool {
+        !lock(&self.shared.troubles).is_empty() && !self.shared.lasting.load(Ordering::SeqCst)
+    }
+
+    /// Forgets the trouble so far, before another try.
+    pub fn forgive(&self) {
+        lock(&self.shared.troubles).clear();
+        self.shared.lasting.store(false, Ordering::SeqCst);
     }
 }
 
@@ -370,6 +385,13 @@ impl Shared {
         if troubles.len() < 16 && !troubles.contains(&text) {
             troubles.push(text);
         }
+    }
+
+    fn refused(&self, e: &StoreError) {
+        if !matches!(e, StoreError::Unreachable(_)) {
+            self.lasting.store(true, Ordering::SeqCst);
+        }
+        self.trouble(e.to_string());
     }
 }
 
@@ -499,7 +521,7 @@ impl Connection {
     }
 
     fn failed(&mut self, shared: &Shared, e: &StoreError) -> io::Result<After> {
-        shared.trouble(e.to_string());
+        shared.refused(e);
         self.answer(status_of(e), "Content-Length: 0\r\n").map(|()| After::Go)
     }
 
@@ -593,7 +615,7 @@ impl Connection {
             Err(_) if broken => Ok(After::Close),
             Err(e) => {
                 let status = if matches!(e, StoreError::TooLarge(_)) { 413 } else { status_of(&e) };
-                shared.trouble(e.to_string());
+                shared.refused(&e);
                 let end = if whole { "" } else { "Connection: close\r\n" };
                 self.answer(status, &format!("Content-Length: 0\r\n{end}"))?;
                 Ok(if whole { After::Go } else { After::Close })

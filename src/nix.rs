@@ -9,10 +9,10 @@ use crate::bridge::{Access, Bridge};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::names::StorePath;
-use crate::runner::{Output, Run, RunError, tail};
+use crate::runner::{Output, Run, RunError, Stream, tail};
 use crate::say;
 use crate::store::s3::S3Store;
-use crate::store::{self, CacheUrl, Store, StoreUrl};
+use crate::store::{self, CacheUrl, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
@@ -23,8 +23,12 @@ pub const GCROOTS: &str = "/nix/var/nix/gcroots/omni-deploy";
 
 /// How long all copies of one [`fetch`] may take together.
 const FETCH_WITHIN: Duration = Duration::from_secs(15 * 60);
+/// What must stay free in the store's file system after a fetch, in bytes: Nix's database needs some.
+const SPARE_BYTES: u64 = 16 << 20;
 /// How long a question to the local store's database may take.
 const ASK_WITHIN: Duration = Duration::from_secs(120);
+/// How often an upload that the network broke is taken up again, the first time included.
+const WRITE_TRIES: u32 = 3;
 /// Paths per command line; each has up to 255 bytes, a command line 2 MiB.
 const PER_CALL: usize = 2000;
 
@@ -156,12 +160,43 @@ impl Cache {
                 }
             }
         }
-        run = run.args(["--option", "download-attempts", "3", "--option", "connect-timeout", "15"]);
+        // Nix 2.8 tries an upload again with an empty body, and waits for an answer to it.
+        let attempts = if side == Side::To { "1" } else { "3" };
+        run = run.args(["--option", "download-attempts", attempts, "--option", "connect-timeout", "15"]);
         if side == Side::From && !settings.trusted_public_keys.is_empty() {
             let keys = settings.trusted_public_keys.join(" ");
             run = run.args(["--option", "require-sigs", "true", "--option", "trusted-public-keys", &keys]);
         }
         Ok((run, scratch))
+    }
+
+    /// Calls nix to write to this cache. What the network broke is taken up again: what was copied stays
+    /// copied, and the next call goes on from there.
+    fn write(
+        &self,
+        settings: &Settings,
+        side: Side,
+        words: &[&str],
+        paths: &[StorePath],
+        on_line: &mut dyn FnMut(&str),
+    ) -> Result<()> {
+        for some in paths.chunks(PER_CALL) {
+            let mut tries = 1;
+            loop {
+                let (run, _scratch) = self.nix(settings, side, words)?;
+                let output = run.args(some).each_line(|_, line| on_line(&self.clean(line)));
+                let Err(e) = check(output, "nix") else { break };
+                let cause = self.cause(&e);
+                let bridge = self.bridge.as_ref().filter(|b| b.may_pass() && tries < WRITE_TRIES);
+                let Some(bridge) = bridge else {
+                    return Err(Error::new(format!("nix {} to {} failed: {cause}", words[0], self.shown)));
+                };
+                say::warning(format!("{cause}; going on"));
+                bridge.forgive();
+                tries += 1;
+            }
+        }
+        Ok(())
     }
 
     /// Why a call of nix failed, in the bucket's words if it said something.
@@ -296,6 +331,15 @@ pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<BTreeMap<StoreP
         Ok(cache) => cache,
         Err(e) => return Ok(all(&left, &FetchError::Unreachable(format!("cache {}: {e}", settings.cache)))),
     };
+    let too_large = match too_large(&cache, &left, free_bytes(Path::new(crate::names::STORE_DIR))) {
+        Ok(too_large) => too_large,
+        Err(e) => return Ok(all(&left, &FetchError::Unreachable(e.to_string()))),
+    };
+    left.retain(|path| !too_large.contains_key(path));
+    reasons.extend(too_large);
+    if left.is_empty() {
+        return Ok(reasons);
+    }
     match fetch_some(settings, &cache, &left, until) {
         Ok(()) => return Ok(reasons),
         Err(RunError::NotFound { program }) => return Err(RunError::NotFound { program }.into()),
@@ -332,6 +376,49 @@ pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<BTreeMap<StoreP
     Ok(reasons)
 }
 
+/// The bytes that are free for us where the store is; None when the kernel does not say.
+fn free_bytes(store: &Path) -> Option<u64> {
+    let of = |path: &Path| rustix::fs::statvfs(path).ok().map(|v| v.f_bavail.saturating_mul(v.f_frsize));
+    // A store that is still to be made will be where the folder above it is.
+    of(store).or_else(|| of(Path::new("/nix"))).or_else(|| of(Path::new("/")))
+}
+
+/// Which of the closures do not fit into `free` bytes, each with the reason. In order: a small one that fits is
+/// not held up by a large one after it. What the cache does not say is left for the copy to find out.
+fn too_large(
+    cache: &Cache,
+    tops: &[StorePath],
+    free: Option<u64>,
+) -> Result<BTreeMap<StorePath, FetchError>, StoreError> {
+    let mut refused = BTreeMap::new();
+    let (Some(direct), Some(free)) = (&cache.direct, free) else { return Ok(refused) };
+    let is_here = |path: &StorePath| Path::new(path.as_str()).exists();
+    let fits = |bytes: u64| bytes.saturating_add(SPARE_BYTES) <= free;
+    if fits(cache::lacking(direct.as_ref(), tops, &is_here)?) {
+        return Ok(refused);
+    }
+    let mut used = 0u64;
+    for top in tops {
+        let Ok(bytes) = cache::lacking(direct.as_ref(), std::slice::from_ref(top), &is_here) else {
+            continue;
+        };
+        if fits(used.saturating_add(bytes)) {
+            used += bytes;
+            continue;
+        }
+        let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
+        let reason = format!(
+            "{top} takes {} in {}, which has {} free; 'nix-collect-garbage -d' frees what no root holds, or give \
+             it more disk",
+            mib(bytes),
+            crate::names::STORE_DIR,
+            mib(free)
+        );
+        refused.insert(top.clone(), FetchError::Failed(reason));
+    }
+    Ok(refused)
+}
+
 fn fetch_some(
     settings: &Settings,
     cache: &Cache,
@@ -360,9 +447,16 @@ fn why_not(cache: &Cache, path: &StorePath, e: &RunError) -> FetchError {
     let has = |words: &[&str]| words.iter().any(|w| stderr.contains(w));
     if cache.bridge.as_ref().is_some_and(|b| !b.troubles().is_empty()) {
         FetchError::Unreachable(format!("cache {}: {cause}", cache.shown))
-    } else if has(&["signature", "hash mismatch", "corrupt", "NAR", "decompress", "zstd"]) {
+    } else if has(&["signature"]) {
         FetchError::Refused(format!(
-            "nix refuses what {} has of {path}: {cause}; push it again with a key that is trusted here",
+            "nix refuses what {} has of {path}: {cause}; push it with a key that is trusted here, or trust the \
+             key that signed it ('trustedPublicKeys')",
+            cache.shown
+        ))
+    } else if has(&["hash mismatch", "NAR", "compress", "archive", "unexpected end"]) {
+        FetchError::Refused(format!(
+            "what {} has of {path} is damaged: {cause}; take that path's narinfo and NAR out of the cache and push \
+             it again",
             cache.shown
         ))
     } else if has(&["does not exist in", "is not valid", "don't know how to build"]) {
@@ -408,23 +502,12 @@ pub fn publish(settings: &Settings, paths: &[StorePath], on_line: &mut dyn FnMut
         cache::forget(direct.as_ref(), &found.faults)?;
         unsigned.retain(|p| !found.faults.contains_key(p));
     }
-    let call =
-        |side: Side, words: &[&str], paths: &[StorePath], on_line: &mut dyn FnMut(&str)| -> Result<()> {
-            for some in paths.chunks(PER_CALL) {
-                let (run, _scratch) = cache.nix(settings, side, words)?;
-                let run = run.args(some);
-                let output = run.each_line(|_, line| on_line(&cache.clean(line)));
-                check(output, "nix").map_err(|e| {
-                    Error::new(format!("nix {} to {} failed: {}", words[0], cache.shown, cache.cause(&e)))
-                })?;
-            }
-            Ok(())
-        };
     if !whole {
-        call(Side::To, &["copy"], paths, on_line)?;
+        cache.write(settings, Side::To, &["copy"], paths, on_line)?;
     }
     if let (false, Some(file)) = (unsigned.is_empty(), &settings.secret_key_file) {
-        call(Side::Store, &["store", "sign", "--key-file", &file.to_string_lossy()], &unsigned, on_line)?;
+        let sign = ["store", "sign", "--key-file", &file.to_string_lossy()];
+        cache.write(settings, Side::Store, &sign, &unsigned, on_line)?;
     }
     Ok(Published::Copied)
 }
@@ -461,8 +544,7 @@ pub fn verify_closure(settings: &Settings, paths: &[StorePath]) -> Result<Figure
         && let Some(path) = found.unsigned_by(&key).first()
     {
         return Err(Error::new(format!(
-            "{path} in the cache {shown} has no signature by the key {key}; sign it with \
-             'nix store sign --recursive --key-file FILE {path}' and push again"
+            "{path} in the cache {shown} has no signature by the key {key}; push it again with 'omni-deploy push'"
         )));
     }
     Ok(figures(&found))
@@ -488,36 +570,50 @@ fn verify_through_nix(settings: &Settings, paths: &[StorePath]) -> Result<Figure
 /// Builds a flake reference in `dir`; its output's path. Nix's progress is handed over line by line.
 pub fn build_flake(reference: &str, dir: &Path, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
     let (run, _scratch) = nix(&["nix-command", "flakes"])?;
-    let run = run.args(["build", "--no-link", "--print-out-paths", "--", reference]).dir(dir);
-    built(run, &format!("nix build {reference}"), on_line)
+    // Nix 2.8 has no --print-out-paths yet.
+    let text =
+        built(run.args(["build", "--no-link", "--json", "--", reference]).dir(dir), "nix build", on_line)?;
+    one_path("nix build", &outputs_of(&text)?)
 }
 
 /// Builds a Nix file; its output's path.
 pub fn build_file(file: &Path, dir: &Path, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
-    // A path of Nix's must not look like an option, nor like a name to look up.
-    let file = if file.is_absolute() { file.to_path_buf() } else { Path::new("./").join(file) };
-    let run = Run::new("nix-build").arg("--no-out-link").arg(&file).dir(dir);
-    built(run, &format!("nix-build {}", file.display()), on_line)
+    let text = built(Run::new("nix-build").arg("--no-out-link").arg(file).dir(dir), "nix-build", on_line)?;
+    one_path("nix-build", &text.lines().map(String::from).collect::<Vec<_>>())
 }
 
-fn built(run: Run, shown: &str, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
-    let output = check(
-        run.each_line(|stream, line| {
-            if stream == crate::runner::Stream::Stderr {
-                on_line(line);
-            }
-        }),
-        shown,
-    )?;
-    let text = output.text();
-    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
-    match lines[..] {
-        [line] => StorePath::parse(line.trim())
-            .map_err(|why| Error::new(format!("{shown} printed {line:?}, which {why}"))),
-        [] => Err(Error::new(format!("{shown} printed no path; does it have an output?"))),
+fn built(run: Run, program: &str, on_line: &mut dyn FnMut(&str)) -> Result<String> {
+    let output = run.each_line(|stream, line| {
+        if stream == Stream::Stderr {
+            on_line(line);
+        }
+    });
+    Ok(check(output, program)?.text())
+}
+
+/// The paths in what `nix build --json` prints: of each derivation the output `out`, or all if there is none.
+fn outputs_of(text: &str) -> Result<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Built {
+        outputs: BTreeMap<String, String>,
+    }
+    let all: Vec<Built> = serde_json::from_str(text)
+        .map_err(|e| Error::new(format!("nix build --json printed something else than builds: {e}")))?;
+    let chosen = |b: Built| match b.outputs.get("out") {
+        Some(out) => vec![out.clone()],
+        None => b.outputs.into_values().collect(),
+    };
+    Ok(all.into_iter().flat_map(chosen).collect())
+}
+
+fn one_path(program: &str, paths: &[String]) -> Result<StorePath> {
+    match paths {
+        [path] => StorePath::parse(path)
+            .map_err(|why| Error::new(format!("{program} names {path:?} as its result, which {why}"))),
+        [] => Err(Error::new(format!("{program} built nothing; name something that has an output"))),
         _ => Err(Error::new(format!(
-            "{shown} printed {} paths; a service is one path: name one output",
-            lines.len()
+            "{program} built {} paths, and a service is one; name one attribute and one output",
+            paths.len()
         ))),
     }
 }
@@ -555,6 +651,25 @@ mod tests {
         }
         assert_eq!(with_params("ssh://host", &[]), "ssh://host");
         assert_eq!(encoded("/a b/ü#?&c"), "/a%20b/%C3%BC%23%3F%26c");
+    }
+
+    #[test]
+    fn of_a_build_the_one_path_counts() {
+        let path = |n: u32| format!("/nix/store/{n:032}-ava");
+        let json = |outputs: &str| format!("[{{\"drvPath\": \"x.drv\", \"outputs\": {{{outputs}}}}}]");
+        let out = |name: &str, n: u32| format!("\"{name}\": \"{}\"", path(n));
+        for (text, want) in [
+            (json(&out("out", 1)), Some(path(1))),
+            (json(&[out("man", 2), out("out", 1)].join(", ")), Some(path(1))),
+            (json(&out("bin", 3)), Some(path(3))),
+            (json(&[out("man", 2), out("bin", 3)].join(", ")), None),
+            ("[]".to_string(), None),
+            ("garbage".to_string(), None),
+            (json("\"out\": \"/nix/store/x\""), None),
+        ] {
+            let got = outputs_of(&text).and_then(|paths| one_path("nix build", &paths));
+            assert_eq!(got.ok().map(|p| p.to_string()), want, "{text}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod common;
 use cache::{bucket, bucket_as};
 use common::{KEY, S3Server};
 use omni_deploy::bridge::{Access, Bridge};
+use omni_deploy::runner::Run;
 use omni_deploy::store::{Got, Store, When};
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -249,6 +250,20 @@ fn a_client_that_leaves_in_the_middle_leaves_no_object() {
     let mut rest = Vec::new();
     stream.read_to_end(&mut rest).unwrap();
     assert_eq!((rest.len(), stored(&s3, "nar/half"), bridge.troubles()), (0, None, Vec::new()));
+}
+
+/// Needs root, as the whole of this machine's tests does, to be somebody else for a moment.
+#[test]
+fn another_user_is_not_answered_even_with_the_path() {
+    let s3 = S3Server::start();
+    let bridge = Bridge::open(bucket(&s3), Access::Read).unwrap();
+    let url = format!("{}/nix-cache-info", bridge.url());
+    let curl = ["curl", "--silent", "--show-error", "--max-time", "10", &url];
+    let ours = Run::new("env").args(curl).output().unwrap();
+    assert_eq!(ours.text(), "StoreDir: /nix/store\n", "{}", ours.stderr);
+    let nobody = Run::new("setpriv").args(["--reuid=65534", "--clear-groups"]).args(curl).output().unwrap();
+    assert_eq!(nobody.text(), "");
+    assert!(nobody.stderr.starts_with("curl: "), "it was curl that failed: {}", nobody.stderr);
 }
 
 #[test]

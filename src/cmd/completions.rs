@@ -108,6 +108,9 @@ pub const COMMANDS: &[Command] = &[
     command("deployer run", &[switch("--timer", ""), RETRY, ALLOW_EMPTY], &[]),
     command("deployer plan", &[JSON, RETRY, ALLOW_EMPTY], &[]),
     command("deployer state", &[JSON], &[]),
+    command("deployer pause", &[option("--for", "", Kind::Free)], &[Kind::Service]),
+    command("deployer resume", &[], &[Kind::Service]),
+    command("deployer rollback", &[switch("--unpin", "")], &[Kind::Service]),
     command("push", &[SERVICE, switch("--wait", ""), TIMEOUT], &[Kind::File]),
     command("ship", &[SERVICE, TIMEOUT], &[Kind::File]),
     command("status", &[HOST, JSON, switch("--watch", ""), switch("--live", "")], &[Kind::Service]),
@@ -374,7 +377,7 @@ mod tests {
             ("omni-deploy push a.py ", vec![":files"]),
             ("deployer run --retry a", vec!["ava"]),
             ("deployer run --all", vec!["--allow-empty"]),
-            ("deployer p", vec!["plan"]),
+            ("deployer pl", vec!["plan"]),
             ("omni-deploy nonsense ", vec![]),
             ("omni-deploy", vec![]),
         ] {

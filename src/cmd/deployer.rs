@@ -4,10 +4,10 @@ use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::caddy::RoutePlan;
-use crate::deployer::pass::{self, Asks, Preview};
+use crate::deployer::pass::{self, Asks, Decision, Preview};
 use crate::deployer::plan::{ServicePlan, Step};
 use crate::deployer::root::STATE_FILE;
-use crate::deployer::state::{RouteStatus, State};
+use crate::deployer::state::{RouteStatus, State, Status};
 use crate::error::{Error, Result};
 use crate::say;
 use argh::FromArgs;
@@ -33,6 +33,9 @@ enum Command {
     Run(RunArgs),
     Plan(PlanArgs),
     State(StateArgs),
+    Pause(PauseArgs),
+    Resume(ResumeArgs),
+    Rollback(RollbackArgs),
 }
 
 #[derive(FromArgs)]
@@ -79,6 +82,45 @@ struct StateArgs {
     json: bool,
 }
 
+#[derive(FromArgs)]
+/// Stop a service on purpose: passes and boots leave it stopped until it is resumed.
+#[argh(subcommand, name = "pause", example = "sudo {command_name} ava --for 2h")]
+struct PauseArgs {
+    #[argh(positional)]
+    /// the service
+    name: String,
+    #[argh(option, long = "for", arg_name = "time")]
+    /// end by itself after this time: 90s, 30m, 2h or 1d
+    duration: Option<String>,
+}
+
+#[derive(FromArgs)]
+/// End a pause: the service is started again.
+#[argh(subcommand, name = "resume", example = "sudo {command_name} ava")]
+struct ResumeArgs {
+    #[argh(positional)]
+    /// the service
+    name: String,
+}
+
+#[derive(FromArgs)]
+/// Go back to the closure that ran before, without network, and stay there until the manifest names another
+/// path.
+#[argh(
+    subcommand,
+    name = "rollback",
+    example = "sudo {command_name} ava
+sudo {command_name} ava --unpin"
+)]
+struct RollbackArgs {
+    #[argh(positional)]
+    /// the service
+    name: String,
+    #[argh(switch)]
+    /// end it: go to what the manifest names
+    unpin: bool,
+}
+
 /// Runs the command.
 pub fn run(call: &Call) -> Result<u8> {
     let mut call = call.clone();
@@ -105,7 +147,34 @@ pub fn run(call: &Call) -> Result<u8> {
             Ok(0)
         }
         Command::State(a) => state(a.json),
+        Command::Pause(a) => {
+            let length = a.duration.as_deref().map(seconds).transpose()?;
+            pass::decide(&call.settings()?, &a.name, Decision::Pause(length))
+        }
+        Command::Resume(a) => pass::decide(&call.settings()?, &a.name, Decision::Resume),
+        Command::Rollback(a) => {
+            let decision = if a.unpin { Decision::Unpin } else { Decision::Rollback };
+            pass::decide(&call.settings()?, &a.name, decision)
+        }
     }
+}
+
+/// A length of time in seconds, from `90s`, `30m`, `2h` or `1d`.
+fn seconds(text: &str) -> Result<i64> {
+    let wrong =
+        || Error::usage(format!("--for '{text}' is not a length of time; 90s, 30m, 2h or 1d is meant"));
+    let unit = match text.chars().last() {
+        Some('s') => 1,
+        Some('m') => 60,
+        Some('h') => 3600,
+        Some('d') => 86_400,
+        _ => return Err(wrong()),
+    };
+    let count: i64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+    if !(1..=1_000_000).contains(&count) {
+        return Err(wrong());
+    }
+    Ok(count * unit)
 }
 
 fn step_text(step: &Step) -> String {
@@ -116,6 +185,8 @@ fn step_text(step: &Step) -> String {
         Step::Enable => "have it started at boot".into(),
         Step::Overlap(why) => format!("prove the new version beside it and lead requests there ({why})"),
         Step::Restart(why) => format!("restart and see it come up ({why})"),
+        Step::Prove(why) => format!("see that it is up ({why})"),
+        Step::Pause => "stop it: it is paused".into(),
         Step::Record => "take its changed entry down".into(),
         Step::Remove(why) => format!("stop and remove ({why})"),
         Step::Unroot(base) => format!("let go of {}/{base}", crate::names::STORE_DIR),
@@ -130,6 +201,8 @@ fn step_json(step: &Step) -> Value {
         Step::Enable => json!({"do": "enable"}),
         Step::Overlap(why) => json!({"do": "overlap", "why": why}),
         Step::Restart(why) => json!({"do": "restart", "why": why}),
+        Step::Prove(why) => json!({"do": "prove", "why": why}),
+        Step::Pause => json!({"do": "pause"}),
         Step::Record => json!({"do": "record"}),
         Step::Remove(why) => json!({"do": "remove", "why": why}),
         Step::Unroot(base) => {
@@ -239,6 +312,16 @@ fn state(json: bool) -> Result<u8> {
             service.status.as_str(),
             service.since.age(now)
         ));
+        if let Some(since) = service.pinned_since {
+            text.push_str(&format!("    held there by 'deployer rollback' for {}\n", since.age(now)));
+        }
+        if service.status == Status::Stopped {
+            let until = service.paused_until.map_or("it is resumed".to_string(), |t| t.to_string());
+            text.push_str(&format!("    paused until {until}\n"));
+        }
+        if service.secrets_changed {
+            text.push_str("    its secrets file was changed after it started; restart it to pick that up\n");
+        }
         if let Some(failure) = &service.failure {
             text.push_str(&format!("    {}\n", say::printable(&failure.reason)));
             for line in &failure.journal {

@@ -580,7 +580,7 @@ fn edit_file(
             }
             None => {
                 // What could not be read cannot be merged with: only what was edited may be replaced.
-                if !edit::load(store)?.is_some_and(|c| c.bytes == stored) {
+                if edit::load(store)?.is_none_or(|c| c.bytes != stored) {
                     return Err(Error::new("the manifest was changed meanwhile"));
                 }
                 changes::restore(manifest, &edited);

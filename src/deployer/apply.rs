@@ -7,7 +7,7 @@ use super::plan::{
 use super::root::Root;
 use super::state::Failure;
 use super::systemd::{self, CameUp, Shown};
-use super::{applied, observe};
+use super::{applied, intent, observe};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
@@ -44,6 +44,8 @@ struct Start<'a> {
     name: &'a ServiceName,
     goal: &'a Goal,
     why: &'static str,
+    /// False: it runs already and is only to be proved.
+    restart: bool,
 }
 
 impl Host<'_> {
@@ -58,6 +60,16 @@ impl Host<'_> {
         learned: &mut Learned,
     ) -> Result<bool> {
         let known = learned.troubles.len() + learned.unfetchable.len();
+        let touched: BTreeSet<ServiceName> = plan
+            .services
+            .iter()
+            .filter(|s| s.steps.iter().any(Step::touches))
+            .map(|s| s.name.clone())
+            .chain(memory.interrupted.iter().cloned())
+            .collect();
+        if !touched.is_empty() {
+            intent::record(self.root, touched)?;
+        }
         self.root_and_fetch(plan, observed, learned)?;
         self.check(plan, learned)?;
         if learned.troubles.len() + learned.unfetchable.len() > known {
@@ -68,11 +80,12 @@ impl Host<'_> {
         if learned.troubles.len() + learned.unfetchable.len() > known {
             return Ok(overlapped);
         }
+        let paused = self.pause(&plan.services)?;
         let removed = self.remove(&plan.services, memory, observed)?;
         let started = self.write_and_start(plan, memory, learned)?;
         self.record(plan, memory)?;
         self.unroot(&plan.services, observed)?;
-        Ok(removed || started)
+        Ok(paused || removed || started)
     }
 
     /// Roots first, so that no collection can come between; then all closures in one copy.
@@ -171,7 +184,9 @@ impl Host<'_> {
             attempted: Some(goal.path.clone()),
             at: Timestamp::now(),
             journal,
-            inputs: Some(goal.inputs.clone()),
+            attempts: 0,
+            // What has been up before may be started again at any time: only a refusal is remembered.
+            inputs: rejected.then(|| goal.inputs.clone()),
         };
         learned.troubles.insert((name.clone(), goal.inputs.clone()), Trouble { rejected, failure });
     }
@@ -179,7 +194,7 @@ impl Host<'_> {
     /// Writes units, makes systemd read them, restarts in one call, and watches them come up.
     fn write_and_start(&self, plan: &Plan, memory: &mut Memory, learned: &mut Learned) -> Result<bool> {
         let mut reload = false;
-        let mut restart: Vec<Start> = Vec::new();
+        let mut starts: Vec<Start> = Vec::new();
         for service in &plan.services {
             let Some(goal) = &service.goal else { continue };
             let mut failed = None;
@@ -191,7 +206,10 @@ impl Host<'_> {
                     }
                     Step::Enable => failed = failed.or(self.enable(&service.name).err()),
                     Step::Restart(why) if failed.is_none() => {
-                        restart.push(Start { name: &service.name, goal, why });
+                        starts.push(Start { name: &service.name, goal, why, restart: true });
+                    }
+                    Step::Prove(why) if failed.is_none() => {
+                        starts.push(Start { name: &service.name, goal, why, restart: false });
                     }
                     _ => {}
                 }
@@ -205,36 +223,39 @@ impl Host<'_> {
                     attempted: Some(goal.path.clone()),
                     at: Timestamp::now(),
                     journal: Vec::new(),
+                    attempts: 0,
                     inputs: None,
                 };
                 let key = (service.name.clone(), goal.inputs.clone());
                 learned.troubles.insert(key, Trouble { rejected: false, failure });
             }
         }
-        if reload {
+        // A pass that died between a write and the reload leaves systemd with what it had read before.
+        if reload || !memory.interrupted.is_empty() {
             systemd::daemon_reload()?;
         }
-        if restart.is_empty() {
+        if starts.is_empty() {
             return Ok(reload);
         }
-        for start in &restart {
-            say::notice(format!("{}: starting {} ({})", start.name, start.goal.path, start.why));
+        for start in &starts {
+            let what = if start.restart { "starting" } else { "watching" };
+            say::notice(format!("{}: {what} {} ({})", start.name, start.goal.path, start.why));
         }
-        let units: Vec<String> = restart.iter().map(|s| s.name.unit()).collect();
+        let restarts = || starts.iter().filter(|s| s.restart);
+        let units: Vec<String> = restarts().map(|s| s.name.unit()).collect();
         systemd::reset_failed(&units)?;
-        let patience = restart
-            .iter()
+        let patience = restarts()
             .map(|s| s.goal.service.systemd.stop_timeout_sec.map_or(DEFAULT_STOP_SEC, u64::from))
             .max();
         let begun = Timestamp::now();
         let complaint =
             systemd::restart(&units, Duration::from_secs(patience.unwrap_or(DEFAULT_STOP_SEC) + 60))?;
-        let watched: Vec<Watched> = restart
+        let watched: Vec<Watched> = starts
             .iter()
             .map(|s| Watched { name: s.name, unit: s.name.unit(), service: &s.goal.service })
             .collect();
         let outcomes = watch(&watched)?;
-        for start in &restart {
+        for start in &starts {
             match outcomes.get(start.name) {
                 Some(Ok(after)) => {
                     say::info(format!("{}: up after {:.1} s", start.name, after.as_secs_f64()));
@@ -288,6 +309,19 @@ impl Host<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Stops what is paused and keeps it from starting at boot; its unit stays.
+    fn pause(&self, services: &[ServicePlan]) -> Result<bool> {
+        let names: Vec<&ServiceName> =
+            steps(services).filter(|(_, step)| matches!(step, Step::Pause)).map(|(s, _)| &s.name).collect();
+        let units: Vec<String> = names.iter().map(|n| n.unit()).collect();
+        for name in &names {
+            say::notice(format!("{name}: stopping (paused)"));
+            durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
+        }
+        systemd::stop(&units, Duration::from_secs(DEFAULT_STOP_SEC + 60))?;
+        Ok(!names.is_empty())
     }
 
     /// Stops services and removes their units, links and entries; returns whether there were any. Only units
@@ -366,7 +400,7 @@ fn steps(services: &[ServicePlan]) -> impl Iterator<Item = (&ServicePlan, &Step)
 
 fn starts(plan: &Plan) -> impl Iterator<Item = Start<'_>> {
     steps(&plan.services).filter_map(|(service, step)| match (step, &service.goal) {
-        (Step::Restart(why), Some(goal)) => Some(Start { name: &service.name, goal, why }),
+        (Step::Restart(why), Some(goal)) => Some(Start { name: &service.name, goal, why, restart: true }),
         _ => None,
     })
 }

@@ -195,7 +195,8 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) 
                     body: Some(desired.clone()),
                     what: format!("replace our route in server '{target}'"),
                 }),
-                [] if server.get("routes").is_some_and(Value::is_array) => requests.push(Request {
+                // Caddy inserts before a route that is there, not into an empty list.
+                [] if !routes.is_empty() => requests.push(Request {
                     method: "PUT",
                     path: format!("{path}/routes/0"),
                     body: Some(desired.clone()),
@@ -337,6 +338,7 @@ mod tests {
                     servers[*name]["routes"] = r.body.clone().unwrap();
                 }
                 ("PUT", ["config", "apps", "http", "servers", name, "routes", "0"]) => {
+                    assert!(!routes_of(&servers[*name]).is_empty(), "array index out of bounds: 0");
                     servers[*name]["routes"].as_array_mut().unwrap().insert(0, r.body.clone().unwrap());
                 }
                 ("PATCH", ["id", ROUTE_ID]) => {
@@ -366,6 +368,7 @@ mod tests {
             (None, json!({"web": {"listen": [":443"], "routes": [old, foreign, old]}})),
             (None, json!({"web": {"listen": [":443"], "routes": [old, foreign]}})),
             (None, json!({"web": {"listen": [":443"]}})),
+            (None, json!({"web": {"listen": [":443"], "routes": []}})),
             (
                 Some("srv0"),
                 json!({"srv0": {"listen": [":80"], "routes": []}, "deployer": {"listen": [":443"], "routes": [old, not_found()]}}),

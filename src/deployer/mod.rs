@@ -4,9 +4,11 @@
 pub mod applied;
 pub mod apply;
 pub mod caddy;
+pub mod intent;
 pub mod lock;
 pub mod observe;
 pub mod overlap;
+pub mod overrides;
 pub mod pass;
 pub mod plan;
 pub mod root;

@@ -22,11 +22,23 @@ pub fn observe(
     applied: &BTreeMap<ServiceName, super::plan::Applied>,
 ) -> Result<Observed> {
     let mut present = BTreeSet::new();
-    let paths =
-        desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(applied.values().map(|a| &a.path));
-    for path in paths {
+    let mut unproved = BTreeSet::new();
+    let proved: BTreeSet<&StorePath> = applied.values().map(|a| &a.path).collect();
+    for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
         if is_there(path)? {
             present.insert(path.clone());
+            if !proved.contains(path) {
+                unproved.insert(path.clone());
+            }
+        }
+    }
+    // Nix unpacks in place and registers at the end: a copy that was cut off leaves half a path behind. Whether
+    // one is whole is only asked of what never ran here, so that an idle pass starts no program for it. Where
+    // Nix cannot be asked, fetching will say so.
+    if !unproved.is_empty() {
+        let halves = crate::nix::missing(&unproved.iter().cloned().collect::<Vec<_>>());
+        for path in halves.unwrap_or_else(|_| unproved.into_iter().collect()) {
+            present.remove(&path);
         }
     }
     let mut secrets = BTreeMap::new();
@@ -35,8 +47,10 @@ pub fn observe(
             secrets.insert(service.name.clone(), secrets_file(&service.name, Path::new(file)));
         }
     }
+    let (units, active) = units(root, desired, applied)?;
     Ok(Observed {
-        units: units(root, desired, applied)?,
+        units,
+        active,
         present,
         roots: roots(root)?,
         secrets,
@@ -45,7 +59,7 @@ pub fn observe(
     })
 }
 
-/// Whether a store path is on the disk. Its contents are Nix's affair: a path is only ever registered whole.
+/// Whether a store path is on the disk, whole or not.
 fn is_there(path: &StorePath) -> Result<bool> {
     match fs_err::symlink_metadata(path) {
         Ok(_) => Ok(true),
@@ -54,13 +68,14 @@ fn is_there(path: &StorePath) -> Result<bool> {
     }
 }
 
-/// The units in question: files, boot links and what systemd says.
+/// The units in question (files, boot links and what systemd says), and the names of all active units.
 pub fn units(
     root: &Root,
     desired: &[&Service],
     applied: &BTreeMap<ServiceName, super::plan::Applied>,
-) -> Result<BTreeMap<ServiceName, UnitSeen>> {
+) -> Result<(BTreeMap<ServiceName, UnitSeen>, BTreeSet<String>)> {
     let mut listed = systemd::list_units()?;
+    let active = listed.iter().filter(|(_, l)| l.active == "active").map(|(unit, _)| unit.clone()).collect();
     let mut units: BTreeMap<ServiceName, UnitSeen> = BTreeMap::new();
     for (name, text) in marked(&root.unit_dir, ".service")? {
         units.insert(name, UnitSeen { file: UnitFile::Ours(text), ..UnitSeen::default() });
@@ -71,6 +86,7 @@ pub fn units(
             units.insert(name.clone(), UnitSeen { file, ..UnitSeen::default() });
         }
     }
+    let mut older: Vec<ServiceName> = Vec::new();
     for (name, seen) in &mut units {
         seen.listed = listed.remove(&name.unit()).unwrap_or_default();
         let link = root.wanted(name);
@@ -79,8 +95,59 @@ pub fn units(
                 if target.is_absolute() { target } else { link.parent().unwrap_or(&link).join(target) };
             same_file(&target, &root.unit(name))
         });
+        if let (true, Some(started)) = (seen.listed.running(), started(name)) {
+            seen.current = changed(&root.unit(name)).is_some_and(|written| written <= started);
+            if !seen.current {
+                older.push(name.clone());
+            }
+        }
     }
-    Ok(units)
+    // Rare: only units whose file is newer than their process are looked into.
+    let shown = systemd::show(&older.iter().map(ServiceName::unit).collect::<Vec<_>>())?;
+    for name in older {
+        if let (Some(seen), Some(shown)) = (units.get_mut(&name), shown.get(&name.unit()))
+            && let UnitFile::Ours(text) = &seen.file
+        {
+            seen.astray = runs_another(shown.main_pid, text);
+        }
+    }
+    for service in desired {
+        if let (Some(file), Some(seen)) = (&service.env_file, units.get_mut(&service.name))
+            && seen.listed.running()
+            && let (Some(started), Some(changed)) = (started(&service.name), changed(Path::new(file)))
+        {
+            seen.secrets_changed = changed > started;
+        }
+    }
+    Ok((units, active))
+}
+
+/// When a unit was last started: systemd makes this link anew with every start, and only then.
+fn started(name: &ServiceName) -> Option<(i64, i64)> {
+    let link = Path::new("/run/systemd/units").join(format!("invocation:{}", name.unit()));
+    fs_err::symlink_metadata(link).ok().map(|m| (m.mtime(), m.mtime_nsec()))
+}
+
+/// When a file's content was last changed.
+fn changed(path: &Path) -> Option<(i64, i64)> {
+    fs_err::metadata(path).ok().map(|m| (m.mtime(), m.mtime_nsec()))
+}
+
+/// Whether a process shows a closure, and none that its unit names. A program that shows none (a system's
+/// interpreter) tells nothing.
+fn runs_another(pid: u32, unit: &str) -> bool {
+    let proc = Path::new("/proc").join(pid.to_string());
+    let exe = fs_err::read_link(proc.join("exe")).unwrap_or_default();
+    let cmdline = fs_err::read(proc.join("cmdline")).unwrap_or_default();
+    let mut shown = vec![exe.to_string_lossy().into_owned()];
+    shown.extend(cmdline.split(|b| *b == 0).map(|word| String::from_utf8_lossy(word).into_owned()));
+    let prefix = format!("{}/", crate::names::STORE_DIR);
+    let mut bases = shown
+        .iter()
+        .flat_map(|word| word.split(&prefix).skip(1))
+        .map(|rest| rest.split('/').next().unwrap_or_default())
+        .peekable();
+    bases.peek().is_some() && !bases.any(|base| unit.contains(base))
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {

@@ -4,10 +4,11 @@
 use super::apply::{Host, would_empty};
 use super::caddy::{self, RoutePlan};
 use super::lock::{self, Asked};
+use super::overrides::{Pause, Pin};
 use super::plan::{self, Learned, Memory, Observed, Options, Plan, ServicePlan};
 use super::root::Root;
 use super::state::{REPORT_EVERY_SEC, RouteState, RouteStatus, STATE_VERSION, ServiceState, State, Status};
-use super::{applied, observe};
+use super::{applied, intent, observe, overrides};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::{Manifest, Service};
-use crate::names::ServiceName;
+use crate::names::{ServiceName, StorePath};
 use crate::say;
 use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, When};
 use serde::{Deserialize, Serialize};
@@ -120,7 +121,9 @@ fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<Memor
     };
     let (applied, complaints) = applied::load(root)?;
     complaints.into_iter().for_each(&mut complain);
-    Ok(Memory { state, applied, readable })
+    let interrupted = intent::load(root)?;
+    let overrides = overrides::load(root)?;
+    Ok(Memory { state, applied, readable, interrupted, overrides })
 }
 
 /// What a pass would do, from the same values that [`run`] performs; touches nothing.
@@ -136,8 +139,17 @@ pub struct Preview {
     pub plan: Plan,
 }
 
-fn mine<'a>(manifest: &'a Manifest, settings: &Settings) -> Vec<&'a Service> {
-    manifest.services.iter().filter(|s| s.hosts.contains(&settings.host)).collect()
+/// The services of this host, with the pins that a person on it made.
+fn mine(
+    manifest: &Manifest,
+    settings: &Settings,
+    memory: &mut Memory,
+    now: Timestamp,
+) -> (Vec<Service>, bool) {
+    let services: Vec<&Service> =
+        manifest.services.iter().filter(|s| s.hosts.contains(&settings.host)).collect();
+    let expired = memory.overrides.expire(&services, now);
+    (services.into_iter().map(|s| memory.overrides.apply(s)).collect(), expired)
 }
 
 fn options(settings: &Settings, asks: &Asks, desired: &[&Service]) -> Result<Options> {
@@ -149,7 +161,9 @@ fn options(settings: &Settings, asks: &Asks, desired: &[&Service]) -> Result<Opt
         };
         retry.insert(service.name.clone());
     }
-    Ok(Options { retry, allow_empty: asks.allow_empty, caddy_server: settings.caddy_server.clone() })
+    // systemd tells a service that a timer started it (systemd.exec(5), since 252).
+    let timer = asks.timer && std::env::var_os("TRIGGER_UNIT").is_some();
+    Ok(Options { retry, allow_empty: asks.allow_empty, timer, caddy_server: settings.caddy_server.clone() })
 }
 
 /// Plans one pass without doing it.
@@ -157,9 +171,10 @@ pub fn preview(settings: &Settings, asks: &Asks) -> Result<Preview> {
     let now = Timestamp::now();
     let root = Root::system(&settings.unit_dir);
     let store = store::open(&settings.store)?;
-    let memory = load_memory(settings, &root, now)?;
+    let mut memory = load_memory(settings, &root, now)?;
     let current = current(&root, store.as_ref(), false)?;
-    let desired = mine(&current.manifest, settings);
+    let (desired, _) = mine(&current.manifest, settings, &mut memory, now);
+    let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)?;
     let observed = observe::observe(&root, &settings.caddy_admin, &desired, &memory.applied)?;
     let plan = plan::plan(&desired, &observed, &memory, &Learned::default(), &options, now)
@@ -172,26 +187,103 @@ pub fn preview(settings: &Settings, asks: &Asks) -> Result<Preview> {
     })
 }
 
+/// What a person on the host decides against the manifest, or takes back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// Stop it, for so many seconds or until it is resumed.
+    Pause(Option<i64>),
+    /// End that.
+    Resume,
+    /// Hold it at the closure that ran before.
+    Rollback,
+    /// End that.
+    Unpin,
+}
+
+/// Takes a decision down and makes a pass, which carries it out; returns the pass's exit code.
+pub fn decide(settings: &Settings, name: &str, decision: Decision) -> Result<u8> {
+    let now = Timestamp::now();
+    let root = Root::system(&settings.unit_dir);
+    let lock = match lock::take(&root, now)? {
+        Asked::Taken(lock) => lock,
+        Asked::Held(who) => return Err(Error::new(under_way(&who))),
+    };
+    let memory = load_memory(settings, &root, now)?;
+    let Some(applied) = memory.applied.values().find(|a| a.service.name.as_str() == name) else {
+        let near = crate::error::did_you_mean(name, memory.applied.keys().map(|n| n.as_str()));
+        return Err(Error::new(format!("no service '{name}' was ever up on host '{}'{near}", settings.host)));
+    };
+    let name = applied.service.name.clone();
+    let mut overrides = memory.overrides.clone();
+    match decision {
+        Decision::Pause(length) => {
+            let pause =
+                Pause { since: now, until: length.map(|seconds| Timestamp(now.0.saturating_add(seconds))) };
+            overrides.paused.insert(name, pause);
+        }
+        Decision::Resume => {
+            if overrides.paused.remove(&name).is_none() {
+                return Err(Error::new(format!(
+                    "{name} is not paused; 'deployer state' shows how it stands"
+                )));
+            }
+        }
+        Decision::Rollback => {
+            let Some((path, _)) = applied.previous.split_first() else {
+                return Err(Error::new(format!(
+                    "{name} has no earlier closure on this host; go back with 'deploy-manifest rollback --service {name}'"
+                )));
+            };
+            let named = last_named(settings, &root, &name)?;
+            overrides.pinned.insert(name, Pin { path: path.clone(), instead: named, since: now });
+        }
+        Decision::Unpin => {
+            if overrides.pinned.remove(&name).is_none() {
+                return Err(Error::new(format!(
+                    "{name} is not pinned; 'deployer state' shows how it stands"
+                )));
+            }
+        }
+    }
+    overrides::save(&root, &overrides)?;
+    pass(settings, &Asks::default(), &root, lock, now)
+}
+
+/// What the last good manifest names for a service.
+fn last_named(settings: &Settings, root: &Root, name: &ServiceName) -> Result<StorePath> {
+    let store = store::open(&settings.store)?;
+    let manifest = last_good(root, store.as_ref())
+        .and_then(|(bytes, _)| parse::manifest(&bytes, Mode::Tolerant).ok())
+        .ok_or_else(|| Error::new("there is no good manifest on this host yet; run 'deployer' first"))?;
+    manifest
+        .service(name.as_str())
+        .and_then(|s| s.artifact.store_path.path().cloned())
+        .ok_or_else(|| Error::new(format!("the manifest has nothing to run for '{name}'")))
+}
+
+fn under_way(who: &str) -> String {
+    format!("a pass is under way on this host ({who}); wait for it, or look at 'journalctl -u deployer'")
+}
+
 /// Makes one pass; returns the exit code.
 pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
     let now = Timestamp::now();
     let root = Root::system(&settings.unit_dir);
-    let _lock = match lock::take(&root, now)? {
-        Asked::Taken(lock) => lock,
-        Asked::Held(who) => {
-            let text = format!(
-                "a pass is under way on this host ({who}); wait for it, or look at 'journalctl -u deployer'"
-            );
-            if asks.timer {
-                say::info(text);
-                return Ok(0);
-            }
-            return Err(Error::new(text));
+    match lock::take(&root, now)? {
+        Asked::Taken(lock) => pass(settings, asks, &root, lock, now),
+        Asked::Held(who) if asks.timer => {
+            say::info(under_way(&who));
+            Ok(0)
         }
-    };
+        Asked::Held(who) => Err(Error::new(under_way(&who))),
+    }
+}
+
+fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: Timestamp) -> Result<u8> {
     let store = store::open(&settings.store)?;
-    let mut memory = load_memory(settings, &root, now)?;
-    let current = current(&root, store.as_ref(), true)?;
+    let mut memory = load_memory(settings, root, now)?;
+    let before = memory.state.clone();
+    let current = current(root, store.as_ref(), true)?;
     if let Some(error) = &current.error {
         say::warning(format!(
             "{error}; working from the last good manifest, serial {}",
@@ -199,7 +291,11 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
         ));
     }
     let manifest = &current.manifest;
-    let desired = mine(manifest, settings);
+    let (desired, expired) = mine(manifest, settings, &mut memory, now);
+    if expired {
+        overrides::save(root, &memory.overrides)?;
+    }
+    let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)?;
     if memory.state.serial != Some(manifest.serial) {
         say::info(format!(
@@ -211,9 +307,9 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
             settings.host
         ));
     }
-    let mut observed = observe::observe(&root, &settings.caddy_admin, &desired, &memory.applied)?;
+    let mut observed = observe::observe(root, &settings.caddy_admin, &desired, &memory.applied)?;
     let mut learned = Learned::default();
-    let host = Host { settings, root: &root };
+    let host = Host { settings, root };
     let mut changed = false;
     let decide = |observed: &Observed, memory: &Memory, learned: &Learned| {
         plan::plan(&desired, observed, memory, learned, &options, now)
@@ -236,7 +332,8 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
             break;
         }
         changed |= host.round(&plan, &desired, &mut observed, &mut memory, &mut learned)?;
-        observed.units = observe::units(&root, &desired, &memory.applied)?;
+        remember(root, &mut memory, &learned)?;
+        (observed.units, observed.active) = observe::units(root, &desired, &memory.applied)?;
         plan = decide(&observed, &memory, &learned)?;
     }
 
@@ -280,7 +377,7 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
         host.unroot(&plan.gone, &mut observed)?;
     }
     if changed {
-        observed.units = observe::units(&root, &desired, &memory.applied)?;
+        (observed.units, observed.active) = observe::units(root, &desired, &memory.applied)?;
     }
 
     let services = plan
@@ -301,10 +398,44 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
         reported: true,
         services,
     };
-    tell(&memory.state, &state);
+    tell(&before, &state, &learned);
     let code = state.exit_code();
-    publish(&root, store.as_ref(), &memory.state, state)?;
+    publish(root, store.as_ref(), &before, state)?;
+    if root.intent().exists() {
+        intent::clear(root)?;
+    }
     Ok(code)
+}
+
+/// Takes refusals down at once: should this pass die on the way back, the next one goes back as well and does
+/// not try the bad version again.
+fn remember(root: &Root, memory: &mut Memory, learned: &Learned) -> Result<()> {
+    let mut new = false;
+    for ((name, _), trouble) in learned.troubles.iter().filter(|(_, t)| t.rejected) {
+        let before = memory.state.services.get(name);
+        if before.and_then(|b| b.failure.as_ref()) == Some(&trouble.failure) {
+            continue;
+        }
+        let entry = ServiceState {
+            name: name.clone(),
+            store_path: before.and_then(|b| b.store_path.clone()),
+            status: Status::Rejected,
+            since: trouble.failure.at,
+            previous: before.map(|b| b.previous.clone()).unwrap_or_default(),
+            failure: Some(trouble.failure.clone()),
+            secrets_changed: false,
+            pinned_since: None,
+            paused_until: None,
+        };
+        memory.state.services.insert(name.clone(), entry);
+        new = true;
+    }
+    if new {
+        // Not what the bucket has: the pass that finishes reports it.
+        memory.state.reported = false;
+        durable::write(&root.state_file(), &to_bytes(&memory.state)?, 0o644)?;
+    }
+    Ok(())
 }
 
 /// How a service stands after the pass, from what was seen last.
@@ -312,28 +443,41 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
     let running = observed.units.get(&plan.name).is_some_and(|u| u.listed.running());
     let runs = plan.goal.as_ref().filter(|_| running).map(|g| g.path.clone());
     let status = match (&plan.target, &plan.trouble, &runs) {
+        _ if plan.paused => Status::Stopped,
         (None, None, _) => Status::Waiting,
         (_, Some(trouble), _) if trouble.rejected => Status::Rejected,
         (_, None, Some(_)) => Status::Running,
         (_, Some(_), _) | (_, None, None) => Status::Failed,
     };
     let failure = plan.trouble.as_ref().map(|t| t.failure.clone()).or_else(|| {
-        (status == Status::Failed).then(|| super::state::Failure {
+        (status == Status::Failed && !plan.paused).then(|| super::state::Failure {
             reason: format!("it was up and is not any more; see 'journalctl -u {}'", plan.name),
             attempted: plan.target.clone(),
             at: now,
             journal: Vec::new(),
+            attempts: 0,
             inputs: None,
         })
     });
     let before = memory.state.services.get(&plan.name);
     let since = before.filter(|b| b.status == status && b.store_path == runs).map_or(now, |b| b.since);
     let previous = memory.applied.get(&plan.name).map(|a| a.previous.clone()).unwrap_or_default();
-    ServiceState { name: plan.name.clone(), store_path: runs, status, since, previous, failure }
+    let overrides = &memory.overrides;
+    ServiceState {
+        name: plan.name.clone(),
+        store_path: runs,
+        status,
+        since,
+        previous,
+        failure,
+        secrets_changed: observed.units.get(&plan.name).is_some_and(|u| u.secrets_changed),
+        pinned_since: overrides.pinned.get(&plan.name).map(|p| p.since),
+        paused_until: overrides.paused.get(&plan.name).and_then(|p| p.until),
+    }
 }
 
 /// The story's last lines: what is off (once, when it begins), and what is well again.
-fn tell(before: &State, after: &State) {
+fn tell(before: &State, after: &State, learned: &Learned) {
     for (name, service) in &after.services {
         let old = before.services.get(name);
         let same = old.is_some_and(|o| o.status == service.status && o.failure == service.failure);
@@ -345,8 +489,8 @@ fn tell(before: &State, after: &State) {
                 let runs =
                     service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
                 // The reason of an attempt was said when it failed.
-                let reason =
-                    if failure.inputs.is_some() { String::new() } else { format!(": {}", failure.reason) };
+                let said = learned.troubles.values().any(|t| t.failure == *failure);
+                let reason = if said { String::new() } else { format!(": {}", failure.reason) };
                 say::error(format!("{name}: {}, {runs}{reason}", status.as_str()));
             }
             (None, Status::Running) => {

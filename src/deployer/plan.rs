@@ -3,7 +3,8 @@
 //! same function so decides the first deploy, the repair of drift, and putting a previous version back.
 
 use super::caddy::{self, RoutePlan};
-use super::state::{Failure, State, Status};
+use super::overrides::Overrides;
+use super::state::{Failure, State};
 use super::systemd::Listed;
 use super::unit;
 use crate::clock::Timestamp;
@@ -27,6 +28,8 @@ pub struct Observed {
     /// Secrets files of services that have one: what identifies their present content, or why they cannot be
     /// used.
     pub secrets: BTreeMap<ServiceName, Result<String, String>>,
+    /// The service units that are active, whoever's they are.
+    pub active: BTreeSet<String>,
     /// Services that have an understudy: one that an earlier pass left, or this one started.
     pub understudies: BTreeSet<ServiceName>,
     /// Caddy.
@@ -42,6 +45,12 @@ pub struct UnitSeen {
     pub wanted: bool,
     /// What systemd says of it.
     pub listed: Listed,
+    /// Its process started after its file was written. Only of units that run.
+    pub current: bool,
+    /// Its process runs no closure that its file names: it was started from another one.
+    pub astray: bool,
+    /// Its secrets file was changed after its process started.
+    pub secrets_changed: bool,
 }
 
 /// A unit's file.
@@ -76,6 +85,10 @@ pub struct Memory {
     pub applied: BTreeMap<ServiceName, Applied>,
     /// False when something of it could not be read: then nothing is removed.
     pub readable: bool,
+    /// Services that an interrupted pass was about to touch.
+    pub interrupted: BTreeSet<ServiceName>,
+    /// Pauses and pins.
+    pub overrides: Overrides,
 }
 
 /// What was learned in this pass about an attempt, known by its inputs.
@@ -103,6 +116,8 @@ pub struct Options {
     pub retry: BTreeSet<ServiceName>,
     /// Remove everything if the manifest says so.
     pub allow_empty: bool,
+    /// Started by the timer: fetching again what could not be fetched may wait.
+    pub timer: bool,
     /// Which of Caddy's servers gets our route.
     pub caddy_server: Option<String>,
 }
@@ -139,12 +154,27 @@ pub enum Step {
     Overlap(&'static str),
     /// Restart it and see it come up; the reason.
     Restart(&'static str),
+    /// See that it is up, without restarting it: an interrupted pass has started it; the reason.
+    Prove(&'static str),
+    /// Stop it, and have it not started at boot: it is paused.
+    Pause,
     /// Take the entry down as proved: nothing of the unit changed.
     Record,
     /// Stop it and remove its unit; the reason.
     Remove(&'static str),
     /// Let go of a path.
     Unroot(String),
+}
+
+impl Step {
+    /// Whether it changes what runs: an interruption then leaves something to find out.
+    pub fn touches(&self) -> bool {
+        match self {
+            Step::Write(_) | Step::Enable | Step::Overlap(_) | Step::Restart(_) | Step::Prove(_) => true,
+            Step::Pause | Step::Remove(_) => true,
+            Step::Root(_) | Step::Fetch(_) | Step::Record | Step::Unroot(_) => false,
+        }
+    }
 }
 
 /// What is to be done for one service.
@@ -158,6 +188,8 @@ pub struct ServicePlan {
     pub goal: Option<Goal>,
     /// Why that is not what the manifest says, or not running.
     pub trouble: Option<Trouble>,
+    /// It is stopped on purpose.
+    pub paused: bool,
     /// In this order.
     pub steps: Vec<Step>,
 }
@@ -223,6 +255,15 @@ pub fn plan(
     Ok(Plan { services, gone, route, understudies })
 }
 
+/// How long the timer's passes leave a closure alone that could not be fetched, in seconds: twice as long with
+/// every attempt from the third on, half an hour at most. A pass started by a person or a push tries at once.
+fn backoff_sec(attempts: u32) -> i64 {
+    match attempts {
+        0..=2 => 0,
+        n => (300_i64 << (n - 2).min(4)).min(1800),
+    }
+}
+
 /// The services whose requests Caddy should bring, by name: what runs, and what should run but cannot (whose
 /// answer is then honestly a 502, and never the neighbour's page). Waiting services are not routed.
 pub fn routed<'a>(desired: &[&'a Service], plans: &'a [ServicePlan]) -> BTreeMap<String, &'a Http> {
@@ -254,7 +295,7 @@ fn ours<'a>(observed: &'a Observed, memory: &'a Memory) -> BTreeSet<&'a ServiceN
 fn removal(name: &ServiceName, observed: &Observed, why: &'static str) -> ServicePlan {
     let roots = observed.roots.get(name).into_iter().flatten().cloned().map(Step::Unroot);
     let steps = [Step::Remove(why)].into_iter().chain(roots).collect();
-    ServicePlan { name: name.clone(), target: None, goal: None, trouble: None, steps }
+    ServicePlan { name: name.clone(), target: None, goal: None, trouble: None, paused: false, steps }
 }
 
 fn goal_of(
@@ -289,6 +330,7 @@ fn service(
         target: target.cloned(),
         goal,
         trouble,
+        paused: false,
         steps,
     };
     // A reason keeps the time at which it was first found.
@@ -297,6 +339,7 @@ fn service(
         let failure = Failure {
             at: old.map_or(now, |f| f.at),
             journal: old.map(|f| f.journal.clone()).unwrap_or_default(),
+            attempts: old.map_or(0, |f| f.attempts),
             reason,
             attempted: target.cloned(),
             inputs: None,
@@ -320,7 +363,8 @@ fn service(
     };
 
     let secrets = observed.secrets.get(name);
-    let stamp = secrets.and_then(|s| s.as_ref().ok()).map(String::as_str);
+    let stamp = stamp(entry, secrets, observed);
+    let stamp = Some(stamp.as_str());
     let candidate = goal_of(entry, path, stamp, applied, true);
     let tried = candidate.unit.clone();
     let trouble_of = |goal: &Goal| -> Option<Trouble> {
@@ -328,17 +372,30 @@ fn service(
             return Some(trouble.clone());
         }
         if let Some(reason) = learned.unfetchable.get(&goal.path) {
-            return Some(failed(reason.clone()));
+            let mut trouble = failed(reason.clone());
+            trouble.failure.attempts += 1;
+            return Some(trouble);
         }
-        None
+        let failure = before.and_then(|b| b.failure.as_ref())?;
+        let again = options.timer
+            && !observed.present.contains(&goal.path)
+            && failure.attempts > 0
+            && failure.attempted.as_ref() == Some(&goal.path)
+            && now.0 - memory.state.checked_at.0 < backoff_sec(failure.attempts);
+        again.then(|| Trouble { rejected: false, failure: failure.clone() })
     };
     let remembered = || {
-        let before = before.filter(|b| b.status == Status::Rejected && !options.retry.contains(name))?;
-        let failure = before.failure.as_ref()?;
+        let failure = before.filter(|_| !options.retry.contains(name))?.failure.as_ref()?;
         (failure.inputs.as_deref() == Some(candidate.inputs.as_str()))
             .then(|| Trouble { rejected: true, failure: failure.clone() })
     };
 
+    if memory.overrides.is_paused(name, now) {
+        let goal = applied.map(|a| goal_of(&a.service, &a.path, stamp, applied, false));
+        let stopped = matches!(seen.listed.active.as_str(), "" | "inactive" | "failed") && !seen.wanted;
+        let steps = if stopped || seen.file == UnitFile::Absent { Vec::new() } else { vec![Step::Pause] };
+        return ServicePlan { paused: true, ..done(goal, remembered(), steps) };
+    }
     if let Some(Err(reason)) = secrets {
         // Nothing is started with secrets that others can read, and nothing that runs is touched.
         let goal = applied.map(|a| goal_of(&a.service, &a.path, stamp, applied, false));
@@ -398,6 +455,12 @@ fn service(
         steps.push(Step::Restart(why));
     } else if !seen.listed.running() {
         steps.push(Step::Restart("it was not running"));
+    } else if seen.astray {
+        steps.push(Step::Restart("its process ran another version than its unit"));
+    } else if memory.interrupted.contains(name) && !seen.current {
+        steps.push(Step::Restart("an earlier pass was interrupted before it restarted it"));
+    } else if !goal.proved && seen.current {
+        steps.push(Step::Prove("an earlier pass was interrupted while it came up"));
     } else if !goal.proved {
         steps.push(Step::Restart("it was not proved yet"));
     } else if goal.desired && applied.is_none_or(|a| a.service != goal.service) {
@@ -430,6 +493,16 @@ pub fn abandoned<'a>(observed: &'a Observed, memory: &Memory) -> Vec<&'a Service
         })
     };
     observed.understudies.iter().filter(|name| intact(name)).collect()
+}
+
+/// What goes into an attempt besides the unit: its secrets, and whether what it requires runs.
+fn stamp(entry: &Service, secrets: Option<&Result<String, String>>, observed: &Observed) -> String {
+    let mut stamp = secrets.and_then(|s| s.as_ref().ok()).cloned().unwrap_or_default();
+    for unit in &entry.systemd.requires {
+        let runs = observed.active.contains(unit);
+        stamp.push_str(&format!(";{unit}={}", u8::from(runs)));
+    }
+    stamp
 }
 
 /// Roots that nothing needs any more: not what runs, not one of the versions before it, and not what is still
@@ -480,6 +553,7 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
+    use super::super::state::Status;
     use super::*;
     use crate::manifest::{Artifact, Exec, Hardening, Rollout, Systemd, Target};
     use serde_json::{Map, json};
@@ -557,12 +631,19 @@ mod tests {
                     present: BTreeSet::new(),
                     roots: BTreeMap::new(),
                     secrets: BTreeMap::new(),
+                    active: BTreeSet::new(),
                     understudies: BTreeSet::new(),
                     caddy: caddy::Observed::Servers(
                         json!({"srv0": {"listen": [":443"], "routes": []}}).as_object().unwrap().clone(),
                     ),
                 },
-                memory: Memory { state, applied: BTreeMap::new(), readable: true },
+                memory: Memory {
+                    state,
+                    applied: BTreeMap::new(),
+                    readable: true,
+                    interrupted: BTreeSet::new(),
+                    overrides: Overrides::default(),
+                },
                 learned: Learned::default(),
                 options: Options::default(),
                 broken: BTreeSet::new(),
@@ -596,7 +677,11 @@ mod tests {
                     Step::Root(_) | Step::Fetch(_) | Step::Overlap(_) => {}
                     Step::Write(_) => unit.file = UnitFile::Ours(service.goal.as_ref().unwrap().unit.clone()),
                     Step::Enable => unit.wanted = true,
-                    Step::Restart(_) | Step::Record => {
+                    Step::Pause => {
+                        unit.wanted = false;
+                        unit.listed = Listed::default();
+                    }
+                    Step::Restart(_) | Step::Prove(_) | Step::Record => {
                         let goal = service.goal.as_ref().unwrap();
                         if matches!(step, Step::Restart(_)) {
                             *self.restarts.entry(service.name.clone()).or_default() += 1;
@@ -608,7 +693,8 @@ mod tests {
                                 attempted: Some(goal.path.clone()),
                                 at: NOW,
                                 journal: Vec::new(),
-                                inputs: Some(goal.inputs.clone()),
+                                attempts: 0,
+                                inputs: (!goal.proved).then(|| goal.inputs.clone()),
                             };
                             let trouble = Trouble { rejected: !goal.proved, failure };
                             self.learned
@@ -656,6 +742,9 @@ mod tests {
                             since: NOW,
                             previous: Vec::new(),
                             failure: trouble.map(|t| t.failure.clone()),
+                            secrets_changed: false,
+                            pinned_since: None,
+                            paused_until: None,
                         };
                         self.memory.state.services.insert(service.name.clone(), state);
                     }

@@ -45,6 +45,16 @@ impl Root {
         self.state_dir.join("manifest.origin.json")
     }
 
+    /// Pauses and pins.
+    pub fn overrides(&self) -> PathBuf {
+        self.state_dir.join("overrides.json")
+    }
+
+    /// What the pass under way is about to touch.
+    pub fn intent(&self) -> PathBuf {
+        self.state_dir.join("intent.json")
+    }
+
     /// Held by the pass under way.
     pub fn lock(&self) -> PathBuf {
         self.state_dir.join("lock")

@@ -64,6 +64,15 @@ pub struct ServiceState {
     /// Why it is not as the manifest says, if it is not.
     #[serde(default)]
     pub failure: Option<Failure>,
+    /// Its secrets file was changed after it started: a restart picks that up.
+    #[serde(default)]
+    pub secrets_changed: bool,
+    /// It is held at `storePath` by `deployer rollback`, since then.
+    #[serde(default)]
+    pub pinned_since: Option<Timestamp>,
+    /// It is stopped by `deployer pause` until then; null with status `stopped`: until `deployer resume`.
+    #[serde(default)]
+    pub paused_until: Option<Timestamp>,
 }
 
 /// How a service stands.
@@ -108,6 +117,9 @@ pub struct Failure {
     /// The last lines of its journal, oldest first.
     #[serde(default)]
     pub journal: Vec<String>,
+    /// How many passes in a row could not fetch it.
+    #[serde(default)]
+    pub attempts: u32,
     /// What was refused, as a hash of everything that went into the attempt: another hash is a new attempt.
     #[serde(default)]
     pub inputs: Option<String>,

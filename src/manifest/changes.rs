@@ -11,10 +11,11 @@ use crate::names::StorePath;
 use serde_json::{Map, Value};
 use std::collections::{HashMap, HashSet};
 
-/// There is no such service: with the nearest names, or how one is added.
+/// There is no such service: with the nearest names, or where those are that there are.
 pub fn unknown_service(name: &str, manifest: &Manifest) -> Error {
     let near = did_you_mean(name, manifest.services.iter().map(|s| s.name.as_str()));
-    let next = if near.is_empty() { "; add it with 'deploy-manifest add-service'" } else { near.as_str() };
+    let next =
+        if near.is_empty() { "; 'deploy-manifest show' prints those there are" } else { near.as_str() };
     Error::new(format!("no service '{}' in the manifest{next}", crate::say::printable(name)))
 }
 
@@ -29,7 +30,10 @@ fn index(manifest: &Manifest, name: &str) -> Result<usize> {
 /// Gives a service its closure, and the commit it was built from. Returns whether anything changed: the same
 /// path again, without a commit or with the same, changes nothing.
 pub fn update(manifest: &mut Manifest, name: &str, path: &StorePath, revision: Option<&str>) -> Result<bool> {
-    let at = index(manifest, name)?;
+    let at = index(manifest, name).map_err(|e| {
+        let joint = if e.to_string().ends_with('?') { " a new one is added" } else { "; add it" };
+        Error::new(format!("{e}{joint} with 'deploy-manifest add-service'"))
+    })?;
     let service = &mut manifest.services[at];
     let target = Target::Path(path.clone());
     let same_path = service.artifact.store_path == target;
@@ -92,7 +96,7 @@ fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError
         Err((index, known)) => {
             let word = path.get(index).copied().unwrap_or_default();
             let near = match known.is_empty() {
-                true => "; nothing has a name below this".into(),
+                true => "nothing has a name below this".into(),
                 false if index == 0 => parse::unknown_in_service(&At::Root, word).reason,
                 false => format!("unknown field{}", did_you_mean(word, known)),
             };
@@ -206,5 +210,123 @@ pub fn restore_service(current: &mut Manifest, old: &Manifest, name: &str) -> Re
             current.services.push(service.clone());
             Ok(true)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn base() -> Manifest {
+        let document = json!({"version": 1, "serial": 3, "generation": "2026-11-22T18:31:05Z", "services": [
+            {"name": "ava", "artifact": {"storePath": "/nix/store/placeholder"}, "hosts": ["biz"], "env": {"A": "1"},
+             "http": {"domain": "a.org", "internalPort": 80}, "revision": "abc", "later": 1},
+            {"name": "web", "artifact": {"storePath": "/nix/store/placeholder"}, "hosts": ["biz"]}]});
+        parse::manifest(document.to_string().as_bytes(), Mode::Tolerant).unwrap()
+    }
+
+    fn assignments(list: &[&str]) -> Vec<(String, String)> {
+        list.iter().map(|a| a.split_once('=').unwrap()).map(|(f, v)| (f.into(), v.into())).collect()
+    }
+
+    #[test]
+    fn values_are_read_as_their_fields_want_them() {
+        for (assignment, pointer, expected) in [
+            ("http.internalPort=8081", "/http/internalPort", json!(8081)),
+            ("env.PORT=8081", "/env/PORT", json!("8081")),
+            ("env.A=", "/env/A", json!("")),
+            ("env.A=x=y", "/env/A", json!("x=y")),
+            ("env.A=null", "/env", json!({})),
+            ("revision=null", "/revision", json!(null)),
+            ("revision=123", "/revision", json!("123")),
+            ("health.path=/health", "/health", json!({"path": "/health", "timeoutSec": 30})),
+            ("hosts=biz, web1", "/hosts", json!(["biz", "web1"])),
+            ("hosts=[\"x\"]", "/hosts", json!(["x"])),
+            ("systemd.after=", "/systemd/after", json!([])),
+            ("systemd.memoryMax=1G", "/systemd/memoryMax", json!("1G")),
+            ("hardening.protectSystem=true", "/hardening/protectSystem", json!("yes")),
+            ("hardening.protectSystem=full", "/hardening/protectSystem", json!("full")),
+            ("hardening.privateTmp=false", "/hardening/privateTmp", json!(false)),
+            ("http=null", "/http", json!(null)),
+            ("http={\"domain\": \"b.org\", \"internalPort\": 1}", "/http/domain", json!("b.org")),
+            ("exec.command=bin/x -v", "/exec/command", json!("bin/x -v")),
+            ("later=2", "/later", json!(2)),
+        ] {
+            let mut manifest = base();
+            assert!(set(&mut manifest, "ava", &assignments(&[assignment])).unwrap(), "{assignment}");
+            assert_eq!(tree(&manifest.services[0]).pointer(pointer), Some(&expected), "{assignment}");
+            assert_eq!(manifest.services[0].extra.len(), 1, "a newer version's field is lost");
+        }
+        assert!(!set(&mut base(), "ava", &assignments(&["env.A=1", "http.path=/"])).unwrap());
+    }
+
+    #[test]
+    fn what_cannot_be_set_is_refused_and_changes_nothing() {
+        for (assignment, message) in [
+            ("port=1", "port: unknown field; did you mean 'http.internalPort' or 'http.portEnv'?"),
+            ("http.port=1", "http.port: unknown field; did you mean 'internalPort' or 'portEnv'?"),
+            ("http.internalPort=99999", "http.internalPort: 99999 is not a port"),
+            ("http.internalPort=x", "http.internalPort: \"x\" is a string"),
+            ("http={\"port\": 1}", "http.domain: missing"),
+            ("http={\"domain\": \"b.org\", \"internalPort\": 1, \"x\": 2}", "http.x: unknown field"),
+            ("name.x=1", "name.x: nothing has a name below this"),
+            ("env.A.B=1", "env.A.B: nothing has a name below this"),
+            ("env.A-B=1", "env[\"A-B\"]: \"A-B\" is no name of a variable"),
+            ("systemd.restart=null", "systemd.restart: \"null\" is not known"),
+            ("hosts=", "hosts: [] names no host"),
+            (".=1", ".: unknown field"),
+        ] {
+            let mut manifest = base();
+            let error = set(&mut manifest, "ava", &assignments(&[assignment])).unwrap_err().to_string();
+            assert!(error.starts_with(message), "{assignment}: {error}");
+            assert_eq!(manifest, base());
+        }
+        assert!(set(&mut base(), "avaa", &[]).unwrap_err().to_string().contains("did you mean 'ava'"));
+        let path = StorePath::parse("/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava").unwrap();
+        let error = update(&mut base(), "zzz", &path, None).unwrap_err().to_string();
+        assert!(error.ends_with("add it with 'deploy-manifest add-service'"), "{error}");
+    }
+
+    #[test]
+    fn an_edit_is_merged_service_by_service_and_never_over_anothers_change() {
+        let mut edited = base();
+        set(&mut edited, "ava", &assignments(&["env.A=2"])).unwrap();
+        let mut theirs = base();
+        set(&mut theirs, "web", &assignments(&["env.B=1"])).unwrap();
+        let mut both = theirs.clone();
+        assert!(merge(&mut both, &base(), &edited).unwrap());
+        assert_eq!((&both.services[0], &both.services[1]), (&edited.services[0], &theirs.services[1]));
+
+        let mut conflict = base();
+        set(&mut conflict, "ava", &assignments(&["env.A=3"])).unwrap();
+        let before = conflict.clone();
+        let error = merge(&mut conflict, &base(), &edited).unwrap_err().to_string();
+        assert!(error.contains("service 'ava' was changed meanwhile") && conflict == before, "{error}");
+
+        let mut removed = base();
+        removed.services.remove(0);
+        let mut current = theirs.clone();
+        assert!(merge(&mut current, &base(), &removed).unwrap());
+        assert_eq!(current.services, theirs.services[1..]);
+
+        let mut same = edited.clone();
+        assert!(!merge(&mut same, &base(), &edited).unwrap(), "somebody else made the same change");
+        assert!(!merge(&mut base(), &base(), &base()).unwrap());
+    }
+
+    #[test]
+    fn a_restore_brings_back_what_was_and_says_whether_it_differed() {
+        let mut now = base();
+        set(&mut now, "ava", &assignments(&["env.A=2"])).unwrap();
+        remove(&mut now, "web").unwrap();
+        let mut one = now.clone();
+        assert!(restore_service(&mut one, &base(), "ava").unwrap());
+        assert_eq!(one.services, base().services[..1]);
+        assert!(restore_service(&mut one, &base(), "web").unwrap());
+        assert_eq!(one.services, base().services);
+        assert!(restore(&mut now, &base()) && !restore(&mut now, &base()));
+        let error = restore_service(&mut base(), &one, "wbe").unwrap_err().to_string();
+        assert!(error.contains("did you mean 'web'"), "{error}");
     }
 }

@@ -262,8 +262,9 @@ fn check_size(manifest: &Manifest, bytes: u64) -> Result<()> {
 }
 
 /// The waiting of a writer that others were faster than. How long depends on how long an attempt takes here
-/// (a directory, a bucket far away): up to 24 attempts' time, so that two dozen writers share the store
-/// without standing in one another's way, and nobody waits long when there is nobody else.
+/// (a directory, a bucket far away): first more, so that many writers share the store without
+/// standing in one another's way, then less with every attempt, so that those who wait longest
+/// come before those who have just begun.
 struct Contention {
     started: Instant,
     attempts: u32,
@@ -304,7 +305,9 @@ impl Contention {
             )));
         }
         let unit = attempt.clamp(Duration::from_millis(2), Duration::from_millis(500));
-        let most = (unit * (1 << self.attempts.min(5)).min(24)).min(Duration::from_secs(4));
+        const UNITS: [u32; 6] = [6, 12, 8, 6, 4, 3];
+        let units = UNITS[(self.attempts as usize - 1).min(UNITS.len() - 1)];
+        let most = (unit * units).min(Duration::from_secs(4));
         std::thread::sleep(most.mul_f64(random()));
         Ok(())
     }

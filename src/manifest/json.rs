@@ -66,8 +66,7 @@ pub(super) fn read(bytes: &[u8], sink: Option<Sink<'_>>) -> Result<Value, FieldE
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Err(whole("empty: there is nothing to read".into()));
     }
-    let sink = sink.map(|(name, sink)| (name, RefCell::new(sink)));
-    let reading = Reading { failed: RefCell::new(None), sink };
+    let reading = Reading { failed: RefCell::new(None), sink: sink.map(RefCell::new) };
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let read = Node { at: At::Root, reading: &reading }
         .deserialize(&mut deserializer)
@@ -84,7 +83,7 @@ pub(super) fn read(bytes: &[u8], sink: Option<Sink<'_>>) -> Result<Value, FieldE
 
 struct Reading<'s> {
     failed: RefCell<Option<FieldError>>,
-    sink: Option<(&'s str, RefCell<&'s mut dyn FnMut(usize, Value)>)>,
+    sink: Option<RefCell<Sink<'s>>>,
 }
 
 struct Node<'a, 'r, 's> {
@@ -138,14 +137,14 @@ impl<'de> Visitor<'de> for Node<'_, '_, '_> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
         let reading = self.reading;
         let sink = match (self.at, &reading.sink) {
-            (At::Field(At::Root, name), Some((wanted, sink))) if name == *wanted => Some(sink),
+            (At::Field(At::Root, name), Some(sink)) if name == sink.borrow().0 => Some(sink),
             _ => None,
         };
         let mut items = Vec::new();
         let mut index = 0;
         while let Some(item) = seq.next_element_seed(Node { at: At::Item(&self.at, index), reading })? {
             match sink {
-                Some(sink) => (sink.borrow_mut())(index, item),
+                Some(sink) => (sink.borrow_mut().1)(index, item),
                 None => items.push(item),
             }
             index += 1;

@@ -661,3 +661,349 @@ fn extras(service: &Service) -> [Extra<'_>; 7] {
         ("hardening", Some(&hardening.extra), HARDENING_FIELDS),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    const FIXTURE: &[u8] = include_bytes!("../../tests/fixtures/manifest-v1.json");
+
+    fn whole() -> Value {
+        serde_json::from_slice(FIXTURE).unwrap()
+    }
+
+    fn read(value: &Value, mode: Mode) -> Parsed<Manifest> {
+        manifest(value.to_string().as_bytes(), mode)
+    }
+
+    #[test]
+    fn todays_code_reads_the_first_version_and_writes_it_back_byte_for_byte() {
+        let read = manifest(FIXTURE, Mode::Strict).unwrap();
+        assert_eq!(String::from_utf8(read.to_bytes()).unwrap(), String::from_utf8(FIXTURE.to_vec()).unwrap());
+        assert_eq!(manifest(&read.to_bytes(), Mode::Strict).unwrap(), read);
+        let ava = read.service("ava").unwrap();
+        assert_eq!((ava.timeout_sec(), ava.env["GREETING"].as_str()), (60, "100% \"free\" \\ $HOME"));
+    }
+
+    #[test]
+    fn every_mistake_is_refused_with_its_path_its_value_and_what_is_meant() {
+        let long = "x".repeat(200_000);
+        for (pointer, value, message) in [
+            ("/version", json!(2), "version: 2 was written by a newer omni-deploy; upgrade this one"),
+            ("/version", json!(0), "version: 0 is not a version"),
+            ("/version", json!("1"), "version: \"1\" is not a version"),
+            ("/serial", json!("7"), "serial: \"7\" is a string; a whole number from 0"),
+            ("/serial", json!(-1), "serial: -1 is not a serial"),
+            ("/serial", json!(1.5), "serial: 1.5 is not a serial"),
+            ("/generation", json!("yesterday"), "generation: \"yesterday\" is not a time"),
+            ("/generation", json!(5), "generation: 5 is a number; a string is meant"),
+            ("/change", json!("x"), "change: \"x\" is a string; an object with"),
+            ("/change/action", json!("a\nb"), "change.action: \"a\\nb\" has the control character \\n"),
+            ("/change/by", json!("a\u{202e}b"), "change.by: "),
+            ("/services", json!({}), "services: {} is an object; an array of services"),
+            ("/sevices", json!([]), "sevices: unknown field; did you mean 'services'?"),
+            ("/services/1", json!(null), "services[1]: null was found; an object with a service is meant"),
+            (
+                "/services/0/port",
+                json!(80),
+                "services[0].port: unknown field; did you mean 'http.internalPort' or 'http.portEnv'?",
+            ),
+            ("/services/0/nmae", json!(80), "services[0].nmae: unknown field; did you mean 'name'"),
+            ("/services/0/a b", json!(80), "services[0][\"a b\"]: unknown field"),
+            ("/services/0/name", json!("../x"), "services[0].name: \"../x\" has '/'"),
+            (
+                "/services/0/name",
+                json!("ssh.service"),
+                "services[0].name: \"ssh.service\" ends with '.service'",
+            ),
+            ("/services/0/name", json!(7), "services[0].name: 7 is a number; a name is meant"),
+            ("/services/0/name", json!("a\u{0}"), "services[0].name: \"a\\u0000\" has the control character"),
+            ("/services/1/name", json!("ava"), "services[1].name: \"ava\" is the name of services[0]"),
+            ("/services/0/artifact", json!("x"), "services[0].artifact: \"x\" is a string; an object"),
+            (
+                "/services/0/artifact/type",
+                json!("docker"),
+                "services[0].artifact.type: \"docker\" is not known; one of nix-closure",
+            ),
+            (
+                "/services/0/artifact/storePath",
+                json!("/nix/store/x"),
+                "services[0].artifact.storePath: \"/nix/store/x\" is not a store path",
+            ),
+            (
+                "/services/0/artifact/storePath",
+                json!("/nix/store/placeholder/"),
+                "services[0].artifact.storePath",
+            ),
+            ("/services/0/artifact/storePath", json!(null), "services[0].artifact.storePath: null was found"),
+            ("/services/0/hosts", json!([]), "services[0].hosts: [] names no host"),
+            (
+                "/services/0/hosts",
+                json!("biz"),
+                "services[0].hosts: \"biz\" is a string; an array of host names",
+            ),
+            ("/services/0/hosts", json!(["biz", "biz"]), "services[0].hosts[1]: \"biz\" stands twice"),
+            ("/services/0/hosts", json!(["-oProxyCommand=x"]), "services[0].hosts[0]: "),
+            (
+                "/services/0/exec/command",
+                json!("'a"),
+                "services[0].exec.command: \"'a\" has a ' that is never closed",
+            ),
+            ("/services/0/exec/command", json!(" "), "services[0].exec.command: \" \" has no word"),
+            (
+                "/services/0/exec/command",
+                json!("../../bin/sh"),
+                "services[0].exec.command: \"../../bin/sh\" has '..'",
+            ),
+            ("/services/0/exec/command", json!("a\nExecStart=b"), "services[0].exec.command: "),
+            (
+                "/services/0/exec/command",
+                json!(["a"]),
+                "services[0].exec.command: [\"a\"] is an array; a string or null",
+            ),
+            ("/services/0/exec/user", json!("a b"), "services[0].exec.user: \"a b\" is no user"),
+            ("/services/0/exec/group", json!(null), "services[0].exec.group: null was found"),
+            ("/services/0/env", json!([]), "services[0].env: [] is an array; an object of texts"),
+            ("/services/0/env/1A", json!("x"), "services[0].env.1A: \"1A\" is no name of a variable"),
+            ("/services/0/env/A-B", json!("x"), "services[0].env[\"A-B\"]: \"A-B\" is no name of a variable"),
+            (
+                "/services/0/env/PORT",
+                json!(8080),
+                "services[0].env.PORT: 8080 is a number; a string is meant",
+            ),
+            (
+                "/services/0/env/PORT",
+                json!("a\nb"),
+                "services[0].env.PORT: \"a\\nb\" has the control character",
+            ),
+            ("/services/0/env/PORT", json!("a\u{0}"), "services[0].env.PORT: "),
+            ("/services/0/env/PORT", json!(long), "services[0].env.PORT: \"xxx"),
+            ("/services/0/envFile", json!("ava.env"), "services[0].envFile: \"ava.env\" is not absolute"),
+            ("/services/0/envFile", json!("/a/../b"), "services[0].envFile: \"/a/../b\" has '..'"),
+            ("/services/0/http", json!(80), "services[0].http: 80 is a number; an object"),
+            (
+                "/services/0/http/internalPort",
+                json!(99999),
+                "services[0].http.internalPort: 99999 is not a port; 1 to 65535 is meant",
+            ),
+            ("/services/0/http/internalPort", json!(0), "services[0].http.internalPort: 0 is not a port"),
+            (
+                "/services/0/http/internalPort",
+                json!("8080"),
+                "services[0].http.internalPort: \"8080\" is a string; a whole number",
+            ),
+            (
+                "/services/0/http/port",
+                json!(80),
+                "services[0].http.port: unknown field; did you mean 'internalPort' or 'portEnv'?",
+            ),
+            ("/services/0/http/domain", json!("a_b.c"), "services[0].http.domain: \"a_b.c\" has '_'"),
+            ("/services/0/http/domain", json!("bücher.de"), "services[0].http.domain: \"bücher.de\" has 'ü'"),
+            ("/services/0/http/path", json!("/{x}"), "services[0].http.path: \"/{x}\" has '{'"),
+            ("/services/0/http/path", json!("api"), "services[0].http.path: \"api\" does not begin with '/'"),
+            ("/services/0/health/path", json!("/a b"), "services[0].health.path: \"/a b\" has ' '"),
+            (
+                "/services/0/health/timeoutSec",
+                json!(0),
+                "services[0].health.timeoutSec: 0 is not a number of seconds",
+            ),
+            ("/services/0/http", json!(null), "services[0].health.path: \"/health?deep=1\" needs http"),
+            ("/services/0/rollout", json!("canary"), "services[0].rollout: \"canary\" is not known"),
+            ("/services/0/systemd/after", json!(["x"]), "services[0].systemd.after[0]: \"x\" is no unit"),
+            ("/services/0/systemd/requires", json!("x.service"), "services[0].systemd.requires: "),
+            (
+                "/services/0/systemd/restart",
+                json!("on-crash"),
+                "services[0].systemd.restart: \"on-crash\" is not known",
+            ),
+            ("/services/0/systemd/restartSec", json!(86_401), "services[0].systemd.restartSec: 86401 is not"),
+            (
+                "/services/0/systemd/memoryMax",
+                json!(512),
+                "services[0].systemd.memoryMax: 512 is a number; a string",
+            ),
+            (
+                "/services/0/systemd/cpuQuota",
+                json!("1.5"),
+                "services[0].systemd.cpuQuota: \"1.5\" is no share",
+            ),
+            ("/services/0/systemd/stateDirectory", json!("../x"), "services[0].systemd.stateDirectory: "),
+            (
+                "/services/0/systemd/readWritePaths",
+                json!(["/"]),
+                "services[0].systemd.readWritePaths[0]: \"/\" is the root",
+            ),
+            ("/services/0/systemd/workingDirectory", json!("x"), "services[0].systemd.workingDirectory: "),
+            (
+                "/services/0/systemd/stopTimeoutSec",
+                json!(3601),
+                "services[0].systemd.stopTimeoutSec: 3601 is not",
+            ),
+            (
+                "/services/0/hardening/protectSystem",
+                json!("all"),
+                "services[0].hardening.protectSystem: \"all\" is not known",
+            ),
+            (
+                "/services/0/hardening/privateTmp",
+                json!("yes"),
+                "services[0].hardening.privateTmp: \"yes\" is a string; true or false",
+            ),
+            ("/services/0/revision", json!("a\tb"), "services[0].revision: "),
+            ("/services/0/revision", json!(5), "services[0].revision: 5 is a number"),
+        ] {
+            let mut document = whole();
+            let (above, name) = pointer.rsplit_once('/').unwrap();
+            match document.pointer_mut(above).unwrap() {
+                Value::Array(items) => items[name.parse::<usize>().unwrap()] = value,
+                other => other[name] = value,
+            }
+            let error = read(&document, Mode::Strict).map(|_| ()).unwrap_err().to_string();
+            assert!(error.starts_with(message), "{pointer}: {error}");
+            assert!(!error.contains('\n') && error.len() < 400, "{pointer}: {error}");
+        }
+        for (missing, message) in [
+            ("/version", "version: missing"),
+            ("/serial", "serial: missing"),
+            ("/generation", "generation: missing"),
+            ("/services", "services: missing"),
+            ("/services/0/name", "services[0].name: missing"),
+            ("/services/0/artifact", "services[0].artifact: missing"),
+            ("/services/0/artifact/storePath", "services[0].artifact.storePath: missing"),
+            ("/services/0/hosts", "services[0].hosts: missing"),
+            ("/services/0/http/domain", "services[0].http.domain: missing"),
+            ("/services/0/http/internalPort", "services[0].http.internalPort: missing"),
+        ] {
+            let mut document = whole();
+            let (above, name) = missing.rsplit_once('/').unwrap();
+            document.pointer_mut(above).unwrap().as_object_mut().unwrap().remove(name);
+            let error = read(&document, Mode::Tolerant).unwrap_err().to_string();
+            assert!(error.starts_with(message), "{missing}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_newer_version_is_said_before_anything_else_is_wrong() {
+        for text in
+            [r#"{"services": "later", "version": 2}"#, r#"{"services": [{"new": 1}], "x": 1, "version": 9}"#]
+        {
+            for mode in [Mode::Strict, Mode::Tolerant] {
+                let error = manifest(text.as_bytes(), mode).unwrap_err();
+                assert!(error.is_newer_version(), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn unknown_fields_of_every_level_survive_and_are_refused_from_a_person() {
+        let levels = [
+            "",
+            "/change",
+            "/services/0",
+            "/services/0/artifact",
+            "/services/0/exec",
+            "/services/0/http",
+            "/services/0/health",
+            "/services/0/systemd",
+            "/services/0/hardening",
+        ];
+        let later = json!({"deep": [1, -2.5, null, "ü\n"], "b": true});
+        let mut all = whole();
+        for level in levels {
+            let mut one = whole();
+            for document in [&mut one, &mut all] {
+                document.pointer_mut(level).unwrap()["later"] = later.clone();
+            }
+            assert!(read(&one, Mode::Strict).unwrap_err().path.ends_with("later"), "{level}");
+            let parsed = read(&one, Mode::Tolerant).unwrap();
+            let error = new_unknown(&parsed, None).unwrap_or_else(|| panic!("{level}: nothing new"));
+            assert!(error.path.ends_with("later"), "{error}");
+            assert_eq!(new_unknown(&parsed, Some(&parsed)), None, "{level}");
+        }
+        let written = read(&all, Mode::Tolerant).unwrap().to_bytes();
+        assert_eq!(serde_json::from_slice::<Value>(&written).unwrap(), all);
+        let base = read(&whole(), Mode::Strict).unwrap();
+        assert_eq!(new_unknown(&base, None), None);
+        assert!(new_unknown(&read(&all, Mode::Tolerant).unwrap(), Some(&base)).is_some());
+    }
+
+    #[test]
+    fn what_a_service_leaves_out_has_its_default() {
+        let bare = json!({"name": "ava", "artifact": {"storePath": "/nix/store/placeholder"}});
+        let error = service(bare.clone(), Mode::Strict, None).unwrap_err().to_string();
+        assert!(error.starts_with("hosts: missing") && error.contains("defaultHosts"), "{error}");
+        let hosts = [HostName::parse("biz").unwrap()];
+        let read = service(bare, Mode::Strict, Some(&hosts)).unwrap();
+        assert_eq!(
+            serde_json::to_value(&read).unwrap(),
+            json!({"name": "ava", "artifact": {"type": "nix-closure", "storePath": "/nix/store/placeholder"},
+                "hosts": ["biz"], "exec": {"command": null, "user": "root", "group": "root"}, "env": {},
+                "envFile": null, "http": null, "health": null, "rollout": "restart",
+                "systemd": {"after": ["network-online.target"], "requires": [], "restart": "on-failure", "restartSec": 5},
+                "hardening": {"dynamicUser": false, "privateTmp": true, "protectSystem": "strict", "protectHome": true},
+                "revision": null})
+        );
+        let http = json!({"name": "a", "artifact": {"storePath": "/nix/store/placeholder"}, "hosts": ["b"],
+            "http": {"domain": "A.Org", "internalPort": 80}, "health": {}, "hardening": {"protectSystem": false}});
+        let read = service(http, Mode::Strict, None).unwrap();
+        assert_eq!(read.http.map(|h| (h.domain, h.path)), Some(("a.org".into(), "/".into())));
+        assert_eq!(
+            (read.health.map(|h| h.timeout_sec), read.hardening.protect_system.as_str()),
+            (Some(30), "no")
+        );
+    }
+
+    #[test]
+    fn any_manifest_that_was_read_is_read_the_same_after_writing() {
+        // Every subset of the optional fields of the fixture's first service.
+        let fields = ["exec", "env", "envFile", "health", "systemd", "hardening", "revision", "rollout"];
+        for subset in 0..1u32 << fields.len() {
+            let mut document = whole();
+            let service = document["services"][0].as_object_mut().unwrap();
+            for (bit, field) in fields.iter().enumerate() {
+                if subset & (1 << bit) != 0 {
+                    service.remove(*field);
+                }
+            }
+            let first = read(&document, Mode::Strict).unwrap();
+            assert_eq!(manifest(&first.to_bytes(), Mode::Strict).unwrap(), first, "{subset:b}");
+        }
+    }
+
+    #[test]
+    fn a_service_overlaps_only_where_a_second_instance_can_be_given_its_port() {
+        let http = json!({"domain": "a.example.com", "internalPort": 8080});
+        for (fields, reason) in [
+            (json!({"http": null}), Some("needs http")),
+            (json!({"http": http}), Some("no variable of env is \"8080\"")),
+            (json!({"http": http, "env": {"PORT": "8080"}}), None),
+            (json!({"http": http, "env": {"LISTEN": "8080"}}), None),
+            (json!({"http": http, "env": {"A": "8080", "PORT": "8080"}}), None),
+            (json!({"http": http, "env": {"A": "8080", "B": "8080"}}), Some("no variable")),
+            (
+                json!({"http": {"domain": "a.b", "internalPort": 1, "portEnv": "P"}, "env": {"PORT": "1"}}),
+                Some("'P' of http.portEnv"),
+            ),
+            (
+                json!({"http": http, "env": {"PORT": "8080"}, "hardening": {"dynamicUser": true}}),
+                Some("a name in exec.user"),
+            ),
+        ] {
+            let mut service = json!({
+                "name": "ava", "hosts": ["biz"], "rollout": "overlap",
+                "artifact": {"storePath": "/nix/store/placeholder"},
+            });
+            let entries = fields.as_object().unwrap().clone();
+            service.as_object_mut().unwrap().extend(entries);
+            let parsed = super::service(service, Mode::Strict, None);
+            match reason {
+                None => assert_eq!(parsed.unwrap().rollout, Rollout::Overlap, "{fields}"),
+                Some(reason) => {
+                    let error = parsed.unwrap_err();
+                    assert!(error.path.ends_with("rollout") && error.reason.contains(reason), "{error}");
+                }
+            }
+        }
+    }
+}

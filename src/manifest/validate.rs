@@ -50,7 +50,6 @@ pub fn clashes(manifest: &Manifest) -> Result<(), FieldError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::manifest::parse::{Mode, manifest};
     use serde_json::{Value, json};
 

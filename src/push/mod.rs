@@ -194,22 +194,22 @@ fn warn_without_program(manifest: &Manifest, Update { name, path, .. }: &Update)
 
 /// Copies and looks whether everything is there.
 fn copy(settings: &Settings, paths: &[StorePath]) -> Result<()> {
+    let url = settings.cache.to_string();
+    let cache = url.split('?').next().unwrap_or(&url);
     let since = Instant::now();
-    let published = nix::publish(settings, paths, &mut |line| say::info(line))?;
+    let published = nix::publish(settings, paths, &mut |line| say::info(line.replace(&url, cache)))?;
     let (figures, done) = match published {
-        Published::Already(figures) => (figures, "already in"),
+        Published::Already(figures) => (figures, format!("is in {cache} already ({})", took(since))),
         Published::Copied => {
-            say::info(format!("copied to {} in {}", settings.cache, took(since)));
-            (nix::verify_closure(settings, paths)?, "whole in")
+            let copied = took(since);
+            let since = Instant::now();
+            let figures = nix::verify_closure(settings, paths)?;
+            (figures, format!("copied to {cache} in {copied}, found whole in {}", took(since)))
         }
     };
     let bytes = figures.bytes.map(|b| format!(", {}", size(b))).unwrap_or_default();
-    say::info(format!(
-        "closure of {} paths{bytes} {done} {} (looked at in {})",
-        figures.paths,
-        settings.cache,
-        took(since)
-    ));
+    let paths = if figures.paths == 1 { "path" } else { "paths" };
+    say::info(format!("closure of {} {paths}{bytes} {done}", figures.paths));
     Ok(())
 }
 

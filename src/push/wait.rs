@@ -254,6 +254,7 @@ mod tests {
         let mut state = State::new(HostName::parse("biz").unwrap(), Timestamp(0));
         state.serial = Some(serial);
         let failure = attempted.map(|n| Failure {
+            attempts: 0,
             reason: "it exits at once".into(),
             attempted: Some(path(n)),
             at: Timestamp(0),
@@ -261,6 +262,9 @@ mod tests {
             inputs: None,
         });
         let service = ServiceState {
+            secrets_changed: false,
+            pinned_since: None,
+            paused_until: None,
             name: name.clone(),
             store_path: runs.map(path),
             status,

@@ -43,6 +43,8 @@ pub enum Standing {
     Waiting,
     /// It was stopped on purpose.
     Stopped,
+    /// It is held at an earlier closure on purpose.
+    Pinned,
     /// The host has not worked from this manifest yet.
     Pending,
     /// The host worked from this manifest, and runs something else.
@@ -66,6 +68,7 @@ impl Standing {
             Standing::Running => "running",
             Standing::Waiting => "waiting",
             Standing::Stopped => "stopped",
+            Standing::Pinned => "pinned",
             Standing::Pending => "pending",
             Standing::Differs => "differs",
             Standing::Missing => "missing",
@@ -256,12 +259,13 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
         Status::Failed => Standing::Failed,
         Status::Rejected => Standing::Rejected,
         Status::Stopped => Standing::Stopped,
+        Status::Running if entry.pinned_since.is_some() => Standing::Pinned,
         Status::Running if same => Standing::Running,
         Status::Waiting if same => Standing::Waiting,
         Status::Running | Status::Waiting => unlike,
     };
     row.off = match row.status {
-        Standing::Running | Standing::Waiting | Standing::Stopped => false,
+        Standing::Running | Standing::Waiting | Standing::Stopped | Standing::Pinned => false,
         Standing::Pending => overdue,
         Standing::Differs
         | Standing::Missing
@@ -273,6 +277,20 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
     match row.status {
         Standing::Failed | Standing::Rejected => explain(&mut row, entry.failure.as_ref()),
         Standing::Pending => row.problem = overdue_text(),
+        Standing::Stopped => {
+            let until = entry.paused_until.map_or("'deployer resume'".into(), |t| t.to_string());
+            row.problem = Some(format!("stopped by 'deployer pause' until {until}"));
+        }
+        Standing::Pinned => {
+            row.problem = Some(
+                "held by 'deployer rollback' until the manifest names another path or 'deployer rollback --unpin'"
+                    .into(),
+            );
+        }
+        Standing::Running if entry.secrets_changed => {
+            row.problem =
+                Some("its secrets file was changed after it started; restart it to pick that up".into());
+        }
         Standing::Differs => {
             row.problem = Some(format!(
                 "{host} worked from this manifest and runs another version; see 'omni-deploy logs deployer'"
@@ -288,7 +306,7 @@ fn explain(row: &mut Row, failure: Option<&Failure>) {
         row.problem = Some("the host gives no reason; see 'omni-deploy logs deployer'".into());
         return;
     };
-    let Failure { reason, attempted, at: _, journal, inputs: _ } = failure;
+    let Failure { reason, attempted, at: _, journal, attempts: _, inputs: _ } = failure;
     row.problem = Some(if attempted.is_some() && *attempted != row.wanted {
         format!("{reason} (the manifest names another version by now)")
     } else {
@@ -446,6 +464,9 @@ mod tests {
                 since: Timestamp(NOW.0 - 600),
                 previous: Vec::new(),
                 failure: None,
+                secrets_changed: false,
+                pinned_since: None,
+                paused_until: None,
             };
             state.services.insert(name(service), entry);
         }
@@ -486,8 +507,8 @@ mod tests {
             assert_eq!((row.status, row.off), (standing, off), "{target:?} {age} {serial} {services:?}");
             assert_eq!(picture.rows.len(), 1);
             assert!(
-                off == row.problem.is_some(),
-                "what is off has a reason: {target:?} {age} {serial} {services:?}"
+                (off || standing == Standing::Stopped) == row.problem.is_some(),
+                "what is off or stopped has a reason: {target:?} {age} {serial} {services:?}"
             );
         }
     }
@@ -533,6 +554,7 @@ mod tests {
     #[test]
     fn a_failure_is_explained_with_its_journal_and_a_forgotten_one_is_not_shown() {
         let failure = Failure {
+            attempts: 0,
             reason: "exited with 1".into(),
             attempted: Some(path('2')),
             at: NOW,

@@ -11,7 +11,7 @@ use std::fs::TryLockError;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What our own files begin with: the lock, and the temporary files of [`crate::durable`].
 const OWN_PREFIX: &str = ".omni-deploy";
@@ -120,30 +120,33 @@ impl DirStore {
             }
             Err(e) => return Err(self.failed(verb, key, &e)),
         };
-        let started = Instant::now();
-        let mut pause = Duration::from_millis(1);
-        loop {
-            match file.file().try_lock() {
-                Ok(()) => break,
-                Err(TryLockError::WouldBlock) if started.elapsed() < self.lock_wait => {
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(Duration::from_millis(20));
+        // The kernel serves those who wait in their order, which asking again and again does not; the wait is
+        // a thread's, so that it can be given up.
+        let file = match file.file().try_lock() {
+            Ok(()) => file,
+            Err(TryLockError::Error(e)) => return Err(self.failed(verb, key, &e)),
+            Err(TryLockError::WouldBlock) => {
+                let (sender, locked) = std::sync::mpsc::channel();
+                // When nobody waits any more, the file goes down with the answer, and the lock with the file.
+                std::thread::spawn(move || drop(sender.send(file.file().lock().map(|()| file))));
+                match locked.recv_timeout(self.lock_wait) {
+                    Ok(Ok(file)) => file,
+                    Ok(Err(e)) => return Err(self.failed(verb, key, &e)),
+                    Err(_) => {
+                        let holder = fs_err::read_to_string(&path).unwrap_or_default();
+                        let holder = crate::say::printable(holder.trim()).into_owned();
+                        return Err(StoreError::Unreachable(format!(
+                            "cannot {verb} {key} in {}: {} was held for {} s by {}; if that process hangs, end \
+                             it ('fuser -v {1}' shows it)",
+                            self.url(),
+                            path.display(),
+                            self.lock_wait.as_secs(),
+                            if holder.is_empty() { "another process" } else { &holder },
+                        )));
+                    }
                 }
-                Err(TryLockError::WouldBlock) => {
-                    let holder = fs_err::read_to_string(&path).unwrap_or_default();
-                    let holder = crate::say::printable(holder.trim()).into_owned();
-                    return Err(StoreError::Unreachable(format!(
-                        "cannot {verb} {key} in {}: {} was held for {} s by {}; if that process hangs, end it \
-                         ('fuser -v {1}' shows it)",
-                        self.url(),
-                        path.display(),
-                        self.lock_wait.as_secs(),
-                        if holder.is_empty() { "another process" } else { &holder },
-                    )));
-                }
-                Err(TryLockError::Error(e)) => return Err(self.failed(verb, key, &e)),
             }
-        }
+        };
         if ours {
             // A hint for the person who waits: it need not survive anything.
             let program = std::env::args().next().unwrap_or_default();
@@ -215,7 +218,8 @@ impl Store for DirStore {
         let holds = match when {
             // Nothing is made for a write that will not take place.
             When::Still(etag) => self.version(key)?.as_ref() == Some(etag),
-            When::Always | When::Absent => true,
+            When::Absent => !path.exists(),
+            When::Always => true,
         };
         if !holds {
             return Err(self.changed(key));

@@ -74,6 +74,10 @@ impl Closure {
 
 impl Drop for Closure {
     fn drop(&mut self) {
+        // Nix leaves the lock of a path that it refused.
+        for path in self.paths() {
+            drop(fs_err::remove_file(format!("{path}.lock")));
+        }
         let there = |p: &&str| fs_err::metadata(p).is_ok();
         let all = [self.app.as_str(), self.lib.as_str()];
         let words: Vec<&str> =

@@ -1,0 +1,38 @@
+//! What a pass is about to touch, written before it does and removed when it has finished. A pass that finds
+//! one knows that another was interrupted, and for which services a running process proves nothing.
+
+use super::root::Root;
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::names::ServiceName;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+
+#[derive(Serialize, Deserialize)]
+struct Intent {
+    services: BTreeSet<ServiceName>,
+}
+
+/// The services that an interrupted pass was about to touch. A file that cannot be read was torn by nobody
+/// ([`durable::write`] replaces whole files); it is then somebody's and means nothing.
+pub fn load(root: &Root) -> Result<BTreeSet<ServiceName>> {
+    match fs_err::read(root.intent()) {
+        Ok(bytes) => Ok(serde_json::from_slice::<Intent>(&bytes).map(|i| i.services).unwrap_or_default()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(BTreeSet::new()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Takes down what is about to be touched.
+pub fn record(root: &Root, services: BTreeSet<ServiceName>) -> Result<()> {
+    let bytes = serde_json::to_vec(&Intent { services })
+        .map_err(|e| Error::new(format!("cannot write the intent: {e}")))?;
+    durable::write(&root.intent(), &bytes, 0o644)?;
+    Ok(())
+}
+
+/// The pass has finished.
+pub fn clear(root: &Root) -> Result<()> {
+    durable::remove(&root.intent())?;
+    Ok(())
+}

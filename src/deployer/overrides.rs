@@ -1,0 +1,116 @@
+//! What a person on the host decided against the manifest: services paused (stopped on purpose) and pinned (held
+//! at an earlier closure). Kept in one file, shown by `status`, and ended by the word that began it, by time, or
+//! by the manifest moving on.
+
+use super::root::Root;
+use crate::clock::Timestamp;
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::manifest::{Service, Target};
+use crate::names::{ServiceName, StorePath};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+const VERSION: u64 = 1;
+
+/// Everything that was decided here.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Overrides {
+    version: u64,
+    /// Services that are stopped on purpose.
+    #[serde(default)]
+    pub paused: BTreeMap<ServiceName, Pause>,
+    /// Services that are held at an earlier closure.
+    #[serde(default)]
+    pub pinned: BTreeMap<ServiceName, Pin>,
+}
+
+/// A service that is stopped on purpose.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pause {
+    /// When it began.
+    pub since: Timestamp,
+    /// When it ends by itself; None: with `deployer resume`.
+    pub until: Option<Timestamp>,
+}
+
+/// A service that is held at an earlier closure.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pin {
+    /// The closure.
+    pub path: StorePath,
+    /// What the manifest named when it began; another path there ends it.
+    pub instead: StorePath,
+    /// When it began.
+    pub since: Timestamp,
+}
+
+impl Overrides {
+    /// Whether a service is paused at `now`.
+    pub fn is_paused(&self, name: &ServiceName, now: Timestamp) -> bool {
+        self.paused.get(name).is_some_and(|p| p.until.is_none_or(|until| now < until))
+    }
+
+    /// The pin of a service, while the manifest still names what it stands against.
+    pub fn pin(&self, service: &Service) -> Option<&Pin> {
+        let pin = self.pinned.get(&service.name)?;
+        (service.artifact.store_path.path() == Some(&pin.instead)).then_some(pin)
+    }
+
+    /// The entry with its pinned path, if it is pinned.
+    pub fn apply(&self, service: &Service) -> Service {
+        let mut service = service.clone();
+        if let Some(pin) = self.pin(&service) {
+            service.artifact.store_path = Target::Path(pin.path.clone());
+        }
+        service
+    }
+
+    /// Drops what has ended: by time, by the manifest, with the service. Returns whether there was any.
+    pub fn expire(&mut self, desired: &[&Service], now: Timestamp) -> bool {
+        let before = self.paused.len() + self.pinned.len();
+        self.paused.retain(|name, pause| {
+            desired.iter().any(|s| s.name == *name) && pause.until.is_none_or(|until| now < until)
+        });
+        let kept: BTreeMap<ServiceName, Pin> =
+            desired.iter().filter_map(|s| self.pin(s).map(|pin| (s.name.clone(), pin.clone()))).collect();
+        self.pinned = kept;
+        before != self.paused.len() + self.pinned.len()
+    }
+}
+
+/// Reads them; none when there is no file. A file that cannot be used is an error: starting what somebody
+/// stopped on purpose could do harm.
+pub fn load(root: &Root) -> Result<Overrides> {
+    let path = root.overrides();
+    let bytes = match fs_err::read(&path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Overrides::default()),
+        Err(e) => return Err(e.into()),
+    };
+    let read: Overrides = serde_json::from_slice(&bytes).map_err(|e| {
+        Error::new(format!("{} cannot be used: {e}; remove it to drop all pauses and pins", path.display()))
+    })?;
+    if read.version > VERSION {
+        return Err(Error::new(format!(
+            "{} has version {}, this program reads up to {VERSION}; upgrade omni-deploy",
+            path.display(),
+            read.version
+        )));
+    }
+    Ok(read)
+}
+
+/// Writes them.
+pub fn save(root: &Root, overrides: &Overrides) -> Result<()> {
+    if overrides.paused.is_empty() && overrides.pinned.is_empty() {
+        durable::remove(&root.overrides())?;
+        return Ok(());
+    }
+    let written = Overrides { version: VERSION, ..overrides.clone() };
+    let mut bytes = serde_json::to_vec_pretty(&written)
+        .map_err(|e| Error::new(format!("cannot write pauses and pins: {e}")))?;
+    bytes.push(b'\n');
+    durable::write(&root.overrides(), &bytes, 0o644)?;
+    Ok(())
+}

@@ -1,0 +1,537 @@
+//! `deploy-manifest` through the built binary, over real directories: the runbook's lines, every command, every
+//! refusal (which changes nothing), and many writers at once.
+
+use omni_deploy::manifest::parse::{self, Mode};
+use omni_deploy::runner::{Output, Run, Status};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// A store in a directory and the binary under its other name.
+struct Bench {
+    dir: tempfile::TempDir,
+}
+
+const HASH: &str = "0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd";
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("deploy-manifest");
+        fs_err::os::unix::fs::symlink(env!("CARGO_BIN_EXE_omni-deploy"), link).unwrap();
+        Bench { dir }
+    }
+
+    fn store(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    fn command(&self, args: &[&str]) -> Run {
+        Run::new(self.dir.path().join("deploy-manifest").to_str().unwrap())
+            .args(args)
+            .env("OMNI_DEPLOY_STORE", format!("file://{}", self.store().display()))
+            .env("OMNI_DEPLOY_HOST", "biz")
+            .env("HOME", self.dir.path())
+            .env("USER", "ann")
+            .without_env("XDG_CONFIG_HOME")
+            .without_env("OMNI_DEPLOY_DEFAULT_HOSTS")
+            .without_env("JOURNAL_STREAM")
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Runs a command that must succeed; its stdout.
+    fn ok(&self, args: &[&str]) -> String {
+        let out = self.run(args);
+        assert_eq!(out.status, Status::Exit(0), "{args:?}: {}", out.stderr);
+        out.text()
+    }
+
+    /// Runs a command that must fail with this code and change nothing; the one line it says.
+    fn refused(&self, code: i32, args: &[&str]) -> String {
+        let before = self.files();
+        let out = self.run(args);
+        assert_eq!(out.status, Status::Exit(code), "{args:?}: {} {}", out.text(), out.stderr);
+        assert_eq!(out.text(), "", "{args:?}");
+        assert_eq!(self.files(), before, "{args:?} changed the store");
+        assert_eq!(out.stderr.lines().count(), 1, "{args:?}: {}", out.stderr);
+        out.stderr
+    }
+
+    fn manifest(&self) -> Value {
+        serde_json::from_slice(&fs_err::read(self.store().join("manifest.json")).unwrap()).unwrap()
+    }
+
+    fn archived(&self) -> Vec<String> {
+        let names = self.files().into_keys();
+        names.filter_map(|n| n.strip_prefix("manifests/").map(String::from)).collect()
+    }
+
+    /// Every object of the store with its bytes.
+    fn files(&self) -> BTreeMap<String, Vec<u8>> {
+        fn walk(root: &Path, dir: &Path, into: &mut BTreeMap<String, Vec<u8>>) {
+            let Ok(entries) = fs_err::read_dir(dir) else { return };
+            for entry in entries {
+                let path = entry.unwrap().path();
+                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_string();
+                if path.is_dir() {
+                    walk(root, &path, into);
+                } else if !name.contains(".omni-deploy") {
+                    into.insert(name, fs_err::read(&path).unwrap());
+                }
+            }
+        }
+        let mut files = BTreeMap::new();
+        walk(&self.store(), &self.store(), &mut files);
+        files
+    }
+
+    fn with_ava() -> Self {
+        let bench = Bench::new();
+        bench.ok(&["add-service", r#"{"name": "ava", "artifact": {"storePath": "/nix/store/placeholder"}}"#]);
+        bench
+    }
+}
+
+fn path(name: &str) -> String {
+    format!("/nix/store/{HASH}-{name}")
+}
+
+#[test]
+fn the_runbooks_lines_work_as_they_stand() {
+    let bench = Bench::new();
+    let service = r#"{
+       "name": "my-service",
+       "artifact": {"storePath": "/nix/store/placeholder"},
+       "hosts": ["biz"],
+       "exec": {"command": null, "user": "root", "group": "root"},
+       "env": {"PORT": "8080"},
+       "envFile": "/var/lib/deployer-secrets/my-service.env",
+       "http": {"domain": "my.example.com", "path": "/", "internalPort": 8080}
+       }"#;
+    bench.ok(&["add-service", service]);
+    bench.ok(&["update", "my-service", &path("my-service")]);
+    let shown: Value = serde_json::from_str(&bench.ok(&["show"])).unwrap();
+    assert_eq!(shown["services"][0]["artifact"]["storePath"], path("my-service"));
+    assert_eq!(shown["services"][0]["http"]["internalPort"], 8080);
+    let listed = bench.ok(&["list"]);
+    assert!(
+        listed.lines().any(|l| l.starts_with("* manifest-") && l.ends_with("update my-service")),
+        "{listed}"
+    );
+    let day = &bench.archived()[0][.."manifest-20261122".len()];
+    bench.ok(&["rollback", &format!("{day}.json")]);
+    assert_eq!(bench.manifest()["services"][0]["artifact"]["storePath"], "/nix/store/placeholder");
+    assert_eq!(bench.manifest()["serial"], 3);
+    assert_eq!(bench.archived().len(), 2);
+}
+
+#[test]
+fn every_write_says_one_line_and_archives_what_it_replaced() {
+    let bench = Bench::new();
+    let url = format!("file://{}", bench.store().display());
+    let mut expected = Vec::new();
+    let mut replaced: Option<Vec<u8>> = None;
+    for (args, line) in [
+        (vec!["init"], format!("serial 1: init ({url})")),
+        (vec!["init"], format!("unchanged: there is a manifest already, serial 1 ({url})")),
+        (
+            vec!["add-service", r#"{"name": "ava", "artifact": {"storePath": "/nix/store/placeholder"}}"#],
+            format!("serial 2: add-service ava ({url})"),
+        ),
+        (
+            vec!["update", "ava", "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava", "--revision", "abc"],
+            format!("serial 3: update ava ({url})"),
+        ),
+        (
+            vec!["update", "ava", "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava"],
+            format!("unchanged: serial 3 says so already ({url})"),
+        ),
+        (vec!["set", "ava", "env.A=1", "hosts=biz,web1"], format!("serial 4: set ava env.A hosts ({url})")),
+        (vec!["remove-service", "ava"], format!("serial 5: remove-service ava ({url})")),
+    ] {
+        let out = bench.run(&args);
+        assert_eq!((out.status, out.stderr.trim_end()), (Status::Exit(0), line.as_str()), "{args:?}");
+        if line.starts_with("serial") {
+            expected.extend(replaced.take());
+        }
+        replaced = Some(bench.files()["manifest.json"].clone());
+        let archived: Vec<Vec<u8>> =
+            bench.files().into_iter().filter(|(n, _)| n.starts_with("manifests/")).map(|(_, b)| b).collect();
+        assert_eq!(archived, expected, "{args:?}");
+    }
+    assert_eq!(bench.manifest()["change"]["action"], "remove-service ava");
+    assert!(bench.manifest()["change"]["by"].as_str().unwrap().starts_with("ann@"));
+}
+
+#[test]
+fn every_mistake_is_one_line_and_changes_nothing() {
+    let empty = Bench::new();
+    for args in [
+        &["show"][..],
+        &["list"],
+        &["diff"],
+        &["rollback"],
+        &["update", "a", &path("a")],
+        &["set", "a", "x=1"],
+        &["edit"],
+        &["validate"],
+    ] {
+        let line = empty.refused(1, args);
+        assert!(
+            line.contains("no manifest in file:///") && line.contains("run 'deploy-manifest init'"),
+            "{line}"
+        );
+    }
+    let bench = Bench::with_ava();
+    bench.ok(&["add-service", r#"{"name": "web", "artifact": {"storePath": "/nix/store/placeholder"}, "http": {"domain": "a.org", "internalPort": 80}}"#]);
+    let service = |fields: &str| {
+        format!(r#"{{"name": "x", "artifact": {{"storePath": "/nix/store/placeholder"}}, {fields}}}"#)
+    };
+    let add = |fields: &str| vec!["add-service".to_string(), service(fields)];
+    let words = |list: &[&str]| list.iter().map(|w| w.to_string()).collect::<Vec<_>>();
+    for (args, said) in [
+        (words(&["update", "avaa", &path("a")]), "no service 'avaa' in the manifest; did you mean 'ava'?"),
+        (words(&["update", "zzzz", &path("a")]), "add it with 'deploy-manifest add-service'"),
+        (words(&["update", "ava", "/nix/store/x"]), "'/nix/store/x' is not a store path"),
+        (words(&["update", "ava", "/nix/store/placeholder"]), "is not a store path"),
+        (words(&["update", "ava", "./result"]), "'./result' is not a store path"),
+        (words(&["rollback", "--service", "avaa"]), "did you mean 'ava'"),
+        (words(&["rollback", "1", "--service", "wbe"]), "did you mean"),
+        (words(&["rollback", "nope"]), "no version 'nope'"),
+        (words(&["show", "--service", "avaa"]), "did you mean 'ava'"),
+        (words(&["remove-service", "we"]), "did you mean 'web'"),
+        (
+            words(&["set", "ava", "http.port=1"]),
+            "ava: http.port: unknown field; did you mean 'internalPort' or 'portEnv'?",
+        ),
+        (
+            words(&["set", "ava", "http={\"domain\": \"b.org\", \"internalPort\": 80}"]),
+            "services[1].http.internalPort: 80 is claimed by 'ava' and 'web' on host 'biz'",
+        ),
+        (
+            words(&["set", "ava", "http={\"domain\": \"a.org\", \"internalPort\": 81}"]),
+            "services[1].http.path: \"/\" of a.org is claimed by 'ava' and 'web'",
+        ),
+        (words(&["add-service", "{"]), "cut off"),
+        (words(&["add-service", "hello"]), "not JSON"),
+        (words(&["add-service", ""]), "empty"),
+        (words(&["add-service", "[]"]), "[] is an array; an object with a service is meant"),
+        (words(&["add-service", "@/nonexistent-file"]), "/nonexistent-file"),
+        (
+            words(&[
+                "add-service",
+                r#"{"name": "ava", "artifact": {"storePath": "/nix/store/placeholder"}}"#,
+            ]),
+            "service 'ava' is in the manifest already; change it with 'deploy-manifest set ava",
+        ),
+        (add(r#""port": 80"#), "port: unknown field; did you mean 'http.internalPort' or 'http.portEnv'?"),
+        (add(r#""hosts": "biz""#), "hosts: \"biz\" is a string"),
+        (add(r#""name": "y""#), "name: stands twice"),
+        (add(r#""env": {"A-B": "1"}"#), "env[\"A-B\"]"),
+        (add(r#""env": {"A": "x\ny"}"#), "env.A: "),
+        (add(r#""envFile": "/a/../b""#), "envFile: \"/a/../b\" has '..'"),
+        (add(r#""rollout": "overlap""#), "rollout: \"overlap\" needs http"),
+        (
+            add(r#""http": {"domain": "a.org", "internalPort": 81, "path": "/"}"#),
+            "is claimed by 'web' and 'x'",
+        ),
+    ] {
+        // JSON on a command line has its escapes; a newline in it is a newline.
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let line = bench.refused(1, &args);
+        assert!(line.starts_with("error: ") && line.contains(said), "{args:?}: {line}");
+    }
+    for args in [&["shwo"][..], &["set", "ava"], &["set", "ava", "nothing"], &["diff", "1", "2", "3"]] {
+        bench.refused(2, args);
+    }
+    for args in [&["list", "-n", "x"][..], &["update", "ava"], &["show", "--nope"], &[]] {
+        let before = bench.files();
+        assert_eq!(bench.run(args).status, Status::Exit(2), "{args:?}");
+        assert_eq!(bench.files(), before);
+    }
+}
+
+#[test]
+fn a_service_without_hosts_needs_default_hosts() {
+    let bench = Bench::new();
+    let service = r#"{"name": "ava", "artifact": {"storePath": "/nix/store/placeholder"}}"#;
+    let out = bench
+        .command(&["add-service", service])
+        .env("OMNI_DEPLOY_DEFAULT_HOSTS", "one two")
+        .output()
+        .unwrap();
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(bench.manifest()["services"][0]["hosts"], json!(["one", "two"]));
+}
+
+#[test]
+fn a_service_comes_from_a_file_or_from_stdin() {
+    let bench = Bench::new();
+    let file = bench.dir.path().join("s.json");
+    fs_err::write(&file, r#"{"name": "a", "artifact": {"storePath": "/nix/store/placeholder"}}"#).unwrap();
+    bench.ok(&["add-service", &format!("@{}", file.display())]);
+    let stdin = r#"{"name": "b", "artifact": {"storePath": "/nix/store/placeholder"}}"#;
+    let out = bench.command(&["add-service", "-"]).stdin(stdin).output().unwrap();
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    let out = bench.command(&["validate", "-"]).stdin(stdin).output().unwrap();
+    assert_eq!((out.status, out.stderr.trim_end()), (Status::Exit(0), "valid: stdin has service 'b'"));
+    bench.ok(&["validate", file.to_str().unwrap()]);
+    bench.ok(&["validate", bench.store().join("manifest.json").to_str().unwrap()]);
+    bench.ok(&["validate"]);
+    fs_err::write(&file, r#"{"version": 1, "serial": 1, "generation": "x", "services": []}"#).unwrap();
+    let line = bench.refused(1, &["validate", file.to_str().unwrap()]);
+    assert!(line.contains("s.json: generation: \"x\" is not a time"), "{line}");
+}
+
+#[test]
+fn show_prints_what_is_stored_in_its_own_order_with_fields_of_a_newer_version() {
+    let bench = Bench::with_ava();
+    let stored = r#"{"zebra":1,"services":[{"hosts":["biz"],"name":"ava","artifact":{"storePath":"/nix/store/placeholder"},"new":{"z":1,"a":[]}}],"version":1,"serial":7,"generation":"2026-11-22T18:31:05Z"}"#;
+    fs_err::write(bench.store().join("manifest.json"), stored).unwrap();
+    let shown = bench.ok(&["show"]);
+    assert!(
+        shown.starts_with("{\n  \"zebra\": 1,\n  \"services\": [\n    {\n      \"hosts\": [\n"),
+        "{shown}"
+    );
+    assert_eq!(
+        serde_json::from_str::<Value>(&shown).unwrap(),
+        serde_json::from_str::<Value>(stored).unwrap()
+    );
+    let one = bench.ok(&["show", "--service", "ava"]);
+    assert!(one.starts_with("{\n  \"hosts\": [") && one.contains("\"z\": 1,\n    \"a\": []"), "{one}");
+    bench.ok(&["set", "ava", "env.A=1"]);
+    assert_eq!(
+        (&bench.manifest()["zebra"], &bench.manifest()["services"][0]["new"]["z"]),
+        (&json!(1), &json!(1))
+    );
+    assert_eq!(bench.files()["manifests/manifest-20261122T183105Z-00000007.json"], stored.as_bytes());
+    // JSON that says nothing usable is shown all the same, and said.
+    fs_err::write(bench.store().join("manifest.json"), r#"{"version": 9, "x": 1}"#).unwrap();
+    let out = bench.run(&["show"]);
+    assert_eq!((out.status, out.text().as_str()), (Status::Exit(0), "{\n  \"version\": 9,\n  \"x\": 1\n}\n"));
+    assert!(out.stderr.contains("warning") && out.stderr.contains("newer omni-deploy"), "{}", out.stderr);
+    let line = bench.refused(1, &["update", "ava", &path("a")]);
+    assert!(line.contains("upgrade this one"), "{line}");
+    for (bytes, said) in [(&b""[..], "empty"), (b"{\"version\": 1,", "cut off"), (b"\xff\xfe", "not JSON")] {
+        fs_err::write(bench.store().join("manifest.json"), bytes).unwrap();
+        for args in [&["show"][..], &["set", "ava", "env.A=2"], &["validate"]] {
+            let line = bench.refused(1, args);
+            assert!(line.contains(said), "{args:?}: {line}");
+        }
+    }
+}
+
+#[test]
+fn a_rollback_goes_to_the_version_before_and_twice_comes_back() {
+    let bench = Bench::with_ava();
+    let at = |bench: &Bench| {
+        bench.manifest()["services"][0]["artifact"]["storePath"].as_str().unwrap().to_string()
+    };
+    bench.ok(&["update", "ava", &path("one")]);
+    bench.ok(&["update", "ava", &path("two")]);
+    bench.ok(&["rollback"]);
+    assert_eq!((at(&bench), &bench.manifest()["serial"]), (path("one"), &json!(4)));
+    let action = bench.manifest()["change"]["action"].as_str().unwrap().to_string();
+    assert!(
+        action.starts_with("rollback to manifest-") && action.ends_with("-00000002.json (serial 2)"),
+        "{action}"
+    );
+    bench.ok(&["rollback"]);
+    assert_eq!(at(&bench), path("two"));
+    bench.ok(&["rollback", "1"]);
+    assert_eq!(at(&bench), "/nix/store/placeholder");
+    let name = bench.archived().into_iter().find(|n| n.ends_with("00000002.json")).unwrap();
+    bench.ok(&["rollback", &name]);
+    assert_eq!(at(&bench), path("one"));
+    let line = bench.refused(1, &["rollback", "manifest-2"]);
+    assert!(line.contains("fits 6 versions: manifest-"), "{line}");
+    assert_eq!(bench.manifest()["serial"], 7);
+}
+
+#[test]
+fn a_rollback_of_one_service_leaves_the_others() {
+    let bench = Bench::with_ava();
+    bench.ok(&["add-service", r#"{"name": "web", "artifact": {"storePath": "/nix/store/placeholder"}}"#]);
+    bench.ok(&["update", "ava", &path("one")]);
+    bench.ok(&["update", "ava", &path("two")]);
+    bench.ok(&["update", "web", &path("web")]);
+    bench.ok(&["rollback", "--service", "ava"]);
+    let now = bench.manifest();
+    assert_eq!(now["services"][0]["artifact"]["storePath"], path("one"));
+    assert_eq!(now["services"][1]["artifact"]["storePath"], path("web"));
+    bench.ok(&["rollback", "2", "--service", "web"]);
+    assert_eq!(bench.manifest()["services"][1]["artifact"]["storePath"], "/nix/store/placeholder");
+    bench.ok(&["remove-service", "web"]);
+    bench.ok(&["rollback", "2", "--service", "web"]);
+    assert_eq!(bench.manifest()["services"][1]["name"], "web");
+}
+
+#[test]
+fn a_rollback_mends_a_manifest_that_cannot_be_read() {
+    let bench = Bench::with_ava();
+    bench.ok(&["update", "ava", &path("one")]);
+    fs_err::write(bench.store().join("manifest.json"), "{\"version\": 1,").unwrap();
+    bench.ok(&["rollback"]);
+    assert_eq!(bench.manifest()["services"][0]["artifact"]["storePath"], "/nix/store/placeholder");
+    assert_eq!(bench.archived().len(), 2, "what could not be read is kept, too");
+    fs_err::remove_file(bench.store().join("manifest.json")).unwrap();
+    bench.ok(&["rollback", "1"]);
+    assert_eq!(bench.manifest()["services"][0]["name"], "ava");
+}
+
+#[test]
+fn list_shows_the_newest_first_in_columns_and_as_json() {
+    let bench = Bench::with_ava();
+    for n in 0..24 {
+        bench.ok(&["set", "ava", &format!("env.N={n}")]);
+    }
+    let out = bench.run(&["list"]);
+    assert_eq!(out.text().lines().count(), 21);
+    assert!(out.stderr.contains("5 older ones: 'deploy-manifest list --all'"), "{}", out.stderr);
+    assert_eq!(bench.ok(&["list", "-n", "3"]).lines().count(), 4);
+    let document: Value = serde_json::from_str(&bench.ok(&["list", "--all", "--json"])).unwrap();
+    assert_eq!(document["version"], 1);
+    let rows = document["versions"].as_array().unwrap();
+    let serials: Vec<u64> = rows.iter().map(|r| r["serial"].as_u64().unwrap()).collect();
+    assert_eq!(serials, (1..=25).rev().collect::<Vec<_>>());
+    assert_eq!((&rows[0]["current"], &rows[1]["current"]), (&json!(true), &json!(false)));
+    assert_eq!(
+        (&rows[24]["action"], &rows[0]["action"]),
+        (&json!("add-service ava"), &json!("set ava env.N"))
+    );
+    assert!(rows.iter().all(|r| r["by"].as_str().unwrap().starts_with("ann@")));
+}
+
+#[test]
+fn diff_names_services_and_fields() {
+    let bench = Bench::with_ava();
+    bench.refused(1, &["diff"]);
+    bench.ok(&["update", "ava", &path("one")]);
+    assert_eq!(
+        bench.ok(&["diff"]),
+        format!("ava: artifact.storePath /nix/store/placeholder → {}\n", path("one"))
+    );
+    bench.ok(&["remove-service", "ava"]);
+    assert_eq!(bench.ok(&["diff"]), "- service ava\n");
+    assert_eq!(bench.ok(&["diff", "3", "1"]), "+ service ava\n");
+    assert_eq!(bench.ok(&["diff", "2", "2"]), "");
+}
+
+#[test]
+fn an_edit_is_checked_then_published_and_a_wrong_text_is_kept() {
+    let bench = Bench::with_ava();
+    let edit = |script: &str| {
+        let editor = bench.dir.path().join("editor");
+        fs_err::write(&editor, format!("#!/bin/sh\n{script}\n")).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs_err::set_permissions(&editor, mode).unwrap();
+        bench.command(&["edit"]).without_env("VISUAL").env("EDITOR", &editor).env("TMPDIR", bench.dir.path())
+    };
+    let out = edit("true").output().unwrap();
+    assert_eq!((out.status, out.stderr.trim_end()), (Status::Exit(0), "unchanged: nothing was published"));
+    let out = edit(r#"sed -i 's/"restartSec": 5/"restartSec": 7/' "$1""#).output().unwrap();
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(bench.manifest()["services"][0]["systemd"]["restartSec"], 7);
+    assert_eq!(bench.manifest()["change"]["action"], "edit ava");
+    let before = bench.files();
+    for (script, said) in [
+        (
+            r#"sed -i 's/"restartSec": 7/"restartSec": -7/' "$1""#,
+            "services[0].systemd.restartSec: -7 is not a number of seconds",
+        ),
+        (
+            r#"sed -i 's/"restartSec": 7/"restartSecs": 7/' "$1""#,
+            "services[0].systemd.restartSecs: unknown field; did you mean 'restart' or 'restartSec'?",
+        ),
+        (r#"printf '{' > "$1""#, "cut off"),
+    ] {
+        let out = edit(script).output().unwrap();
+        assert_eq!(out.status, Status::Exit(1), "{}", out.stderr);
+        assert!(out.stderr.contains(said), "{}", out.stderr);
+        let kept = out.stderr.split("kept in ").nth(1).unwrap().split(':').next().unwrap();
+        assert!(Path::new(kept).is_file(), "{}", out.stderr);
+    }
+    let out = edit("exit 3").output().unwrap();
+    assert!(out.status == Status::Exit(1) && out.stderr.contains("exit code 3"), "{}", out.stderr);
+    assert_eq!(bench.files(), before);
+    // What somebody else publishes while the text is open stays.
+    let other = bench.dir.path().join("deploy-manifest");
+    let script = format!(
+        "{} add-service '{{\"name\": \"web\", \"artifact\": {{\"storePath\": \"/nix/store/placeholder\"}}}}'\n\
+         sed -i 's/\"restartSec\": 7/\"restartSec\": 9/' \"$1\"",
+        other.display()
+    );
+    let out = edit(&script).output().unwrap();
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(bench.manifest()["services"][0]["systemd"]["restartSec"], 9);
+    assert_eq!(bench.manifest()["services"][1]["name"], "web");
+}
+
+#[test]
+fn every_command_has_help_with_an_example() {
+    let bench = Bench::new();
+    for command in [
+        "init",
+        "show",
+        "list",
+        "update",
+        "add-service",
+        "remove-service",
+        "set",
+        "edit",
+        "diff",
+        "rollback",
+        "validate",
+        "schema",
+    ] {
+        let help = bench.ok(&[command, "--help"]);
+        assert!(help.contains(&format!("Usage: deploy-manifest {command}")), "{help}");
+        let example = help.split("Examples:").nth(1).unwrap_or_default();
+        assert!(example.contains(&format!("deploy-manifest {command}")), "{help}");
+    }
+    assert!(bench.ok(&["--help"]).contains("Examples:"));
+    let schema: Value = serde_json::from_str(&bench.ok(&["schema"])).unwrap();
+    assert_eq!(schema["$schema"], "https://json-schema.org/draft/2020-12/schema");
+    assert!(bench.files().is_empty());
+}
+
+#[test]
+fn many_writers_at_once_lose_no_update() {
+    const WRITERS: usize = 16;
+    const UPDATES: usize = 25;
+    let bench = Bench::with_ava();
+    let digits: Vec<char> = "0123456789abcdfghijklmnpqrsvwxyz".chars().collect();
+    std::thread::scope(|scope| {
+        for writer in 0..WRITERS {
+            let (bench, digits) = (&bench, &digits);
+            scope.spawn(move || {
+                for update in 0..UPDATES {
+                    let mut hash: String = HASH[2..].into();
+                    hash.extend([digits[writer], digits[update]]);
+                    bench.ok(&["update", "ava", &format!("/nix/store/{hash}-ava")]);
+                }
+            });
+        }
+    });
+    assert_eq!(bench.manifest()["serial"], 1 + (WRITERS * UPDATES) as u64);
+    let archived: Vec<Vec<u8>> = bench
+        .files()
+        .into_iter()
+        .filter(|(name, _)| name.starts_with("manifests/"))
+        .map(|(_, b)| b)
+        .collect();
+    assert_eq!(archived.len(), WRITERS * UPDATES);
+    let mut paths: Vec<String> = Vec::new();
+    let current = bench.files()["manifest.json"].clone();
+    for (index, bytes) in archived.iter().chain([&current]).enumerate() {
+        let manifest = parse::manifest(bytes, Mode::Strict).unwrap();
+        assert_eq!(manifest.serial, index as u64 + 1);
+        paths.push(manifest.services[0].artifact.store_path.to_string());
+    }
+    paths.sort();
+    paths.dedup();
+    assert_eq!(paths.len(), 1 + WRITERS * UPDATES, "an update was lost or made twice");
+}

@@ -1,0 +1,513 @@
+//! Push through the built binary: over a real S3 protocol and a directory, with a real Nix.
+
+mod cache;
+mod common;
+
+use cache::{Closure, NIX_CONFIG, ask, bucket, key};
+use common::{KEY, S3Server, SECRET};
+use omni_deploy::clock::Timestamp;
+use omni_deploy::config::{Flags, Settings, load};
+use omni_deploy::deployer::state::{Failure, ServiceState, State, Status};
+use omni_deploy::names::{HostName, ServiceName, StorePath};
+use omni_deploy::nix::{self, FetchError};
+use omni_deploy::runner::{Output, Run};
+use omni_deploy::store::Store;
+use std::path::Path;
+
+/// A developer's machine: a folder with a repository's files, a home, a `bild`, and where the bucket is.
+struct Desk {
+    dir: tempfile::TempDir,
+    store: String,
+}
+
+impl Desk {
+    fn new(store: &str) -> Desk {
+        let dir = tempfile::tempdir().unwrap();
+        for folder in ["home", "bin", "Biz/App"] {
+            fs_err::create_dir_all(dir.path().join(folder)).unwrap();
+        }
+        Desk { store: store.to_string(), dir }
+    }
+
+    fn in_directory() -> Desk {
+        let mut desk = Desk::new("");
+        desk.store = format!("file://{}", desk.path("store").display());
+        desk
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        Run::new(env!("CARGO_BIN_EXE_omni-deploy"))
+            .args(words)
+            .dir(self.dir.path())
+            .env("HOME", self.path("home"))
+            .without_env("XDG_CONFIG_HOME")
+            .env("NIX_CONFIG", NIX_CONFIG)
+            .env("AWS_ACCESS_KEY_ID", KEY)
+            .env("AWS_SECRET_ACCESS_KEY", SECRET)
+            .env("OMNI_DEPLOY_STORE", &self.store)
+            .env("OMNI_DEPLOY_HOST", "laptop")
+            .env("OMNI_DEPLOY_BUILD", format!("sh {}", self.path("bin/bild").display()))
+            .env("OMNI_DEPLOY_SSH", format!("sh {}", self.path("bin/enter").display()))
+            .output()
+            .unwrap()
+    }
+
+    fn ok(&self, words: &[&str]) -> String {
+        let output = self.run(words);
+        assert!(output.status.ok(), "{words:?}: {}", output.stderr);
+        output.text()
+    }
+
+    fn script(&self, name: &str, text: &str) {
+        fs_err::write(self.path("bin").join(name), text).unwrap();
+    }
+
+    /// A manifest with a service on `biz` that waits for its first push.
+    fn service(&self, name: &str) {
+        let json = format!(
+            r#"{{"name": "{name}", "artifact": {{"storePath": "/nix/store/placeholder"}}, "hosts": ["biz"]}}"#
+        );
+        self.ok(&["manifest", "add-service", &json]);
+    }
+
+    fn manifest(&self) -> serde_json::Value {
+        serde_json::from_str(&self.ok(&["manifest", "show"])).unwrap()
+    }
+
+    /// `omni-deploy`'s settings of this desk, for calls of the library.
+    fn settings(&self, more: &[(&'static str, &str)]) -> Settings {
+        let mut flags = Flags::from([("store", self.store.clone()), ("host", "laptop".to_string())]);
+        flags.extend(more.iter().map(|(name, value)| (*name, value.to_string())));
+        load(&flags).unwrap()
+    }
+}
+
+/// Runs a test again in a process of its own whose environment has the bucket's credentials; true there.
+fn with_credentials(test: &str) -> bool {
+    if std::env::var_os("OMNI_TEST_INSIDE").is_some() {
+        return true;
+    }
+    let home = tempfile::tempdir().unwrap();
+    let run = Run::new(std::env::current_exe().unwrap().to_str().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env("OMNI_TEST_INSIDE", "1")
+        .env("HOME", home.path())
+        .env("NIX_CONFIG", NIX_CONFIG)
+        .env("AWS_ACCESS_KEY_ID", KEY)
+        .env("AWS_SECRET_ACCESS_KEY", SECRET);
+    let output = run.output().unwrap();
+    assert!(output.status.ok() && output.text().contains("1 passed"), "{}{}", output.text(), output.stderr);
+    false
+}
+
+fn push_and_push_again(desk: &Desk, writes: &dyn Fn() -> usize) {
+    desk.ok(&["manifest", "init"]);
+    desk.service("ava");
+    let closure = Closure::build("ava", 1_000_000);
+    fs_err::write(desk.path("Biz/App/Web.py"), "# : out ava\n").unwrap();
+    desk.script("bild", &format!("echo \"building $1\"; echo STORE_PATH={}", closure.app));
+    assert_eq!(desk.ok(&["push", "Biz/App/Web.py"]), format!("ava {} serial 3\n", closure.app));
+    let manifest = desk.manifest();
+    assert_eq!(manifest["services"][0]["artifact"]["storePath"], closure.app.as_str());
+    assert_eq!(manifest["services"][0]["revision"], serde_json::Value::Null);
+    let before = writes();
+    let again = desk.run(&["push", "Biz/App/Web.py"]);
+    assert_eq!(again.text(), format!("ava {} serial 3\n", closure.app));
+    assert!(
+        again.stderr.contains("closure of 2 paths") && again.stderr.contains("already"),
+        "{}",
+        again.stderr
+    );
+    assert_eq!(writes(), before, "a second push writes nothing");
+}
+
+#[test]
+fn a_push_to_s3_arrives_once() {
+    let s3 = S3Server::start();
+    let desk = Desk::new(&s3.url("team"));
+    push_and_push_again(&desk, &|| s3.log().iter().filter(|l| l.starts_with("PUT")).count());
+}
+
+#[test]
+fn a_push_to_a_directory_arrives_once() {
+    let desk = Desk::in_directory();
+    let files = |dir: &Path| ask("find", &[dir.to_str().unwrap(), "-type", "f"]).lines().count();
+    push_and_push_again(&desk, &|| files(&desk.path("store")));
+}
+
+fn round_trip(desk: &Desk) {
+    let (secret, public) = key(&desk.dir, "test-1");
+    let closure = Closure::build("trip", 500_000);
+    let signing = desk.settings(&[("secretKeyFile", secret.to_str().unwrap())]);
+    let tops = [closure.app.clone()];
+    nix::publish(&signing, &tops, &mut |_| {}).unwrap();
+    assert_eq!(nix::verify_closure(&signing, &tops).unwrap().paths, 2);
+    closure.forget();
+    assert_eq!(nix::missing(&closure.paths()).unwrap().len(), 2);
+    let host = desk.settings(&[("trustedPublicKeys", &public)]);
+    assert_eq!(nix::fetch(&host, &tops).unwrap(), Default::default());
+    assert_eq!(nix::missing(&closure.paths()).unwrap(), []);
+    assert_eq!(nix::closure(&tops).unwrap().len(), 2);
+}
+
+#[test]
+fn what_was_pushed_to_s3_can_be_fetched() {
+    if with_credentials("what_was_pushed_to_s3_can_be_fetched") {
+        let s3 = S3Server::start();
+        round_trip(&Desk::new(&s3.url("")));
+    }
+}
+
+#[test]
+fn what_was_pushed_to_a_directory_can_be_fetched() {
+    round_trip(&Desk::in_directory());
+}
+
+#[test]
+fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
+    if !with_credentials("the_reasons_why_a_closure_cannot_be_had_are_told_apart") {
+        return;
+    }
+    let s3 = S3Server::start();
+    let desk = Desk::new(&s3.url("cache"));
+    let store = bucket(&s3);
+    let (secret, public) = key(&desk.dir, "test-1");
+    let (_, foreign) = key(&desk.dir, "foreign-1");
+    let signing = desk.settings(&[("secretKeyFile", secret.to_str().unwrap())]);
+    let host = desk.settings(&[("trustedPublicKeys", &public)]);
+    let names = ["good", "absent", "holed", "zeroed", "swapped", "forged"];
+    let closures: Vec<Closure> = names.map(|n| Closure::build(n, 100_000)).into();
+    let [good, absent, holed, zeroed, swapped, forged] = &closures[..] else { panic!("six closures") };
+    let pushed = [good, holed, zeroed, swapped, forged];
+    let tops: Vec<StorePath> = pushed.map(|c| c.app.clone()).into();
+    nix::publish(&signing, &tops, &mut |_| {}).unwrap();
+    closures.iter().for_each(Closure::forget);
+    let info = |path: &StorePath| {
+        let bytes = store.get_start(&format!("{}.narinfo", path.hash()), 4096).unwrap().unwrap();
+        String::from_utf8(bytes).unwrap()
+    };
+    let nar =
+        |path: &StorePath| info(path).lines().find_map(|l| l.strip_prefix("URL: ")).unwrap().to_string();
+    let put = |key: &str, bytes: &[u8]| store.put(key, bytes, &omni_deploy::store::When::Always).unwrap();
+    // A hole below the top; the right size with no content; a good NAR of another path, which has the same size;
+    // a narinfo that says what nobody signed.
+    store.delete(&nar(&holed.lib)).unwrap();
+    let size = store.size(&nar(&zeroed.lib)).unwrap().unwrap();
+    put(&nar(&zeroed.lib), &vec![0; size as usize]);
+    let other = store.get_start(&nar(&good.lib), 1 << 20).unwrap().unwrap();
+    assert_eq!(store.size(&nar(&swapped.lib)).unwrap(), Some(other.len() as u64));
+    put(&nar(&swapped.lib), &other);
+    let lie = info(&forged.lib).replace("NarSize: ", "NarSize: 1");
+    put(&format!("{}.narinfo", forged.lib.hash()), lie.as_bytes());
+
+    let all: Vec<StorePath> = closures.iter().map(|c| c.app.clone()).collect();
+    let reasons = nix::fetch(&host, &all).unwrap();
+    assert_eq!(nix::missing(&good.paths()).unwrap(), [], "what is whole arrives: {reasons:?}");
+    assert!(!reasons.contains_key(&good.app));
+    let text = |c: &Closure| reasons[&c.app].to_string();
+    assert!(matches!(reasons[&absent.app], FetchError::NotInCache(_)), "{}", text(absent));
+    assert!(text(absent).contains(absent.app.as_str()) && text(absent).contains("omni-deploy push"));
+    assert!(matches!(reasons[&holed.app], FetchError::NotInCache(_)), "{}", text(holed));
+    assert!(text(holed).contains(holed.lib.as_str()), "{}", text(holed));
+    for altered in [zeroed, swapped, forged] {
+        assert!(matches!(reasons[&altered.app], FetchError::Refused(_)), "{}", text(altered));
+        assert!(nix::missing(&altered.paths()).unwrap().contains(&altered.app));
+    }
+
+    good.forget();
+    let stranger = desk.settings(&[("trustedPublicKeys", &foreign)]);
+    let refused = nix::fetch(&stranger, std::slice::from_ref(&good.app)).unwrap();
+    assert!(matches!(refused[&good.app], FetchError::Refused(_)), "{refused:?}");
+    assert_eq!(nix::missing(std::slice::from_ref(&good.app)).unwrap().len(), 1);
+
+    let gone = format!("s3://box/cache?endpoint={}&scheme=http", s3.address);
+    drop(s3);
+    let lost = nix::fetch(&desk.settings(&[("cache", &gone)]), std::slice::from_ref(&good.app)).unwrap();
+    assert!(matches!(lost[&good.app], FetchError::Unreachable(_)), "{lost:?}");
+}
+
+#[test]
+fn a_hole_in_the_cache_is_found_and_the_next_push_fills_it() {
+    let desk = Desk::in_directory();
+    let settings = desk.settings(&[]);
+    let closure = Closure::build("holed", 100_000);
+    let tops = [closure.app.clone()];
+    nix::publish(&settings, &tops, &mut |_| {}).unwrap();
+    let nars = || -> Vec<_> {
+        fs_err::read_dir(desk.path("store/nar")).unwrap().map(|e| e.unwrap().path()).collect()
+    };
+    let whole = nars();
+    assert_eq!(whole.len(), 2);
+    let info = desk.path("store").join(format!("{}.narinfo", closure.lib.hash()));
+    let good = fs_err::read(&info).unwrap();
+    for (what, part) in [
+        ("has lost its file", "nar"),
+        ("bytes instead of", "cut"),
+        ("is not there", "info"),
+        ("broken narinfo", "text"),
+    ] {
+        let largest = nars().into_iter().max_by_key(|p| fs_err::metadata(p).unwrap().len()).unwrap();
+        match part {
+            "nar" => fs_err::remove_file(&largest).unwrap(),
+            "cut" => fs_err::write(&largest, "short").unwrap(),
+            "info" => fs_err::remove_file(&info).unwrap(),
+            _ => fs_err::write(&info, &good[..good.len() / 3]).unwrap(),
+        }
+        let e = nix::verify_closure(&settings, &tops).unwrap_err().to_string();
+        assert!(
+            e.contains(what) && e.contains(closure.lib.as_str()) && e.contains("omni-deploy push"),
+            "{part}: {e}"
+        );
+        nix::publish(&settings, &tops, &mut |_| {}).unwrap();
+        assert_eq!(nix::verify_closure(&settings, &tops).unwrap().paths, 2, "{part}");
+    }
+}
+
+#[test]
+fn what_was_cached_without_a_signature_gets_one() {
+    let desk = Desk::in_directory();
+    let closure = Closure::build("unsigned", 1000);
+    let tops = [closure.app.clone()];
+    nix::publish(&desk.settings(&[]), &tops, &mut |_| {}).unwrap();
+    let (secret, public) = key(&desk.dir, "late-1");
+    let signing = desk.settings(&[("secretKeyFile", secret.to_str().unwrap())]);
+    assert!(nix::verify_closure(&signing, &tops).unwrap_err().to_string().contains("late-1"));
+    nix::publish(&signing, &tops, &mut |_| {}).unwrap();
+    nix::verify_closure(&signing, &tops).unwrap();
+    closure.forget();
+    assert_eq!(
+        nix::fetch(&desk.settings(&[("trustedPublicKeys", &public)]), &tops).unwrap(),
+        Default::default()
+    );
+}
+
+#[test]
+fn a_build_that_fails_publishes_nothing_and_says_so() {
+    let desk = Desk::in_directory();
+    desk.ok(&["manifest", "init"]);
+    desk.service("app-web");
+    fs_err::write(desk.path("Biz/App/Web.py"), "print()\n").unwrap();
+    let before = desk.manifest();
+    let absent = "/nix/store/00000000000000000000000000000000-ava";
+    for (script, says) in [
+        ("echo boom >&2; exit 7", "exit code 7: boom"),
+        ("echo done", "printed no store path"),
+        ("echo STORE_PATH=/nix/store/x", "is not a store path"),
+        (&format!("echo STORE_PATH={absent}"), "is not valid in this machine's Nix store"),
+        (&format!("echo {absent}/bin/ava"), "points below a store path"),
+        ("kill -9 $$", "signal 9"),
+    ] {
+        desk.script("bild", script);
+        let output = desk.run(&["push", "Biz/App/Web.py"]);
+        assert_eq!(
+            (output.status.to_string().as_str(), output.text().as_str()),
+            ("exit code 1", ""),
+            "{script}"
+        );
+        let error = output.stderr.lines().last().unwrap();
+        assert!(
+            error.contains("build of Biz/App/Web.py failed") && error.contains(says),
+            "{script}: {error}"
+        );
+        assert_eq!(desk.manifest(), before, "{script}");
+    }
+}
+
+#[test]
+fn an_unknown_service_is_refused_before_anything_is_built() {
+    let desk = Desk::in_directory();
+    desk.ok(&["manifest", "init"]);
+    desk.service("app-web");
+    desk.script("bild", "touch built; exit 1");
+    fs_err::write(desk.path("Biz/App/Webb.py"), "").unwrap();
+    let output = desk.run(&["push", "Biz/App/Webb.py"]);
+    assert_eq!(output.status.to_string(), "exit code 1");
+    for part in ["'app-webb'", "did you mean 'app-web'", "add-service"] {
+        assert!(output.stderr.contains(part), "{}", output.stderr);
+    }
+    assert!(!desk.path("built").exists());
+    for (words, says) in [
+        (vec!["push"], "nothing to push"),
+        (vec!["push", "a", "b", "--service", "x"], "several targets"),
+        (vec!["push", "/nix/store/00000000000000000000000000000000-ava"], "--service"),
+        (vec!["push", ".#"], "--service"),
+        (vec!["push", "--nope"], "Unrecognized argument"),
+    ] {
+        let output = desk.run(&words);
+        assert_eq!(output.status.to_string(), "exit code 2", "{words:?}: {}", output.stderr);
+        assert!(output.stderr.contains(says), "{words:?}: {}", output.stderr);
+    }
+}
+
+#[test]
+fn several_targets_are_one_version_with_their_commit() {
+    let desk = Desk::in_directory();
+    desk.ok(&["manifest", "init"]);
+    desk.service("one");
+    desk.service("two");
+    let (one, two) = (Closure::build("one", 10), Closure::build("two", 10));
+    fs_err::write(desk.path("Biz/One.py"), "").unwrap();
+    fs_err::write(desk.path("Biz/Two.py"), "").unwrap();
+    desk.script("bild", &format!("case $1 in *One*) echo {};; *) echo {};; esac", one.app, two.app));
+    let git = |words: &[&str]| {
+        let identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"];
+        Run::new("git").args(identity).args(words).dir(desk.dir.path()).success().unwrap().text()
+    };
+    git(&["init", "-q"]);
+    git(&["add", "Biz"]);
+    git(&["commit", "-qm", "x"]);
+    let printed = desk.ok(&["push", "Biz/One.py", "Biz/Two.py"]);
+    assert_eq!(printed, format!("one {} serial 4\ntwo {} serial 4\n", one.app, two.app));
+    assert_eq!(desk.manifest()["services"][1]["revision"], git(&["rev-parse", "HEAD"]).trim());
+    assert_eq!(desk.manifest()["change"]["action"], "update one, two");
+}
+
+#[test]
+fn a_flake_and_a_nix_file_are_built_and_named() {
+    let desk = Desk::in_directory();
+    desk.ok(&["manifest", "init"]);
+    desk.service("ava");
+    desk.service("thing");
+    let derivation = |name: &str, salt: &Path| {
+        format!(
+            "derivation {{ name = \"{name}\"; system = \"x86_64-linux\"; builder = \"/bin/sh\"; \
+             args = [ \"-c\" \"/bin/mkdir -p $out/bin; echo {} > $out/bin/{name}\" ]; }}",
+            salt.display()
+        )
+    };
+    let flake = format!("{{ outputs = {{ self }}: {{ ava = {}; }}; }}", derivation("ava", desk.dir.path()));
+    fs_err::create_dir(desk.path("flake")).unwrap();
+    fs_err::write(desk.path("flake/flake.nix"), flake).unwrap();
+    let file = format!("# : out thing\n{}\n", derivation("thing", desk.dir.path()));
+    fs_err::write(desk.path("Biz/App/any.nix"), file).unwrap();
+    let reference = format!("path:{}#ava", desk.path("flake").display());
+    let printed = desk.ok(&["push", &reference, "Biz/App/any.nix"]);
+    let lines: Vec<Vec<&str>> = printed.lines().map(|l| l.split(' ').collect()).collect();
+    assert!(lines.len() == 2 && lines[0][0] == "ava" && lines[1][0] == "thing", "{printed}");
+    for line in &lines {
+        assert!(fs_err::metadata(format!("{}/bin/{}", line[1], line[0])).is_ok(), "{printed}");
+    }
+    let refused = desk.run(&["push", "--service", "ava", &reference.replace("#ava", "#nope")]);
+    assert!(refused.stderr.contains("build of path:") && !refused.status.ok(), "{}", refused.stderr);
+    let flakes = ["--extra-experimental-features", "flakes", "flake", "metadata", "--json"];
+    let metadata = ask("nix", &[&flakes[..], &[reference.trim_end_matches("#ava")]].concat());
+    let metadata: serde_json::Value = serde_json::from_str(&metadata).unwrap();
+    ask("nix-store", &["--delete", metadata["path"].as_str().unwrap()]);
+    for line in &lines {
+        let drv = ask("nix-store", &["--query", "--deriver", line[1]]);
+        ask("nix-store", &["--delete", line[1], drv.trim()]);
+    }
+}
+
+#[test]
+fn a_bucket_that_refuses_is_heard_through_nix() {
+    let s3 = S3Server::start();
+    let desk = Desk::new(&s3.url(""));
+    desk.ok(&["manifest", "init"]);
+    desk.service("ava");
+    let before = desk.manifest();
+    let closure = Closure::build("ava", 3_000_000);
+    s3.faults(
+        r#"{"fail": {"status": 403, "code": "AccessDenied", "methods": ["PUT"], "key_prefix": "nar/"}}"#,
+    );
+    let output = desk.run(&["push", "--service", "ava", closure.app.as_str()]);
+    assert_eq!(output.status.to_string(), "exit code 1");
+    let error = output.stderr.lines().last().unwrap();
+    assert!(error.contains("copy to the cache failed") && error.contains("nothing was published"), "{error}");
+    assert!(error.contains("nar/"), "the object is named: {error}");
+    let hex = |word: &str| word.len() == 48 && word.bytes().all(|b| b.is_ascii_hexdigit());
+    let mut words = output.stderr.split(|c: char| !c.is_ascii_alphanumeric());
+    assert!(!words.any(hex), "the bridge's path is shown: {}", output.stderr);
+    assert_eq!(desk.manifest(), before);
+    // A transfer that breaks off in the middle is taken up again.
+    s3.faults(r#"{"reset": {"count": 1, "after": true, "methods": ["PUT"], "key_prefix": "nar/"}}"#);
+    let output = desk.run(&["push", "--service", "ava", closure.app.as_str()]);
+    assert!(output.status.ok() && output.stderr.contains("going on"), "{}", output.stderr);
+}
+
+/// What a host's state says of `ava`.
+fn state(serial: u64, status: Status, runs: &StorePath, attempted: Option<&StorePath>) -> String {
+    let name = ServiceName::parse("ava").unwrap();
+    let mut state = State::new(HostName::parse("biz").unwrap(), Timestamp(0));
+    state.serial = Some(serial);
+    let failure = attempted.map(|path| Failure {
+        reason: "it exits at once; read 'journalctl -u ava'".into(),
+        attempted: Some(path.clone()),
+        at: Timestamp(0),
+        journal: vec!["panic: no database".into()],
+        attempts: 0,
+        inputs: None,
+    });
+    let service = ServiceState {
+        name: name.clone(),
+        store_path: Some(runs.clone()),
+        status,
+        since: Timestamp(0),
+        previous: Vec::new(),
+        failure,
+        secrets_changed: false,
+        pinned_since: None,
+        paused_until: None,
+    };
+    state.services.insert(name, service);
+    serde_json::to_string(&state).unwrap()
+}
+
+#[test]
+fn shipping_ends_with_the_truth_about_every_host() {
+    let desk = Desk::in_directory();
+    desk.ok(&["manifest", "init"]);
+    desk.service("ava");
+    let closure = Closure::build("ava", 10);
+    let old = StorePath::parse("/nix/store/00000000000000000000000000000000-ava").unwrap();
+    // A host in a few lines: every start is written down; the pass after the n-th start leaves state.N, the
+    // last of them staying; without any it does not answer.
+    desk.script(
+        "enter",
+        "cd \"$(dirname \"$0\")/../host\" || exit 255\n\
+         case \"$*\" in\n\
+         'biz sudo systemctl start deployer') echo start >> starts; n=$(wc -l < starts); \
+         [ -e \"state.$n\" ] && mv \"state.$n\" state; echo 'a unit failed' >&2; exit 1;;\n\
+         'biz cat /var/lib/deployer/state.json') cat state;;\n\
+         *) echo \"what? $*\" >&2; exit 255;;\nesac\n",
+    );
+    let ship = |states: &[String], timeout: &str| {
+        drop(fs_err::remove_dir_all(desk.path("host")));
+        if !states.is_empty() {
+            fs_err::create_dir(desk.path("host")).unwrap();
+        }
+        for (n, state) in states.iter().enumerate() {
+            fs_err::write(desk.path("host").join(format!("state.{}", n + 1)), state).unwrap();
+        }
+        desk.run(&["ship", "--timeout", timeout, "--service", "ava", closure.app.as_str()])
+    };
+    let starts = || fs_err::read_to_string(desk.path("host/starts")).unwrap().lines().count();
+    let line = format!("ava {} serial 3\n", closure.app);
+
+    // The first start joins a pass that read an older manifest.
+    let states = [state(2, Status::Running, &old, None), state(3, Status::Running, &closure.app, None)];
+    let output = ship(&states, "30");
+    assert_eq!(output.text(), format!("{line}ava biz running\n"), "{}", output.stderr);
+    assert!(output.status.ok() && starts() == 2, "{} starts: {}", starts(), output.stderr);
+
+    let output = ship(&[state(3, Status::Rejected, &old, Some(&closure.app))], "30");
+    assert_eq!(output.text(), format!("{line}ava biz refused\n"));
+    assert_eq!(output.status.to_string(), "exit code 3");
+    assert!(output.stderr.contains("exits at once") && output.stderr.contains("panic: no database"));
+
+    let output = ship(&[], "30");
+    assert_eq!(output.text(), format!("{line}ava biz unknown\n"));
+    assert_eq!(output.status.to_string(), "exit code 1");
+    assert!(output.stderr.contains("biz does not answer"), "{}", output.stderr);
+
+    // A host that never gets there is not waited for beyond the timeout.
+    let started = std::time::Instant::now();
+    let output = ship(&[state(2, Status::Running, &old, None)], "2");
+    assert_eq!(output.status.to_string(), "exit code 1");
+    assert!(output.stderr.contains("saw serial 2, not yet 3"), "{}", output.stderr);
+    assert!(started.elapsed().as_secs() < 20);
+}
