@@ -75,7 +75,10 @@ fn garbage_in_the_bucket_leaves_the_last_good_manifest_in_force() {
 #[test]
 fn the_timer_is_enabled_and_waits() {
     let biz = lock(&BIZ);
-    assert_eq!(biz.host.sh("systemctl is-enabled deployer.timer; systemctl is-active deployer.timer"), "enabled\nactive");
+    assert_eq!(
+        biz.host.sh("systemctl is-enabled deployer.timer; systemctl is-active deployer.timer"),
+        "enabled\nactive"
+    );
     let next = biz.host.sh("systemctl show --property=Triggers --value deployer.timer; systemctl list-timers deployer.timer --no-legend");
     assert!(next.contains("deployer.service") && next.contains("left"), "{next}");
 }
@@ -87,7 +90,10 @@ fn what_was_changed_by_hand_is_repaired_and_said() {
     let unit = "/etc/systemd/system/web.service";
     host.sh(&format!("cp -p {unit} /root/web.service"));
     for (change, says) in [
-        (format!("sed -i s/8001/8009/ {unit}; systemctl daemon-reload; systemctl restart web"), "the unit was changed"),
+        (
+            format!("sed -i s/8001/8009/ {unit}; systemctl daemon-reload; systemctl restart web"),
+            "the unit was changed",
+        ),
         (format!("echo 'Nice=5' >>{unit}"), "the unit was changed"),
         (format!("rm {unit}; systemctl daemon-reload"), "the unit was gone"),
         (format!("systemctl stop web; rm {unit}; systemctl daemon-reload"), "the unit was gone"),
@@ -139,7 +145,10 @@ fn a_service_that_is_taken_out_leaves_nothing_and_the_last_one_only_goes_when_as
     host.sh("deploy-manifest remove-service other");
     let said = host.good_pass();
     assert!(said.contains("other: removing (not in the manifest)"), "{said}");
-    assert_eq!(host.sh("systemctl show --property=LoadState,ActiveState --value other"), "not-found\ninactive");
+    assert_eq!(
+        host.sh("systemctl show --property=LoadState,ActiveState --value other"),
+        "not-found\ninactive"
+    );
     assert!(host.try_sh("pgrep -f bin/other").text().is_empty());
     host.sh("[[ ! -e /nix/var/nix/gcroots/omni-deploy/other && ! -e /var/lib/deployer/applied/other.json ]]");
     assert!(!host.sh("curl -sSf localhost:2019/config/").contains("other.example.com"));
@@ -148,7 +157,11 @@ fn a_service_that_is_taken_out_leaves_nothing_and_the_last_one_only_goes_when_as
 
     host.sh("deploy-manifest remove-service web");
     let pass = host.passes_with(1);
-    assert!(pass.said.contains("nothing was removed") && pass.said.contains("--allow-empty"), "{}", pass.said);
+    assert!(
+        pass.said.contains("nothing was removed") && pass.said.contains("--allow-empty"),
+        "{}",
+        pass.said
+    );
     assert_eq!(host.invocation("web"), invocation);
     host.serves("web", "one");
     host.sh("deployer run --allow-empty");
@@ -183,7 +196,11 @@ fn the_plan_is_what_the_pass_then_does() {
     let json: Value = serde_json::from_str(&host.sh("deployer plan --json")).unwrap();
     assert_eq!((&json["empty"], &json["services"][0]["target"]), (&json!(false), &json!(two)));
     let said = host.good_pass();
-    for line in [format!("web: fetched {two}"), format!("web: starting {two} (another version)"), "other: starting".into()] {
+    for line in [
+        format!("web: fetched {two}"),
+        format!("web: starting {two} (another version)"),
+        "other: starting".into(),
+    ] {
         assert!(said.contains(&line), "{line}: {said}");
     }
     host.serves("web", "two");
@@ -272,8 +289,9 @@ fn systemd_takes_every_field_of_an_entry_as_it_was_meant() {
     host.good_pass();
     for name in ["web", "dynamic"] {
         host.serves(name, "one");
-        let verify =
-            format!("systemd-analyze verify --man=no --recursive-errors=no /etc/systemd/system/{name}.service 2>&1");
+        let verify = format!(
+            "systemd-analyze verify --man=no --recursive-errors=no /etc/systemd/system/{name}.service 2>&1"
+        );
         assert_eq!(host.sh(&verify), "");
     }
     let shown = host.sh(
@@ -298,7 +316,10 @@ fn systemd_takes_every_field_of_an_entry_as_it_was_meant() {
         assert!(shown.lines().any(|l| l == line), "{line}: {shown}");
     }
     assert!(shown.lines().any(|l| l.starts_with("Requires=") && l.contains("caddy.service")), "{shown}");
-    assert_eq!(host.sh("systemctl show dynamic --property=DynamicUser,StateDirectory --value"), "yes\ndynamic");
+    assert_eq!(
+        host.sh("systemctl show dynamic --property=DynamicUser,StateDirectory --value"),
+        "yes\ndynamic"
+    );
     host.sh("rm -r '/srv/web data' /var/lib/web");
 }
 
@@ -314,7 +335,8 @@ fn the_last_three_closures_survive_a_garbage_collection() {
         paths.push(path);
     }
     host.sh("nix-collect-garbage");
-    let kept: Vec<bool> = paths.iter().map(|p| host.try_sh(&format!("nix-store --verify-path {p}")).status.ok()).collect();
+    let kept: Vec<bool> =
+        paths.iter().map(|p| host.try_sh(&format!("nix-store --verify-path {p}")).status.ok()).collect();
     assert_eq!(kept, [false, true, true, true]);
     let previous = host.service("web")["previous"].clone();
     assert_eq!(previous, json!([paths[2], paths[1]]));
