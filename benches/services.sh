@@ -7,7 +7,7 @@ exec jq -n --argjson count "$1" --argjson hosts "$2" '
    services: [range(1; $count + 1) | padded(5) as $n | {
      name: "web-\($n)", artifact: {type: "nix-closure", storePath: "/nix/store/\(. | padded(32))-web-\($n)"},
      hosts: ["bench-\(. % $hosts)"], exec: {command: null, user: "root", group: "root"},
-     env: {PORT: "\(20000 + .)", LOG_LEVEL: "info"}, envFile: "/var/lib/deployer-secrets/web-\($n).env",
+     env: {PORT: "\(20000 + .)", LOG_LEVEL: "info"}, envFile: null,
      http: {domain: "web-\($n).example.com", path: "/", internalPort: (20000 + .)},
      health: {path: "/health", timeoutSec: 30}, rollout: "restart",
      systemd: {after: ["network-online.target"], requires: [], restart: "on-failure", restartSec: 5},
