@@ -242,7 +242,8 @@ pub fn verify(units: &[(ServiceName, String)]) -> Result<BTreeMap<ServiceName, S
     let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
     for (name, text) in units {
         let file = dir.path().join(name.unit());
-        crate::durable::write(&file, text.as_bytes(), 0o644)?;
+        // Gone in a moment: nothing that the disk would have to hear of.
+        fs_err::write(&file, text)?;
         files.push((name.clone(), file));
     }
     let all: Vec<&Path> = files.iter().map(|(_, f)| f.as_path()).collect();
