@@ -1003,7 +1003,8 @@ fn needless(m: &Machine, before: &Machine) -> Vec<String> {
         let entries = m.desired(manifest, &m.disk.overrides);
         let entry = entries.iter().find(|e| e.name == *name);
         let known = entry.is_some_and(|e| remembers(before, name, &before.attempt(e)));
-        let attempted = m.refused.contains_key(name) && !known;
+        // A pass that died may have refused it without having seen what its start brought up.
+        let attempted = m.refused.contains_key(name) && (!known || before.disk.intent.is_some());
         if ran_well && !attempted && *count > 0 {
             wrong.push(format!("{name} ran well and was restarted {count} time(s)"));
         }
