@@ -194,6 +194,12 @@ impl Host {
         lab_ok(&["reboot", self.name]);
     }
 
+    /// The power fails; then it boots the same disk.
+    pub fn power_cut(&self) {
+        lab_ok(&["kill", self.name]);
+        lab_ok(&["start", self.name]);
+    }
+
     /// `ssh HOSTNAME` for somebody outside; returns the folder to put first on PATH.
     pub fn ssh_setup(&self, dir: &Path) -> String {
         lab_ok(&["ssh-setup", self.name, &dir.display().to_string()])

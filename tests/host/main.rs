@@ -7,6 +7,7 @@ mod developer;
 mod kill;
 mod lab;
 mod mistakes;
+mod order;
 mod passes;
 mod runbook;
 mod solo;
