@@ -9,3 +9,4 @@ mod mistakes;
 mod passes;
 mod runbook;
 mod solo;
+mod trust;
