@@ -232,7 +232,7 @@ pub fn stop(units: &[String], deadline: Duration) -> Result<()> {
 }
 
 /// What `systemd-analyze verify` has to say of unit texts: the complaint per service; none is good.
-/// Its exit status does not tell (LAB: 0 also for ignored lines), its output does.
+/// Its exit status does not tell (it is 0 also for lines that systemd ignores), its output does.
 pub fn verify(units: &[(ServiceName, String)]) -> Result<BTreeMap<ServiceName, String>> {
     let mut complaints = BTreeMap::new();
     if units.is_empty() {
