@@ -103,7 +103,9 @@ pub fn units(
         seen.wanted = links.contains(OsStr::new(&unit))
             && fs_err::read_link(wants.join(&unit))
                 .is_ok_and(|target| same_file(&wants.join(target), &root.unit(name)));
-        if let (true, Some(started)) = (seen.listed.running(), started(name)) {
+        if seen.listed.running()
+            && let Some(started) = started(name)
+        {
             seen.current = changed(&root.unit(name)).is_some_and(|written| written <= started);
             if !seen.current {
                 older.push(name.clone());
