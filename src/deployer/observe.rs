@@ -26,7 +26,7 @@ pub fn observe(
     let mut unproved = BTreeSet::new();
     let proved: BTreeSet<&StorePath> = applied.values().map(|a| &a.path).collect();
     for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
-        if is_there(path)? {
+        if !present.contains(path) && is_there(path)? {
             present.insert(path.clone());
             if !proved.contains(path) {
                 unproved.insert(path.clone());
