@@ -443,38 +443,31 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
         first: Option<Shown>,
         well_since: Option<Instant>,
     }
-    /// How a unit is looked at: by its state alone, by all that the rule asks for, or so for the last time.
-    #[derive(PartialEq, Eq)]
-    enum Look {
-        Passing,
-        Close,
-        Last,
-    }
     let begun = Instant::now();
     let mut outcomes = BTreeMap::new();
     let mut pending: Vec<Pending> =
         watched.iter().map(|watched| Pending { watched, first: None, well_since: None }).collect();
     while !pending.is_empty() {
-        // `show` costs systemd far more than the list of all units: what was well and still runs is shown again
-        // only at its end, when whatever happened in between can be seen from its restarts and invocation.
+        // One time for all, so that all have settled at the same look.
+        let looked = Instant::now();
+        // `show` costs systemd far more than the list of all units, and a unit that is listed as running under
+        // the invocation of its first look would show the same again.
         let listed = systemd::list_units()?;
-        let looks: Vec<Look> = pending
-            .iter()
-            .map(|p| match p.well_since {
-                Some(since) if since.elapsed() >= SETTLE => Look::Last,
-                Some(_) if listed.get(&p.watched.unit).is_some_and(Listed::running) => Look::Passing,
-                _ => Look::Close,
-            })
-            .collect();
-        let close = pending.iter().zip(&looks).filter(|(_, look)| **look != Look::Passing);
+        let unchanged = |p: &Pending| match &p.first {
+            Some(first) if p.well_since.is_some() => {
+                listed.get(&p.watched.unit).is_some_and(Listed::running)
+                    && systemd::invocation(&p.watched.unit).is_some_and(|id| id == first.invocation)
+            }
+            _ => false,
+        };
+        let unchanged: Vec<bool> = pending.iter().map(unchanged).collect();
+        let close = pending.iter().zip(&unchanged).filter(|(_, unchanged)| !**unchanged);
         let mut shown = systemd::show(&close.map(|(p, _)| p.watched.unit.clone()).collect::<Vec<_>>())?;
         let probes = probe_all(pending.iter().map(|p| p.watched.service));
-        // One time for all, so that all have their last look together.
-        let looked = Instant::now();
         let mut still = Vec::new();
-        for ((mut one, probe), look) in pending.into_iter().zip(probes).zip(looks) {
+        for ((mut one, probe), unchanged) in pending.into_iter().zip(probes).zip(unchanged) {
             let now = match &one.first {
-                Some(first) if look == Look::Passing => first.clone(),
+                Some(first) if unchanged => first.clone(),
                 _ => shown.remove(&one.watched.unit).unwrap_or_default(),
             };
             let name = one.watched.name.clone();
@@ -486,7 +479,7 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
                 }
                 CameUp::Well => {
                     let since = *one.well_since.get_or_insert(looked);
-                    if look == Look::Last {
+                    if looked.duration_since(since) >= SETTLE {
                         outcomes.insert(name, Ok(since.duration_since(begun)));
                         continue;
                     }

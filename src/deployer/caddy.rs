@@ -5,6 +5,7 @@
 
 use crate::manifest::Http;
 use serde_json::{Map, Value, json};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -58,9 +59,10 @@ pub fn route(entries: &[&Http]) -> Option<Value> {
     let domains: BTreeSet<&str> = entries.iter().map(|h| h.domain.as_str()).collect();
     let mut sorted: Vec<&&Http> = entries.iter().collect();
     // First match wins in Caddy: a plain name before a wildcard, then the longest path.
-    sorted.sort_by_key(|h| {
-        (h.domain.starts_with("*."), h.domain.clone(), std::cmp::Reverse(h.path.len()), h.path.clone())
-    });
+    fn rank(h: &Http) -> (bool, &str, Reverse<usize>, &str) {
+        (h.domain.starts_with("*."), &h.domain, Reverse(h.path.len()), &h.path)
+    }
+    sorted.sort_by(|a, b| rank(a).cmp(&rank(b)));
     let routes: Vec<Value> = sorted
         .iter()
         .map(|http| {
@@ -81,11 +83,14 @@ pub fn route(entries: &[&Http]) -> Option<Value> {
             })
         })
         .collect();
-    Some(json!({
+    let mut route = json!({
         "@id": ROUTE_ID,
         "match": [{"host": domains}],
-        "handle": [{"handler": "subroute", "routes": routes}],
-    }))
+        "handle": [{"handler": "subroute", "routes": []}],
+    });
+    // Moved: the macro would copy them.
+    route["handle"][0]["routes"] = Value::Array(routes);
+    Some(route)
 }
 
 /// In a server that is ours alone, what nobody's route matches is a 404 rather than Caddy's empty 200.

@@ -26,7 +26,7 @@ pub fn observe(
     let mut unproved = BTreeSet::new();
     let proved: BTreeSet<&StorePath> = applied.values().map(|a| &a.path).collect();
     for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
-        if is_there(path)? {
+        if !present.contains(path) && is_there(path)? {
             present.insert(path.clone());
             if !proved.contains(path) {
                 unproved.insert(path.clone());
@@ -103,7 +103,9 @@ pub fn units(
         seen.wanted = links.contains(OsStr::new(&unit))
             && fs_err::read_link(wants.join(&unit))
                 .is_ok_and(|target| same_file(&wants.join(target), &root.unit(name)));
-        if let (true, Some(started)) = (seen.listed.running(), started(name)) {
+        if seen.listed.running()
+            && let Some(started) = started(name)
+        {
             seen.current = changed(&root.unit(name)).is_some_and(|written| written <= started);
             if !seen.current {
                 older.push(name.clone());

@@ -345,6 +345,8 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
 }
 
 fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: Timestamp) -> Result<u8> {
+    // Its unit has it made; a pass started by hand on a fresh host has not.
+    durable::folder(&root.state_dir, 0o755)?;
     let store = store::open(&settings.store)?;
     let mut memory = load_memory(settings, root, now)?;
     let before = memory.state.clone();

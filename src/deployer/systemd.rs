@@ -133,6 +133,13 @@ fn parse_show(text: &str) -> BTreeMap<String, Shown> {
     units
 }
 
+/// The invocation's id of an active unit, from the link that systemd keeps for its journal and makes anew with
+/// every start; None where there is none.
+pub fn invocation(unit: &str) -> Option<String> {
+    let link = Path::new("/run/systemd/units").join(format!("invocation:{unit}"));
+    fs_err::read_link(link).ok()?.to_str().map(String::from)
+}
+
 /// What the rule says of a service that was just started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CameUp {
