@@ -70,6 +70,14 @@ fn last_good(root: &Root, store: &dyn Store) -> Option<(Vec<u8>, Option<Etag>)> 
     Some((bytes, etag))
 }
 
+fn keep_manifest(root: &Root, bytes: &[u8], origin: &Origin) -> Result<()> {
+    durable::write(&root.manifest(), bytes, 0o644)?;
+    let origin = serde_json::to_vec(origin)
+        .map_err(|e| Error::new(format!("cannot write the manifest's origin: {e}")))?;
+    durable::write(&root.manifest_origin(), &origin, 0o644)?;
+    Ok(())
+}
+
 /// Reads the manifest, from the bucket if it has a good one, else the last good one. `keep`: a new one is kept
 /// on disk for the day the bucket cannot be reached.
 fn current(root: &Root, store: &dyn Store, keep: bool) -> Result<Current> {
@@ -80,14 +88,12 @@ fn current(root: &Root, store: &dyn Store, keep: bool) -> Result<Current> {
         Ok(Got::NotModified) => None,
         Ok(Got::Found { bytes, etag }) => match parse::manifest(&bytes, Mode::Tolerant) {
             Ok(manifest) => {
-                if keep {
-                    let origin = Origin { store: url, etag: etag.0, sha256: sha256(&bytes) };
-                    durable::write(&root.manifest(), &bytes, 0o644)?;
-                    let origin = serde_json::to_vec(&origin)
-                        .map_err(|e| Error::new(format!("cannot write the manifest's origin: {e}")))?;
-                    durable::write(&root.manifest_origin(), &origin, 0o644)?;
+                let origin = Origin { store: url.clone(), etag: etag.0, sha256: sha256(&bytes) };
+                match if keep { keep_manifest(root, &bytes, &origin) } else { Ok(()) } {
+                    Ok(()) => return Ok(Current { manifest, error: None }),
+                    // What runs here must be known when the bucket is not, so it is not taken up.
+                    Err(e) => Some(format!("the new manifest cannot be kept on this host: {e}")),
                 }
-                return Ok(Current { manifest, error: None });
             }
             Err(e) => Some(format!(
                 "the manifest in {url} cannot be used: {e}; publish a good one ('deploy-manifest rollback')"
@@ -350,7 +356,8 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
             break;
         }
         changed |= host.round(&plan, &desired, &mut observed, &mut memory, &mut learned)?;
-        remember(root, &mut memory, &learned)?;
+        let remembered = remember(root, &mut memory, &learned);
+        learned.disk(remembered);
         (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
         plan = decide(&observed, &memory, &learned)?;
     }
@@ -391,9 +398,10 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         host.remove_understudies(&plan.understudies, &mut observed)?;
     }
     if !plan.gone.is_empty() {
-        intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())?;
-        changed |= host.remove(&plan.gone, &mut memory, &observed)?;
-        host.unroot(&plan.gone, &mut observed)?;
+        let gone = intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())
+            .and_then(|()| host.remove(&plan.gone, &mut memory, &observed))
+            .and_then(|removed| host.unroot(&plan.gone, &mut observed).map(|()| changed |= removed));
+        learned.disk(gone);
     }
     if changed {
         (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
@@ -419,11 +427,12 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
     };
     tell(&before, &state, &learned);
     let code = state.exit_code();
-    publish(root, store.as_ref(), &before, state)?;
-    if root.intent().exists() {
+    let published = publish(root, store.as_ref(), &before, state);
+    if !learned.disk(published) && learned.unwritten.is_empty() && root.intent().exists() {
         intent::clear(root)?;
     }
-    Ok(code)
+    // The intent stays with what is not on the disk: the next pass looks at it all again.
+    Ok(if learned.unwritten.is_empty() { code } else { code.max(crate::error::EXIT_FAILED) })
 }
 
 /// Takes refusals down at once: should this pass die on the way back, the next one goes back as well and does

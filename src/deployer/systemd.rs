@@ -245,10 +245,11 @@ pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMa
         return Ok(complaints);
     }
     let dir = crate::durable::scratch(scratch)?;
+    let _effect = effect::mark("verify below", scratch.display());
     let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
     for (name, text) in units {
         let file = dir.path().join(name.unit());
-        crate::durable::write(&file, text.as_bytes(), 0o644)?;
+        fs_err::write(&file, text)?;
         files.push((name.clone(), file));
     }
     let all: Vec<&Path> = files.iter().map(|(_, f)| f.as_path()).collect();
