@@ -284,6 +284,7 @@ pub fn perform(admin: &str, request: &Request) -> Result<(), String> {
         .header("Content-Type", "application/json")
         .body(body)
         .map_err(|e| format!("cannot {}: {e}", request.what))?;
+    let _effect = crate::effect::mark(request.method, &request.path);
     let mut response = agent().run(built).map_err(|e| format!("cannot {}: {e}", request.what))?;
     if response.status().is_success() {
         return Ok(());

@@ -10,6 +10,7 @@ use super::systemd;
 use super::unit;
 use crate::clock::Timestamp;
 use crate::durable;
+use crate::effect;
 use crate::error::{Error, Result};
 use crate::manifest::model::DEFAULT_DRAIN_SEC;
 use crate::manifest::{Http, Service};
@@ -71,8 +72,14 @@ impl Host<'_> {
                 "{}: proving {} beside the running version, on port {port}",
                 u.name, u.goal.path
             ));
-            durable::write(&self.root.next_unit(u.name), u.text.as_bytes(), 0o644)?;
-            observed.understudies.insert(u.name.clone());
+            match durable::write(&self.root.next_unit(u.name), u.text.as_bytes(), 0o644) {
+                Ok(()) => drop(observed.understudies.insert(u.name.clone())),
+                Err(e) => self.hindered(u.name, u.goal, &e.into(), learned),
+            }
+        }
+        understudies.retain(|u| observed.understudies.contains(u.name));
+        if understudies.is_empty() {
+            return Ok(false);
         }
         systemd::daemon_reload()?;
         let units: Vec<String> = understudies.iter().map(|u| u.name.next_unit()).collect();
@@ -250,7 +257,7 @@ fn drain(ports: &[(&ServiceName, u16, u32)]) -> Result<()> {
     }
     loop {
         std::thread::sleep(COUNT_EVERY);
-        if begun.elapsed() < LEAST_DRAIN {
+        if begun.elapsed() < effect::shortened(LEAST_DRAIN) {
             continue;
         }
         let counts = established()?;

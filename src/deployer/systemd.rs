@@ -1,6 +1,7 @@
 //! systemd: every call of systemctl, systemd-analyze and journalctl on the host, and the pure rule that says
 //! whether a service came up.
 
+use crate::effect;
 use crate::error::{Error, Result};
 use crate::names::ServiceName;
 use crate::runner::{Run, RunError};
@@ -191,6 +192,7 @@ pub fn came_up(first: Option<&Shown>, now: &Shown, probe: Option<&Result<(), Str
 
 /// Makes systemd read unit files again.
 pub fn daemon_reload() -> Result<()> {
+    let _effect = effect::mark("systemctl", "daemon-reload");
     systemctl().arg("daemon-reload").deadline(QUICK).success()?;
     Ok(())
 }
@@ -201,6 +203,7 @@ pub fn reset_failed(units: &[String]) -> Result<()> {
     if units.is_empty() {
         return Ok(());
     }
+    let _effect = effect::mark("systemctl reset-failed", format_args!("{units:?}"));
     let output = systemctl().args(["reset-failed", "--"]).args(units).deadline(QUICK).output()?;
     if !output.status.ok() && !output.stderr.contains("not loaded") {
         return Err(Error::new(format!("systemctl reset-failed: {}", output.stderr.trim())));
@@ -214,6 +217,7 @@ pub fn restart(units: &[String], deadline: Duration) -> Result<Option<String>> {
     if units.is_empty() {
         return Ok(None);
     }
+    let _effect = effect::mark("systemctl restart", format_args!("{units:?}"));
     match systemctl().args(["restart", "--"]).args(units).deadline(deadline).output() {
         Ok(output) if output.status.ok() => Ok(None),
         Ok(output) => Ok(Some(output.stderr.trim().to_string())),
@@ -227,6 +231,7 @@ pub fn stop(units: &[String], deadline: Duration) -> Result<()> {
     if units.is_empty() {
         return Ok(());
     }
+    let _effect = effect::mark("systemctl stop", format_args!("{units:?}"));
     let output = systemctl().args(["stop", "--"]).args(units).deadline(deadline).output()?;
     if !output.status.ok() && !output.stderr.contains("not loaded") {
         return Err(Error::new(format!(
@@ -239,13 +244,15 @@ pub fn stop(units: &[String], deadline: Duration) -> Result<()> {
 }
 
 /// What `systemd-analyze verify` has to say of unit texts: the complaint per service; none is good.
-/// Its exit status does not tell (it is 0 also for lines that systemd ignores), its output does.
-pub fn verify(units: &[(ServiceName, String)]) -> Result<BTreeMap<ServiceName, String>> {
+/// Its exit status does not tell (it is 0 also for lines that systemd ignores), its output does. The units are put
+/// below `scratch` for it.
+pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMap<ServiceName, String>> {
     let mut complaints = BTreeMap::new();
     if units.is_empty() {
         return Ok(complaints);
     }
-    let dir = tempfile::Builder::new().prefix("omni-deploy-verify-").tempdir()?;
+    let dir = crate::durable::scratch(scratch)?;
+    let _effect = effect::mark("verify below", scratch.display());
     let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
     for (name, text) in units {
         let file = dir.path().join(name.unit());

@@ -438,9 +438,7 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
         signature::sign(&mut signed, &store.identity(), key)?;
         match store.put(MANIFEST_KEY, &signed.to_bytes(), &When::Still(current.etag.clone())) {
             Ok(_) => return Ok(true),
-            Err(StoreError::Changed(why)) => {
-                contention.wait(began.elapsed(), Some(current.etag), &why, store)?
-            }
+            Err(StoreError::Changed(_)) => contention.wait(began.elapsed(), Some(current.etag), store)?,
             Err(e) => return Err(e.into()),
         }
     }
@@ -690,7 +688,7 @@ mod tests {
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), padded);
         let e = add(&store, "db").unwrap_err().to_string();
         assert!(e.contains("deploy-manifest rollback"), "{e}");
-        let repaired = publish(&store, &NOW, "b", Start::Repair, |_| Ok(Some("mend".into()))).unwrap();
+        let repaired = publish(&store, &NOW, &ann(), Start::Repair, |_| Ok(Some("mend".into()))).unwrap();
         assert_eq!((repaired.manifest.serial, store.current().serial), (2, 2));
     }
 

@@ -90,8 +90,8 @@ pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd:
 
     let since = Instant::now();
     let now = || Timestamp::now();
-    let version = edit::update(store.as_ref(), &now, &author, &built)
-        .map_err(|e| e.context("publishing failed"))?;
+    let version =
+        edit::update(store.as_ref(), &now, &author, &built).map_err(|e| e.context("publishing failed"))?;
     let (serial, written) = (version.manifest.serial, version.written);
     let mut hosts: BTreeMap<HostName, Vec<(ServiceName, StorePath)>> = BTreeMap::new();
     for Update { name, path, .. } in &built {

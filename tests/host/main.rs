@@ -4,6 +4,7 @@
 
 mod bucket;
 mod developer;
+mod kill;
 mod lab;
 mod mistakes;
 mod passes;
