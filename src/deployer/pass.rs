@@ -312,12 +312,14 @@ pub fn decide(settings: &Settings, name: &str, decision: Decision) -> Result<u8>
             }
         }
         Decision::Rollback => {
-            let Some((path, _)) = applied.previous.split_first() else {
+            let named = last_named(settings, &root, &name)?;
+            // Not what the manifest names: a second step back is not a step forward.
+            let earlier = |p: &&StorePath| **p != named && fs_err::symlink_metadata(p).is_ok();
+            let Some(path) = applied.previous.iter().find(earlier) else {
                 return Err(Error::new(format!(
                     "{name} has no earlier closure on this host; go back with 'deploy-manifest rollback --service {name}'"
                 )));
             };
-            let named = last_named(settings, &root, &name)?;
             overrides.pinned.insert(name, Pin { path: path.clone(), instead: named, since: now });
         }
         Decision::Unpin => {
@@ -477,7 +479,9 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         learned.disk(gone);
     }
     if changed {
-        (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
+        (observed.units, observed.active) = observe::units(root, &desired, &memory.applied)?;
+        // An attempt starts what it requires: what this changed is no reason to try again.
+        plan::settle_inputs(&mut plan, &desired, &observed, &learned);
     }
 
     let services = plan
@@ -562,7 +566,8 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
     });
     let before = memory.state.services.get(&plan.name);
     let since = before.filter(|b| b.status == status && b.store_path == runs).map_or(now, |b| b.since);
-    let previous = memory.applied.get(&plan.name).map(|a| a.previous.clone()).unwrap_or_default();
+    let previous = memory.applied.get(&plan.name).into_iter().flat_map(|a| &a.previous);
+    let previous = previous.filter(|p| observed.present.contains(*p)).cloned().collect();
     let overrides = &memory.overrides;
     ServiceState {
         name: plan.name.clone(),
