@@ -22,11 +22,23 @@ pub fn observe(
     applied: &BTreeMap<ServiceName, super::plan::Applied>,
 ) -> Result<Observed> {
     let mut present = BTreeSet::new();
-    let paths =
-        desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(applied.values().map(|a| &a.path));
-    for path in paths {
+    let mut unproved = BTreeSet::new();
+    let proved: BTreeSet<&StorePath> = applied.values().map(|a| &a.path).collect();
+    for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
         if is_there(path)? {
             present.insert(path.clone());
+            if !proved.contains(path) {
+                unproved.insert(path.clone());
+            }
+        }
+    }
+    // Nix unpacks in place and registers at the end: a copy that was cut off leaves half a path behind. Whether
+    // one is whole is only asked of what never ran here, so that an idle pass starts no program for it. Where
+    // Nix cannot be asked, fetching will say so.
+    if !unproved.is_empty() {
+        let halves = crate::nix::missing(&unproved.iter().cloned().collect::<Vec<_>>());
+        for path in halves.unwrap_or_else(|_| unproved.into_iter().collect()) {
+            present.remove(&path);
         }
     }
     let mut secrets = BTreeMap::new();
@@ -47,7 +59,7 @@ pub fn observe(
     })
 }
 
-/// Whether a store path is on the disk. Its contents are Nix's affair: a path is only ever registered whole.
+/// Whether a store path is on the disk, whole or not.
 fn is_there(path: &StorePath) -> Result<bool> {
     match fs_err::symlink_metadata(path) {
         Ok(_) => Ok(true),

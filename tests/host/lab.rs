@@ -1,0 +1,276 @@
+//! Booted hosts for the tests: what contrib/lab.sh does, as values. Everything that is started here ends with
+//! the test process, however that ends: it hangs on a pipe that the kernel then closes. It decides nothing
+//! about the product; the tests do.
+
+use omni_deploy::runner::{Output, Run, Status};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What is under test: the program that would be installed.
+pub static BINARY: LazyLock<PathBuf> = LazyLock::new(|| {
+    std::env::var_os("OMNI_TEST_BINARY")
+        .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_omni-deploy")), PathBuf::from)
+});
+
+/// The folder of this checkout.
+pub const TOP: &str = env!("CARGO_MANIFEST_DIR");
+
+/// Where the hosts of this run live. One run at a time: two would take each other's hosts away.
+static LAB_DIR: LazyLock<PathBuf> = LazyLock::new(|| {
+    let dir = std::env::var_os("OMNI_LAB_DIR")
+        .map_or_else(|| PathBuf::from("/run/omni-deploy-lab-tests"), PathBuf::from);
+    let lock = dir.with_extension("lock");
+    let file = fs_err::File::create(&lock).unwrap_or_else(|e| panic!("the host tests run as root: {e}"));
+    file.file().try_lock().unwrap_or_else(|e| panic!("another run of the host tests has {}: {e}", lock.display()));
+    // Held until the process ends.
+    std::mem::forget(file);
+    dir
+});
+
+/// The service that is deployed: examples/page.rs, built once.
+pub static PAGE: LazyLock<PathBuf> = LazyLock::new(|| {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    // Without what cargo tells its tests, at which build scripts would think that everything has changed.
+    let told = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_EXE_", "CARGO_CRATE_NAME", "LD_LIBRARY_PATH"];
+    let mut build = Run::new(cargo).args(["build", "--quiet", "--example", "page"]).dir(TOP);
+    for (name, _) in std::env::vars().filter(|(name, _)| told.iter().any(|t| name.starts_with(t))) {
+        build = build.without_env(&name);
+    }
+    build
+        .success()
+        .unwrap_or_else(|e| panic!("the example 'page' is needed: {e}"));
+    let tests = std::env::current_exe().expect("this test has a path");
+    tests.ancestors().nth(2).expect("tests are below target/PROFILE/deps").join("examples/page")
+});
+
+/// A shell that runs `script` (with `args` as `$1`…) and must have read its stdin to the end before it may
+/// clean up; holds the other end of that pipe.
+#[derive(Debug)]
+#[allow(clippy::disallowed_types, reason = "the product never leaves a process running, so its runner cannot")]
+pub struct Background {
+    child: std::process::Child,
+}
+
+impl Background {
+    /// Starts it, in a session of its own so that a Ctrl-C does not reach it before the pipe closes.
+    #[allow(clippy::disallowed_types, reason = "as above")]
+    pub fn start(script: &str, args: &[&str]) -> Self {
+        use std::process::{Command, Stdio};
+        let child = Command::new("setsid")
+            .args(["sh", "-c", script, "-"])
+            .args(args)
+            .env("OMNI_LAB_DIR", &*LAB_DIR)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|e| panic!("cannot start a shell: {e}"));
+        Background { child }
+    }
+
+    /// The next line of its stdout.
+    pub fn line(&mut self) -> String {
+        use std::io::Read;
+        let mut line = Vec::new();
+        let out = self.child.stdout.as_mut().expect("stdout is a pipe");
+        let mut byte = [0];
+        while out.read(&mut byte).is_ok_and(|n| n == 1) && byte != *b"\n" {
+            line.push(byte[0]);
+        }
+        String::from_utf8_lossy(&line).into_owned()
+    }
+
+    /// Closes the pipe and waits for the end.
+    pub fn stop(mut self) {
+        drop(self.child.stdin.take());
+        self.child.wait().expect("a child can be waited for");
+    }
+}
+
+/// Runs contrib/lab.sh.
+fn lab(args: &[&str]) -> Output {
+    Run::new(format!("{TOP}/contrib/lab.sh"))
+        .args(args)
+        .env("OMNI_LAB_DIR", &*LAB_DIR)
+        .deadline(Duration::from_secs(240))
+        .output()
+        .unwrap_or_else(|e| panic!("lab.sh {args:?}: {e}"))
+}
+
+fn lab_ok(args: &[&str]) -> String {
+    let output = lab(args);
+    assert!(output.status.ok(), "lab.sh {args:?}: {}\n{}", output.status, output.stderr);
+    output.text().trim_end().to_string()
+}
+
+/// A booted host with omni-deploy installed by contrib/install.sh.
+#[derive(Debug)]
+pub struct Host {
+    name: &'static str,
+    /// Its address, from here.
+    pub ip: String,
+    /// This machine's address, from there.
+    pub gateway: String,
+    /// A folder outside that goes away with the host.
+    pub outside: PathBuf,
+    _guard: Background,
+}
+
+/// What a pass left: its exit code and what it told the journal.
+#[derive(Debug)]
+pub struct Pass {
+    /// Its exit code.
+    pub code: i32,
+    /// Its lines.
+    pub said: String,
+}
+
+impl Host {
+    /// Boots a fresh host and installs omni-deploy there. Needs root and lab.sh's packages.
+    pub fn boot(name: &'static str) -> Self {
+        let started = lab(&["up", name]);
+        assert!(
+            started.status.ok(),
+            "the host tests boot hosts: run them as root, after 'contrib/lab.sh packages'\n{}",
+            started.stderr
+        );
+        let guard = Background::start(
+            "cat; exec \"$1\" down \"$2\" >/dev/null",
+            &[&format!("{TOP}/contrib/lab.sh"), name],
+        );
+        let host = Host {
+            name,
+            ip: lab_ok(&["ip", name]),
+            gateway: lab_ok(&["gateway", name]),
+            outside: LAB_DIR.join(name).join("outside"),
+            _guard: guard,
+        };
+        fs_err::create_dir_all(&host.outside).unwrap();
+        let opt = host.path("/opt/omni");
+        fs_err::create_dir_all(&opt).unwrap();
+        Run::new("cp").args(["-r", &format!("{TOP}/contrib")]).arg(&opt).success().unwrap();
+        fs_err::copy(&*BINARY, opt.join("omni-deploy")).unwrap();
+        fs_err::copy(&*PAGE, opt.join("page")).unwrap();
+        host.sh("/opt/omni/contrib/install.sh /opt/omni/omni-deploy");
+        host
+    }
+
+    /// A file or folder of the host, seen from here.
+    pub fn path(&self, inside: &str) -> PathBuf {
+        Path::new(&lab_ok(&["root", self.name])).join(inside.trim_start_matches('/'))
+    }
+
+    /// Runs a bash script in the host as root; whatever its status.
+    pub fn try_sh(&self, script: &str) -> Output {
+        lab(&["run", self.name, "bash", "-euo", "pipefail", "-c", script])
+    }
+
+    /// Runs a bash script in the host as root, which must succeed; returns its stdout without the last newline.
+    #[track_caller]
+    pub fn sh(&self, script: &str) -> String {
+        let output = self.try_sh(script);
+        assert!(
+            output.status.ok(),
+            "in the host: {script}\n{}\nstdout: {}\nstderr: {}",
+            output.status,
+            output.text(),
+            output.stderr
+        );
+        output.text().trim_end_matches('\n').to_string()
+    }
+
+    /// Shuts it down cleanly and boots the same disk.
+    pub fn reboot(&self) {
+        lab_ok(&["reboot", self.name]);
+    }
+
+    /// `ssh HOSTNAME` for somebody outside; returns the folder to put first on PATH.
+    pub fn ssh_setup(&self, dir: &Path) -> String {
+        lab_ok(&["ssh-setup", self.name, &dir.display().to_string()])
+    }
+
+    /// One pass by the unit that is installed, begun after this call.
+    pub fn pass(&self) -> Pass {
+        // One that is under way may have read an older manifest.
+        let said = self.sh(
+            "while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done
+             systemctl start deployer || true
+             systemctl show --property=ExecMainStatus --value deployer
+             journalctl --sync
+             id=$(systemctl show --property=InvocationID --value deployer)
+             journalctl --no-pager --output cat _SYSTEMD_INVOCATION_ID=$id",
+        );
+        let (code, said) = said.split_once('\n').unwrap_or((&said, ""));
+        Pass { code: code.parse().unwrap_or(-1), said: said.to_string() }
+    }
+
+    /// One pass that must find everything well afterwards.
+    #[track_caller]
+    pub fn good_pass(&self) -> String {
+        let pass = self.pass();
+        assert_eq!(pass.code, 0, "{}", pass.said);
+        pass.said
+    }
+
+    /// The state file.
+    #[track_caller]
+    pub fn state(&self) -> Value {
+        serde_json::from_str(&self.sh("cat /var/lib/deployer/state.json")).unwrap()
+    }
+
+    /// One service of the state file.
+    #[track_caller]
+    pub fn service(&self, name: &str) -> Value {
+        self.state()["services"][name].clone()
+    }
+
+    /// Adds a closure to the host's own store: the page as `bin/NAME`, its version, and how it misbehaves
+    /// (empty: not). Returns its path.
+    #[track_caller]
+    pub fn closure(&self, name: &str, version: &str, behaviour: &str) -> String {
+        self.sh(&format!(
+            "dir=$(mktemp -d)/{name}-{version}; mkdir -p $dir/bin
+             cp /opt/omni/page $dir/bin/{name}; echo '{version}' >$dir/version
+             [[ -z '{behaviour}' ]] || echo '{behaviour}' >$dir/behaviour
+             nix-store --add $dir; rm -r $dir"
+        ))
+    }
+
+    /// What a browser outside gets for a domain through the host's Caddy: the page without its newline.
+    pub fn page(&self, domain: &str) -> Result<String, String> {
+        let output = Run::new("curl")
+            .args(["-sSf", "-m", "15", "-H", &format!("Host: {domain}"), &format!("http://{}/", self.ip)])
+            .output()
+            .unwrap();
+        match output.status {
+            Status::Exit(0) => Ok(output.text().trim_end().to_string()),
+            _ => Err(output.stderr),
+        }
+    }
+
+    /// The id of a unit's present invocation: another one is another start.
+    #[track_caller]
+    pub fn invocation(&self, unit: &str) -> String {
+        self.sh(&format!("systemctl show --property=InvocationID --value {unit}"))
+    }
+}
+
+/// Asks until the answer is yes; the answers on the way are the story told when it never is.
+#[track_caller]
+pub fn soon(what: &str, within: Duration, mut ask: impl FnMut() -> Result<(), String>) {
+    let begun = Instant::now();
+    loop {
+        match ask() {
+            Ok(()) => return,
+            Err(why) if begun.elapsed() > within => panic!("not within {} s: {what}: {why}", within.as_secs()),
+            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+        }
+    }
+}
+
+/// Locks what tests share. A test that failed leaves it usable: each brings it to its own start.
+pub fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}

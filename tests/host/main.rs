@@ -1,0 +1,10 @@
+//! The third storey: a booted systemd with Caddy, Nix and sshd, on which the product does all it promises.
+//! Needs root and the packages of contrib/lab.sh, and fails without; contrib/lab.sh tells what a host is.
+//! `OMNI_TEST_BINARY` names the omni-deploy to test (default: this profile's), `OMNI_TEST_S3` the S3 server.
+
+mod bucket;
+mod developer;
+mod lab;
+mod mistakes;
+mod runbook;
+mod solo;
