@@ -12,7 +12,7 @@ use crate::names::StorePath;
 use crate::runner::{Output, Run, RunError, Stream, tail};
 use crate::say;
 use crate::store::s3::S3Store;
-use crate::store::{self, CacheUrl, Store, StoreUrl};
+use crate::store::{self, CacheUrl, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
@@ -23,6 +23,8 @@ pub const GCROOTS: &str = "/nix/var/nix/gcroots/omni-deploy";
 
 /// How long all copies of one [`fetch`] may take together.
 const FETCH_WITHIN: Duration = Duration::from_secs(15 * 60);
+/// What must stay free in the store's file system after a fetch, in bytes: Nix's database needs some.
+const SPARE_BYTES: u64 = 16 << 20;
 /// How long a question to the local store's database may take.
 const ASK_WITHIN: Duration = Duration::from_secs(120);
 /// How often an upload that the network broke is taken up again, the first time included.
@@ -329,6 +331,15 @@ pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<BTreeMap<StoreP
         Ok(cache) => cache,
         Err(e) => return Ok(all(&left, &FetchError::Unreachable(format!("cache {}: {e}", settings.cache)))),
     };
+    let too_large = match too_large(&cache, &left, free_bytes(Path::new(crate::names::STORE_DIR))) {
+        Ok(too_large) => too_large,
+        Err(e) => return Ok(all(&left, &FetchError::Unreachable(e.to_string()))),
+    };
+    left.retain(|path| !too_large.contains_key(path));
+    reasons.extend(too_large);
+    if left.is_empty() {
+        return Ok(reasons);
+    }
     match fetch_some(settings, &cache, &left, until) {
         Ok(()) => return Ok(reasons),
         Err(RunError::NotFound { program }) => return Err(RunError::NotFound { program }.into()),
@@ -363,6 +374,49 @@ pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<BTreeMap<StoreP
         }
     }
     Ok(reasons)
+}
+
+/// The bytes that are free for us where the store is; None when the kernel does not say.
+fn free_bytes(store: &Path) -> Option<u64> {
+    let of = |path: &Path| rustix::fs::statvfs(path).ok().map(|v| v.f_bavail.saturating_mul(v.f_frsize));
+    // A store that is still to be made will be where the folder above it is.
+    of(store).or_else(|| of(Path::new("/nix"))).or_else(|| of(Path::new("/")))
+}
+
+/// Which of the closures do not fit into `free` bytes, each with the reason. In order: a small one that fits is
+/// not held up by a large one after it. What the cache does not say is left for the copy to find out.
+fn too_large(
+    cache: &Cache,
+    tops: &[StorePath],
+    free: Option<u64>,
+) -> Result<BTreeMap<StorePath, FetchError>, StoreError> {
+    let mut refused = BTreeMap::new();
+    let (Some(direct), Some(free)) = (&cache.direct, free) else { return Ok(refused) };
+    let is_here = |path: &StorePath| Path::new(path.as_str()).exists();
+    let fits = |bytes: u64| bytes.saturating_add(SPARE_BYTES) <= free;
+    if fits(cache::lacking(direct.as_ref(), tops, &is_here)?) {
+        return Ok(refused);
+    }
+    let mut used = 0u64;
+    for top in tops {
+        let Ok(bytes) = cache::lacking(direct.as_ref(), std::slice::from_ref(top), &is_here) else {
+            continue;
+        };
+        if fits(used.saturating_add(bytes)) {
+            used += bytes;
+            continue;
+        }
+        let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
+        let reason = format!(
+            "{top} takes {} in {}, which has {} free; 'nix-collect-garbage -d' frees what no root holds, or give \
+             it more disk",
+            mib(bytes),
+            crate::names::STORE_DIR,
+            mib(free)
+        );
+        refused.insert(top.clone(), FetchError::Failed(reason));
+    }
+    Ok(refused)
 }
 
 fn fetch_some(

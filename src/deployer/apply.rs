@@ -98,6 +98,9 @@ impl Host<'_> {
                     durable::folder(&dir, 0o755)?;
                     durable::symlink(path.as_ref(), &dir.join(path.base()))?;
                     observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
+                    if service.goal.as_ref().is_some_and(|g| g.proved && g.path == *path) {
+                        say::notice(format!("{}: {path} had lost its root and has one again", service.name));
+                    }
                 }
                 Step::Fetch(path) => wanted.entry(path).or_default().push(&service.name),
                 _ => {}
@@ -288,6 +291,7 @@ impl Host<'_> {
         let link = self.root.wanted(name);
         durable::folder(link.parent().unwrap_or(&self.root.unit_dir), 0o755)?;
         durable::symlink(&self.root.unit(name), &link)?;
+        say::info(format!("{name}: started at boot from now on"));
         Ok(())
     }
 

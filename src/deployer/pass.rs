@@ -333,7 +333,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         }
         changed |= host.round(&plan, &desired, &mut observed, &mut memory, &mut learned)?;
         remember(root, &mut memory, &learned)?;
-        (observed.units, observed.active) = observe::units(root, &desired, &memory.applied)?;
+        (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
         plan = decide(&observed, &memory, &learned)?;
     }
 
@@ -377,7 +377,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         host.unroot(&plan.gone, &mut observed)?;
     }
     if changed {
-        (observed.units, observed.active) = observe::units(root, &desired, &memory.applied)?;
+        (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
     }
 
     let services = plan

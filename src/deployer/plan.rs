@@ -28,7 +28,8 @@ pub struct Observed {
     /// Secrets files of services that have one: what identifies their present content, or why they cannot be
     /// used.
     pub secrets: BTreeMap<ServiceName, Result<String, String>>,
-    /// The service units that are active, whoever's they are.
+    /// The service units that were active when the pass began, whoever's they are. Not looked at again: a start
+    /// of ours that brings up what it requires must not make its own attempt look like another one.
     pub active: BTreeSet<String>,
     /// Services that have an understudy: one that an earlier pass left, or this one started.
     pub understudies: BTreeSet<ServiceName>,
@@ -131,7 +132,7 @@ pub struct Goal {
     pub path: StorePath,
     /// Its unit.
     pub unit: String,
-    /// What goes into an attempt, as a hash: unit and secrets.
+    /// What goes into an attempt, as a hash: entry, unit, secrets, and whether what it requires runs.
     pub inputs: String,
     /// Whether a pass has proved this very unit before.
     pub proved: bool,
@@ -211,12 +212,15 @@ pub struct Plan {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WouldEmpty(pub Vec<ServiceName>);
 
-/// A short hash of what goes into an attempt.
-pub fn inputs_hash(unit: &str, secrets: Option<&str>) -> String {
+/// A short hash of what goes into an attempt: the unit, the whole entry (a corrected health path is worth
+/// another one), and the stamp of what is outside of both.
+fn inputs_hash(unit: &str, service: &Service, stamp: &str) -> String {
     let mut context = ring::digest::Context::new(&ring::digest::SHA256);
-    context.update(unit.as_bytes());
-    context.update(b"\0");
-    context.update(secrets.unwrap_or_default().as_bytes());
+    let entry = serde_json::to_vec(service).expect("plain data with text keys serializes");
+    for part in [unit.as_bytes(), &entry, stamp.as_bytes()] {
+        context.update(&(part.len() as u64).to_le_bytes());
+        context.update(part);
+    }
     context.finish().as_ref()[..12].iter().map(|b| format!("{b:02x}")).collect()
 }
 
@@ -301,13 +305,13 @@ fn removal(name: &ServiceName, observed: &Observed, why: &'static str) -> Servic
 fn goal_of(
     service: &Service,
     path: &StorePath,
-    secrets: Option<&str>,
+    stamp: &str,
     applied: Option<&Applied>,
     desired: bool,
 ) -> Goal {
     let unit = unit::render(service, path);
     let proved = applied.is_some_and(|a| unit::render(&a.service, &a.path) == unit);
-    let inputs = inputs_hash(&unit, secrets);
+    let inputs = inputs_hash(&unit, service, stamp);
     Goal { service: service.clone(), path: path.clone(), unit, inputs, proved, desired }
 }
 
@@ -364,8 +368,7 @@ fn service(
 
     let secrets = observed.secrets.get(name);
     let stamp = stamp(entry, secrets, observed);
-    let stamp = Some(stamp.as_str());
-    let candidate = goal_of(entry, path, stamp, applied, true);
+    let candidate = goal_of(entry, path, &stamp, applied, true);
     let tried = candidate.unit.clone();
     let trouble_of = |goal: &Goal| -> Option<Trouble> {
         if let Some(trouble) = learned.troubles.get(&(name.clone(), goal.inputs.clone())) {
@@ -391,21 +394,21 @@ fn service(
     };
 
     if memory.overrides.is_paused(name, now) {
-        let goal = applied.map(|a| goal_of(&a.service, &a.path, stamp, applied, false));
+        let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
         let stopped = matches!(seen.listed.active.as_str(), "" | "inactive" | "failed") && !seen.wanted;
         let steps = if stopped || seen.file == UnitFile::Absent { Vec::new() } else { vec![Step::Pause] };
         return ServicePlan { paused: true, ..done(goal, remembered(), steps) };
     }
     if let Some(Err(reason)) = secrets {
         // Nothing is started with secrets that others can read, and nothing that runs is touched.
-        let goal = applied.map(|a| goal_of(&a.service, &a.path, stamp, applied, false));
+        let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
         return done(goal, Some(failed(reason.clone())), Vec::new());
     }
     let trouble = trouble_of(&candidate).or_else(remembered);
     let (goal, trouble) = match trouble {
         None => (Some(candidate), None),
         Some(trouble) => {
-            let previous = applied.map(|a| goal_of(&a.service, &a.path, stamp, applied, false));
+            let previous = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
             match previous {
                 // What ran before does not come up either: systemd goes on trying, we do not.
                 Some(previous) if trouble_of(&previous).is_some() => {
@@ -832,6 +835,9 @@ mod tests {
         next.env.insert("A".into(), "1".into());
         world.pass(&[&next]);
         assert_eq!(world.restarts[&name("ava")], tries + 2);
+        next.http.as_mut().unwrap().internal_port = 8081;
+        world.pass(&[&next]);
+        assert_eq!(world.restarts[&name("ava")], tries + 3);
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct NarInfo {
     pub url: String,
     /// The NAR file's size in bytes, if it says so.
     pub file_size: Option<u64>,
+    /// The path's size when it is unpacked, in bytes, if it says so.
+    pub nar_size: Option<u64>,
     /// What the path refers to, itself left out.
     pub references: Vec<StorePath>,
     /// The names of the keys that signed it.
@@ -57,11 +59,12 @@ impl NarInfo {
         if !url.starts_with("nar/") || !crate::bridge::is_cache_key(url) {
             return Err(format!("has the URL {url:?}, which is no file below nar/"));
         }
-        let file_size = match fields.get("FileSize") {
-            None => None,
-            Some(text) => Some(text.parse().map_err(|_| format!("has the FileSize {text:?}"))?),
+        let size = |name: &str| match fields.get(name) {
+            None => Ok(None),
+            Some(text) => text.parse().map(Some).map_err(|_| format!("has the {name} {text:?}")),
         };
-        Ok(NarInfo { path, url: url.to_string(), file_size, references, signed_by })
+        let (file_size, nar_size) = (size("FileSize")?, size("NarSize")?);
+        Ok(NarInfo { path, url: url.to_string(), file_size, nar_size, references, signed_by })
     }
 }
 
@@ -135,6 +138,14 @@ impl Inspection {
     }
 }
 
+/// What a walk asks the cache.
+enum Ask<'a> {
+    /// Everything, NAR files included.
+    Whole,
+    /// The narinfos of what is not here already; what is here has all it refers to.
+    Lacking(&'a (dyn Fn(&StorePath) -> bool + Sync)),
+}
+
 struct Walk {
     next: Vec<StorePath>,
     seen: BTreeSet<StorePath>,
@@ -146,6 +157,21 @@ struct Walk {
 /// Walks the closures of `tops` in the cache itself, several requests at a time. An error is the first that
 /// the cache gave; what is merely missing is in the result.
 pub fn inspect(cache: &dyn Store, tops: &[StorePath]) -> Result<Inspection, StoreError> {
+    walk(cache, tops, &Ask::Whole)
+}
+
+/// How many bytes the closures of `tops` will take here, unpacked, besides what `is_here`. What the cache does
+/// not say counts nothing.
+pub fn lacking(
+    cache: &dyn Store,
+    tops: &[StorePath],
+    is_here: &(dyn Fn(&StorePath) -> bool + Sync),
+) -> Result<u64, StoreError> {
+    let found = walk(cache, tops, &Ask::Lacking(is_here))?;
+    Ok(found.infos.values().filter_map(|i| i.nar_size).fold(0, u64::saturating_add))
+}
+
+fn walk(cache: &dyn Store, tops: &[StorePath], ask: &Ask) -> Result<Inspection, StoreError> {
     let seen: BTreeSet<StorePath> = tops.iter().cloned().collect();
     let walk = Mutex::new(Walk {
         next: seen.iter().cloned().collect(),
@@ -157,7 +183,7 @@ pub fn inspect(cache: &dyn Store, tops: &[StorePath]) -> Result<Inspection, Stor
     let changed = Condvar::new();
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
-            scope.spawn(|| walk_on(cache, &walk, &changed));
+            scope.spawn(|| walk_on(cache, &walk, &changed, ask));
         }
     });
     let walk = walk.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -167,7 +193,7 @@ pub fn inspect(cache: &dyn Store, tops: &[StorePath]) -> Result<Inspection, Stor
     }
 }
 
-fn walk_on(cache: &dyn Store, walk: &Mutex<Walk>, changed: &Condvar) {
+fn walk_on(cache: &dyn Store, walk: &Mutex<Walk>, changed: &Condvar, ask: &Ask) {
     let mut state = walk.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
         if state.failed.is_some() {
@@ -186,7 +212,11 @@ fn walk_on(cache: &dyn Store, walk: &Mutex<Walk>, changed: &Condvar) {
         if let Ok(Ok(info)) = &info {
             // Its references are there for the others while this thread asks for the NAR.
             let mut state = walk.lock().unwrap_or_else(PoisonError::into_inner);
-            for reference in &info.references {
+            let wanted = |path: &StorePath| match ask {
+                Ask::Whole => true,
+                Ask::Lacking(is_here) => !is_here(path),
+            };
+            for reference in info.references.iter().filter(|r| wanted(r)) {
                 if state.seen.insert(reference.clone()) {
                     state.next.push(reference.clone());
                 }
@@ -194,6 +224,7 @@ fn walk_on(cache: &dyn Store, walk: &Mutex<Walk>, changed: &Condvar) {
             changed.notify_all();
         }
         let judged = info.and_then(|info| match info {
+            Ok(info) if matches!(ask, Ask::Lacking(_)) => Ok((Some(info), None)),
             Ok(info) => nar_fault(cache, &info).map(|fault| (Some(info), fault)),
             Err(fault) => Ok((None, Some(fault))),
         });
@@ -301,6 +332,7 @@ mod tests {
             path("0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-c"),
         );
         let info = |p: &StorePath, refs: &[&StorePath]| NarInfo {
+            nar_size: None,
             path: p.clone(),
             url: "nar/x".into(),
             file_size: Some(1),
@@ -316,5 +348,30 @@ mod tests {
         assert_eq!(found.fault_below(&a, &|_| true), Some((&c, &Fault::Absent)));
         assert_eq!(found.fault_below(&a, &|p| *p != c), None);
         assert_eq!((found.bytes(), found.unsigned_by("k").len()), (2, 2));
+    }
+
+    #[test]
+    fn what_a_fetch_will_take_counts_each_lacking_path_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = crate::store::dir::DirStore::new(dir.path());
+        let path = |digit: char, name: &str| {
+            StorePath::parse(&format!("/nix/store/{}-{name}", digit.to_string().repeat(32))).unwrap()
+        };
+        let (top, shared, here) = (path('1', "top"), path('2', "shared"), path('3', "here"));
+        for (path, size, references) in [
+            (&top, 1000, vec![&shared, &here]),
+            (&shared, 200, vec![&shared]),
+            (&here, 30_000, vec![&shared]),
+        ] {
+            let references: Vec<&str> = references.into_iter().map(StorePath::base).collect();
+            let text = format!(
+                "StorePath: {path}\nURL: nar/{}.nar.zst\nNarSize: {size}\nReferences: {}\n",
+                path.hash(),
+                references.join(" ")
+            );
+            cache.put(&info_key(path), text.as_bytes(), &crate::store::When::Always).unwrap();
+        }
+        assert_eq!(lacking(&cache, std::slice::from_ref(&top), &|p| *p == here), Ok(1200));
+        assert_eq!(lacking(&cache, &[top], &|_| false), Ok(31_200));
     }
 }

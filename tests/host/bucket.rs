@@ -20,11 +20,8 @@ pub struct Bucket {
 impl Bucket {
     /// Starts a server that `host` can reach.
     pub fn start(host: &Host) -> Self {
-        let mut bucket = Bucket {
-            dir: host.outside.join("s3"),
-            listen: format!("{}:0", host.gateway),
-            server: None,
-        };
+        let mut bucket =
+            Bucket { dir: host.outside.join("s3"), listen: format!("{}:0", host.gateway), server: None };
         fs_err::create_dir_all(&bucket.dir).unwrap();
         bucket.up();
         bucket
@@ -97,6 +94,8 @@ impl Bucket {
             "aws:amz:eu-1:s3",
             "--user",
             &format!("{KEY}:{SECRET}"),
+            "-H",
+            "x-amz-content-sha256: UNSIGNED-PAYLOAD",
             &format!("http://{}/{BUCKET}/{key}", self.listen),
         ])
     }

@@ -56,11 +56,16 @@ impl Developer {
         fs_err::set_permissions(bin.join("bild"), PermissionsExt::from_mode(0o755)).unwrap();
         fs_err::write(
             home.join(".aws/credentials"),
-            format!("[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n", bucket::KEY, bucket::SECRET),
+            format!(
+                "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n",
+                bucket::KEY,
+                bucket::SECRET
+            ),
         )
         .unwrap();
         let ssh = host.ssh_setup(&home.join("ssh"));
-        let path = format!("{}:{ssh}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", bin.display());
+        let path =
+            format!("{}:{ssh}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", bin.display());
         Developer { home, path }
     }
 
@@ -93,13 +98,7 @@ impl Developer {
     #[track_caller]
     pub fn types(&self, command: &str) -> String {
         let output = self.tries(command);
-        assert!(
-            output.status.ok(),
-            "$ {command}\n{}{}[{}]",
-            output.text(),
-            output.stderr,
-            output.status
-        );
+        assert!(output.status.ok(), "$ {command}\n{}{}[{}]", output.text(), output.stderr, output.status);
         println!("$ {command}\n{}{}", output.text(), output.stderr);
         output.text()
     }

@@ -23,7 +23,9 @@ static LAB_DIR: LazyLock<PathBuf> = LazyLock::new(|| {
         .map_or_else(|| PathBuf::from("/run/omni-deploy-lab-tests"), PathBuf::from);
     let lock = dir.with_extension("lock");
     let file = fs_err::File::create(&lock).unwrap_or_else(|e| panic!("the host tests run as root: {e}"));
-    file.file().try_lock().unwrap_or_else(|e| panic!("another run of the host tests has {}: {e}", lock.display()));
+    file.file()
+        .try_lock()
+        .unwrap_or_else(|e| panic!("another run of the host tests has {}: {e}", lock.display()));
     // Held until the process ends.
     std::mem::forget(file);
     dir
@@ -38,9 +40,7 @@ pub static PAGE: LazyLock<PathBuf> = LazyLock::new(|| {
     for (name, _) in std::env::vars().filter(|(name, _)| told.iter().any(|t| name.starts_with(t))) {
         build = build.without_env(&name);
     }
-    build
-        .success()
-        .unwrap_or_else(|e| panic!("the example 'page' is needed: {e}"));
+    build.success().unwrap_or_else(|e| panic!("the example 'page' is needed: {e}"));
     let tests = std::env::current_exe().expect("this test has a path");
     tests.ancestors().nth(2).expect("tests are below target/PROFILE/deps").join("examples/page")
 });
@@ -48,7 +48,10 @@ pub static PAGE: LazyLock<PathBuf> = LazyLock::new(|| {
 /// A shell that runs `script` (with `args` as `$1`…) and must have read its stdin to the end before it may
 /// clean up; holds the other end of that pipe.
 #[derive(Debug)]
-#[allow(clippy::disallowed_types, reason = "the product never leaves a process running, so its runner cannot")]
+#[allow(
+    clippy::disallowed_types,
+    reason = "the product never leaves a process running, so its runner cannot"
+)]
 pub struct Background {
     child: std::process::Child,
 }
@@ -194,14 +197,12 @@ impl Host {
     /// One pass by the unit that is installed, begun after this call.
     pub fn pass(&self) -> Pass {
         // One that is under way may have read an older manifest.
-        let said = self.sh(
-            "while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done
+        let said = self.sh("while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done
              systemctl start deployer || true
              systemctl show --property=ExecMainStatus --value deployer
              journalctl --sync
              id=$(systemctl show --property=InvocationID --value deployer)
-             journalctl --no-pager --output cat _SYSTEMD_INVOCATION_ID=$id",
-        );
+             journalctl --no-pager --output cat _SYSTEMD_INVOCATION_ID=$id");
         let (code, said) = said.split_once('\n').unwrap_or((&said, ""));
         Pass { code: code.parse().unwrap_or(-1), said: said.to_string() }
     }
@@ -264,7 +265,9 @@ pub fn soon(what: &str, within: Duration, mut ask: impl FnMut() -> Result<(), St
     loop {
         match ask() {
             Ok(()) => return,
-            Err(why) if begun.elapsed() > within => panic!("not within {} s: {what}: {why}", within.as_secs()),
+            Err(why) if begun.elapsed() > within => {
+                panic!("not within {} s: {what}: {why}", within.as_secs())
+            }
             Err(_) => std::thread::sleep(Duration::from_millis(100)),
         }
     }

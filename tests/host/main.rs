@@ -6,5 +6,6 @@ mod bucket;
 mod developer;
 mod lab;
 mod mistakes;
+mod passes;
 mod runbook;
 mod solo;

@@ -63,7 +63,9 @@ fn a_manifest_that_cannot_be_used_leaves_the_last_good_one_in_force() {
         ("no JSON", "echo '<html>'"),
         ("with a name that is none", "jq '.services[0].name = \"../x\"' /root/good.json"),
     ] {
-        host.sh(&format!("{{ {script}; }} >/root/bad.json; mv /root/bad.json /var/lib/omni-deploy/manifest.json"));
+        host.sh(&format!(
+            "{{ {script}; }} >/root/bad.json; mv /root/bad.json /var/lib/omni-deploy/manifest.json"
+        ));
         let pass = host.passes_with(0);
         assert!(pass.said.contains("working from the last good manifest"), "{what}: {}", pass.said);
         let error = host.state()["manifestError"].as_str().unwrap_or_default().to_string();
@@ -165,10 +167,15 @@ fn secrets_that_others_could_read_stop_a_deploy_with_the_line_to_type() {
 fn a_release_that_does_not_come_up_is_refused_and_the_one_before_it_runs() {
     let host = solo();
     let one = host.deploys_web();
-    let missing = host.sh("dir=$(mktemp -d)/web-nothing; mkdir $dir; echo x >$dir/readme; nix-store --add $dir");
+    let missing =
+        host.sh("dir=$(mktemp -d)/web-nothing; mkdir $dir; echo x >$dir/readme; nix-store --add $dir");
     for (path, part, journal) in [
         (missing, "there is no /nix/store/", ""),
-        (host.closure("web", "exits", "exit 3"), "exited with code 3", "cannot open the database of version exits"),
+        (
+            host.closure("web", "exits", "exit 3"),
+            "exited with code 3",
+            "cannot open the database of version exits",
+        ),
         (host.closure("web", "deaf", "port 8999"), "not up within 6 s", "version deaf on port 8999"),
         (host.closure("web", "crashes", "crash 2"), "exited with code 1", "out of luck"),
     ] {
@@ -247,16 +254,14 @@ fn of_two_passes_at_once_the_second_says_who_is_at_it() {
     // One that takes its time, because the release never answers.
     let deaf = host.closure("web", "deaf", "port 8999");
     host.update("web", &deaf);
-    let said = host.sh(
-        "systemctl start --no-block deployer
+    let said = host.sh("systemctl start --no-block deployer
          until id=$(systemctl show --property=InvocationID --value deployer)
              grep -q starting <<<\"$(journalctl -o cat _SYSTEMD_INVOCATION_ID=$id)\"; do sleep 0.05; done
          pid=$(systemctl show --property=MainPID --value deployer)
          code=0; deployer run 2>/tmp/by-hand || code=$?
          deployer run --timer 2>/tmp/by-timer
          [[ $(systemctl is-active deployer) == activating ]]
-         echo $code $pid; cat /tmp/by-hand /tmp/by-timer",
-    );
+         echo $code $pid; cat /tmp/by-hand /tmp/by-timer");
     let lines: Vec<&str> = said.lines().collect();
     let (code, pid) = lines[0].split_once(' ').unwrap();
     assert_eq!((code, lines.len()), ("1", 3), "{said}");
@@ -289,7 +294,11 @@ fn a_program_that_is_not_there_is_named_with_its_package() {
     host.sh("deploy-manifest set web 'hosts=[\"solo\",\"far\"]'");
     let logs = host.try_sh("env PATH=/nonexistent /usr/local/bin/omni-deploy logs web --host far");
     assert_eq!(logs.status, Status::Exit(1), "{}", logs.stderr);
-    assert!(logs.stderr.contains("ssh not found") && logs.stderr.contains("openssh-client"), "{}", logs.stderr);
+    assert!(
+        logs.stderr.contains("ssh not found") && logs.stderr.contains("openssh-client"),
+        "{}",
+        logs.stderr
+    );
     host.good_pass();
     host.serves("web", "two");
 }

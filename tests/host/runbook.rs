@@ -125,12 +125,15 @@ fn every_command_of_the_runbook_works_as_written() {
     developer.types("deploy-manifest rollback && ssh biz sudo systemctl start deployer");
     served(host, "podcasts.example.com", "podcasts 2");
     // A day names one version only if there was no other on it: the candidates are listed.
-    let day = developer.tries(&format!("deploy-manifest rollback {}.json", &before[.."manifest-YYYYMMDD".len()]));
+    let day =
+        developer.tries(&format!("deploy-manifest rollback {}.json", &before[.."manifest-YYYYMMDD".len()]));
     assert_eq!(day.status, Status::Exit(1), "{}", day.stderr);
     assert!(versions.iter().all(|v| day.stderr.contains(v)), "{}", day.stderr);
 
     // Secrets; the editor is a person at the keyboard.
-    host.sh("printf '#!/bin/sh\\nsed -i s/one/two/ \"$1\"\\n' >/usr/local/bin/vim; chmod 755 /usr/local/bin/vim");
+    host.sh(
+        "printf '#!/bin/sh\\nsed -i s/one/two/ \"$1\"\\n' >/usr/local/bin/vim; chmod 755 /usr/local/bin/vim",
+    );
     assert_eq!(developer.types("ssh biz sudo cat /var/lib/deployer-secrets/ava.env"), "TOKEN=one\n");
     developer.types("ssh biz sudo vim /var/lib/deployer-secrets/ava.env");
     developer.types("ssh biz sudo systemctl restart ava");
@@ -164,8 +167,9 @@ fn every_command_of_the_runbook_works_as_written() {
 
     // Troubleshooting
     assert!(developer.types("ssh biz sudo journalctl -u my-service -n 50").contains("version mine 1"));
-    let path = developer
-        .types(r#"deploy-manifest show | jq -r '.services[] | select(.name == "my-service") | .artifact.storePath'"#);
+    let path = developer.types(
+        r#"deploy-manifest show | jq -r '.services[] | select(.name == "my-service") | .artifact.storePath'"#,
+    );
     let path = path.trim();
     assert!(developer.types(&format!("ssh biz ls -la {path}")).contains("bin"));
     // By hand it finds its port taken, and says so.

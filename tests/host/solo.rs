@@ -21,28 +21,24 @@ impl Deref for Solo {
 
 static SOLO: LazyLock<Mutex<Host>> = LazyLock::new(|| {
     let host = Host::boot("solo");
-    host.sh(
-        "echo '{\"caddyServer\": \"srv0\"}' >/etc/omni-deploy/config.json
+    host.sh("echo '{\"caddyServer\": \"srv0\"}' >/etc/omni-deploy/config.json
          deploy-manifest init
          # Passes are made by the tests.
-         systemctl stop deployer.timer",
-    );
+         systemctl stop deployer.timer");
     Mutex::new(host)
 });
 
 /// The host as every test finds it.
 pub fn solo() -> Solo {
     let host = Solo(lock(&SOLO));
-    host.sh(
-        "systemctl start caddy
+    host.sh("systemctl start caddy
          while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done
          if ! names=$(deploy-manifest show | jq -r '.services[].name'); then
              rm -rf /var/lib/omni-deploy /var/lib/deployer/manifest*; deploy-manifest init; names=
          fi
          for name in $names; do deploy-manifest remove-service $name; done
          deployer run --allow-empty
-         rm -f /var/lib/deployer-secrets/*",
-    );
+         rm -f /var/lib/deployer-secrets/*");
     host
 }
 
