@@ -5,6 +5,7 @@
 mod bucket;
 mod developer;
 mod lab;
+mod load;
 mod mistakes;
 mod passes;
 mod runbook;

@@ -2,8 +2,8 @@
 //! reads two files there: `DIR/version`, told by `GET /`, and `DIR/behaviour` (absent: a good release), one of
 //! `exit` (at once), `port N` (listens there instead), `sick` (health answers 500), `crash SECONDS`,
 //! `slow SECONDS` (until it listens) and `hasty` (ends at SIGTERM without finishing what it has).
-//! `GET /wait/MS` answers that much later, `POST` echoes, `/health` is for the deployer, and a WebSocket echoes
-//! text frames of up to 125 bytes.
+//! `POST` echoes, `/wait/MS` answers that much later, `/health` is for the deployer, and a WebSocket echoes text
+//! frames of up to 125 bytes.
 
 use crate::http::{self, Head};
 use signal_hook::consts::SIGTERM;
@@ -149,15 +149,15 @@ fn converse(stream: &TcpStream, id: u64, shared: &Shared) -> io::Result<()> {
 
 fn answer(head: &Head, body: Vec<u8>, shared: &Shared) -> (&'static str, Vec<u8>) {
     let mut words = head.line.split_whitespace();
+    let wait =
+        words.clone().nth(1).and_then(|path| path.strip_prefix("/wait/")).and_then(|ms| ms.parse().ok());
+    if let Some(ms) = wait {
+        std::thread::sleep(Duration::from_millis(ms));
+    }
     match (words.next(), words.next()) {
         (Some("GET"), Some("/health")) if shared.sick => ("500 Internal Server Error", b"sick\n".to_vec()),
         (Some("GET"), Some("/health")) => ("200 OK", b"ok\n".to_vec()),
-        (Some("GET"), Some(path)) => {
-            if let Some(ms) = path.strip_prefix("/wait/").and_then(|ms| ms.parse().ok()) {
-                std::thread::sleep(Duration::from_millis(ms));
-            }
-            ("200 OK", format!("{}\n", shared.version).into_bytes())
-        }
+        (Some("GET"), Some(_)) => ("200 OK", format!("{}\n", shared.version).into_bytes()),
         (Some("POST"), Some(_)) => ("200 OK", body),
         _ => ("405 Method Not Allowed", Vec::new()),
     }
