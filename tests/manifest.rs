@@ -1,11 +1,18 @@
 //! `deploy-manifest` through the built binary, over real directories: the runbook's lines, every command, every
 //! refusal (which changes nothing), and many writers at once.
 
+mod common;
+
+use common::{KEY, S3Server, SECRET};
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::runner::{Output, Run, Status};
+use omni_deploy::store::dir::DirStore;
+use omni_deploy::store::s3::S3Store;
+use omni_deploy::store::{Got, Store, StoreUrl};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A store in a directory and the binary under its other name.
 struct Bench {
@@ -498,40 +505,67 @@ fn every_command_has_help_with_an_example() {
     assert!(bench.files().is_empty());
 }
 
-#[test]
-fn many_writers_at_once_lose_no_update() {
+/// 16 processes of 25 updates each, every one to a path of its own; then nothing may be lost, of a store that
+/// had one version with one service.
+fn many_writers(call: &(dyn Fn(&[&str]) + Sync), store: &dyn Store) {
     const WRITERS: usize = 16;
     const UPDATES: usize = 25;
-    let bench = Bench::with_ava();
     let digits: Vec<char> = "0123456789abcdfghijklmnpqrsvwxyz".chars().collect();
     std::thread::scope(|scope| {
         for writer in 0..WRITERS {
-            let (bench, digits) = (&bench, &digits);
+            let digits = &digits;
             scope.spawn(move || {
                 for update in 0..UPDATES {
                     let mut hash: String = HASH[2..].into();
                     hash.extend([digits[writer], digits[update]]);
-                    bench.ok(&["update", "ava", &format!("/nix/store/{hash}-ava")]);
+                    call(&["update", "ava", &format!("/nix/store/{hash}-ava")]);
                 }
             });
         }
     });
-    assert_eq!(bench.manifest()["serial"], 1 + (WRITERS * UPDATES) as u64);
-    let archived: Vec<Vec<u8>> = bench
-        .files()
-        .into_iter()
-        .filter(|(name, _)| name.starts_with("manifests/"))
-        .map(|(_, b)| b)
-        .collect();
+    let read = |key: &str| match store.get(key, None, 1 << 20).unwrap() {
+        Got::Found { bytes, .. } => parse::manifest(&bytes, Mode::Strict).unwrap(),
+        other => panic!("{key}: {other:?}"),
+    };
+    let archived = store.list("manifests/").unwrap();
     assert_eq!(archived.len(), WRITERS * UPDATES);
-    let mut paths: Vec<String> = Vec::new();
-    let current = bench.files()["manifest.json"].clone();
-    for (index, bytes) in archived.iter().chain([&current]).enumerate() {
-        let manifest = parse::manifest(bytes, Mode::Strict).unwrap();
-        assert_eq!(manifest.serial, index as u64 + 1);
-        paths.push(manifest.services[0].artifact.store_path.to_string());
-    }
+    let mut versions: Vec<_> = archived.iter().map(|key| read(key)).collect();
+    versions.push(read("manifest.json"));
+    versions.sort_by_key(|m| m.serial);
+    let serials: Vec<u64> = versions.iter().map(|m| m.serial).collect();
+    assert_eq!(serials, (1..=1 + (WRITERS * UPDATES) as u64).collect::<Vec<_>>());
+    let mut paths: Vec<String> =
+        versions.iter().map(|m| m.services[0].artifact.store_path.to_string()).collect();
     paths.sort();
     paths.dedup();
     assert_eq!(paths.len(), 1 + WRITERS * UPDATES, "an update was lost or made twice");
+}
+
+#[test]
+fn many_writers_at_once_lose_no_update_in_a_directory() {
+    let bench = Bench::with_ava();
+    let call = |args: &[&str]| drop(bench.ok(args));
+    many_writers(&call, &DirStore::new(&bench.store()));
+}
+
+#[test]
+fn many_writers_at_once_lose_no_update_in_a_bucket() {
+    let server = S3Server::start();
+    let bench = Bench::new();
+    let call = |args: &[&str]| {
+        let run = bench.command(args).env("OMNI_DEPLOY_STORE", server.url("")).env("AWS_ACCESS_KEY_ID", KEY);
+        let out = run.env("AWS_SECRET_ACCESS_KEY", SECRET).output().unwrap();
+        assert_eq!(out.status, Status::Exit(0), "{args:?}: {}", out.stderr);
+    };
+    let path = format!("/nix/store/{HASH}-ava");
+    let ava = json!({"name": "ava", "artifact": {"storePath": path}, "hosts": ["biz"]}).to_string();
+    // The first version has the service already, as in the directory.
+    call(&["add-service", &ava]);
+    let StoreUrl::S3(location) = StoreUrl::parse(&server.url("")).unwrap() else { panic!("not s3") };
+    let env = |name: &str| match name {
+        "AWS_ACCESS_KEY_ID" => Some(KEY.to_string()),
+        "AWS_SECRET_ACCESS_KEY" => Some(SECRET.to_string()),
+        _ => None,
+    };
+    many_writers(&call, &S3Store::open_in(&location, Arc::new(env)).unwrap());
 }
