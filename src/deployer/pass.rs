@@ -469,7 +469,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
     };
     if !plan.understudies.is_empty() {
         changed = true;
-        host.drain_understudies(&plan.understudies, &memory)?;
+        host.drain_understudies(&plan.understudies, &memory, &observed)?;
         host.remove_understudies(&plan.understudies, &mut observed)?;
     }
     if !plan.gone.is_empty() {
