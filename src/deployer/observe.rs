@@ -27,7 +27,7 @@ pub fn observe(
     let proved: BTreeSet<&StorePath> =
         applied.values().flat_map(|a| [&a.path].into_iter().chain(&a.previous)).collect();
     for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
-        if is_there(path)? {
+        if !present.contains(path) && is_there(path)? {
             present.insert(path.clone());
             if !proved.contains(path) {
                 unproved.insert(path.clone());

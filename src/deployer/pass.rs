@@ -74,29 +74,34 @@ fn last_good(root: &Root, store: &dyn Store) -> Option<(Vec<u8>, Option<Etag>)> 
     Some((bytes, etag))
 }
 
+fn keep_manifest(root: &Root, bytes: &[u8], origin: &Origin) -> Result<()> {
+    durable::write(&root.manifest(), bytes, 0o644)?;
+    let origin = serde_json::to_vec(origin)
+        .map_err(|e| Error::new(format!("cannot write the manifest's origin: {e}")))?;
+    durable::write(&root.manifest_origin(), &origin, 0o644)?;
+    Ok(())
+}
+
 /// Reads the manifest, from the bucket if it has a good one, else the last good one. `keep`: a new one is kept
 /// on disk for the day the bucket cannot be reached.
 fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Result<Current> {
     let cached = last_good(root, store);
     let url = store.url();
-    let known = cached.as_ref().and_then(|(bytes, _)| parse::manifest(bytes, Mode::Tolerant).ok());
-    let highest = known.map_or(0, |m| m.serial).max(belief.highest);
     let error = match store.get(MANIFEST_KEY, cached.as_ref().and_then(|(_, etag)| etag.as_ref()), MAX_BYTES)
     {
         Ok(Got::NotModified) => None,
         Ok(Got::Found { bytes, etag }) => match parse::manifest(&bytes, Mode::Tolerant) {
-            Ok(manifest) if let Some(why) = belief.objection(&bytes, &manifest, store, highest) => {
-                Some(format!("the manifest in {url} is refused: {why}"))
-            }
             Ok(manifest) => {
-                if keep {
-                    let origin = Origin { store: url, etag: etag.0, sha256: sha256(&bytes) };
-                    durable::write(&root.manifest(), &bytes, 0o644)?;
-                    let origin = serde_json::to_vec(&origin)
-                        .map_err(|e| Error::new(format!("cannot write the manifest's origin: {e}")))?;
-                    durable::write(&root.manifest_origin(), &origin, 0o644)?;
+                let kept = cached.as_ref().map(|(kept, _)| kept.as_slice());
+                let origin = Origin { store: url.clone(), etag: etag.0, sha256: sha256(&bytes) };
+                if let Some(why) = belief.objection(&bytes, &manifest, store, kept) {
+                    Some(format!("the manifest in {url} is refused: {why}"))
+                } else if let Err(e) = if keep { keep_manifest(root, &bytes, &origin) } else { Ok(()) } {
+                    // What runs here must be known when the bucket is not, so it is not taken up.
+                    Some(format!("the new manifest cannot be kept on this host: {e}"))
+                } else {
+                    return Ok(Current { manifest, error: None });
                 }
-                return Ok(Current { manifest, error: None });
             }
             Err(e) => Some(format!(
                 "the manifest in {url} cannot be used: {e}; publish a good one ('deploy-manifest rollback')"
@@ -153,19 +158,25 @@ impl Belief {
         Some(format!("{why}; if it is right, whoever has a trusted key runs 'deploy-manifest sign'"))
     }
 
-    /// Why it is not obeyed: its signature, or that it is an old one put back.
+    /// Why it is not obeyed: its signature, or that it is an old one put back. `kept` is the last good one, which
+    /// remembers the serial when the state is lost.
     fn objection(
         &self,
         bytes: &[u8],
         manifest: &Manifest,
         store: &dyn Store,
-        highest: u64,
+        kept: Option<&[u8]>,
     ) -> Option<String> {
+        if self.trusted.is_empty() {
+            return None;
+        }
         if let Some(why) = self.doubt(bytes, manifest, store) {
             return Some(why);
         }
+        let kept = kept.and_then(|bytes| parse::manifest(bytes, Mode::Tolerant).ok());
+        let highest = kept.map_or(0, |m| m.serial).max(self.highest);
         let serial = manifest.serial;
-        let old = !self.trusted.is_empty() && serial < highest && self.accept != Some(serial);
+        let old = serial < highest && self.accept != Some(serial);
         old.then(|| {
             format!(
                 "its serial {serial} is below {highest}, which this host obeyed before: somebody put an old version \
@@ -354,6 +365,8 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
 }
 
 fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: Timestamp) -> Result<u8> {
+    // Its unit has it made; a pass started by hand on a fresh host has not.
+    durable::folder(&root.state_dir, 0o755)?;
     let store = store::open(&settings.store)?;
     let mut memory = load_memory(settings, root, now)?;
     let before = memory.state.clone();
@@ -418,7 +431,8 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
             break;
         }
         changed |= host.round(&plan, &desired, &mut observed, &mut memory, &mut learned)?;
-        remember(root, &mut memory, &learned)?;
+        let remembered = remember(root, &mut memory, &learned);
+        learned.disk(remembered);
         (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
         plan = decide(&observed, &memory, &learned)?;
     }
@@ -455,13 +469,14 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
     };
     if !plan.understudies.is_empty() {
         changed = true;
-        host.drain_understudies(&plan.understudies, &memory)?;
+        host.drain_understudies(&plan.understudies, &memory, &observed)?;
         host.remove_understudies(&plan.understudies, &mut observed)?;
     }
     if !plan.gone.is_empty() {
-        intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())?;
-        changed |= host.remove(&plan.gone, &mut memory, &observed)?;
-        host.unroot(&plan.gone, &mut observed)?;
+        let gone = intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())
+            .and_then(|()| host.remove(&plan.gone, &mut memory, &observed))
+            .and_then(|removed| host.unroot(&plan.gone, &mut observed).map(|()| changed |= removed));
+        learned.disk(gone);
     }
     if changed {
         (observed.units, observed.active) = observe::units(root, &desired, &memory.applied)?;
@@ -489,11 +504,12 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
     };
     tell(&before, &state, &learned);
     let code = state.exit_code();
-    publish(root, store.as_ref(), &before, state)?;
-    if root.intent().exists() {
+    let published = publish(root, store.as_ref(), &before, state);
+    if !learned.disk(published) && learned.unwritten.is_empty() && root.intent().exists() {
         intent::clear(root)?;
     }
-    Ok(code)
+    // The intent stays with what is not on the disk: the next pass looks at it all again.
+    Ok(if learned.unwritten.is_empty() { code } else { code.max(crate::error::EXIT_FAILED) })
 }
 
 /// Takes refusals down at once: should this pass die on the way back, the next one goes back as well and does

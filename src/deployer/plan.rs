@@ -112,6 +112,8 @@ pub struct Learned {
     pub troubles: BTreeMap<(ServiceName, String), Trouble>,
     /// Paths that could not be fetched, with the reason.
     pub unfetchable: BTreeMap<StorePath, String>,
+    /// What this host's disk did not take, where the pass went on all the same.
+    pub unwritten: Vec<String>,
 }
 
 /// What a person asked for besides.
@@ -174,11 +176,11 @@ pub enum Step {
 }
 
 impl Step {
-    /// Whether it changes what runs: an interruption then leaves something to find out.
+    /// Whether it changes units: an interruption then leaves something to find out.
     pub fn touches(&self) -> bool {
         match self {
-            Step::Write(_) | Step::Enable | Step::Overlap(_) | Step::Restart(_) | Step::Prove(_) => true,
-            Step::Pause | Step::Remove(_) => true,
+            Step::Write(_) | Step::Overlap(_) | Step::Pause | Step::Remove(_) => true,
+            Step::Enable | Step::Restart(_) | Step::Prove(_) => false,
             Step::Root(_) | Step::Fetch(_) | Step::Reload | Step::Record | Step::Unroot(_) => false,
         }
     }

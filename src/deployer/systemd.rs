@@ -137,6 +137,13 @@ fn parse_show(text: &str) -> BTreeMap<String, Shown> {
     units
 }
 
+/// The invocation's id of an active unit, from the link that systemd keeps for its journal and makes anew with
+/// every start; None where there is none.
+pub fn invocation(unit: &str) -> Option<String> {
+    let link = Path::new("/run/systemd/units").join(format!("invocation:{unit}"));
+    fs_err::read_link(link).ok()?.to_str().map(String::from)
+}
+
 /// What the rule says of a service that was just started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CameUp {
@@ -248,6 +255,7 @@ pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMa
         return Ok(complaints);
     }
     let dir = crate::durable::scratch(scratch)?;
+    let _effect = effect::mark("verify below", scratch.display());
     let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
     for (name, text) in units {
         let file = dir.path().join(name.unit());

@@ -70,5 +70,5 @@ facts() {
 starts() {
   journalctl --sync
   journalctl --quiet --output cat --after-cursor "$(<"$start/cursor")" |
-    sed -nE 's/^page: version ([a-z]+) on port ([013-9][0-9]*)$/\1@\2/p' | sort | uniq -c
+    sed -nE 's/^page: version ([a-z]+) on port ([0-9]{4})$/\1@\2/p' | sort | uniq -c
 }
