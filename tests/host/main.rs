@@ -10,6 +10,7 @@ mod load;
 mod mistakes;
 mod order;
 mod passes;
+mod returns;
 mod runbook;
 mod solo;
 mod trust;

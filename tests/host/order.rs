@@ -70,6 +70,8 @@ struct Campaign<'a> {
     script: String,
     story: Vec<String>,
     step: usize,
+    /// How often what was met, for people.
+    met: BTreeMap<String, usize>,
 }
 
 const BUCKET: &str = "/var/lib/omni-deploy";
@@ -87,7 +89,15 @@ impl Campaign<'_> {
         }
         let model = Model { versions, proved: BTreeMap::new(), refused: BTreeMap::new(), unit_dir };
         let random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
-        Campaign { host, random, model, script: String::new(), story: Vec::new(), step: 0 }
+        Campaign {
+            host,
+            random,
+            model,
+            script: String::new(),
+            story: Vec::new(),
+            step: 0,
+            met: BTreeMap::new(),
+        }
     }
 
     /// Something happens.
@@ -295,6 +305,11 @@ impl Campaign<'_> {
         let mut part = || parts.next().unwrap_or_default().to_string();
         let (before, after) = (sections(&part()), sections(&part()));
         let (code, said) = (part(), part());
+        let state: Value = serde_json::from_str(body(&after, "state")).unwrap_or_default();
+        for service in state["services"].as_object().into_iter().flat_map(|s| s.values()) {
+            *self.met.entry(service["status"].as_str().unwrap_or_default().into()).or_default() += 1;
+        }
+        *self.met.entry(format!("exit {code}")).or_default() += 1;
         let wrong = if code == "137" {
             self.model.after_kill(&before, &after)
         } else {
@@ -741,9 +756,10 @@ fn campaign(host: &Host, seed: u64, steps: usize, unit_dir: &'static str) {
         }
     }
     println!(
-        "    {} steps, {passes} passes, {kills} to be killed, {:.0} s",
+        "    {} steps, {passes} passes, {kills} to be killed, {:.0} s; met: {:?}",
         c.step,
-        begun.elapsed().as_secs_f64()
+        begun.elapsed().as_secs_f64(),
+        c.met
     );
 }
 
