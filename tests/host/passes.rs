@@ -1,8 +1,7 @@
 //! What a pass does and does not do: it compares what is with what should be, repairs what differs and says so,
 //! and leaves everything else as it is.
 
-use crate::lab::lock;
-use crate::runbook::{BIZ, Biz};
+use crate::runbook::{Biz, biz};
 use crate::solo::{Solo, solo, web};
 use omni_deploy::runner::Status;
 use serde_json::{Value, json};
@@ -27,7 +26,7 @@ fn touches(host: &crate::lab::Host, script: &str) -> String {
 
 #[test]
 fn a_pass_with_nothing_to_do_writes_nothing_and_asks_the_bucket_once() {
-    let mut biz = lock(&BIZ);
+    let mut biz = biz();
     let Biz { host, bucket, developer } = &mut *biz;
     developer.write("Biz/Web.py", "# : out web\nVERSION = web 1\n");
     developer.types(
@@ -45,7 +44,7 @@ fn a_pass_with_nothing_to_do_writes_nothing_and_asks_the_bucket_once() {
 
 #[test]
 fn garbage_in_the_bucket_leaves_the_last_good_manifest_in_force() {
-    let mut biz = lock(&BIZ);
+    let mut biz = biz();
     let Biz { host, bucket, .. } = &mut *biz;
     let good = bucket.get("manifest.json");
     let newer = String::from_utf8_lossy(&good).replacen("\"version\": 1", "\"version\": 2", 1);
@@ -65,17 +64,6 @@ fn garbage_in_the_bucket_leaves_the_last_good_manifest_in_force() {
     bucket.put("manifest.json", &good);
     host.good_pass();
     assert!(host.state()["manifestError"].is_null());
-}
-
-#[test]
-fn the_timer_is_enabled_and_waits() {
-    let biz = lock(&BIZ);
-    assert_eq!(
-        biz.host.sh("systemctl is-enabled deployer.timer; systemctl is-active deployer.timer"),
-        "enabled\nactive"
-    );
-    let next = biz.host.sh("systemctl show --property=Triggers --value deployer.timer; systemctl list-timers deployer.timer --no-legend");
-    assert!(next.contains("deployer.service") && next.contains("left"), "{next}");
 }
 
 #[test]
