@@ -84,7 +84,7 @@ fn what_was_changed_by_hand_is_repaired_and_said() {
         ("systemctl kill --signal=KILL web; systemctl stop web".into(), "it was not running"),
         ("systemctl disable web".into(), "started at boot"),
         (format!("systemctl stop web; rm {unit}; systemctl mask web"), "the unit was gone"),
-        ("systemctl mask --runtime web; systemctl stop web".into(), "web"),
+        ("systemctl mask --runtime web; systemctl stop web; systemctl unmask --runtime web".into(), "web"),
         ("curl -sSf -X DELETE localhost:2019/id/deployer".into(), "add our route"),
         (
             "curl -sSf -X PATCH -H 'Content-Type: application/json' localhost:2019/id/deployer \
