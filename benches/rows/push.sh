@@ -41,7 +41,7 @@ done
 push=(omni-deploy push "$closure" --service part --store "$(s3 'manifest-{}')" --cache "$(s3 'cache-{}')")
 copy=(nix --extra-experimental-features nix-command copy --to 'file:///tmp/cache-{}?compression=zstd' "$closure")
 on bench-push omni-meter --runs $runs --warmup $warmup -- "${push[@]}" ::: "${copy[@]}" >"$work/push"
-read -r ours _ _ peak <"$work/push"
+read -r ours _ _ peak _ <"$work/push"
 read -r rival _ < <(tail -n 1 "$work/push")
 row "push of $paths paths, $(calc "$bytes / 1048576" 0) MiB to S3, against nix copy --to file://" "$(ms "$ours"), $(mib "$peak")" "$(ms "$rival")" \
   "$(calc "$ours / $rival")" '2 x' "$(holds "$ours <= 2 * $rival")"

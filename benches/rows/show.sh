@@ -3,7 +3,7 @@
 # shellcheck disable=SC2154  # set by run.sh
 
 serve 127.0.0.1
-for count in 20 1000; do
+for count in 20 200 1000; do
   store=$(s3 "show-$count")
   "$top/benches/services.sh" "$count" 1 >"$work/manifest.json"
   "$omni" manifest init --store "$store" 2>/dev/null

@@ -16,7 +16,7 @@ use crate::manifest::{changes, json, schema};
 use crate::names::{ServiceName, StorePath};
 use crate::runner::Run;
 use crate::say;
-use crate::store::{Got, MANIFEST_KEY, Store};
+use crate::store::{MANIFEST_KEY, Store};
 use argh::FromArgs;
 use std::io::Read;
 use std::path::Path;
@@ -320,21 +320,25 @@ fn change(
 }
 
 fn show(store: &dyn Store, version: Option<&str>, service: Option<&str>) -> Result<()> {
-    let (what, bytes) = match version {
-        None => match store.get(MANIFEST_KEY, None, crate::manifest::model::MAX_BYTES)? {
-            Got::Found { bytes, .. } => ("the manifest".to_string(), bytes),
-            Got::Missing | Got::NotModified => return Err(edit::missing(store)),
-        },
+    let (what, bytes, unusable) = match version {
+        None => {
+            let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
+            let unusable = current.manifest.err().map(|e| edit::unusable(store, &e));
+            ("the manifest".to_string(), current.bytes, unusable)
+        }
         Some(word) => {
             let versions = versions::all(store)?;
             let version = versions::resolve(&versions, word)?;
-            (version.name.clone(), versions::bytes(store, version)?)
+            let bytes = versions::bytes(store, version)?;
+            let unusable = parse::manifest(&bytes, Mode::Tolerant)
+                .err()
+                .map(|e| Error::new(format!("{} in {} cannot be used: {e}", version.name, store.url())));
+            (version.name.clone(), bytes, unusable)
         }
     };
-    if let Err(e) = parse::manifest(&bytes, Mode::Tolerant) {
-        let why = format!("{what} in {} cannot be used: {e}", store.url());
+    if let Some(why) = unusable {
         if serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).is_err() {
-            return Err(Error::new(why));
+            return Err(why);
         }
         say::warning(format!("warning: {why}"));
     }
@@ -555,8 +559,7 @@ fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
         return result.map_err(|e| {
             let kept = kept.display();
             Error::new(format!(
-                "{e}; nothing was published, your text is kept in {kept}: correct it there, then \
-                 EDITOR='cp {kept}' deploy-manifest edit"
+                "{e}; your text is kept in {kept}: correct it there, then VISUAL='cp {kept}' deploy-manifest edit"
             ))
         });
     }
@@ -580,7 +583,7 @@ fn edit_file(
         .args(words)
         .arg(file)
         .inherit()
-        .map_err(|e| Error::from(e).context("the editor; set EDITOR to one that is there"))?;
+        .map_err(|e| Error::new(format!("cannot edit: {e}; or set EDITOR to another editor")))?;
     if !status.ok() {
         return Err(Error::new(format!("the editor '{editor}' ended with {status}")));
     }

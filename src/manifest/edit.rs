@@ -112,15 +112,27 @@ pub fn whoami() -> String {
 
 /// Reads what is there; None when there is none.
 pub fn load(store: &dyn Store) -> Result<Option<Current>> {
-    match store.get(MANIFEST_KEY, None, MAX_BYTES) {
+    load_within(store, MAX_BYTES)
+}
+
+/// The largest object that a repair replaces, in bytes: it is read and archived like any version.
+const MAX_REPLACED: u64 = 1 << 30;
+
+fn load_within(store: &dyn Store, limit: u64) -> Result<Option<Current>> {
+    match store.get(MANIFEST_KEY, None, limit) {
         Ok(Got::Found { bytes, etag }) => {
-            let manifest = parse::manifest(&bytes, Mode::Tolerant);
+            let manifest = if bytes.len() as u64 > MAX_BYTES {
+                let reason = format!("it has {} bytes, at most {MAX_BYTES} are read", bytes.len());
+                Err(FieldError { path: String::new(), reason })
+            } else {
+                parse::manifest(&bytes, Mode::Tolerant)
+            };
             Ok(Some(Current { bytes, etag, manifest }))
         }
         Ok(Got::Missing | Got::NotModified) => Ok(None),
-        Err(e @ StoreError::TooLarge(_)) => Err(Error::new(format!(
-            "{e}; put one of the versions under manifests/ back in its place with the store's own tools"
-        ))),
+        Err(e @ StoreError::TooLarge(_)) if limit == MAX_BYTES => {
+            Err(Error::new(format!("{e}; go back with 'deploy-manifest rollback'")))
+        }
         Err(e) => Err(e.into()),
     }
 }
@@ -207,9 +219,10 @@ fn swap(
 ) -> Result<Published> {
     let mut contention = Contention::new();
     let mut tried: Option<(Vec<u8>, Manifest)> = None;
+    let limit = if start == Start::Repair { MAX_REPLACED } else { MAX_BYTES };
     loop {
         let began = Instant::now();
-        let current = load(store)?;
+        let current = load_within(store, limit)?;
         if let Some((bytes, manifest)) = tried.take()
             && landed(store, current.as_ref(), &bytes, &manifest)?
         {
@@ -240,9 +253,20 @@ fn swap(
         };
         match store.put(MANIFEST_KEY, &bytes, &when) {
             Ok(_) => return Ok(Published { manifest, written: true }),
-            Err(StoreError::Changed(why)) => {
+            Err(StoreError::Changed(_)) => {
                 tried = Some((bytes, manifest));
-                contention.wait(began.elapsed(), current.map(|c| c.etag), &why, store)?;
+                contention.wait(began.elapsed(), current.map(|c| c.etag), store)?;
+            }
+            // Without an answer it may have taken place.
+            Err(StoreError::Unreachable(why)) => {
+                let landed = load(store).and_then(|c| landed(store, c.as_ref(), &bytes, &manifest));
+                return match landed {
+                    Ok(true) => Ok(Published { manifest, written: true }),
+                    Ok(false) => Err(Error::new(why)),
+                    Err(_) => Err(Error::new(format!(
+                        "{why}; whether it was written is not known: see 'deploy-manifest list'"
+                    ))),
+                };
             }
             Err(e) => return Err(e.into()),
         }
@@ -272,10 +296,12 @@ fn base(
         (found, Start::OrEmpty | Start::Repair | Start::Replace) => {
             // The serial goes on from the highest there was: a host may have seen it.
             let highest = versions::archived(store)?.first().map_or(0, |v| v.serial);
+            // What is lost or cannot be read was the one after that.
+            let lost = if highest == 0 { 0 } else { highest + 1 };
             let head = found.and_then(|c| versions::head_of(&c.bytes));
             let mut manifest = Manifest::empty(now(), "");
             manifest.serial = match (found, &head) {
-                (None, _) => highest,
+                (None, _) => lost,
                 (Some(_), None) => highest + 1,
                 (Some(_), Some(head)) => highest.max(head.serial),
             };
@@ -348,16 +374,17 @@ impl Contention {
         Contention { started: now, attempts: 0, refused: (None, now) }
     }
 
-    fn wait(&mut self, attempt: Duration, refused: Option<Etag>, why: &str, store: &dyn Store) -> Result<()> {
+    fn wait(&mut self, attempt: Duration, refused: Option<Etag>, store: &dyn Store) -> Result<()> {
         self.attempts += 1;
         if self.refused.0 != refused {
             self.refused = (refused, Instant::now());
         }
         if self.attempts > 4 && self.refused.1.elapsed() > STUCK {
             return Err(Error::new(format!(
-                "{} refuses to replace {MANIFEST_KEY} although nobody changed it ({why}); nothing was \
-                 published; check the store with 'omni-deploy doctor'",
-                store.url()
+                "{} has refused for {} s to replace {MANIFEST_KEY}, as if others had changed it, which nobody did; \
+                 nothing was published; check the store with 'omni-deploy doctor'",
+                store.url(),
+                STUCK.as_secs()
             )));
         }
         if self.started.elapsed() > DEADLINE {
@@ -411,9 +438,7 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
         signature::sign(&mut signed, &store.identity(), key)?;
         match store.put(MANIFEST_KEY, &signed.to_bytes(), &When::Still(current.etag.clone())) {
             Ok(_) => return Ok(true),
-            Err(StoreError::Changed(why)) => {
-                contention.wait(began.elapsed(), Some(current.etag), &why, store)?
-            }
+            Err(StoreError::Changed(_)) => contention.wait(began.elapsed(), Some(current.etag), store)?,
             Err(e) => return Err(e.into()),
         }
     }
@@ -449,6 +474,8 @@ mod tests {
         AnswerLost,
         /// It is written, somebody else writes the next version upon it, and the answer is lost.
         AnswerLostAndReplaced,
+        /// It is written, and no answer comes.
+        NoAnswer,
         /// It fails.
         Down,
     }
@@ -516,6 +543,7 @@ mod tests {
             objects.insert(key.into(), bytes.to_vec());
             match fault {
                 Some(Fault::AnswerLost) => Err(StoreError::Changed("changed".into())),
+                Some(Fault::NoAnswer) => Err(StoreError::Unreachable("no answer in time".into())),
                 Some(Fault::AnswerLostAndReplaced) => {
                     let mut next = parse::manifest(bytes, Mode::Strict).unwrap();
                     objects.insert(archive_key(&archive_name(next.serial, next.generation)), bytes.to_vec());
@@ -584,7 +612,7 @@ mod tests {
 
     #[test]
     fn a_write_whose_answer_was_lost_is_not_made_twice() {
-        for fault in [Fault::AnswerLost, Fault::AnswerLostAndReplaced] {
+        for fault in [Fault::AnswerLost, Fault::AnswerLostAndReplaced, Fault::NoAnswer] {
             let store = Scripted::default();
             add(&store, "ava").unwrap();
             store.script.lock().unwrap().push(fault);
@@ -652,6 +680,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_too_large_to_be_read_can_be_rolled_back() {
+        let store = Scripted::default();
+        add(&store, "ava").unwrap();
+        let mut padded = store.current().to_bytes();
+        padded.resize(MAX_BYTES as usize + 1, b' ');
+        store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), padded);
+        let e = add(&store, "db").unwrap_err().to_string();
+        assert!(e.contains("deploy-manifest rollback"), "{e}");
+        let repaired = publish(&store, &NOW, &ann(), Start::Repair, |_| Ok(Some("mend".into()))).unwrap();
+        assert_eq!((repaired.manifest.serial, store.current().serial), (2, 2));
+    }
+
+    #[test]
     fn a_manifest_that_was_lost_goes_on_from_the_highest_serial_there_was() {
         let store = Scripted::default();
         for name in ["a", "b", "c"] {
@@ -660,7 +701,7 @@ mod tests {
         store.objects.lock().unwrap().remove(MANIFEST_KEY);
         let e = update(&store, &NOW, &ann(), &[]).unwrap_err().to_string();
         assert!(e.contains("no manifest in file:///test yet; run 'deploy-manifest init'"), "{e}");
-        assert_eq!(init(&store, &NOW, &ann()).unwrap().manifest.serial, 3);
+        assert_eq!(init(&store, &NOW, &ann()).unwrap().manifest.serial, 4, "hosts may have seen 3");
     }
 
     #[test]

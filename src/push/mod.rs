@@ -85,13 +85,13 @@ pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd:
         warn_without_program(&manifest, update);
     }
 
-    let nothing = "; nothing was published";
-    copy(settings, &paths).map_err(|e| Error::new(format!("copy to the cache failed: {e}{nothing}")))?;
+    copy(settings, &paths)
+        .map_err(|e| Error::new(format!("copy to the cache failed: {e}; nothing was published")))?;
 
     let since = Instant::now();
     let now = || Timestamp::now();
-    let version = edit::update(store.as_ref(), &now, &author, &built)
-        .map_err(|e| Error::new(format!("publishing failed: {e}{nothing}")))?;
+    let version =
+        edit::update(store.as_ref(), &now, &author, &built).map_err(|e| e.context("publishing failed"))?;
     let (serial, written) = (version.manifest.serial, version.written);
     let mut hosts: BTreeMap<HostName, Vec<(ServiceName, StorePath)>> = BTreeMap::new();
     for Update { name, path, .. } in &built {

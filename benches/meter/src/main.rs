@@ -17,13 +17,15 @@ use std::time::{Duration, Instant};
 
 const USAGE: &str = "usage: omni-meter [--runs N] [--warmup N] -- PROGRAM [ARG...] [::: PROGRAM [ARG...]]...
 
-prints a line per program: median, least and most milliseconds, and its peak memory in KiB
+prints a line per program: median, least and most milliseconds, its peak memory in KiB, and the median of the
+milliseconds that it and its children kept a processor busy
 {} in an argument is the number of the round, 0001 and so on; programs get no input, and must exit 0";
 
 /// What one run cost.
 struct Cost {
     time: Duration,
     peak_kib: i64,
+    busy: Duration,
 }
 
 struct Asked {
@@ -81,9 +83,17 @@ fn measure(asked: &Asked) -> Result<String> {
     for costs in &mut costs {
         costs.sort_by_key(|c| c.time);
         let (low, high) = (costs[(costs.len() - 1) / 2].time, costs[costs.len() / 2].time);
+        let mut busy: Vec<Duration> = costs.iter().map(|c| c.busy).collect();
+        busy.sort();
+        let busy = ms(busy[busy.len() / 2]);
         let peak = costs.iter().map(|c| c.peak_kib).max().unwrap_or(0);
         let (least, most) = (costs[0].time, costs[costs.len() - 1].time);
-        lines.push_str(&format!("{:.3} {:.3} {:.3} {peak}\n", ms((low + high) / 2), ms(least), ms(most)));
+        lines.push_str(&format!(
+            "{:.3} {:.3} {:.3} {peak} {busy:.3}\n",
+            ms((low + high) / 2),
+            ms(least),
+            ms(most)
+        ));
     }
     Ok(lines)
 }
@@ -109,7 +119,8 @@ fn run(words: &[String], round: usize) -> Result<Cost> {
         said.read_to_string(&mut text)?;
         return Err(Error::other(format!("{} ended with wait status {status:#x}:\n{text}", words.join(" "))));
     }
-    Ok(Cost { time, peak_kib: usage.ru_maxrss })
+    let spent = |t: libc::timeval| Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+    Ok(Cost { time, peak_kib: usage.ru_maxrss, busy: spent(usage.ru_utime) + spent(usage.ru_stime) })
 }
 
 /// A file without a name, for what a program says on stderr: a pipe would have to be read while it runs.
