@@ -19,7 +19,7 @@ fn touches(host: &crate::lab::Host, script: &str) -> String {
          facts >/tmp/before
          touch /tmp/begun; sleep 0.05
          {{ {script}; }} >/tmp/said 2>&1
-         find /etc /var /usr /root /srv /opt /nix/store /nix/var/nix/gcroots/omni-deploy -xdev \\( -path /var/tmp \\) -prune -o \\( -newer /tmp/begun -o -cnewer /tmp/begun \\) -print
+         find /etc /var /usr/local /root /srv /opt /nix/store /nix/var/nix/gcroots/omni-deploy -xdev \\( -path /var/tmp \\) -prune -o \\( -newer /tmp/begun -o -cnewer /tmp/begun \\) -print
          facts | diff /tmp/before -"
     ))
 }
