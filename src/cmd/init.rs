@@ -47,7 +47,15 @@ pub fn run(call: &Call) -> Result<u8> {
     let file = config::user_file();
     let old = existing(&file)?;
     let settings = config::load(&flags)?;
+    // Before anything is written here: a store that is misspelt must not take the place of one that works.
     let store = crate::store::open(&settings.store)?;
+    let probe = crate::store::probe(store.as_ref())?;
+    if let Some(complaint) = probe.complaint {
+        return Err(Error::new(complaint));
+    }
+    if let Some(leftover) = probe.leftover {
+        say::warning(leftover);
+    }
 
     let mut new = old.clone();
     for (name, value) in &flags {
@@ -67,13 +75,6 @@ pub fn run(call: &Call) -> Result<u8> {
                 file.display()
             ));
         }
-    }
-    let probe = crate::store::probe(store.as_ref())?;
-    if let Some(complaint) = probe.complaint {
-        return Err(Error::new(complaint));
-    }
-    if let Some(leftover) = probe.leftover {
-        say::warning(leftover);
     }
     let published = edit::init(store.as_ref(), &Timestamp::now, &edit::author())?;
     match published.written {
