@@ -209,7 +209,10 @@ fn for_hosts(settings: &Settings, ours: &PublicKey) -> Value {
     }
     json!({
         "store": shown("store", store.to_string()),
-        "cache": shown("cache", cache.to_string()),
+        "cache": shown("cache", match cache {
+            CacheUrl::Nix(url) => url,
+            cache => cache.to_string(),
+        }),
         "trustedPublicKeys": trusted,
     })
 }
