@@ -2,11 +2,13 @@
 //! the old content or the new, never a part. Temporary files are named `.omni-deploy-*` so that leftovers of
 //! a killed process are known as ours; [`sweep`] removes them.
 
+use crate::effect;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-const TEMP_PREFIX: &str = ".omni-deploy-";
+/// How the names of temporary files begin.
+pub const TEMP_PREFIX: &str = ".omni-deploy-";
 
 fn parent(path: &Path) -> io::Result<&Path> {
     path.parent().filter(|p| !p.as_os_str().is_empty()).ok_or_else(|| {
@@ -33,18 +35,21 @@ fn temp_with(path: &Path, bytes: &[u8], mode: u32) -> io::Result<tempfile::Named
         .set_permissions(std::fs::Permissions::from_mode(mode))
         .map_err(|e| named(e, "set the mode of", path))?;
     temp.as_file().sync_all().map_err(|e| named(e, "sync", path))?;
+    effect::point("within write", path.display());
     Ok(temp)
 }
 
 /// Replaces `path` with `bytes` and `mode`, whole or not at all, and returns when it is on the disk.
 /// The folder must exist. Errors name the path.
 pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
     temp_with(path, bytes, mode)?.persist(path).map_err(|e| named(e.error, "write", path))?;
     sync_dir(parent(path)?)
 }
 
 /// Creates `path`; false, with nothing changed, when something of that name is there already.
 pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
+    let _effect = effect::begin("create", path.display()).map_err(|e| named(e, "create", path))?;
     match temp_with(path, bytes, mode)?.persist_noclobber(path) {
         Ok(_) => sync_dir(parent(path)?).map(|()| true),
         Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
@@ -57,14 +62,23 @@ pub fn symlink(target: &Path, link: &Path) -> io::Result<()> {
     let dir = parent(link)?;
     let name = link.file_name().unwrap_or_default().to_string_lossy();
     let temp: PathBuf = dir.join(format!("{TEMP_PREFIX}{}-{name}", std::process::id()));
-    remove(&temp)?;
-    fs_err::os::unix::fs::symlink(target, &temp)?;
-    fs_err::rename(&temp, link)?;
+    let _effect = effect::begin("link", link.display()).map_err(|e| named(e, "link", link))?;
+    // Where nothing is in the way, there is nothing to leave behind either.
+    match fs_err::os::unix::fs::symlink(target, link) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            remove(&temp)?;
+            fs_err::os::unix::fs::symlink(target, &temp)?;
+            effect::point("within link", link.display());
+            fs_err::rename(&temp, link)?;
+        }
+        made => made?,
+    }
     sync_dir(dir)
 }
 
 /// Removes a file or link; one that is not there is no error. Returns whether there was one.
 pub fn remove(path: &Path) -> io::Result<bool> {
+    let _effect = effect::begin("remove", path.display()).map_err(|e| named(e, "remove", path))?;
     match fs_err::remove_file(path) {
         Ok(()) => sync_dir(parent(path)?).map(|()| true),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -80,12 +94,18 @@ pub fn folder(path: &Path, mode: u32) -> io::Result<()> {
     {
         return Ok(());
     }
+    let _effect = effect::begin("make folder", path.display()).map_err(|e| named(e, "make", path))?;
     fs_err::create_dir_all(path)?;
     fs_err::set_permissions(path, std::fs::Permissions::from_mode(mode))
 }
 
-/// Removes temporary files that a killed process left in `dir`. Only for a folder whose lock is held: another
-/// process could be about to rename its own.
+/// A folder in `dir` for as long as the value lives, for nobody else to look into.
+pub fn scratch(dir: &Path) -> io::Result<tempfile::TempDir> {
+    tempfile::Builder::new().prefix(TEMP_PREFIX).tempdir_in(dir)
+}
+
+/// Removes temporary files and folders that a killed process left in `dir`. Only for a folder whose lock is
+/// held: another process could be about to rename its own.
 pub fn sweep(dir: &Path) -> io::Result<()> {
     let entries = match fs_err::read_dir(dir) {
         Ok(entries) => entries,
@@ -94,7 +114,12 @@ pub fn sweep(dir: &Path) -> io::Result<()> {
     };
     for entry in entries {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(TEMP_PREFIX) {
+        if !entry.file_name().to_string_lossy().starts_with(TEMP_PREFIX) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs_err::remove_dir_all(entry.path())?;
+        } else {
             remove(&entry.path())?;
         }
     }
@@ -141,6 +166,7 @@ mod tests {
     fn sweeping_takes_our_leftovers_only() {
         let dir = tempfile::tempdir().unwrap();
         fs_err::write(dir.path().join(".omni-deploy-abc"), "").unwrap();
+        fs_err::write(scratch(dir.path()).unwrap().keep().join("f"), "").unwrap();
         fs_err::write(dir.path().join("keep"), "").unwrap();
         sweep(dir.path()).unwrap();
         let left: Vec<_> = fs_err::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();

@@ -8,6 +8,7 @@ pub mod config;
 pub mod deployer;
 pub mod dispatch;
 pub mod durable;
+pub mod effect;
 pub mod error;
 pub mod http;
 pub mod keys;

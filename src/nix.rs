@@ -7,6 +7,8 @@ pub mod cache;
 
 use crate::bridge::{Access, Bridge};
 use crate::config::Settings;
+use crate::durable;
+use crate::effect;
 use crate::error::{Error, Result};
 use crate::names::StorePath;
 use crate::runner::{Output, Run, RunError, Stream, tail};
@@ -16,7 +18,7 @@ use crate::store::url::without_secrets;
 use crate::store::{self, CacheUrl, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Where roots against the garbage collector are kept, ours in a folder of our own below.
@@ -111,6 +113,8 @@ struct Cache {
     bridge: Option<Bridge>,
     /// What can be read without Nix.
     direct: Option<Box<dyn Store>>,
+    /// Where Nix's private cache is put.
+    scratch: PathBuf,
 }
 
 impl Cache {
@@ -146,13 +150,14 @@ impl Cache {
         let direct = direct.map(|url| store::open(&url)).transpose()?;
         let secret = bridge.is_some() || without_secrets(&base) != base;
         let secret = secret.then(|| base.split('?').next().unwrap_or(&base).to_string());
-        Ok(Cache { shown, url: with_params(&base, &params), secret, bridge, direct })
+        let scratch = std::env::temp_dir();
+        Ok(Cache { shown, url: with_params(&base, &params), secret, bridge, direct, scratch })
     }
 
     /// A call of `nix` with this cache on one side and this machine's store on the other; `side` is the
     /// option that names the cache.
     fn nix(&self, settings: &Settings, side: Side, words: &[&str]) -> Result<(Run, tempfile::TempDir)> {
-        let (run, scratch) = nix(&["nix-command"])?;
+        let (run, scratch) = nix(&["nix-command"], &self.scratch)?;
         let mut run = run.args(words);
         match (&self.secret, side) {
             (None, side) => run = run.arg(side.option()).arg(&self.url),
@@ -255,10 +260,9 @@ impl Side {
 
 /// A call of `nix` with experimental features switched on and a private cache folder, which must outlive it.
 /// A unit of the system has no HOME: Nix then gets that folder too.
-fn nix(features: &[&str]) -> Result<(Run, tempfile::TempDir)> {
-    let scratch = tempfile::Builder::new().prefix("omni-deploy-nix-").tempdir().map_err(|e| {
-        Error::new(format!("cannot make a folder in {}: {e}; set TMPDIR", std::env::temp_dir().display()))
-    })?;
+fn nix(features: &[&str], within: &Path) -> Result<(Run, tempfile::TempDir)> {
+    let scratch = durable::scratch(within)
+        .map_err(|e| Error::new(format!("cannot make a folder in {}: {e}; set TMPDIR", within.display())))?;
     let mut run = Run::new("nix")
         .args(["--extra-experimental-features", &features.join(" ")])
         .env("XDG_CACHE_HOME", scratch.path());
@@ -325,6 +329,15 @@ fn key_name(settings: &Settings) -> Result<Option<String>> {
 /// closures that are not whole in the cache are left out and the rest is tried again, at last one by one.
 /// Returns the reason for each path that could not be had; an error means that nothing could be tried.
 pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<BTreeMap<StorePath, FetchError>> {
+    fetch_within(settings, paths, &std::env::temp_dir())
+}
+
+/// The same, with Nix's private cache below `scratch`.
+pub fn fetch_within(
+    settings: &Settings,
+    paths: &[StorePath],
+    scratch: &Path,
+) -> Result<BTreeMap<StorePath, FetchError>> {
     let mut left = missing(paths)?;
     let mut reasons = BTreeMap::new();
     if left.is_empty() {
@@ -333,7 +346,7 @@ pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<BTreeMap<StoreP
     let until = Instant::now() + FETCH_WITHIN;
     let all = |left: &[StorePath], e: &FetchError| left.iter().map(|p| (p.clone(), e.clone())).collect();
     let cache = match Cache::open(settings, Access::Read) {
-        Ok(cache) => cache,
+        Ok(cache) => Cache { scratch: scratch.to_path_buf(), ..cache },
         Err(e) => return Ok(all(&left, &FetchError::Unreachable(format!("cache {}: {e}", settings.cache)))),
     };
     let too_large = match too_large(&cache, &left, free_bytes(Path::new(crate::names::STORE_DIR))) {
@@ -434,6 +447,7 @@ fn fetch_some(
     for some in paths.chunks(PER_CALL) {
         let (run, _scratch) = cache.nix(settings, Side::From, &["copy"]).map_err(spawn)?;
         let within = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+        let _effect = effect::mark("nix copy", &cache.shown);
         run.args(some).deadline(within).success()?;
     }
     Ok(())
@@ -574,7 +588,7 @@ fn verify_through_nix(settings: &Settings, paths: &[StorePath]) -> Result<Figure
 
 /// Builds a flake reference in `dir`; its output's path. Nix's progress is handed over line by line.
 pub fn build_flake(reference: &str, dir: &Path, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
-    let (run, _scratch) = nix(&["nix-command", "flakes"])?;
+    let (run, _scratch) = nix(&["nix-command", "flakes"], &std::env::temp_dir())?;
     // Nix 2.8 has no --print-out-paths yet.
     let text =
         built(run.args(["build", "--no-link", "--json", "--", reference]).dir(dir), "nix build", on_line)?;

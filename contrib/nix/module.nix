@@ -122,10 +122,12 @@ in
           UMask = "0022";
           StateDirectory = "deployer";
           CacheDirectory = "deployer";
+          RuntimeDirectory = "omni-deploy";
+          RuntimeDirectoryPreserve = true;
           ProtectSystem = "strict";
           ReadWritePaths = [ "-${cfg.unitDir}" "-/run/systemd" "-/nix/var" "-/var/lib/omni-deploy" ];
           ProtectHome = "read-only";
-          PrivateTmp = true;
+          TemporaryFileSystem = "/tmp:mode=1777 /var/tmp:mode=1777";
           PrivateDevices = true;
           CapabilityBoundingSet = [ "CAP_CHOWN" "CAP_DAC_OVERRIDE" "CAP_FOWNER" "CAP_SYS_PTRACE" ];
           NoNewPrivileges = true;

@@ -56,6 +56,9 @@ struct RunArgs {
     #[argh(switch)]
     /// remove all services of this host if the manifest has none for it
     allow_empty: bool,
+    #[argh(option, arg_name = "serial")]
+    /// obey a manifest of this serial although a later one was obeyed before
+    accept_serial: Option<u64>,
 }
 
 #[derive(FromArgs)]
@@ -71,6 +74,9 @@ struct PlanArgs {
     #[argh(switch)]
     /// as for run
     allow_empty: bool,
+    #[argh(option, arg_name = "serial")]
+    /// as for run
+    accept_serial: Option<u64>,
 }
 
 #[derive(FromArgs)]
@@ -133,11 +139,21 @@ pub fn run(call: &Call) -> Result<u8> {
     let args: Args = call.parse()?;
     match args.command {
         Command::Run(a) => {
-            let asks = Asks { timer: a.timer, retry: a.retry, allow_empty: a.allow_empty };
+            let asks = Asks {
+                timer: a.timer,
+                retry: a.retry,
+                allow_empty: a.allow_empty,
+                accept_serial: a.accept_serial,
+            };
             pass::run(&call.settings()?, &asks)
         }
         Command::Plan(a) => {
-            let asks = Asks { timer: false, retry: a.retry, allow_empty: a.allow_empty };
+            let asks = Asks {
+                timer: false,
+                retry: a.retry,
+                allow_empty: a.allow_empty,
+                accept_serial: a.accept_serial,
+            };
             let settings = call.settings()?;
             let preview = pass::preview(&settings, &asks)?;
             if let Some(error) = &preview.manifest_error {
@@ -182,6 +198,7 @@ fn step_text(step: &Step) -> String {
         Step::Root(path) => format!("root {path}"),
         Step::Fetch(path) => format!("fetch {path}"),
         Step::Write(why) => format!("write its unit ({why})"),
+        Step::Reload => "have systemd read its unit again".into(),
         Step::Enable => "have it started at boot".into(),
         Step::Overlap(why) => format!("prove the new version beside it and lead requests there ({why})"),
         Step::Restart(why) => format!("restart and see it come up ({why})"),
@@ -198,6 +215,7 @@ fn step_json(step: &Step) -> Value {
         Step::Root(path) => json!({"do": "root", "path": path}),
         Step::Fetch(path) => json!({"do": "fetch", "path": path}),
         Step::Write(why) => json!({"do": "write", "why": why}),
+        Step::Reload => json!({"do": "reload"}),
         Step::Enable => json!({"do": "enable"}),
         Step::Overlap(why) => json!({"do": "overlap", "why": why}),
         Step::Restart(why) => json!({"do": "restart", "why": why}),

@@ -2,15 +2,16 @@
 //! learned. It decides nothing: what follows from a failure is for the next call of [`super::plan::plan`].
 
 use super::plan::{
-    Applied, Goal, Learned, Memory, Observed, Plan, ServicePlan, Step, Trouble, previous_after,
+    Applied, Goal, Learned, Memory, Observed, Plan, ServicePlan, Step, Trouble, UnitFile, previous_after,
 };
 use super::root::Root;
 use super::state::Failure;
-use super::systemd::{self, CameUp, Shown};
+use super::systemd::{self, CameUp, Listed, Shown};
 use super::{applied, intent, observe};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
+use crate::effect;
 use crate::error::{Error, Result};
 use crate::manifest::{Service, command};
 use crate::names::{ServiceName, StorePath};
@@ -48,6 +49,18 @@ struct Start<'a> {
     restart: bool,
 }
 
+impl Learned {
+    /// Says what the disk did not take, and takes it down; whether there was such a thing.
+    pub fn disk(&mut self, written: Result<()>) -> bool {
+        let failed = written.err();
+        if let Some(e) = &failed {
+            say::error(e);
+            self.unwritten.push(e.to_string());
+        }
+        failed.is_some()
+    }
+}
+
 impl Host<'_> {
     /// Performs the steps of the services (not those of what is gone, not the route) and keeps `observed`,
     /// `memory` and `learned` true. Returns whether anything on the host was changed.
@@ -65,10 +78,17 @@ impl Host<'_> {
             .iter()
             .filter(|s| s.steps.iter().any(Step::touches))
             .map(|s| s.name.clone())
-            .chain(memory.interrupted.iter().cloned())
             .collect();
-        if !touched.is_empty() {
-            intent::record(self.root, touched)?;
+        if !touched.is_empty()
+            && let Err(e) = intent::record(self.root, touched.clone())
+        {
+            // What cannot be taken down is not begun; what merely does not run is started all the same.
+            let touched = plan.services.iter().filter(|s| touched.contains(&s.name));
+            let goals = touched.map(|s| s.goal.as_ref().map(|g| (&s.name, g))).collect::<Option<Vec<_>>>();
+            for (name, goal) in goals.ok_or_else(|| e.clone())? {
+                self.hindered(name, goal, &e, learned);
+            }
+            return Ok(false);
         }
         self.root_and_fetch(plan, observed, learned)?;
         self.check(plan, learned)?;
@@ -83,8 +103,9 @@ impl Host<'_> {
         let paused = self.pause(&plan.services)?;
         let removed = self.remove(&plan.services, memory, observed)?;
         let started = self.write_and_start(plan, memory, learned)?;
-        self.record(plan, memory)?;
-        self.unroot(&plan.services, observed)?;
+        self.record(plan, memory, learned);
+        let unrooted = self.unroot(&plan.services, observed);
+        learned.disk(unrooted);
         Ok(paused || removed || started)
     }
 
@@ -95,9 +116,17 @@ impl Host<'_> {
             match step {
                 Step::Root(path) => {
                     let dir = self.root.roots(&service.name);
-                    durable::folder(&dir, 0o755)?;
-                    durable::symlink(path.as_ref(), &dir.join(path.base()))?;
+                    let link = dir.join(path.base());
+                    let rooted =
+                        durable::folder(&dir, 0o755).and_then(|()| durable::symlink(path.as_ref(), &link));
+                    if let (Err(e), Some(goal)) = (rooted, &service.goal) {
+                        self.hindered(&service.name, goal, &e.into(), learned);
+                        continue;
+                    }
                     observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
+                    if service.goal.as_ref().is_some_and(|g| g.proved && g.path == *path) {
+                        say::notice(format!("{}: {path} had lost its root and has one again", service.name));
+                    }
                 }
                 Step::Fetch(path) => wanted.entry(path).or_default().push(&service.name),
                 _ => {}
@@ -109,7 +138,7 @@ impl Host<'_> {
         let paths: Vec<StorePath> = wanted.keys().map(|p| (*p).clone()).collect();
         say::info(format!("fetching {} closure(s) from {}", paths.len(), self.settings.cache));
         let begun = Instant::now();
-        let failures = match nix::fetch(self.settings, &paths) {
+        let failures = match nix::fetch_within(self.settings, &paths, &self.root.run_dir) {
             Ok(failures) => failures,
             // Nix itself is missing or broken: true for each of them, and no reason to stop what runs.
             Err(e) => {
@@ -150,7 +179,7 @@ impl Host<'_> {
                 Err(why) => self.refuse(name, goal, why, Vec::new(), learned),
             }
         }
-        for (name, complaint) in systemd::verify(&to_verify)? {
+        for (name, complaint) in systemd::verify(&to_verify, &self.root.run_dir)? {
             let goal = starts(plan).find(|s| *s.name == name).map(|s| s.goal);
             if let Some(goal) = goal {
                 let why = format!("systemd does not take its unit: {complaint}");
@@ -191,6 +220,22 @@ impl Host<'_> {
         learned.troubles.insert((name.clone(), goal.inputs.clone()), Trouble { rejected, failure });
     }
 
+    /// The host's trouble, not the release's: taken down for this pass, and tried again by the next.
+    pub fn hindered(&self, name: &ServiceName, goal: &Goal, why: &Error, learned: &mut Learned) {
+        let reason = why.to_string();
+        say::error(format!("{name}: {reason}"));
+        let failure = Failure {
+            reason,
+            attempted: Some(goal.path.clone()),
+            at: Timestamp::now(),
+            journal: Vec::new(),
+            attempts: 0,
+            inputs: None,
+        };
+        let key = (name.clone(), goal.inputs.clone());
+        learned.troubles.insert(key, Trouble { rejected: false, failure });
+    }
+
     /// Writes units, makes systemd read them, restarts in one call, and watches them come up.
     fn write_and_start(&self, plan: &Plan, memory: &mut Memory, learned: &mut Learned) -> Result<bool> {
         let mut reload = false;
@@ -204,7 +249,11 @@ impl Host<'_> {
                         reload = true;
                         failed = self.write_unit(&service.name, &goal.unit).err();
                     }
-                    Step::Enable => failed = failed.or(self.enable(&service.name).err()),
+                    Step::Reload => {
+                        say::notice(format!("{}: systemd had read another unit", service.name));
+                        reload = true;
+                    }
+                    Step::Enable if failed.is_none() => failed = self.enable(&service.name).err(),
                     Step::Restart(why) if failed.is_none() => {
                         starts.push(Start { name: &service.name, goal, why, restart: true });
                     }
@@ -215,23 +264,11 @@ impl Host<'_> {
                 }
             }
             if let Some(e) = failed {
-                // The host's trouble, not the release's: tried again by the next pass.
-                let reason = e.to_string();
-                say::error(format!("{}: {reason}", service.name));
-                let failure = Failure {
-                    reason,
-                    attempted: Some(goal.path.clone()),
-                    at: Timestamp::now(),
-                    journal: Vec::new(),
-                    attempts: 0,
-                    inputs: None,
-                };
-                let key = (service.name.clone(), goal.inputs.clone());
-                learned.troubles.insert(key, Trouble { rejected: false, failure });
+                self.hindered(&service.name, goal, &e, learned);
             }
         }
-        // A pass that died between a write and the reload leaves systemd with what it had read before.
-        if reload || !memory.interrupted.is_empty() {
+        // A person who put a unit back leaves systemd with what it had read before, and that is what it would start.
+        if reload || starts.iter().any(|s| s.restart) {
             systemd::daemon_reload()?;
         }
         if starts.is_empty() {
@@ -254,12 +291,16 @@ impl Host<'_> {
             .iter()
             .map(|s| Watched { name: s.name, unit: s.name.unit(), service: &s.goal.service })
             .collect();
+        // Done for those: a clock that was set back must not make them look older than their units for ever.
+        for start in restarts() {
+            memory.interrupted.remove(start.name);
+        }
         let outcomes = watch(&watched)?;
         for start in &starts {
             match outcomes.get(start.name) {
                 Some(Ok(after)) => {
                     say::info(format!("{}: up after {:.1} s", start.name, after.as_secs_f64()));
-                    self.proved(start.name, start.goal, memory)?;
+                    self.proved(start.name, start.goal, memory, learned);
                 }
                 Some(Err(why)) => {
                     let journal = systemd::journal(&start.name.unit(), begun.0, JOURNAL_LINES);
@@ -288,27 +329,26 @@ impl Host<'_> {
         let link = self.root.wanted(name);
         durable::folder(link.parent().unwrap_or(&self.root.unit_dir), 0o755)?;
         durable::symlink(&self.root.unit(name), &link)?;
+        say::info(format!("{name}: started at boot from now on"));
         Ok(())
     }
 
-    fn proved(&self, name: &ServiceName, goal: &Goal, memory: &mut Memory) -> Result<()> {
+    fn proved(&self, name: &ServiceName, goal: &Goal, memory: &mut Memory, learned: &mut Learned) {
         let previous = previous_after(&goal.path, memory.applied.get(name));
         let proved = Applied { service: goal.service.clone(), path: goal.path.clone(), previous };
         if memory.applied.get(name) != Some(&proved) {
-            applied::record(self.root, &proved)?;
+            learned.disk(applied::record(self.root, &proved));
             memory.applied.insert(name.clone(), proved);
         }
-        Ok(())
     }
 
     /// Entries that changed without changing their unit (a route, a health path).
-    fn record(&self, plan: &Plan, memory: &mut Memory) -> Result<()> {
+    fn record(&self, plan: &Plan, memory: &mut Memory, learned: &mut Learned) {
         for (service, step) in steps(&plan.services) {
             if let (Step::Record, Some(goal)) = (step, &service.goal) {
-                self.proved(&service.name, goal, memory)?;
+                self.proved(&service.name, goal, memory, learned);
             }
         }
-        Ok(())
     }
 
     /// Stops what is paused and keeps it from starting at boot; its unit stays.
@@ -325,7 +365,7 @@ impl Host<'_> {
     }
 
     /// Stops services and removes their units, links and entries; returns whether there were any. Only units
-    /// with our mark are touched.
+    /// with our mark, or that are gone but were proved, are touched.
     pub fn remove(&self, services: &[ServicePlan], memory: &mut Memory, observed: &Observed) -> Result<bool> {
         let going: Vec<(&ServiceName, &str)> = steps(services)
             .filter_map(|(service, step)| match step {
@@ -339,25 +379,31 @@ impl Host<'_> {
         let mut marked = Vec::new();
         for (name, why) in &going {
             say::notice(format!("{name}: removing ({why})"));
-            let unit = observed.units.get(*name);
-            if unit.is_some_and(|u| matches!(u.file, super::plan::UnitFile::Ours(_))) {
+            // A unit that was deleted by hand leaves its process and its boot link, which are ours as well.
+            let ours = match observed.units.get(*name).map(|u| &u.file) {
+                Some(UnitFile::Ours(_)) => true,
+                Some(UnitFile::Absent) => memory.applied.contains_key(*name),
+                Some(UnitFile::Foreign(_)) | None => false,
+            };
+            if ours {
                 marked.push(name.unit());
             }
         }
         // Stop before deleting: a unit without a file keeps its process and cannot be restarted.
         systemd::stop(&marked, Duration::from_secs(DEFAULT_STOP_SEC + 60))?;
-        for (name, _) in &going {
-            if marked.contains(&name.unit()) {
-                durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
-                durable::remove(&self.root.unit(name))?;
-            }
-            applied::forget(self.root, name)
-                .or_else(|e| if self.root.applied_dir().is_dir() { Err(e) } else { Ok(()) })?;
-            memory.applied.remove(*name);
+        for (name, _) in going.iter().filter(|(name, _)| marked.contains(&name.unit())) {
+            durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
+            durable::remove(&self.root.unit(name)).or_else(missing_folder)?;
         }
         if !marked.is_empty() {
             systemd::daemon_reload()?;
             systemd::reset_failed(&marked)?;
+        }
+        // Last: while it is remembered as proved, an interrupted removal is begun anew.
+        for (name, _) in &going {
+            applied::forget(self.root, name)
+                .or_else(|e| if self.root.applied_dir().is_dir() { Err(e) } else { Ok(()) })?;
+            memory.applied.remove(*name);
         }
         Ok(true)
     }
@@ -377,7 +423,9 @@ impl Host<'_> {
             .map(|s| &s.name)
             .collect();
         for name in emptied {
-            match fs_err::remove_dir(self.root.roots(name)) {
+            let dir = self.root.roots(name);
+            let _effect = effect::begin("remove folder", dir.display())?;
+            match fs_err::remove_dir(dir) {
                 Ok(()) => {}
                 // Somebody else put something there: it is theirs.
                 Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {}
@@ -440,16 +488,33 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
         well_since: Option<Instant>,
     }
     let begun = Instant::now();
+    let settle = effect::shortened(SETTLE);
     let mut outcomes = BTreeMap::new();
     let mut pending: Vec<Pending> =
         watched.iter().map(|watched| Pending { watched, first: None, well_since: None }).collect();
     while !pending.is_empty() {
-        let units: Vec<String> = pending.iter().map(|p| p.watched.unit.clone()).collect();
-        let mut shown = systemd::show(&units)?;
+        // One time for all, so that all have settled at the same look.
+        let looked = Instant::now();
+        // `show` costs systemd far more than the list of all units, and a unit that is listed as running under
+        // the invocation of its first look would show the same again.
+        let listed = systemd::list_units()?;
+        let unchanged = |p: &Pending| match &p.first {
+            Some(first) if p.well_since.is_some() => {
+                listed.get(&p.watched.unit).is_some_and(Listed::running)
+                    && systemd::invocation(&p.watched.unit).is_some_and(|id| id == first.invocation)
+            }
+            _ => false,
+        };
+        let unchanged: Vec<bool> = pending.iter().map(unchanged).collect();
+        let close = pending.iter().zip(&unchanged).filter(|(_, unchanged)| !**unchanged);
+        let mut shown = systemd::show(&close.map(|(p, _)| p.watched.unit.clone()).collect::<Vec<_>>())?;
         let probes = probe_all(pending.iter().map(|p| p.watched.service));
         let mut still = Vec::new();
-        for (mut one, probe) in pending.into_iter().zip(probes) {
-            let now = shown.remove(&one.watched.unit).unwrap_or_default();
+        for ((mut one, probe), unchanged) in pending.into_iter().zip(probes).zip(unchanged) {
+            let now = match &one.first {
+                Some(first) if unchanged => first.clone(),
+                _ => shown.remove(&one.watched.unit).unwrap_or_default(),
+            };
             let name = one.watched.name.clone();
             let deadline = Duration::from_secs(one.watched.service.timeout_sec().into());
             match systemd::came_up(one.first.as_ref(), &now, probe.as_ref()) {
@@ -458,8 +523,8 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
                     continue;
                 }
                 CameUp::Well => {
-                    let since = *one.well_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() >= SETTLE {
+                    let since = *one.well_since.get_or_insert(looked);
+                    if looked.duration_since(since) >= settle {
                         outcomes.insert(name, Ok(since.duration_since(begun)));
                         continue;
                     }
@@ -476,8 +541,11 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
             still.push(one);
         }
         pending = still;
+        let next_end =
+            pending.iter().filter_map(|p| Some(settle.saturating_sub(p.well_since?.elapsed()))).min();
         if !pending.is_empty() {
-            std::thread::sleep(LOOK_EVERY);
+            let look_every = effect::shortened(LOOK_EVERY);
+            std::thread::sleep(next_end.map_or(look_every, |end| end.min(look_every)));
         }
     }
     Ok(outcomes)

@@ -5,6 +5,7 @@
 
 use crate::manifest::Http;
 use serde_json::{Map, Value, json};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -58,9 +59,10 @@ pub fn route(entries: &[&Http]) -> Option<Value> {
     let domains: BTreeSet<&str> = entries.iter().map(|h| h.domain.as_str()).collect();
     let mut sorted: Vec<&&Http> = entries.iter().collect();
     // First match wins in Caddy: a plain name before a wildcard, then the longest path.
-    sorted.sort_by_key(|h| {
-        (h.domain.starts_with("*."), h.domain.clone(), std::cmp::Reverse(h.path.len()), h.path.clone())
-    });
+    fn rank(h: &Http) -> (bool, &str, Reverse<usize>, &str) {
+        (h.domain.starts_with("*."), &h.domain, Reverse(h.path.len()), &h.path)
+    }
+    sorted.sort_by(|a, b| rank(a).cmp(&rank(b)));
     let routes: Vec<Value> = sorted
         .iter()
         .map(|http| {
@@ -74,6 +76,19 @@ pub fn route(entries: &[&Http]) -> Option<Value> {
                 "handle": [{
                     "handler": "reverse_proxy",
                     "upstreams": [{"dial": format!("127.0.0.1:{}", http.internal_port)}],
+                    // Only of a transport that is given does Caddy close the idle connections when the route
+                    // changes, and only so can be told when a service has drained. The values are Caddy's own
+                    // but for the idle time: that is below what servers allow by themselves (5 s is common), as
+                    // a POST on a connection that the service is just closing would fail.
+                    "transport": {
+                        "protocol": "http",
+                        "dial_timeout": "10s",
+                        "keep_alive": {
+                            "probe_interval": "30s",
+                            "max_idle_conns_per_host": 32,
+                            "idle_timeout": "3s",
+                        },
+                    },
                     // Requests that come while the unit restarts wait for it.
                     "load_balancing": {"try_duration": "10s", "try_interval": "50ms"},
                 }],
@@ -81,11 +96,14 @@ pub fn route(entries: &[&Http]) -> Option<Value> {
             })
         })
         .collect();
-    Some(json!({
+    let mut route = json!({
         "@id": ROUTE_ID,
         "match": [{"host": domains}],
-        "handle": [{"handler": "subroute", "routes": routes}],
-    }))
+        "handle": [{"handler": "subroute", "routes": []}],
+    });
+    // Moved: the macro would copy them.
+    route["handle"][0]["routes"] = Value::Array(routes);
+    Some(route)
 }
 
 /// In a server that is ours alone, what nobody's route matches is a 404 rather than Caddy's empty 200.
@@ -225,6 +243,23 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) 
     if requests.is_empty() { RoutePlan::Current } else { RoutePlan::Write(requests) }
 }
 
+impl Observed {
+    /// The ports that its servers listen on: every address is `[NETWORK/]HOST:PORT[-LAST]`.
+    pub fn ports(&self) -> BTreeSet<u16> {
+        let Observed::Servers(servers) = self else { return BTreeSet::new() };
+        let addresses =
+            servers.values().filter_map(|s| s.get("listen")).filter_map(Value::as_array).flatten();
+        let mut ports = BTreeSet::new();
+        for range in addresses.filter_map(Value::as_str).filter_map(|a| a.rsplit(':').next()) {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            if let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) {
+                ports.extend(first..=last);
+            }
+        }
+        ports
+    }
+}
+
 fn agent() -> ureq::Agent {
     // The admin endpoint is this machine's: a proxy of the environment has no business here.
     ureq::Agent::config_builder()
@@ -279,6 +314,7 @@ pub fn perform(admin: &str, request: &Request) -> Result<(), String> {
         .header("Content-Type", "application/json")
         .body(body)
         .map_err(|e| format!("cannot {}: {e}", request.what))?;
+    let _effect = crate::effect::mark(request.method, &request.path);
     let mut response = agent().run(built).map_err(|e| format!("cannot {}: {e}", request.what))?;
     if response.status().is_success() {
         return Ok(());
@@ -415,6 +451,17 @@ mod tests {
             inner.iter().map(|r| r["handle"][0]["upstreams"][0]["dial"].as_str().unwrap()).collect();
         assert_eq!(dials, ["127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:1", "127.0.0.1:4"]);
         assert_eq!(inner[1]["match"][0]["path"], json!(["/api", "/api/*"]));
+    }
+
+    #[test]
+    fn the_ports_of_all_servers_are_known() {
+        let observed = servers(json!({
+            "a": {"listen": [":443", "tcp/127.0.0.1:8080-8082", "[::1]:80"]},
+            "b": {"listen": ["unix//run/web.sock", "udp/:99999"]},
+            "c": {},
+        }));
+        assert_eq!(observed.ports().into_iter().collect::<Vec<_>>(), [80, 443, 8080, 8081, 8082]);
+        assert!(Observed::Unavailable("down".into()).ports().is_empty());
     }
 
     #[test]

@@ -23,8 +23,13 @@ pub fn load(root: &Root) -> Result<BTreeSet<ServiceName>> {
     }
 }
 
-/// Takes down what is about to be touched.
-pub fn record(root: &Root, services: BTreeSet<ServiceName>) -> Result<()> {
+/// Takes down what is about to be touched, besides what was before.
+pub fn record(root: &Root, mut services: BTreeSet<ServiceName>) -> Result<()> {
+    let before = load(root)?;
+    if services.is_subset(&before) {
+        return Ok(());
+    }
+    services.extend(before);
     let bytes = serde_json::to_vec(&Intent { services })
         .map_err(|e| Error::new(format!("cannot write the intent: {e}")))?;
     durable::write(&root.intent(), &bytes, 0o644)?;

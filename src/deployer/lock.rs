@@ -5,6 +5,7 @@ use super::root::Root;
 use crate::clock::Timestamp;
 use crate::durable;
 use crate::error::{Error, Result};
+use fs_err::os::unix::fs::OpenOptionsExt;
 use std::io::{Read, Seek, Write};
 
 /// Held while a pass runs.
@@ -24,10 +25,12 @@ pub enum Asked {
 
 /// Asks for the lock, without waiting.
 pub fn take(root: &Root, now: Timestamp) -> Result<Asked> {
-    durable::folder(&root.state_dir, 0o755)?;
+    durable::folder(&root.run_dir, 0o755)?;
     let path = root.lock();
-    let mut file =
-        fs_err::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
+    let mut options = fs_err::OpenOptions::new();
+    // Root's alone: whoever may open a file may lock it, and keep us from working.
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let mut file = options.open(&path)?;
     match file.file().try_lock() {
         Ok(()) => {}
         Err(std::fs::TryLockError::WouldBlock) => {
@@ -55,7 +58,7 @@ mod tests {
     fn the_second_asker_is_told_who_holds_it_and_since_when() {
         let dir = tempfile::tempdir().unwrap();
         let mut root = Root::system(dir.path());
-        root.state_dir = dir.path().to_path_buf();
+        root.run_dir = dir.path().to_path_buf();
         let first = take(&root, Timestamp(1_795_372_265)).unwrap();
         assert!(matches!(first, Asked::Taken(_)));
         let Asked::Held(who) = take(&root, Timestamp(0)).unwrap() else { panic!("taken twice") };

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::manifest::Service;
 use crate::names::{ServiceName, StorePath};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -23,9 +24,10 @@ pub fn observe(
 ) -> Result<Observed> {
     let mut present = BTreeSet::new();
     let mut unproved = BTreeSet::new();
-    let proved: BTreeSet<&StorePath> = applied.values().map(|a| &a.path).collect();
+    let proved: BTreeSet<&StorePath> =
+        applied.values().flat_map(|a| [&a.path].into_iter().chain(&a.previous)).collect();
     for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
-        if is_there(path)? {
+        if !present.contains(path) && is_there(path)? {
             present.insert(path.clone());
             if !proved.contains(path) {
                 unproved.insert(path.clone());
@@ -80,23 +82,36 @@ pub fn units(
     for (name, text) in marked(&root.unit_dir, ".service")? {
         units.insert(name, UnitSeen { file: UnitFile::Ours(text), ..UnitSeen::default() });
     }
-    for name in desired.iter().map(|s| &s.name).chain(applied.keys()) {
-        if !units.contains_key(name) {
-            let file = foreign(root, name, applied.contains_key(name))?;
+    let mut without: BTreeSet<&ServiceName> = desired.iter().map(|s| &s.name).chain(applied.keys()).collect();
+    without.retain(|name| !units.contains_key(*name));
+    if !without.is_empty() {
+        let folders: Vec<(&Path, BTreeSet<OsString>)> = [root.unit_dir.as_path()]
+            .into_iter()
+            .chain(UNIT_PATH.iter().map(Path::new))
+            .map(|dir| Ok((dir, names_in(dir)?)))
+            .collect::<Result<_>>()?;
+        for name in without {
+            let file = foreign(&folders, name, applied.contains_key(name))?;
             units.insert(name.clone(), UnitSeen { file, ..UnitSeen::default() });
         }
     }
     let mut older: Vec<ServiceName> = Vec::new();
+    let wants = root.wants_dir();
+    let links = names_in(&wants)?;
     for (name, seen) in &mut units {
-        seen.listed = listed.remove(&name.unit()).unwrap_or_default();
-        let link = root.wanted(name);
-        seen.wanted = fs_err::read_link(&link).is_ok_and(|target| {
-            let target =
-                if target.is_absolute() { target } else { link.parent().unwrap_or(&link).join(target) };
-            same_file(&target, &root.unit(name))
-        });
+        let unit = name.unit();
+        seen.listed = listed.remove(&unit).unwrap_or_default();
+        seen.wanted = links.contains(OsStr::new(&unit))
+            && fs_err::read_link(wants.join(&unit))
+                .is_ok_and(|target| same_file(&wants.join(target), &root.unit(name)));
+        // Without a copy in memory, or with a mask there: rare, and only then are the other folders looked into.
+        let read = seen.listed.load == "loaded";
+        seen.unread = seen.listed.running() && !read;
+        if matches!(seen.file, UnitFile::Ours(_)) && !(seen.listed.running() && read) {
+            seen.shadowed = !strays(root, name).is_empty();
+        }
         if let (true, Some(started)) = (seen.listed.running(), started(name)) {
-            seen.current = changed(&root.unit(name)).is_some_and(|written| written <= started);
+            seen.current = placed(&root.unit(name)).is_some_and(|written| written <= started);
             if !seen.current {
                 older.push(name.clone());
             }
@@ -109,6 +124,7 @@ pub fn units(
             && let UnitFile::Ours(text) = &seen.file
         {
             seen.astray = runs_another(shown.main_pid, text);
+            seen.unread |= shown.unread;
         }
     }
     for service in desired {
@@ -126,6 +142,11 @@ pub fn units(
 fn started(name: &ServiceName) -> Option<(i64, i64)> {
     let link = Path::new("/run/systemd/units").join(format!("invocation:{}", name.unit()));
     fs_err::symlink_metadata(link).ok().map(|m| (m.mtime(), m.mtime_nsec()))
+}
+
+/// When a file was last put in place: also one that was copied there with an older time.
+fn placed(path: &Path) -> Option<(i64, i64)> {
+    fs_err::metadata(path).ok().map(|m| (m.ctime(), m.ctime_nsec()))
 }
 
 /// When a file's content was last changed.
@@ -148,6 +169,16 @@ fn runs_another(pid: u32, unit: &str) -> bool {
         .map(|rest| rest.split('/').next().unwrap_or_default())
         .peekable();
     bases.peek().is_some() && !bases.any(|base| unit.contains(base))
+}
+
+/// The names in a folder; none if it is not there. Looked at once a folder rather than once a unit, because
+/// systemd's folders are many and hold few of ours.
+fn names_in(dir: &Path) -> Result<BTreeSet<OsString>> {
+    match fs_err::read_dir(dir) {
+        Ok(entries) => Ok(entries.map(|e| e.map(|e| e.file_name())).collect::<Result<_, _>>()?),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(BTreeSet::new()),
+        Err(e) => Err(e.into()),
+    }
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {
@@ -194,10 +225,13 @@ pub fn understudies(root: &Root) -> Result<BTreeSet<ServiceName>> {
 
 /// Whether somebody else has a unit of this name, anywhere that systemd looks. A link to /dev/null over a
 /// service that we run (`systemctl mask`) is drift and may be replaced; over anything else it is a refusal.
-fn foreign(root: &Root, name: &ServiceName, was_ours: bool) -> Result<UnitFile> {
-    let folders = [root.unit_dir.as_path()].into_iter().chain(UNIT_PATH.iter().map(Path::new));
-    for dir in folders {
-        let path = dir.join(name.unit());
+fn foreign(folders: &[(&Path, BTreeSet<OsString>)], name: &ServiceName, was_ours: bool) -> Result<UnitFile> {
+    let unit = name.unit();
+    for (dir, names) in folders {
+        if !names.contains(OsStr::new(&unit)) {
+            continue;
+        }
+        let path = dir.join(&unit);
         let meta = match fs_err::symlink_metadata(&path) {
             Ok(meta) => meta,
             Err(e) if e.kind() == ErrorKind::NotFound => continue,
@@ -241,16 +275,24 @@ pub fn roots(root: &Root) -> Result<BTreeMap<ServiceName, BTreeSet<String>>> {
     for service in services {
         let service = service?;
         let Some(Ok(name)) = service.file_name().to_str().map(ServiceName::parse) else { continue };
-        let mut held = BTreeSet::new();
+        // What somebody else put there is theirs.
+        if !service.file_type()?.is_dir() {
+            continue;
+        }
+        let (mut held, mut others) = (BTreeSet::new(), false);
         for link in fs_err::read_dir(service.path())? {
             let link = link?;
             let base = link.file_name().to_string_lossy().into_owned();
             let expected = Path::new(crate::names::STORE_DIR).join(&base);
             if fs_err::read_link(link.path()).is_ok_and(|target| target == expected) {
                 held.insert(base);
+            } else {
+                others |= !base.starts_with(crate::durable::TEMP_PREFIX);
             }
         }
-        roots.insert(name, held);
+        if !(held.is_empty() && others) {
+            roots.insert(name, held);
+        }
     }
     Ok(roots)
 }

@@ -8,13 +8,16 @@ use super::overrides::{Pause, Pin};
 use super::plan::{self, Learned, Memory, Observed, Options, Plan, ServicePlan};
 use super::root::Root;
 use super::state::{REPORT_EVERY_SEC, RouteState, RouteStatus, STATE_VERSION, ServiceState, State, Status};
-use super::{applied, intent, observe, overrides};
+use super::{applied, intent, observe, overrides, systemd};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
+use crate::effect;
 use crate::error::{Error, Result};
+use crate::keys::PublicKey;
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
+use crate::manifest::signature;
 use crate::manifest::{Manifest, Service};
 use crate::names::{ServiceName, StorePath};
 use crate::say;
@@ -35,6 +38,8 @@ pub struct Asks {
     pub retry: Vec<String>,
     /// Remove everything if the manifest says so.
     pub allow_empty: bool,
+    /// Take a manifest of this serial although a later one was taken before.
+    pub accept_serial: Option<u64>,
 }
 
 /// The manifest a pass works from.
@@ -56,31 +61,47 @@ fn sha256(bytes: &[u8]) -> String {
     ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// The last good manifest of this store, with its version; None when there is none that can be trusted.
-fn last_good(root: &Root, store: &dyn Store) -> Option<(Vec<u8>, Etag)> {
+/// The last good manifest of this store, with its version if that is known; None when there is none.
+fn last_good(root: &Root, store: &dyn Store) -> Option<(Vec<u8>, Option<Etag>)> {
     let bytes = fs_err::read(root.manifest()).ok()?;
     let origin: Origin = serde_json::from_slice(&fs_err::read(root.manifest_origin()).ok()?).ok()?;
-    // The two files are written one after the other: the hash tells whether they belong together.
-    (origin.store == store.url() && origin.sha256 == sha256(&bytes)).then_some((bytes, Etag(origin.etag)))
+    if origin.store != store.url() {
+        return None;
+    }
+    // The two files are written one after the other, the manifest first: the hash tells whether the version is
+    // this manifest's. A pass that died between them leaves a good manifest without a version.
+    let etag = (origin.sha256 == sha256(&bytes)).then_some(Etag(origin.etag));
+    Some((bytes, etag))
+}
+
+fn keep_manifest(root: &Root, bytes: &[u8], origin: &Origin) -> Result<()> {
+    durable::write(&root.manifest(), bytes, 0o644)?;
+    let origin = serde_json::to_vec(origin)
+        .map_err(|e| Error::new(format!("cannot write the manifest's origin: {e}")))?;
+    durable::write(&root.manifest_origin(), &origin, 0o644)?;
+    Ok(())
 }
 
 /// Reads the manifest, from the bucket if it has a good one, else the last good one. `keep`: a new one is kept
 /// on disk for the day the bucket cannot be reached.
-fn current(root: &Root, store: &dyn Store, keep: bool) -> Result<Current> {
+fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Result<Current> {
     let cached = last_good(root, store);
     let url = store.url();
-    let error = match store.get(MANIFEST_KEY, cached.as_ref().map(|(_, etag)| etag), MAX_BYTES) {
+    let error = match store.get(MANIFEST_KEY, cached.as_ref().and_then(|(_, etag)| etag.as_ref()), MAX_BYTES)
+    {
         Ok(Got::NotModified) => None,
         Ok(Got::Found { bytes, etag }) => match parse::manifest(&bytes, Mode::Tolerant) {
             Ok(manifest) => {
-                if keep {
-                    let origin = Origin { store: url, etag: etag.0, sha256: sha256(&bytes) };
-                    durable::write(&root.manifest(), &bytes, 0o644)?;
-                    let origin = serde_json::to_vec(&origin)
-                        .map_err(|e| Error::new(format!("cannot write the manifest's origin: {e}")))?;
-                    durable::write(&root.manifest_origin(), &origin, 0o644)?;
+                let kept = cached.as_ref().map(|(kept, _)| kept.as_slice());
+                let origin = Origin { store: url.clone(), etag: etag.0, sha256: sha256(&bytes) };
+                if let Some(why) = belief.objection(&bytes, &manifest, store, kept) {
+                    Some(format!("the manifest in {url} is refused: {why}"))
+                } else if let Err(e) = if keep { keep_manifest(root, &bytes, &origin) } else { Ok(()) } {
+                    // What runs here must be known when the bucket is not, so it is not taken up.
+                    Some(format!("the new manifest cannot be kept on this host: {e}"))
+                } else {
+                    return Ok(Current { manifest, error: None });
                 }
-                return Ok(Current { manifest, error: None });
             }
             Err(e) => Some(format!(
                 "the manifest in {url} cannot be used: {e}; publish a good one ('deploy-manifest rollback')"
@@ -99,10 +120,71 @@ fn current(root: &Root, store: &dyn Store, keep: bool) -> Result<Current> {
             None => format!("{url} says that its manifest is unchanged, but none is on this host; run again"),
         }));
     };
-    let manifest = parse::manifest(&bytes, Mode::Tolerant).map_err(|e| {
-        Error::new(format!("{} cannot be used: {e}; remove it and run again", root.manifest().display()))
-    })?;
-    Ok(Current { manifest, error })
+    let unusable = |why: &dyn std::fmt::Display| {
+        let at = root.manifest();
+        let before = error.as_ref().map(|e| format!("{e}; ")).unwrap_or_default();
+        Error::new(format!("{before}{} cannot be used: {why}; remove it and run again", at.display()))
+    };
+    let manifest = parse::manifest(&bytes, Mode::Tolerant).map_err(|e| unusable(&e))?;
+    // It may have been kept before this host was told whom to trust.
+    match belief.doubt(&bytes, &manifest, store) {
+        Some(why) => Err(unusable(&why)),
+        None => Ok(Current { manifest, error }),
+    }
+}
+
+/// What a manifest must show before this host obeys it.
+struct Belief {
+    /// Whose signatures count; empty: everybody may write.
+    trusted: Vec<PublicKey>,
+    /// The highest serial that was obeyed, as far as the state knows.
+    highest: u64,
+    /// A lower one that a person asked for.
+    accept: Option<u64>,
+}
+
+impl Belief {
+    fn new(settings: &Settings, memory: &Memory, asks: &Asks) -> Result<Self> {
+        let highest = memory.state.serial.unwrap_or(0);
+        Ok(Belief { trusted: signature::trusted(settings)?, highest, accept: asks.accept_serial })
+    }
+
+    /// Why its signature does not do.
+    fn doubt(&self, bytes: &[u8], manifest: &Manifest, store: &dyn Store) -> Option<String> {
+        if self.trusted.is_empty() {
+            return None;
+        }
+        let why = signature::check(bytes, manifest, &store.identity(), &self.trusted).err()?;
+        Some(format!("{why}; if it is right, whoever has a trusted key runs 'deploy-manifest sign'"))
+    }
+
+    /// Why it is not obeyed: its signature, or that it is an old one put back. `kept` is the last good one, which
+    /// remembers the serial when the state is lost.
+    fn objection(
+        &self,
+        bytes: &[u8],
+        manifest: &Manifest,
+        store: &dyn Store,
+        kept: Option<&[u8]>,
+    ) -> Option<String> {
+        if self.trusted.is_empty() {
+            return None;
+        }
+        if let Some(why) = self.doubt(bytes, manifest, store) {
+            return Some(why);
+        }
+        let kept = kept.and_then(|bytes| parse::manifest(bytes, Mode::Tolerant).ok());
+        let highest = kept.map_or(0, |m| m.serial).max(self.highest);
+        let serial = manifest.serial;
+        let old = serial < highest && self.accept != Some(serial);
+        old.then(|| {
+            format!(
+                "its serial {serial} is below {highest}, which this host obeyed before: somebody put an old version \
+                 back; go back with 'deploy-manifest rollback', or, if the store was made anew, run \
+                 'deployer run --accept-serial {serial}'"
+            )
+        })
+    }
 }
 
 fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<Memory> {
@@ -172,7 +254,8 @@ pub fn preview(settings: &Settings, asks: &Asks) -> Result<Preview> {
     let root = Root::system(&settings.unit_dir);
     let store = store::open(&settings.store)?;
     let mut memory = load_memory(settings, &root, now)?;
-    let current = current(&root, store.as_ref(), false)?;
+    let belief = Belief::new(settings, &memory, asks)?;
+    let current = current(&root, store.as_ref(), &belief, false)?;
     let (desired, _) = mine(&current.manifest, settings, &mut memory, now);
     let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)?;
@@ -229,12 +312,14 @@ pub fn decide(settings: &Settings, name: &str, decision: Decision) -> Result<u8>
             }
         }
         Decision::Rollback => {
-            let Some((path, _)) = applied.previous.split_first() else {
+            let named = last_named(settings, &root, &name)?;
+            // Not what the manifest names: a second step back is not a step forward.
+            let earlier = |p: &&StorePath| **p != named && fs_err::symlink_metadata(p).is_ok();
+            let Some(path) = applied.previous.iter().find(earlier) else {
                 return Err(Error::new(format!(
                     "{name} has no earlier closure on this host; go back with 'deploy-manifest rollback --service {name}'"
                 )));
             };
-            let named = last_named(settings, &root, &name)?;
             overrides.pinned.insert(name, Pin { path: path.clone(), instead: named, since: now });
         }
         Decision::Unpin => {
@@ -280,10 +365,13 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
 }
 
 fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: Timestamp) -> Result<u8> {
+    // Its unit has it made; a pass started by hand on a fresh host has not.
+    durable::folder(&root.state_dir, 0o755)?;
     let store = store::open(&settings.store)?;
     let mut memory = load_memory(settings, root, now)?;
     let before = memory.state.clone();
-    let current = current(root, store.as_ref(), true)?;
+    let belief = Belief::new(settings, &memory, asks)?;
+    let current = current(root, store.as_ref(), &belief, true)?;
     if let Some(error) = &current.error {
         say::warning(format!(
             "{error}; working from the last good manifest, serial {}",
@@ -307,6 +395,13 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
             settings.host
         ));
     }
+    durable::sweep(&root.state_dir)?;
+    if !memory.interrupted.is_empty() {
+        // A pass that died after a write or a removal leaves systemd with what it had read before.
+        systemd::daemon_reload()?;
+        let both = memory.interrupted.iter().flat_map(|n| [n.unit(), n.next_unit()]);
+        systemd::reset_failed(&both.filter(|u| !root.unit_dir.join(u).exists()).collect::<Vec<_>>())?;
+    }
     let mut observed = observe::observe(root, &settings.caddy_admin, &desired, &memory.applied)?;
     let mut learned = Learned::default();
     let host = Host { settings, root };
@@ -322,9 +417,13 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         changed = true;
     }
     let mut plan = decide(&observed, &memory, &learned)?;
-    if !plan.is_empty() {
-        for dir in [&root.state_dir, &root.unit_dir, &root.applied_dir()] {
+    if !plan.is_empty() || !memory.interrupted.is_empty() {
+        let links = root.unit_dir.join("multi-user.target.wants");
+        for dir in [&root.unit_dir, &root.applied_dir(), &root.run_dir, &links] {
             durable::sweep(dir)?;
+        }
+        for name in observed.roots.keys() {
+            durable::sweep(&root.roots(name))?;
         }
     }
     for _ in 0..MAX_ROUNDS {
@@ -332,7 +431,8 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
             break;
         }
         changed |= host.round(&plan, &desired, &mut observed, &mut memory, &mut learned)?;
-        remember(root, &mut memory, &learned)?;
+        let remembered = remember(root, &mut memory, &learned);
+        learned.disk(remembered);
         (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
         plan = decide(&observed, &memory, &learned)?;
     }
@@ -369,15 +469,19 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
     };
     if !plan.understudies.is_empty() {
         changed = true;
-        host.drain_understudies(&plan.understudies, &memory)?;
+        host.drain_understudies(&plan.understudies, &memory, &observed)?;
         host.remove_understudies(&plan.understudies, &mut observed)?;
     }
     if !plan.gone.is_empty() {
-        changed |= host.remove(&plan.gone, &mut memory, &observed)?;
-        host.unroot(&plan.gone, &mut observed)?;
+        let gone = intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())
+            .and_then(|()| host.remove(&plan.gone, &mut memory, &observed))
+            .and_then(|removed| host.unroot(&plan.gone, &mut observed).map(|()| changed |= removed));
+        learned.disk(gone);
     }
     if changed {
-        (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
+        (observed.units, observed.active) = observe::units(root, &desired, &memory.applied)?;
+        // An attempt starts what it requires: what this changed is no reason to try again.
+        plan::settle_inputs(&mut plan, &desired, &observed, &learned);
     }
 
     let services = plan
@@ -400,11 +504,12 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
     };
     tell(&before, &state, &learned);
     let code = state.exit_code();
-    publish(root, store.as_ref(), &before, state)?;
-    if root.intent().exists() {
+    let published = publish(root, store.as_ref(), &before, state);
+    if !learned.disk(published) && learned.unwritten.is_empty() && root.intent().exists() {
         intent::clear(root)?;
     }
-    Ok(code)
+    // The intent stays with what is not on the disk: the next pass looks at it all again.
+    Ok(if learned.unwritten.is_empty() { code } else { code.max(crate::error::EXIT_FAILED) })
 }
 
 /// Takes refusals down at once: should this pass die on the way back, the next one goes back as well and does
@@ -461,7 +566,8 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
     });
     let before = memory.state.services.get(&plan.name);
     let since = before.filter(|b| b.status == status && b.store_path == runs).map_or(now, |b| b.since);
-    let previous = memory.applied.get(&plan.name).map(|a| a.previous.clone()).unwrap_or_default();
+    let previous = memory.applied.get(&plan.name).into_iter().flat_map(|a| &a.previous);
+    let previous = previous.filter(|p| observed.present.contains(*p)).cloned().collect();
     let overrides = &memory.overrides;
     ServiceState {
         name: plan.name.clone(),
@@ -476,29 +582,26 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
     }
 }
 
-/// The story's last lines: what is off (once, when it begins), and what is well again.
+/// The story's last lines: everything that is off, with its reason unless this pass has just said it, so that an
+/// exit code of 3 or 4 never stands alone; and what is well again.
 fn tell(before: &State, after: &State, learned: &Learned) {
     for (name, service) in &after.services {
-        let old = before.services.get(name);
-        let same = old.is_some_and(|o| o.status == service.status && o.failure == service.failure);
-        if same {
+        let status = service.status.as_str();
+        if let Some(failure) = &service.failure {
+            let runs = service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
+            let said = learned.troubles.values().any(|t| t.failure == *failure)
+                || learned.unfetchable.values().any(|reason| *reason == failure.reason);
+            let reason = if said { String::new() } else { format!(": {}", failure.reason) };
+            say::error(format!("{name}: {status}, {runs}{reason}"));
             continue;
         }
-        match (&service.failure, service.status) {
-            (Some(failure), status) => {
-                let runs =
-                    service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
-                // The reason of an attempt was said when it failed.
-                let said = learned.troubles.values().any(|t| t.failure == *failure);
-                let reason = if said { String::new() } else { format!(": {}", failure.reason) };
-                say::error(format!("{name}: {}, {runs}{reason}", status.as_str()));
-            }
-            (None, Status::Running) => {
-                if let Some(path) = &service.store_path {
-                    say::info(format!("{name}: running {path}"));
-                }
-            }
-            (None, status) => say::info(format!("{name}: {}", status.as_str())),
+        let old = before.services.get(name);
+        if old.is_some_and(|o| o.status == service.status && o.failure.is_none()) {
+            continue;
+        }
+        match (service.status, &service.store_path) {
+            (Status::Running, Some(path)) => say::info(format!("{name}: running {path}")),
+            _ => say::info(format!("{name}: {status}")),
         }
     }
 }
@@ -512,14 +615,16 @@ fn publish(root: &Root, store: &dyn Store, before: &State, mut state: State) -> 
         return Ok(());
     }
     let key = format!("{HOSTS_PREFIX}{}.json", state.host);
-    let mut bytes = to_bytes(&state)?;
-    durable::write(&root.state_file(), &bytes, 0o644)?;
-    if let Err(e) = store.put(&key, &bytes, &When::Always) {
+    // The report first: a pass that dies between the two finds its old state, and reports again.
+    let reported = {
+        let _effect = effect::mark("put", &key);
+        store.put(&key, &to_bytes(&state)?, &When::Always)
+    };
+    if let Err(e) = reported {
         say::warning(format!("the report was not written: {e}; the next pass tries again"));
         state.reported = false;
-        bytes = to_bytes(&state)?;
-        durable::write(&root.state_file(), &bytes, 0o644)?;
     }
+    durable::write(&root.state_file(), &to_bytes(&state)?, 0o644)?;
     Ok(())
 }
 

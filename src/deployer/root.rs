@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 pub struct Root {
     /// State, last good manifest, applied entries: `/var/lib/deployer`.
     pub state_dir: PathBuf,
+    /// What need not outlive a boot, and costs no disk: `/run/omni-deploy`.
+    pub run_dir: PathBuf,
     /// Where our units are.
     pub unit_dir: PathBuf,
     /// Our roots against Nix's garbage collector.
@@ -17,6 +19,9 @@ pub struct Root {
 /// The folder of the deployer's state.
 pub const STATE_DIR: &str = "/var/lib/deployer";
 
+/// The folder of the lock.
+pub const RUN_DIR: &str = "/run/omni-deploy";
+
 /// The state file's path, as the runbook has it.
 pub const STATE_FILE: &str = "/var/lib/deployer/state.json";
 
@@ -25,6 +30,7 @@ impl Root {
     pub fn system(unit_dir: &Path) -> Self {
         Root {
             state_dir: PathBuf::from(STATE_DIR),
+            run_dir: PathBuf::from(RUN_DIR),
             unit_dir: unit_dir.to_path_buf(),
             gcroots: PathBuf::from(crate::nix::GCROOTS),
         }
@@ -57,7 +63,7 @@ impl Root {
 
     /// Held by the pass under way.
     pub fn lock(&self) -> PathBuf {
-        self.state_dir.join("lock")
+        self.run_dir.join("lock")
     }
 
     /// What was last proved of each service: the entry of the manifest that its unit was made from.
@@ -80,9 +86,14 @@ impl Root {
         self.unit_dir.join(name.next_unit())
     }
 
+    /// The folder of the links that start services at boot.
+    pub fn wants_dir(&self) -> PathBuf {
+        self.unit_dir.join("multi-user.target.wants")
+    }
+
     /// The link that starts a service at boot.
     pub fn wanted(&self, name: &ServiceName) -> PathBuf {
-        self.unit_dir.join("multi-user.target.wants").join(name.unit())
+        self.wants_dir().join(name.unit())
     }
 
     /// The folder of a service's roots.

@@ -1,6 +1,7 @@
 //! systemd: every call of systemctl, systemd-analyze and journalctl on the host, and the pure rule that says
 //! whether a service came up.
 
+use crate::effect;
 use crate::error::{Error, Result};
 use crate::names::ServiceName;
 use crate::runner::{Run, RunError};
@@ -86,6 +87,8 @@ pub struct Shown {
     pub exec_code: u32,
     /// Its exit code or signal.
     pub exec_status: i32,
+    /// Its files are not what systemd has read.
+    pub unread: bool,
 }
 
 /// The properties of some units; those systemd knows nothing of are shown as `not-found`.
@@ -97,7 +100,7 @@ pub fn show(units: &[String]) -> Result<BTreeMap<String, Shown>> {
         .args([
             "show",
             "--property=Id,LoadState,ActiveState,SubState,Result,NRestarts,InvocationID,MainPID,ExecMainCode,\
-             ExecMainStatus",
+             ExecMainStatus,NeedDaemonReload",
             "--",
         ])
         .args(units)
@@ -122,6 +125,7 @@ fn parse_show(text: &str) -> BTreeMap<String, Shown> {
                 "InvocationID" => shown.invocation = value.into(),
                 "MainPID" => shown.main_pid = value.parse().unwrap_or(0),
                 "ExecMainCode" => shown.exec_code = value.parse().unwrap_or(0),
+                "NeedDaemonReload" => shown.unread = value == "yes",
                 "ExecMainStatus" => shown.exec_status = value.parse().unwrap_or(0),
                 _ => {}
             }
@@ -131,6 +135,13 @@ fn parse_show(text: &str) -> BTreeMap<String, Shown> {
         }
     }
     units
+}
+
+/// The invocation's id of an active unit, from the link that systemd keeps for its journal and makes anew with
+/// every start; None where there is none.
+pub fn invocation(unit: &str) -> Option<String> {
+    let link = Path::new("/run/systemd/units").join(format!("invocation:{unit}"));
+    fs_err::read_link(link).ok()?.to_str().map(String::from)
 }
 
 /// What the rule says of a service that was just started.
@@ -184,6 +195,7 @@ pub fn came_up(first: Option<&Shown>, now: &Shown, probe: Option<&Result<(), Str
 
 /// Makes systemd read unit files again.
 pub fn daemon_reload() -> Result<()> {
+    let _effect = effect::mark("systemctl", "daemon-reload");
     systemctl().arg("daemon-reload").deadline(QUICK).success()?;
     Ok(())
 }
@@ -194,6 +206,7 @@ pub fn reset_failed(units: &[String]) -> Result<()> {
     if units.is_empty() {
         return Ok(());
     }
+    let _effect = effect::mark("systemctl reset-failed", format_args!("{units:?}"));
     let output = systemctl().args(["reset-failed", "--"]).args(units).deadline(QUICK).output()?;
     if !output.status.ok() && !output.stderr.contains("not loaded") {
         return Err(Error::new(format!("systemctl reset-failed: {}", output.stderr.trim())));
@@ -207,6 +220,7 @@ pub fn restart(units: &[String], deadline: Duration) -> Result<Option<String>> {
     if units.is_empty() {
         return Ok(None);
     }
+    let _effect = effect::mark("systemctl restart", format_args!("{units:?}"));
     match systemctl().args(["restart", "--"]).args(units).deadline(deadline).output() {
         Ok(output) if output.status.ok() => Ok(None),
         Ok(output) => Ok(Some(output.stderr.trim().to_string())),
@@ -220,6 +234,7 @@ pub fn stop(units: &[String], deadline: Duration) -> Result<()> {
     if units.is_empty() {
         return Ok(());
     }
+    let _effect = effect::mark("systemctl stop", format_args!("{units:?}"));
     let output = systemctl().args(["stop", "--"]).args(units).deadline(deadline).output()?;
     if !output.status.ok() && !output.stderr.contains("not loaded") {
         return Err(Error::new(format!(
@@ -232,17 +247,20 @@ pub fn stop(units: &[String], deadline: Duration) -> Result<()> {
 }
 
 /// What `systemd-analyze verify` has to say of unit texts: the complaint per service; none is good.
-/// Its exit status does not tell (LAB: 0 also for ignored lines), its output does.
-pub fn verify(units: &[(ServiceName, String)]) -> Result<BTreeMap<ServiceName, String>> {
+/// Its exit status does not tell (it is 0 also for lines that systemd ignores), its output does.
+/// The units are put below `scratch` for it.
+pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMap<ServiceName, String>> {
     let mut complaints = BTreeMap::new();
     if units.is_empty() {
         return Ok(complaints);
     }
-    let dir = tempfile::Builder::new().prefix("omni-deploy-verify-").tempdir()?;
+    let dir = crate::durable::scratch(scratch)?;
+    let _effect = effect::mark("verify below", scratch.display());
     let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
     for (name, text) in units {
         let file = dir.path().join(name.unit());
-        crate::durable::write(&file, text.as_bytes(), 0o644)?;
+        // Gone in a moment: nothing that the disk would have to hear of.
+        fs_err::write(&file, text)?;
         files.push((name.clone(), file));
     }
     let all: Vec<&Path> = files.iter().map(|(_, f)| f.as_path()).collect();

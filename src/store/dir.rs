@@ -3,8 +3,9 @@
 //! is a hash of the content. It never touches a file outside its directory, and its own files (the lock,
 //! temporary ones) are never keys.
 
-use super::{Etag, Got, Store, StoreError, When};
+use super::{ARCHIVE_PREFIX, Etag, Got, HOSTS_PREFIX, Store, StoreError, When};
 use crate::durable;
+use crate::effect;
 use crate::error::io_text;
 use fs_err::os::unix::fs::OpenOptionsExt;
 use std::fs::TryLockError;
@@ -19,6 +20,21 @@ const LOCK: &str = ".omni-deploy.lock";
 
 /// A write holds the lock for milliseconds: who waits longer waits for something that hangs.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
+
+/// The lock, with a note in it of who has it: a hint for the person who waits.
+struct Held {
+    file: fs_err::File,
+    ours: bool,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.ours {
+            // What stays costs the next writer a look at the folders, no more.
+            drop(self.file.file().set_len(0));
+        }
+    }
+}
 
 /// The store in a directory.
 #[derive(Debug)]
@@ -103,8 +119,8 @@ impl DirStore {
         Ok(self.read(key, u64::MAX)?.map(|bytes| etag(&bytes)))
     }
 
-    /// Takes the lock of all writers; dropping the file gives it back.
-    fn lock(&self, verb: &str, key: &str) -> Result<fs_err::File, StoreError> {
+    /// Takes the lock of all writers; dropping it gives it back.
+    fn lock(&self, verb: &str, key: &str) -> Result<Held, StoreError> {
         let path = self.root.join(LOCK);
         let opened = fs_err::OpenOptions::new()
             .read(true)
@@ -148,13 +164,18 @@ impl DirStore {
             }
         };
         if ours {
-            // A hint for the person who waits: it need not survive anything.
+            // A note that is still there is of one who died with the lock, and maybe with half a write.
+            if file.metadata().is_ok_and(|m| m.len() > 0) {
+                for folder in ["", HOSTS_PREFIX, ARCHIVE_PREFIX] {
+                    durable::sweep(&self.root.join(folder)).map_err(|e| self.failed(verb, key, &e))?;
+                }
+            }
             let program = std::env::args().next().unwrap_or_default();
             let note = format!("process {} ({program})\n", std::process::id());
             let noted = file.file().set_len(0).and_then(|()| (&mut file.file()).write_all(note.as_bytes()));
             noted.map_err(|e| self.failed(verb, key, &e))?;
         }
-        Ok(file)
+        Ok(Held { file, ours })
     }
 
     /// Makes the folders above an object that are missing, the store's own included.
@@ -166,6 +187,7 @@ impl DirStore {
             self.folders(above)?;
             match fs_err::create_dir(folder) {
                 Ok(()) => {
+                    effect::point("made folder", folder.display());
                     // Hosts read as users of their own, whatever the umask here.
                     let mode = fs_err::metadata(folder)?.permissions().mode() | 0o755;
                     fs_err::set_permissions(folder, std::fs::Permissions::from_mode(mode))?;
@@ -196,6 +218,10 @@ fn etag(bytes: &[u8]) -> Etag {
 impl Store for DirStore {
     fn url(&self) -> String {
         format!("file://{}", self.root.display())
+    }
+
+    fn identity(&self) -> String {
+        self.url()
     }
 
     fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {

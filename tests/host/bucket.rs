@@ -94,6 +94,8 @@ impl Bucket {
             "aws:amz:eu-1:s3",
             "--user",
             &format!("{KEY}:{SECRET}"),
+            "-H",
+            "x-amz-content-sha256: UNSIGNED-PAYLOAD",
             &format!("http://{}/{BUCKET}/{key}", self.listen),
         ])
     }

@@ -32,18 +32,23 @@ static LAB_DIR: LazyLock<PathBuf> = LazyLock::new(|| {
 });
 
 /// The service that is deployed: examples/page.rs, built once.
-pub static PAGE: LazyLock<PathBuf> = LazyLock::new(|| {
+pub static PAGE: LazyLock<PathBuf> = LazyLock::new(|| example("page", &[]));
+
+/// The product with the points at which it can be made to fail: examples/faults.rs, built once.
+pub static FAULTS: LazyLock<PathBuf> = LazyLock::new(|| example("faults", &["--features", "faults"]));
+
+fn example(name: &str, options: &[&str]) -> PathBuf {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     // Without what cargo tells its tests, at which build scripts would think that everything has changed.
     let told = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_EXE_", "CARGO_CRATE_NAME", "LD_LIBRARY_PATH"];
-    let mut build = Run::new(cargo).args(["build", "--quiet", "--example", "page"]).dir(TOP);
+    let mut build = Run::new(cargo).args(["build", "--quiet", "--example", name]).args(options).dir(TOP);
     for (name, _) in std::env::vars().filter(|(name, _)| told.iter().any(|t| name.starts_with(t))) {
         build = build.without_env(&name);
     }
-    build.success().unwrap_or_else(|e| panic!("the example 'page' is needed: {e}"));
+    build.success().unwrap_or_else(|e| panic!("the example '{name}' is needed: {e}"));
     let tests = std::env::current_exe().expect("this test has a path");
-    tests.ancestors().nth(2).expect("tests are below target/PROFILE/deps").join("examples/page")
-});
+    tests.ancestors().nth(2).expect("tests are below target/PROFILE/deps").join("examples").join(name)
+}
 
 /// A shell that runs `script` (with `args` as `$1`…) and must have read its stdin to the end before it may
 /// clean up; holds the other end of that pipe.
@@ -83,6 +88,21 @@ impl Background {
             line.push(byte[0]);
         }
         String::from_utf8_lossy(&line).into_owned()
+    }
+
+    /// Gives it a line to read; returns the next line of its stdout.
+    pub fn ask(&mut self) -> String {
+        use std::io::Write;
+        self.child.stdin.as_mut().expect("stdin is a pipe").write_all(b"\n").expect("it reads its stdin");
+        self.line()
+    }
+
+    /// Closes the pipe and returns its last line once it has ended.
+    pub fn finish(mut self) -> String {
+        drop(self.child.stdin.take());
+        let line = self.line();
+        self.child.wait().expect("a child can be waited for");
+        line
     }
 
     /// Closes the pipe and waits for the end.

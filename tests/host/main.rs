@@ -4,8 +4,11 @@
 
 mod bucket;
 mod developer;
+mod kill;
 mod lab;
+mod load;
 mod mistakes;
 mod passes;
 mod runbook;
 mod solo;
+mod trust;

@@ -1,0 +1,274 @@
+//! The kill campaign: a pass is ended (SIGKILL) before, after and within every effect that it has, one run of
+//! the host for each; one more pass must then leave the host exactly as an undisturbed one does, and must not
+//! have restarted what was well more often. The points are those that an undisturbed pass goes through.
+
+use crate::lab::{FAULTS, Host};
+use crate::solo::web;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Write;
+use std::sync::Mutex;
+use std::time::Instant;
+
+/// How many hosts work side by side: most of the time is waiting.
+const HOSTS: [&str; 4] = ["kill1", "kill2", "kill3", "kill4"];
+
+/// What every pass of the campaign is given: a settle time that serves these services well enough.
+const QUICK: &str = "export OMNI_DEPLOY_SETTLE_MS=100; source /opt/omni/kill.sh";
+
+struct Scenario {
+    name: &'static str,
+    /// Services before, with their versions in the order in which they were deployed.
+    before: Vec<(Value, Vec<&'static str>)>,
+    /// What changes the manifest; `$VERSION` is a closure.
+    change: String,
+    /// What is run, and its exit code when it is left alone.
+    command: &'static str,
+    code: i32,
+    /// The pages afterwards.
+    serves: Vec<(&'static str, &'static str)>,
+    /// A version of web that may be tried any number of times.
+    bad: &'static str,
+}
+
+/// The service `NAME` of these scenarios.
+fn entry(name: &str, port: u16, rollout: &str) -> Value {
+    let mut service = web(name, port, "/nix/store/placeholder");
+    service["exec"] = json!({"command": "bin/web"});
+    service["rollout"] = rollout.into();
+    service["health"]["timeoutSec"] = 1.into();
+    service["http"]["drainSec"] = 1.into();
+    service
+}
+
+fn scenarios() -> Vec<Scenario> {
+    let old = vec!["zero", "half", "one"];
+    let before = |rollout: &str| vec![(entry("web", 8001, rollout), old.clone())];
+    let update = |version: &str| format!("deploy-manifest update web ${version}");
+    let add = |name: &str, port: u16, version: &str| {
+        let service = entry(name, port, "restart")
+            .to_string()
+            .replace("/nix/store/placeholder", &format!("'${version}'"));
+        format!("deploy-manifest add-service '{service}'")
+    };
+    let scenario = |name, before, change, code, serves, bad| Scenario {
+        name,
+        before,
+        change,
+        command: "deployer run",
+        code,
+        serves: vec![("web", serves)],
+        bad,
+    };
+    let several = vec![
+        (entry("web", 8001, "overlap"), vec!["one"]),
+        (entry("web2", 8002, "restart"), vec!["one"]),
+        (entry("web3", 8003, "restart"), vec!["one"]),
+    ];
+    let all = format!(
+        "for n in '' 2; do deploy-manifest update web$n $two; done; deploy-manifest update web3 $bad; {}",
+        add("web4", 8004, "two")
+    );
+    vec![
+        Scenario {
+            serves: vec![("web", "two"), ("web2", "two"), ("web3", "one"), ("web4", "two")],
+            ..scenario("several services at once", several, all, 3, "", "bad")
+        },
+        scenario("overlap", before("overlap"), update("two"), 0, "two", ""),
+        scenario("overlap with a version that exits", before("overlap"), update("bad"), 3, "one", "bad"),
+        scenario(
+            "overlap with a version that does not answer",
+            before("overlap"),
+            update("deaf"),
+            3,
+            "one",
+            "deaf",
+        ),
+        scenario("upgrade", before("restart"), update("two"), 0, "two", ""),
+        scenario("upgrade to a version that exits", before("restart"), update("bad"), 3, "one", "bad"),
+        scenario(
+            "upgrade to a version that does not answer",
+            before("restart"),
+            update("deaf"),
+            3,
+            "one",
+            "deaf",
+        ),
+        scenario("first deploy", vec![], add("web", 8001, "two"), 0, "two", ""),
+        scenario("first deploy of a version that exits", vec![], add("web", 8001, "bad"), 4, "", "bad"),
+        scenario("removal", before("restart"), "deploy-manifest remove-service web".into(), 0, "", ""),
+        Scenario {
+            command: "deployer rollback web",
+            ..scenario("rollback", before("restart"), "true".into(), 0, "half", "")
+        },
+    ]
+}
+
+/// A host of the campaign: the faulty build in place, the versions in the cache, a neighbour that runs.
+fn boot(name: &'static str) -> Host {
+    let host = Host::boot(name);
+    fs_err::copy(&*FAULTS, host.path("/usr/local/bin/omni-deploy")).unwrap();
+    fs_err::write(host.path("/opt/omni/kill.sh"), include_str!("kill.sh")).unwrap();
+    host.sh(
+        "echo '{\"caddyServer\": \"srv0\", \"host\": \"solo\", \"defaultHosts\": [\"solo\"]}' >/etc/omni-deploy/config.json
+         deploy-manifest init
+         systemctl stop deployer.timer",
+    );
+    let mut paths = String::new();
+    for (version, behaviour) in
+        [("zero", ""), ("half", ""), ("one", ""), ("two", ""), ("bad", "exit 3"), ("deaf", "port 9999")]
+    {
+        let path = host.closure("web", version, behaviour);
+        writeln!(paths, "{version}={path}").unwrap();
+        host.sh(&format!("nix copy --to file:///var/lib/omni-deploy?compression=none {path}"));
+    }
+    fs_err::write(host.path("/opt/omni/versions"), &paths).unwrap();
+    let neighbour = entry("other", 8009, "restart");
+    host.sh(&format!(
+        "source /opt/omni/versions; {QUICK}
+         deploy-manifest add-service '{neighbour}'; deploy-manifest update other $zero; deployer run"
+    ));
+    host
+}
+
+/// Brings a host to the start of a scenario.
+fn prepare(host: &Host, scenario: &Scenario) {
+    let mut script = format!(
+        "{QUICK}; source /opt/omni/versions
+         for name in $(deploy-manifest show | jq -r '.services[].name | select(. != \"other\")'); do
+             deploy-manifest remove-service $name
+         done
+         deployer run\n"
+    );
+    for (service, versions) in &scenario.before {
+        writeln!(script, "deploy-manifest add-service '{service}'").unwrap();
+        for version in versions {
+            let name = service["name"].as_str().unwrap();
+            writeln!(script, "deploy-manifest update {name} ${version}; deployer run").unwrap();
+        }
+    }
+    // What the scenario brings has to be fetched, where nothing else holds it.
+    writeln!(script, "{}; save $two $bad $deaf", scenario.change).unwrap();
+    host.sh(&script);
+}
+
+/// What one run left behind.
+struct Left {
+    code: i32,
+    facts: String,
+    starts: BTreeMap<String, u32>,
+    said: String,
+}
+
+/// From the start: `first` (whatever becomes of it), then one pass, then a look.
+fn run(host: &Host, first: &str, then: &str) -> Result<Left, String> {
+    let output = host.try_sh(&format!(
+        "{QUICK}; restore; set +e
+         ({first}) >/tmp/first 2>&1; echo $?
+         {then} >/tmp/then 2>&1; echo $?
+         facts; echo ----; starts; echo ----; cat /tmp/first /tmp/then"
+    ));
+    let text = output.text();
+    let told = || format!("{}\n{text}\n{}", output.status, output.stderr);
+    let (codes, rest) = text.split_once('\n').and_then(|(a, b)| Some((a, b.split_once('\n')?))).map_or_else(
+        || Err(told()),
+        |(first, (then, rest))| Ok(((first.to_string(), then.to_string()), rest)),
+    )?;
+    let mut parts = rest.splitn(3, "----\n");
+    let (Some(facts), Some(starts), Some(said)) = (parts.next(), parts.next(), parts.next()) else {
+        return Err(told());
+    };
+    let code = if then == ":" { &codes.0 } else { &codes.1 };
+    let starts = starts
+        .lines()
+        .filter_map(|l| l.trim().split_once(' '))
+        .map(|(count, what)| (what.to_string(), count.parse().unwrap_or(0)))
+        .collect();
+    Ok(Left { code: code.parse().unwrap_or(-1), facts: facts.to_string(), starts, said: said.to_string() })
+}
+
+/// The lines that only one of two texts has.
+fn difference(want: &str, got: &str) -> String {
+    let mut out = String::new();
+    for (sign, of, other) in [('-', want, got), ('+', got, want)] {
+        for line in of.lines().filter(|l| !other.lines().any(|o| o == *l)) {
+            writeln!(out, "      {sign} {line}").unwrap();
+        }
+    }
+    if out.is_empty() && want != got { "      (the same lines in another order)\n".into() } else { out }
+}
+
+/// All points of one scenario; returns how many there were, and appends what went wrong.
+fn campaign(host: &Host, scenario: &Scenario, wrong: &mut String) -> usize {
+    prepare(host, scenario);
+    let command = scenario.command;
+    let list = format!("rm -f /tmp/effects; OMNI_DEPLOY_EFFECTS=/tmp/effects {command}");
+    let undisturbed = run(host, &list, ":").unwrap();
+    let effects = host.sh("cat /tmp/effects");
+    let left = |line: &&str| line.starts_with("left over") || line.contains("-next");
+    assert_eq!(undisturbed.code, scenario.code, "{}: {}", scenario.name, undisturbed.said);
+    assert_eq!(undisturbed.facts.lines().find(left), None, "{}: {}", scenario.name, undisturbed.said);
+    assert!(undisturbed.facts.ends_with("nothing to do\n"), "{}: {}", scenario.name, undisturbed.facts);
+    for (name, page) in &scenario.serves {
+        let line = format!("\n{name} serves {page}\n");
+        assert!(undisturbed.facts.contains(&line), "{}: {name}: {}", scenario.name, undisturbed.facts);
+    }
+    assert_eq!(undisturbed.starts.get("zero@8009"), None, "{}", scenario.name);
+    // A person's word counts once it is on the disk; before, a pass has nothing to carry out.
+    let unasked = (command != "deployer run").then(|| run(host, "deployer run", ":").unwrap());
+    let asked =
+        effects.lines().position(|l| l.contains("after write") && l.contains("overrides.json")).unwrap_or(0);
+
+    let points: Vec<&str> = effects.lines().collect();
+    for (i, point) in points.iter().enumerate() {
+        let kill = format!("OMNI_DEPLOY_KILL_AT={} {command}; [[ $? == 137 ]] || echo 'NOT KILLED'", i + 1);
+        let want = unasked.as_ref().filter(|_| i < asked).unwrap_or(&undisturbed);
+        let verdict = run(host, &kill, "deployer run").and_then(|got| {
+            let mut verdict = difference(&want.facts, &got.facts);
+            if got.code != want.code {
+                writeln!(verdict, "      exit code {} instead of {}", got.code, want.code).unwrap();
+            }
+            if got.said.contains("NOT KILLED") {
+                writeln!(verdict, "      it was not killed").unwrap();
+            }
+            for (what, count) in got.starts.iter().filter(|(w, _)| w.split('@').next() != Some(scenario.bad))
+            {
+                let planned = undisturbed.starts.get(what).copied().unwrap_or(0);
+                if *count > planned {
+                    writeln!(verdict, "      {what} was started {count} times, not {planned}").unwrap();
+                }
+            }
+            if verdict.is_empty() { Ok(()) } else { Err(format!("{verdict}{}", got.said)) }
+        });
+        if let Err(why) = verdict {
+            writeln!(wrong, "{}, killed at {point}:\n{why}", scenario.name).unwrap();
+        }
+    }
+    points.len()
+}
+
+#[test]
+fn a_pass_killed_at_any_point_is_finished_or_undone_by_the_next() {
+    let only = std::env::var("OMNI_TEST_SCENARIO").unwrap_or_default();
+    let left: Mutex<VecDeque<Scenario>> =
+        Mutex::new(scenarios().into_iter().filter(|s| s.name.starts_with(&only)).collect());
+    let told = Mutex::new(String::new());
+    std::thread::scope(|scope| {
+        for name in HOSTS {
+            scope.spawn(|| {
+                let mut host = None;
+                loop {
+                    let next = left.lock().unwrap().pop_front();
+                    let Some(scenario) = next else { break };
+                    let begun = Instant::now();
+                    let mut wrong = String::new();
+                    let points = campaign(host.get_or_insert_with(|| boot(name)), &scenario, &mut wrong);
+                    println!("{}: {points} points, {} s", scenario.name, begun.elapsed().as_secs());
+                    told.lock().unwrap().push_str(&wrong);
+                }
+            });
+        }
+    });
+    let told = told.into_inner().unwrap();
+    assert!(told.is_empty(), "{told}");
+}

@@ -1,0 +1,74 @@
+# Sourced in the host by kill.rs: a start state that can be had again and again, and what the host is like after.
+# Services that a campaign works on are called web*; all others are neighbours that nobody may touch.
+
+start=/root/start
+trees=(var/lib/deployer var/lib/omni-deploy etc/systemd/system nix/var/nix/gcroots/omni-deploy)
+
+# Takes the present state down as the start state. ABSENT: closures that the host has to fetch.
+save() {
+  rm -rf "$start"
+  mkdir "$start"
+  tar -C / -cf "$start/files.tar" --exclude=var/lib/omni-deploy/nar "${trees[@]}"
+  curl -sSf localhost:2019/config/ >"$start/caddy.json"
+  systemctl list-units --plain --no-legend --state=active 'web*.service' | awk '{ print $1 }' >"$start/units"
+  printf '%s\n' "$@" >"$start/absent"
+}
+
+# Makes the host what it was, and begins to count.
+restore() {
+  local path
+  systemctl stop 'web*.service'
+  rm -rf /var/lib/deployer/* /var/lib/deployer/.omni* /var/lib/omni-deploy/hosts /var/lib/omni-deploy/.omni-deploy-* \
+    /etc/systemd/system/web* /etc/systemd/system/.omni* /etc/systemd/system/multi-user.target.wants/{web,.omni}* \
+    /nix/var/nix/gcroots/omni-deploy/* /run/omni-deploy/* /tmp/omni-deploy-*
+  tar -C / -xf "$start/files.tar"
+  systemctl daemon-reload
+  systemctl reset-failed
+  if [[ -s $start/units ]]; then xargs systemctl start <"$start/units"; fi
+  if ! curl -sSf localhost:2019/config/ | cmp -s "$start/caddy.json"; then
+    curl -sSf -H 'Content-Type: application/json' --data-binary @"$start/caddy.json" localhost:2019/load
+  fi
+  while read -r path; do
+    if [[ -e $path ]]; then nix-store --quiet --delete "$path" >/dev/null 2>&1; fi
+  done <"$start/absent"
+  journalctl --sync
+  journalctl --lines 0 --show-cursor --quiet | sed -n 's/^-- cursor: //p' >"$start/cursor"
+}
+
+# What the host is like, without times.
+facts() {
+  local unit pid times
+  # shellcheck disable=SC2016
+  times='del(.checkedAt, .changedAt) | .services[] |= (del(.since) | .pinnedSince |= (. != null)
+    | .failure |= if . then {attempted, remembered: (.inputs != null)} else . end)'
+  cd /etc/systemd/system
+  find . -type f -exec sha256sum {} + -o -type l -printf '%p -> %l\n' | sort
+  cd /nix/var/nix/gcroots/omni-deploy
+  find . -printf 'root %P %l\n' | sort
+  cd /var/lib/deployer
+  find . -printf 'state %P %m\n' | sort
+  cat applied/* manifest.json
+  if [[ -e overrides.json ]]; then jq 'del(.. | .since?)' overrides.json; fi
+  echo "state.json: $(jq -S "$times" state.json)"
+  echo "report: $(jq -S "$times" /var/lib/omni-deploy/hosts/*.json)"
+  systemctl list-units --all --plain --no-legend --type=service 'web*' 'other*' | awk '{ print $1, $2, $3, $4 }'
+  for unit in $(systemctl list-units --plain --no-legend --state=active 'web*.service' 'other*.service' | awk '{ print $1 }'); do
+    pid=$(systemctl show --property=MainPID --value "$unit")
+    echo "$unit runs $(readlink "/proc/$pid/exe"), $(systemctl show --property=NeedDaemonReload "$unit")"
+  done
+  ss -Hltn 'sport >= :20000 and sport < :32000' | awk '{ print "spare port", $4 }'
+  curl -sSf localhost:2019/config/ | jq -S .
+  for unit in web web2 web3 web4 other; do
+    echo "$unit serves $(curl -s -m 3 -H "Host: $unit.example.com" localhost/ || true)"
+  done
+  find /etc /var /nix/var /tmp /run/omni-deploy -name '*omni-deploy-*' -printf 'left over: %p\n'
+  deployer plan 2>&1 | tail -n 1
+  cd /
+}
+
+# Which version was started how often on a service's own port since the start.
+starts() {
+  journalctl --sync
+  journalctl --quiet --output cat --after-cursor "$(<"$start/cursor")" |
+    sed -nE 's/^page: version ([a-z]+) on port ([0-9]{4})$/\1@\2/p' | sort | uniq -c
+}

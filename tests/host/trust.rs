@@ -1,0 +1,122 @@
+//! Whoever can write the store does not own the host: what a pass makes of a manifest that somebody without a
+//! trusted key has changed, put back or brought from elsewhere.
+
+use crate::solo::{Solo, solo};
+use serde_json::Value;
+
+/// The host obeys signed manifests only, while this lives.
+struct Trusting<'a>(&'a Solo);
+
+impl<'a> Trusting<'a> {
+    fn new(host: &'a Solo) -> Self {
+        host.sh("omni-deploy init >/dev/null; deploy-manifest sign");
+        Trusting(host)
+    }
+}
+
+impl Drop for Trusting<'_> {
+    fn drop(&mut self) {
+        self.0.sh("rm -rf /root/.config/omni-deploy /var/lib/omni-deploy /var/lib/deployer/manifest*
+             deploy-manifest init");
+    }
+}
+
+fn stored(host: &Solo) -> Value {
+    serde_json::from_str(&host.sh("cat /var/lib/omni-deploy/manifest.json")).unwrap()
+}
+
+fn put(host: &Solo, manifest: &str) {
+    fs_err::write(host.path("/var/lib/omni-deploy/manifest.json"), manifest).unwrap();
+}
+
+#[test]
+fn a_manifest_that_nobody_trusted_has_signed_changes_nothing() {
+    let host = solo();
+    let one = host.deploys_web();
+    let _trusting = Trusting::new(&host);
+    host.good_pass();
+    let good = stored(&host);
+    let two = host.closure("web", "two", "");
+    let mut forged = good.clone();
+    forged["services"][0]["artifact"]["storePath"] = two.clone().into();
+    forged["serial"] = (good["serial"].as_u64().unwrap() + 1).into();
+    let mut unsigned = forged.clone();
+    unsigned.as_object_mut().unwrap().remove("signatures");
+    let mut elsewhere = good.clone();
+    elsewhere["store"] = "s3://staging".into();
+    let mut downgraded = unsigned.clone();
+    downgraded["version"] = 0.into();
+    for (manifest, reason) in [
+        (&forged, "it was changed after it was signed"),
+        (&unsigned, "it is not signed"),
+        (&elsewhere, "it was changed after it was signed"),
+        (&downgraded, "0 is not a version"),
+    ] {
+        let before = host.invocation("web");
+        put(&host, &manifest.to_string());
+        let pass = host.passes_with(0);
+        assert!(pass.said.contains(reason), "{}", pass.said);
+        let error = host.state()["manifestError"].as_str().unwrap_or_default().to_string();
+        assert!(error.contains(reason), "{error}");
+        host.serves("web", "one");
+        assert_eq!(
+            (host.invocation("web"), host.service("web")["storePath"].as_str()),
+            (before, Some(&*one))
+        );
+    }
+    // The developer's next push is refused too, until somebody with a key says that this is right.
+    let refused = host.try_sh("deploy-manifest set web env.A=1");
+    assert!(!refused.status.ok() && refused.stderr.contains("not to be trusted"), "{}", refused.stderr);
+    put(&host, &good.to_string());
+    host.good_pass();
+    host.update("web", &two);
+    host.good_pass();
+    host.serves("web", "two");
+}
+
+#[test]
+fn an_old_manifest_put_back_is_refused_and_a_deliberate_one_is_not() {
+    let host = solo();
+    host.deploys_web();
+    let _trusting = Trusting::new(&host);
+    host.good_pass();
+    let old = host.sh("cat /var/lib/omni-deploy/manifest.json");
+    let serial = stored(&host)["serial"].as_u64().unwrap();
+    host.update("web", &host.closure("web", "two", ""));
+    host.good_pass();
+    host.serves("web", "two");
+    put(&host, &old);
+    for lost in ["true", "rm /var/lib/deployer/state.json"] {
+        host.sh(lost);
+        let pass = host.passes_with(0);
+        assert!(pass.said.contains(&format!("--accept-serial {serial}")), "{lost}: {}", pass.said);
+        host.serves("web", "two");
+    }
+    host.sh(&format!("deployer run --accept-serial {serial}"));
+    host.serves("web", "one");
+    // From here on that one is the highest: an ordinary rollback is a new version.
+    host.good_pass();
+    host.update("web", &host.closure("web", "two", ""));
+    host.good_pass();
+    host.sh("deploy-manifest rollback");
+    host.good_pass();
+    host.serves("web", "one");
+}
+
+#[test]
+fn a_closure_that_nobody_trusted_has_signed_is_not_taken() {
+    let host = solo();
+    host.deploys_web();
+    let _trusting = Trusting::new(&host);
+    let two = host.closure("web", "two", "");
+    // In the cache without a signature; consistent in itself, but nobody's.
+    host.sh(&format!(
+        "nix --extra-experimental-features nix-command copy --no-check-sigs \
+             --to 'file:///var/lib/omni-deploy?compression=zstd' {two}
+         nix-store --delete {two}"
+    ));
+    host.update("web", &two);
+    host.passes_with(3);
+    assert!(host.reason("web").contains("signature"), "{}", host.reason("web"));
+    host.serves("web", "one");
+}
