@@ -7,7 +7,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-const TEMP_PREFIX: &str = ".omni-deploy-";
+/// How the names of temporary files begin.
+pub const TEMP_PREFIX: &str = ".omni-deploy-";
 
 fn parent(path: &Path) -> io::Result<&Path> {
     path.parent().filter(|p| !p.as_os_str().is_empty()).ok_or_else(|| {

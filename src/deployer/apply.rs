@@ -2,7 +2,7 @@
 //! learned. It decides nothing: what follows from a failure is for the next call of [`super::plan::plan`].
 
 use super::plan::{
-    Applied, Goal, Learned, Memory, Observed, Plan, ServicePlan, Step, Trouble, previous_after,
+    Applied, Goal, Learned, Memory, Observed, Plan, ServicePlan, Step, Trouble, UnitFile, previous_after,
 };
 use super::root::Root;
 use super::state::Failure;
@@ -249,6 +249,10 @@ impl Host<'_> {
                         reload = true;
                         failed = self.write_unit(&service.name, &goal.unit).err();
                     }
+                    Step::Reload => {
+                        say::notice(format!("{}: systemd had read another unit", service.name));
+                        reload = true;
+                    }
                     Step::Enable if failed.is_none() => failed = self.enable(&service.name).err(),
                     Step::Restart(why) if failed.is_none() => {
                         starts.push(Start { name: &service.name, goal, why, restart: true });
@@ -263,7 +267,8 @@ impl Host<'_> {
                 self.hindered(&service.name, goal, &e, learned);
             }
         }
-        if reload {
+        // A person who put a unit back leaves systemd with what it had read before, and that is what it would start.
+        if reload || starts.iter().any(|s| s.restart) {
             systemd::daemon_reload()?;
         }
         if starts.is_empty() {
@@ -286,6 +291,10 @@ impl Host<'_> {
             .iter()
             .map(|s| Watched { name: s.name, unit: s.name.unit(), service: &s.goal.service })
             .collect();
+        // Done for those: a clock that was set back must not make them look older than their units for ever.
+        for start in restarts() {
+            memory.interrupted.remove(start.name);
+        }
         let outcomes = watch(&watched)?;
         for start in &starts {
             match outcomes.get(start.name) {
@@ -356,7 +365,7 @@ impl Host<'_> {
     }
 
     /// Stops services and removes their units, links and entries; returns whether there were any. Only units
-    /// with our mark are touched.
+    /// with our mark, or that are gone but were proved, are touched.
     pub fn remove(&self, services: &[ServicePlan], memory: &mut Memory, observed: &Observed) -> Result<bool> {
         let going: Vec<(&ServiceName, &str)> = steps(services)
             .filter_map(|(service, step)| match step {
@@ -370,25 +379,31 @@ impl Host<'_> {
         let mut marked = Vec::new();
         for (name, why) in &going {
             say::notice(format!("{name}: removing ({why})"));
-            let unit = observed.units.get(*name);
-            if unit.is_some_and(|u| matches!(u.file, super::plan::UnitFile::Ours(_))) {
+            // A unit that was deleted by hand leaves its process and its boot link, which are ours as well.
+            let ours = match observed.units.get(*name).map(|u| &u.file) {
+                Some(UnitFile::Ours(_)) => true,
+                Some(UnitFile::Absent) => memory.applied.contains_key(*name),
+                Some(UnitFile::Foreign(_)) | None => false,
+            };
+            if ours {
                 marked.push(name.unit());
             }
         }
         // Stop before deleting: a unit without a file keeps its process and cannot be restarted.
         systemd::stop(&marked, Duration::from_secs(DEFAULT_STOP_SEC + 60))?;
-        for (name, _) in &going {
-            if marked.contains(&name.unit()) {
-                durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
-                durable::remove(&self.root.unit(name))?;
-            }
-            applied::forget(self.root, name)
-                .or_else(|e| if self.root.applied_dir().is_dir() { Err(e) } else { Ok(()) })?;
-            memory.applied.remove(*name);
+        for (name, _) in going.iter().filter(|(name, _)| marked.contains(&name.unit())) {
+            durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
+            durable::remove(&self.root.unit(name)).or_else(missing_folder)?;
         }
         if !marked.is_empty() {
             systemd::daemon_reload()?;
             systemd::reset_failed(&marked)?;
+        }
+        // Last: while it is remembered as proved, an interrupted removal is begun anew.
+        for (name, _) in &going {
+            applied::forget(self.root, name)
+                .or_else(|e| if self.root.applied_dir().is_dir() { Err(e) } else { Ok(()) })?;
+            memory.applied.remove(*name);
         }
         Ok(true)
     }

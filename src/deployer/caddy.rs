@@ -76,6 +76,19 @@ pub fn route(entries: &[&Http]) -> Option<Value> {
                 "handle": [{
                     "handler": "reverse_proxy",
                     "upstreams": [{"dial": format!("127.0.0.1:{}", http.internal_port)}],
+                    // Only of a transport that is given does Caddy close the idle connections when the route
+                    // changes, and only so can be told when a service has drained. The values are Caddy's own
+                    // but for the idle time: that is below what servers allow by themselves (5 s is common), as
+                    // a POST on a connection that the service is just closing would fail.
+                    "transport": {
+                        "protocol": "http",
+                        "dial_timeout": "10s",
+                        "keep_alive": {
+                            "probe_interval": "30s",
+                            "max_idle_conns_per_host": 32,
+                            "idle_timeout": "3s",
+                        },
+                    },
                     // Requests that come while the unit restarts wait for it.
                     "load_balancing": {"try_duration": "10s", "try_interval": "50ms"},
                 }],
@@ -228,6 +241,23 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) 
         }
     }
     if requests.is_empty() { RoutePlan::Current } else { RoutePlan::Write(requests) }
+}
+
+impl Observed {
+    /// The ports that its servers listen on: every address is `[NETWORK/]HOST:PORT[-LAST]`.
+    pub fn ports(&self) -> BTreeSet<u16> {
+        let Observed::Servers(servers) = self else { return BTreeSet::new() };
+        let addresses =
+            servers.values().filter_map(|s| s.get("listen")).filter_map(Value::as_array).flatten();
+        let mut ports = BTreeSet::new();
+        for range in addresses.filter_map(Value::as_str).filter_map(|a| a.rsplit(':').next()) {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            if let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) {
+                ports.extend(first..=last);
+            }
+        }
+        ports
+    }
 }
 
 fn agent() -> ureq::Agent {
@@ -421,6 +451,17 @@ mod tests {
             inner.iter().map(|r| r["handle"][0]["upstreams"][0]["dial"].as_str().unwrap()).collect();
         assert_eq!(dials, ["127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:1", "127.0.0.1:4"]);
         assert_eq!(inner[1]["match"][0]["path"], json!(["/api", "/api/*"]));
+    }
+
+    #[test]
+    fn the_ports_of_all_servers_are_known() {
+        let observed = servers(json!({
+            "a": {"listen": [":443", "tcp/127.0.0.1:8080-8082", "[::1]:80"]},
+            "b": {"listen": ["unix//run/web.sock", "udp/:99999"]},
+            "c": {},
+        }));
+        assert_eq!(observed.ports().into_iter().collect::<Vec<_>>(), [80, 443, 8080, 8081, 8082]);
+        assert!(Observed::Unavailable("down".into()).ports().is_empty());
     }
 
     #[test]

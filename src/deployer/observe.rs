@@ -25,7 +25,8 @@ pub fn observe(
 ) -> Result<Observed> {
     let mut present = BTreeSet::new();
     let mut unproved = BTreeSet::new();
-    let proved: BTreeSet<&StorePath> = applied.values().map(|a| &a.path).collect();
+    let proved: BTreeSet<&StorePath> =
+        applied.values().flat_map(|a| [&a.path].into_iter().chain(&a.previous)).collect();
     for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
         if !present.contains(path) && is_there(path)? {
             present.insert(path.clone());
@@ -107,10 +108,14 @@ pub fn units(
         seen.wanted = links.contains(OsStr::new(&unit))
             && fs_err::read_link(wants.join(&unit))
                 .is_ok_and(|target| same_file(&wants.join(target), &root.unit(name)));
-        if seen.listed.running()
-            && let Some(started) = started(name)
-        {
-            seen.current = changed(&root.unit(name)).is_some_and(|written| written <= started);
+        // Without a copy in memory, or with a mask there: rare, and only then are the other folders looked into.
+        let read = seen.listed.load == "loaded";
+        seen.unread = seen.listed.running() && !read;
+        if matches!(seen.file, UnitFile::Ours(_)) && !(seen.listed.running() && read) {
+            seen.shadowed = !strays(root, name).is_empty();
+        }
+        if let (true, Some(started)) = (seen.listed.running(), started(name)) {
+            seen.current = placed(&root.unit(name)).is_some_and(|written| written <= started);
             if !seen.current {
                 older.push(name.clone());
             }
@@ -123,6 +128,7 @@ pub fn units(
             && let UnitFile::Ours(text) = &seen.file
         {
             seen.astray = runs_another(shown.main_pid, text);
+            seen.unread |= shown.unread;
         }
     }
     for service in desired {
@@ -140,6 +146,11 @@ pub fn units(
 fn started(name: &ServiceName) -> Option<(i64, i64)> {
     let link = Path::new("/run/systemd/units").join(format!("invocation:{}", name.unit()));
     fs_err::symlink_metadata(link).ok().map(|m| (m.mtime(), m.mtime_nsec()))
+}
+
+/// When a file was last put in place: also one that was copied there with an older time.
+fn placed(path: &Path) -> Option<(i64, i64)> {
+    fs_err::metadata(path).ok().map(|m| (m.ctime(), m.ctime_nsec()))
 }
 
 /// When a file's content was last changed.
@@ -273,16 +284,24 @@ pub fn roots(root: &Root) -> Result<BTreeMap<ServiceName, BTreeSet<String>>> {
     for service in services {
         let service = service?;
         let Some(Ok(name)) = service.file_name().to_str().map(ServiceName::parse) else { continue };
-        let mut held = BTreeSet::new();
+        // What somebody else put there is theirs.
+        if !service.file_type()?.is_dir() {
+            continue;
+        }
+        let (mut held, mut others) = (BTreeSet::new(), false);
         for link in fs_err::read_dir(service.path())? {
             let link = link?;
             let base = link.file_name().to_string_lossy().into_owned();
             let expected = Path::new(crate::names::STORE_DIR).join(&base);
             if fs_err::read_link(link.path()).is_ok_and(|target| target == expected) {
                 held.insert(base);
+            } else {
+                others |= !base.starts_with(crate::durable::TEMP_PREFIX);
             }
         }
-        roots.insert(name, held);
+        if !(held.is_empty() && others) {
+            roots.insert(name, held);
+        }
     }
     Ok(roots)
 }

@@ -28,8 +28,12 @@ const SPARE_PORTS: std::ops::Range<u16> = 20_000..32_000;
 const COUNT_EVERY: Duration = Duration::from_millis(50);
 
 /// The least time an instance drains: Caddy has taken the new route, but a request may be between its old
-/// route and the connection.
-const LEAST_DRAIN: Duration = Duration::from_millis(500);
+/// route and the connection, and an HTTP/2 client has a second to learn that its connection ends.
+const LEAST_DRAIN: Duration = Duration::from_secs(1);
+
+/// How long the old route may still serve a client that was connected before the change and sends its first
+/// request after it, as browsers do that connect ahead: Go's HTTP server ends such connections after 5 s.
+const SILENT_CLIENTS: Duration = Duration::from_millis(5500);
 
 struct Understudy<'a> {
     name: &'a ServiceName,
@@ -131,7 +135,7 @@ impl Host<'_> {
                 Some((name, before.http.as_ref()?.internal_port, before.drain_sec()))
             })
             .collect();
-        drain(&old)?;
+        drain(&old, &observed.caddy.ports())?;
         Ok(true)
     }
 
@@ -170,12 +174,17 @@ impl Host<'_> {
         if let Err(why) = self.lead(&interim_route(desired, memory, &BTreeMap::new()), observed) {
             say::warning(format!("route: {why}"));
         }
-        self.drain_understudies(names, memory)?;
+        self.drain_understudies(names, memory, observed)?;
         self.remove_understudies(names, observed)
     }
 
     /// Lets the connections of understudies end, as long as their services allow.
-    pub fn drain_understudies(&self, names: &[ServiceName], memory: &Memory) -> Result<()> {
+    pub fn drain_understudies(
+        &self,
+        names: &[ServiceName],
+        memory: &Memory,
+        observed: &Observed,
+    ) -> Result<()> {
         let mut ports = Vec::new();
         for name in names {
             let text = match fs_err::read_to_string(self.root.next_unit(name)) {
@@ -188,7 +197,7 @@ impl Host<'_> {
                 ports.push((name, port, seconds));
             }
         }
-        drain(&ports)
+        drain(&ports, &observed.caddy.ports())
     }
 
     /// Stops understudies and removes their units.
@@ -248,28 +257,37 @@ fn spare_port(taken: &mut BTreeSet<u16>) -> Result<u16> {
     )))
 }
 
-/// Waits until no connection to these ports is open, each at most its own time in seconds.
-fn drain(ports: &[(&ServiceName, u16, u32)]) -> Result<()> {
+/// Waits until no connection to these ports is open, each at most its own time in seconds. The connections
+/// to Caddy, on the ports `front`, tell whether a client may still come by the old route: Caddy ends what it
+/// has from before the change, idle ones at once, and until then nobody can tell old from new.
+fn drain(ports: &[(&ServiceName, u16, u32)], front: &BTreeSet<u16>) -> Result<()> {
     let begun = Instant::now();
     let mut open: Vec<&(&ServiceName, u16, u32)> = ports.iter().collect();
     if open.is_empty() {
         return Ok(());
     }
+    std::thread::sleep(COUNT_EVERY);
+    let clients_of = |peers: &Peers| -> BTreeSet<(u16, String)> {
+        let fronts = peers.iter().filter(|(port, _)| front.contains(port));
+        fronts.flat_map(|(port, all)| all.iter().map(|p| (*port, p.clone()))).collect()
+    };
+    let mut clients = clients_of(&established()?);
     loop {
         std::thread::sleep(COUNT_EVERY);
-        if begun.elapsed() < effect::shortened(LEAST_DRAIN) {
-            continue;
-        }
-        let counts = established()?;
+        let peers = established()?;
+        clients = clients.intersection(&clients_of(&peers)).cloned().collect();
+        let waited = begun.elapsed();
+        let quiet =
+            waited >= effect::shortened(if clients.is_empty() { LEAST_DRAIN } else { SILENT_CLIENTS });
         open.retain(|(name, port, seconds)| {
-            let count = counts.get(port).copied().unwrap_or(0);
-            let late = begun.elapsed() >= Duration::from_secs((*seconds).into());
+            let count = peers.get(port).map_or(0, BTreeSet::len);
+            let late = waited >= Duration::from_secs((*seconds).into()).max(LEAST_DRAIN);
             if count > 0 && late {
                 say::warning(format!(
                     "{name}: {count} connection(s) to port {port} still open after {seconds} s"
                 ));
             }
-            count > 0 && !late
+            (count > 0 || !quiet) && !late
         });
         if open.is_empty() {
             return Ok(());
@@ -277,10 +295,13 @@ fn drain(ports: &[(&ServiceName, u16, u32)]) -> Result<()> {
     }
 }
 
-/// How many connections are established to each local port, by the kernel's tables (proc_pid_net(5)): column 2
-/// is the local address with its port in hexadecimal, column 4 the state, 01 for established.
-fn established() -> Result<BTreeMap<u16, usize>> {
-    let mut counts = BTreeMap::new();
+/// Who is connected to each local port.
+type Peers = BTreeMap<u16, BTreeSet<String>>;
+
+/// The established connections by the kernel's tables (proc_pid_net(5)): column 2 is the local address with its
+/// port in hexadecimal, column 3 the remote one, column 4 the state, 01 for established.
+fn established() -> Result<Peers> {
+    let mut peers = BTreeMap::new();
     for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
         let text = match fs_err::read_to_string(table) {
             Ok(text) => text,
@@ -288,17 +309,19 @@ fn established() -> Result<BTreeMap<u16, usize>> {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
             Err(e) => return Err(e.into()),
         };
-        count_established(&text, &mut counts);
+        add_established(&text, &mut peers);
     }
-    Ok(counts)
+    Ok(peers)
 }
 
-fn count_established(table: &str, counts: &mut BTreeMap<u16, usize>) {
+fn add_established(table: &str, peers: &mut Peers) {
     for line in table.lines().skip(1) {
-        let mut columns = line.split_whitespace();
-        let local = columns.nth(1).and_then(|a| a.rsplit(':').next()).map(|p| u16::from_str_radix(p, 16));
-        if let (Some(Ok(port)), Some("01")) = (local, columns.nth(1)) {
-            *counts.entry(port).or_default() += 1;
+        let mut columns = line.split_whitespace().skip(1);
+        let (Some(local), Some(remote), Some("01")) = (columns.next(), columns.next(), columns.next()) else {
+            continue;
+        };
+        if let Some(Ok(port)) = local.rsplit(':').next().map(|p| u16::from_str_radix(p, 16)) {
+            peers.entry(port).or_default().insert(remote.into());
         }
     }
 }
@@ -314,9 +337,9 @@ mod tests {
             1: 0100007F:1F90 0100007F:D431 01 00000000:00000000\n\
             2: 0100007F:D431 0100007F:1F90 01 00000000:00000000\n\
             3: 0100007F:1F90 0100007F:D432 06 00000000:00000000\n";
-        let mut counts = BTreeMap::new();
-        count_established(table, &mut counts);
-        assert_eq!(counts.get(&8080), Some(&1));
+        let mut peers = BTreeMap::new();
+        add_established(table, &mut peers);
+        assert_eq!(peers[&8080], BTreeSet::from(["0100007F:D431".to_string()]));
     }
 
     #[test]

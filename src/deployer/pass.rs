@@ -312,12 +312,14 @@ pub fn decide(settings: &Settings, name: &str, decision: Decision) -> Result<u8>
             }
         }
         Decision::Rollback => {
-            let Some((path, _)) = applied.previous.split_first() else {
+            let named = last_named(settings, &root, &name)?;
+            // Not what the manifest names: a second step back is not a step forward.
+            let earlier = |p: &&StorePath| **p != named && fs_err::symlink_metadata(p).is_ok();
+            let Some(path) = applied.previous.iter().find(earlier) else {
                 return Err(Error::new(format!(
                     "{name} has no earlier closure on this host; go back with 'deploy-manifest rollback --service {name}'"
                 )));
             };
-            let named = last_named(settings, &root, &name)?;
             overrides.pinned.insert(name, Pin { path: path.clone(), instead: named, since: now });
         }
         Decision::Unpin => {
@@ -467,7 +469,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
     };
     if !plan.understudies.is_empty() {
         changed = true;
-        host.drain_understudies(&plan.understudies, &memory)?;
+        host.drain_understudies(&plan.understudies, &memory, &observed)?;
         host.remove_understudies(&plan.understudies, &mut observed)?;
     }
     if !plan.gone.is_empty() {
@@ -477,7 +479,9 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         learned.disk(gone);
     }
     if changed {
-        (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
+        (observed.units, observed.active) = observe::units(root, &desired, &memory.applied)?;
+        // An attempt starts what it requires: what this changed is no reason to try again.
+        plan::settle_inputs(&mut plan, &desired, &observed, &learned);
     }
 
     let services = plan
@@ -562,7 +566,8 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
     });
     let before = memory.state.services.get(&plan.name);
     let since = before.filter(|b| b.status == status && b.store_path == runs).map_or(now, |b| b.since);
-    let previous = memory.applied.get(&plan.name).map(|a| a.previous.clone()).unwrap_or_default();
+    let previous = memory.applied.get(&plan.name).into_iter().flat_map(|a| &a.previous);
+    let previous = previous.filter(|p| observed.present.contains(*p)).cloned().collect();
     let overrides = &memory.overrides;
     ServiceState {
         name: plan.name.clone(),
@@ -577,29 +582,26 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
     }
 }
 
-/// The story's last lines: what is off (once, when it begins), and what is well again.
+/// The story's last lines: everything that is off, with its reason unless this pass has just said it, so that an
+/// exit code of 3 or 4 never stands alone; and what is well again.
 fn tell(before: &State, after: &State, learned: &Learned) {
     for (name, service) in &after.services {
-        let old = before.services.get(name);
-        let same = old.is_some_and(|o| o.status == service.status && o.failure == service.failure);
-        if same {
+        let status = service.status.as_str();
+        if let Some(failure) = &service.failure {
+            let runs = service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
+            let said = learned.troubles.values().any(|t| t.failure == *failure)
+                || learned.unfetchable.values().any(|reason| *reason == failure.reason);
+            let reason = if said { String::new() } else { format!(": {}", failure.reason) };
+            say::error(format!("{name}: {status}, {runs}{reason}"));
             continue;
         }
-        match (&service.failure, service.status) {
-            (Some(failure), status) => {
-                let runs =
-                    service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
-                // The reason of an attempt was said when it failed.
-                let said = learned.troubles.values().any(|t| t.failure == *failure);
-                let reason = if said { String::new() } else { format!(": {}", failure.reason) };
-                say::error(format!("{name}: {}, {runs}{reason}", status.as_str()));
-            }
-            (None, Status::Running) => {
-                if let Some(path) = &service.store_path {
-                    say::info(format!("{name}: running {path}"));
-                }
-            }
-            (None, status) => say::info(format!("{name}: {}", status.as_str())),
+        let old = before.services.get(name);
+        if old.is_some_and(|o| o.status == service.status && o.failure.is_none()) {
+            continue;
+        }
+        match (service.status, &service.store_path) {
+            (Status::Running, Some(path)) => say::info(format!("{name}: running {path}")),
+            _ => say::info(format!("{name}: {status}")),
         }
     }
 }

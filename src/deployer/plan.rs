@@ -50,6 +50,10 @@ pub struct UnitSeen {
     pub current: bool,
     /// Its process runs no closure that its file names: it was started from another one.
     pub astray: bool,
+    /// systemd has read its file as it was before. Only of units that run: a start reads it anew.
+    pub unread: bool,
+    /// Another file of its name, a mask or a copy of ours, may stand in for it.
+    pub shadowed: bool,
     /// Its secrets file was changed after its process started.
     pub secrets_changed: bool,
 }
@@ -151,6 +155,8 @@ pub enum Step {
     Fetch(StorePath),
     /// Write the unit; the reason.
     Write(&'static str),
+    /// Have systemd read the unit again: a person changed it back and forth.
+    Reload,
     /// Have it started at boot.
     Enable,
     /// Before it is restarted: prove the new version beside it and lead requests there; the reason.
@@ -175,7 +181,7 @@ impl Step {
         match self {
             Step::Write(_) | Step::Overlap(_) | Step::Pause | Step::Remove(_) => true,
             Step::Enable | Step::Restart(_) | Step::Prove(_) => false,
-            Step::Root(_) | Step::Fetch(_) | Step::Record | Step::Unroot(_) => false,
+            Step::Root(_) | Step::Fetch(_) | Step::Reload | Step::Record | Step::Unroot(_) => false,
         }
     }
 }
@@ -379,6 +385,7 @@ fn service(
         if let Some(reason) = learned.unfetchable.get(&goal.path) {
             let mut trouble = failed(reason.clone());
             trouble.failure.attempts += 1;
+            trouble.failure.at = now;
             return Some(trouble);
         }
         let failure = before.and_then(|b| b.failure.as_ref())?;
@@ -386,7 +393,7 @@ fn service(
             && !observed.present.contains(&goal.path)
             && failure.attempts > 0
             && failure.attempted.as_ref() == Some(&goal.path)
-            && now.0 - memory.state.checked_at.0 < backoff_sec(failure.attempts);
+            && (0..backoff_sec(failure.attempts)).contains(&(now.0 - failure.at.0));
         again.then(|| Trouble { rejected: false, failure: failure.clone() })
     };
     let remembered = || {
@@ -398,13 +405,17 @@ fn service(
     if memory.overrides.is_paused(name, now) {
         let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
         let stopped = matches!(seen.listed.active.as_str(), "" | "inactive" | "failed") && !seen.wanted;
-        let steps = if stopped || seen.file == UnitFile::Absent { Vec::new() } else { vec![Step::Pause] };
+        let mut steps: Vec<Step> = lost_roots(name, observed, applied).collect();
+        if !stopped {
+            steps.push(Step::Pause);
+        }
         return ServicePlan { paused: true, ..done(goal, remembered(), steps) };
     }
     if let Some(Err(reason)) = secrets {
         // Nothing is started with secrets that others can read, and nothing that runs is touched.
         let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
-        return done(goal, Some(failed(reason.clone())), Vec::new());
+        let steps = lost_roots(name, observed, applied).collect();
+        return done(goal, Some(failed(reason.clone())), steps);
     }
     let trouble = trouble_of(&candidate).or_else(remembered);
     let (goal, trouble) = match trouble {
@@ -435,11 +446,13 @@ fn service(
     if !held.is_some_and(|h| h.contains(goal.path.base())) {
         steps.push(Step::Root(goal.path.clone()));
     }
+    steps.extend(lost_roots(name, observed, applied).filter(|step| *step != Step::Root(goal.path.clone())));
     if !observed.present.contains(&goal.path) {
         steps.push(Step::Fetch(goal.path.clone()));
     }
     let write = match &seen.file {
-        UnitFile::Ours(text) if *text == goal.unit => None,
+        UnitFile::Ours(text) if *text == goal.unit && !seen.shadowed => None,
+        UnitFile::Ours(text) if *text == goal.unit => Some("another unit stood in for it"),
         UnitFile::Ours(text) if !goal.desired && *text == tried => Some("putting the version before back"),
         UnitFile::Ours(_) if applied.is_some_and(|a| a.path != goal.path) => Some("another version"),
         UnitFile::Ours(_) if goal.proved => Some("the unit was changed on the host"),
@@ -447,8 +460,10 @@ fn service(
         UnitFile::Absent if applied.is_some() => Some("the unit was gone"),
         UnitFile::Absent | UnitFile::Foreign(_) => Some("new here"),
     };
-    if let Some(why) = write {
-        steps.push(Step::Write(why));
+    match write {
+        Some(why) => steps.push(Step::Write(why)),
+        None if seen.unread => steps.push(Step::Reload),
+        None => {}
     }
     if !seen.wanted {
         steps.push(Step::Enable);
@@ -508,6 +523,36 @@ fn stamp(entry: &Service, secrets: Option<&Result<String, String>>, observed: &O
         stamp.push_str(&format!(";{unit}={}", u8::from(runs)));
     }
     stamp
+}
+
+/// Takes down what was refused in this pass as what it is now that the pass is over: with what it requires as
+/// its own start left it.
+pub fn settle_inputs(plan: &mut Plan, desired: &[&Service], observed: &Observed, learned: &Learned) {
+    for (plan, entry) in plan.services.iter_mut().zip(desired) {
+        let stamp = stamp(entry, observed.secrets.get(&plan.name), observed);
+        if let (Some(path), Some(Trouble { rejected: true, failure })) = (&plan.target, &mut plan.trouble)
+            && failure.attempted.as_ref() == Some(path)
+            && learned.troubles.values().any(|t| t.failure == *failure)
+        {
+            failure.inputs = Some(inputs_hash(&unit::render(entry, path), entry, &stamp));
+        }
+    }
+}
+
+/// Roots that are gone though what they held is still there: of the version that was proved and those before it.
+fn lost_roots(
+    name: &ServiceName,
+    observed: &Observed,
+    applied: Option<&Applied>,
+) -> impl Iterator<Item = Step> {
+    let held = observed.roots.get(name);
+    applied
+        .into_iter()
+        .flat_map(|a| [&a.path].into_iter().chain(&a.previous))
+        .filter(move |path| {
+            observed.present.contains(*path) && !held.is_some_and(|h| h.contains(path.base()))
+        })
+        .map(|path| Step::Root(path.clone()))
 }
 
 /// Roots that nothing needs any more: not what runs, not one of the versions before it, and not what is still
@@ -679,7 +724,7 @@ mod tests {
             }
             for step in &service.steps {
                 match step {
-                    Step::Root(_) | Step::Fetch(_) | Step::Overlap(_) => {}
+                    Step::Root(_) | Step::Fetch(_) | Step::Overlap(_) | Step::Reload => {}
                     Step::Write(_) => unit.file = UnitFile::Ours(service.goal.as_ref().unwrap().unit.clone()),
                     Step::Enable => unit.wanted = true,
                     Step::Pause => {

@@ -112,7 +112,7 @@ pub struct Failure {
     pub reason: String,
     /// The path that should run.
     pub attempted: Option<StorePath>,
-    /// When it was refused or found.
+    /// When it was refused, found, or last could not be fetched.
     pub at: Timestamp,
     /// The last lines of its journal, oldest first.
     #[serde(default)]

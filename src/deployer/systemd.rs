@@ -87,6 +87,8 @@ pub struct Shown {
     pub exec_code: u32,
     /// Its exit code or signal.
     pub exec_status: i32,
+    /// Its files are not what systemd has read.
+    pub unread: bool,
 }
 
 /// The properties of some units; those systemd knows nothing of are shown as `not-found`.
@@ -98,7 +100,7 @@ pub fn show(units: &[String]) -> Result<BTreeMap<String, Shown>> {
         .args([
             "show",
             "--property=Id,LoadState,ActiveState,SubState,Result,NRestarts,InvocationID,MainPID,ExecMainCode,\
-             ExecMainStatus",
+             ExecMainStatus,NeedDaemonReload",
             "--",
         ])
         .args(units)
@@ -123,6 +125,7 @@ fn parse_show(text: &str) -> BTreeMap<String, Shown> {
                 "InvocationID" => shown.invocation = value.into(),
                 "MainPID" => shown.main_pid = value.parse().unwrap_or(0),
                 "ExecMainCode" => shown.exec_code = value.parse().unwrap_or(0),
+                "NeedDaemonReload" => shown.unread = value == "yes",
                 "ExecMainStatus" => shown.exec_status = value.parse().unwrap_or(0),
                 _ => {}
             }
@@ -244,8 +247,8 @@ pub fn stop(units: &[String], deadline: Duration) -> Result<()> {
 }
 
 /// What `systemd-analyze verify` has to say of unit texts: the complaint per service; none is good.
-/// Its exit status does not tell (it is 0 also for lines that systemd ignores), its output does. The units are put
-/// below `scratch` for it.
+/// Its exit status does not tell (it is 0 also for lines that systemd ignores), its output does.
+/// The units are put below `scratch` for it.
 pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMap<ServiceName, String>> {
     let mut complaints = BTreeMap::new();
     if units.is_empty() {

@@ -90,6 +90,21 @@ impl Background {
         String::from_utf8_lossy(&line).into_owned()
     }
 
+    /// Gives it a line to read; returns the next line of its stdout.
+    pub fn ask(&mut self) -> String {
+        use std::io::Write;
+        self.child.stdin.as_mut().expect("stdin is a pipe").write_all(b"\n").expect("it reads its stdin");
+        self.line()
+    }
+
+    /// Closes the pipe and returns its last line once it has ended.
+    pub fn finish(mut self) -> String {
+        drop(self.child.stdin.take());
+        let line = self.line();
+        self.child.wait().expect("a child can be waited for");
+        line
+    }
+
     /// Closes the pipe and waits for the end.
     pub fn stop(mut self) {
         drop(self.child.stdin.take());

@@ -6,6 +6,7 @@ mod bucket;
 mod developer;
 mod kill;
 mod lab;
+mod load;
 mod mistakes;
 mod passes;
 mod runbook;

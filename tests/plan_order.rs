@@ -1,0 +1,1101 @@
+//! Any order of edits, faults, hand edits, crashes and passes ends, after one quiet pass, with a host that is as
+//! the manifest says, and nothing is restarted that ran well. The plan is the real one; the machine is a model
+//! of systemd's, Nix's and Caddy's parts in it, on which effects happen one by one so that a pass can die
+//! between any two. `OMNI_ORDER_SEED` and `OMNI_ORDER_STEPS` choose another sequence; a failure prints its own.
+
+use omni_deploy::clock::Timestamp;
+use omni_deploy::deployer::caddy::{self, RoutePlan};
+use omni_deploy::deployer::overrides::{Overrides, Pause, Pin};
+use omni_deploy::deployer::plan::{
+    self, Applied, Goal, Learned, Memory, Observed, Options, Plan, ServicePlan, Step, Trouble, UnitFile,
+    UnitSeen, previous_after,
+};
+use omni_deploy::deployer::state::{Failure, ServiceState, State, Status};
+use omni_deploy::deployer::systemd::Listed;
+use omni_deploy::deployer::unit;
+use omni_deploy::manifest::parse::{self, Mode};
+use omni_deploy::manifest::{Http, Service, Target};
+use omni_deploy::names::{HostName, ServiceName, StorePath};
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A small generator (xorshift64*), so that a seed means the same sequence everywhere.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % n
+    }
+
+    fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+}
+
+const NAMES: [&str; 4] = ["ava", "biz", "cat", "dog"];
+const VERSIONS: u8 = 9;
+
+fn name(text: &str) -> ServiceName {
+    ServiceName::parse(text).unwrap()
+}
+
+fn path(version: u8) -> StorePath {
+    StorePath::parse(&format!("/nix/store/{}-v{version}", version.to_string().repeat(32))).unwrap()
+}
+
+/// Versions 7 and up never come up.
+fn bad(path: &StorePath) -> bool {
+    (7..=VERSIONS).any(|v| self::path(v) == *path)
+}
+
+fn entry(text: &str, version: u8) -> Service {
+    let port = 8000 + NAMES.iter().position(|n| *n == text).unwrap();
+    let value = json!({
+        "name": text,
+        "hosts": ["biz"],
+        "artifact": {"storePath": path(version)},
+        "http": {"domain": format!("{text}.example.com"), "internalPort": port},
+    });
+    parse::service(value, Mode::Tolerant, None).unwrap()
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum File {
+    Ours(String),
+    Theirs,
+    /// A link to /dev/null.
+    Mask,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Process {
+    /// The unit it was started from.
+    text: String,
+    path: StorePath,
+    started: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Unit {
+    file: Option<File>,
+    written: u64,
+    /// What systemd has read.
+    loaded: Option<File>,
+    wanted: bool,
+    process: Option<Process>,
+}
+
+/// The pass died here.
+#[derive(Debug)]
+struct Died;
+
+type Done = Result<(), Died>;
+
+/// What the deployer keeps on its disk.
+#[derive(Debug, Clone)]
+struct Disk {
+    services: BTreeMap<ServiceName, ServiceState>,
+    applied: BTreeMap<ServiceName, Applied>,
+    intent: Option<BTreeSet<ServiceName>>,
+    overrides: Overrides,
+    manifest: Option<Vec<Service>>,
+}
+
+#[derive(Debug, Clone)]
+struct Machine {
+    units: BTreeMap<ServiceName, Unit>,
+    store: BTreeSet<StorePath>,
+    roots: BTreeMap<ServiceName, BTreeSet<String>>,
+    servers: Map<String, Value>,
+    caddy_up: bool,
+    disk: Disk,
+    /// The unit folder is lost with every boot.
+    volatile: bool,
+    clock: u64,
+    // The world around.
+    manifest: Vec<Service>,
+    bucket_up: bool,
+    cache: BTreeSet<StorePath>,
+    secrets: BTreeMap<ServiceName, Result<String, String>>,
+    /// Units of others that run.
+    others: BTreeSet<String>,
+    /// Versions that do not come up for now, through no fault of theirs.
+    ill: BTreeSet<StorePath>,
+    // The ledger.
+    /// How many effects are left until the pass dies.
+    fuse: Option<usize>,
+    restarts: BTreeMap<ServiceName, usize>,
+    /// What was refused: the attempt, as the model knows it.
+    refused: BTreeMap<ServiceName, String>,
+}
+
+impl Machine {
+    fn new(volatile: bool) -> Self {
+        let servers = json!({"srv0": {"listen": [":443"], "routes": [{"handle": []}]}});
+        Machine {
+            units: BTreeMap::new(),
+            store: BTreeSet::new(),
+            roots: BTreeMap::new(),
+            servers: servers.as_object().unwrap().clone(),
+            caddy_up: true,
+            disk: Disk {
+                services: BTreeMap::new(),
+                applied: BTreeMap::new(),
+                intent: None,
+                overrides: Overrides::default(),
+                manifest: None,
+            },
+            volatile,
+            clock: 1_000_000,
+            manifest: Vec::new(),
+            bucket_up: true,
+            cache: (1..=VERSIONS).map(path).collect(),
+            secrets: BTreeMap::new(),
+            others: BTreeSet::new(),
+            ill: BTreeSet::new(),
+            fuse: None,
+            restarts: BTreeMap::new(),
+            refused: BTreeMap::new(),
+        }
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp(self.clock as i64)
+    }
+
+    /// One effect is about to happen: time passes, and the pass may die before it.
+    fn effect(&mut self) -> Done {
+        self.clock += 1;
+        match &mut self.fuse {
+            Some(0) => Err(Died),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    // --- systemd ---
+
+    fn reload(&mut self) {
+        for unit in self.units.values_mut() {
+            unit.loaded = unit.file.clone();
+        }
+    }
+
+    fn start(&mut self, name: &ServiceName) {
+        self.clock += 1;
+        let clock = self.clock;
+        let (ill, store) = (&self.ill, &self.store);
+        let Some(unit) = self.units.get_mut(name) else { return };
+        // A unit that systemd does not have cannot be restarted: what ran goes on.
+        let Some(File::Ours(text)) = unit.loaded.clone() else { return };
+        let path = (1..=VERSIONS).map(path).find(|p| text.contains(p.base()));
+        let secrets_missing = text.contains("EnvironmentFile") && !self.secrets.contains_key(name);
+        unit.process = path
+            .filter(|p| !bad(p) && !ill.contains(p) && store.contains(p) && !secrets_missing)
+            .map(|path| Process { text: text.clone(), path, started: clock });
+        if text.contains("Requires=db.service") {
+            self.others.insert("db.service".into());
+        }
+        *self.restarts.entry(name.clone()).or_default() += 1;
+    }
+
+    fn write_file(&mut self, name: &ServiceName, file: Option<File>) {
+        self.clock += 1;
+        let clock = self.clock;
+        let unit = self.units.entry(name.clone()).or_default();
+        unit.file = file;
+        unit.written = clock;
+    }
+
+    fn reboot(&mut self) {
+        self.clock += 10;
+        for unit in self.units.values_mut() {
+            unit.process = None;
+            if self.volatile {
+                unit.file = None;
+                unit.wanted = false;
+            }
+        }
+        self.reload();
+        let names: Vec<ServiceName> =
+            self.units.iter().filter(|(_, u)| u.wanted).map(|(n, _)| n.clone()).collect();
+        for name in names {
+            self.start(&name);
+        }
+        self.restarts.clear();
+    }
+
+    // --- the pass ---
+
+    fn desired(&self, manifest: &[Service], overrides: &Overrides) -> Vec<Service> {
+        manifest.iter().map(|s| overrides.apply(s)).collect()
+    }
+
+    fn units_seen(
+        &self,
+        desired: &[&Service],
+        applied: &BTreeMap<ServiceName, Applied>,
+    ) -> BTreeMap<ServiceName, UnitSeen> {
+        let named = desired.iter().map(|s| &s.name).chain(applied.keys());
+        let ours = self.units.iter().filter(|(_, u)| matches!(u.file, Some(File::Ours(_)))).map(|(n, _)| n);
+        let none = Unit::default();
+        named
+            .chain(ours)
+            .map(|name| {
+                let unit = self.units.get(name).unwrap_or(&none);
+                let file = match &unit.file {
+                    None => UnitFile::Absent,
+                    Some(File::Ours(text)) => UnitFile::Ours(text.clone()),
+                    Some(File::Mask) if applied.contains_key(name) => UnitFile::Absent,
+                    Some(File::Mask | File::Theirs) => UnitFile::Foreign("/there".into()),
+                };
+                let load = match unit.loaded {
+                    Some(File::Mask) => "masked",
+                    None => "not-found",
+                    Some(_) => "loaded",
+                };
+                let (active, sub) =
+                    if unit.process.is_some() { ("active", "running") } else { ("inactive", "dead") };
+                let listed = Listed { load: load.into(), active: active.into(), sub: sub.into() };
+                let current = unit.process.as_ref().is_some_and(|p| unit.written <= p.started);
+                let older = unit.process.is_some() && !current;
+                let astray = match (&unit.process, &unit.file) {
+                    (Some(p), Some(File::Ours(text))) => older && !text.contains(p.path.base()),
+                    _ => false,
+                };
+                let seen = UnitSeen {
+                    file,
+                    wanted: unit.wanted,
+                    listed,
+                    current,
+                    astray,
+                    unread: unit.process.is_some() && (load != "loaded" || older && unit.loaded != unit.file),
+                    shadowed: false,
+                    secrets_changed: false,
+                };
+                (name.clone(), seen)
+            })
+            .collect()
+    }
+
+    fn observe(&self, desired: &[&Service], applied: &BTreeMap<ServiceName, Applied>) -> Observed {
+        let asked = desired
+            .iter()
+            .filter_map(|s| s.artifact.store_path.path())
+            .chain(applied.values().flat_map(|a| [&a.path].into_iter().chain(&a.previous)));
+        Observed {
+            units: self.units_seen(desired, applied),
+            present: asked.filter(|p| self.store.contains(p)).cloned().collect(),
+            roots: self.roots.clone(),
+            secrets: desired
+                .iter()
+                .filter(|s| s.env_file.is_some())
+                .map(|s| {
+                    (s.name.clone(), self.secrets.get(&s.name).cloned().unwrap_or(Err("missing".into())))
+                })
+                .collect(),
+            active: self.active(),
+            understudies: BTreeSet::new(),
+            caddy: if self.caddy_up {
+                caddy::Observed::Servers(self.servers.clone())
+            } else {
+                caddy::Observed::Unavailable("down".into())
+            },
+        }
+    }
+
+    fn active(&self) -> BTreeSet<String> {
+        let ours = self.units.iter().filter(|(_, u)| u.process.is_some()).map(|(n, _)| n.unit());
+        ours.chain(self.others.iter().cloned()).collect()
+    }
+
+    /// One pass; `Ok(None)` when it refuses to empty the host or has no manifest.
+    fn pass(&mut self, options: &Options) -> Result<Option<Plan>, Died> {
+        let now = self.now();
+        let mut memory = Memory {
+            state: State { services: self.disk.services.clone(), ..State::new(host(), now) },
+            applied: self.disk.applied.clone(),
+            readable: true,
+            interrupted: self.disk.intent.clone().unwrap_or_default(),
+            overrides: self.disk.overrides.clone(),
+        };
+        if self.bucket_up {
+            self.effect()?;
+            self.disk.manifest = Some(self.manifest.clone());
+        }
+        let Some(manifest) = self.disk.manifest.clone() else { return Ok(None) };
+        if memory.overrides.expire(&manifest.iter().collect::<Vec<_>>(), now) {
+            self.effect()?;
+            self.disk.overrides = memory.overrides.clone();
+        }
+        let entries = self.desired(&manifest, &memory.overrides);
+        let desired: Vec<&Service> = entries.iter().collect();
+        let mut observed = self.observe(&desired, &memory.applied);
+        let mut learned = Learned::default();
+        let Ok(mut plan) = plan::plan(&desired, &observed, &memory, &learned, options, now) else {
+            return Ok(None);
+        };
+        for _ in 0..6 {
+            if plan.services.iter().all(|s| s.steps.is_empty()) {
+                break;
+            }
+            self.round(&plan, &mut observed, &mut memory, &mut learned)?;
+            observed.units = self.units_seen(&desired, &memory.applied);
+            plan = plan::plan(&desired, &observed, &memory, &learned, options, now)
+                .unwrap_or_else(|e| panic!("would empty the host in the middle: {e:?}"));
+        }
+        if let RoutePlan::Write(requests) = &plan.route {
+            for request in requests {
+                self.effect()?;
+                self.caddy_takes(request);
+            }
+        }
+        self.remove(&plan.gone, &mut memory, &observed)?;
+        self.unroot(&plan.gone, &mut observed)?;
+        observed.active = self.active();
+        plan::settle_inputs(&mut plan, &desired, &observed, &learned);
+        self.effect()?;
+        self.disk.services = plan.services.iter().map(|p| (p.name.clone(), state_of(p, self))).collect();
+        self.effect()?;
+        self.disk.intent = None;
+        Ok(Some(plan))
+    }
+
+    fn round(
+        &mut self,
+        plan: &Plan,
+        observed: &mut Observed,
+        memory: &mut Memory,
+        learned: &mut Learned,
+    ) -> Done {
+        let touched: BTreeSet<ServiceName> = plan
+            .services
+            .iter()
+            .filter(|s| s.steps.iter().any(Step::touches))
+            .map(|s| s.name.clone())
+            .chain(memory.interrupted.iter().cloned())
+            .collect();
+        if !touched.is_empty() {
+            self.effect()?;
+            self.disk.intent = Some(touched);
+        }
+        for service in &plan.services {
+            for step in &service.steps {
+                if let Step::Root(path) = step {
+                    self.effect()?;
+                    self.roots.entry(service.name.clone()).or_default().insert(path.base().into());
+                    observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
+                }
+            }
+        }
+        let mut stop = false;
+        for service in &plan.services {
+            for step in &service.steps {
+                let Step::Fetch(path) = step else { continue };
+                self.effect()?;
+                if self.bucket_up && self.cache.contains(path) {
+                    self.store.insert(path.clone());
+                    observed.present.insert(path.clone());
+                } else {
+                    learned.unfetchable.insert(path.clone(), "not in the cache".into());
+                    stop = true;
+                }
+            }
+        }
+        if stop {
+            return Ok(());
+        }
+        for service in plan.services.iter().filter(|s| s.steps.contains(&Step::Pause)) {
+            self.effect()?;
+            self.units.entry(service.name.clone()).or_default().wanted = false;
+            self.effect()?;
+            self.units.entry(service.name.clone()).or_default().process = None;
+        }
+        self.remove(&plan.services, memory, observed)?;
+        self.write_and_start(plan, memory, learned)?;
+        for service in &plan.services {
+            if let (true, Some(goal)) = (service.steps.contains(&Step::Record), &service.goal) {
+                self.proved(&service.name, goal, memory)?;
+            }
+        }
+        self.unroot(&plan.services, observed)
+    }
+
+    fn write_and_start(&mut self, plan: &Plan, memory: &mut Memory, learned: &mut Learned) -> Done {
+        let mut starts: Vec<(&ServicePlan, &Goal, bool)> = Vec::new();
+        let mut reload = !memory.interrupted.is_empty();
+        for service in &plan.services {
+            let Some(goal) = &service.goal else { continue };
+            for step in &service.steps {
+                match step {
+                    Step::Write(_) => {
+                        self.effect()?;
+                        self.write_file(&service.name, Some(File::Ours(goal.unit.clone())));
+                        reload = true;
+                    }
+                    Step::Reload => reload = true,
+                    Step::Enable => {
+                        self.effect()?;
+                        self.units.entry(service.name.clone()).or_default().wanted = true;
+                    }
+                    Step::Restart(_) => {
+                        starts.push((service, goal, true));
+                        reload = true;
+                    }
+                    Step::Prove(_) => starts.push((service, goal, false)),
+                    _ => {}
+                }
+            }
+        }
+        if reload {
+            self.effect()?;
+            self.reload();
+        }
+        for (service, _, restart) in &starts {
+            if *restart {
+                self.effect()?;
+                self.start(&service.name);
+            }
+        }
+        for (service, goal, restart) in starts {
+            self.effect()?;
+            if restart {
+                memory.interrupted.remove(&service.name);
+            }
+            let up = self.units[&service.name].process.is_some();
+            if up {
+                self.proved(&service.name, goal, memory)?;
+                continue;
+            }
+            let failure = Failure {
+                reason: "it exits at once".into(),
+                attempted: Some(goal.path.clone()),
+                at: self.now(),
+                journal: Vec::new(),
+                attempts: 0,
+                inputs: (!goal.proved).then(|| goal.inputs.clone()),
+            };
+            if !goal.proved {
+                let attempt = self.attempt(&goal.service);
+                self.refused.insert(service.name.clone(), attempt);
+            }
+            let key = (service.name.clone(), goal.inputs.clone());
+            learned.troubles.insert(key, Trouble { rejected: !goal.proved, failure: failure.clone() });
+            if !goal.proved {
+                self.effect()?;
+                let state = ServiceState { failure: Some(failure), ..blank(&service.name, Status::Rejected) };
+                memory.state.services.insert(service.name.clone(), state.clone());
+                self.disk.services.insert(service.name.clone(), state);
+            }
+        }
+        Ok(())
+    }
+
+    fn proved(&mut self, name: &ServiceName, goal: &Goal, memory: &mut Memory) -> Done {
+        let previous = previous_after(&goal.path, memory.applied.get(name));
+        let proved = Applied { service: goal.service.clone(), path: goal.path.clone(), previous };
+        if memory.applied.get(name) != Some(&proved) {
+            self.effect()?;
+            self.disk.applied.insert(name.clone(), proved.clone());
+            memory.applied.insert(name.clone(), proved);
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, services: &[ServicePlan], memory: &mut Memory, observed: &Observed) -> Done {
+        let going = |s: &&ServicePlan| s.steps.iter().any(|s| matches!(s, Step::Remove(_)));
+        for service in services.iter().filter(going) {
+            let name = &service.name;
+            let ours = match observed.units.get(name).map(|u| &u.file) {
+                Some(UnitFile::Ours(_)) => true,
+                Some(UnitFile::Absent) => memory.applied.contains_key(name),
+                _ => false,
+            };
+            if ours {
+                self.effect()?;
+                self.units.entry(name.clone()).or_default().process = None;
+                self.effect()?;
+                self.units.entry(name.clone()).or_default().wanted = false;
+                self.effect()?;
+                self.write_file(name, None);
+                self.effect()?;
+                self.reload();
+            }
+            self.effect()?;
+            self.disk.applied.remove(name);
+            memory.applied.remove(name);
+        }
+        Ok(())
+    }
+
+    fn unroot(&mut self, services: &[ServicePlan], observed: &mut Observed) -> Done {
+        for service in services {
+            for step in &service.steps {
+                if let Step::Unroot(base) = step {
+                    self.effect()?;
+                    let held = self.roots.get_mut(&service.name).expect("only what is held is let go");
+                    assert!(held.remove(base), "{base} of {} was not held", service.name);
+                }
+            }
+        }
+        self.roots.retain(|_, held| !held.is_empty());
+        observed.roots = self.roots.clone();
+        Ok(())
+    }
+
+    fn caddy_takes(&mut self, request: &caddy::Request) {
+        let parts: Vec<&str> = request.path.split('/').skip(1).collect();
+        let body = request.body.clone();
+        match (request.method, &parts[..]) {
+            ("DELETE", [.., "servers", server]) => {
+                self.servers.remove(*server);
+            }
+            ("PUT", [.., "servers", server]) => {
+                self.servers.insert((*server).into(), body.unwrap());
+            }
+            ("PUT" | "PATCH", [.., "servers", server, "routes"]) => {
+                self.servers[*server]["routes"] = body.unwrap();
+            }
+            ("PUT", [.., "servers", server, "routes", "0"]) => {
+                self.servers[*server]["routes"].as_array_mut().unwrap().insert(0, body.unwrap());
+            }
+            ("PATCH", ["id", "deployer"]) => {
+                let all = self.servers.values_mut().flat_map(|s| s["routes"].as_array_mut().unwrap());
+                *all.into_iter().find(|r| r["@id"] == "deployer").unwrap() = body.unwrap();
+            }
+            other => panic!("no such request in the model: {other:?}"),
+        }
+    }
+
+    /// Everything that goes into an attempt.
+    fn attempt(&self, service: &Service) -> String {
+        let secrets = service.env_file.as_ref().map(|_| self.secrets.get(&service.name));
+        let required: Vec<bool> =
+            service.systemd.requires.iter().map(|unit| self.others.contains(unit)).collect();
+        format!("{} {secrets:?} {required:?}", serde_json::to_string(service).unwrap())
+    }
+}
+
+fn host() -> HostName {
+    HostName::parse("biz").unwrap()
+}
+
+fn blank(name: &ServiceName, status: Status) -> ServiceState {
+    ServiceState {
+        name: name.clone(),
+        store_path: None,
+        status,
+        since: Timestamp(0),
+        previous: Vec::new(),
+        failure: None,
+        secrets_changed: false,
+        pinned_since: None,
+        paused_until: None,
+    }
+}
+
+fn state_of(plan: &ServicePlan, machine: &Machine) -> ServiceState {
+    let runs = machine.units.get(&plan.name).is_some_and(|u| u.process.is_some());
+    let status = match &plan.trouble {
+        _ if plan.paused => Status::Stopped,
+        Some(t) if t.rejected => Status::Rejected,
+        Some(_) => Status::Failed,
+        None if plan.target.is_none() => Status::Waiting,
+        None if runs => Status::Running,
+        None => Status::Failed,
+    };
+    let failure = plan.trouble.as_ref().map(|t| t.failure.clone());
+    ServiceState { failure, ..blank(&plan.name, status) }
+}
+
+/// What happens between passes; returns what it was, for people.
+fn happens(m: &mut Machine, r: &mut Random) -> String {
+    m.clock += 1 + r.below(400) as u64;
+    let who = name(NAMES[r.below(NAMES.len())]);
+    let version = 1 + r.below(VERSIONS.into()) as u8;
+    let running = m.units.get(&who).is_some_and(|u| u.process.is_some());
+    let text = match m.units.get(&who).and_then(|u| u.file.as_ref()) {
+        Some(File::Ours(text)) => Some(text.clone()),
+        _ => None,
+    };
+    match r.below(34) {
+        0 | 1 => {
+            m.manifest.retain(|s| s.name != who);
+            m.manifest.push(entry(who.as_str(), version));
+            format!("manifest: {who} is v{version}")
+        }
+        2..=5 => {
+            let Some(service) = m.manifest.iter_mut().find(|s| s.name == who) else { return String::new() };
+            service.artifact.store_path = Target::Path(path(version));
+            format!("manifest: update {who} v{version}")
+        }
+        6 => {
+            m.manifest.retain(|s| s.name != who);
+            format!("manifest: remove {who}")
+        }
+        7 => {
+            let Some(service) = m.manifest.iter_mut().find(|s| s.name == who) else { return String::new() };
+            match r.below(5) {
+                0 => {
+                    service.env.insert("A".into(), version.to_string());
+                    format!("manifest: {who} A={version}")
+                }
+                1 => {
+                    service.http.as_mut().unwrap().path = format!("/{version}");
+                    format!("manifest: {who} path /{version}")
+                }
+                2 => {
+                    service.artifact.store_path = Target::Placeholder;
+                    format!("manifest: {who} waits")
+                }
+                3 => {
+                    service.env_file = Some(format!("/s/{who}"));
+                    format!("manifest: {who} has secrets")
+                }
+                _ => {
+                    service.systemd.requires = vec!["db.service".into()];
+                    format!("manifest: {who} requires db")
+                }
+            }
+        }
+        8 => {
+            m.cache.remove(&path(version));
+            format!("cache: v{version} gone")
+        }
+        9 => {
+            m.cache = (1..=VERSIONS).map(path).collect();
+            "cache: whole".into()
+        }
+        10 => {
+            m.bucket_up = !m.bucket_up;
+            format!("bucket: {}", if m.bucket_up { "up" } else { "down" })
+        }
+        11 => {
+            m.caddy_up = !m.caddy_up;
+            format!("caddy: {}", if m.caddy_up { "up" } else { "down" })
+        }
+        12 => {
+            let secret = match r.below(3) {
+                0 => Err("mode 0644".into()),
+                _ => Ok(m.clock.to_string()),
+            };
+            let told = format!("secrets of {who}: {secret:?}");
+            m.secrets.insert(who, secret);
+            told
+        }
+        13 => {
+            if !m.others.remove("db.service") {
+                m.others.insert("db.service".into());
+            }
+            "db: the other way".into()
+        }
+        14 => {
+            m.reboot();
+            "reboot".into()
+        }
+        15 => {
+            // The unit is edited, and perhaps read and restarted, and perhaps put back behind our back.
+            let Some(text) = text else { return String::new() };
+            let edited = text.replacen("Restart=on-failure", "Restart=no", 1);
+            m.write_file(&who, Some(File::Ours(edited)));
+            let mut told = format!("hand: {who} edited");
+            if r.one_in(2) {
+                m.reload();
+                told.push_str(", reloaded");
+            }
+            told
+        }
+        16 => {
+            if text.is_none() {
+                return String::new();
+            }
+            m.write_file(&who, None);
+            let reload = r.one_in(2);
+            if reload {
+                m.reload();
+            }
+            format!("hand: {who}'s unit deleted, reload {reload}")
+        }
+        17 | 18 => {
+            if !running {
+                return String::new();
+            }
+            m.units.get_mut(&who).unwrap().process = None;
+            format!("hand: {who} stopped")
+        }
+        19 => {
+            if text.is_none() {
+                return String::new();
+            }
+            m.units.get_mut(&who).unwrap().process = None;
+            m.write_file(&who, Some(File::Mask));
+            m.reload();
+            format!("hand: {who} masked")
+        }
+        20 => {
+            let Some(unit) = m.units.get_mut(&who) else { return String::new() };
+            unit.wanted = false;
+            format!("hand: {who} disabled")
+        }
+        21 => {
+            // An older version is started, and the unit put back without telling systemd, or with.
+            let (Some(text), true) = (text, running) else { return String::new() };
+            let other = path(1 + r.below(3) as u8);
+            let here = m.units[&who].process.as_ref().unwrap().path.clone();
+            m.store.insert(other.clone());
+            m.write_file(&who, Some(File::Ours(text.replace(here.base(), other.base()))));
+            m.reload();
+            m.start(&who);
+            m.write_file(&who, Some(File::Ours(text)));
+            if r.one_in(2) {
+                m.reload();
+            }
+            format!("hand: {who} runs {other} beside its unit")
+        }
+        22 => {
+            let routes = m.servers["srv0"]["routes"].as_array_mut().unwrap();
+            let ours = routes.iter().position(|r| r["@id"] == "deployer");
+            match (r.below(4), ours) {
+                (0, _) => routes.retain(|r| r["@id"] != "deployer"),
+                (1, Some(i)) => routes[i]["handle"] = json!([]),
+                (2, Some(i)) => {
+                    let copy = routes[i].clone();
+                    routes.push(copy);
+                }
+                (3, _) => routes.insert(0, json!({"handle": []})),
+                _ => {}
+            }
+            "hand: Caddy's routes".into()
+        }
+        23 => {
+            m.roots.remove(&who);
+            format!("hand: {who}'s roots gone")
+        }
+        24 => {
+            // A garbage collection.
+            let held: BTreeSet<String> = m.roots.values().flatten().cloned().collect();
+            let running: BTreeSet<StorePath> =
+                m.units.values().filter_map(|u| u.process.as_ref()).map(|p| p.path.clone()).collect();
+            m.store.retain(|p| held.contains(p.base()) || running.contains(p));
+            "nix: collection".into()
+        }
+        25 => {
+            if m.units.get(&who).is_some_and(|u| u.file.is_some() || u.process.is_some()) {
+                return String::new();
+            }
+            m.write_file(&who, Some(File::Theirs));
+            m.reload();
+            format!("hand: somebody's own {who}")
+        }
+        26 => {
+            for unit in m.units.values_mut().filter(|u| u.file == Some(File::Theirs)) {
+                unit.file = None;
+            }
+            m.reload();
+            "hand: nobody's units any more".into()
+        }
+        27 => {
+            if !m.disk.applied.contains_key(&who) {
+                return String::new();
+            }
+            let until = r.one_in(2).then(|| Timestamp(m.now().0 + 600));
+            let since = m.now();
+            m.disk.overrides.paused.insert(who.clone(), Pause { since, until });
+            format!("pause {who}")
+        }
+        28 => {
+            m.disk.overrides.paused.remove(&who);
+            format!("resume {who}")
+        }
+        29 => {
+            let named = m.disk.manifest.as_ref().and_then(|all| all.iter().find(|s| s.name == who));
+            let Some(instead) = named.and_then(|s| s.artifact.store_path.path()).cloned() else {
+                return String::new();
+            };
+            let Some(path) = m.disk.applied.get(&who).and_then(|a| a.previous.first()).cloned() else {
+                return String::new();
+            };
+            let since = m.now();
+            m.disk.overrides.pinned.insert(who.clone(), Pin { path: path.clone(), instead, since });
+            format!("pin {who} to {path}")
+        }
+        30 => {
+            m.disk.overrides.pinned.remove(&who);
+            format!("unpin {who}")
+        }
+        31 => {
+            if !m.ill.remove(&path(version)) {
+                m.ill.insert(path(version));
+            }
+            format!("v{version} ill: {}", m.ill.contains(&path(version)))
+        }
+        32 => {
+            // Somebody puts the unit's own bytes there again, with or without a reload in between.
+            let Some(text) = text else { return String::new() };
+            m.write_file(&who, None);
+            m.reload();
+            m.write_file(&who, Some(File::Ours(text)));
+            format!("hand: {who}'s unit deleted and put back")
+        }
+        _ => {
+            m.disk.services.clear();
+            "the state file is lost".into()
+        }
+    }
+}
+
+/// Whether an attempt was refused and this is still known.
+fn remembers(m: &Machine, name: &ServiceName, attempt: &str) -> bool {
+    let failure = m.disk.services.get(name).and_then(|s| s.failure.as_ref());
+    failure.is_some_and(|f| f.inputs.is_some()) && m.refused.get(name).is_some_and(|a| a == attempt)
+}
+
+/// What must hold after a pass in a quiet world, from the manifest and what had been proved before it.
+fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut say = |text: String| wrong.push(text);
+    let entries = m.desired(&m.manifest, &m.disk.overrides);
+    let nothing = entries.iter().all(|s| s.artifact.store_path.path().is_none());
+    if plan.is_none() {
+        if !nothing {
+            say("the pass refused a manifest with services".into());
+        }
+        return wrong;
+    }
+    let mut routed: Vec<&Http> = Vec::new();
+    let mut claimed = BTreeSet::new();
+    for entry in &entries {
+        let name = &entry.name;
+        let none = Unit::default();
+        let unit = m.units.get(name).unwrap_or(&none);
+        let proved = before.disk.applied.get(name);
+        let state = &m.disk.services[name];
+        let held = m.roots.get(name).cloned().unwrap_or_default();
+        let theirs = match before.units.get(name).and_then(|u| u.file.as_ref()) {
+            Some(File::Theirs) => true,
+            Some(File::Mask) => proved.is_none(),
+            _ => false,
+        };
+        if theirs {
+            if state.status != Status::Failed {
+                say(format!("{name} is somebody's, but {:?}", state.status));
+            }
+            if unit.file != before.units[name].file {
+                say(format!("{name} is somebody's and was touched"));
+            }
+            routed.extend(entry.http.as_ref().filter(|_| entry.artifact.store_path.path().is_some()));
+            continue;
+        }
+        let Some(target) = entry.artifact.store_path.path() else {
+            if unit.file.as_ref().is_some_and(|f| *f != File::Mask)
+                || unit.process.is_some()
+                || unit.wanted
+                || !held.is_empty()
+                || m.disk.applied.contains_key(name)
+            {
+                say(format!("{name} waits, but is there: {unit:?} {held:?}"));
+            }
+            continue;
+        };
+        if m.disk.overrides.is_paused(name, before.now()) {
+            if unit.process.is_some() || unit.wanted || state.status != Status::Stopped {
+                say(format!("{name} is paused, but {unit:?} {:?}", state.status));
+            }
+            routed.extend(m.disk.applied.get(name).map_or(entry.http.as_ref(), |a| a.service.http.as_ref()));
+            continue;
+        }
+        let is_proved = |s: &Service, p: &StorePath| {
+            proved.is_some_and(|a| unit::render(&a.service, &a.path) == unit::render(s, p))
+        };
+        let refused =
+            !is_proved(entry, target) && (bad(target) || remembers(before, name, &m.attempt(entry)));
+        let expected = if refused { proved.map(|a| (&a.service, &a.path)) } else { Some((entry, target)) };
+        let status = if refused { Status::Rejected } else { Status::Running };
+        if state.status != status {
+            say(format!("{name} should be {status:?}, is {:?} {:?}", state.status, state.failure));
+        }
+        match expected {
+            None => {
+                if unit.file.is_some() || unit.process.is_some() || unit.wanted || !held.is_empty() {
+                    say(format!("{name} was refused and nothing was before it, but {unit:?} {held:?}"));
+                }
+                routed.extend(entry.http.as_ref());
+            }
+            Some((service, path)) => {
+                let text = unit::render(service, path);
+                if unit.file != Some(File::Ours(text.clone())) {
+                    say(format!("{name} should have the unit of {path}, has {:?}", unit.file));
+                }
+                if unit.loaded != unit.file {
+                    say(format!("{name}: systemd has read {:?}", unit.loaded));
+                }
+                if unit.process.as_ref().map(|p| &p.path) != Some(path) {
+                    say(format!("{name} should run {path}, runs {:?}", unit.process));
+                }
+                if !unit.wanted {
+                    say(format!("{name} does not start at boot"));
+                }
+                let applied = &m.disk.applied[name];
+                let kept: BTreeSet<String> = [path]
+                    .into_iter()
+                    .chain(&applied.previous)
+                    .filter(|p| *p == path || m.store.contains(p))
+                    .map(|p| p.base().to_string())
+                    .collect();
+                if applied.path != *path || applied.previous.len() > 2 || applied.previous.contains(path) {
+                    say(format!("{name}: taken down as proved: {applied:?}"));
+                }
+                if !kept.is_subset(&held) || held.len() > 3 || !m.store.contains(path) {
+                    say(format!("{name} should hold {kept:?}, holds {held:?}"));
+                }
+                routed.extend(service.http.as_ref());
+            }
+        }
+    }
+    routed.retain(|h| claimed.insert((h.domain.clone(), h.path.clone())));
+    let ours = |r: &&Value| r["@id"] == "deployer";
+    let found: Vec<&Value> =
+        m.servers.values().flat_map(|s| s["routes"].as_array().unwrap()).filter(ours).collect();
+    let wanted = caddy::route(&routed);
+    if found != wanted.iter().collect::<Vec<_>>()
+        || (wanted.is_some() && !ours(&&m.servers["srv0"]["routes"][0]))
+    {
+        say(format!("the route should be {wanted:?}, is {found:?}"));
+    }
+    let strange = |n: &ServiceName| entries.iter().all(|e| e.name != *n);
+    for (name, unit) in m.units.iter().filter(|(n, _)| strange(n)) {
+        let theirs = matches!(unit.file, Some(File::Theirs | File::Mask));
+        if (unit.file.is_some() && !theirs) || unit.process.is_some() || (unit.wanted && !theirs) {
+            say(format!("{name} is not in the manifest, but there: {unit:?}"));
+        }
+    }
+    for name in m.roots.keys().chain(m.disk.applied.keys()).filter(|n| strange(n)) {
+        say(format!("{name} is not in the manifest, but remembered"));
+    }
+    if m.disk.intent.is_some() {
+        say("the intent was left".into());
+    }
+    wrong
+}
+
+/// Services that ran as they should before a pass and were restarted by it.
+fn needless(m: &Machine, before: &Machine) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (name, count) in &m.restarts {
+        let (Some(was), Some(is)) = (before.units.get(name), m.units.get(name)) else { continue };
+        let (Some(old), Some(File::Ours(now))) = (&was.process, &is.file) else { continue };
+        let ran_well = old.text == *now
+            && was.file == Some(File::Ours(now.clone()))
+            && was.loaded == was.file
+            && was.written <= old.started;
+        // A new attempt that was refused, and the way back.
+        let manifest = m.disk.manifest.as_deref().unwrap_or_default();
+        let entries = m.desired(manifest, &m.disk.overrides);
+        let entry = entries.iter().find(|e| e.name == *name);
+        let known = entry.is_some_and(|e| remembers(before, name, &before.attempt(e)));
+        // A pass that died may have refused it without having seen what its start brought up.
+        let attempted = m.refused.contains_key(name) && (!known || before.disk.intent.is_some());
+        if ran_well && !attempted && *count > 0 {
+            wrong.push(format!("{name} ran well and was restarted {count} time(s)"));
+        }
+    }
+    wrong
+}
+
+fn campaign(seed: u64, steps: usize, volatile: bool) -> usize {
+    let mut random = Random::new(seed);
+    let mut machine = Machine::new(volatile);
+    let mut story: Vec<String> = Vec::new();
+    let mut passes = 0;
+    for step in 0..steps {
+        if !random.one_in(4) {
+            let told = happens(&mut machine, &mut random);
+            if !told.is_empty() {
+                story.push(told);
+            }
+            continue;
+        }
+        let quiet = random.one_in(2);
+        let mut options =
+            Options { timer: random.one_in(2), allow_empty: random.one_in(4), ..Options::default() };
+        if quiet {
+            machine.bucket_up = true;
+            machine.caddy_up = true;
+            machine.cache = (1..=VERSIONS).map(path).collect();
+            machine.ill.clear();
+            machine.others.insert("db.service".into());
+            for secret in machine.secrets.values_mut().filter(|s| s.is_err()) {
+                *secret = Ok("mended".into());
+            }
+            for who in NAMES {
+                machine.secrets.entry(name(who)).or_insert(Ok("new".into()));
+            }
+            options.timer = false;
+        } else if random.one_in(2) {
+            machine.fuse = Some(random.below(30));
+        }
+        machine.restarts.clear();
+        let before = machine.clone();
+        let outcome = machine.pass(&options);
+        machine.fuse = None;
+        story.push(format!(
+            "pass{}{}",
+            if quiet { ", quiet" } else { "" },
+            if outcome.is_err() { ", dies" } else { "" }
+        ));
+        let mut wrong = needless(&machine, &before);
+        if let Ok(plan) = &outcome {
+            passes += 1;
+            if quiet {
+                wrong.extend(differences(&machine, &before, plan));
+                machine.restarts.clear();
+                let settled = machine.clone();
+                let paused = |m: &Machine| NAMES.map(|n| m.disk.overrides.is_paused(&name(n), m.now()));
+                if paused(&before) == paused(&machine)
+                    && let Ok(Some(again)) = machine.pass(&options)
+                    && (!machine.restarts.is_empty() || !again.is_empty())
+                {
+                    wrong.push(format!("a second pass finds work: {:?} {:?}", again.services, again.gone));
+                }
+                machine = settled;
+            }
+        }
+        if !wrong.is_empty() {
+            let from = story.len().saturating_sub(40);
+            panic!(
+                "seed {seed}, step {step}, volatile {volatile}\n{}\n--- differences\n{}",
+                story[from..].join("\n"),
+                wrong.join("\n")
+            );
+        }
+    }
+    passes
+}
+
+#[test]
+fn any_order_of_events_ends_as_the_manifest_says() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
+    let steps = number("OMNI_ORDER_STEPS").unwrap_or(60_000) as usize;
+    let fresh = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
+    let seeds = match number("OMNI_ORDER_SEED") {
+        Some(seed) => vec![seed],
+        None => vec![1, fresh],
+    };
+    for seed in seeds {
+        for volatile in [false, true] {
+            println!("seed {seed}, {} steps, volatile {volatile}", steps / 2);
+            let passes = campaign(seed, steps / 2, volatile);
+            println!("    {passes} passes to their end");
+        }
+    }
+}
