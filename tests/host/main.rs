@@ -8,5 +8,7 @@ mod kill;
 mod lab;
 mod mistakes;
 mod passes;
+mod power;
 mod runbook;
 mod solo;
+mod writes;
