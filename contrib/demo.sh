@@ -57,7 +57,7 @@ find_binary() {
   if [[ -z $binary ]]; then
     binary=$target/release/omni-deploy
     if [[ ! -x $binary ]]; then
-      command -v cargo >/dev/null || die "no cargo on PATH; install Rust (https://rustup.rs) or name a built omni-deploy"
+      command -v cargo >/dev/null || die "no cargo on PATH; install Rust's toolchain or name a built omni-deploy"
       command -v cc >/dev/null || install_compiler
       tell "building omni-deploy; this is done once"
       (cd "$top" && cargo build --release --locked --target-dir "$target") 8>&-

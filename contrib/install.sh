@@ -156,7 +156,7 @@ do_install() {
     echo "nothing to change"
   elif [[ ! -e /etc/omni-deploy/config.json && ! -e /etc/omni-deploy/deployer.env ]]; then
     echo "next: say where the manifest is in /etc/omni-deploy/config.json, for example {\"store\": \"s3://BUCKET\"},"
-    echo "      and put credentials into /etc/omni-deploy/deployer.env (mode 0600); 'omni-deploy doctor' checks both"
+    echo "      and put credentials into /root/.aws/credentials (mode 0600); 'omni-deploy doctor' checks both"
   fi
 }
 

@@ -72,7 +72,7 @@ pub struct Settings {
     pub default_hosts: Option<Vec<HostName>>,
     /// Caddy's admin endpoint, without a trailing slash.
     pub caddy_admin: String,
-    /// Which of Caddy's servers gets our route; None: by the rule of the design.
+    /// Which of Caddy's servers gets our route; None: the one on :443, else one of our own there.
     pub caddy_server: Option<String>,
     /// Where units are written.
     pub unit_dir: PathBuf,

@@ -20,6 +20,8 @@ pub enum Applet {
     Doctor,
     /// Set this machine up.
     Init,
+    /// Make a signing key.
+    Keygen,
     /// The effective configuration.
     Config,
     /// Completions of a shell.
@@ -29,7 +31,7 @@ pub enum Applet {
 }
 
 /// The commands with the names they are called by and what each is for.
-pub const APPLETS: [(&str, Applet, &str); 11] = [
+pub const APPLETS: [(&str, Applet, &str); 12] = [
     ("manifest", Applet::Manifest, "edit and read the manifest (also called as deploy-manifest)"),
     ("deployer", Applet::Deployer, "bring this host to what the manifest says (also called as deployer)"),
     ("push", Applet::Push, "build, copy to the cache, publish"),
@@ -38,6 +40,7 @@ pub const APPLETS: [(&str, Applet, &str); 11] = [
     ("logs", Applet::Logs, "the journal of a service, the deployer or Caddy, from the hosts"),
     ("doctor", Applet::Doctor, "check configuration, store, keys and host, with remedies"),
     ("init", Applet::Init, "set a developer's machine up"),
+    ("keygen", Applet::Keygen, "make a signing key"),
     ("config", Applet::Config, "print the effective configuration and where it came from"),
     ("completions", Applet::Completions, "print completions for bash, zsh or fish"),
     ("man", Applet::Man, "print a manual page"),

@@ -310,7 +310,7 @@ impl Run {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = self.spawn(command)?;
-        let (sender, lines) = mpsc::channel::<(Stream, Vec<u8>)>();
+        let (sender, lines) = mpsc::sync_channel::<(Stream, Vec<u8>)>(CHANNEL_LINES);
         let out = child.stdout.take();
         let err = child.stderr.take();
         let input = child.stdin.take();
@@ -335,6 +335,7 @@ impl Run {
             std::thread::spawn(move || drop(input.write_all(&bytes)));
         }
         let mut ended: Option<(ExitStatus, Instant)> = None;
+        let mut left_behind = 0;
         loop {
             let wait = match (ended, self.deadline) {
                 (Some(_), _) => Duration::from_millis(50),
@@ -352,7 +353,13 @@ impl Run {
                         Stream::Stdout => {}
                         Stream::Stderr => stderr.extend_from_slice(&line),
                     }
-                    continue;
+                    if ended.is_some() {
+                        left_behind += 1;
+                        if left_behind > LEFT_BEHIND {
+                            break;
+                        }
+                        continue;
+                    }
                 }
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
                     if ended.is_none() {
@@ -398,6 +405,11 @@ impl Run {
 }
 
 const POLL: Duration = Duration::from_millis(100);
+/// How many lines a program may be ahead of who reads them.
+const CHANNEL_LINES: usize = 1024;
+/// More lines than a program can leave behind in the channel and in two pipes of 64 KiB with their readers'
+/// buffers: what comes after these is a grandchild's.
+const LEFT_BEHIND: usize = CHANNEL_LINES + (160 << 10);
 
 fn told(status: ExitStatus) -> Status {
     match (status.code(), status.signal()) {
@@ -407,7 +419,7 @@ fn told(status: ExitStatus) -> Status {
     }
 }
 
-fn read_lines(stream: impl Read, which: Stream, sender: &mpsc::Sender<(Stream, Vec<u8>)>) {
+fn read_lines(stream: impl Read, which: Stream, sender: &mpsc::SyncSender<(Stream, Vec<u8>)>) {
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = Vec::new();
@@ -457,6 +469,28 @@ mod tests {
         let out = Run::new("sh").args(["-c", "sleep 30 & echo done"]).output().unwrap();
         assert_eq!(out.text(), "done\n");
         assert!(started.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn output_without_end_outlasts_neither_the_deadline_nor_the_program() {
+        let e = Run::new("yes").unkept().deadline(Duration::from_millis(300)).output().unwrap_err();
+        assert!(matches!(e, RunError::Deadline { .. }), "{e}");
+        // The grandchild ends of a broken pipe once nobody reads it any more.
+        let out = Run::new("sh").args(["-c", "yes & exec true"]).unkept().output().unwrap();
+        assert!(out.status.ok());
+    }
+
+    #[test]
+    fn a_slow_reader_still_gets_all_that_a_program_left_behind() {
+        let mut lines = 0;
+        let run = Run::new("seq").arg("30000");
+        let out = run.each_line(|_, _| {
+            lines += 1;
+            if lines % 10_000 == 1 {
+                std::thread::sleep(Duration::from_millis(600));
+            }
+        });
+        assert_eq!((lines, out.unwrap().text().lines().last()), (30_000, Some("30000")));
     }
 
     #[test]

@@ -107,7 +107,7 @@ install_compiler() {
 
 prepare() {
   local component
-  command -v cargo >/dev/null || die "no cargo on PATH: install Rust (https://rustup.rs)"
+  command -v cargo >/dev/null || die "no cargo on PATH: install Rust's toolchain"
   "$lab" packages
   command -v cc >/dev/null || install_compiler
   for component in fmt clippy; do

@@ -82,6 +82,7 @@ const JSON: Flag = switch("--json", "");
 const HOST: Flag = option("--host", "", Kind::Host);
 const SERVICE: Flag = option("--service", "", Kind::Service);
 const TIMEOUT: Flag = option("--timeout", "", Kind::Free);
+const ACCEPT_SERIAL: Flag = option("--accept-serial", "", Kind::Free);
 const RETRY: Flag = option("--retry", "", Kind::Service);
 const ALLOW_EMPTY: Flag = switch("--allow-empty", "");
 
@@ -103,10 +104,13 @@ pub const COMMANDS: &[Command] = &[
     command("manifest diff", &[], &[Kind::Version, Kind::Version]),
     command("manifest rollback", &[SERVICE], &[Kind::Version]),
     command("manifest validate", &[], &[Kind::File]),
+    command("manifest sign", &[], &[]),
+    command("manifest verify", &[], &[Kind::Version]),
     command("manifest schema", &[], &[]),
+    command("keygen", &[], &[Kind::Free]),
     command("deployer", &[], &[]),
-    command("deployer run", &[switch("--timer", ""), RETRY, ALLOW_EMPTY], &[]),
-    command("deployer plan", &[JSON, RETRY, ALLOW_EMPTY], &[]),
+    command("deployer run", &[switch("--timer", ""), RETRY, ALLOW_EMPTY, ACCEPT_SERIAL], &[]),
+    command("deployer plan", &[JSON, RETRY, ALLOW_EMPTY, ACCEPT_SERIAL], &[]),
     command("deployer state", &[JSON], &[]),
     command("deployer pause", &[option("--for", "", Kind::Free)], &[Kind::Service]),
     command("deployer resume", &[], &[Kind::Service]),

@@ -56,6 +56,9 @@ struct RunArgs {
     #[argh(switch)]
     /// remove all services of this host if the manifest has none for it
     allow_empty: bool,
+    #[argh(option, arg_name = "serial")]
+    /// obey a manifest of this serial although a later one was obeyed before
+    accept_serial: Option<u64>,
 }
 
 #[derive(FromArgs)]
@@ -71,6 +74,9 @@ struct PlanArgs {
     #[argh(switch)]
     /// as for run
     allow_empty: bool,
+    #[argh(option, arg_name = "serial")]
+    /// as for run
+    accept_serial: Option<u64>,
 }
 
 #[derive(FromArgs)]
@@ -133,11 +139,21 @@ pub fn run(call: &Call) -> Result<u8> {
     let args: Args = call.parse()?;
     match args.command {
         Command::Run(a) => {
-            let asks = Asks { timer: a.timer, retry: a.retry, allow_empty: a.allow_empty };
+            let asks = Asks {
+                timer: a.timer,
+                retry: a.retry,
+                allow_empty: a.allow_empty,
+                accept_serial: a.accept_serial,
+            };
             pass::run(&call.settings()?, &asks)
         }
         Command::Plan(a) => {
-            let asks = Asks { timer: false, retry: a.retry, allow_empty: a.allow_empty };
+            let asks = Asks {
+                timer: false,
+                retry: a.retry,
+                allow_empty: a.allow_empty,
+                accept_serial: a.accept_serial,
+            };
             let settings = call.settings()?;
             let preview = pass::preview(&settings, &asks)?;
             if let Some(error) = &preview.manifest_error {

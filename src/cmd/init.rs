@@ -8,7 +8,8 @@ use crate::config::{self, KEYS, Settings};
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
-use crate::manifest::edit;
+use crate::manifest::edit::{self, Author};
+use crate::manifest::signature::Trust;
 use crate::say;
 use crate::store::url::without_secrets;
 use crate::store::{CacheUrl, StoreUrl};
@@ -57,6 +58,11 @@ pub fn run(call: &Call) -> Result<u8> {
     if settings.secret_key_file.is_none() {
         new.insert("secretKeyFile".into(), Value::from(key_file.display().to_string()));
     }
+    let public = key.public();
+    if settings.trusted_public_keys.is_empty() {
+        // Else the next change made here would sign whatever somebody without a key wrote meanwhile.
+        new.insert("trustedPublicKeys".into(), json!([public.to_string()]));
+    }
     save(&file, &old, &new)?;
     for key in KEYS.iter().filter(|k| flags.contains_key(k.name)) {
         if std::env::var_os(key.env).is_some_and(|v| !v.is_empty()) {
@@ -75,7 +81,8 @@ pub fn run(call: &Call) -> Result<u8> {
     if let Some(leftover) = probe.leftover {
         say::warning(leftover);
     }
-    let published = edit::init(store.as_ref(), &Timestamp::now, &edit::author())?;
+    let author = Author { by: edit::whoami(), trust: Trust { signer: Some(key), trusted: Vec::new() } };
+    let published = edit::init(store.as_ref(), &Timestamp::now, &author)?;
     match published.written {
         true => say::notice(format!("manifest: made in {}", store.url())),
         false => {
@@ -84,7 +91,7 @@ pub fn run(call: &Call) -> Result<u8> {
         }
     }
 
-    let text = serde_json::to_string_pretty(&for_hosts(&settings, &key.public()));
+    let text = serde_json::to_string_pretty(&for_hosts(&settings, &public));
     say::info(match settings.store {
         StoreUrl::Dir(_) => "a deployer on this machine needs this in /etc/omni-deploy/config.json:",
         StoreUrl::S3(_) => {
@@ -140,7 +147,7 @@ fn signing_key(settings: &Settings, name: Option<&str>) -> Result<(PathBuf, Secr
         say::info(format!("signing key: {} (configured)", path.display()));
         return Ok((path.clone(), key));
     }
-    let name = name.map_or_else(|| default_key_name(&edit::author()), String::from);
+    let name = name.map_or_else(|| default_key_name(&edit::whoami()), String::from);
     let dir = config::user_dir().join("keys");
     let path = dir.join(format!("{name}.secret"));
     if path.exists() {
@@ -236,7 +243,7 @@ mod tests {
     #[test]
     fn the_default_key_name_is_a_key_name() {
         assert_eq!(default_key_name("ann@laptop"), "omni-deploy-ann-laptop-1");
-        crate::keys::check_name(&default_key_name(&edit::author())).unwrap();
+        crate::keys::check_name(&default_key_name(&edit::whoami())).unwrap();
     }
 
     #[test]

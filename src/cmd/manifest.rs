@@ -7,9 +7,10 @@ use crate::config::Settings;
 use crate::durable;
 use crate::error::{Error, Result, did_you_mean};
 use crate::manifest::diff::diff;
-use crate::manifest::edit::{self, Published, Start};
+use crate::manifest::edit::{self, Author, Published, Start};
 use crate::manifest::model::Manifest;
 use crate::manifest::parse::{self, Mode};
+use crate::manifest::signature::{self, Trust};
 use crate::manifest::versions::{self, Head, Version};
 use crate::manifest::{changes, json, schema};
 use crate::names::{ServiceName, StorePath};
@@ -47,10 +48,14 @@ enum Command {
     Diff(Diff),
     Rollback(Rollback),
     Validate(Validate),
+    Sign(Sign),
+    Verify(Verify),
     Schema(SchemaArgs),
 }
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 14] = [
+    "sign",
+    "verify",
     "init",
     "show",
     "list",
@@ -206,6 +211,20 @@ struct Validate {
     file: Option<String>,
 }
 
+/// Add this machine's signature to the manifest as it is: the word that it is right.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "sign", example = "  {command_name}")]
+struct Sign {}
+
+/// Check that the manifest is signed by a trusted key, for this store; print the names of the keys.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "verify", example = "  {command_name}\n  {command_name} 41")]
+struct Verify {
+    /// the version: a name of the list, its beginning, or its serial (default: the one in force)
+    #[argh(positional)]
+    version: Option<String>,
+}
+
 /// Print the JSON Schema of the manifest.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "schema", example = "  {command_name} > manifest.schema.json")]
@@ -238,7 +257,7 @@ pub fn run(call: &Call) -> Result<u8> {
 fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Result<()> {
     match command {
         Command::Init(Init {}) => {
-            let published = edit::init(store, &Timestamp::now, &edit::author())?;
+            let published = edit::init(store, &Timestamp::now, &Author::of(settings)?)?;
             if !published.written {
                 let serial = published.manifest.serial;
                 say::info(format!(
@@ -256,26 +275,33 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
         Command::Update(Update { name, path, revision }) => {
             let path = StorePath::parse(&path).map_err(|why| Error::new(format!("'{path}' {why}")))?;
             let revision = revision.filter(|r| !r.is_empty());
-            change(store, Start::Existing, |manifest| {
+            change(settings, store, Start::Existing, |manifest| {
                 let changed = changes::update(manifest, &name, &path, revision.as_deref())?;
                 Ok(changed.then(|| format!("update {name}")))
             })?;
         }
         Command::AddService(AddService { service }) => add_service(settings, store, &service)?,
         Command::RemoveService(RemoveService { name }) => {
-            change(store, Start::Existing, |manifest| {
+            change(settings, store, Start::Existing, |manifest| {
                 changes::remove(manifest, &name)?;
                 Ok(Some(format!("remove-service {name}")))
             })?;
         }
-        Command::Set(Set { name, fields }) => set(store, &name, &fields)?,
+        Command::Set(Set { name, fields }) => set(settings, store, &name, &fields)?,
         Command::Edit(Edit {}) => edit_text(settings, store)?,
         Command::Diff(Diff { versions }) => print_diff(store, &versions)?,
-        Command::Rollback(Rollback { version, service: None }) => rollback(store, version.as_deref())?,
+        Command::Rollback(Rollback { version, service: None }) => {
+            rollback(settings, store, version.as_deref())?
+        }
         Command::Rollback(Rollback { version, service: Some(name) }) => {
-            rollback_service(store, version.as_deref(), &name)?;
+            rollback_service(settings, store, version.as_deref(), &name)?;
         }
         Command::Validate(_) => validate_store(store)?,
+        Command::Sign(Sign {}) => match edit::add_signature(store, &Author::of(settings)?)? {
+            true => say::notice(format!("signed ({})", store.url())),
+            false => say::info(format!("unchanged: it has this key's signature already ({})", store.url())),
+        },
+        Command::Verify(Verify { version }) => verify(settings, store, version.as_deref())?,
         Command::Schema(_) => {}
     }
     Ok(())
@@ -283,11 +309,12 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
 
 /// Publishes a change and says so in one line.
 fn change(
+    settings: &Settings,
     store: &dyn Store,
     start: Start,
     change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
 ) -> Result<Published> {
-    let published = edit::publish(store, &Timestamp::now, &edit::author(), start, change)?;
+    let published = edit::publish(store, &Timestamp::now, &Author::of(settings)?, start, change)?;
     edit::report(store, &published);
     Ok(published)
 }
@@ -466,7 +493,7 @@ fn add_service(settings: &Settings, store: &dyn Store, word: &str) -> Result<()>
     let service = parse::service_from(&bytes, Mode::Strict, settings.default_hosts.as_deref())
         .map_err(|e| Error::from(e).context("the service"))?;
     let name = service.name.clone();
-    let published = change(store, Start::OrEmpty, |manifest| {
+    let published = change(settings, store, Start::OrEmpty, |manifest| {
         changes::add(manifest, service.clone())?;
         Ok(Some(format!("add-service {name}")))
     })?;
@@ -476,7 +503,7 @@ fn add_service(settings: &Settings, store: &dyn Store, word: &str) -> Result<()>
     Ok(())
 }
 
-fn set(store: &dyn Store, name: &str, fields: &[String]) -> Result<()> {
+fn set(settings: &Settings, store: &dyn Store, name: &str, fields: &[String]) -> Result<()> {
     let usage =
         |what: String| Error::usage(format!("{what}; FIELD=VALUE is meant, such as http.internalPort=8081"));
     if fields.is_empty() {
@@ -492,7 +519,7 @@ fn set(store: &dyn Store, name: &str, fields: &[String]) -> Result<()> {
         }
     }
     let named: Vec<&str> = assignments.iter().map(|(field, _)| field.as_str()).collect();
-    change(store, Start::Existing, |manifest| {
+    change(settings, store, Start::Existing, |manifest| {
         let changed = changes::set(manifest, name, &assignments)
             .map_err(|e| if manifest.service(name).is_some() { e.context(name) } else { e })?;
         Ok(changed.then(|| format!("set {name} {}", named.join(" "))))
@@ -567,7 +594,7 @@ fn edit_file(
         return Err(unknown.into());
     }
     let start = if base.is_some() { Start::Existing } else { Start::Repair };
-    change(store, start, |manifest| {
+    change(settings, store, start, |manifest| {
         let action = match base {
             Some(base) => {
                 if !changes::merge(manifest, base, &edited)? {
@@ -622,7 +649,7 @@ fn only_version(store: &dyn Store) -> Error {
     Error::new(format!("there is no version before the current one in {}", store.url()))
 }
 
-fn rollback(store: &dyn Store, word: Option<&str>) -> Result<()> {
+fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<()> {
     let versions = versions::all(store)?;
     let version = match word {
         Some(word) => rollback_target(&versions, word)?,
@@ -637,14 +664,19 @@ fn rollback(store: &dyn Store, word: Option<&str>) -> Result<()> {
             Err(e) => e,
         })?,
     };
-    let old = versions::read(store, version)?;
-    change(store, Start::Repair, |manifest| {
+    let old = believed(settings, store, version)?;
+    change(settings, store, Start::Replace, |manifest| {
         // A repair starts from nothing, and restoring nothing is a change there.
         let repaired = manifest.change.by.is_empty();
         let changed = changes::restore(manifest, &old) || repaired;
         Ok(changed.then(|| format!("rollback to {} (serial {})", version.name, version.serial)))
     })?;
     Ok(())
+}
+
+/// An old version, if it is signed as the configuration wants it.
+fn believed(settings: &Settings, store: &dyn Store, version: &Version) -> Result<Manifest> {
+    Ok(versions::believed(store, version, &signature::trusted(settings)?)?.0)
 }
 
 /// The version in force is what one rolls back from: it does not make a beginning ambiguous.
@@ -661,12 +693,12 @@ fn rollback_target<'a>(versions: &'a [Version], word: &str) -> Result<&'a Versio
 /// How many versions are read in search of a service's last change.
 const SEARCHED: usize = 200;
 
-fn rollback_service(store: &dyn Store, word: Option<&str>, name: &str) -> Result<()> {
+fn rollback_service(settings: &Settings, store: &dyn Store, word: Option<&str>, name: &str) -> Result<()> {
     let versions = versions::all(store)?;
     let (version, old) = match word {
         Some(word) => {
             let version = rollback_target(&versions, word)?;
-            (version, versions::read(store, version)?)
+            (version, believed(settings, store, version)?)
         }
         None => {
             let now = edit::read(store)?;
@@ -674,7 +706,7 @@ fn rollback_service(store: &dyn Store, word: Option<&str>, name: &str) -> Result
             let older = versions.iter().filter(|v| !v.current && v.serial < now.serial);
             let mut found = None;
             for version in older.take(SEARCHED) {
-                let old = versions::read(store, version)?;
+                let old = believed(settings, store, version)?;
                 if old.service(name).is_some_and(|o| o != entry) {
                     found = Some((version, old));
                     break;
@@ -685,11 +717,29 @@ fn rollback_service(store: &dyn Store, word: Option<&str>, name: &str) -> Result
             })?
         }
     };
-    change(store, Start::Existing, |manifest| {
+    change(settings, store, Start::Existing, |manifest| {
         let changed = changes::restore_service(manifest, &old, name)?;
         Ok(changed.then(|| format!("rollback {name} to {} (serial {})", version.name, version.serial)))
     })?;
     Ok(())
+}
+
+/// Prints the names of the trusted keys that signed a version.
+fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<()> {
+    let mut trusted = signature::trusted(settings)?;
+    trusted.extend(Trust::of(settings)?.signer.map(|key| key.public()));
+    if trusted.is_empty() {
+        return Err(Error::new("there is no key to verify with; set 'trustedPublicKeys' or 'secretKeyFile'"));
+    }
+    let versions = versions::all(store)?;
+    let version = match word {
+        Some(word) => versions::resolve(&versions, word)?,
+        None => versions.iter().find(|v| v.current).ok_or_else(|| edit::missing(store))?,
+    };
+    let (_, mut names) = versions::believed(store, version, &trusted)?;
+    names.sort();
+    names.dedup();
+    print(&names.join("\n"))
 }
 
 fn validate_file(settings: &Settings, file: &str) -> Result<()> {

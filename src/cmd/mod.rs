@@ -6,6 +6,7 @@ pub mod config;
 pub mod deployer;
 pub mod doctor;
 pub mod init;
+pub mod keygen;
 pub mod logs;
 pub mod man;
 pub mod manifest;
@@ -120,6 +121,7 @@ fn run(argv: Vec<String>) -> Result<u8> {
         Applet::Logs => logs::run(&call),
         Applet::Doctor => doctor::run(&call),
         Applet::Init => init::run(&call),
+        Applet::Keygen => keygen::run(&call),
         Applet::Config => config::run(&call),
         Applet::Completions => completions::run(&call),
         Applet::Man => man::run(&call),

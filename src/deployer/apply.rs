@@ -6,7 +6,7 @@ use super::plan::{
 };
 use super::root::Root;
 use super::state::Failure;
-use super::systemd::{self, CameUp, Shown};
+use super::systemd::{self, CameUp, Listed, Shown};
 use super::{applied, intent, observe};
 use crate::clock::Timestamp;
 use crate::config::Settings;
@@ -472,17 +472,41 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
         first: Option<Shown>,
         well_since: Option<Instant>,
     }
+    /// How a unit is looked at: by its state alone, by all that the rule asks for, or so for the last time.
+    #[derive(PartialEq, Eq)]
+    enum Look {
+        Passing,
+        Close,
+        Last,
+    }
+    let (settle, look_every) = (effect::shortened(SETTLE), effect::shortened(LOOK_EVERY));
     let begun = Instant::now();
     let mut outcomes = BTreeMap::new();
     let mut pending: Vec<Pending> =
         watched.iter().map(|watched| Pending { watched, first: None, well_since: None }).collect();
     while !pending.is_empty() {
-        let units: Vec<String> = pending.iter().map(|p| p.watched.unit.clone()).collect();
-        let mut shown = systemd::show(&units)?;
+        // `show` costs systemd far more than the list of all units: what was well and still runs is shown again
+        // only at its end, when whatever happened in between can be seen from its restarts and invocation.
+        let listed = systemd::list_units()?;
+        let looks: Vec<Look> = pending
+            .iter()
+            .map(|p| match p.well_since {
+                Some(since) if since.elapsed() >= settle => Look::Last,
+                Some(_) if listed.get(&p.watched.unit).is_some_and(Listed::running) => Look::Passing,
+                _ => Look::Close,
+            })
+            .collect();
+        let close = pending.iter().zip(&looks).filter(|(_, look)| **look != Look::Passing);
+        let mut shown = systemd::show(&close.map(|(p, _)| p.watched.unit.clone()).collect::<Vec<_>>())?;
         let probes = probe_all(pending.iter().map(|p| p.watched.service));
+        // One time for all, so that all have their last look together.
+        let looked = Instant::now();
         let mut still = Vec::new();
-        for (mut one, probe) in pending.into_iter().zip(probes) {
-            let now = shown.remove(&one.watched.unit).unwrap_or_default();
+        for ((mut one, probe), look) in pending.into_iter().zip(probes).zip(looks) {
+            let now = match &one.first {
+                Some(first) if look == Look::Passing => first.clone(),
+                _ => shown.remove(&one.watched.unit).unwrap_or_default(),
+            };
             let name = one.watched.name.clone();
             let deadline = Duration::from_secs(one.watched.service.timeout_sec().into());
             match systemd::came_up(one.first.as_ref(), &now, probe.as_ref()) {
@@ -491,8 +515,8 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
                     continue;
                 }
                 CameUp::Well => {
-                    let since = *one.well_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() >= effect::shortened(SETTLE) {
+                    let since = *one.well_since.get_or_insert(looked);
+                    if look == Look::Last {
                         outcomes.insert(name, Ok(since.duration_since(begun)));
                         continue;
                     }
@@ -509,8 +533,10 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
             still.push(one);
         }
         pending = still;
+        let next_end =
+            pending.iter().filter_map(|p| Some(settle.saturating_sub(p.well_since?.elapsed()))).min();
         if !pending.is_empty() {
-            std::thread::sleep(effect::shortened(LOOK_EVERY));
+            std::thread::sleep(next_end.map_or(look_every, |end| end.min(look_every)));
         }
     }
     Ok(outcomes)

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::manifest::Service;
 use crate::names::{ServiceName, StorePath};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -80,21 +81,28 @@ pub fn units(
     for (name, text) in marked(&root.unit_dir, ".service")? {
         units.insert(name, UnitSeen { file: UnitFile::Ours(text), ..UnitSeen::default() });
     }
-    for name in desired.iter().map(|s| &s.name).chain(applied.keys()) {
-        if !units.contains_key(name) {
-            let file = foreign(root, name, applied.contains_key(name))?;
+    let mut without: BTreeSet<&ServiceName> = desired.iter().map(|s| &s.name).chain(applied.keys()).collect();
+    without.retain(|name| !units.contains_key(*name));
+    if !without.is_empty() {
+        let folders: Vec<(&Path, BTreeSet<OsString>)> = [root.unit_dir.as_path()]
+            .into_iter()
+            .chain(UNIT_PATH.iter().map(Path::new))
+            .map(|dir| Ok((dir, names_in(dir)?)))
+            .collect::<Result<_>>()?;
+        for name in without {
+            let file = foreign(&folders, name, applied.contains_key(name))?;
             units.insert(name.clone(), UnitSeen { file, ..UnitSeen::default() });
         }
     }
     let mut older: Vec<ServiceName> = Vec::new();
+    let wants = root.wants_dir();
+    let links = names_in(&wants)?;
     for (name, seen) in &mut units {
-        seen.listed = listed.remove(&name.unit()).unwrap_or_default();
-        let link = root.wanted(name);
-        seen.wanted = fs_err::read_link(&link).is_ok_and(|target| {
-            let target =
-                if target.is_absolute() { target } else { link.parent().unwrap_or(&link).join(target) };
-            same_file(&target, &root.unit(name))
-        });
+        let unit = name.unit();
+        seen.listed = listed.remove(&unit).unwrap_or_default();
+        seen.wanted = links.contains(OsStr::new(&unit))
+            && fs_err::read_link(wants.join(&unit))
+                .is_ok_and(|target| same_file(&wants.join(target), &root.unit(name)));
         if let (true, Some(started)) = (seen.listed.running(), started(name)) {
             seen.current = changed(&root.unit(name)).is_some_and(|written| written <= started);
             if !seen.current {
@@ -150,6 +158,16 @@ fn runs_another(pid: u32, unit: &str) -> bool {
     bases.peek().is_some() && !bases.any(|base| unit.contains(base))
 }
 
+/// The names in a folder; none if it is not there. Looked at once a folder rather than once a unit, because
+/// systemd's folders are many and hold few of ours.
+fn names_in(dir: &Path) -> Result<BTreeSet<OsString>> {
+    match fs_err::read_dir(dir) {
+        Ok(entries) => Ok(entries.map(|e| e.map(|e| e.file_name())).collect::<Result<_, _>>()?),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(BTreeSet::new()),
+        Err(e) => Err(e.into()),
+    }
+}
+
 fn same_file(a: &Path, b: &Path) -> bool {
     match (fs_err::metadata(a), fs_err::metadata(b)) {
         (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
@@ -194,10 +212,13 @@ pub fn understudies(root: &Root) -> Result<BTreeSet<ServiceName>> {
 
 /// Whether somebody else has a unit of this name, anywhere that systemd looks. A link to /dev/null over a
 /// service that we run (`systemctl mask`) is drift and may be replaced; over anything else it is a refusal.
-fn foreign(root: &Root, name: &ServiceName, was_ours: bool) -> Result<UnitFile> {
-    let folders = [root.unit_dir.as_path()].into_iter().chain(UNIT_PATH.iter().map(Path::new));
-    for dir in folders {
-        let path = dir.join(name.unit());
+fn foreign(folders: &[(&Path, BTreeSet<OsString>)], name: &ServiceName, was_ours: bool) -> Result<UnitFile> {
+    let unit = name.unit();
+    for (dir, names) in folders {
+        if !names.contains(OsStr::new(&unit)) {
+            continue;
+        }
+        let path = dir.join(&unit);
         let meta = match fs_err::symlink_metadata(&path) {
             Ok(meta) => meta,
             Err(e) if e.kind() == ErrorKind::NotFound => continue,

@@ -14,8 +14,10 @@ use crate::config::Settings;
 use crate::durable;
 use crate::effect;
 use crate::error::{Error, Result};
+use crate::keys::PublicKey;
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
+use crate::manifest::signature;
 use crate::manifest::{Manifest, Service};
 use crate::names::{ServiceName, StorePath};
 use crate::say;
@@ -36,6 +38,8 @@ pub struct Asks {
     pub retry: Vec<String>,
     /// Remove everything if the manifest says so.
     pub allow_empty: bool,
+    /// Take a manifest of this serial although a later one was taken before.
+    pub accept_serial: Option<u64>,
 }
 
 /// The manifest a pass works from.
@@ -80,13 +84,18 @@ fn keep_manifest(root: &Root, bytes: &[u8], origin: &Origin) -> Result<()> {
 
 /// Reads the manifest, from the bucket if it has a good one, else the last good one. `keep`: a new one is kept
 /// on disk for the day the bucket cannot be reached.
-fn current(root: &Root, store: &dyn Store, keep: bool) -> Result<Current> {
+fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Result<Current> {
     let cached = last_good(root, store);
     let url = store.url();
-    let error = match store.get(MANIFEST_KEY, cached.as_ref().and_then(|(_, etag)| etag.as_ref()), MAX_BYTES)
-    {
+    let known = cached.as_ref().and_then(|(bytes, _)| parse::manifest(bytes, Mode::Tolerant).ok());
+    let highest = known.map_or(0, |m| m.serial).max(belief.highest);
+    let etag = cached.as_ref().and_then(|(_, etag)| etag.as_ref());
+    let error = match store.get(MANIFEST_KEY, etag, MAX_BYTES) {
         Ok(Got::NotModified) => None,
         Ok(Got::Found { bytes, etag }) => match parse::manifest(&bytes, Mode::Tolerant) {
+            Ok(manifest) if let Some(why) = belief.objection(&bytes, &manifest, store, highest) => {
+                Some(format!("the manifest in {url} is refused: {why}"))
+            }
             Ok(manifest) => {
                 let origin = Origin { store: url.clone(), etag: etag.0, sha256: sha256(&bytes) };
                 match if keep { keep_manifest(root, &bytes, &origin) } else { Ok(()) } {
@@ -112,10 +121,65 @@ fn current(root: &Root, store: &dyn Store, keep: bool) -> Result<Current> {
             None => format!("{url} says that its manifest is unchanged, but none is on this host; run again"),
         }));
     };
-    let manifest = parse::manifest(&bytes, Mode::Tolerant).map_err(|e| {
-        Error::new(format!("{} cannot be used: {e}; remove it and run again", root.manifest().display()))
-    })?;
-    Ok(Current { manifest, error })
+    let unusable = |why: &dyn std::fmt::Display| {
+        let at = root.manifest();
+        let before = error.as_ref().map(|e| format!("{e}; ")).unwrap_or_default();
+        Error::new(format!("{before}{} cannot be used: {why}; remove it and run again", at.display()))
+    };
+    let manifest = parse::manifest(&bytes, Mode::Tolerant).map_err(|e| unusable(&e))?;
+    // It may have been kept before this host was told whom to trust.
+    match belief.doubt(&bytes, &manifest, store) {
+        Some(why) => Err(unusable(&why)),
+        None => Ok(Current { manifest, error }),
+    }
+}
+
+/// What a manifest must show before this host obeys it.
+struct Belief {
+    /// Whose signatures count; empty: everybody may write.
+    trusted: Vec<PublicKey>,
+    /// The highest serial that was obeyed, as far as the state knows.
+    highest: u64,
+    /// A lower one that a person asked for.
+    accept: Option<u64>,
+}
+
+impl Belief {
+    fn new(settings: &Settings, memory: &Memory, asks: &Asks) -> Result<Self> {
+        let highest = memory.state.serial.unwrap_or(0);
+        Ok(Belief { trusted: signature::trusted(settings)?, highest, accept: asks.accept_serial })
+    }
+
+    /// Why its signature does not do.
+    fn doubt(&self, bytes: &[u8], manifest: &Manifest, store: &dyn Store) -> Option<String> {
+        if self.trusted.is_empty() {
+            return None;
+        }
+        let why = signature::check(bytes, manifest, &store.identity(), &self.trusted).err()?;
+        Some(format!("{why}; if it is right, whoever has a trusted key runs 'deploy-manifest sign'"))
+    }
+
+    /// Why it is not obeyed: its signature, or that it is an old one put back.
+    fn objection(
+        &self,
+        bytes: &[u8],
+        manifest: &Manifest,
+        store: &dyn Store,
+        highest: u64,
+    ) -> Option<String> {
+        if let Some(why) = self.doubt(bytes, manifest, store) {
+            return Some(why);
+        }
+        let serial = manifest.serial;
+        let old = !self.trusted.is_empty() && serial < highest && self.accept != Some(serial);
+        old.then(|| {
+            format!(
+                "its serial {serial} is below {highest}, which this host obeyed before: somebody put an old version \
+                 back; go back with 'deploy-manifest rollback', or, if the store was made anew, run \
+                 'deployer run --accept-serial {serial}'"
+            )
+        })
+    }
 }
 
 fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<Memory> {
@@ -185,7 +249,8 @@ pub fn preview(settings: &Settings, asks: &Asks) -> Result<Preview> {
     let root = Root::system(&settings.unit_dir);
     let store = store::open(&settings.store)?;
     let mut memory = load_memory(settings, &root, now)?;
-    let current = current(&root, store.as_ref(), false)?;
+    let belief = Belief::new(settings, &memory, asks)?;
+    let current = current(&root, store.as_ref(), &belief, false)?;
     let (desired, _) = mine(&current.manifest, settings, &mut memory, now);
     let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)?;
@@ -296,7 +361,8 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
     let store = store::open(&settings.store)?;
     let mut memory = load_memory(settings, root, now)?;
     let before = memory.state.clone();
-    let current = current(root, store.as_ref(), true)?;
+    let belief = Belief::new(settings, &memory, asks)?;
+    let current = current(root, store.as_ref(), &belief, true)?;
     if let Some(error) = &current.error {
         say::warning(format!(
             "{error}; working from the last good manifest, serial {}",

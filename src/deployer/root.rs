@@ -86,9 +86,14 @@ impl Root {
         self.unit_dir.join(name.next_unit())
     }
 
+    /// The folder of the links that start services at boot.
+    pub fn wants_dir(&self) -> PathBuf {
+        self.unit_dir.join("multi-user.target.wants")
+    }
+
     /// The link that starts a service at boot.
     pub fn wanted(&self, name: &ServiceName) -> PathBuf {
-        self.unit_dir.join("multi-user.target.wants").join(name.unit())
+        self.wants_dir().join(name.unit())
     }
 
     /// The folder of a service's roots.

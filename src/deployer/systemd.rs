@@ -237,8 +237,8 @@ pub fn stop(units: &[String], deadline: Duration) -> Result<()> {
 }
 
 /// What `systemd-analyze verify` has to say of unit texts: the complaint per service; none is good.
-/// Its exit status does not tell (LAB: 0 also for ignored lines), its output does.
-/// The units are put below `scratch` for it.
+/// Its exit status does not tell (it is 0 also for lines that systemd ignores), its output does. The units are
+/// put below `scratch` for it.
 pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMap<ServiceName, String>> {
     let mut complaints = BTreeMap::new();
     if units.is_empty() {
@@ -249,6 +249,7 @@ pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMa
     let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
     for (name, text) in units {
         let file = dir.path().join(name.unit());
+        // Gone in a moment: nothing that the disk would have to hear of.
         fs_err::write(&file, text)?;
         files.push((name.clone(), file));
     }

@@ -4,9 +4,11 @@
 use super::changes;
 use super::model::{Change, FORMAT_VERSION, MAX_BYTES, Manifest};
 use super::parse::{self, FieldError, MAX_SERIAL, Mode};
+use super::signature::{self, Trust};
 use super::validate::clashes;
 use super::versions::{self, archive_key, archive_name};
 use crate::clock::Timestamp;
+use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
@@ -22,6 +24,8 @@ pub enum Start {
     Existing,
     /// The same, or an empty one where there is none.
     OrEmpty,
+    /// As `Repair`, and nothing of what is there is kept: it need not be signed either.
+    Replace,
     /// Whatever is there, also what cannot be read (it is archived like any other), or nothing: the change
     /// brings the content. Not a manifest of a newer version.
     Repair,
@@ -47,8 +51,55 @@ pub struct Published {
     pub written: bool,
 }
 
-/// Who writes: `user@host`, from `USER` or `LOGNAME`, else the user's number; only plain characters.
-pub fn author() -> String {
+/// Who writes, and with what keys.
+#[derive(Debug, Default)]
+pub struct Author {
+    /// `user@host`.
+    pub by: String,
+    /// The key that signs, and those that are believed.
+    pub trust: Trust,
+}
+
+impl Author {
+    /// The one who runs this, with the keys of the configuration.
+    pub fn of(settings: &Settings) -> Result<Self> {
+        Ok(Author { by: whoami(), trust: Trust::of(settings)? })
+    }
+
+    /// Refuses to build upon what nobody trusted has signed: a signature on it would be given by the way.
+    fn believes(&self, store: &dyn Store, current: &Current) -> Result<()> {
+        let Ok(manifest) = &current.manifest else { return Ok(()) };
+        if self.trust.trusted.is_empty() {
+            return Ok(());
+        }
+        match signature::check(&current.bytes, manifest, &store.identity(), &self.trust.trusted) {
+            Ok(_) => Ok(()),
+            Err(why) => Err(Error::new(format!(
+                "the manifest in {} is not to be trusted: {why}; look at it ('deploy-manifest show'), and if it is \
+                 right, 'deploy-manifest sign'",
+                store.url()
+            ))),
+        }
+    }
+
+    /// Signs what is about to be published. Without a key, nothing is published where signatures are expected.
+    fn sign(&self, store: &dyn Store, manifest: &mut Manifest) -> Result<()> {
+        let signed = !manifest.signatures.is_empty();
+        manifest.signatures.clear();
+        match &self.trust.signer {
+            Some(key) => signature::sign(manifest, &store.identity(), key),
+            None if signed || !self.trust.trusted.is_empty() => Err(Error::new(format!(
+                "the manifest in {} is signed, and this machine has no key: hosts would refuse what it publishes; set \
+                 'secretKeyFile' ('omni-deploy init' or 'omni-deploy keygen' make one)",
+                store.url()
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// `user@host`, from `USER` or `LOGNAME`, else the user's number; only plain characters.
+pub fn whoami() -> String {
     let named = ["USER", "LOGNAME"].iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()));
     let user = named
         .or_else(|| fs_err::metadata("/proc/self").ok().map(|m| m.uid().to_string()))
@@ -79,6 +130,13 @@ pub fn read(store: &dyn Store) -> Result<Manifest> {
     load(store)?.ok_or_else(|| missing(store))?.manifest.map_err(|e| unusable(store, &e))
 }
 
+/// As [`read`], and that nobody trusted has signed it is an error too.
+pub fn believed(store: &dyn Store, author: &Author) -> Result<Manifest> {
+    let current = load(store)?.ok_or_else(|| missing(store))?;
+    author.believes(store, &current)?;
+    current.manifest.map_err(|e| unusable(store, &e))
+}
+
 /// There is no manifest yet.
 pub fn missing(store: &dyn Store) -> Error {
     Error::new(format!("no manifest in {} yet; run 'deploy-manifest init'", store.url()))
@@ -94,8 +152,8 @@ pub fn unusable(store: &dyn Store, why: &FieldError) -> Error {
 }
 
 /// Creates an empty manifest where there is none.
-pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, by: &str) -> Result<Published> {
-    swap(store, now, by, Start::OrEmpty, |_, current| Ok(current.is_none().then(|| "init".into())))
+pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<Published> {
+    swap(store, now, author, Start::OrEmpty, |_, current| Ok(current.is_none().then(|| "init".into())))
 }
 
 /// One service's new closure.
@@ -113,10 +171,10 @@ pub struct Update {
 pub fn update(
     store: &dyn Store,
     now: &dyn Fn() -> Timestamp,
-    by: &str,
+    author: &Author,
     updates: &[Update],
 ) -> Result<Published> {
-    publish(store, now, by, Start::Existing, |manifest| {
+    publish(store, now, author, Start::Existing, |manifest| {
         let mut changed = Vec::new();
         for Update { name, path, revision } in updates {
             if changes::update(manifest, name.as_str(), path, revision.as_deref())? {
@@ -133,17 +191,17 @@ pub fn update(
 pub fn publish(
     store: &dyn Store,
     now: &dyn Fn() -> Timestamp,
-    by: &str,
+    author: &Author,
     start: Start,
     mut change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
 ) -> Result<Published> {
-    swap(store, now, by, start, |manifest, _| change(manifest))
+    swap(store, now, author, start, |manifest, _| change(manifest))
 }
 
 fn swap(
     store: &dyn Store,
     now: &dyn Fn() -> Timestamp,
-    by: &str,
+    author: &Author,
     start: Start,
     mut change: impl FnMut(&mut Manifest, Option<&Current>) -> Result<Option<String>>,
 ) -> Result<Published> {
@@ -157,6 +215,9 @@ fn swap(
         {
             return Ok(Published { manifest, written: true });
         }
+        if let Some(current) = current.as_ref().filter(|_| start != Start::Replace) {
+            author.believes(store, current)?;
+        }
         let (mut manifest, replaced) = base(store, current.as_ref(), start, now)?;
         let Some(action) = change(&mut manifest, current.as_ref())? else {
             return Ok(Published { manifest, written: false });
@@ -164,8 +225,10 @@ fn swap(
         manifest.version = FORMAT_VERSION;
         manifest.serial += 1;
         manifest.generation = manifest.generation.max(now());
-        manifest.change = Change { action, by: by.into(), extra: std::mem::take(&mut manifest.change.extra) };
+        manifest.change =
+            Change { action, by: author.by.clone(), extra: std::mem::take(&mut manifest.change.extra) };
         clashes(&manifest)?;
+        author.sign(store, &mut manifest)?;
         let bytes = manifest.to_bytes();
         check_size(&manifest, bytes.len() as u64)?;
         let when = match &current {
@@ -200,11 +263,13 @@ fn base(
         (Some(Current { manifest: Err(why), .. }), Start::Existing | Start::OrEmpty) => {
             Err(unusable(store, why))
         }
-        (Some(Current { manifest: Err(why), .. }), Start::Repair) if why.is_newer_version() => {
+        (Some(Current { manifest: Err(why), .. }), Start::Repair | Start::Replace)
+            if why.is_newer_version() =>
+        {
             Err(unusable(store, why))
         }
         (None, Start::Existing) => Err(missing(store)),
-        (found, Start::OrEmpty | Start::Repair) => {
+        (found, Start::OrEmpty | Start::Repair | Start::Replace) => {
             // The serial goes on from the highest there was: a host may have seen it.
             let highest = versions::archived(store)?.first().map_or(0, |v| v.serial);
             let head = found.and_then(|c| versions::head_of(&c.bytes));
@@ -319,6 +384,41 @@ fn random() -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// Adds this machine's signature to the manifest as it is, whoever signed it before: the word that it is right.
+/// Its serial stays, so nothing is archived. Returns false when it was there already.
+pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
+    let Some(key) = &author.trust.signer else {
+        return Err(Error::new(
+            "there is no key to sign with; set 'secretKeyFile' ('omni-deploy keygen' makes one)",
+        ));
+    };
+    let mut contention = Contention::new();
+    loop {
+        let began = Instant::now();
+        let current = load(store)?.ok_or_else(|| missing(store))?;
+        let manifest = current.manifest.as_ref().map_err(|e| unusable(store, e))?;
+        if signature::check(&current.bytes, manifest, &store.identity(), &[key.public()]).is_ok() {
+            return Ok(false);
+        }
+        let mut signed = manifest.clone();
+        // A signature of other content vouches for nothing.
+        signed.signatures.retain(|s| {
+            author.trust.trusted.iter().any(|k| {
+                let alone = Manifest { signatures: vec![s.clone()], ..manifest.clone() };
+                signature::check(&current.bytes, &alone, &store.identity(), std::slice::from_ref(k)).is_ok()
+            })
+        });
+        signature::sign(&mut signed, &store.identity(), key)?;
+        match store.put(MANIFEST_KEY, &signed.to_bytes(), &When::Still(current.etag.clone())) {
+            Ok(_) => return Ok(true),
+            Err(StoreError::Changed(why)) => {
+                contention.wait(began.elapsed(), Some(current.etag), &why, store)?
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
 /// Says what came of a change: one line on stderr.
 pub fn report(store: &dyn Store, published: &Published) {
     let Manifest { serial, change, .. } = &published.manifest;
@@ -353,6 +453,10 @@ mod tests {
         Down,
     }
 
+    fn ann() -> Author {
+        Author { by: "ann@laptop".into(), trust: Trust::default() }
+    }
+
     fn etag(bytes: &[u8]) -> Etag {
         use std::hash::{DefaultHasher, Hash};
         let mut hasher = DefaultHasher::new();
@@ -373,6 +477,9 @@ mod tests {
     impl Store for Scripted {
         fn url(&self) -> String {
             "file:///test".into()
+        }
+        fn identity(&self) -> String {
+            self.url()
         }
         fn get(&self, key: &str, _: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
             match self.objects.lock().unwrap().get(key) {
@@ -436,7 +543,7 @@ mod tests {
     }
 
     fn add(store: &Scripted, name: &str) -> Result<Published> {
-        publish(store, &NOW, "ann@laptop", Start::OrEmpty, |m| {
+        publish(store, &NOW, &ann(), Start::OrEmpty, |m| {
             changes::add(m, service(name))?;
             Ok(Some(format!("add-service {name}")))
         })
@@ -449,8 +556,8 @@ mod tests {
     #[test]
     fn a_write_archives_what_it_replaces_byte_for_byte() {
         let store = Scripted::default();
-        assert!(init(&store, &NOW, "ann@laptop").unwrap().written);
-        assert!(!init(&store, &NOW, "ann@laptop").unwrap().written);
+        assert!(init(&store, &NOW, &ann()).unwrap().written);
+        assert!(!init(&store, &NOW, &ann()).unwrap().written);
         let first = store.objects.lock().unwrap()[MANIFEST_KEY].clone();
         assert!(add(&store, "ava").unwrap().written);
         let key = "manifests/manifest-20261122T183105Z-00000001.json";
@@ -501,12 +608,14 @@ mod tests {
         add(&store, "ava").unwrap();
         let path = StorePath::parse("/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava").unwrap();
         let one = Update { name: ServiceName::parse("ava").unwrap(), path, revision: Some("abc".into()) };
-        assert!(update(&store, &NOW, "b", std::slice::from_ref(&one)).unwrap().written);
+        assert!(update(&store, &NOW, &ann(), std::slice::from_ref(&one)).unwrap().written);
         let before = store.keys();
-        assert!(!update(&store, &NOW, "b", std::slice::from_ref(&one)).unwrap().written);
-        assert!(!update(&store, &NOW, "b", &[Update { revision: None, ..one.clone() }]).unwrap().written);
+        assert!(!update(&store, &NOW, &ann(), std::slice::from_ref(&one)).unwrap().written);
+        assert!(!update(&store, &NOW, &ann(), &[Update { revision: None, ..one.clone() }]).unwrap().written);
         assert_eq!((store.keys(), store.current().services[0].revision.as_deref()), (before, Some("abc")));
-        assert!(update(&store, &NOW, "b", &[Update { revision: Some("d".into()), ..one }]).unwrap().written);
+        assert!(
+            update(&store, &NOW, &ann(), &[Update { revision: Some("d".into()), ..one }]).unwrap().written
+        );
     }
 
     #[test]
@@ -514,7 +623,7 @@ mod tests {
         let store = Scripted::default();
         add(&store, "ava").unwrap();
         let earlier = || Timestamp(1_000_000);
-        publish(&store, &earlier, "b", Start::Existing, |m| {
+        publish(&store, &earlier, &ann(), Start::Existing, |m| {
             changes::remove(m, "ava").map(|()| Some("x".into()))
         })
         .unwrap();
@@ -529,7 +638,7 @@ mod tests {
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), b"{\"version\": 1, ".to_vec());
         let e = add(&store, "db").unwrap_err().to_string();
         assert!(e.contains("cut off") && e.contains("rollback"), "{e}");
-        let repaired = publish(&store, &NOW, "b", Start::Repair, |_| Ok(Some("mend".into()))).unwrap();
+        let repaired = publish(&store, &NOW, &ann(), Start::Repair, |_| Ok(Some("mend".into()))).unwrap();
         assert_eq!(repaired.manifest.serial, 3);
         assert_eq!(
             store.objects.lock().unwrap()["manifests/manifest-20261122T183105Z-00000002.json"],
@@ -537,7 +646,7 @@ mod tests {
         );
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), b"{\"version\": 2}".to_vec());
         for start in [Start::Existing, Start::OrEmpty, Start::Repair] {
-            let e = publish(&store, &NOW, "b", start, |_| Ok(Some("x".into()))).unwrap_err().to_string();
+            let e = publish(&store, &NOW, &ann(), start, |_| Ok(Some("x".into()))).unwrap_err().to_string();
             assert!(e.contains("newer omni-deploy; upgrade"), "{e}");
         }
     }
@@ -549,14 +658,14 @@ mod tests {
             add(&store, name).unwrap();
         }
         store.objects.lock().unwrap().remove(MANIFEST_KEY);
-        let e = update(&store, &NOW, "b", &[]).unwrap_err().to_string();
+        let e = update(&store, &NOW, &ann(), &[]).unwrap_err().to_string();
         assert!(e.contains("no manifest in file:///test yet; run 'deploy-manifest init'"), "{e}");
-        assert_eq!(init(&store, &NOW, "b").unwrap().manifest.serial, 3);
+        assert_eq!(init(&store, &NOW, &ann()).unwrap().manifest.serial, 3);
     }
 
     #[test]
     fn the_author_is_plain() {
-        let by = author();
+        let by = whoami();
         assert!(
             by.contains('@') && by.chars().all(|c| c.is_ascii_alphanumeric() || "@._-".contains(c)),
             "{by}"

@@ -12,6 +12,7 @@ pub mod model;
 pub mod parse;
 mod rules;
 pub mod schema;
+pub mod signature;
 pub mod validate;
 pub mod versions;
 

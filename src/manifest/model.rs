@@ -25,6 +25,12 @@ pub struct Manifest {
     pub generation: Timestamp,
     /// What this version changed, and who did.
     pub change: Change,
+    /// The store it was signed for; see [`super::signature`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store: Option<String>,
+    /// Signatures of the canonical form, `NAME:BASE64`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub signatures: Vec<String>,
     /// The services, in the order they were added.
     pub services: Vec<Service>,
     /// Fields of a newer version.
@@ -289,6 +295,8 @@ impl Manifest {
             serial: 1,
             generation: now,
             change: Change { action: "init".into(), by: by.into(), extra: Map::new() },
+            store: None,
+            signatures: Vec::new(),
             services: Vec::new(),
             extra: Map::new(),
         }

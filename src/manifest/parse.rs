@@ -66,7 +66,8 @@ type Parsed<T> = Result<T, FieldError>;
 /// The highest serial: what every reader of JSON holds exactly.
 pub const MAX_SERIAL: u64 = (1 << 53) - 1;
 
-pub(super) const MANIFEST_FIELDS: &[&str] = &["version", "serial", "generation", "change", "services"];
+pub(super) const MANIFEST_FIELDS: &[&str] =
+    &["version", "serial", "generation", "change", "store", "signatures", "services"];
 pub(super) const CHANGE_FIELDS: &[&str] = &["action", "by"];
 pub(super) const SERVICE_FIELDS: &[&str] = &[
     "name",
@@ -132,6 +133,8 @@ pub fn manifest_with(bytes: &[u8], mode: Mode, default_hosts: Option<&[HostName]
         None => Change::default(),
         Some(value) => change(value, &fields.at("change"), mode)?,
     };
+    let store = fields.optional_text("store", rules::words)?;
+    let signatures = fields.texts("signatures", Vec::new(), rules::words)?;
     match fields.required("services", "an array of services is meant")? {
         Value::Array(_) => {}
         other => return Err(wrong_type(&list, &other, "an array of services")),
@@ -144,6 +147,8 @@ pub fn manifest_with(bytes: &[u8], mode: Mode, default_hosts: Option<&[HostName]
         serial,
         generation: Timestamp::parse(&generation).unwrap_or_default(),
         change,
+        store,
+        signatures,
         services,
         extra: fields.rest(),
     };
@@ -588,7 +593,8 @@ pub(super) fn unknown_in_service(at: &At<'_>, name: &str) -> FieldError {
 /// The first field that this version does not know in `manifest` and that `before` did not have at the same
 /// place (services are told apart by name): what a person typed, as against what a newer version wrote.
 pub fn new_unknown(manifest: &Manifest, before: Option<&Manifest>) -> Option<FieldError> {
-    let Manifest { version: _, serial: _, generation: _, change, services, extra } = manifest;
+    let Manifest { version: _, serial: _, generation: _, change, store: _, signatures: _, services, extra } =
+        manifest;
     let root = At::Root;
     new_in(&root, extra, before.map(|b| &b.extra), MANIFEST_FIELDS)
         .or_else(|| {

@@ -3,8 +3,10 @@
 
 use super::model::{Change, MAX_BYTES, Manifest};
 use super::parse::{self, Mode};
+use super::signature;
 use crate::clock::Timestamp;
 use crate::error::{Error, Result, did_you_mean};
+use crate::keys::PublicKey;
 use crate::store::{ARCHIVE_PREFIX, Got, MANIFEST_KEY, Store};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use std::cmp::Reverse;
@@ -136,8 +138,30 @@ pub fn bytes(store: &dyn Store, version: &Version) -> Result<Vec<u8>> {
 
 /// Reads a version whole.
 pub fn read(store: &dyn Store, version: &Version) -> Result<Manifest> {
-    parse::manifest(&bytes(store, version)?, Mode::Tolerant)
+    parsed(store, version, &bytes(store, version)?)
+}
+
+fn parsed(store: &dyn Store, version: &Version, bytes: &[u8]) -> Result<Manifest> {
+    parse::manifest(bytes, Mode::Tolerant)
         .map_err(|e| Error::from(e).context(format!("{} in {}", version.name, store.url())))
+}
+
+/// As [`read`], if it is signed by one of these keys (with none: as it is): whoever can write the store can put
+/// files among the old versions too. Returns the names of the keys as well.
+pub fn believed(
+    store: &dyn Store,
+    version: &Version,
+    trusted: &[PublicKey],
+) -> Result<(Manifest, Vec<String>)> {
+    let bytes = bytes(store, version)?;
+    let manifest = parsed(store, version, &bytes)?;
+    if trusted.is_empty() {
+        return Ok((manifest, Vec::new()));
+    }
+    let names = signature::check(&bytes, &manifest, &store.identity(), trusted).map_err(|why| {
+        Error::new(format!("{} in {} is not to be trusted: {why}", version.name, store.url()))
+    })?;
+    Ok((manifest, names))
 }
 
 /// The beginning of a version; None when there is no such object, or no head in it.

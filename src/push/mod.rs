@@ -9,7 +9,7 @@ use crate::clock::{Timestamp, human_seconds};
 use crate::config::Settings;
 use crate::error::{Error, Result, did_you_mean};
 use crate::manifest::Manifest;
-use crate::manifest::edit::{self, Update};
+use crate::manifest::edit::{self, Author, Update};
 use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
 use crate::nix::{self, Published};
 use crate::runner::{Run, Stream, tail};
@@ -66,7 +66,9 @@ pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd:
         resolved.push(target);
     }
     let store = store::open(&settings.store)?;
-    let manifest = edit::read(store.as_ref())?;
+    // Before anything is built: a key that cannot be read, or a manifest that is not to be trusted.
+    let author = Author::of(settings)?;
+    let manifest = edit::believed(store.as_ref(), &author)?;
     for target in &resolved {
         known(&manifest, target)?;
     }
@@ -88,7 +90,7 @@ pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd:
 
     let since = Instant::now();
     let now = || Timestamp::now();
-    let version = edit::update(store.as_ref(), &now, &edit::author(), &built)
+    let version = edit::update(store.as_ref(), &now, &author, &built)
         .map_err(|e| Error::new(format!("publishing failed: {e}{nothing}")))?;
     let (serial, written) = (version.manifest.serial, version.written);
     let mut hosts: BTreeMap<HostName, Vec<(ServiceName, StorePath)>> = BTreeMap::new();

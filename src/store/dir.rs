@@ -212,6 +212,10 @@ impl Store for DirStore {
         format!("file://{}", self.root.display())
     }
 
+    fn identity(&self) -> String {
+        self.url()
+    }
+
     fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
         let Some(bytes) = self.read(key, limit.saturating_add(1))? else { return Ok(Got::Missing) };
         if bytes.len() as u64 > limit {

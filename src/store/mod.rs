@@ -90,6 +90,9 @@ pub trait Store: Send + Sync {
     /// The store for people: its URL without anything secret.
     fn url(&self) -> String;
 
+    /// What tells this store from every other, whoever looks at it: what manifests are signed for.
+    fn identity(&self) -> String;
+
     /// Reads an object of at most `limit` bytes, unless it is still the version `unless`.
     fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError>;
 

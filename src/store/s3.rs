@@ -773,6 +773,10 @@ impl Store for S3Store {
         self.location.to_string()
     }
 
+    fn identity(&self) -> String {
+        self.location.identity()
+    }
+
     fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
         let request =
             GetObjectRequest { if_none_match: unless.map(|e| e.0.clone()), ..self.get_request(key) };

@@ -205,6 +205,20 @@ fn percent_decode(text: &str) -> Result<String, String> {
     String::from_utf8(out).map_err(|_| "is not UTF-8 after decoding".to_string())
 }
 
+impl S3Location {
+    /// Bucket and prefix, with the endpoint where it is not AWS's; how it is reached is left out.
+    pub fn identity(&self) -> String {
+        let mut text = format!("s3://{}", self.bucket);
+        if !self.prefix.is_empty() {
+            text.push_str(&format!("/{}", self.prefix.trim_end_matches('/')));
+        }
+        if let Some(endpoint) = &self.endpoint {
+            text.push_str(&format!("?endpoint={endpoint}"));
+        }
+        text
+    }
+}
+
 impl fmt::Display for S3Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "s3://{}", self.bucket)?;

@@ -7,10 +7,8 @@ use crate::solo::web;
 use std::time::Duration;
 
 /// What is asked of the host while the new version is being proved.
-const PROVING: [(&str, &str); 2] = [
-    ("restart", "curl -sf -m 2 localhost:8001 | grep -q two"),
-    ("overlap", "systemctl is-active web-next"),
-];
+const PROVING: [(&str, &str); 2] =
+    [("restart", "curl -sf -m 2 localhost:8001 | grep -q two"), ("overlap", "systemctl is-active web-next")];
 
 #[test]
 fn a_host_that_loses_power_in_a_deploy_finds_back_with_and_without_the_bucket() {
@@ -25,7 +23,9 @@ fn a_host_that_loses_power_in_a_deploy_finds_back_with_and_without_the_bucket() 
         bucket::SECRET
     ));
     let edit = |command: &str| {
-        host.sh(&format!("set -a; . /etc/omni-deploy/deployer.env; export OMNI_DEPLOY_DEFAULT_HOSTS=power; {command}"));
+        host.sh(&format!(
+            "set -a; . /etc/omni-deploy/deployer.env; export OMNI_DEPLOY_DEFAULT_HOSTS=power; {command}"
+        ));
     };
     let add = |service: &serde_json::Value| edit(&format!("deploy-manifest add-service '{service}'"));
     let (one, two) = (host.closure("web", "one", ""), host.closure("web", "two", ""));
@@ -47,7 +47,12 @@ fn a_host_that_loses_power_in_a_deploy_finds_back_with_and_without_the_bucket() 
                 let output = host.try_sh(proving);
                 if output.status.ok() { Ok(()) } else { Err(output.text()) }
             });
-            assert_eq!(host.sh("ls /var/lib/deployer/intent.json; systemctl is-active deployer || true").lines().last(), Some("activating"));
+            assert_eq!(
+                host.sh("ls /var/lib/deployer/intent.json; systemctl is-active deployer || true")
+                    .lines()
+                    .last(),
+                Some("activating")
+            );
             if !reachable {
                 bucket.down();
             }
@@ -62,7 +67,12 @@ fn a_host_that_loses_power_in_a_deploy_finds_back_with_and_without_the_bucket() 
             let pass = host.pass();
             assert_eq!(pass.code, 0, "{what}: {}", pass.said);
             for (name, page) in [("web", "two"), ("other", "one")] {
-                assert_eq!(host.page(&format!("{name}.example.com")).as_deref(), Ok(page), "{what}: {}", pass.said);
+                assert_eq!(
+                    host.page(&format!("{name}.example.com")).as_deref(),
+                    Ok(page),
+                    "{what}: {}",
+                    pass.said
+                );
             }
             let left = host.sh(
                 "ls -A /var/lib/deployer | grep -E 'intent|^\\.omni' || true
@@ -70,7 +80,11 @@ fn a_host_that_loses_power_in_a_deploy_finds_back_with_and_without_the_bucket() 
                  find /nix/var/nix/gcroots/omni-deploy /etc/systemd/system -name '.omni*'",
             );
             assert_eq!(left, "", "{what}");
-            assert!(host.sh("readlink /proc/$(systemctl show --property=MainPID --value web)/exe").starts_with(&two), "{what}");
+            assert!(
+                host.sh("readlink /proc/$(systemctl show --property=MainPID --value web)/exe")
+                    .starts_with(&two),
+                "{what}"
+            );
             if !reachable {
                 assert!(pass.said.contains("working from the last good manifest"), "{what}: {}", pass.said);
                 bucket.up();

@@ -42,7 +42,8 @@ fn a_write_that_fails_is_named_and_made_up_for() {
                 let mut verdict = got.against(&undisturbed, scenario.bad);
                 let line = got.said.lines().find(|l| l.contains(cause)).unwrap_or_default();
                 if !(line.contains(path.rsplit('/').next().unwrap_or(path)) && line.contains(helps)) {
-                    writeln!(verdict, "      {cause} on {path} is not named with its remedy: {line}").unwrap();
+                    writeln!(verdict, "      {cause} on {path} is not named with its remedy: {line}")
+                        .unwrap();
                 }
                 // The report is made up for, and a manifest that cannot be kept is not taken up.
                 let minor = path.contains("/omni-deploy/hosts/") || path.contains("/deployer/manifest");
@@ -77,7 +78,9 @@ fn upgrading(host: &Host) {
 #[test]
 fn a_real_disk_that_is_full_or_read_only_costs_the_deploy_and_nothing_else() {
     let host = boot("disk");
-    let read_only = |dir: &str| (format!("mount --bind {dir} {dir}; mount -o remount,ro,bind {dir}"), format!("umount {dir}"));
+    let read_only = |dir: &str| {
+        (format!("mount --bind {dir} {dir}; mount -o remount,ro,bind {dir}"), format!("umount {dir}"))
+    };
     // A memory disk of its own, with what was there before; freeing it is half the mending.
     let full = |dir: &str| {
         (
@@ -96,12 +99,57 @@ fn a_real_disk_that_is_full_or_read_only_costs_the_deploy_and_nothing_else() {
     let (store_ro, store_rw) = read_only("/var/lib/omni-deploy/hosts");
     let (fill_store, free_store, put_store_back) = full("/var/lib/omni-deploy/hosts");
     for (what, harm, mend, after, code, names, remedy, page) in [
-        ("state full", &fill, &free, put_back.as_str(), 0, "/var/lib/deployer/manifest.json", "free some space", "one"),
-        ("state read-only", &state_ro, &state_rw, ":", 0, "/var/lib/deployer/manifest.json", "writable", "one"),
-        ("units read-only", &units_ro, &units_rw, ":", 3, "/etc/systemd/system/web.service", "writable", "one"),
-        ("roots read-only", &roots_ro, &roots_rw, ":", 3, "/nix/var/nix/gcroots/omni-deploy/web", "writable", "one"),
+        (
+            "state full",
+            &fill,
+            &free,
+            put_back.as_str(),
+            0,
+            "/var/lib/deployer/manifest.json",
+            "free some space",
+            "one",
+        ),
+        (
+            "state read-only",
+            &state_ro,
+            &state_rw,
+            ":",
+            0,
+            "/var/lib/deployer/manifest.json",
+            "writable",
+            "one",
+        ),
+        (
+            "units read-only",
+            &units_ro,
+            &units_rw,
+            ":",
+            3,
+            "/etc/systemd/system/web.service",
+            "writable",
+            "one",
+        ),
+        (
+            "roots read-only",
+            &roots_ro,
+            &roots_rw,
+            ":",
+            3,
+            "/nix/var/nix/gcroots/omni-deploy/web",
+            "writable",
+            "one",
+        ),
         ("store read-only", &store_ro, &store_rw, ":", 0, "hosts/solo.json", "writable", "two"),
-        ("store full", &fill_store, &free_store, put_store_back.as_str(), 0, "hosts/solo.json", "free some space", "two"),
+        (
+            "store full",
+            &fill_store,
+            &free_store,
+            put_store_back.as_str(),
+            0,
+            "hosts/solo.json",
+            "free some space",
+            "two",
+        ),
     ] {
         upgrading(&host);
         let before = (host.invocation("web"), host.invocation("other"));
@@ -112,7 +160,10 @@ fn a_real_disk_that_is_full_or_read_only_costs_the_deploy_and_nothing_else() {
         assert!(harmed.contains(&format!("exit code {code}")), "{what}: {harmed}");
         let named = harmed.lines().any(|l| l.contains(names) && l.contains(remedy));
         assert!(named, "{what}: {harmed}");
-        assert!(harmed.ends_with(&format!("web serves {page}")) && !harmed.contains("TORN"), "{what}: {harmed}");
+        assert!(
+            harmed.ends_with(&format!("web serves {page}")) && !harmed.contains("TORN"),
+            "{what}: {harmed}"
+        );
         assert_eq!(host.invocation("other"), before.1, "{what}");
         if page == "one" {
             assert_eq!(host.invocation("web"), before.0, "{what}: {harmed}");
@@ -120,7 +171,10 @@ fn a_real_disk_that_is_full_or_read_only_costs_the_deploy_and_nothing_else() {
         let mended = host.sh(&format!("{QUICK}; {mend}; deployer run 2>&1; between; facts; {after}"));
         assert!(mended.contains("web serves two") && mended.ends_with("nothing to do"), "{what}: {mended}");
         assert!(!mended.contains("left over"), "{what}: {mended}");
-        println!("{what}: exit code {code}: {}", harmed.lines().find(|l| l.contains(names)).unwrap_or_default());
+        println!(
+            "{what}: exit code {code}: {}",
+            harmed.lines().find(|l| l.contains(names)).unwrap_or_default()
+        );
     }
 
     // What crashed is started again also where nothing can be taken down.

@@ -1,0 +1,125 @@
+//! `omni-meter`: runs programs side by side, again and again, and prints what each took. One run of each is a
+//! round and the order turns with every round, so that a machine which is busy for a moment is busy for all.
+//! It never interprets what the programs print.
+//!
+//! The peak memory is the kernel's word (wait4(2), ru_maxrss): the largest of the program and of the children
+//! it waited for.
+
+#![allow(
+    clippy::disallowed_types,
+    clippy::disallowed_methods,
+    reason = "to start programs is what it is for; it is no part of the product"
+)]
+
+use std::io::{Error, ErrorKind, Read, Result, Seek};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+const USAGE: &str = "usage: omni-meter [--runs N] [--warmup N] -- PROGRAM [ARG...] [::: PROGRAM [ARG...]]...
+
+prints a line per program: median, least and most milliseconds, and its peak memory in KiB
+{} in an argument is the number of the round, 0001 and so on; programs get no input, and must exit 0";
+
+/// What one run cost.
+struct Cost {
+    time: Duration,
+    peak_kib: i64,
+}
+
+struct Asked {
+    runs: usize,
+    warmup: usize,
+    programs: Vec<Vec<String>>,
+}
+
+fn main() -> ExitCode {
+    let Some(asked) = parse(std::env::args().skip(1)) else {
+        eprintln!("{USAGE}");
+        return ExitCode::from(2);
+    };
+    match measure(&asked) {
+        Ok(lines) => {
+            print!("{lines}");
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("omni-meter: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(mut args: impl Iterator<Item = String>) -> Option<Asked> {
+    let mut asked = Asked { runs: 10, warmup: 1, programs: Vec::new() };
+    loop {
+        match args.next()?.as_str() {
+            "--runs" => asked.runs = args.next()?.parse().ok().filter(|n| *n > 0)?,
+            "--warmup" => asked.warmup = args.next()?.parse().ok()?,
+            "--" => break,
+            _ => return None,
+        }
+    }
+    let words: Vec<String> = args.collect();
+    asked.programs = words.split(|w| w == ":::").map(<[String]>::to_vec).collect();
+    asked.programs.iter().all(|p| !p.is_empty()).then_some(asked)
+}
+
+fn measure(asked: &Asked) -> Result<String> {
+    let count = asked.programs.len();
+    let mut costs: Vec<Vec<Cost>> = (0..count).map(|_| Vec::new()).collect();
+    for round in 1..=asked.warmup + asked.runs {
+        for turn in 0..count {
+            let which = (round + turn) % count;
+            let cost = run(&asked.programs[which], round)?;
+            if round > asked.warmup {
+                costs[which].push(cost);
+            }
+        }
+    }
+    let ms = |t: Duration| t.as_secs_f64() * 1e3;
+    let mut lines = String::new();
+    for costs in &mut costs {
+        costs.sort_by_key(|c| c.time);
+        let (low, high) = (costs[(costs.len() - 1) / 2].time, costs[costs.len() / 2].time);
+        let peak = costs.iter().map(|c| c.peak_kib).max().unwrap_or(0);
+        let (least, most) = (costs[0].time, costs[costs.len() - 1].time);
+        lines.push_str(&format!("{:.3} {:.3} {:.3} {peak}\n", ms((low + high) / 2), ms(least), ms(most)));
+    }
+    Ok(lines)
+}
+
+fn run(words: &[String], round: usize) -> Result<Cost> {
+    let words: Vec<String> = words.iter().map(|w| w.replace("{}", &format!("{round:04}"))).collect();
+    let mut said = tempfile()?;
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?);
+    let start = Instant::now();
+    let child = command.spawn().map_err(|e| Error::new(e.kind(), format!("{}: {e}", words[0])))?;
+    let mut status = 0;
+    // SAFETY: wait4 fills a plain struct of integers, for which all zeroes is a value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are to locals that outlive the call; the child is ours and not waited for elsewhere.
+    if unsafe { libc::wait4(child.id() as libc::pid_t, &mut status, 0, &mut usage) } < 0 {
+        return Err(Error::last_os_error());
+    }
+    let time = start.elapsed();
+    if status != 0 {
+        let mut text = String::new();
+        said.rewind()?;
+        said.read_to_string(&mut text)?;
+        return Err(Error::other(format!("{} ended with wait status {status:#x}:\n{text}", words.join(" "))));
+    }
+    Ok(Cost { time, peak_kib: usage.ru_maxrss })
+}
+
+/// A file without a name, for what a program says on stderr: a pipe would have to be read while it runs.
+fn tempfile() -> Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_TMPFILE)
+        .mode(0o600)
+        .open(std::env::temp_dir())
+        .map_err(|e| if e.kind() == ErrorKind::NotFound { Error::new(e.kind(), "no TMPDIR") } else { e })
+}

@@ -1,0 +1,183 @@
+//! Signatures of the manifest. What is signed is the manifest's canonical form: the JSON document without its
+//! top-level `signatures`, members of every object sorted by the bytes of their names, no white space, text
+//! escaped as little as JSON allows (`\"`, `\\`, `\b`, `\f`, `\n`, `\r`, `\t`, other control characters as
+//! `\u00XX`), numbers as they are read. The document names its store, so that what was signed for one store
+//! means nothing in another. Keys and signatures have Nix's form ([`crate::keys`]); a canonical form begins with
+//! `{`, what Nix signs of closures with `1;`, so that neither can stand for the other.
+
+use super::json;
+use super::model::Manifest;
+use crate::config::Settings;
+use crate::error::{Error, Result};
+use crate::keys::{PublicKey, SecretKey};
+use serde_json::Value;
+
+/// The keys a machine works with.
+#[derive(Debug, Default)]
+pub struct Trust {
+    /// Signs what this machine publishes.
+    pub signer: Option<SecretKey>,
+    /// What is believed; empty: everything.
+    pub trusted: Vec<PublicKey>,
+}
+
+impl Trust {
+    /// The keys of the configuration.
+    pub fn of(settings: &Settings) -> Result<Self> {
+        let signer = settings.secret_key_file.as_deref().map(SecretKey::read).transpose()?;
+        Ok(Trust { signer, trusted: trusted(settings)? })
+    }
+}
+
+/// The public keys of the configuration.
+pub fn trusted(settings: &Settings) -> Result<Vec<PublicKey>> {
+    let parse = |text: &String| {
+        PublicKey::parse(text).map_err(|why| {
+            Error::new(format!("trustedPublicKeys: '{text}' {why}; correct the configuration"))
+        })
+    };
+    settings.trusted_public_keys.iter().map(parse).collect()
+}
+
+/// The canonical form of a manifest, from its stored bytes.
+pub fn canonical(bytes: &[u8]) -> Result<Vec<u8>, String> {
+    let document = json::read(bytes, None).map_err(|e| e.to_string())?;
+    canonical_of(document)
+}
+
+fn canonical_of(mut document: Value) -> Result<Vec<u8>, String> {
+    let members = document.as_object_mut().ok_or("it is not a JSON object")?;
+    members.remove("signatures");
+    // serde_json keeps members sorted by the bytes of their names and escapes as little as it may.
+    serde_json::to_vec(&document).map_err(|e| e.to_string())
+}
+
+/// Binds a manifest to its store and adds a signature by `key` (or replaces the one of that key's name).
+pub fn sign(manifest: &mut Manifest, identity: &str, key: &SecretKey) -> Result<()> {
+    if manifest.store.as_deref() != Some(identity) {
+        manifest.store = Some(identity.to_string());
+        manifest.signatures.clear();
+    }
+    let document = serde_json::to_value(&*manifest).map_err(|e| Error::new(format!("cannot sign: {e}")))?;
+    let message = canonical_of(document).map_err(|e| Error::new(format!("cannot sign: {e}")))?;
+    let signature = key.sign(&message)?;
+    let name = format!("{}:", key.public().name());
+    manifest.signatures.retain(|s| !s.starts_with(&name));
+    manifest.signatures.push(signature);
+    Ok(())
+}
+
+/// Whether a manifest is for this store and signed by one of these keys: their names, or why it is not.
+pub fn check(
+    bytes: &[u8],
+    manifest: &Manifest,
+    identity: &str,
+    trusted: &[PublicKey],
+) -> Result<Vec<String>, String> {
+    if manifest.signatures.is_empty() {
+        return Err("it is not signed".into());
+    }
+    let message = canonical(bytes)?;
+    let signed = |key: &&PublicKey| manifest.signatures.iter().any(|s| key.verify(&message, s));
+    let names: Vec<String> = trusted.iter().filter(signed).map(|k| k.name().to_string()).collect();
+    if names.is_empty() {
+        let by: Vec<&str> = manifest.signatures.iter().filter_map(|s| s.split(':').next()).collect();
+        let known = trusted.iter().any(|k| by.contains(&k.name()));
+        return Err(match known {
+            true => "it was changed after it was signed".into(),
+            false => format!("it is signed by {}, which 'trustedPublicKeys' does not have", by.join(", ")),
+        });
+    }
+    match manifest.store.as_deref() {
+        Some(store) if store == identity => Ok(names),
+        Some(store) => Err(format!("it was signed for the store {store}, this is {identity}")),
+        None => Err("it does not say for which store it was signed".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Timestamp;
+    use crate::manifest::parse::{self, Mode};
+
+    const STORE: &str = "s3://releases";
+
+    fn signed(key: &SecretKey) -> Manifest {
+        let mut manifest = Manifest::empty(Timestamp(1_795_372_265), "ann@laptop");
+        sign(&mut manifest, STORE, key).unwrap();
+        manifest
+    }
+
+    #[test]
+    fn the_canonical_form_is_the_documented_one() {
+        let text = "{ \"b\": [1, 2.5, -3, true, null],\n \"a\": {\"z\": \"\\u00e9\\u0001\\n\\/\", \"B\": \"\"}, \"signatures\": [\"x\"] }";
+        let expected = "{\"a\":{\"B\":\"\",\"z\":\"\u{e9}\\u0001\\n/\"},\"b\":[1,2.5,-3,true,null]}";
+        assert_eq!(canonical(text.as_bytes()), Ok(expected.as_bytes().to_vec()));
+        assert!(canonical(b"[]").is_err() && canonical(b"{\"a\":1,\"a\":2}").is_err());
+    }
+
+    #[test]
+    fn the_frozen_vectors_hold() {
+        let vectors: Value =
+            serde_json::from_str(include_str!("../../tests/fixtures/signature-v1.json")).unwrap();
+        let text = |name: &str| vectors[name].as_str().unwrap();
+        let key = PublicKey::parse(text("publicKey")).unwrap();
+        let canonical = canonical(text("manifest").as_bytes()).unwrap();
+        assert_eq!(String::from_utf8(canonical.clone()).unwrap(), text("canonical"));
+        assert!(key.verify(&canonical, text("signature")));
+        let manifest = parse::manifest(text("manifest").as_bytes(), Mode::Strict).unwrap();
+        assert_eq!(
+            check(text("manifest").as_bytes(), &manifest, text("store"), &[key]),
+            Ok(vec!["test-1".into()])
+        );
+    }
+
+    #[test]
+    fn whoever_changes_anything_breaks_the_signature() {
+        let key = SecretKey::generate("ann-1").unwrap();
+        let trusted = [key.public()];
+        let manifest = signed(&key);
+        let bytes = manifest.to_bytes();
+        let reason = |bytes: &[u8], identity: &str| {
+            let manifest = parse::manifest(bytes, Mode::Tolerant).unwrap();
+            check(bytes, &manifest, identity, &trusted).unwrap_err()
+        };
+        assert_eq!(check(&bytes, &manifest, STORE, &trusted), Ok(vec!["ann-1".into()]));
+        let text = String::from_utf8(bytes.clone()).unwrap();
+        for (from, to) in [
+            ("\"serial\": 1", "\"serial\": 2"),
+            ("ann@laptop", "eve@laptop"),
+            ("2026-11-22", "2026-11-23"),
+            ("\"services\": []", "\"services\": [], \"later\": 1"),
+        ] {
+            let forged = text.replacen(from, to, 1);
+            assert_ne!(forged, text, "{from}");
+            assert!(reason(forged.as_bytes(), STORE).contains("changed after"), "{from}");
+        }
+        assert!(reason(&bytes, "s3://staging").contains("s3://releases"));
+        let mut unsigned = manifest.clone();
+        unsigned.signatures.clear();
+        assert_eq!(reason(&unsigned.to_bytes(), STORE), "it is not signed");
+        let stranger = signed(&SecretKey::generate("eve-1").unwrap());
+        assert!(reason(&stranger.to_bytes(), STORE).contains("eve-1"));
+        let impostor = signed(&SecretKey::generate("ann-1").unwrap());
+        assert!(reason(&impostor.to_bytes(), STORE).contains("changed after"));
+        // White space and order are not content.
+        let compact = serde_json::to_vec(&serde_json::from_slice::<Value>(&bytes).unwrap()).unwrap();
+        assert!(check(&compact, &manifest, STORE, &trusted).is_ok());
+    }
+
+    #[test]
+    fn two_keys_stand_side_by_side_until_the_content_changes() {
+        let (old, new) = (SecretKey::generate("ann-1").unwrap(), SecretKey::generate("ann-2").unwrap());
+        let mut manifest = signed(&old);
+        sign(&mut manifest, STORE, &new).unwrap();
+        let bytes = manifest.to_bytes();
+        for key in [&old, &new] {
+            assert!(check(&bytes, &manifest, STORE, &[key.public()]).is_ok());
+        }
+        sign(&mut manifest, STORE, &new).unwrap();
+        assert_eq!(manifest.signatures.len(), 2, "the same key signs once");
+    }
+}
