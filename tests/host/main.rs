@@ -10,6 +10,8 @@ mod lab;
 mod load;
 mod mistakes;
 mod passes;
+mod power;
 mod runbook;
 mod solo;
 mod trust;
+mod writes;
