@@ -9,6 +9,7 @@ mod kill;
 mod lab;
 mod load;
 mod mistakes;
+mod order;
 mod passes;
 mod power;
 mod runbook;
