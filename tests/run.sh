@@ -12,9 +12,10 @@ scratch_prefix=/tmp/omni-deploy-tests
 export OMNI_LAB_DIR=/run/omni-deploy-lab-tests
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$top/target}
 export CARGO_TERM_COLOR=never RUST_BACKTRACE=${RUST_BACKTRACE:-0}
-# One binary is installed on the hosts: the one that ships. The S3 server is the tests' own.
+# What is installed on the hosts is what ships; the S3 server and the load are the tests' own.
 export OMNI_TEST_BINARY=$CARGO_TARGET_DIR/release/omni-deploy
-export OMNI_TEST_S3=$CARGO_TARGET_DIR/s3-server/debug/omni-test-s3
+export OMNI_TEST_S3=$CARGO_TARGET_DIR/debug/omni-test-s3
+export OMNI_TEST_LOAD=$CARGO_TARGET_DIR/debug/omni-test-load
 
 usage() {
   cat <<'TEXT'
@@ -22,7 +23,8 @@ usage: run.sh        (as root)
 
 Builds everything, checks formatting, lints, scripts and units, runs the tests of all three storeys (tables in
 the modules, the built program against directories and servers, booted hosts), and prints a summary. Takes no
-arguments: to run a part, use cargo test with OMNI_TEST_S3 set to the built tests/s3-server.
+arguments: to run a part, use cargo test, with OMNI_TEST_S3 and OMNI_TEST_LOAD set to what tests/s3-server and
+tests/load build.
 TEXT
 }
 
@@ -119,7 +121,7 @@ prepare() {
 
 # Every file that a shell runs.
 scripts() {
-  find . -path ./target -prune -o -path ./.git -prune -o -path ./tests/s3-server/target -prune -o -type f -print |
+  find . \( -name target -o -name .git \) -prune -o -type f -print |
     while read -r file; do
       if [[ $file == *.sh ]] || head -c 64 "$file" | head -n 1 | grep -aqE '^#!.*\b(ba)?sh\b'; then
         printf '%s\n' "$file"
@@ -143,17 +145,21 @@ main() {
   trap 'exit 130' INT TERM HUP
   prepare 8>&-
 
-  local -a files
+  local -a files crates
+  local crate
   mapfile -t files < <(scripts)
+  mapfile -t crates < <(find tests benches -mindepth 2 -maxdepth 2 -name Cargo.toml | sort)
   stage 'build: what ships' cargo build --locked --release
-  stage 'build: the S3 server' cargo build --locked --manifest-path tests/s3-server/Cargo.toml --target-dir "$CARGO_TARGET_DIR/s3-server"
+  for crate in "${crates[@]}"; do stage "build: $crate" cargo build --locked --manifest-path "$crate"; done
   if ((failed)); then finish; return; fi
-  stage 'format' cargo fmt --check
-  stage 'format: the S3 server' cargo fmt --check --manifest-path tests/s3-server/Cargo.toml
-  stage 'lint' cargo clippy --locked --all-targets -- -D warnings
-  stage 'lint: the S3 server' cargo clippy --locked --all-targets --manifest-path tests/s3-server/Cargo.toml --target-dir "$CARGO_TARGET_DIR/s3-server" -- -D warnings
+  for crate in Cargo.toml "${crates[@]}"; do
+    stage "format: $crate" cargo fmt --check --manifest-path "$crate"
+    stage "lint: $crate" cargo clippy --locked --all-targets --all-features --manifest-path "$crate" -- -D warnings
+  done
   stage 'lint: scripts' shellcheck "${files[@]}"
-  stage 'tests: the S3 server' cargo test --locked --no-fail-fast --manifest-path tests/s3-server/Cargo.toml --target-dir "$CARGO_TARGET_DIR/s3-server"
+  for crate in "${crates[@]}"; do
+    stage "tests: $crate" cargo test --locked --no-fail-fast --manifest-path "$crate"
+  done
   stage 'tests: lab, units, installer' tests/lab_selftest.sh
   stage 'tests: all three storeys' cargo test --locked --no-fail-fast
   finish

@@ -416,7 +416,16 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         host.undo_abandoned(&abandoned, &desired, &memory, &mut observed)?;
         changed = true;
     }
-    let mut plan = decide(&observed, &memory, &learned)?;
+    let mut plan = match decide(&observed, &memory, &learned) {
+        Ok(plan) => plan,
+        Err(refused) => {
+            // Whoever looks from afar shall see why nothing happens.
+            let manifest_error = Some(refused.to_string());
+            let state = State { checked_at: now, manifest_error, reported: true, ..memory.state.clone() };
+            publish(root, store.as_ref(), &before, state)?;
+            return Err(refused);
+        }
+    };
     if !plan.is_empty() || !memory.interrupted.is_empty() {
         let links = root.unit_dir.join("multi-user.target.wants");
         for dir in [&root.unit_dir, &root.applied_dir(), &root.run_dir, &links] {
@@ -582,29 +591,26 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
     }
 }
 
-/// The story's last lines: what is off (once, when it begins), and what is well again.
+/// The story's last lines: everything that is off, with its reason unless this pass has just said it, so that an
+/// exit code of 3 or 4 never stands alone; and what is well again.
 fn tell(before: &State, after: &State, learned: &Learned) {
     for (name, service) in &after.services {
-        let old = before.services.get(name);
-        let same = old.is_some_and(|o| o.status == service.status && o.failure == service.failure);
-        if same {
+        let status = service.status.as_str();
+        if let Some(failure) = &service.failure {
+            let runs = service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
+            let said = learned.troubles.values().any(|t| t.failure == *failure)
+                || learned.unfetchable.values().any(|reason| *reason == failure.reason);
+            let reason = if said { String::new() } else { format!(": {}", failure.reason) };
+            say::error(format!("{name}: {status}, {runs}{reason}"));
             continue;
         }
-        match (&service.failure, service.status) {
-            (Some(failure), status) => {
-                let runs =
-                    service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
-                // The reason of an attempt was said when it failed.
-                let said = learned.troubles.values().any(|t| t.failure == *failure);
-                let reason = if said { String::new() } else { format!(": {}", failure.reason) };
-                say::error(format!("{name}: {}, {runs}{reason}", status.as_str()));
-            }
-            (None, Status::Running) => {
-                if let Some(path) = &service.store_path {
-                    say::info(format!("{name}: running {path}"));
-                }
-            }
-            (None, status) => say::info(format!("{name}: {}", status.as_str())),
+        let old = before.services.get(name);
+        if old.is_some_and(|o| o.status == service.status && o.failure.is_none()) {
+            continue;
+        }
+        match (service.status, &service.store_path) {
+            (Status::Running, Some(path)) => say::info(format!("{name}: running {path}")),
+            _ => say::info(format!("{name}: {status}")),
         }
     }
 }

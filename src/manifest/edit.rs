@@ -219,7 +219,10 @@ fn swap(
 ) -> Result<Published> {
     let mut contention = Contention::new();
     let mut tried: Option<(Vec<u8>, Manifest)> = None;
-    let limit = if start == Start::Repair { MAX_REPLACED } else { MAX_BYTES };
+    let limit = match start {
+        Start::Repair | Start::Replace => MAX_REPLACED,
+        Start::Existing | Start::OrEmpty => MAX_BYTES,
+    };
     loop {
         let began = Instant::now();
         let current = load_within(store, limit)?;

@@ -27,8 +27,11 @@ impl Bucket {
         bucket
     }
 
-    /// Starts it (again), at the address it had.
+    /// Starts it (again), at the address it had, unless it runs.
     pub fn up(&mut self) {
+        if self.server.is_some() {
+            return;
+        }
         let program = std::env::var("OMNI_TEST_S3").unwrap_or_else(|_| {
             panic!("OMNI_TEST_S3 must name the S3 server: build it with 'cargo build --locked' in {TOP}/tests/s3-server")
         });

@@ -209,9 +209,13 @@ impl Host {
         lab_ok(&["reboot", self.name]);
     }
 
-    /// The power fails; then it boots the same disk.
+    /// Cuts its power: every process ends at once.
     pub fn power_cut(&self) {
         lab_ok(&["kill", self.name]);
+    }
+
+    /// Boots the same disk again.
+    pub fn start(&self) {
         lab_ok(&["start", self.name]);
     }
 

@@ -245,6 +245,34 @@ fn a_pause_holds_until_it_is_resumed_or_over() {
     host.serves("web", "one");
 }
 
+#[test]
+fn a_manifest_that_would_empty_the_host_is_refused_where_people_look() {
+    let host = solo();
+    host.deploys_web();
+    let invocation = host.invocation("web");
+    host.sh("deploy-manifest set web 'hosts=[\"elsewhere\"]'");
+    for _ in 0..2 {
+        let pass = host.passes_with(1);
+        assert!(
+            pass.said.contains("nothing was removed") && pass.said.contains("--allow-empty"),
+            "{}",
+            pass.said
+        );
+        assert_eq!(host.invocation("web"), invocation);
+        host.serves("web", "one");
+        let state = host.state();
+        assert!(state["manifestError"].as_str().is_some_and(|e| e.contains("--allow-empty")), "{state}");
+        assert_eq!(state["services"]["web"]["status"], "running");
+        host.sh("cmp /var/lib/deployer/state.json /var/lib/omni-deploy/hosts/solo.json");
+    }
+    let status = host.try_sh("omni-deploy status");
+    assert!(status.text().contains("allow-empty"), "{}{}", status.text(), status.stderr);
+    // A person who means it.
+    host.sh("deployer run --allow-empty");
+    assert_eq!(host.sh("systemctl show --property=LoadState --value web"), "not-found");
+    assert!(host.state()["manifestError"].is_null());
+}
+
 /// A host whose manifest and closures come over the network, with web in two versions deployed.
 struct Remote {
     host: Host,

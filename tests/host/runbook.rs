@@ -6,7 +6,7 @@ use crate::developer::Developer;
 use crate::lab::{Host, lock, soon};
 use omni_deploy::runner::Status;
 use serde_json::{Value, json};
-use std::sync::{LazyLock, Mutex};
+use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// The host, its bucket and a developer: shared by the tests that need S3.
@@ -17,10 +17,23 @@ pub struct Biz {
     pub developer: Developer,
 }
 
-pub static BIZ: LazyLock<Mutex<Biz>> = LazyLock::new(|| Mutex::new(biz()));
+static BIZ: LazyLock<Mutex<Biz>> = LazyLock::new(|| Mutex::new(boot()));
+
+/// All of it as every test finds it: no service, and no pass but those that are asked for.
+pub fn biz() -> MutexGuard<'static, Biz> {
+    let mut biz = lock(&BIZ);
+    biz.bucket.up();
+    let Biz { host, developer, .. } = &*biz;
+    developer.types(
+        "for name in $(deploy-manifest show | jq -r '.services[].name'); do deploy-manifest remove-service $name; done",
+    );
+    host.sh("systemctl stop deployer.timer deployer; systemctl start caddy
+         set -a; . /etc/omni-deploy/deployer.env; deployer run --allow-empty");
+    biz
+}
 
 /// Boots the host and sets both sides up as README and `omni-deploy init` say.
-fn biz() -> Biz {
+fn boot() -> Biz {
     let host = Host::boot("biz");
     let bucket = Bucket::start(&host);
     let developer = Developer::new(&host);
@@ -55,7 +68,7 @@ fn served_soon(host: &Host, domain: &str, want: &str) {
 
 #[test]
 fn every_command_of_the_runbook_works_as_written() {
-    let mut biz = lock(&BIZ);
+    let mut biz = biz();
     let Biz { host, bucket, developer } = &mut *biz;
     // `/` alone waits for its first push; the two others have been there for long.
     developer.types(
@@ -201,6 +214,10 @@ fn every_command_of_the_runbook_works_as_written() {
     {
         served_soon(host, domain, page);
     }
+    assert_eq!(
+        host.sh("systemctl is-enabled deployer.timer; systemctl is-active deployer.timer"),
+        "enabled\nactive"
+    );
     bucket.down();
     host.reboot();
     for (domain, page) in
