@@ -24,7 +24,7 @@ struct Connections {
     ending: bool,
     next: u64,
     /// Each with whether a request is under way on it.
-    open: HashMap<u64, (TcpStream, bool)>,
+    open: HashMap<u64, (Arc<TcpStream>, bool)>,
 }
 
 #[derive(Default)]
@@ -79,14 +79,18 @@ pub fn run() -> io::Result<()> {
         });
     }
     for stream in listener.incoming() {
-        let stream = stream?;
+        let Ok(stream) = stream.map(Arc::new) else {
+            // Too many at once: they wait where they are.
+            std::thread::sleep(Duration::from_millis(10));
+            continue;
+        };
         let mut connections = shared.connections();
         if connections.ending {
             break;
         }
         let id = connections.next;
         connections.next += 1;
-        connections.open.insert(id, (stream.try_clone()?, false));
+        connections.open.insert(id, (stream.clone(), false));
         drop(connections);
         let shared = shared.clone();
         std::thread::spawn(move || {
