@@ -12,9 +12,10 @@ scratch_prefix=/tmp/omni-deploy-tests
 export OMNI_LAB_DIR=/run/omni-deploy-lab-tests
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$top/target}
 export CARGO_TERM_COLOR=never RUST_BACKTRACE=${RUST_BACKTRACE:-0}
-# One binary is installed on the hosts: the one that ships. The S3 server is the tests' own.
+# One binary is installed on the hosts: the one that ships. The S3 server and the load are the tests' own.
 export OMNI_TEST_BINARY=$CARGO_TARGET_DIR/release/omni-deploy
 export OMNI_TEST_S3=$CARGO_TARGET_DIR/s3-server/debug/omni-test-s3
+export OMNI_TEST_LOAD=$CARGO_TARGET_DIR/load/debug/omni-test-load
 
 usage() {
   cat <<'TEXT'
@@ -22,7 +23,8 @@ usage: run.sh        (as root)
 
 Builds everything, checks formatting, lints, scripts and units, runs the tests of all three storeys (tables in
 the modules, the built program against directories and servers, booted hosts), and prints a summary. Takes no
-arguments: to run a part, use cargo test with OMNI_TEST_S3 set to the built tests/s3-server.
+arguments: to run a part, use cargo test with OMNI_TEST_S3 and OMNI_TEST_LOAD set to the programs
+built in tests/s3-server and tests/load.
 TEXT
 }
 
@@ -119,7 +121,7 @@ prepare() {
 
 # Every file that a shell runs.
 scripts() {
-  find . -path ./target -prune -o -path ./.git -prune -o -path ./tests/s3-server/target -prune -o -type f -print |
+  find . -path ./target -prune -o -path ./.git -prune -o -path './tests/*/target' -prune -o -type f -print |
     while read -r file; do
       if [[ $file == *.sh ]] || head -c 64 "$file" | head -n 1 | grep -aqE '^#!.*\b(ba)?sh\b'; then
         printf '%s\n' "$file"
@@ -147,11 +149,14 @@ main() {
   mapfile -t files < <(scripts)
   stage 'build: what ships' cargo build --locked --release
   stage 'build: the S3 server' cargo build --locked --manifest-path tests/s3-server/Cargo.toml --target-dir "$CARGO_TARGET_DIR/s3-server"
+  stage 'build: the load' cargo build --locked --manifest-path tests/load/Cargo.toml --target-dir "$CARGO_TARGET_DIR/load"
   if ((failed)); then finish; return; fi
   stage 'format' cargo fmt --check
   stage 'format: the S3 server' cargo fmt --check --manifest-path tests/s3-server/Cargo.toml
+  stage 'format: the load' cargo fmt --check --manifest-path tests/load/Cargo.toml
   stage 'lint' cargo clippy --locked --all-targets -- -D warnings
   stage 'lint: the S3 server' cargo clippy --locked --all-targets --manifest-path tests/s3-server/Cargo.toml --target-dir "$CARGO_TARGET_DIR/s3-server" -- -D warnings
+  stage 'lint: the load' cargo clippy --locked --all-targets --manifest-path tests/load/Cargo.toml --target-dir "$CARGO_TARGET_DIR/load" -- -D warnings
   stage 'lint: scripts' shellcheck "${files[@]}"
   stage 'tests: the S3 server' cargo test --locked --no-fail-fast --manifest-path tests/s3-server/Cargo.toml --target-dir "$CARGO_TARGET_DIR/s3-server"
   stage 'tests: lab, units, installer' tests/lab_selftest.sh

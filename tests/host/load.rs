@@ -204,3 +204,17 @@ fn broken_releases_that_would_overlap_lose_no_request() {
     assert_eq!(host.invocation("echo"), unit, "the running version was not touched");
     assert_eq!(neighbour.cuts(), before, "no route changes");
 }
+
+#[test]
+fn a_release_that_fails_on_its_own_port_alone_loses_no_request() {
+    let host = host_with(OVERLAP);
+    let load = Load::on(&host, 0, scale().rate, 16);
+    // Well as an understudy, it has the requests when it fails in the place of the version before.
+    host.update("echo", &release(&host, "picky", "refuses 8001"));
+    host.passes_with(3);
+    host.serves("echo", "first");
+    assert_eq!(host.sh("ls /etc/systemd/system | grep -c -- -next || true"), "0");
+    let figures = load.figures("1 broken release that fails in its place alone");
+    assert_eq!(figures["failed"], 0, "{figures}");
+    assert_eq!(figures["versions"], json!(["first", "picky"]));
+}
