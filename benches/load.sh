@@ -11,7 +11,7 @@ usage() {
   cat <<'TEXT'
 usage: load.sh        (as root)
 
-Takes about ten minutes. The table goes to stdout, what failed goes to stderr as it happens.
+Takes about ten minutes. The table goes to stdout, what was sent again and what failed to stderr after it.
 
 example: benches/load.sh >table.md
 environment: CARGO_TARGET_DIR; OMNI_LAB_DIR, OMNI_LAB_NET (see contrib/lab.sh)
@@ -35,21 +35,23 @@ say "building"
 (cd "$top" && cargo build --locked --quiet && cargo test --locked --quiet --test host --no-run) >&2
 export OMNI_TEST_LOAD=$CARGO_TARGET_DIR/debug/omni-test-load OMNI_LOAD_FULL=1
 
-said=$(mktemp)
-trap 'rm -f "$said"' EXIT
+said=$(mktemp) OMNI_LOAD_LOG=$(mktemp)
+export OMNI_LOAD_LOG
+trap 'rm -f "$said" "$OMNI_LOAD_LOG"' EXIT
 say "deploying under load"
 rc=0
 (cd "$top" && cargo test --locked --quiet --test host load:: -- --nocapture --test-threads 1) >"$said" || rc=$?
 
-echo "| under load | requests | failed GET | failed POST | sent again | GET p50 / p99 / worst | POST p50 / p99 / worst |"
+echo "| under load | requests | failed GET | failed POST | sent again GET, POST | GET p50 / p99 / worst | POST p50 / p99 / worst |"
 echo "|---|---|---|---|---|---|---|"
 grep -oE '[0-9]+ (overlap|restart|broken) [^:]*: \{.*\}$' "$said" | while IFS= read -r line; do
   jq -r --arg what "${line%%: *}" '
     def failed(method): [.kinds | to_entries[] | select(.key | startswith(method)) | .value] | add // 0;
     def ms: "\(.p50Ms) / \(.p99Ms) / \(.worstMs) ms";
-    "| \($what) | \(.sent) | \(failed("GET")) | \(failed("POST")) | \([.resent[]] | add // 0) | \(.GET | ms) | \(.POST | ms) |"
+    "| \($what) | \(.sent) | \(failed("GET")) | \(failed("POST")) | \(.resent.GET // 0), \(.resent.POST // 0) | \(.GET | ms) | \(.POST | ms) |"
   ' <<<"${line#*: }"
 done
 echo
 grep -oE 'WebSockets of .*' "$said" || true
+grep -E '^[0-9.]+ (GET|POST) ' "$OMNI_LOAD_LOG" | sort -n >&2 || true
 ((rc == 0)) || { grep -A 12 'panicked' "$said" >&2 || true; die "a promise is broken (cargo test ended $rc)"; }
