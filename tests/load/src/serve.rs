@@ -57,7 +57,9 @@ pub fn run() -> io::Result<()> {
     match what {
         "exit" => return Err(Error::other(format!("cannot open the database of version {version}"))),
         "port" => port = number,
-        "refuses" if port == number => return Err(Error::other(format!("version {version} minds port {port}"))),
+        "refuses" if port == number => {
+            return Err(Error::other(format!("version {version} minds port {port}")));
+        }
         "slow" => std::thread::sleep(seconds),
         "crash" => {
             std::thread::spawn(move || {
