@@ -395,7 +395,8 @@ impl Model {
             let new = entry.map(|s| overrides.apply(s));
             let good = self.versions.get(&one.path).is_some_and(|v| v.1);
             let known = self.proved.get(name).is_some_and(|old| old == one);
-            if !known && !(good && new.as_ref() == Some(&one.service)) {
+            let as_wanted = good && new.as_ref() == Some(&one.service);
+            if !(known || as_wanted) {
                 wrong.push(format!(
                     "{name} was taken down as proved: {one:?}\n  new {new:?}\n  old {:?}",
                     self.proved.get(name)
@@ -461,9 +462,8 @@ impl Model {
             let target = entry.artifact.store_path.path();
             let proved = self.proved.get(who);
             let file_before = body(before, &format!("unit {who}"));
-            let theirs = !file_before.is_empty()
-                && !file_before.starts_with(unit::MARK)
-                && !(proved.is_some() && file_before == "-> /dev/null");
+            let masked = proved.is_some() && file_before == "-> /dev/null";
+            let theirs = !(file_before.is_empty() || file_before.starts_with(unit::MARK) || masked);
             let active = shown(after, who, "ActiveState") == "active";
             let told = &state["services"][who.as_str()];
             if theirs {
