@@ -124,7 +124,7 @@ impl Host<'_> {
                         continue;
                     }
                     observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
-                    if service.goal.as_ref().is_some_and(|g| g.proved && g.path == *path) {
+                    if service.goal.as_ref().is_none_or(|g| g.proved || g.path != *path) {
                         say::notice(format!("{}: {path} had lost its root and has one again", service.name));
                     }
                 }

@@ -128,7 +128,7 @@ pub fn units(
             && let UnitFile::Ours(text) = &seen.file
         {
             seen.astray = runs_another(shown.main_pid, text);
-            seen.unread |= shown.unread;
+            seen.unread |= shown.unread || another_closure(&shown.command, text);
         }
     }
     for service in desired {
@@ -164,14 +164,19 @@ fn runs_another(pid: u32, unit: &str) -> bool {
     let proc = Path::new("/proc").join(pid.to_string());
     let exe = fs_err::read_link(proc.join("exe")).unwrap_or_default();
     let cmdline = fs_err::read(proc.join("cmdline")).unwrap_or_default();
-    let mut shown = vec![exe.to_string_lossy().into_owned()];
-    shown.extend(cmdline.split(|b| *b == 0).map(|word| String::from_utf8_lossy(word).into_owned()));
+    let mut shown = exe.to_string_lossy().into_owned();
+    for word in cmdline.split(|b| *b == 0) {
+        shown.push(' ');
+        shown.push_str(&String::from_utf8_lossy(word));
+    }
+    another_closure(&shown, unit)
+}
+
+/// Whether a text names closures, and none that a unit names.
+fn another_closure(text: &str, unit: &str) -> bool {
     let prefix = format!("{}/", crate::names::STORE_DIR);
-    let mut bases = shown
-        .iter()
-        .flat_map(|word| word.split(&prefix).skip(1))
-        .map(|rest| rest.split('/').next().unwrap_or_default())
-        .peekable();
+    let mut bases =
+        text.split(&prefix).skip(1).map(|rest| rest.split(['/', ' ']).next().unwrap_or_default()).peekable();
     bases.peek().is_some() && !bases.any(|base| unit.contains(base))
 }
 
@@ -248,7 +253,8 @@ fn foreign(folders: &[(&Path, BTreeSet<OsString>)], name: &ServiceName, was_ours
         };
         let masks =
             meta.is_symlink() && fs_err::metadata(&path).is_ok_and(|m| m.file_type().is_char_device());
-        if was_ours && masks {
+        // An empty file is nobody's work, and masks as well.
+        if was_ours && (masks || meta.is_file() && meta.len() == 0) {
             continue;
         }
         if meta.is_file() && fs_err::read(&path).is_ok_and(|bytes| unit::is_ours(&bytes)) {

@@ -12,6 +12,7 @@ mod mistakes;
 mod order;
 mod passes;
 mod power;
+mod returns;
 mod runbook;
 mod solo;
 mod trust;
