@@ -21,7 +21,10 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 }
 
 fn named(error: io::Error, what: &str, path: &Path) -> io::Error {
-    io::Error::new(error.kind(), format!("cannot {what} {}: {error}", path.display()))
+    // The temporary file's own name, which tempfile adds, tells nobody anything.
+    let text = error.to_string();
+    let cause = text.split(" at path ").next().unwrap_or(&text);
+    io::Error::new(error.kind(), format!("cannot {what} {}: {cause}", path.display()))
 }
 
 fn temp_with(path: &Path, bytes: &[u8], mode: u32) -> io::Result<tempfile::NamedTempFile> {
@@ -64,14 +67,14 @@ pub fn symlink(target: &Path, link: &Path) -> io::Result<()> {
     let temp: PathBuf = dir.join(format!("{TEMP_PREFIX}{}-{name}", std::process::id()));
     let _effect = effect::begin("link", link.display()).map_err(|e| named(e, "link", link))?;
     // Where nothing is in the way, there is nothing to leave behind either.
-    match fs_err::os::unix::fs::symlink(target, link) {
+    match std::os::unix::fs::symlink(target, link) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
             remove(&temp)?;
             fs_err::os::unix::fs::symlink(target, &temp)?;
             effect::point("within link", link.display());
             fs_err::rename(&temp, link)?;
         }
-        made => made?,
+        made => made.map_err(|e| named(e, "link", link))?,
     }
     sync_dir(dir)
 }

@@ -90,6 +90,10 @@ pub fn io_text(e: &std::io::Error) -> String {
     match e.kind() {
         std::io::ErrorKind::StorageFull => format!("{text}; free some space on that file system"),
         std::io::ErrorKind::ReadOnlyFilesystem => format!("{text}; make that file system writable"),
+        // EIO has no kind, and whoever names the path drops its number.
+        _ if text.contains("(os error 5)") => {
+            format!("{text}; that disk fails: look at 'dmesg', and at its backups")
+        }
         std::io::ErrorKind::PermissionDenied => format!("{text}; run this as root or as the file's owner"),
         _ => text,
     }

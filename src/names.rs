@@ -59,6 +59,9 @@ impl ServiceName {
         if let Some(suffix) = UNIT_SUFFIXES.iter().find(|s| text.ends_with(*s)) {
             return Err(format!("ends with '{suffix}'; the name of the service alone is meant"));
         }
+        if text == "deployer" {
+            return Err("is the name of the deployer's own unit".into());
+        }
         if text.ends_with(NEXT_SUFFIX) {
             return Err(format!("ends with '{NEXT_SUFFIX}', which is kept for overlapping rollouts"));
         }

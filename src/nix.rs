@@ -14,6 +14,7 @@ use crate::names::StorePath;
 use crate::runner::{Output, Run, RunError, Stream, tail};
 use crate::say;
 use crate::store::s3::S3Store;
+use crate::store::url::without_secrets;
 use crate::store::{self, CacheUrl, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -105,8 +106,10 @@ fn query(words: &[&str], paths: &[StorePath]) -> Result<Vec<StorePath>> {
 struct Cache {
     /// The URL for people.
     shown: String,
-    /// The URL for Nix, with our parameters; secret if there is a bridge.
+    /// The URL for Nix, with our parameters.
     url: String,
+    /// What authenticates in the URL, or is the bridge's: never an argument of a program, never printed.
+    secret: Option<String>,
     bridge: Option<Bridge>,
     /// What can be read without Nix.
     direct: Option<Box<dyn Store>>,
@@ -145,7 +148,10 @@ impl Cache {
             }
         }
         let direct = direct.map(|url| store::open(&url)).transpose()?;
-        Ok(Cache { shown, url: with_params(&base, &params), bridge, direct, scratch: std::env::temp_dir() })
+        let secret = bridge.is_some() || without_secrets(&base) != base;
+        let secret = secret.then(|| base.split('?').next().unwrap_or(&base).to_string());
+        let scratch = std::env::temp_dir();
+        Ok(Cache { shown, url: with_params(&base, &params), secret, bridge, direct, scratch })
     }
 
     /// A call of `nix` with this cache on one side and this machine's store on the other; `side` is the
@@ -153,10 +159,10 @@ impl Cache {
     fn nix(&self, settings: &Settings, side: Side, words: &[&str]) -> Result<(Run, tempfile::TempDir)> {
         let (run, scratch) = nix(&["nix-command"], &self.scratch)?;
         let mut run = run.args(words);
-        match (&self.bridge, side) {
+        match (&self.secret, side) {
             (None, side) => run = run.arg(side.option()).arg(&self.url),
             (Some(_), side) => {
-                // The bridge takes the place of the default store, and the option names the local one.
+                // The cache takes the place of the default store, and the option names the local one.
                 run = run.env("NIX_CONFIG", config_with_store(&self.url));
                 let local = std::env::var("NIX_REMOTE").ok().filter(|r| !r.is_empty());
                 if let Some(other) = side.other() {
@@ -217,11 +223,11 @@ impl Cache {
         }
     }
 
-    /// A text of Nix's with the cache's own name in place of the bridge's.
+    /// A text of Nix's with the cache's name for people in place of what is secret.
     fn clean(&self, text: &str) -> String {
-        match &self.bridge {
+        match &self.secret {
             None => text.to_string(),
-            Some(bridge) => text.replace(&bridge.url(), &self.shown),
+            Some(secret) => text.replace(secret, &self.shown),
         }
     }
 }
@@ -650,6 +656,20 @@ pub fn ping(store: Option<&str>) -> Result<String, RunError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_password_in_the_url_is_no_argument_and_in_no_message() {
+        let url = "https://ann:hush@cache.example.com/x?priority=5";
+        let settings = crate::config::load(&[("cache", url.to_string())].into()).unwrap();
+        let cache = Cache::open(&settings, Access::Write).unwrap();
+        for (side, words) in [(Side::From, ["copy"]), (Side::To, ["copy"]), (Side::Store, ["path-info"])] {
+            let (run, _scratch) = cache.nix(&settings, side, &words).unwrap();
+            assert!(!run.shown().contains("hush"), "{}", run.shown());
+        }
+        assert!(!cache.shown.contains("hush") && !settings.cache.to_string().contains("hush"));
+        let said = cache.clean("error: cannot open https://ann:hush@cache.example.com/x/nix-cache-info");
+        assert!(!said.contains("hush") && said.contains("cache.example.com/x"), "{said}");
+    }
 
     #[test]
     fn parameters_are_merged_and_never_doubled() {

@@ -1,10 +1,11 @@
-//! Lines for people, on stderr. Under journald every line carries its priority as `<N>` (sd-daemon(3)) and no
-//! time, which the journal adds; on a terminal warnings and errors are coloured unless `NO_COLOR` is set.
-//! Control characters are shown as escapes, whoever wrote them.
+//! Lines for people, on stderr. Where that is the journal (systemd.exec(5), `$JOURNAL_STREAM`) every line
+//! carries its priority as `<N>` (sd-daemon(3)) and no time, which the journal adds; on a terminal warnings and
+//! errors are coloured unless `NO_COLOR` is set. Control characters are shown as escapes, whoever wrote them.
 
 use std::borrow::Cow;
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
+use std::os::unix::fs::MetadataExt;
 use std::sync::OnceLock;
 
 #[derive(Clone, Copy)]
@@ -17,7 +18,8 @@ enum Style {
 fn style() -> Style {
     static STYLE: OnceLock<Style> = OnceLock::new();
     *STYLE.get_or_init(|| {
-        if std::env::var_os("JOURNAL_STREAM").is_some() && !std::io::stderr().is_terminal() {
+        let stream = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+        if fs_err::metadata("/proc/self/fd/2").is_ok_and(|m| stream == format!("{}:{}", m.dev(), m.ino())) {
             Style::Journal
         } else if std::io::stderr().is_terminal() && colour_wanted() {
             Style::Colour

@@ -48,7 +48,15 @@ pub fn run(call: &Call) -> Result<u8> {
     let file = config::user_file();
     let old = existing(&file)?;
     let settings = config::load(&flags)?;
+    // Before anything is written here: a store that is misspelt must not take the place of one that works.
     let store = crate::store::open(&settings.store)?;
+    let probe = crate::store::probe(store.as_ref())?;
+    if let Some(complaint) = probe.complaint {
+        return Err(Error::new(complaint));
+    }
+    if let Some(leftover) = probe.leftover {
+        say::warning(leftover);
+    }
 
     let mut new = old.clone();
     for (name, value) in &flags {
@@ -73,13 +81,6 @@ pub fn run(call: &Call) -> Result<u8> {
                 file.display()
             ));
         }
-    }
-    let probe = crate::store::probe(store.as_ref())?;
-    if let Some(complaint) = probe.complaint {
-        return Err(Error::new(complaint));
-    }
-    if let Some(leftover) = probe.leftover {
-        say::warning(leftover);
     }
     let author = Author { by: edit::whoami(), trust: Trust { signer: Some(key), trusted: Vec::new() } };
     let published = edit::init(store.as_ref(), &Timestamp::now, &author)?;
@@ -215,7 +216,10 @@ fn for_hosts(settings: &Settings, ours: &PublicKey) -> Value {
     }
     json!({
         "store": shown("store", store.to_string()),
-        "cache": shown("cache", cache.to_string()),
+        "cache": shown("cache", match cache {
+            CacheUrl::Nix(url) => url,
+            cache => cache.to_string(),
+        }),
         "trustedPublicKeys": trusted,
     })
 }

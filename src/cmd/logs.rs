@@ -158,7 +158,8 @@ fn together(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<b
         Line(usize, Stream, String),
         Failed(String),
     }
-    let (sender, events) = mpsc::channel();
+    // Bounded: a reader that is slower than the journal holds it up instead of filling the memory.
+    let (sender, events) = mpsc::sync_channel(1024);
     for (i, host) in hosts.iter().enumerate() {
         let (sender, settings, host) = (sender.clone(), settings.clone(), host.clone());
         let words: Vec<String> = words.iter().map(|w| w.to_string()).collect();

@@ -5,7 +5,7 @@ use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
-use crate::error::{Error, Result, did_you_mean};
+use crate::error::{Error, Result, did_you_mean, io_text};
 use crate::manifest::diff::diff;
 use crate::manifest::edit::{self, Author, Published, Start};
 use crate::manifest::model::Manifest;
@@ -476,7 +476,8 @@ fn input(word: &str) -> Result<Vec<u8>> {
     match word.strip_prefix('@') {
         _ if word == STDIN => stdin(),
         Some("-") => stdin(),
-        Some(file) => Ok(fs_err::read(file)?),
+        Some(file) => fs_err::read(file)
+            .map_err(|e| Error::new(format!("{}; after '@' the path of a file is meant", io_text(&e)))),
         None => Ok(word.as_bytes().to_vec()),
     }
 }

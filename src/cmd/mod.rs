@@ -42,9 +42,10 @@ impl Call {
                 Err(e) => e,
             },
             Err(()) => {
-                say::error(early.output.trim_end());
-                say::info(format!("run '{} --help' for the arguments and an example", self.name));
-                Error::said(crate::error::EXIT_USAGE)
+                let said: Vec<&str> = early.output.split_whitespace().collect();
+                let said = said.join(" ");
+                let said = said.trim_end_matches('.');
+                Error::usage(format!("{said}; '{} --help' has the arguments and an example", self.name))
             }
         })
     }

@@ -124,7 +124,7 @@ impl Host<'_> {
                         continue;
                     }
                     observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
-                    if service.goal.as_ref().is_some_and(|g| g.proved && g.path == *path) {
+                    if service.goal.as_ref().is_none_or(|g| g.proved || g.path != *path) {
                         say::notice(format!("{}: {path} had lost its root and has one again", service.name));
                     }
                 }
@@ -279,6 +279,12 @@ impl Host<'_> {
             say::notice(format!("{}: {what} {} ({})", start.name, start.goal.path, start.why));
         }
         let restarts = || starts.iter().filter(|s| s.restart);
+        let holders = port_holders(plan, &starts, memory);
+        for name in &holders {
+            say::info(format!("{name}: stopping first, another service takes its port"));
+        }
+        let holders: Vec<String> = holders.into_iter().map(ServiceName::unit).collect();
+        systemd::stop(&holders, Duration::from_secs(DEFAULT_STOP_SEC + 60))?;
         let units: Vec<String> = restarts().map(|s| s.name.unit()).collect();
         systemd::reset_failed(&units)?;
         let patience = restarts()
@@ -464,6 +470,22 @@ fn starts(plan: &Plan) -> impl Iterator<Item = Start<'_>> {
         (Step::Restart(why), Some(goal)) => Some(Start { name: &service.name, goal, why, restart: true }),
         _ => None,
     })
+}
+
+/// Services that have, up to now, a port on which another one is about to start: those that go, and those that
+/// move to another port in the same call, which systemd would restart in any order.
+fn port_holders<'a>(plan: &'a Plan, starts: &[Start<'a>], memory: &Memory) -> Vec<&'a ServiceName> {
+    let port = |service: &Service| service.http.as_ref().map(|h| h.internal_port);
+    let taken: BTreeMap<u16, &ServiceName> =
+        starts.iter().filter(|s| s.restart).filter_map(|s| Some((port(&s.goal.service)?, s.name))).collect();
+    let leaving =
+        plan.gone.iter().map(|s| &s.name).chain(starts.iter().filter(|s| s.restart).map(|s| s.name));
+    leaving
+        .filter(|name| {
+            let held = memory.applied.get(*name).and_then(|a| port(&a.service));
+            held.and_then(|p| taken.get(&p)).is_some_and(|taker| taker != name)
+        })
+        .collect()
 }
 
 /// Whether the program of a service is there and may be executed.

@@ -14,6 +14,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::thread::ScopedJoinHandle;
 
 /// Looks at everything that concerns these services and whatever else is ours.
 pub fn observe(
@@ -49,15 +50,12 @@ pub fn observe(
             secrets.insert(service.name.clone(), secrets_file(&service.name, Path::new(file)));
         }
     }
-    let (units, active) = units(root, desired, applied)?;
-    Ok(Observed {
-        units,
-        active,
-        present,
-        roots: roots(root)?,
-        secrets,
-        understudies: understudies(root)?,
-        caddy: caddy::observe(caddy_admin),
+    std::thread::scope(|scope| {
+        // Caddy answers while files are read.
+        let caddy = scope.spawn(|| caddy::observe(caddy_admin));
+        let (units, active) = units(root, desired, applied)?;
+        let (roots, understudies) = (roots(root)?, understudies(root)?);
+        Ok(Observed { units, active, present, roots, secrets, understudies, caddy: joined(caddy) })
     })
 }
 
@@ -76,10 +74,16 @@ pub fn units(
     desired: &[&Service],
     applied: &BTreeMap<ServiceName, super::plan::Applied>,
 ) -> Result<(BTreeMap<ServiceName, UnitSeen>, BTreeSet<String>)> {
-    let mut listed = systemd::list_units()?;
+    // So does systemd.
+    let (listed, marked) = std::thread::scope(|scope| {
+        let listed = scope.spawn(systemd::list_units);
+        let marked = marked(&root.unit_dir, ".service");
+        (joined(listed), marked)
+    });
+    let mut listed = listed?;
     let active = listed.iter().filter(|(_, l)| l.active == "active").map(|(unit, _)| unit.clone()).collect();
     let mut units: BTreeMap<ServiceName, UnitSeen> = BTreeMap::new();
-    for (name, text) in marked(&root.unit_dir, ".service")? {
+    for (name, text) in marked? {
         units.insert(name, UnitSeen { file: UnitFile::Ours(text), ..UnitSeen::default() });
     }
     let mut without: BTreeSet<&ServiceName> = desired.iter().map(|s| &s.name).chain(applied.keys()).collect();
@@ -124,7 +128,7 @@ pub fn units(
             && let UnitFile::Ours(text) = &seen.file
         {
             seen.astray = runs_another(shown.main_pid, text);
-            seen.unread |= shown.unread;
+            seen.unread |= shown.unread || another_closure(&shown.command, text);
         }
     }
     for service in desired {
@@ -160,15 +164,25 @@ fn runs_another(pid: u32, unit: &str) -> bool {
     let proc = Path::new("/proc").join(pid.to_string());
     let exe = fs_err::read_link(proc.join("exe")).unwrap_or_default();
     let cmdline = fs_err::read(proc.join("cmdline")).unwrap_or_default();
-    let mut shown = vec![exe.to_string_lossy().into_owned()];
-    shown.extend(cmdline.split(|b| *b == 0).map(|word| String::from_utf8_lossy(word).into_owned()));
+    let mut shown = exe.to_string_lossy().into_owned();
+    for word in cmdline.split(|b| *b == 0) {
+        shown.push(' ');
+        shown.push_str(&String::from_utf8_lossy(word));
+    }
+    another_closure(&shown, unit)
+}
+
+/// Whether a text names closures, and none that a unit names.
+fn another_closure(text: &str, unit: &str) -> bool {
     let prefix = format!("{}/", crate::names::STORE_DIR);
-    let mut bases = shown
-        .iter()
-        .flat_map(|word| word.split(&prefix).skip(1))
-        .map(|rest| rest.split('/').next().unwrap_or_default())
-        .peekable();
+    let mut bases =
+        text.split(&prefix).skip(1).map(|rest| rest.split(['/', ' ']).next().unwrap_or_default()).peekable();
     bases.peek().is_some() && !bases.any(|base| unit.contains(base))
+}
+
+/// What a thread came to; its panic is ours.
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// The names in a folder; none if it is not there. Looked at once a folder rather than once a unit, because
@@ -239,7 +253,8 @@ fn foreign(folders: &[(&Path, BTreeSet<OsString>)], name: &ServiceName, was_ours
         };
         let masks =
             meta.is_symlink() && fs_err::metadata(&path).is_ok_and(|m| m.file_type().is_char_device());
-        if was_ours && masks {
+        // An empty file is nobody's work, and masks as well.
+        if was_ours && (masks || meta.is_file() && meta.len() == 0) {
             continue;
         }
         if meta.is_file() && fs_err::read(&path).is_ok_and(|bytes| unit::is_ours(&bytes)) {

@@ -103,6 +103,7 @@ fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Resul
                     return Ok(Current { manifest, error: None });
                 }
             }
+            Err(e) if e.is_newer_version() => Some(format!("the manifest in {url} cannot be used: {e}")),
             Err(e) => Some(format!(
                 "the manifest in {url} cannot be used: {e}; publish a good one ('deploy-manifest rollback')"
             )),
@@ -416,7 +417,16 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         host.undo_abandoned(&abandoned, &desired, &memory, &mut observed)?;
         changed = true;
     }
-    let mut plan = decide(&observed, &memory, &learned)?;
+    let mut plan = match decide(&observed, &memory, &learned) {
+        Ok(plan) => plan,
+        Err(refused) => {
+            // Whoever looks from afar shall see why nothing happens.
+            let manifest_error = Some(refused.to_string());
+            let state = State { checked_at: now, manifest_error, reported: true, ..memory.state.clone() };
+            publish(root, store.as_ref(), &before, state)?;
+            return Err(refused);
+        }
+    };
     if !plan.is_empty() || !memory.interrupted.is_empty() {
         let links = root.unit_dir.join("multi-user.target.wants");
         for dir in [&root.unit_dir, &root.applied_dir(), &root.run_dir, &links] {

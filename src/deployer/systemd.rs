@@ -87,8 +87,10 @@ pub struct Shown {
     pub exec_code: u32,
     /// Its exit code or signal.
     pub exec_status: i32,
-    /// Its files are not what systemd has read.
+    /// Its files are newer than what systemd has read.
     pub unread: bool,
+    /// What systemd would start (`ExecStart=`).
+    pub command: String,
 }
 
 /// The properties of some units; those systemd knows nothing of are shown as `not-found`.
@@ -100,7 +102,7 @@ pub fn show(units: &[String]) -> Result<BTreeMap<String, Shown>> {
         .args([
             "show",
             "--property=Id,LoadState,ActiveState,SubState,Result,NRestarts,InvocationID,MainPID,ExecMainCode,\
-             ExecMainStatus,NeedDaemonReload",
+             ExecMainStatus,NeedDaemonReload,ExecStart",
             "--",
         ])
         .args(units)
@@ -125,6 +127,7 @@ fn parse_show(text: &str) -> BTreeMap<String, Shown> {
                 "InvocationID" => shown.invocation = value.into(),
                 "MainPID" => shown.main_pid = value.parse().unwrap_or(0),
                 "ExecMainCode" => shown.exec_code = value.parse().unwrap_or(0),
+                "ExecStart" => shown.command = value.into(),
                 "NeedDaemonReload" => shown.unread = value == "yes",
                 "ExecMainStatus" => shown.exec_status = value.parse().unwrap_or(0),
                 _ => {}

@@ -219,7 +219,10 @@ fn swap(
 ) -> Result<Published> {
     let mut contention = Contention::new();
     let mut tried: Option<(Vec<u8>, Manifest)> = None;
-    let limit = if start == Start::Repair { MAX_REPLACED } else { MAX_BYTES };
+    let limit = match start {
+        Start::Repair | Start::Replace => MAX_REPLACED,
+        Start::Existing | Start::OrEmpty => MAX_BYTES,
+    };
     loop {
         let began = Instant::now();
         let current = load_within(store, limit)?;
@@ -688,7 +691,7 @@ mod tests {
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), padded);
         let e = add(&store, "db").unwrap_err().to_string();
         assert!(e.contains("deploy-manifest rollback"), "{e}");
-        let repaired = publish(&store, &NOW, &ann(), Start::Repair, |_| Ok(Some("mend".into()))).unwrap();
+        let repaired = publish(&store, &NOW, &ann(), Start::Replace, |_| Ok(Some("mend".into()))).unwrap();
         assert_eq!((repaired.manifest.serial, store.current().serial), (2, 2));
     }
 

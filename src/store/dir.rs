@@ -101,7 +101,8 @@ impl DirStore {
             Ok((file, meta)) if meta.is_file() => Ok(Some((file, meta.len()))),
             // A folder is what the objects below it make of a key, no object.
             Ok(_) => Ok(None),
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) if e.kind() == ErrorKind::NotADirectory && !self.root.is_file() => Ok(None),
             Err(e) => Err(self.failed("read", key, &e)),
         }
     }
@@ -149,15 +150,14 @@ impl DirStore {
                     Ok(Ok(file)) => file,
                     Ok(Err(e)) => return Err(self.failed(verb, key, &e)),
                     Err(_) => {
-                        let holder = fs_err::read_to_string(&path).unwrap_or_default();
-                        let holder = crate::say::printable(holder.trim()).into_owned();
+                        let holder = holder(&path);
                         return Err(StoreError::Unreachable(format!(
                             "cannot {verb} {key} in {}: {} was held for {} s by {}; if that process hangs, end \
                              it ('fuser -v {1}' shows it)",
                             self.url(),
                             path.display(),
                             self.lock_wait.as_secs(),
-                            if holder.is_empty() { "another process" } else { &holder },
+                            holder.as_deref().unwrap_or("another process"),
                         )));
                     }
                 }
@@ -199,6 +199,14 @@ impl DirStore {
         }
         Ok(())
     }
+}
+
+/// Who noted itself in a lock file, if it still runs: a process that is not ours may hold it without a note.
+fn holder(lock: &Path) -> Option<String> {
+    let note = fs_err::read_to_string(lock).ok()?;
+    let pid: u32 = note.strip_prefix("process ")?.split(' ').next()?.parse().ok()?;
+    let runs = Path::new("/proc").join(pid.to_string()).exists();
+    runs.then(|| crate::say::printable(note.trim()).into_owned())
 }
 
 fn etag(bytes: &[u8]) -> Etag {
@@ -415,6 +423,9 @@ mod tests {
         let (text, pid) = (error.to_string(), format!("process {} ", std::process::id()));
         assert!(text.contains(&pid) && text.contains(LOCK) && text.contains("fuser"), "{text}");
         assert!(matches!(store.get("k", None, 9), Ok(Got::Found { .. })), "reading takes no lock");
+        fs_err::write(store.root.join(LOCK), "process 4194305 (gone)\n").unwrap();
+        let text = store.put("k", b"two", &When::Always).unwrap_err().to_string();
+        assert!(text.contains("by another process") && !text.contains("4194305"), "{text}");
         drop(held);
         store.put("k", b"two", &When::Always).unwrap();
     }
@@ -426,5 +437,7 @@ mod tests {
         assert_eq!(store.get("hosts/biz.json", None, 9), Ok(Got::Missing));
         let error = store.put("hosts/biz.json", b"x", &When::Always).unwrap_err().to_string();
         assert!(error.contains("hosts/biz.json"), "{error}");
+        let error = DirStore::new(&store.root.join("hosts")).get("manifest.json", None, 9).unwrap_err();
+        assert!(error.to_string().contains("a file stands where a folder is needed"), "{error}");
     }
 }

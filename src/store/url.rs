@@ -251,12 +251,13 @@ impl fmt::Display for StoreUrl {
     }
 }
 
+/// For people: without what authenticates.
 impl fmt::Display for CacheUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             CacheUrl::Dir(path) => write!(f, "file://{}", path.display()),
             CacheUrl::S3(location) => location.fmt(f),
-            CacheUrl::Nix(url) => f.write_str(url),
+            CacheUrl::Nix(url) => f.write_str(&without_secrets(url)),
         }
     }
 }

@@ -11,28 +11,28 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 /// How many hosts work side by side: most of the time is waiting.
-const HOSTS: [&str; 4] = ["kill1", "kill2", "kill3", "kill4"];
+pub const HOSTS: [&str; 4] = ["kill1", "kill2", "kill3", "kill4"];
 
 /// What every pass of the campaign is given: a settle time that serves these services well enough.
-const QUICK: &str = "export OMNI_DEPLOY_SETTLE_MS=100; source /opt/omni/kill.sh";
+pub const QUICK: &str = "export OMNI_DEPLOY_SETTLE_MS=100; source /opt/omni/kill.sh";
 
-struct Scenario {
-    name: &'static str,
+pub struct Scenario {
+    pub name: &'static str,
     /// Services before, with their versions in the order in which they were deployed.
-    before: Vec<(Value, Vec<&'static str>)>,
+    pub before: Vec<(Value, Vec<&'static str>)>,
     /// What changes the manifest; `$VERSION` is a closure.
-    change: String,
+    pub change: String,
     /// What is run, and its exit code when it is left alone.
-    command: &'static str,
-    code: i32,
+    pub command: &'static str,
+    pub code: i32,
     /// The pages afterwards.
-    serves: Vec<(&'static str, &'static str)>,
+    pub serves: Vec<(&'static str, &'static str)>,
     /// A version of web that may be tried any number of times.
-    bad: &'static str,
+    pub bad: &'static str,
 }
 
 /// The service `NAME` of these scenarios.
-fn entry(name: &str, port: u16, rollout: &str) -> Value {
+pub fn entry(name: &str, port: u16, rollout: &str) -> Value {
     let mut service = web(name, port, "/nix/store/placeholder");
     service["exec"] = json!({"command": "bin/web"});
     service["rollout"] = rollout.into();
@@ -41,7 +41,7 @@ fn entry(name: &str, port: u16, rollout: &str) -> Value {
     service
 }
 
-fn scenarios() -> Vec<Scenario> {
+pub fn scenarios() -> Vec<Scenario> {
     let old = vec!["zero", "half", "one"];
     let before = |rollout: &str| vec![(entry("web", 8001, rollout), old.clone())];
     let update = |version: &str| format!("deploy-manifest update web ${version}");
@@ -105,7 +105,7 @@ fn scenarios() -> Vec<Scenario> {
 }
 
 /// A host of the campaign: the faulty build in place, the versions in the cache, a neighbour that runs.
-fn boot(name: &'static str) -> Host {
+pub fn boot(name: &'static str) -> Host {
     let host = Host::boot(name);
     fs_err::copy(&*FAULTS, host.path("/usr/local/bin/omni-deploy")).unwrap();
     fs_err::write(host.path("/opt/omni/kill.sh"), include_str!("kill.sh")).unwrap();
@@ -118,10 +118,11 @@ fn boot(name: &'static str) -> Host {
     for (version, behaviour) in
         [("zero", ""), ("half", ""), ("one", ""), ("two", ""), ("bad", "exit 3"), ("deaf", "port 9999")]
     {
-        let path = host.closure("web", version, behaviour);
-        writeln!(paths, "{version}={path}").unwrap();
-        host.sh(&format!("nix copy --to file:///var/lib/omni-deploy?compression=none {path}"));
+        writeln!(paths, "{version}={}", host.closure("web", version, behaviour)).unwrap();
     }
+    host.sh(&format!(
+        "{paths} nix copy --to file:///var/lib/omni-deploy?compression=none $zero $half $one $two $bad $deaf"
+    ));
     fs_err::write(host.path("/opt/omni/versions"), &paths).unwrap();
     let neighbour = entry("other", 8009, "restart");
     host.sh(&format!(
@@ -132,7 +133,7 @@ fn boot(name: &'static str) -> Host {
 }
 
 /// Brings a host to the start of a scenario.
-fn prepare(host: &Host, scenario: &Scenario) {
+pub fn prepare(host: &Host, scenario: &Scenario) {
     let mut script = format!(
         "{QUICK}; source /opt/omni/versions
          for name in $(deploy-manifest show | jq -r '.services[].name | select(. != \"other\")'); do
@@ -153,15 +154,15 @@ fn prepare(host: &Host, scenario: &Scenario) {
 }
 
 /// What one run left behind.
-struct Left {
-    code: i32,
-    facts: String,
-    starts: BTreeMap<String, u32>,
-    said: String,
+pub struct Left {
+    pub code: i32,
+    pub facts: String,
+    pub starts: BTreeMap<String, u32>,
+    pub said: String,
 }
 
 /// From the start: `first` (whatever becomes of it), then one pass, then a look.
-fn run(host: &Host, first: &str, then: &str) -> Result<Left, String> {
+pub fn run(host: &Host, first: &str, then: &str) -> Result<Left, String> {
     let output = host.try_sh(&format!(
         "{QUICK}; restore; set +e
          ({first}) >/tmp/first 2>&1; echo $?
@@ -187,8 +188,25 @@ fn run(host: &Host, first: &str, then: &str) -> Result<Left, String> {
     Ok(Left { code: code.parse().unwrap_or(-1), facts: facts.to_string(), starts, said: said.to_string() })
 }
 
+impl Left {
+    /// What is not as an undisturbed pass leaves it; nothing that is well may have been started more often.
+    pub fn against(&self, want: &Left, bad: &str) -> String {
+        let mut wrong = difference(&want.facts, &self.facts);
+        if self.code != want.code {
+            writeln!(wrong, "      exit code {} instead of {}", self.code, want.code).unwrap();
+        }
+        for (what, count) in self.starts.iter().filter(|(w, _)| w.split('@').next() != Some(bad)) {
+            let planned = want.starts.get(what).copied().unwrap_or(0);
+            if *count > planned {
+                writeln!(wrong, "      {what} was started {count} times, not {planned}").unwrap();
+            }
+        }
+        wrong
+    }
+}
+
 /// The lines that only one of two texts has.
-fn difference(want: &str, got: &str) -> String {
+pub fn difference(want: &str, got: &str) -> String {
     let mut out = String::new();
     for (sign, of, other) in [('-', want, got), ('+', got, want)] {
         for line in of.lines().filter(|l| !other.lines().any(|o| o == *l)) {
@@ -224,19 +242,9 @@ fn campaign(host: &Host, scenario: &Scenario, wrong: &mut String) -> usize {
         let kill = format!("OMNI_DEPLOY_KILL_AT={} {command}; [[ $? == 137 ]] || echo 'NOT KILLED'", i + 1);
         let want = unasked.as_ref().filter(|_| i < asked).unwrap_or(&undisturbed);
         let verdict = run(host, &kill, "deployer run").and_then(|got| {
-            let mut verdict = difference(&want.facts, &got.facts);
-            if got.code != want.code {
-                writeln!(verdict, "      exit code {} instead of {}", got.code, want.code).unwrap();
-            }
+            let mut verdict = got.against(want, scenario.bad);
             if got.said.contains("NOT KILLED") {
                 writeln!(verdict, "      it was not killed").unwrap();
-            }
-            for (what, count) in got.starts.iter().filter(|(w, _)| w.split('@').next() != Some(scenario.bad))
-            {
-                let planned = undisturbed.starts.get(what).copied().unwrap_or(0);
-                if *count > planned {
-                    writeln!(verdict, "      {what} was started {count} times, not {planned}").unwrap();
-                }
             }
             if verdict.is_empty() { Ok(()) } else { Err(format!("{verdict}{}", got.said)) }
         });
@@ -247,14 +255,18 @@ fn campaign(host: &Host, scenario: &Scenario, wrong: &mut String) -> usize {
     points.len()
 }
 
-#[test]
-fn a_pass_killed_at_any_point_is_finished_or_undone_by_the_next() {
+/// Works through scenarios on several hosts side by side; what went wrong is told at the end.
+pub fn on_hosts(
+    hosts: &[&'static str],
+    scenarios: Vec<Scenario>,
+    work: impl Fn(&Host, &Scenario, &mut String) -> usize + Sync,
+) {
     let only = std::env::var("OMNI_TEST_SCENARIO").unwrap_or_default();
     let left: Mutex<VecDeque<Scenario>> =
-        Mutex::new(scenarios().into_iter().filter(|s| s.name.starts_with(&only)).collect());
+        Mutex::new(scenarios.into_iter().filter(|s| s.name.starts_with(&only)).collect());
     let told = Mutex::new(String::new());
     std::thread::scope(|scope| {
-        for name in HOSTS {
+        for name in hosts {
             scope.spawn(|| {
                 let mut host = None;
                 loop {
@@ -262,7 +274,7 @@ fn a_pass_killed_at_any_point_is_finished_or_undone_by_the_next() {
                     let Some(scenario) = next else { break };
                     let begun = Instant::now();
                     let mut wrong = String::new();
-                    let points = campaign(host.get_or_insert_with(|| boot(name)), &scenario, &mut wrong);
+                    let points = work(host.get_or_insert_with(|| boot(name)), &scenario, &mut wrong);
                     println!("{}: {points} points, {} s", scenario.name, begun.elapsed().as_secs());
                     told.lock().unwrap().push_str(&wrong);
                 }
@@ -271,4 +283,9 @@ fn a_pass_killed_at_any_point_is_finished_or_undone_by_the_next() {
     });
     let told = told.into_inner().unwrap();
     assert!(told.is_empty(), "{told}");
+}
+
+#[test]
+fn a_pass_killed_at_any_point_is_finished_or_undone_by_the_next() {
+    on_hosts(&HOSTS, scenarios(), campaign);
 }

@@ -66,6 +66,13 @@ facts() {
   cd /
 }
 
+# After a pass whose writes failed: whatever is on the disk is whole, and what was served is served.
+between() {
+  jq -e . /var/lib/deployer/*.json /var/lib/deployer/applied/*.json /var/lib/omni-deploy/hosts/*.json >/dev/null || echo "TORN"
+  find /etc /var /nix/var /run/omni-deploy -name '*omni-deploy-*' -printf 'LEFT OVER %p\n'
+  echo "web serves $(curl -s -m 3 -H "Host: web.example.com" localhost/ || true)"
+}
+
 # Which version was started how often on a service's own port since the start.
 starts() {
   journalctl --sync

@@ -209,6 +209,16 @@ impl Host {
         lab_ok(&["reboot", self.name]);
     }
 
+    /// Cuts its power: every process ends at once.
+    pub fn power_cut(&self) {
+        lab_ok(&["kill", self.name]);
+    }
+
+    /// Boots the same disk again.
+    pub fn start(&self) {
+        lab_ok(&["start", self.name]);
+    }
+
     /// `ssh HOSTNAME` for somebody outside; returns the folder to put first on PATH.
     pub fn ssh_setup(&self, dir: &Path) -> String {
         lab_ok(&["ssh-setup", self.name, &dir.display().to_string()])
