@@ -8,7 +8,7 @@ use super::root::Root;
 use super::state::Failure;
 use super::systemd::{self, CameUp, Listed, Shown};
 use super::{applied, intent, observe};
-use crate::clock::Timestamp;
+use crate::clock::{self, Timestamp};
 use crate::config::Settings;
 use crate::durable;
 use crate::effect;
@@ -279,16 +279,33 @@ impl Host<'_> {
             say::notice(format!("{}: {what} {} ({})", start.name, start.goal.path, start.why));
         }
         let restarts = || starts.iter().filter(|s| s.restart);
+        let holders = port_holders(plan, &starts, memory);
+        for name in &holders {
+            say::info(format!("{name}: stopping first, another service takes its port"));
+        }
+        let holders: Vec<String> = holders.into_iter().map(ServiceName::unit).collect();
+        systemd::stop(&holders, Duration::from_secs(DEFAULT_STOP_SEC + 60))?;
         let units: Vec<String> = restarts().map(|s| s.name.unit()).collect();
         systemd::reset_failed(&units)?;
         let patience = restarts()
             .map(|s| s.goal.service.systemd.stop_timeout_sec.map_or(DEFAULT_STOP_SEC, u64::from))
             .max();
-        let begun = Timestamp::now();
+        let before: BTreeMap<&str, String> =
+            units.iter().filter_map(|u| Some((u.as_str(), systemd::invocation(u)?))).collect();
+        let begun = clock::journal_now();
         let complaint =
             systemd::restart(&units, Duration::from_secs(patience.unwrap_or(DEFAULT_STOP_SEC) + 60))?;
+        // A restart that systemd does not even begin leaves the old process running, and that would look well.
+        let not_begun = |unit: &str| {
+            let why = systemd::could_not_start(complaint.as_deref(), unit);
+            let same = before.get(unit).is_some_and(|id| systemd::invocation(unit).as_ref() == Some(id));
+            why.or_else(|| same.then(|| format!("it was not restarted: {}", said(complaint.as_deref()))))
+        };
+        let not_begun: BTreeMap<&ServiceName, String> =
+            restarts().filter_map(|s| Some((s.name, not_begun(&s.name.unit())?))).collect();
         let watched: Vec<Watched> = starts
             .iter()
+            .filter(|s| !not_begun.contains_key(s.name))
             .map(|s| Watched { name: s.name, unit: s.name.unit(), service: &s.goal.service })
             .collect();
         // Done for those: a clock that was set back must not make them look older than their units for ever.
@@ -297,20 +314,17 @@ impl Host<'_> {
         }
         let outcomes = watch(&watched)?;
         for start in &starts {
-            match outcomes.get(start.name) {
-                Some(Ok(after)) => {
+            let why = match (not_begun.get(start.name), outcomes.get(start.name)) {
+                (None, Some(Ok(after))) => {
                     say::info(format!("{}: up after {:.1} s", start.name, after.as_secs_f64()));
                     self.proved(start.name, start.goal, memory, learned);
+                    continue;
                 }
-                Some(Err(why)) => {
-                    let journal = systemd::journal(&start.name.unit(), begun.0, JOURNAL_LINES);
-                    self.refuse(start.name, start.goal, why.clone(), journal, learned);
-                }
-                None => {
-                    let why = complaint.clone().unwrap_or_else(|| "systemd says nothing of it".into());
-                    self.refuse(start.name, start.goal, why, Vec::new(), learned);
-                }
-            }
+                (Some(why), _) | (None, Some(Err(why))) => why.clone(),
+                (None, None) => said(complaint.as_deref()),
+            };
+            let journal = systemd::journal(&start.name.unit(), begun, JOURNAL_LINES);
+            self.refuse(start.name, start.goal, why, journal, learned);
         }
         Ok(true)
     }
@@ -441,6 +455,11 @@ impl Host<'_> {
     }
 }
 
+/// A complaint of systemctl, for a reason.
+fn said(complaint: Option<&str>) -> String {
+    complaint.map_or_else(|| "systemd says nothing of it".into(), crate::runner::tail)
+}
+
 fn missing_folder(e: std::io::Error) -> std::io::Result<bool> {
     if e.kind() == std::io::ErrorKind::NotFound { Ok(false) } else { Err(e) }
 }
@@ -454,6 +473,22 @@ fn starts(plan: &Plan) -> impl Iterator<Item = Start<'_>> {
         (Step::Restart(why), Some(goal)) => Some(Start { name: &service.name, goal, why, restart: true }),
         _ => None,
     })
+}
+
+/// Services that have, up to now, a port on which another one is about to start: those that go, and those that
+/// move to another port in the same call, which systemd would restart in any order.
+fn port_holders<'a>(plan: &'a Plan, starts: &[Start<'a>], memory: &Memory) -> Vec<&'a ServiceName> {
+    let port = |service: &Service| service.http.as_ref().map(|h| h.internal_port);
+    let taken: BTreeMap<u16, &ServiceName> =
+        starts.iter().filter(|s| s.restart).filter_map(|s| Some((port(&s.goal.service)?, s.name))).collect();
+    let leaving =
+        plan.gone.iter().map(|s| &s.name).chain(starts.iter().filter(|s| s.restart).map(|s| s.name));
+    leaving
+        .filter(|name| {
+            let held = memory.applied.get(*name).and_then(|a| port(&a.service));
+            held.and_then(|p| taken.get(&p)).is_some_and(|taker| taker != name)
+        })
+        .collect()
 }
 
 /// Whether the program of a service is there and may be executed.

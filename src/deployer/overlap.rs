@@ -8,7 +8,7 @@ use super::caddy::{self, RoutePlan};
 use super::plan::{Goal, Learned, Memory, Observed, Plan, Step};
 use super::systemd;
 use super::unit;
-use crate::clock::Timestamp;
+use crate::clock;
 use crate::durable;
 use crate::effect;
 use crate::error::{Error, Result};
@@ -17,7 +17,8 @@ use crate::manifest::{Http, Service};
 use crate::names::ServiceName;
 use crate::say;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Ipv4Addr, TcpListener};
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::time::{Duration, Instant};
 
 /// Spare ports come from below the kernel's range for outgoing connections (ip_local_port_range begins at
@@ -88,7 +89,7 @@ impl Host<'_> {
         systemd::daemon_reload()?;
         let units: Vec<String> = understudies.iter().map(|u| u.name.next_unit()).collect();
         systemd::reset_failed(&units)?;
-        let begun = Timestamp::now();
+        let begun = clock::journal_now();
         let complaint = systemd::restart(&units, Duration::from_secs(150))?;
         let watched: Vec<Watched> = understudies
             .iter()
@@ -109,10 +110,11 @@ impl Host<'_> {
                 }
                 (outcome, _) => {
                     let why = match outcome {
-                        Some(Err(why)) => why.clone(),
+                        Some(Err(why)) => systemd::could_not_start(complaint.as_deref(), &u.name.next_unit())
+                            .unwrap_or_else(|| why.clone()),
                         _ => complaint.clone().unwrap_or_else(|| "systemd says nothing of it".into()),
                     };
-                    let journal = systemd::journal(&u.name.next_unit(), begun.0, super::apply::JOURNAL_LINES);
+                    let journal = systemd::journal(&u.name.next_unit(), begun, super::apply::JOURNAL_LINES);
                     self.refuse(u.name, u.goal, why, journal, learned);
                     refused.push(u.name.clone());
                 }
@@ -246,7 +248,7 @@ fn spare_port(taken: &mut BTreeSet<u16>) -> Result<u16> {
     let offset = u32::from(u16::from_ne_bytes(start)) % count;
     for i in 0..count {
         let port = SPARE_PORTS.start + ((offset + i) % count) as u16;
-        if !taken.contains(&port) && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+        if !taken.contains(&port) && nobody_listens(port) {
             taken.insert(port);
             return Ok(port);
         }
@@ -255,6 +257,16 @@ fn spare_port(taken: &mut BTreeSet<u16>) -> Result<u16> {
         "no port from {} to {} is free for an overlapping rollout; use rollout \"restart\"",
         SPARE_PORTS.start, SPARE_PORTS.end
     )))
+}
+
+/// Whether a service could listen there on whichever addresses it likes.
+fn nobody_listens(port: u16) -> bool {
+    let free = |any: IpAddr| match TcpListener::bind((any, port)) {
+        Ok(_) => true,
+        // Any other complaint is one about the protocol: this machine has no IPv6.
+        Err(e) => any.is_ipv6() && e.kind() != ErrorKind::AddrInUse,
+    };
+    free(Ipv4Addr::UNSPECIFIED.into()) && free(Ipv6Addr::UNSPECIFIED.into())
 }
 
 /// Waits until no connection to these ports is open, each at most its own time in seconds. The connections
@@ -344,10 +356,14 @@ mod tests {
 
     #[test]
     fn a_spare_port_is_free_and_nobody_elses() {
-        let busy = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let mut taken: BTreeSet<u16> = (SPARE_PORTS.start..SPARE_PORTS.end - 2).collect();
         let port = spare_port(&mut taken).unwrap();
-        assert!(port >= SPARE_PORTS.end - 2 && port != busy.local_addr().unwrap().port());
+        assert!(port >= SPARE_PORTS.end - 2);
         assert!(taken.contains(&port));
+        // A service may listen on all addresses, so one on any address is in its way.
+        for address in ["127.0.0.1:0", "127.0.0.2:0", "0.0.0.0:0"] {
+            let busy = TcpListener::bind(address).unwrap();
+            assert!(!nobody_listens(busy.local_addr().unwrap().port()), "{address}");
+        }
     }
 }

@@ -103,6 +103,7 @@ fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Resul
                     return Ok(Current { manifest, error: None });
                 }
             }
+            Err(e) if e.is_newer_version() => Some(format!("the manifest in {url} cannot be used: {e}")),
             Err(e) => Some(format!(
                 "the manifest in {url} cannot be used: {e}; publish a good one ('deploy-manifest rollback')"
             )),

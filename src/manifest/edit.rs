@@ -691,7 +691,7 @@ mod tests {
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), padded);
         let e = add(&store, "db").unwrap_err().to_string();
         assert!(e.contains("deploy-manifest rollback"), "{e}");
-        let repaired = publish(&store, &NOW, &ann(), Start::Repair, |_| Ok(Some("mend".into()))).unwrap();
+        let repaired = publish(&store, &NOW, &ann(), Start::Replace, |_| Ok(Some("mend".into()))).unwrap();
         assert_eq!((repaired.manifest.serial, store.current().serial), (2, 2));
     }
 

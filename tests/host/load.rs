@@ -3,10 +3,11 @@
 //! `OMNI_TEST_LOAD` names the generator (tests/load); with `OMNI_LOAD_FULL` set, ten deploys of each kind are
 //! made under 280,000 requests and more, as benches/load.sh does.
 
-use crate::lab::{Background, TOP};
+use crate::lab::{Background, TOP, soon};
 use crate::solo::{Solo, solo, web};
 use serde_json::{Value, json};
 use std::path::PathBuf;
+use std::time::Duration;
 
 const OVERLAP: &str = "overlap";
 const RESTART: &str = "restart";
@@ -25,7 +26,7 @@ struct Scale {
 
 fn scale() -> Scale {
     if std::env::var_os("OMNI_LOAD_FULL").is_some() {
-        Scale { deploys: 5, requests: 140_000, rate: 700, broken: 3 }
+        Scale { deploys: 5, requests: 140_000, rate: 600, broken: 3 }
     } else {
         Scale { deploys: 1, requests: 10_000, rate: 400, broken: 1 }
     }
@@ -73,15 +74,24 @@ struct Neighbour(Background);
 
 impl Neighbour {
     fn on(host: &Solo) -> Self {
-        Neighbour(start(&["neighbour", &format!("{}:80", host.ip), "sockets.example.com", "8"]))
+        let address = format!("{}:80", host.ip);
+        let mut neighbour = Neighbour(start(&["neighbour", &address, "sockets.example.com", "8"]));
+        soon("WebSockets are open", Duration::from_secs(10), || match neighbour.counts() {
+            counts if counts["echoes"].as_u64() > Some(0) => Ok(()),
+            counts => Err(counts.to_string()),
+        });
+        neighbour
+    }
+
+    fn counts(&mut self) -> Value {
+        let line = self.0.ask();
+        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: '{line}'"))
     }
 
     /// How often the one that was cut most was, so far.
     fn cuts(&mut self) -> u64 {
-        let line = self.0.ask();
-        let counts: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: '{line}'"));
-        assert!(counts["echoes"].as_u64() > Some(0), "{line}");
-        assert_eq!(counts["refused"], 0, "{line}");
+        let counts = self.counts();
+        assert_eq!(counts["refused"], 0, "{counts}");
         let cuts = counts["cuts"].as_array().expect("a list").iter().filter_map(Value::as_u64);
         cuts.max().expect("there are connections")
     }
@@ -144,7 +154,9 @@ fn overlapping_deploys_lose_no_request_and_cut_websockets_twice_at_most() {
         let load = Load::on(&host, requests, rate, at_once);
         let cuts = deploy_good(&host, &format!("overlap-{at_once}"), deploys, &mut neighbour);
         let figures = load.figures(&format!("{deploys} overlap deploys, {at_once} at once"));
-        println!("WebSockets of a neighbour cut by each of these deploys: {cuts:?}");
+        println!(
+            "WebSockets of a neighbour, cuts by each of {deploys} overlap deploys, {at_once} at once: {cuts:?}"
+        );
         assert_eq!(figures["failed"], 0, "{figures}");
         assert!(figures["versions"].as_array().is_some_and(|v| v.len() > deploys), "{figures}");
         assert!(cuts.iter().all(|c| *c <= 2), "{cuts:?}");
@@ -191,4 +203,18 @@ fn broken_releases_that_would_overlap_lose_no_request() {
     assert_eq!(figures["versions"], json!(["first"]), "nobody saw a broken one");
     assert_eq!(host.invocation("echo"), unit, "the running version was not touched");
     assert_eq!(neighbour.cuts(), before, "no route changes");
+}
+
+#[test]
+fn a_release_that_fails_on_its_own_port_alone_loses_no_request() {
+    let host = host_with(OVERLAP);
+    let load = Load::on(&host, 0, scale().rate, 16);
+    // Well as an understudy, it has the requests when it fails in the place of the version before.
+    host.update("echo", &release(&host, "picky", "refuses 8001"));
+    host.passes_with(3);
+    host.serves("echo", "first");
+    assert_eq!(host.sh("ls /etc/systemd/system | grep -c -- -next || true"), "0");
+    let figures = load.figures("1 broken release that fails in its place alone");
+    assert_eq!(figures["failed"], 0, "{figures}");
+    assert_eq!(figures["versions"], json!(["first", "picky"]));
 }

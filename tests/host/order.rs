@@ -410,7 +410,8 @@ impl Model {
             let new = entry.map(|s| overrides.apply(s));
             let good = self.versions.get(&one.path).is_some_and(|v| v.1);
             let known = self.proved.get(name).is_some_and(|old| old == one);
-            if !(known || good && new.as_ref() == Some(&one.service)) {
+            let as_wanted = good && new.as_ref() == Some(&one.service);
+            if !(known || as_wanted) {
                 wrong.push(format!(
                     "{name} was taken down as proved: {one:?}\n  new {new:?}\n  old {:?}",
                     self.proved.get(name)

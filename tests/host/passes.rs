@@ -367,3 +367,26 @@ fn a_person_on_the_host_finds_what_is_going_on() {
     host.sh("systemctl stop deployer.timer");
     assert!(doctor.status.ok(), "{}{}", doctor.text(), doctor.stderr);
 }
+
+#[test]
+fn a_port_goes_from_one_service_to_another_in_one_pass() {
+    let host = solo();
+    let path = host.deploys_web();
+    // A rename: the old one goes, the new one has its port.
+    let shop = host.closure("shop", "shop", "");
+    host.sh("deploy-manifest remove-service web");
+    host.add(&web("shop", 8001, &shop));
+    host.good_pass();
+    host.serves("shop", "shop");
+    assert_ne!(host.try_sh("systemctl is-active web").status, Status::Exit(0));
+    // And two that swap theirs.
+    host.add(&web("web", 8002, &path));
+    host.good_pass();
+    host.sh("deploy-manifest show | jq '.services |= map(.http.internalPort = 16003 - .http.internalPort
+                 | .env.PORT = (.http.internalPort | tostring))' >/tmp/swapped.json
+             EDITOR='cp /tmp/swapped.json' deploy-manifest edit");
+    host.good_pass();
+    host.serves("shop", "shop");
+    host.serves("web", "one");
+    assert_eq!(host.state()["services"]["web"]["status"], "running");
+}

@@ -55,7 +55,6 @@ pub fn run(target: &Target, connections: u32) -> io::Result<()> {
         line?;
         println!("{}", counts.json());
     }
-    println!("{}", counts.json());
     Ok(())
 }
 

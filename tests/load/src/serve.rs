@@ -1,7 +1,8 @@
 //! The service that is deployed. It runs from a closure, `DIR/bin/NAME serve`, listens on 127.0.0.1:$PORT, and
 //! reads two files there: `DIR/version`, told by `GET /`, and `DIR/behaviour` (absent: a good release), one of
-//! `exit` (at once), `port N` (listens there instead), `sick` (health answers 500), `crash SECONDS`,
-//! `slow SECONDS` (until it listens) and `hasty` (ends at SIGTERM without finishing what it has).
+//! `exit` (at once), `port N` (listens there instead), `refuses N` (exits when told to listen there), `sick`
+//! (health answers 500), `crash SECONDS`, `slow SECONDS` (until it listens) and `hasty` (ends at SIGTERM
+//! without finishing what it has).
 //! `POST` echoes, `/wait/MS` answers that much later, `/health` is for the deployer, and a WebSocket echoes text
 //! frames of up to 125 bytes.
 
@@ -24,7 +25,7 @@ struct Connections {
     ending: bool,
     next: u64,
     /// Each with whether a request is under way on it.
-    open: HashMap<u64, (TcpStream, bool)>,
+    open: HashMap<u64, (Arc<TcpStream>, bool)>,
 }
 
 #[derive(Default)]
@@ -56,6 +57,9 @@ pub fn run() -> io::Result<()> {
     match what {
         "exit" => return Err(Error::other(format!("cannot open the database of version {version}"))),
         "port" => port = number,
+        "refuses" if port == number => {
+            return Err(Error::other(format!("version {version} minds port {port}")));
+        }
         "slow" => std::thread::sleep(seconds),
         "crash" => {
             std::thread::spawn(move || {
@@ -79,14 +83,18 @@ pub fn run() -> io::Result<()> {
         });
     }
     for stream in listener.incoming() {
-        let stream = stream?;
+        let Ok(stream) = stream.map(Arc::new) else {
+            // Too many at once: they wait where they are.
+            std::thread::sleep(Duration::from_millis(10));
+            continue;
+        };
         let mut connections = shared.connections();
         if connections.ending {
             break;
         }
         let id = connections.next;
         connections.next += 1;
-        connections.open.insert(id, (stream.try_clone()?, false));
+        connections.open.insert(id, (stream.clone(), false));
         drop(connections);
         let shared = shared.clone();
         std::thread::spawn(move || {
