@@ -156,13 +156,13 @@ impl Campaign<'_> {
                     &format!("deploy-manifest set {who} http.path=/{n}"),
                 );
             }
-            16 => self.happens(
+            16 if who != "s0" => self.happens(
                 format!("rollback --service {who}"),
                 &format!("deploy-manifest rollback --service {who}"),
             ),
             17 => self.happens(
                 "rollback".into(),
-                "deploy-manifest rollback; deploy-manifest show --service s0 || deploy-manifest rollback",
+                "deploy-manifest rollback; deploy-manifest show --service s0 | grep page || deploy-manifest rollback",
             ),
             18 => self.happens(
                 "the manifest is truncated".into(),
@@ -285,6 +285,7 @@ impl Campaign<'_> {
             self.story.push("power failure".into());
             self.host.power_cut();
             self.host.start();
+            self.host.start();
         }
         self.step += 1;
     }
@@ -302,7 +303,7 @@ impl Campaign<'_> {
              look >/tmp/before
              code=0; env {kill} {command} >/tmp/said 2>&1 || code=$?
              # What the killed one had started is gone as well, as with its unit's KillMode.
-             [[ -z '{kill}' ]] || while pgrep -x 'nix|systemctl|nix-store' >/dev/null; do sleep 0.02; done
+             [[ -z '{kill}' ]] || while pgrep -x 'nix|systemctl' >/dev/null; do sleep 0.02; done
              look plan >/tmp/after
              cat /tmp/before; printf '\\035'; cat /tmp/after; printf '\\035%s\\035' $code; cat /tmp/said",
             self.model.unit_dir

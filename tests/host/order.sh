@@ -60,5 +60,5 @@ look() {
     [[ ! -e /var/lib/omni-deploy/${file%%-*}.narinfo ]] || echo "$path"
   done
   section plan
-  if [[ ${1-} == plan ]]; then deployer plan --json 2>/dev/null | jq .empty; fi
+  if [[ ${1-} == plan ]]; then deployer plan --json 2>/dev/null | jq .empty || true; fi
 }
