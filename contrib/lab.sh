@@ -231,7 +231,8 @@ remove_host() {
   [[ -z $(mounts_below "$dir") ]] || die "host '$name': cannot unmount $(mounts_below "$dir" | head -n 1); who uses it?"
   # Only ever below our own folder, and never into something mounted there.
   [[ ! -d $dir ]] || rm -rf --one-file-system -- "$dir"
-  rmdir --ignore-fail-on-non-empty "$LAB_DIR" 2>/dev/null || true
+  # Not from under another one that is being made at this moment; its own removal will see to the folder.
+  (flock --nonblock 8 && rmdir --ignore-fail-on-non-empty "$LAB_DIR" 2>/dev/null) 8</run || true
 }
 
 # --- making one ---------------------------------------------------------------------------------------------

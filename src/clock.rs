@@ -1,5 +1,5 @@
-//! Points in time as the formats write them: RFC 3339, UTC, whole seconds. Only [`Timestamp::now`] reads the
-//! clock; everything that decides takes the time as an argument.
+//! Points in time as the formats write them: RFC 3339, UTC, whole seconds. Only [`Timestamp::now`] and
+//! [`journal_now`] read the clock; everything that decides takes the time as an argument.
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
@@ -34,6 +34,11 @@ impl Timestamp {
     pub fn age(self, now: Timestamp) -> String {
         human_seconds(now.0.saturating_sub(self.0).max(0))
     }
+}
+
+/// The clock in microseconds since the Unix epoch, as the journal counts: where to begin reading it.
+pub fn journal_now() -> i64 {
+    DateTime::<Utc>::from(SystemTime::now()).timestamp_micros()
 }
 
 /// A length of time for people, in its largest whole unit: `59s`, `5m`, `3h`, `2d`.

@@ -8,7 +8,7 @@ use super::root::Root;
 use super::state::Failure;
 use super::systemd::{self, CameUp, Listed, Shown};
 use super::{applied, intent, observe};
-use crate::clock::Timestamp;
+use crate::clock::{self, Timestamp};
 use crate::config::Settings;
 use crate::durable;
 use crate::effect;
@@ -290,11 +290,22 @@ impl Host<'_> {
         let patience = restarts()
             .map(|s| s.goal.service.systemd.stop_timeout_sec.map_or(DEFAULT_STOP_SEC, u64::from))
             .max();
-        let begun = Timestamp::now();
+        let before: BTreeMap<&str, String> =
+            units.iter().filter_map(|u| Some((u.as_str(), systemd::invocation(u)?))).collect();
+        let begun = clock::journal_now();
         let complaint =
             systemd::restart(&units, Duration::from_secs(patience.unwrap_or(DEFAULT_STOP_SEC) + 60))?;
+        // A restart that systemd does not even begin leaves the old process running, and that would look well.
+        let not_begun = |unit: &str| {
+            let why = systemd::could_not_start(complaint.as_deref(), unit);
+            let same = before.get(unit).is_some_and(|id| systemd::invocation(unit).as_ref() == Some(id));
+            why.or_else(|| same.then(|| format!("it was not restarted: {}", said(complaint.as_deref()))))
+        };
+        let not_begun: BTreeMap<&ServiceName, String> =
+            restarts().filter_map(|s| Some((s.name, not_begun(&s.name.unit())?))).collect();
         let watched: Vec<Watched> = starts
             .iter()
+            .filter(|s| !not_begun.contains_key(s.name))
             .map(|s| Watched { name: s.name, unit: s.name.unit(), service: &s.goal.service })
             .collect();
         // Done for those: a clock that was set back must not make them look older than their units for ever.
@@ -303,20 +314,17 @@ impl Host<'_> {
         }
         let outcomes = watch(&watched)?;
         for start in &starts {
-            match outcomes.get(start.name) {
-                Some(Ok(after)) => {
+            let why = match (not_begun.get(start.name), outcomes.get(start.name)) {
+                (None, Some(Ok(after))) => {
                     say::info(format!("{}: up after {:.1} s", start.name, after.as_secs_f64()));
                     self.proved(start.name, start.goal, memory, learned);
+                    continue;
                 }
-                Some(Err(why)) => {
-                    let journal = systemd::journal(&start.name.unit(), begun.0, JOURNAL_LINES);
-                    self.refuse(start.name, start.goal, why.clone(), journal, learned);
-                }
-                None => {
-                    let why = complaint.clone().unwrap_or_else(|| "systemd says nothing of it".into());
-                    self.refuse(start.name, start.goal, why, Vec::new(), learned);
-                }
-            }
+                (Some(why), _) | (None, Some(Err(why))) => why.clone(),
+                (None, None) => said(complaint.as_deref()),
+            };
+            let journal = systemd::journal(&start.name.unit(), begun, JOURNAL_LINES);
+            self.refuse(start.name, start.goal, why, journal, learned);
         }
         Ok(true)
     }
@@ -442,6 +450,11 @@ impl Host<'_> {
         }
         Ok(())
     }
+}
+
+/// A complaint of systemctl, for a reason.
+fn said(complaint: Option<&str>) -> String {
+    complaint.map_or_else(|| "systemd says nothing of it".into(), crate::runner::tail)
 }
 
 fn missing_folder(e: std::io::Error) -> std::io::Result<bool> {

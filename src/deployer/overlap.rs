@@ -8,7 +8,7 @@ use super::caddy::{self, RoutePlan};
 use super::plan::{Goal, Learned, Memory, Observed, Plan, Step};
 use super::systemd;
 use super::unit;
-use crate::clock::Timestamp;
+use crate::clock;
 use crate::durable;
 use crate::effect;
 use crate::error::{Error, Result};
@@ -89,7 +89,7 @@ impl Host<'_> {
         systemd::daemon_reload()?;
         let units: Vec<String> = understudies.iter().map(|u| u.name.next_unit()).collect();
         systemd::reset_failed(&units)?;
-        let begun = Timestamp::now();
+        let begun = clock::journal_now();
         let complaint = systemd::restart(&units, Duration::from_secs(150))?;
         let watched: Vec<Watched> = understudies
             .iter()
@@ -110,10 +110,11 @@ impl Host<'_> {
                 }
                 (outcome, _) => {
                     let why = match outcome {
-                        Some(Err(why)) => why.clone(),
+                        Some(Err(why)) => systemd::could_not_start(complaint.as_deref(), &u.name.next_unit())
+                            .unwrap_or_else(|| why.clone()),
                         _ => complaint.clone().unwrap_or_else(|| "systemd says nothing of it".into()),
                     };
-                    let journal = systemd::journal(&u.name.next_unit(), begun.0, super::apply::JOURNAL_LINES);
+                    let journal = systemd::journal(&u.name.next_unit(), begun, super::apply::JOURNAL_LINES);
                     self.refuse(u.name, u.goal, why, journal, learned);
                     refused.push(u.name.clone());
                 }

@@ -303,12 +303,20 @@ fn analyze(files: &[&Path]) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// The last lines a unit wrote to the journal since `since` (Unix seconds), oldest first.
+/// What systemctl had to say of one unit, when its call could not even begin to start it: a unit that it requires
+/// is not there, or failed.
+pub fn could_not_start(complaint: Option<&str>, unit: &str) -> Option<String> {
+    let of_it = [format!("Failed to restart {unit}: "), format!("A dependency job for {unit} failed")];
+    let line = complaint?.lines().find(|line| of_it.iter().any(|start| line.starts_with(start)))?;
+    Some(line.split(". ").next().unwrap_or(line).trim_end_matches('.').to_string())
+}
+
+/// The last lines a unit wrote to the journal since `since` (microseconds since the Unix epoch), oldest first.
 pub fn journal(unit: &str, since: i64, lines: u32) -> Vec<String> {
     let output = Run::new("journalctl")
         .args(["--no-pager", "--output=cat", "--quiet"])
         .arg(format!("--unit={unit}"))
-        .arg(format!("--since=@{since}"))
+        .arg(format!("--since=@{}.{:06}", since / 1_000_000, since % 1_000_000))
         .arg(format!("--lines={lines}"))
         .deadline(Duration::from_secs(20))
         .output();
@@ -340,6 +348,22 @@ mod tests {
             main_pid: 7,
             ..Shown::default()
         }
+    }
+
+    #[test]
+    fn what_systemctl_says_of_one_unit_is_told_apart_from_its_neighbours() {
+        let said = "Failed to restart b.service: Unit nosuch.service not found.\n\
+                    A dependency job for c.service failed. See 'journalctl -xe' for details.\n\
+                    Job for d.service failed because the control process exited with error code.\n";
+        for (unit, want) in [
+            ("b.service", Some("Failed to restart b.service: Unit nosuch.service not found")),
+            ("c.service", Some("A dependency job for c.service failed")),
+            ("d.service", None),
+            ("ab.service", None),
+        ] {
+            assert_eq!(could_not_start(Some(said), unit).as_deref(), want);
+        }
+        assert_eq!(could_not_start(None, "b.service"), None);
     }
 
     #[test]

@@ -49,18 +49,19 @@ facts() {
   find . -printf 'state %P %m\n' | sort
   cat applied/* manifest.json
   if [[ -e overrides.json ]]; then jq 'del(.. | .since?)' overrides.json; fi
-  echo "state.json: $(jq -S "$times" state.json)"
-  echo "report: $(jq -S "$times" /var/lib/omni-deploy/hosts/*.json)"
+  # The state, and then the report, which is to say the same.
+  jq -S "$times" state.json /var/lib/omni-deploy/hosts/*.json
   systemctl list-units --all --plain --no-legend --type=service 'web*' 'other*' | awk '{ print $1, $2, $3, $4 }'
-  for unit in $(systemctl list-units --plain --no-legend --state=active 'web*.service' 'other*.service' | awk '{ print $1 }'); do
-    pid=$(systemctl show --property=MainPID --value "$unit")
-    echo "$unit runs $(readlink "/proc/$pid/exe"), $(systemctl show --property=NeedDaemonReload "$unit")"
-  done
+  systemctl show --property=Id,MainPID,NeedDaemonReload 'web*.service' other.service | paste -sd '   \n' |
+    while read -r pid unit reload; do
+      if [[ $pid != MainPID=0 ]]; then echo "$unit $reload runs $(readlink "/proc/${pid#MainPID=}/exe")"; fi
+    done
   ss -Hltn 'sport >= :20000 and sport < :32000' | awk '{ print "spare port", $4 }'
   curl -sSf localhost:2019/config/ | jq -S .
   for unit in web web2 web3 web4 other; do
-    echo "$unit serves $(curl -s -m 3 -H "Host: $unit.example.com" localhost/ || true)"
-  done
+    printf 'url = "localhost/"\nheader = "Host: %s.example.com"\nmax-time = 3\nsilent\nwrite-out = "\\n=%s\\n"\nnext\n' \
+      "$unit" "$unit"
+  done | sed '$d' | curl --config - | awk '/^=/ { print substr($0, 2) " serves " page; page = ""; next } { page = page $0 }'
   find /etc /var /nix/var /tmp /run/omni-deploy -name '*omni-deploy-*' -printf 'left over: %p\n'
   deployer plan 2>&1 | tail -n 1
   cd /

@@ -209,6 +209,13 @@ fn a_release_that_does_not_come_up_is_refused_and_the_one_before_it_runs() {
     host.update("web", &two);
     host.good_pass();
     host.serves("web", "two");
+    // A unit that it requires and that is not there.
+    host.sh("deploy-manifest set web 'systemd.requires=[\"nosuch.service\"]'");
+    let pass = host.passes_with(3);
+    assert!(pass.said.contains("Unit nosuch.service not found"), "{}", pass.said);
+    host.serves("web", "two");
+    host.sh("deploy-manifest set web 'systemd.requires=[]'");
+    host.good_pass();
     // With nothing before it, nothing is left behind that would crash at every boot.
     let path = host.closure("new", "exits", "exit 3");
     host.add(&web("new", 8002, &path));
