@@ -485,15 +485,13 @@ impl Machine {
                 attempts: 0,
                 inputs: (!goal.proved).then(|| goal.inputs.clone()),
             };
-            if !goal.proved {
-                let attempt = self.attempt(&goal.service);
-                self.refused.insert(service.name.clone(), attempt);
-            }
             let key = (service.name.clone(), goal.inputs.clone());
             learned.troubles.insert(key, Trouble { rejected: !goal.proved, failure: failure.clone() });
             if !goal.proved {
                 self.effect()?;
                 let state = ServiceState { failure: Some(failure), ..blank(&service.name, Status::Rejected) };
+                let attempt = self.attempt(&goal.service);
+                self.refused.insert(service.name.clone(), attempt);
                 memory.state.services.insert(service.name.clone(), state.clone());
                 self.disk.services.insert(service.name.clone(), state);
             }

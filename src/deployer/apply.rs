@@ -408,6 +408,9 @@ impl Host<'_> {
         for (name, _) in going.iter().filter(|(name, _)| marked.contains(&name.unit())) {
             durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
             durable::remove(&self.root.unit(name)).or_else(missing_folder)?;
+            for stray in observe::strays(self.root, name) {
+                durable::remove(&stray)?;
+            }
         }
         if !marked.is_empty() {
             systemd::daemon_reload()?;
