@@ -70,6 +70,9 @@ struct Campaign<'a> {
     script: String,
     story: Vec<String>,
     step: usize,
+    /// Who is paused and who is pinned, as of the last pass.
+    paused: BTreeSet<String>,
+    pinned: BTreeSet<String>,
     /// How often what was met, for people.
     met: BTreeMap<String, usize>,
 }
@@ -96,6 +99,8 @@ impl Campaign<'_> {
             script: String::new(),
             story: Vec::new(),
             step: 0,
+            paused: BTreeSet::new(),
+            pinned: BTreeSet::new(),
             met: BTreeMap::new(),
         }
     }
@@ -310,6 +315,9 @@ impl Campaign<'_> {
         for service in state["services"].as_object().into_iter().flat_map(|s| s.values()) {
             *self.met.entry(service["status"].as_str().unwrap_or_default().into()).or_default() += 1;
         }
+        let decided = overrides(&after);
+        self.paused = decided.paused.keys().map(ServiceName::to_string).collect();
+        self.pinned = decided.pinned.keys().map(ServiceName::to_string).collect();
         *self.met.entry(format!("exit {code}")).or_default() += 1;
         let wrong = if code == "137" {
             self.model.after_kill(&before, &after)
@@ -746,15 +754,19 @@ fn campaign(host: &Host, seed: u64, steps: usize, unit_dir: &'static str) {
         }
         let who = NAMES[c.random.below(NAMES.len())];
         passes += 1;
-        match c.random.below(12) {
-            0 => c.pass(&format!("deployer pause {who}"), None),
-            1 => c.pass(&format!("deployer resume {who}"), None),
-            2 => c.pass(&format!("deployer rollback {who}"), None),
-            3 => c.pass(&format!("deployer rollback {who} --unpin"), None),
-            4 => c.pass(&format!("deployer run --retry {who}"), None),
-            5 | 6 => {
+        // Words that have nothing to do are refused: they are for those that they mean.
+        let any = |of: &BTreeSet<String>, r: &mut Random| of.iter().nth(r.below(of.len().max(1))).cloned();
+        let paused = any(&c.paused, &mut c.random);
+        let pinned = any(&c.pinned, &mut c.random);
+        match (c.random.below(16), paused, pinned) {
+            (0, ..) => c.pass(&format!("deployer pause {who}"), None),
+            (1..=4, Some(who), _) => c.pass(&format!("deployer resume {who}"), None),
+            (5, ..) => c.pass(&format!("deployer rollback {who}"), None),
+            (6 | 7, _, Some(who)) => c.pass(&format!("deployer rollback {who} --unpin"), None),
+            (8, ..) => c.pass(&format!("deployer run --retry {who}"), None),
+            (9..=11, ..) => {
                 kills += 1;
-                let at = 1 + c.random.below(90);
+                let at = 1 + c.random.below(40);
                 c.pass("deployer run", Some(at));
             }
             _ => c.pass("deployer run", None),
