@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Measures the figures that the design promises, each side by side with what one would use otherwise, and
 # prints them as a table. Times are medians of several runs, taken in turns with the rival's, with everything
-# warm in the page cache. A figure that is missed is shown as missed; only what cannot be measured is an error.
-# Needs root, because hosts are booted; nothing is left behind but built programs and Debian packages.
+# warm in the page cache; programs that compute and wait for nobody run before everything else on the machine,
+# so that what else it does shows less. A figure that is missed is shown as missed; only what cannot be
+# measured is an error. Needs root, because hosts are booted; nothing is left behind but built programs and
+# Debian packages.
 set -euo pipefail
 export LC_ALL=C
 
@@ -35,7 +37,8 @@ cleanup() {
   trap - EXIT
   local pid
   for pid in "${servers[@]}"; do
-    kill "$pid" 2>/dev/null && wait "$pid" 2>/dev/null
+    kill "$pid" 2>/dev/null || true
+    wait "$pid" 2>/dev/null || true   # ended by our signal, which is what it says
   done
   if [[ -n $work ]]; then
     "$lab" down-all

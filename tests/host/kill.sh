@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced in the host by kill.rs: a start state that can be had again and again, and what the host is like after.
 # Services that a campaign works on are called web*; all others are neighbours that nobody may touch.
 
@@ -41,11 +42,11 @@ facts() {
   # shellcheck disable=SC2016
   times='del(.checkedAt, .changedAt) | .services[] |= (del(.since) | .pinnedSince |= (. != null)
     | .failure |= if . then {attempted, remembered: (.inputs != null)} else . end)'
-  cd /etc/systemd/system
+  cd /etc/systemd/system || return
   find . -type f -exec sha256sum {} + -o -type l -printf '%p -> %l\n' | sort
-  cd /nix/var/nix/gcroots/omni-deploy
+  cd /nix/var/nix/gcroots/omni-deploy || return
   find . -printf 'root %P %l\n' | sort
-  cd /var/lib/deployer
+  cd /var/lib/deployer || return
   find . -printf 'state %P %m\n' | sort
   cat applied/* manifest.json
   if [[ -e overrides.json ]]; then jq 'del(.. | .since?)' overrides.json; fi
