@@ -285,7 +285,6 @@ impl Campaign<'_> {
             self.story.push("power failure".into());
             self.host.power_cut();
             self.host.start();
-            self.host.start();
         }
         self.step += 1;
     }

@@ -320,7 +320,10 @@ fn a_host_that_boots_without_its_bucket_runs_everything_again() {
             // The timer's pass at boot, and no other.
             soon("web serves again", Duration::from_secs(40), || match host.page("web.example.com") {
                 Ok(page) if page == "two" => Ok(()),
-                other => Err(format!("{other:?} {}", host.try_sh("journalctl -b -u deployer -u web -u caddy -n 40 --no-pager").text())),
+                other => Err(format!(
+                    "{other:?} {}",
+                    host.try_sh("journalctl -b -u deployer -u web -u caddy -n 40 --no-pager").text()
+                )),
             });
             host.sh("while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.1; done
                      until [[ -n $(systemctl show --property=ExecMainExitTimestamp --value deployer) ]]; do sleep 0.1; done
