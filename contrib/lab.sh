@@ -213,11 +213,18 @@ mounts_below() {
     /proc/self/mountinfo | tac
 }
 
+# Whether number $n is still this host's: what an interrupted `down` left may name one that another folder's host
+# has by now.
+owns_number() {
+  local owner
+  owner=$(cat "/sys/class/net/olab$n/ifalias" 2>/dev/null) || return 0
+  [[ -z $owner || $owner == "$dir" ]]
+}
+
 # Takes away whatever is left of the host, in whatever state an interrupted run left it.
 remove_host() {
   local mountpoint
-  if [[ -r $dir/number ]]; then
-    n=$(<"$dir/number")
+  if [[ -r $dir/number ]] && n=$(<"$dir/number") && owns_number; then
     locate_cgroup
     power_off
     remove_cgroups
@@ -267,6 +274,7 @@ wire() {
   touch "$disk/net"
   unshare --net="$disk/net" true
   ip link add "olab$n" type veth peer name host0 netns "$disk/net"
+  ip link set "olab$n" alias "$dir"
   ip address add "$NET.$n.1/30" dev "olab$n"
   ip link set "olab$n" up
   nsenter --net="$disk/net" ip link set lo up

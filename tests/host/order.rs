@@ -131,7 +131,7 @@ impl Campaign<'_> {
             0..=3 => {
                 let mut service = web(who, 8100 + which as u16, "/nix/store/placeholder");
                 service["exec"] = json!({"command": "bin/page"});
-                service["health"]["timeoutSec"] = 3.into();
+                service["health"]["timeoutSec"] = 5.into();
                 if SECRET.contains(&who) {
                     service["envFile"] = format!("/var/lib/deployer-secrets/{who}.env").into();
                 }
@@ -741,7 +741,7 @@ fn campaign(host: &Host, seed: u64, steps: usize, unit_dir: &'static str) {
     let mut c = Campaign::new(host, seed, unit_dir);
     let mut first = web("s0", 8100, "/nix/store/placeholder");
     first["exec"] = json!({"command": "bin/page"});
-    first["health"]["timeoutSec"] = 3.into();
+    first["health"]["timeoutSec"] = 5.into();
     c.happens(
         "add s0 one".into(),
         &format!("deploy-manifest add-service '{first}'; deploy-manifest update s0 $(cat /opt/v/one)"),
