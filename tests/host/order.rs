@@ -57,6 +57,8 @@ struct Model {
     proved: BTreeMap<ServiceName, Applied>,
     /// Attempts that were refused and must not be made again.
     refused: BTreeMap<ServiceName, String>,
+    /// Services of which a pass that was killed may have refused something.
+    unsure: BTreeSet<ServiceName>,
     /// Where units are.
     unit_dir: &'static str,
 }
@@ -90,7 +92,13 @@ impl Campaign<'_> {
             ));
             versions.insert(StorePath::parse(&path).unwrap(), (version, behaviour.is_empty()));
         }
-        let model = Model { versions, proved: BTreeMap::new(), refused: BTreeMap::new(), unit_dir };
+        let model = Model {
+            versions,
+            proved: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            unsure: BTreeSet::new(),
+            unit_dir,
+        };
         let random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
         Campaign {
             host,
@@ -437,6 +445,7 @@ impl Model {
         // Which attempts it made is not known.
         let _unused = before;
         self.refused.clear();
+        self.unsure = NAMES.map(name).into();
         wrong
     }
 
@@ -547,7 +556,13 @@ impl Model {
             let there = present.contains(target.as_ref() as &str)
                 || bucket && cached.contains(target.as_ref() as &str);
             let good = self.versions.get(target).is_some_and(|v| v.1);
-            let expected = if remembered {
+            let unsure = !good && !there && told["status"] == "rejected" && self.unsure.contains(who);
+            if there {
+                self.unsure.remove(who);
+            }
+            let expected = if unsure {
+                Expected { status: "rejected", runs: previous, pending: None }
+            } else if remembered {
                 if said.contains(&format!("{who}: starting {target}")) {
                     say(format!("{who}: {target} was refused and tried again"));
                 }
