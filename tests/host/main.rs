@@ -10,6 +10,7 @@ mod kill;
 mod lab;
 mod load;
 mod mistakes;
+#[cfg(feature = "campaign")]
 mod order;
 mod passes;
 mod power;
