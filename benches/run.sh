@@ -157,6 +157,7 @@ version_of() { "$@" 2>/dev/null | grep -o '[0-9][0-9.]*[0-9]' | head -n 1; }
 # What it was measured on, in general terms.
 machine() {
   local system
+  # shellcheck source=/dev/null disable=SC2153
   system=$(. /etc/os-release && echo "$NAME ${VERSION_ID:-}")
   printf 'Measured on %s with %s cores, %s, Linux %s, systemd %s, Caddy %s, Nix %s.\n\n' "$(date -u +%F)" "$(nproc)" \
     "${system/ GNU\/Linux/}" "$(uname -r | grep -o '^[0-9]*\.[0-9]*')" "$(version_of systemctl --version)" \
