@@ -5,6 +5,7 @@
 
 mod bucket;
 mod developer;
+#[cfg(feature = "campaign")]
 mod kill;
 mod lab;
 mod load;
@@ -16,4 +17,5 @@ mod returns;
 mod runbook;
 mod solo;
 mod trust;
+#[cfg(feature = "campaign")]
 mod writes;
