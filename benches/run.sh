@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measures the figures that the design promises, each side by side with what one would use otherwise, and
 # prints them as a table. Times are medians of several runs, taken in turns with the rival's, with everything
-# warm in the page cache; programs that compute and wait for nobody run before everything else on the machine,
-# so that what else it does shows less. A figure that is missed is shown as missed; only what cannot be
+# warm in the page cache; the shortest run before everything else on the machine, the rival too, so that what
+# else it does shows less. A figure that is missed is shown as missed; only what cannot be
 # measured is an error. Needs root, because hosts are booted; nothing is left behind but built programs and
 # Debian packages.
 set -euo pipefail
@@ -157,6 +157,7 @@ version_of() { "$@" 2>/dev/null | grep -o '[0-9][0-9.]*[0-9]' | head -n 1; }
 # What it was measured on, in general terms.
 machine() {
   local system
+  # shellcheck source=/dev/null disable=SC2153
   system=$(. /etc/os-release && echo "$NAME ${VERSION_ID:-}")
   printf 'Measured on %s with %s cores, %s, Linux %s, systemd %s, Caddy %s, Nix %s.\n\n' "$(date -u +%F)" "$(nproc)" \
     "${system/ GNU\/Linux/}" "$(uname -r | grep -o '^[0-9]*\.[0-9]*')" "$(version_of systemctl --version)" \

@@ -89,6 +89,16 @@ pub fn remove(path: &Path) -> io::Result<bool> {
     }
 }
 
+/// Removes a folder that is empty; one that is not, or is not there, is no error. Returns whether it was removed.
+pub fn remove_folder(path: &Path) -> io::Result<bool> {
+    let _effect = effect::begin("remove folder", path.display()).map_err(|e| named(e, "remove", path))?;
+    match fs_err::remove_dir(path) {
+        Ok(()) => sync_dir(parent(path)?).map(|()| true),
+        Err(e) if matches!(e.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// Makes a folder and those above it; `mode` is given to the last, also when it was there.
 pub fn folder(path: &Path, mode: u32) -> io::Result<()> {
     if let Ok(meta) = fs_err::metadata(path)

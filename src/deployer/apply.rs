@@ -440,15 +440,8 @@ impl Host<'_> {
             .map(|s| &s.name)
             .collect();
         for name in emptied {
-            let dir = self.root.roots(name);
-            let _effect = effect::begin("remove folder", dir.display())?;
-            match fs_err::remove_dir(dir) {
-                Ok(()) => {}
-                // Somebody else put something there: it is theirs.
-                Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {}
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                Err(e) => return Err(e.into()),
-            }
+            // Somebody else may have put something there: it is theirs.
+            durable::remove_folder(&self.root.roots(name))?;
             observed.roots.remove(name);
         }
         Ok(())

@@ -271,35 +271,41 @@ fn agent() -> ureq::Agent {
         .into()
 }
 
-/// Asks Caddy for its servers.
+/// Caddy's answer to the question for its servers, not looked into yet: its status and body.
+pub type Answer = Result<(u16, String), String>;
+
+/// Asks Caddy for its servers and reads the answer.
 pub fn observe(admin: &str) -> Observed {
+    read(admin, ask(admin))
+}
+
+/// Asks Caddy for its servers; an error is the reason why there is no answer, with the next move.
+pub fn ask(admin: &str) -> Answer {
     let url = format!("{admin}{SERVERS}");
-    let mut response = match agent().get(&url).call() {
-        Ok(response) => response,
-        Err(e) => {
-            return Observed::Unavailable(format!(
-                "Caddy's admin endpoint {admin} does not answer ({e}); start Caddy ('systemctl start caddy') or \
-                 set 'caddyAdmin'"
-            ));
-        }
-    };
+    let mut response = agent().get(&url).call().map_err(|e| {
+        format!(
+            "Caddy's admin endpoint {admin} does not answer ({e}); start Caddy ('systemctl start caddy') or set \
+             'caddyAdmin'"
+        )
+    })?;
     let status = response.status().as_u16();
-    let body = match response.body_mut().with_config().limit(64 << 20).read_to_string() {
-        Ok(body) => body,
-        Err(e) => {
-            return Observed::Unavailable(format!(
-                "Caddy's answer at {url} broke off ({e}); the next pass asks again"
-            ));
-        }
-    };
-    let no_app = || {
-        Observed::Unavailable(format!(
-            "Caddy at {admin} has no http app to put a route into; give it a configuration with one server"
-        ))
+    let body = response.body_mut().with_config().limit(64 << 20).read_to_string();
+    let body =
+        body.map_err(|e| format!("Caddy's answer at {url} broke off ({e}); the next pass asks again"))?;
+    Ok((status, body))
+}
+
+/// What Caddy's answer says.
+pub fn read(admin: &str, answer: Answer) -> Observed {
+    let (status, body) = match answer {
+        Ok(answer) => answer,
+        Err(why) => return Observed::Unavailable(why),
     };
     match (status, serde_json::from_str::<Value>(&body)) {
         (200, Ok(Value::Object(servers))) => Observed::Servers(servers),
-        (200, Ok(Value::Null)) | (400 | 404, _) => no_app(),
+        (200, Ok(Value::Null)) | (400 | 404, _) => Observed::Unavailable(format!(
+            "Caddy at {admin} has no http app to put a route into; give it a configuration with one server"
+        )),
         _ => Observed::Unavailable(format!("Caddy at {admin} answered {status}: {}", first_line(&body))),
     }
 }

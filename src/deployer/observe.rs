@@ -51,11 +51,13 @@ pub fn observe(
         }
     }
     std::thread::scope(|scope| {
-        // Caddy answers while files are read.
-        let caddy = scope.spawn(|| caddy::observe(caddy_admin));
+        // Caddy answers while files are read. The thread only waits: what it allocated would be taken from the
+        // kernel page by page.
+        let caddy = scope.spawn(|| caddy::ask(caddy_admin));
         let (units, active) = units(root, desired, applied)?;
         let (roots, understudies) = (roots(root)?, understudies(root)?);
-        Ok(Observed { units, active, present, roots, secrets, understudies, caddy: joined(caddy) })
+        let caddy = caddy::read(caddy_admin, joined(caddy));
+        Ok(Observed { units, active, present, roots, secrets, understudies, caddy })
     })
 }
 
@@ -105,9 +107,13 @@ pub fn units(
     for (name, seen) in &mut units {
         let unit = name.unit();
         seen.listed = listed.remove(&unit).unwrap_or_default();
-        seen.wanted = links.contains(OsStr::new(&unit))
-            && fs_err::read_link(wants.join(&unit))
-                .is_ok_and(|target| same_file(&wants.join(target), &root.unit(name)));
+        let leads_to_it = |target: PathBuf| {
+            let (target, file) = (wants.join(target), root.unit(name));
+            // As we make it, to the file that was just read: nothing more to ask.
+            (target == file && matches!(seen.file, UnitFile::Ours(_))) || same_file(&target, &file)
+        };
+        seen.wanted =
+            links.contains(OsStr::new(&unit)) && fs_err::read_link(wants.join(&unit)).is_ok_and(leads_to_it);
         // Without a copy in memory, or with a mask there: rare, and only then are the other folders looked into.
         let read = seen.listed.load == "loaded";
         seen.unread = seen.listed.running() && !read;

@@ -432,8 +432,11 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         for dir in [&root.unit_dir, &root.applied_dir(), &root.run_dir, &links] {
             durable::sweep(dir)?;
         }
-        for name in observed.roots.keys() {
+        for (name, held) in &observed.roots {
             durable::sweep(&root.roots(name))?;
+            if held.is_empty() {
+                durable::remove_folder(&root.roots(name))?;
+            }
         }
     }
     for _ in 0..MAX_ROUNDS {

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// How many hosts work side by side: most of the time is waiting.
@@ -60,18 +61,15 @@ pub fn scenarios() -> Vec<Scenario> {
         serves: vec![("web", serves)],
         bad,
     };
-    let several = vec![
-        (entry("web", 8001, "overlap"), vec!["one"]),
-        (entry("web2", 8002, "restart"), vec!["one"]),
-        (entry("web3", 8003, "restart"), vec!["one"]),
-    ];
+    let several =
+        vec![(entry("web", 8001, "overlap"), vec!["one"]), (entry("web2", 8002, "restart"), vec!["one"])];
     let all = format!(
-        "for n in '' 2; do deploy-manifest update web$n $two; done; deploy-manifest update web3 $bad; {}",
-        add("web4", 8004, "two")
+        "deploy-manifest update web $two; deploy-manifest update web2 $bad; {}",
+        add("web3", 8003, "two")
     );
     vec![
         Scenario {
-            serves: vec![("web", "two"), ("web2", "two"), ("web3", "one"), ("web4", "two")],
+            serves: vec![("web", "two"), ("web2", "one"), ("web3", "two")],
             ..scenario("several services at once", several, all, 3, "", "bad")
         },
         scenario("overlap", before("overlap"), update("two"), 0, "two", ""),
@@ -255,7 +253,7 @@ fn campaign(host: &Host, scenario: &Scenario, wrong: &mut String) -> usize {
     points.len()
 }
 
-/// Works through scenarios on several hosts side by side; what went wrong is told at the end.
+/// Works through scenarios on several hosts side by side; what goes wrong is told at the end of each.
 pub fn on_hosts(
     hosts: &[&'static str],
     scenarios: Vec<Scenario>,
@@ -264,7 +262,7 @@ pub fn on_hosts(
     let only = std::env::var("OMNI_TEST_SCENARIO").unwrap_or_default();
     let left: Mutex<VecDeque<Scenario>> =
         Mutex::new(scenarios.into_iter().filter(|s| s.name.starts_with(&only)).collect());
-    let told = Mutex::new(String::new());
+    let failed = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for name in hosts {
             scope.spawn(|| {
@@ -275,14 +273,14 @@ pub fn on_hosts(
                     let begun = Instant::now();
                     let mut wrong = String::new();
                     let points = work(host.get_or_insert_with(|| boot(name)), &scenario, &mut wrong);
-                    println!("{}: {points} points, {} s", scenario.name, begun.elapsed().as_secs());
-                    told.lock().unwrap().push_str(&wrong);
+                    let seconds = begun.elapsed().as_secs();
+                    println!("{}: {points} points, {seconds} s\n{wrong}", scenario.name);
+                    failed.fetch_or(!wrong.is_empty(), Ordering::Relaxed);
                 }
             });
         }
     });
-    let told = told.into_inner().unwrap();
-    assert!(told.is_empty(), "{told}");
+    assert!(!failed.into_inner(), "see above");
 }
 
 #[test]

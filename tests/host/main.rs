@@ -5,10 +5,12 @@
 
 mod bucket;
 mod developer;
+#[cfg(feature = "campaign")]
 mod kill;
 mod lab;
 mod load;
 mod mistakes;
+#[cfg(feature = "campaign")]
 mod order;
 mod passes;
 mod power;
@@ -16,4 +18,5 @@ mod returns;
 mod runbook;
 mod solo;
 mod trust;
+#[cfg(feature = "campaign")]
 mod writes;

@@ -71,7 +71,7 @@ fn what_cannot_be_fetched_is_tried_again_more_and_more_rarely_by_the_timer_alone
     let host = solo();
     let one = host.deploys_web();
     let invocation = host.invocation("web");
-    let two = host.closure("web", "two", "");
+    let two = host.closure("web", "apart", "");
     host.sh(&format!("nix copy --to file:///root/elsewhere {two} && nix-store --delete {two}"));
     host.update("web", &two);
     let timer = |fetches: bool| {
@@ -106,7 +106,7 @@ fn what_cannot_be_fetched_is_tried_again_more_and_more_rarely_by_the_timer_alone
     host.serves("web", "one");
     host.sh("cp -rn /root/elsewhere/. /var/lib/omni-deploy/");
     host.good_pass();
-    host.serves("web", "two");
+    host.serves("web", "apart");
 }
 
 #[test]

@@ -20,7 +20,7 @@ const USAGE: &str =
 
 prints a line per program: median, least and most milliseconds, its peak memory in KiB, and the median of the
 milliseconds that it and its children kept a processor busy
---urgent runs them before everything else on the machine (SCHED_FIFO), for programs that wait for nobody
+--urgent runs them before everything else on the machine (SCHED_FIFO)
 {} in an argument is the number of the round, 0001 and so on; programs get no input, and must exit 0";
 
 /// What one run cost.

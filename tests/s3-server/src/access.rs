@@ -10,9 +10,7 @@ use std::sync::Arc;
 
 use s3s::access::{S3Access, S3AccessContext};
 use s3s::auth::{Credentials, S3Auth, SecretKey};
-use s3s::dto::{
-    CopyObjectInput, CopySource, DeleteObjectsInput, ListObjectsInput, ListObjectsV2Input,
-};
+use s3s::dto::{CopyObjectInput, CopySource, DeleteObjectsInput, ListObjectsInput, ListObjectsV2Input};
 use s3s::{S3Request, S3Result, s3_error};
 use serde::Deserialize;
 
@@ -77,10 +75,7 @@ impl S3Auth for Auth {
     async fn get_secret_key(&self, access_key: &str) -> S3Result<SecretKey> {
         match self.0.get(access_key) {
             Some(user) => Ok(SecretKey::from(user.secret.as_str())),
-            None => Err(s3_error!(
-                InvalidAccessKeyId,
-                "no user with this access key"
-            )),
+            None => Err(s3_error!(InvalidAccessKeyId, "no user with this access key")),
         }
     }
 }
@@ -153,9 +148,7 @@ impl S3Access for Access {
 
     async fn copy_object(&self, request: &mut S3Request<CopyObjectInput>) -> S3Result<()> {
         match &request.input.copy_source {
-            CopySource::Bucket { key, .. } => {
-                self.require(request.credentials.as_ref(), Right::Read, key)
-            }
+            CopySource::Bucket { key, .. } => self.require(request.credentials.as_ref(), Right::Read, key),
             _ => Err(s3_error!(NotImplemented)),
         }
     }
@@ -167,10 +160,8 @@ mod tests {
 
     #[test]
     fn a_prefix_gives_its_own_right_and_no_other() {
-        let policy = Policy::Prefixes(Prefixes {
-            read: vec![String::new()],
-            write: vec!["hosts/biz/".to_owned()],
-        });
+        let policy =
+            Policy::Prefixes(Prefixes { read: vec![String::new()], write: vec!["hosts/biz/".to_owned()] });
         assert!(policy.allows(Right::Read, "manifest.json"));
         assert!(policy.allows(Right::Write, "hosts/biz/report.json"));
         assert!(!policy.allows(Right::Write, "hosts/biz"));

@@ -72,10 +72,7 @@ fn parse_user(text: &str) -> Result<(String, User), Error> {
         None | Some("rw") => Policy::Everything,
         Some(file) => Policy::read(Path::new(file))?,
     };
-    let user = User {
-        secret: secret.to_owned(),
-        policy,
-    };
+    let user = User { secret: secret.to_owned(), policy };
     Ok((key.to_owned(), user))
 }
 
@@ -89,8 +86,7 @@ mod tests {
 
     #[test]
     fn flags_may_repeat_and_the_policy_defaults_to_everything() {
-        let args =
-            parse("--root /r --listen 127.0.0.1:0 --user a:b --user c:d:rw --bucket x --bucket y");
+        let args = parse("--root /r --listen 127.0.0.1:0 --user a:b --user c:d:rw --bucket x --bucket y");
         let args = args.unwrap();
         assert_eq!(args.buckets, ["x", "y"]);
         assert!(matches!(args.users["a"].policy, Policy::Everything));

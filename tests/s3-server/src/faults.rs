@@ -128,10 +128,7 @@ struct State {
 
 impl Control {
     pub fn new(file: Option<PathBuf>) -> Self {
-        Self {
-            file,
-            state: Mutex::default(),
-        }
+        Self { file, state: Mutex::default() }
     }
 
     /// Reads the control file if it changed, and decides about one request.
@@ -141,15 +138,8 @@ impl Control {
     pub fn decide(&self, method: &str, key: &str) -> Result<(Duration, Fate), String> {
         let mut state = self.lock();
         self.refresh(&mut state)?;
-        let Faults {
-            fail,
-            reset,
-            cut,
-            garbage,
-            delay_ms,
-            ignore_conditions: _,
-            always_412: _,
-        } = &mut state.faults;
+        let Faults { fail, reset, cut, garbage, delay_ms, ignore_conditions: _, always_412: _ } =
+            &mut state.faults;
         let delay = Duration::from_millis(*delay_ms);
         if let Some(reset) = reset
             && reset.scope.take(method, key)
@@ -195,8 +185,8 @@ impl Control {
         let Some(file) = &self.file else {
             return Ok(());
         };
-        let read = std::fs::metadata(file)
-            .and_then(|metadata| Ok((metadata.modified()?, std::fs::read(file)?)));
+        let read =
+            std::fs::metadata(file).and_then(|metadata| Ok((metadata.modified()?, std::fs::read(file)?)));
         let now = match read {
             Ok(now) => Some(now),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
@@ -207,8 +197,9 @@ impl Control {
         }
         state.faults = match &now {
             None => Faults::default(),
-            Some((_, text)) => serde_json::from_slice(text)
-                .map_err(|e| format!("control file {}: {e}", file.display()))?,
+            Some((_, text)) => {
+                serde_json::from_slice(text).map_err(|e| format!("control file {}: {e}", file.display()))?
+            }
         };
         state.seen = now;
         Ok(())
@@ -230,12 +221,8 @@ mod tests {
 
     #[test]
     fn a_scope_skips_then_counts_only_what_it_names() {
-        let mut scope = Scope {
-            count: Some(2),
-            skip: 1,
-            methods: vec!["PUT".to_owned()],
-            key_prefix: "nar/".to_owned(),
-        };
+        let mut scope =
+            Scope { count: Some(2), skip: 1, methods: vec!["PUT".to_owned()], key_prefix: "nar/".to_owned() };
         assert!(!scope.take("GET", "nar/a"));
         assert!(!scope.take("PUT", "a.narinfo"));
         let fates = [0; 5].map(|_| scope.take("PUT", "nar/a"));

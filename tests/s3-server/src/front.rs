@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use hyper::body::Incoming;
 use hyper::header::{
-    CACHE_CONTROL, CONTENT_TYPE, ETAG, EXPECT, EXPIRES, HeaderMap, HeaderName, HeaderValue,
-    IF_MATCH, IF_NONE_MATCH, LAST_MODIFIED, VARY,
+    CACHE_CONTROL, CONTENT_TYPE, ETAG, EXPECT, EXPIRES, HeaderMap, HeaderName, HeaderValue, IF_MATCH,
+    IF_NONE_MATCH, LAST_MODIFIED, VARY,
 };
 use hyper::{Method, Request, Response, StatusCode};
 use s3s::service::S3Service;
@@ -28,20 +28,12 @@ pub struct Front {
 }
 
 impl Front {
-    pub fn new(
-        service: S3Service,
-        control: Arc<Control>,
-        log: Option<&Path>,
-    ) -> Result<Self, crate::Error> {
+    pub fn new(service: S3Service, control: Arc<Control>, log: Option<&Path>) -> Result<Self, crate::Error> {
         let open = |path: &Path| {
             let file = OpenOptions::new().create(true).append(true).open(path);
             file.map_err(|error| format!("log {}: {error}", path.display()))
         };
-        Ok(Self {
-            service,
-            control,
-            log: log.map(open).transpose()?.map(Mutex::new),
-        })
+        Ok(Self { service, control, log: log.map(open).transpose()?.map(Mutex::new) })
     }
 
     /// Answers one request. An error makes hyper close the connection without an answer.
@@ -178,14 +170,9 @@ fn condition(response: HttpResponse, asked: &HeaderMap) -> Result<HttpResponse, 
 fn lists(condition: &str, etag: &str) -> bool {
     let bare = |tag: &str| {
         let tag = tag.trim();
-        tag.strip_prefix("W/")
-            .unwrap_or(tag)
-            .trim_matches('"')
-            .to_owned()
+        tag.strip_prefix("W/").unwrap_or(tag).trim_matches('"').to_owned()
     };
-    condition
-        .split(',')
-        .any(|tag| tag.trim() == "*" || bare(tag) == bare(etag))
+    condition.split(',').any(|tag| tag.trim() == "*" || bare(tag) == bare(etag))
 }
 
 #[cfg(test)]

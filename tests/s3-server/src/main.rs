@@ -30,9 +30,7 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> ExitCode {
     let result = Args::parse(std::env::args().skip(1)).and_then(|args| {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .build()?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         runtime.block_on(serve(args))
     });
     match result {
@@ -45,14 +43,7 @@ fn main() -> ExitCode {
 }
 
 async fn serve(args: Args) -> Result<(), Error> {
-    let Args {
-        root,
-        listen,
-        users,
-        buckets,
-        log,
-        control,
-    } = args;
+    let Args { root, listen, users, buckets, log, control } = args;
 
     let control = Arc::new(Control::new(control));
     let store = Store::open(&root, Arc::clone(&control))?;
@@ -89,9 +80,7 @@ async fn serve(args: Args) -> Result<(), Error> {
         tokio::spawn(async move {
             let service = service_fn(|request| front.handle(request));
             // An error here is a client that left, or a reset that the test asked for.
-            let _ = http1::Builder::new()
-                .serve_connection(TokioIo::new(socket), service)
-                .await;
+            let _ = http1::Builder::new().serve_connection(TokioIo::new(socket), service).await;
         });
     }
 }

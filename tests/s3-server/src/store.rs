@@ -54,15 +54,8 @@ impl Store {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(error(e).into()),
             _ => std::fs::create_dir(&staging).map_err(error)?,
         }
-        let files =
-            FileSystem::new(&root).map_err(|e| format!("root {}: {e:?}", root.display()))?;
-        Ok(Self {
-            files,
-            root,
-            lock: RwLock::default(),
-            staged: AtomicU64::default(),
-            control,
-        })
+        let files = FileSystem::new(&root).map_err(|e| format!("root {}: {e:?}", root.display()))?;
+        Ok(Self { files, root, lock: RwLock::default(), staged: AtomicU64::default(), control })
     }
 
     pub fn ensure_bucket(&self, name: &str) -> Result<(), crate::Error> {
@@ -90,10 +83,7 @@ impl Store {
                 "this test server stores keys as paths and cannot hold '{key}'"
             ));
         }
-        let longest = sidecars(bucket, key)
-            .map(|name| name.len())
-            .into_iter()
-            .max();
+        let longest = sidecars(bucket, key).map(|name| name.len()).into_iter().max();
         if longest.is_some_and(|length| length > 255) {
             return Err(s3_error!(KeyTooLongError));
         }
@@ -128,9 +118,7 @@ impl Store {
         };
         std::fs::create_dir_all(parent).map_err(clash)?;
         std::fs::rename(self.root.join(STAGING).join(staged), &target).map_err(clash)?;
-        let pairs = sidecars(STAGING, staged)
-            .into_iter()
-            .zip(sidecars(bucket, key));
+        let pairs = sidecars(STAGING, staged).into_iter().zip(sidecars(bucket, key));
         for (from, to) in pairs {
             match std::fs::rename(self.root.join(from), self.root.join(&to)) {
                 // A copy of an object without attributes has none either.
@@ -164,9 +152,7 @@ impl Store {
             Err(e) => return Err(e),
         }
         self.remove(&format!("{bucket}/{key}"))?;
-        sidecars(bucket, key)
-            .iter()
-            .try_for_each(|name| self.remove(name))
+        sidecars(bucket, key).iter().try_for_each(|name| self.remove(name))
     }
 
     /// The object's ETag, or `None` if there is no object. The caller holds the lock.
@@ -184,21 +170,14 @@ impl Store {
             return Ok(Some(ETag::Strong(e_tag)));
         }
         // Put there by hand: hashed.
-        let input = HeadObjectInput {
-            bucket: bucket.to_owned(),
-            key: key.to_owned(),
-            ..Default::default()
-        };
+        let input = HeadObjectInput { bucket: bucket.to_owned(), key: key.to_owned(), ..Default::default() };
         let response = self.files.head_object(request(input)).await?;
         Ok(response.output.e_tag)
     }
 
     /// Compares a write's conditions with the object as it is. The caller holds the lock.
     async fn check(&self, bucket: &str, key: &str, conditions: &Conditions) -> S3Result<()> {
-        let Conditions {
-            if_match,
-            if_none_match,
-        } = conditions;
+        let Conditions { if_match, if_none_match } = conditions;
         if if_match.is_none() && if_none_match.is_none() || self.control.ignores_conditions() {
             return Ok(());
         }
@@ -218,19 +197,13 @@ impl Store {
                 Some(ETagCondition::Any) => current.is_none(),
                 // S3 has no such write either.
                 Some(ETagCondition::ETag(_)) => {
-                    return Err(s3_error!(
-                        NotImplemented,
-                        "If-None-Match of a write must be *"
-                    ));
+                    return Err(s3_error!(NotImplemented, "If-None-Match of a write must be *"));
                 }
             };
         if holds {
             return Ok(());
         }
-        Err(s3_error!(
-            PreconditionFailed,
-            "At least one of the pre-conditions you specified did not hold"
-        ))
+        Err(s3_error!(PreconditionFailed, "At least one of the pre-conditions you specified did not hold"))
     }
 }
 
@@ -250,10 +223,7 @@ struct Internal {
 fn sidecars(bucket: &str, key: &str) -> [String; 2] {
     let encode = |name: &str| base64_simd::URL_SAFE_NO_PAD.encode_to_string(name);
     let stem = format!(".bucket-{}.object-{}", encode(bucket), encode(key));
-    [
-        format!("{stem}.metadata.json"),
-        format!("{stem}.internal.json"),
-    ]
+    [format!("{stem}.metadata.json"), format!("{stem}.internal.json")]
 }
 
 /// A request of our own to `s3s-fs`, which looks at the input alone.
@@ -299,14 +269,8 @@ impl S3 for Store {
     ) -> S3Result<S3Response<GetObjectOutput>> {
         let _guard = self.lock.read().await;
         let path = self.existing_path(&request.input.bucket, &request.input.key)?;
-        let mut file = tokio::fs::File::open(&path)
-            .await
-            .map_err(S3Error::internal_error)?;
-        let length = file
-            .metadata()
-            .await
-            .map_err(S3Error::internal_error)?
-            .len();
+        let mut file = tokio::fs::File::open(&path).await.map_err(S3Error::internal_error)?;
+        let length = file.metadata().await.map_err(S3Error::internal_error)?.len();
 
         let range = match request.input.range {
             None => 0..length,
@@ -316,15 +280,10 @@ impl S3 for Store {
         };
         // Always in this form: a suffix longer than the file makes s3s-fs seek before its start.
         if request.input.range.is_some() {
-            request.input.range = Some(Range::Int {
-                first: range.start,
-                last: Some(range.end - 1),
-            });
+            request.input.range = Some(Range::Int { first: range.start, last: Some(range.end - 1) });
         }
         let mut response = self.files.get_object(request).await?;
-        file.seek(io::SeekFrom::Start(range.start))
-            .await
-            .map_err(S3Error::internal_error)?;
+        file.seek(io::SeekFrom::Start(range.start)).await.map_err(S3Error::internal_error)?;
         let bytes = file.take(range.end - range.start);
         let stream = ReaderStream::with_capacity(bytes, READ_SIZE);
         response.output.body = Some(StreamingBlob::wrap(stream));
@@ -410,10 +369,7 @@ impl S3 for Store {
         let mut deleted = Vec::new();
         for object in delete.objects {
             self.delete(&bucket, &object.key)?;
-            deleted.push(DeletedObject {
-                key: Some(object.key),
-                ..Default::default()
-            });
+            deleted.push(DeletedObject { key: Some(object.key), ..Default::default() });
         }
         let quiet = delete.quiet.unwrap_or(false);
         Ok(S3Response::new(DeleteObjectsOutput {

@@ -26,14 +26,8 @@ fn wrong_credentials_are_told_apart() {
         (status, code.to_owned())
     };
     let refused = |code: &str| (403, code.to_owned());
-    assert_eq!(
-        outcome(put().user("root", "guess")),
-        refused("SignatureDoesNotMatch")
-    );
-    assert_eq!(
-        outcome(put().user("nobody", "secret")),
-        refused("InvalidAccessKeyId")
-    );
+    assert_eq!(outcome(put().user("root", "guess")), refused("SignatureDoesNotMatch"));
+    assert_eq!(outcome(put().user("nobody", "secret")), refused("InvalidAccessKeyId"));
     assert_eq!(outcome(put().anonymous()), refused("AccessDenied"));
     assert_eq!(server.get("k").outcome(), (404, "NoSuchKey"));
 }
@@ -46,10 +40,7 @@ fn a_clock_that_is_off_is_refused() {
         let response = server.request("GET", "k").at(time).send();
         assert_eq!(response.outcome(), (403, "RequestTimeTooSkewed"));
     }
-    let response = server
-        .request("GET", "k")
-        .at(SystemTime::now() - quarter / 2)
-        .send();
+    let response = server.request("GET", "k").at(SystemTime::now() - quarter / 2).send();
     assert_eq!(response.outcome(), (404, "NoSuchKey"));
 }
 
@@ -58,11 +49,7 @@ fn a_body_that_is_not_the_signed_one_replaces_nothing() {
     let server = Server::start();
     let etag = server.put("k", "good").etag();
     let other = "0".repeat(64);
-    let response = server
-        .request("PUT", "k")
-        .body("evil")
-        .payload(&other)
-        .send();
+    let response = server.request("PUT", "k").body("evil").payload(&other).send();
     assert_eq!(response.outcome(), (400, "XAmzContentSHA256Mismatch"));
     let kept = server.get("k");
     assert_eq!((kept.text(), kept.etag()), ("good", etag));
@@ -80,10 +67,7 @@ fn a_refusal_is_heard_however_large_the_body() {
 #[test]
 fn an_unsigned_payload_is_accepted() {
     let server = Server::start();
-    let put = server
-        .request("PUT", "k")
-        .body("x")
-        .payload("UNSIGNED-PAYLOAD");
+    let put = server.request("PUT", "k").body("x").payload("UNSIGNED-PAYLOAD");
     assert_eq!(put.send().status, 200);
     assert_eq!(server.get("k").text(), "x");
 }
@@ -120,15 +104,9 @@ fn a_policy_limits_reads_writes_and_listings_to_its_prefixes() {
 
     // No way around it: through the source of a copy, or out of one's own folder.
     let copy = server.request("PUT", "own/b").user("guest", "word");
-    let copy = copy
-        .header("x-amz-copy-source", &format!("/{BUCKET}/else/a"))
-        .send();
+    let copy = copy.header("x-amz-copy-source", &format!("/{BUCKET}/else/a")).send();
     assert_eq!(copy.outcome(), (403, "AccessDenied"));
-    let climb = server
-        .request("PUT", "own/../else/a")
-        .user("guest", "word")
-        .body("y")
-        .send();
+    let climb = server.request("PUT", "own/../else/a").user("guest", "word").body("y").send();
     assert_eq!(climb.outcome(), (400, "InvalidArgument"));
     assert_eq!(server.get("else/a").text(), "x");
 }
@@ -138,13 +116,7 @@ fn a_policy_limits_reads_writes_and_listings_to_its_prefixes() {
 #[test]
 fn if_none_match_star_creates_once() {
     let server = Server::start();
-    let create = |body| {
-        server
-            .request("PUT", "k")
-            .header("if-none-match", "*")
-            .body(body)
-            .send()
-    };
+    let create = |body| server.request("PUT", "k").header("if-none-match", "*").body(body).send();
     assert_eq!(create("first").status, 200);
     assert_eq!(create("second").outcome(), (412, "PreconditionFailed"));
     assert_eq!(server.get("k").text(), "first");
@@ -155,13 +127,7 @@ fn if_none_match_star_creates_once() {
 #[test]
 fn if_match_replaces_only_the_version_it_names() {
     let server = Server::start();
-    let swap = |etag: &str, body| {
-        server
-            .request("PUT", "k")
-            .header("if-match", etag)
-            .body(body)
-            .send()
-    };
+    let swap = |etag: &str, body| server.request("PUT", "k").header("if-match", etag).body(body).send();
     assert_eq!(swap("\"0\"", "x").outcome(), (412, "PreconditionFailed"));
     let first = server.put("k", "1").etag();
     let second = swap(&first, "2");
@@ -183,9 +149,7 @@ fn eight_writers_lose_no_update() {
             loop {
                 let old = server.get("counter");
                 let new = format!("{}{writer}.{update}\n", old.text());
-                let put = server
-                    .request("PUT", "counter")
-                    .header("if-match", &old.etag());
+                let put = server.request("PUT", "counter").header("if-match", &old.etag());
                 match put.body(new).send().status {
                     200 => break,
                     412 => refused += 1,
@@ -196,9 +160,7 @@ fn eight_writers_lose_no_update() {
         refused
     };
     let refused: usize = std::thread::scope(|scope| {
-        let writers: Vec<_> = (0..WRITERS)
-            .map(|w| scope.spawn(move || write(w)))
-            .collect();
+        let writers: Vec<_> = (0..WRITERS).map(|w| scope.spawn(move || write(w))).collect();
         writers.into_iter().map(|w| w.join().unwrap()).sum()
     });
     assert!(refused > 0, "the writers never met");
@@ -223,11 +185,7 @@ fn plain_writes_among_conditional_ones_keep_body_and_etag_together() {
                         0 => drop(server.put("k", body)),
                         _ => {
                             let etag = server.get("k").etag();
-                            server
-                                .request("PUT", "k")
-                                .header("if-match", &etag)
-                                .body(body)
-                                .send();
+                            server.request("PUT", "k").header("if-match", &etag).body(body).send();
                         }
                     }
                 }
@@ -245,21 +203,14 @@ fn plain_writes_among_conditional_ones_keep_body_and_etag_together() {
 fn a_body_on_its_way_holds_up_nobody() {
     let server = Server::start();
     server.put("k", "old");
-    let slow = server
-        .request("PUT", "k")
-        .body(vec![b'x'; 1 << 20])
-        .payload("UNSIGNED-PAYLOAD");
+    let slow = server.request("PUT", "k").body(vec![b'x'; 1 << 20]).payload("UNSIGNED-PAYLOAD");
     let mut socket = slow.start().unwrap();
     socket.write_all(&vec![b'x'; 1 << 19]).unwrap();
 
     let begin = Instant::now();
     let old = server.get("k");
     assert_eq!(old.text(), "old");
-    let swap = server
-        .request("PUT", "k")
-        .header("if-match", &old.etag())
-        .body("new")
-        .send();
+    let swap = server.request("PUT", "k").header("if-match", &old.etag()).body("new").send();
     assert_eq!(swap.status, 200);
     assert_eq!(server.get("k").text(), "new");
     assert!(begin.elapsed() < Duration::from_secs(5));
@@ -273,10 +224,7 @@ fn a_body_on_its_way_holds_up_nobody() {
 fn an_upload_cut_off_leaves_the_old_object() {
     let server = Server::start();
     server.put("k", "old");
-    let cut = server
-        .request("PUT", "k")
-        .body(vec![0; 1 << 20])
-        .payload("UNSIGNED-PAYLOAD");
+    let cut = server.request("PUT", "k").body(vec![0; 1 << 20]).payload("UNSIGNED-PAYLOAD");
     let mut socket = cut.start().unwrap();
     socket.write_all(&[0; 1 << 16]).unwrap();
     drop(socket);
@@ -327,10 +275,7 @@ fn an_unchanged_object_is_not_sent_again() {
         let ask = |header, value: &str| server.request(method, "k").header(header, value).send();
         for value in [etag.as_str(), &format!("W/{etag}"), "*"] {
             let same = ask("if-none-match", value);
-            assert_eq!(
-                (same.status, same.etag(), same.body.len()),
-                (304, etag.clone(), 0)
-            );
+            assert_eq!((same.status, same.etag(), same.body.len()), (304, etag.clone(), 0));
         }
         assert_eq!(ask("if-none-match", "\"other\"").status, 200);
         assert_eq!(ask("if-match", &etag).status, 200);
@@ -338,10 +283,7 @@ fn an_unchanged_object_is_not_sent_again() {
     }
     let new = server.put("k", "changed");
     assert_ne!(new.etag(), etag);
-    let again = server
-        .request("GET", "k")
-        .header("if-none-match", &etag)
-        .send();
+    let again = server.request("GET", "k").header("if-none-match", &etag).send();
     assert_eq!((again.status, again.text()), (200, "changed"));
 }
 
@@ -376,12 +318,9 @@ fn what_is_missing_is_named() {
         assert_eq!(server.head(key).status, 404, "{key}");
         assert_eq!(server.delete(key).status, 204, "{key}");
     }
-    for (method, path) in [
-        ("GET", "/no-such/k"),
-        ("PUT", "/no-such/k"),
-        ("DELETE", "/no-such/k"),
-        ("GET", "/no-such/"),
-    ] {
+    for (method, path) in
+        [("GET", "/no-such/k"), ("PUT", "/no-such/k"), ("DELETE", "/no-such/k"), ("GET", "/no-such/")]
+    {
         let response = server.request(method, "").path(path).send();
         assert_eq!(response.outcome(), (404, "NoSuchBucket"), "{method} {path}");
     }
@@ -409,10 +348,7 @@ fn listings_come_in_pages() {
         keys.extend(elements(text, "Key").map(|key| key.replace("&amp;", "&")));
         pages += 1;
         let next = elements(text, "NextContinuationToken").next();
-        assert_eq!(
-            elements(text, "IsTruncated").next(),
-            Some(if next.is_some() { "true" } else { "false" })
-        );
+        assert_eq!(elements(text, "IsTruncated").next(), Some(if next.is_some() { "true" } else { "false" }));
         let Some(next) = next else { break };
         let next = next.replace("&amp;", "%26").replace('/', "%2F");
         token = format!("continuation-token={next}&");
@@ -426,10 +362,7 @@ fn a_listing_groups_by_delimiter_and_gives_etags() {
     let etag = server.put("top", "x").etag();
     server.put("a/1", "x");
     server.put("a/2", "x");
-    let list = server
-        .request("GET", "")
-        .query("delimiter=%2F&list-type=2")
-        .send();
+    let list = server.request("GET", "").query("delimiter=%2F&list-type=2").send();
     assert_eq!(elements(list.text(), "Key").collect::<Vec<_>>(), ["top"]);
     assert_eq!(elements(list.text(), "Prefix").collect::<Vec<_>>(), ["a/"]);
     let listed = elements(list.text(), "ETag").next().unwrap();
@@ -454,9 +387,7 @@ fn a_copy_has_the_content_and_the_etag_of_its_source() {
     let server = Server::start();
     let etag = server.put("manifest.json", "one").etag();
     let copy = server.request("PUT", "manifests/1.json");
-    let copy = copy
-        .header("x-amz-copy-source", &format!("/{BUCKET}/manifest.json"))
-        .send();
+    let copy = copy.header("x-amz-copy-source", &format!("/{BUCKET}/manifest.json")).send();
     assert_eq!(copy.status, 200);
     server.put("manifest.json", "two");
     let archived = server.get("manifests/1.json");
@@ -473,12 +404,8 @@ fn every_request_leaves_a_line_in_the_log() {
     server.list("");
     server.request("GET", "k").anonymous().send();
     let line = |method, key, status| format!("{method} /{BUCKET}/{key} {status}");
-    let expected = [
-        line("PUT", "k", 200),
-        line("GET", "missing", 404),
-        line("GET", "", 200),
-        line("GET", "k", 403),
-    ];
+    let expected =
+        [line("PUT", "k", 200), line("GET", "missing", 404), line("GET", "", 200), line("GET", "k", 403)];
     assert_eq!(server.log(), expected);
 }
 
@@ -508,9 +435,7 @@ fn a_failure_befalls_so_many_requests_of_its_scope() {
 #[test]
 fn a_failure_may_come_later() {
     let server = Server::start();
-    server.control(
-        r#"{"fail": {"status": 403, "code": "AccessDenied", "skip": 2, "methods": ["PUT"]}}"#,
-    );
+    server.control(r#"{"fail": {"status": 403, "code": "AccessDenied", "skip": 2, "methods": ["PUT"]}}"#);
     let statuses = [1, 2, 3, 4].map(|n| server.put("k", n.to_string()).status);
     assert_eq!(statuses, [200, 200, 403, 403]);
 }
@@ -519,20 +444,8 @@ fn a_failure_may_come_later() {
 fn a_store_may_ignore_conditions() {
     let server = Server::start();
     server.control(r#"{"ignore_conditions": true}"#);
-    for (name, value) in [
-        ("if-none-match", "*"),
-        ("if-none-match", "*"),
-        ("if-match", "\"0\""),
-    ] {
-        assert_eq!(
-            server
-                .request("PUT", "k")
-                .header(name, value)
-                .body(name)
-                .send()
-                .status,
-            200
-        );
+    for (name, value) in [("if-none-match", "*"), ("if-none-match", "*"), ("if-match", "\"0\"")] {
+        assert_eq!(server.request("PUT", "k").header(name, value).body(name).send().status, 200);
     }
     assert_eq!(server.get("k").text(), "if-match");
 }
@@ -542,15 +455,8 @@ fn a_condition_may_never_hold() {
     let server = Server::start();
     server.control(r#"{"always_412": true}"#);
     let etag = server.put("k", "plain writes work").etag();
-    for (key, name, value) in [
-        ("k", "if-match", etag.as_str()),
-        ("new", "if-none-match", "*"),
-    ] {
-        let put = server
-            .request("PUT", key)
-            .header(name, value)
-            .body("x")
-            .send();
+    for (key, name, value) in [("k", "if-match", etag.as_str()), ("new", "if-none-match", "*")] {
+        let put = server.request("PUT", key).header(name, value).body("x").send();
         assert_eq!(put.outcome(), (412, "PreconditionFailed"));
     }
     assert_eq!(server.get("k").text(), "plain writes work");
@@ -568,10 +474,7 @@ fn an_answer_may_be_late_or_garbage() {
 
     server.control(r#"{"garbage": true}"#);
     let page = server.list("");
-    assert_eq!(
-        (page.status, page.headers["content-type"].as_str()),
-        (200, "text/html")
-    );
+    assert_eq!((page.status, page.headers["content-type"].as_str()), (200, "text/html"));
     assert!(page.text().contains("<html>"));
 
     server.control(r#"{"garbage": {"methods": ["GET"], "key_prefix": "k", "count": 1}}"#);

@@ -34,11 +34,8 @@ impl Server {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let dir = dir.join(format!("{}-{count}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        std::fs::write(
-            dir.join("policy.json"),
-            r#"{"read": ["pub/", "both/"], "write": ["own/", "both/"]}"#,
-        )
-        .unwrap();
+        std::fs::write(dir.join("policy.json"), r#"{"read": ["pub/", "both/"], "write": ["own/", "both/"]}"#)
+            .unwrap();
         Self::run(dir, arguments)
     }
 
@@ -58,11 +55,7 @@ impl Server {
         stdout.read_line(&mut line).unwrap();
         let address = line.strip_prefix("listening http://").expect("the address");
         let address = address.trim_end().to_owned();
-        Self {
-            child,
-            dir,
-            address,
-        }
+        Self { child, dir, address }
     }
 
     /// Ends the server and starts another one over the same directory.
@@ -253,11 +246,7 @@ impl Request {
             write!(head, "{name}: {value}\r\n").unwrap();
         }
         let length = self.body.len();
-        write!(
-            head,
-            "content-length: {length}\r\nconnection: close\r\n\r\n"
-        )
-        .unwrap();
+        write!(head, "content-length: {length}\r\nconnection: close\r\n\r\n").unwrap();
         head
     }
 }
@@ -296,9 +285,7 @@ impl Response {
 pub fn elements<'a>(xml: &'a str, name: &str) -> impl Iterator<Item = &'a str> {
     let (open, close) = (format!("<{name}>"), format!("</{name}>"));
     let parts = xml.split(&close).collect::<Vec<_>>();
-    let texts = parts
-        .into_iter()
-        .filter_map(move |part| Some(part.rsplit_once(&open)?.1));
+    let texts = parts.into_iter().filter_map(move |part| Some(part.rsplit_once(&open)?.1));
     texts.collect::<Vec<_>>().into_iter()
 }
 
@@ -315,20 +302,14 @@ pub fn receive(socket: TcpStream) -> io::Result<Response> {
         line.clear();
         reader.read_line(&mut line)?;
         match line.trim_end().split_once(':') {
-            Some((name, value)) => {
-                headers.insert(name.to_ascii_lowercase(), value.trim().to_owned())
-            }
+            Some((name, value)) => headers.insert(name.to_ascii_lowercase(), value.trim().to_owned()),
             None => break,
         };
     }
     assert!(!headers.contains_key("transfer-encoding"), "{headers:?}");
     let mut body = Vec::new();
     reader.read_to_end(&mut body)?;
-    Ok(Response {
-        status,
-        headers,
-        body,
-    })
+    Ok(Response { status, headers, body })
 }
 
 fn hmac(key: &[u8], text: &str) -> Vec<u8> {
@@ -347,16 +328,11 @@ fn amz_date(time: SystemTime) -> String {
     let (days, clock) = (seconds / 86400, seconds % 86400);
     let days = days + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146_096) / 365;
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let shifted = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 {
-        shifted + 3
-    } else {
-        shifted - 9
-    };
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
     let (hour, minute, second) = (clock / 3600, clock / 60 % 60, clock % 60);
     format!("{year:04}{month:02}{day:02}T{hour:02}{minute:02}{second:02}Z")
