@@ -417,7 +417,9 @@ fn service(
         let steps = lost_roots(name, observed, applied).collect();
         return done(goal, Some(failed(reason.clone())), steps);
     }
-    let trouble = trouble_of(&candidate).or_else(remembered);
+    // A refusal before what cannot be fetched: that may be another service's attempt with the same closure.
+    let attempted = learned.troubles.get(&(name.clone(), candidate.inputs.clone())).cloned();
+    let trouble = attempted.or_else(remembered).or_else(|| trouble_of(&candidate));
     let (goal, trouble) = match trouble {
         None => (Some(candidate), None),
         Some(trouble) => {
@@ -885,6 +887,22 @@ mod tests {
         next.http.as_mut().unwrap().internal_port = 8081;
         world.pass(&[&next]);
         assert_eq!(world.restarts[&name("ava")], tries + 3);
+    }
+
+    #[test]
+    fn a_refusal_outlives_anothers_failure_to_fetch_the_same_closure() {
+        let mut world = World::new();
+        let both = [entry("a", 2), entry("b", 2)];
+        let both: Vec<&Service> = both.iter().collect();
+        world.broken.insert(path(2));
+        world.pass(&both);
+        world.absent.insert(path(2));
+        world.observed.present.remove(&path(2));
+        world.options.retry.insert(name("a"));
+        let plan = world.pass(&both);
+        let rejected: Vec<bool> =
+            plan.services.iter().map(|s| s.trouble.as_ref().unwrap().rejected).collect();
+        assert_eq!(rejected, [false, true]);
     }
 
     #[test]
