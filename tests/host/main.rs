@@ -13,6 +13,8 @@ mod mistakes;
 #[cfg(feature = "campaign")]
 mod order;
 mod passes;
+#[path = "../common/policy.rs"]
+mod policy;
 mod power;
 mod returns;
 mod runbook;

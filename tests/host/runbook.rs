@@ -35,7 +35,7 @@ pub fn biz() -> MutexGuard<'static, Biz> {
 /// Boots the host and sets both sides up as README and `omni-deploy init` say.
 fn boot() -> Biz {
     let host = Host::boot("biz");
-    let bucket = Bucket::start(&host);
+    let bucket = Bucket::start(&host, "biz");
     let developer = Developer::new(&host);
     let url = bucket.url();
     // What it prints is what the host needs, but for which of its Caddy's servers is meant.
@@ -44,9 +44,8 @@ fn boot() -> Biz {
     ));
     host.sh(&format!(
         "jq -e '.trustedPublicKeys | length == 1' /etc/omni-deploy/config.json; umask 077
-         cat >/etc/omni-deploy/deployer.env <<'EOF'\nAWS_ACCESS_KEY_ID={}\nAWS_SECRET_ACCESS_KEY={}\nEOF",
-        bucket::KEY,
-        bucket::SECRET
+         cat >/etc/omni-deploy/deployer.env <<'EOF'\n{}EOF",
+        bucket::env(bucket::HOST)
     ));
     Biz { host, bucket, developer }
 }

@@ -1,7 +1,9 @@
 //! Whoever can write the store does not own the host: what a pass makes of a manifest that somebody without a
-//! trusted key has changed, put back or brought from elsewhere.
+//! trusted key has changed, put back or brought from elsewhere; and what a host's own key to the bucket can do.
 
+use crate::runbook::{Biz, biz};
 use crate::solo::{Solo, solo};
+use omni_deploy::runner::Status;
 use serde_json::Value;
 
 /// The host obeys signed manifests only, while this lives.
@@ -121,4 +123,48 @@ fn a_closure_that_nobody_trusted_has_signed_is_not_taken() {
     host.passes_with(3);
     assert!(host.reason("web").contains("signature"), "{}", host.reason("web"));
     host.serves("web", "one");
+}
+
+#[test]
+fn a_hosts_key_to_the_bucket_publishes_nothing() {
+    let biz = biz();
+    let Biz { host, bucket, developer } = &*biz;
+    developer.types(
+        r#"deploy-manifest add-service '{"name": "evil", "hosts": ["biz"], "artifact": {"storePath": "/nix/store/placeholder"}}'"#,
+    );
+    let before = bucket.get("manifest.json");
+    // Somebody with the host's credentials, who signs with a key that they made and trust.
+    let stolen = "set -a; . /etc/omni-deploy/deployer.env; set +a; export HOME=$(mktemp -d)
+        own=$(omni-deploy keygen own)
+        export OMNI_DEPLOY_SECRET_KEY_FILE=$HOME/.config/omni-deploy/keys/own.secret
+        export OMNI_DEPLOY_TRUSTED_PUBLIC_KEYS=\"$(jq -r '.trustedPublicKeys[]' /etc/omni-deploy/config.json) $own\"";
+    let path = host.closure("evil", "one", "");
+    for (command, missing) in [
+        (
+            "deploy-manifest add-service '{\"name\": \"worse\", \"hosts\": [\"biz\"], \"artifact\": {\"storePath\": \"/nix/store/placeholder\"}}'",
+            "allow s3:PutObject on arn:aws:s3:::deploys/manifests/manifest-",
+        ),
+        ("deploy-manifest sign", "allow s3:PutObject on arn:aws:s3:::deploys/manifest.json"),
+        ("omni-deploy status", "allow s3:GetObject on arn:aws:s3:::deploys/hosts/"),
+        ("deploy-manifest rollback", "allow s3:GetObject on arn:aws:s3:::deploys/manifests/manifest-"),
+    ] {
+        let tried = host.try_sh(&format!("{stolen}\n{command}"));
+        assert_eq!(tried.status, Status::Exit(1), "{command}: {}", tried.stderr);
+        assert!(tried.stderr.contains(missing), "{command}: {}", tried.stderr);
+    }
+    // Nor does a closure get into the cache.
+    let tried = host.try_sh(&format!("{stolen}\nomni-deploy push --service evil {path}"));
+    assert_eq!(tried.status, Status::Exit(1), "{}", tried.stderr);
+    assert!(tried.stderr.contains("allow s3:PutObject on arn:aws:s3:::deploys/n"), "{}", tried.stderr);
+    assert_eq!(bucket.get("manifest.json"), before);
+    developer.types("deploy-manifest remove-service evil");
+    assert_ne!(bucket.get("manifest.json"), before, "a developer's key does publish");
+    // It is all that a pass needs, and the doctor is content.
+    host.sh("rm /var/lib/deployer/state.json");
+    host.good_pass();
+    assert_eq!(host.state()["reported"], true);
+    let doctor = host.try_sh("set -a; . /etc/omni-deploy/deployer.env; omni-deploy doctor");
+    assert!(doctor.text().contains("this host's credentials do not write here"), "{}", doctor.text());
+    let doctor = developer.tries("omni-deploy doctor");
+    assert!(doctor.text().contains("honoured: two pushes at once lose nothing"), "{}", doctor.text());
 }
