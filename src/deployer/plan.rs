@@ -632,6 +632,7 @@ mod tests {
             exec: Exec::default(),
             env: BTreeMap::new(),
             env_file: None,
+            credentials: BTreeMap::new(),
             http: Some(Http {
                 domain: format!("{text}.example.com"),
                 path: "/".into(),

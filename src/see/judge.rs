@@ -442,6 +442,7 @@ mod tests {
             exec: Exec::default(),
             env: BTreeMap::new(),
             env_file: None,
+            credentials: BTreeMap::new(),
             http: None,
             health: None,
             rollout: Rollout::default(),

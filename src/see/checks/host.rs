@@ -260,7 +260,7 @@ fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
         .services
         .iter()
         .filter(|s| s.hosts.contains(host))
-        .filter_map(|s| Some((s.name.as_str(), Path::new(s.env_file.as_deref()?))))
+        .flat_map(|s| s.secret_files().map(|file| (s.name.as_str(), file)))
         .collect();
     if files.is_empty() {
         return vec![Check::ok(NAME, "no service here has any")];
