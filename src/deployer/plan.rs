@@ -4,7 +4,7 @@
 
 use super::caddy::{self, RoutePlan};
 use super::overrides::Overrides;
-use super::state::{Failure, State};
+use super::state::{Exposure, Failure, State};
 use super::systemd::Listed;
 use super::unit;
 use crate::clock::Timestamp;
@@ -112,6 +112,10 @@ pub struct Learned {
     pub troubles: BTreeMap<(ServiceName, String), Trouble>,
     /// Paths that could not be fetched, with the reason.
     pub unfetchable: BTreeMap<StorePath, String>,
+    /// Services that were started: what was known of their exposure was of their unit before.
+    pub started: BTreeSet<ServiceName>,
+    /// The exposure of units after the last start, by name; none where systemd did not say.
+    pub exposures: BTreeMap<String, Exposure>,
     /// What this host's disk did not take, where the pass went on all the same.
     pub unwritten: Vec<String>,
 }
@@ -796,6 +800,7 @@ mod tests {
                             previous: Vec::new(),
                             failure: trouble.map(|t| t.failure.clone()),
                             secrets_changed: false,
+                            exposure: None,
                             pinned_since: None,
                             paused_until: None,
                         };
