@@ -320,7 +320,10 @@ impl Host<'_> {
         learned.started.extend(starts.iter().map(|s| s.name.clone()));
         match exposures.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
             Ok(exposures) => learned.exposures = exposures,
-            Err(e) => say::info(format!("how exposed the services are is not known: {e}")),
+            Err(e) => {
+                learned.exposures.clear();
+                say::info(format!("how exposed the services are is not known: {e}"));
+            }
         }
         let outcomes = outcomes?;
         for start in &starts {
