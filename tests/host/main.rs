@@ -5,6 +5,7 @@
 
 mod bucket;
 mod developer;
+mod hardening;
 mod hostile;
 #[cfg(feature = "campaign")]
 mod kill;
