@@ -58,12 +58,13 @@ fn evil() -> Value {
         "name": "evil", "artifact": {"type": "nix-closure", "storePath": "/nix/store/placeholder"},
         "hosts": ["solo"], "exec": {"command": "bin/web", "user": "root", "group": "root"},
         "env": {"PORT": "8066"}, "envFile": "/var/lib/deployer-secrets/evil.env",
+        "credentials": {"token": "/var/lib/deployer-secrets/evil.token"},
         "http": {"domain": "evil.example.com", "path": "/", "internalPort": 8066, "portEnv": "PORT"},
         "health": {"path": "/health", "timeoutSec": 2}, "rollout": "restart",
         "systemd": {"after": ["network-online.target"], "requires": ["basic.target"], "restart": "no",
                     "restartSec": 5, "stateDirectory": "evil", "readWritePaths": ["/srv"], "memoryMax": "1G",
                     "cpuQuota": "50%", "workingDirectory": "/", "stopTimeoutSec": 2},
-        "hardening": {"dynamicUser": false, "privateTmp": true, "protectSystem": "strict", "protectHome": true},
+        "hardening": {"profile": "default", "dynamicUser": false, "privateTmp": true, "protectSystem": "strict", "protectHome": true},
         "revision": "4f2d1c0"
     })
 }
@@ -87,6 +88,7 @@ const TEXTS: &[&str] = &[
     "/services/1/exec/group",
     "/services/1/env/PORT",
     "/services/1/envFile",
+    "/services/1/credentials/token",
     "/services/1/http/domain",
     "/services/1/http/path",
     "/services/1/http/portEnv",
@@ -100,6 +102,7 @@ const TEXTS: &[&str] = &[
     "/services/1/systemd/memoryMax",
     "/services/1/systemd/cpuQuota",
     "/services/1/systemd/workingDirectory",
+    "/services/1/hardening/profile",
     "/services/1/hardening/protectSystem",
     "/services/1/revision",
     "/generation",
@@ -257,6 +260,12 @@ const VALUES: &[(&str, &str)] = &[
     ("/services/1/exec", "[]"),
     ("/services/1/exec", "{\"command\": [\"/bin/sh\", \"-c\", \"touch /tmp/pwned\"]}"),
     ("/services/1/exec", "{\"command\": \"../../bin/touch /tmp/pwned\"}"),
+    ("/services/1/credentials", "{\"../x\": \"/etc/shadow\"}"),
+    ("/services/1/credentials", "{\"a:b\": \"/etc/shadow\"}"),
+    ("/services/1/credentials", "{\"a\\nExecStartPre\": \"/bin/touch /tmp/pwned\"}"),
+    ("/services/1/credentials", "{\"a\": \"/etc/shadow\\nExecStartPre=/bin/touch /tmp/pwned\"}"),
+    ("/services/1/credentials", "{\"a\": \"../../etc/shadow\"}"),
+    ("/services/1/credentials", "[\"/etc/shadow\"]"),
     ("/services/1/env", "{\"A B\": \"x\"}"),
     ("/services/1/env", "{\"A=B\": \"x\"}"),
     ("/services/1/env", "{\"A\\nExecStartPre\": \"/bin/touch /tmp/pwned\"}"),
@@ -653,6 +662,9 @@ fn a_hostile_manifest_is_refused_or_changes_only_what_it_names() {
         service["hosts"] = json!(["solo"]);
         if service["envFile"] == evil()["envFile"] {
             service["envFile"] = Value::Null;
+        }
+        if service["credentials"] == evil()["credentials"] {
+            service["credentials"] = json!({});
         }
         if service["env"]["PORT"] == "8066" {
             service["env"]["PORT"] = (8100 + n).to_string().into();
