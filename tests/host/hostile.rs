@@ -125,6 +125,7 @@ fn hostile_texts() -> Vec<String> {
     let mut texts: Vec<String> = [
         "evil\n[Service]\nExecStartPre=/bin/touch /tmp/pwned",
         "evil\r\nExecStartPre=/bin/touch /tmp/pwned",
+        "evil\"\nExecStartPre=/bin/touch /tmp/pwned\nEnvironment=\"Y=1",
         "bin/web\\\nExecStartPre=/bin/touch /tmp/pwned",
         "evil\0/tmp/pwned",
         "bin/web ; touch /tmp/pwned",
@@ -210,6 +211,8 @@ const NAMES: &[&str] = &[
     "dbus-org.freedesktop.login1",
     "emergency",
     "rescue",
+    "theirs",
+    "theirs-too",
     "autovt@",
     "user@0",
     "\u{441}addy",
@@ -228,6 +231,8 @@ const OTHERS: &[&str] = &[
     "dbus-org.freedesktop.login1",
     "emergency",
     "rescue",
+    "theirs",
+    "theirs-too",
 ];
 
 /// Fields with values that are wrong in kind, in size or in combination; raw JSON.
@@ -540,7 +545,8 @@ fn run(host: &Solo, cases: &[Case], good: &Value) -> Vec<(Fate, i32, Vec<String>
     for (index, case) in cases.iter().enumerate() {
         fs_err::write(folder.join(index.to_string()), &case.bytes).unwrap();
     }
-    host.sh(&format!("{SHELL} back; seen >base; whole >whole; exit 0"));
+    // Nothing has changed since: also the first pass must leave alone what is not ours.
+    host.sh(&format!("{SHELL} seen >base; whole >whole; back; exit 0"));
     let mut results: Vec<(Fate, i32, Vec<String>)> = Vec::new();
     for part in (0..cases.len()).collect::<Vec<_>>().chunks(100) {
         let numbers: Vec<String> = part.iter().map(usize::to_string).collect();
@@ -637,12 +643,34 @@ fn judge(cases: &[Case], results: &[(Fate, i32, Vec<String>)]) -> (usize, usize)
     (refused, results.len() - refused)
 }
 
+/// Units of somebody else where ours are: one that runs, and another name of one.
+struct Theirs<'a>(&'a Solo);
+
+impl<'a> Theirs<'a> {
+    fn new(host: &'a Solo) -> Self {
+        host.sh(
+            "cd /etc/systemd/system; printf '[Service]\\nExecStart=/bin/sleep infinity\\n' >theirs.service
+             ln -s /lib/systemd/system/ssh.service theirs-too.service
+             systemctl daemon-reload; systemctl start theirs",
+        );
+        Theirs(host)
+    }
+}
+
+impl Drop for Theirs<'_> {
+    fn drop(&mut self) {
+        self.0
+            .sh("systemctl stop theirs || true; rm -f /etc/systemd/system/theirs*; systemctl daemon-reload");
+    }
+}
+
 #[test]
 fn a_hostile_manifest_is_refused_or_changes_only_what_it_names() {
     let host = solo();
     let running = host.deploys_web();
     let good: Value = serde_json::from_str(&host.sh("deploy-manifest show --service web")).unwrap();
-    let before = host.invocation("web");
+    let _theirs = Theirs::new(&host);
+    let before = ["web", "theirs"].map(|unit| host.invocation(unit));
     let cases = cases(&good, &running);
     let results = run(&host, &cases, &good);
     let (refused, harmless) = judge(&cases, &results);
@@ -702,7 +730,8 @@ fn a_hostile_manifest_is_refused_or_changes_only_what_it_names() {
     judge(&batches, &results);
 
     host.serves("web", "one");
-    assert_eq!(host.invocation("web"), before, "web was never restarted");
+    let after = ["web", "theirs"].map(|unit| host.invocation(unit));
+    assert_eq!(after, before, "neither was ever restarted");
     let strangers = host.sh("ps -eo unit=,args= | awk '$1 ~ /^evil/' | head");
     assert_eq!(strangers, "");
     assert_eq!(host.sh("find / -xdev -name '*pwned*' -not -path '/proc/*' 2>/dev/null || true"), "");
