@@ -7,6 +7,7 @@ pub mod cmd;
 pub mod config;
 pub mod deployer;
 pub mod dispatch;
+pub mod dumps;
 pub mod durable;
 pub mod effect;
 pub mod error;
