@@ -19,6 +19,7 @@ pub mod nix;
 pub mod push;
 pub mod runner;
 pub mod say;
+pub mod secrets;
 pub mod see;
 pub mod ssh;
 pub mod store;

@@ -26,8 +26,13 @@ pub fn output_on(
     words: &[&str],
     deadline: Duration,
 ) -> Result<Output> {
+    answer_of(settings, host, words, run_on(settings, host, sudo, words).deadline(deadline))
+}
+
+/// What a run of `words` on `host` ([`run_on`], maybe with a stdin) left, as [`output_on`] has it.
+pub fn answer_of(settings: &Settings, host: &HostName, words: &[&str], run: Run) -> Result<Output> {
     let over_ssh = !is_here(settings, host);
-    match run_on(settings, host, sudo, words).deadline(deadline).output() {
+    match run.output() {
         Ok(output) if over_ssh && output.status == SSH_FAILED => {
             let said = tail(&output.stderr);
             let said = if said.is_empty() { "it said nothing".to_string() } else { said };

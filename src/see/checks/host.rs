@@ -283,7 +283,7 @@ fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
 }
 
 /// What is wrong with a folder of secrets. One that others use as well (`/etc`) is judged by its files alone.
-fn secret_dir(dir: &Path) -> Option<String> {
+pub fn secret_dir(dir: &Path) -> Option<String> {
     let meta = fs_err::metadata(dir).ok()?;
     let ours = dir.file_name().is_some_and(|name| name.to_string_lossy().contains("secret"));
     let (mode, at) = (meta.mode() & 0o7777, dir.display());
