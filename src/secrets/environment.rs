@@ -14,6 +14,8 @@ pub struct Mistake {
     pub line: usize,
     /// Why systemd would not take it as it is meant.
     pub what: &'static str,
+    /// The service would not start, or systemd would write what is in the line to the journal.
+    pub grave: bool,
 }
 
 impl fmt::Display for Mistake {
@@ -40,11 +42,16 @@ pub fn read(bytes: &[u8]) -> (Vec<String>, Vec<Mistake>) {
     let line_at = |at: usize| 1 + bytes[..at].iter().filter(|b| **b == b'\n').count();
     // Either of these makes systemd refuse the whole file, and the service with it.
     if let Some(at) = bytes.iter().position(|b| *b == 0) {
-        return (vec![], vec![Mistake { line: line_at(at), what: "has a NUL byte" }]);
+        return (vec![], vec![Mistake { line: line_at(at), what: "has a NUL byte", grave: true }]);
     }
     let text = match std::str::from_utf8(bytes) {
         Ok(text) => text,
-        Err(e) => return (vec![], vec![Mistake { line: line_at(e.valid_up_to()), what: "is not UTF-8" }]),
+        Err(e) => {
+            return (
+                vec![],
+                vec![Mistake { line: line_at(e.valid_up_to()), what: "is not UTF-8", grave: true }],
+            );
+        }
     };
     let mut reader = Reader::default();
     let mut state = State::Before;
@@ -142,19 +149,23 @@ impl Reader {
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
         if name.starts_with(|c: char| c.is_ascii_digit()) || !name.chars().all(plain) {
             // Measured: with the value.
-            self.mistake(
+            self.grave(
                 "sets no name of a variable (ASCII letters, digits and '_', no digit first, no 'export'): systemd \
                  drops it and writes all of it to the journal",
             );
         } else if name.len() + 1 + self.value > MAX_ASSIGNMENT {
-            self.mistake("sets a value that is longer than the kernel takes (131,071 bytes with its name)");
+            self.grave("sets a value that is longer than the kernel takes (131,071 bytes with its name)");
         } else if !self.names.contains(&name) {
             self.names.push(name);
         }
     }
 
     fn mistake(&mut self, what: &'static str) {
-        self.mistakes.push(Mistake { line: self.began + 1, what });
+        self.mistakes.push(Mistake { line: self.began + 1, what, grave: false });
+    }
+
+    fn grave(&mut self, what: &'static str) {
+        self.mistakes.push(Mistake { line: self.began + 1, what, grave: true });
     }
 }
 
@@ -202,6 +213,8 @@ mod tests {
             let (names, mistakes) = read(text);
             let said = mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
             assert_eq!(mistakes.len(), 1, "{text:?}: {said}");
+            let grave = ["journal", "NUL", "UTF-8"].contains(&word);
+            assert_eq!(mistakes[0].grave, grave, "{text:?}");
             assert!(mistakes[0].line == line && said.contains(word), "{text:?}: {said}");
             assert!(!said.contains("hunter2") && !names.iter().any(|n| n.contains("hunter2")), "{said}");
         }
