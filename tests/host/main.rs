@@ -9,6 +9,7 @@ mod developer;
 mod kill;
 mod lab;
 mod load;
+mod local_user;
 mod mistakes;
 #[cfg(feature = "campaign")]
 mod order;
@@ -16,6 +17,7 @@ mod passes;
 mod power;
 mod returns;
 mod runbook;
+mod secrets;
 mod solo;
 mod trust;
 #[cfg(feature = "campaign")]
