@@ -215,7 +215,10 @@ fn an_edit_goes_over_stdin_into_the_same_file_whole_and_leaves_nothing_behind() 
         "case \"$*\" in *' write '*) touch {dir}/writing; while [ ! -e {dir}/go ]; do sleep 0.05; done;; esac"
     ));
     fs_err::write(machine.path("active"), "").unwrap();
-    let run = machine.run(&["secrets", "edit", "ava"]).env("EDITOR", format!("{} --wait", editor.display()));
+    // By somebody who wants core dumps of everything else.
+    let script = "ulimit -c unlimited; exec \"$@\"";
+    let run = machine.of("sh", &["-c", script, "-", BIN, "secrets", "edit", "ava"]);
+    let run = run.env("EDITOR", format!("{} --wait", editor.display()));
     let editing = std::thread::spawn(move || run.output().unwrap());
     wait_until(LIMIT, "it writes", || machine.path("writing").exists());
     assert_eq!(who_shows_the_mark(), [""; 0]);

@@ -12,6 +12,7 @@ use crate::manifest::Manifest;
 use crate::names::HostName;
 use crate::runner::{Run, RunError, Status};
 use crate::say::printable;
+use crate::secrets::environment;
 use crate::see::judge::STALE_SEC;
 use crate::see::reports;
 use crate::ssh::is_root;
@@ -318,7 +319,13 @@ fn secret_file(file: &Path) -> Option<String> {
     } else if mode & 0o177 != 0 {
         Some(format!("{at} has mode {mode:04o}; chmod 600 {at}"))
     } else {
-        None
+        let bytes = match fs_err::read(file) {
+            Ok(bytes) => bytes,
+            Err(e) => return Some(crate::error::io_text(&e)),
+        };
+        let (_, mistakes) = environment::read(&bytes);
+        let grave = mistakes.iter().find(|mistake| mistake.grave)?;
+        Some(format!("{at}, {grave}; mend it with 'omni-deploy secrets edit'"))
     }
 }
 
@@ -422,6 +429,10 @@ mod tests {
             assert_eq!(why.is_none(), well, "{m:o}: {why:?}");
             assert!(well || why.unwrap().contains(&format!("chmod 600 {}", file.display())));
         }
+        mode(0o600);
+        fs_err::write(&file, "A=1\nexport K=hunter2").unwrap();
+        let why = secret_file(&file).unwrap();
+        assert!(why.contains("line 2 ") && !why.contains("hunter2"), "{why}");
         fs_err::os::unix::fs::symlink(&file, &link).unwrap();
         assert!(secret_file(&link).unwrap().contains("symbolic link"));
         assert!(secret_file(dir.path()).unwrap().contains("no regular file"));
