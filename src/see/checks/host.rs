@@ -91,7 +91,7 @@ fn systemd(now: Timestamp) -> Vec<Check> {
         Err(e) => return vec![said(NAME, e)],
         Ok(output) => match output.text().trim() {
             "running" => Check::ok(NAME, "running"),
-            "degraded" => Check::ok(NAME, "running; some unit failed ('systemctl --failed')"),
+            "degraded" => Check::ok(NAME, format!("running; failed: {}", failed_units())),
             "starting" | "initializing" => {
                 Check::warn(NAME, "still starting; 'systemctl list-jobs' shows why")
             }
@@ -104,6 +104,15 @@ fn systemd(now: Timestamp) -> Vec<Check> {
     checks.push(timer());
     checks.push(last_pass(now));
     checks
+}
+
+/// The names of the units that failed, which may be anybody's.
+fn failed_units() -> String {
+    let run = Run::new("systemctl").args(["list-units", "--failed", "--plain", "--no-legend", "--no-pager"]);
+    let text = run.deadline(DEADLINE).success().map(|o| o.text()).unwrap_or_default();
+    let names: Vec<_> =
+        text.lines().filter_map(|line| line.split_whitespace().next()).map(printable).collect();
+    if names.is_empty() { "see 'systemctl --failed'".to_string() } else { names.join(", ") }
 }
 
 fn timer() -> Check {
