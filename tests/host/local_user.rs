@@ -162,7 +162,7 @@ fn he_holds_nothing_up_and_plants_nothing() {
         let all = host.try_sh("curl -sSf localhost:8001/env | tr '\\0' '\\n'").text();
         if all.contains(&format!("KEY={MARK}")) { Ok(()) } else { Err("not yet".into()) }
     });
-    holder.stop();
+    drop(holder);
     // Nothing of it is writable for him, nor are the folders on the way there.
     let writable = gets(
         &host,
@@ -200,12 +200,13 @@ fn the_bridge_tells_him_nothing_while_a_closure_is_copied() {
     let crate::runbook::Biz { host, bucket, developer } = &mut *biz;
     host.sh("id mallory >/dev/null 2>&1 || useradd --create-home mallory");
     developer.types(
-        r#"deploy-manifest add-service '{"name": "web", "hosts": ["biz"],
+        r#"deploy-manifest add-service '{"name": "bridged", "hosts": ["biz"],
              "artifact": {"storePath": "/nix/store/placeholder"}, "env": {"PORT": "8001"},
-             "http": {"domain": "web.example.com", "internalPort": 8001}, "health": {"path": "/health"}}'"#,
+             "http": {"domain": "bridged.example.com", "internalPort": 8001}, "health": {"path": "/health"}}'"#,
     );
-    developer.write("Biz/Web.py", "# : out web\nVERSION = web 1\n");
-    developer.types("Omni/Ide/push.sh Biz/Web.py");
+    // Of its own, which no other test has brought to the host yet.
+    developer.write("Biz/Bridged.py", "# : out bridged\nVERSION = bridged 1\n");
+    developer.types("Omni/Ide/push.sh Biz/Bridged.py");
     // Every request takes two seconds: time to look around.
     bucket.faults(r#"{"delay_ms": 2000}"#);
     host.sh("systemctl start --no-block deployer");
@@ -274,7 +275,7 @@ fn the_bridge_tells_him_nothing_while_a_closure_is_copied() {
     bucket.faults("{}");
     let pass = host.pass();
     assert_eq!(pass.code, 0, "{}", pass.said);
-    assert_eq!(host.page("web.example.com").as_deref(), Ok("web 1"));
+    assert_eq!(host.page("bridged.example.com").as_deref(), Ok("bridged 1"));
     assert!(!as_him("ss -Htln").contains(&format!(":{port} ")), "closed with the copy");
     assert!(!bucket.log().iter().any(|l| l.contains("hostname") || l.contains(&"0".repeat(48))));
 }
