@@ -243,7 +243,7 @@ test_sources() {
       in_host verify "systemd-analyze verify --man=no --recursive-errors=no /etc/systemd/system/$unit 2>&1 || true"
   done 2>/dev/null
   check the_deployer_unit_scores_under_3 in_host verify \
-    'systemd-analyze security --threshold=31 --offline=true /etc/systemd/system/deployer.service'
+    'systemd-analyze security --threshold=28 --offline=true /etc/systemd/system/deployer.service'
   "$lab" down verify
 }
 

@@ -27,6 +27,8 @@ impl Machine {
     fn new(hosts: &[&str]) -> Self {
         let machine = Machine { dir: tempfile::tempdir().unwrap() };
         let ava = json!({"name": "ava", "artifact": {"storePath": AVA}, "hosts": hosts, "envFile": machine.secrets()});
+        let keyed = json!({"name": "keyed", "artifact": {"storePath": AVA}, "hosts": ["biz"],
+            "envFile": machine.secrets(), "credentials": {"key": machine.path("secrets/keyed.key")}});
         let plain = json!({"name": "plain", "artifact": {"storePath": AVA}, "hosts": hosts});
         fs_err::create_dir_all(machine.path("host-bin")).unwrap();
         fs_err::os::unix::fs::symlink(BIN, machine.path("host-bin/omni-deploy")).unwrap();
@@ -40,7 +42,7 @@ impl Machine {
         machine.script("editor", "exit 9");
         // As sshd does it: the words, joined by spaces, are read again by a shell.
         machine.ssh("true");
-        for service in [ava, plain] {
+        for service in [ava, keyed, plain] {
             machine.good(&["manifest", "add-service", &service.to_string()]);
         }
         machine
@@ -269,6 +271,19 @@ fn a_file_that_is_not_there_is_made_for_root_alone_with_its_folder() {
     assert_eq!(machine.text(), format!("TOKEN={MARK}\nB=2\n"));
     let check = machine.good(&["secrets", "check", "ava", "--this-host", "biz"]);
     assert!(check.text().ends_with(": TOKEN, B\n"), "{}", check.text());
+}
+
+#[test]
+fn a_credential_is_one_file_of_several_and_takes_any_bytes() {
+    let machine = Machine::new(&["biz"]);
+    machine.has_secrets("A=1\n");
+    machine.script("editor", "printf 'no line\\000\\377' >$1");
+    machine.bad(&["secrets", "edit", "keyed"], 1, "keyed.key; name one of them with --file");
+    machine.good(&["secrets", "edit", "keyed", "--file", "keyed.key"]);
+    assert_eq!(fs_err::read(machine.path("secrets/keyed.key")).unwrap(), b"no line\0\xff");
+    let check = machine.good(&["secrets", "check", "keyed"]).text();
+    let said: Vec<&str> = check.lines().map(|l| l.rsplit('/').next().unwrap()).collect();
+    assert_eq!(said, ["ava.env: A", "keyed.key: well"]);
 }
 
 #[test]

@@ -62,7 +62,8 @@ pub struct SecretFile {
 /// The files of secrets that a service's entry names.
 pub fn files(service: &Service) -> Vec<SecretFile> {
     let environment = |path: &String| SecretFile { path: path.clone(), form: Form::Environment };
-    service.env_file.iter().map(environment).collect()
+    let bytes = |path: &String| SecretFile { path: path.clone(), form: Form::Bytes };
+    service.env_file.iter().map(environment).chain(service.credentials.values().map(bytes)).collect()
 }
 
 /// What a host says of a file.
