@@ -4,12 +4,13 @@ mod cache;
 mod common;
 
 use cache::{bucket, bucket_as, developers_bucket};
-use common::{KEY, S3Server};
+use common::{KEY, S3Server, SECRET};
 use omni_deploy::bridge::{Access, Bridge};
 use omni_deploy::runner::Run;
 use omni_deploy::store::{Got, Store, When};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 
 struct Answer {
     status: u16,
@@ -259,11 +260,17 @@ fn another_user_is_not_answered_even_with_the_path() {
     let bridge = Bridge::open(developers_bucket(&s3), Access::Read).unwrap();
     let url = format!("{}/nix-cache-info", bridge.url());
     let curl = ["curl", "--silent", "--show-error", "--max-time", "10", &url];
-    let ours = Run::new("env").args(curl).output().unwrap();
-    assert_eq!(ours.text(), "StoreDir: /nix/store\n", "{}", ours.stderr);
-    let nobody = Run::new("setpriv").args(["--reuid=65534", "--clear-groups"]).args(curl).output().unwrap();
-    assert_eq!(nobody.text(), "");
-    assert!(nobody.stderr.starts_with("curl: "), "it was curl that failed: {}", nobody.stderr);
+    // Nor is who comes by the other of the kernel's tables.
+    let mapped = url.replace("127.0.0.1", "[::ffff:127.0.0.1]");
+    for url in [&url, &mapped] {
+        let curl = curl.iter().map(|word| if word.starts_with("http") { url.as_str() } else { word });
+        let ours = Run::new("env").args(curl.clone()).output().unwrap();
+        assert_eq!(ours.text(), "StoreDir: /nix/store\n", "{}", ours.stderr);
+        let nobody =
+            Run::new("setpriv").args(["--reuid=65534", "--clear-groups"]).args(curl).output().unwrap();
+        assert_eq!(nobody.text(), "");
+        assert!(nobody.stderr.starts_with("curl: "), "it was curl that failed: {}", nobody.stderr);
+    }
 }
 
 #[test]
@@ -275,4 +282,39 @@ fn the_bridge_ends_with_its_guard() {
     drop(bridge);
     assert!(TcpStream::connect(address).is_err());
     assert!(matches!(idle.read(&mut [0]), Ok(0) | Err(_)));
+}
+
+/// The files below /proc of a process that forbids core dumps are root's: who it is must not be read from them.
+#[test]
+fn a_user_who_is_not_root_is_answered_by_their_own_bridge() {
+    let s3 = S3Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    fs_err::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    fs_err::copy(env!("CARGO_BIN_EXE_omni-deploy"), at("omni-deploy")).unwrap();
+    let script = "mkdir -p w/bin; echo hi >w/bin/w; chmod +x w/bin/w; path=$(nix-store --add w)
+        ./omni-deploy manifest init
+        ./omni-deploy manifest add-service \
+            '{\"name\": \"w\", \"artifact\": {\"storePath\": \"/nix/store/placeholder\"}, \"hosts\": [\"biz\"]}'
+        ./omni-deploy push --service w $path; id -u >who";
+    let push = Run::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "bash", "-euc", script])
+        .dir(dir.path())
+        .env("HOME", dir.path())
+        .env("TMPDIR", dir.path())
+        .env("NIX_REMOTE", format!("local?root={}", at("nix").display()))
+        .env("NIX_CONFIG", cache::NIX_CONFIG)
+        .env("AWS_ACCESS_KEY_ID", KEY)
+        .env("AWS_SECRET_ACCESS_KEY", SECRET)
+        .env("AWS_EC2_METADATA_DISABLED", "true")
+        .env("OMNI_DEPLOY_HOST", "laptop")
+        .env("OMNI_DEPLOY_STORE", s3.url("cache"))
+        .without_env("XDG_CONFIG_HOME")
+        .success()
+        .unwrap();
+    assert_eq!(fs_err::read_to_string(at("who")).unwrap(), "65534\n");
+    assert!(push.stderr.contains("closure of 1 path"), "{}", push.stderr);
+    assert!(s3.log().iter().any(|l| l.starts_with("PUT /box/cache/nar/") && l.ends_with(" 200")));
+    // What Nix adds to a store, it makes read-only.
+    Run::new("chmod").args(["-R", "u+w"]).arg(at("nix")).success().unwrap();
 }

@@ -14,7 +14,6 @@ use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
 use crate::store::{Etag, Got, MANIFEST_KEY, Store, StoreError, When};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 /// What a change may start from.
@@ -101,9 +100,7 @@ impl Author {
 /// `user@host`, from `USER` or `LOGNAME`, else the user's number; only plain characters.
 pub fn whoami() -> String {
     let named = ["USER", "LOGNAME"].iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()));
-    let user = named
-        .or_else(|| fs_err::metadata("/proc/self").ok().map(|m| m.uid().to_string()))
-        .unwrap_or_else(|| "unknown".into());
+    let user = named.unwrap_or_else(|| rustix::process::geteuid().as_raw().to_string());
     let host = HostName::of_this_machine().map_or_else(|| "unknown".into(), |h| h.to_string());
     let clean = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
     let user: String = user.chars().take(64).map(clean).collect();

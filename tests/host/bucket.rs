@@ -97,6 +97,13 @@ impl Bucket {
         text.lines().map(str::to_string).collect()
     }
 
+    /// Sets the server's faults (tests/s3-server/README.md).
+    pub fn faults(&self, json: &str) {
+        let new = self.dir.join("control.new");
+        fs_err::write(&new, json).unwrap();
+        fs_err::rename(new, self.dir.join("control")).unwrap();
+    }
+
     /// Reads an object.
     pub fn get(&self, key: &str) -> Vec<u8> {
         self.curl(key).success().unwrap().stdout

@@ -11,6 +11,7 @@ mod hostile;
 mod kill;
 mod lab;
 mod load;
+mod local_user;
 mod mistakes;
 #[cfg(feature = "campaign")]
 mod order;
@@ -20,6 +21,7 @@ mod policy;
 mod power;
 mod returns;
 mod runbook;
+mod secrets;
 mod solo;
 mod trust;
 #[cfg(feature = "campaign")]

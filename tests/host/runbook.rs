@@ -23,6 +23,8 @@ static BIZ: LazyLock<Mutex<Biz>> = LazyLock::new(|| Mutex::new(boot()));
 pub fn biz() -> MutexGuard<'static, Biz> {
     let mut biz = lock(&BIZ);
     biz.bucket.up();
+    // Of a test that failed.
+    biz.bucket.faults("{}");
     let Biz { host, developer, .. } = &*biz;
     developer.types(
         "for name in $(deploy-manifest show | jq -r '.services[].name'); do deploy-manifest remove-service $name; done",
@@ -136,11 +138,12 @@ fn every_command_of_the_runbook_works_as_written() {
     // No version: the one before.
     developer.types("deploy-manifest rollback && ssh biz sudo systemctl start deployer");
     served(host, "podcasts.example.com", "podcasts 2");
-    // A day names one version only if there was no other on it: the candidates are listed.
+    // A day names one version only if there was no other on it: the candidates are listed, of
+    // many the ten newest, of which two have come since.
     let day =
         developer.tries(&format!("deploy-manifest rollback {}.json", &before[.."manifest-YYYYMMDD".len()]));
     assert_eq!(day.status, Status::Exit(1), "{}", day.stderr);
-    assert!(versions.iter().all(|v| day.stderr.contains(v)), "{}", day.stderr);
+    assert!(versions.iter().take(8).all(|v| day.stderr.contains(v)), "{}", day.stderr);
 
     // Secrets; the editor is a person at the keyboard.
     host.sh(
