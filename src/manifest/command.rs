@@ -71,7 +71,9 @@ pub(super) fn check(text: &str) -> Result<(), String> {
             Err("has '..' in its first word; a path below the store path, or an absolute one, is meant"
                 .into())
         }
-        Some(first) if first.ends_with('/') => Err("names a folder; the executable is meant".into()),
+        Some(first) if matches!(first.rsplit('/').next(), Some("" | ".")) => {
+            Err("names a folder; the executable is meant".into())
+        }
         Some(first) if first.len() > MAX_PROGRAM => {
             Err(format!("has a first word of {} bytes; at most {MAX_PROGRAM} are possible", first.len()))
         }
@@ -127,7 +129,18 @@ mod tests {
         let long_name = format!("bin/{}", "n".repeat(256));
         let long_path = "a/".repeat(2000) + "b";
         let long = format!("a {}", "b".repeat(MAX_BYTES));
-        for text in [r"'bin/a$b'", r#"bin/a\"b"#, r"bin/a\\b", "bin/\'a", &long_name, &long_path, &long] {
+        for text in [
+            r"'bin/a$b'",
+            r#"bin/a\"b"#,
+            r"bin/a\\b",
+            "bin/\'a",
+            "bin/.",
+            "/.",
+            "bin/",
+            &long_name,
+            &long_path,
+            &long,
+        ] {
             assert!(check(text).is_err(), "{text:.80} passed");
         }
         for text in ["bin/a%n '$HOME'", "'bin/a b' \"c'd\" e\\\\f", &format!("bin/{}", "n".repeat(255))] {
