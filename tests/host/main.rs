@@ -18,5 +18,6 @@ mod returns;
 mod runbook;
 mod solo;
 mod trust;
+mod units;
 #[cfg(feature = "campaign")]
 mod writes;
