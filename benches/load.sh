@@ -32,8 +32,9 @@ esac
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$top/target}
 say "building"
 (cd "$top/tests/load" && cargo build --locked --quiet) >&2
-(cd "$top" && cargo build --locked --quiet && cargo test --locked --quiet --test host --no-run) >&2
+(cd "$top" && cargo build --locked --quiet --release && cargo test --locked --quiet --test host --no-run) >&2
 export OMNI_TEST_LOAD=$CARGO_TARGET_DIR/debug/omni-test-load OMNI_LOAD_FULL=1
+export OMNI_TEST_BINARY=$CARGO_TARGET_DIR/release/omni-deploy
 
 said=$(mktemp) OMNI_LOAD_LOG=$(mktemp)
 export OMNI_LOAD_LOG

@@ -143,7 +143,7 @@ locate_cgroup() {
 
 # True while any process of the host lives: the kernel's word, which no stale pid file can fake.
 is_alive() {
-  [[ -r $cgroup/cgroup.events ]] && grep -qx 'populated 1' "$cgroup/cgroup.events"
+  grep -qsx 'populated 1' "$cgroup/cgroup.events"
 }
 
 # Sets $leader to the host's pid 1 as seen from here, checked against its cgroup because pids are reused.
@@ -221,8 +221,20 @@ owns_number() {
   [[ -z $owner || $owner == "$dir" ]]
 }
 
-# Takes away whatever is left of the host, in whatever state an interrupted run left it.
-remove_host() {
+# Waits until nobody else makes or removes the host, and keeps others out until this process ends. The folder
+# itself carries the lock, on descriptor 7, so that nothing is left when it goes.
+lock_host() {
+  while :; do
+    # Its parent may be removed in between by the removal of another host.
+    mkdir -p "$dir" 2>/dev/null || mkdir -p "$dir"
+    { exec 7<"$dir"; } 2>/dev/null || continue
+    flock 7
+    [[ $dir -ef /proc/self/fd/7 ]] && return 0
+  done
+}
+
+# Takes away whatever is left of the host but its folder, in whatever state an interrupted run left it.
+clear_host() {
   local mountpoint
   if [[ -r $dir/number ]] && n=$(<"$dir/number") && owns_number; then
     locate_cgroup
@@ -237,7 +249,13 @@ remove_host() {
   done < <(mounts_below "$dir")
   [[ -z $(mounts_below "$dir") ]] || die "host '$name': cannot unmount $(mounts_below "$dir" | head -n 1); who uses it?"
   # Only ever below our own folder, and never into something mounted there.
-  [[ ! -d $dir ]] || rm -rf --one-file-system -- "$dir"
+  find "$dir" -xdev -mindepth 1 -delete
+}
+
+# Takes away all of the host; its lock is ours.
+remove_host() {
+  clear_host
+  rmdir "$dir"
   # Not from under another one that is being made at this moment; its own removal will see to the folder.
   (flock --nonblock 8 && rmdir --ignore-fail-on-non-empty "$LAB_DIR" 2>/dev/null) 8</run || true
 }
@@ -249,7 +267,6 @@ remove_host() {
 claim_number() {
   exec 9</run
   flock 9
-  mkdir -p "$dir"
   for ((n = 1; n < 255; n++)); do
     [[ -e /sys/class/net/olab$n ]] && continue
     printf '%s\n' "$n" >"$dir/number"
@@ -393,7 +410,7 @@ boot() {
       systemd-nspawn --quiet --directory="$root" --machine="omni-lab-$n" --hostname="$(<"$dir/hostname")" --boot \
       --register=no --keep-unit --console=pipe --link-journal=no --resolv-conf=off --timezone=off \
       --network-namespace-path="$disk/net"
-  ) </dev/null >>"$disk/console" 2>&1 &
+  ) </dev/null >>"$disk/console" 2>&1 7<&- &
   starter=$!
   printf '%s\n' "$starter" >"$dir/nspawn"
   disown
@@ -449,7 +466,8 @@ cmd_up() {
   [[ -z $caddyfile || -r $caddyfile ]] || die "up: cannot read the Caddyfile '$caddyfile'"
   missing=$(missing_packages | tr '\n' ' ')
   [[ -z $missing ]] || die "missing: ${missing% }; install with 'lab.sh packages'"
-  remove_host
+  lock_host
+  clear_host
   # From here on a failure leaves nothing behind but its message.
   trap 'abandon' EXIT
   claim_number
@@ -517,14 +535,15 @@ cmd_list() {
 cmd_down() {
   (($# >= 1)) || misuse "down: the host's NAME is missing"
   select_host "$1"
+  [[ -d $dir ]] || return 0
+  lock_host
   remove_host
 }
 
 cmd_down_all() {
   local each
   for each in "$LAB_DIR"/*/; do
-    select_host "$(basename "$each")"
-    remove_host
+    cmd_down "$(basename "$each")"
   done
 }
 

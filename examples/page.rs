@@ -1,6 +1,7 @@
 //! The web service that the host tests deploy: one page, its own environment, an echo, and the ways in which a
 //! release goes wrong. It runs from a closure, `DIR/bin/NAME`, and reads two files there: `DIR/version`, the
-//! page, and `DIR/behaviour` (absent in a good release): `exit N`, `crash SECONDS` or `port N`.
+//! page, and `DIR/behaviour` (absent in a good release): `exit N`, `crash SECONDS` or `port N`. What it finds below
+//! `$CREDENTIALS_DIRECTORY` it tells everybody at `/credentials/NAME`.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Error, Read, Result, Write};
@@ -72,6 +73,7 @@ fn answer(mut stream: &TcpStream, version: &str) -> Result<()> {
         (Some("GET"), Some("/health")) => ("200 OK", b"ok\n".to_vec()),
         // One variable after another, each ended by a NUL, as in /proc/PID/environ.
         (Some("GET"), Some("/env")) => ("200 OK", environment()),
+        (Some("GET"), Some(path)) if path.starts_with("/credentials/") => ("200 OK", credential(path)?),
         (Some("GET"), Some(_)) => ("200 OK", format!("{version}\n").into_bytes()),
         (Some("POST"), Some(_)) => {
             let mut body = vec![0; length];
@@ -82,6 +84,12 @@ fn answer(mut stream: &TcpStream, version: &str) -> Result<()> {
     };
     write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len())?;
     stream.write_all(&body)
+}
+
+fn credential(path: &str) -> Result<Vec<u8>> {
+    let folder = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| Error::other("no credentials"))?;
+    let name = path.rsplit('/').next().unwrap_or_default();
+    fs_err::read(std::path::Path::new(&folder).join(name))
 }
 
 fn environment() -> Vec<u8> {

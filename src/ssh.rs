@@ -11,7 +11,8 @@ use std::time::Duration;
 const SSH_FAILED: Status = Status::Exit(255);
 
 /// A run of `words` on `host`, as root if `sudo`. Over ssh it fails rather than asks for a password, and a
-/// host that does not take the connection is given up after ten seconds; add a deadline for the rest.
+/// host that does not take the connection is given up after ten seconds, one that falls silent later after a
+/// minute; add a deadline for what must end sooner.
 pub fn run_on(settings: &Settings, host: &HostName, sudo: bool, words: &[&str]) -> Run {
     let argv = argv_on(settings, host, sudo && !(is_here(settings, host) && is_root()), words);
     Run::new(&argv[0]).args(&argv[1..])
@@ -67,7 +68,9 @@ fn argv_on(settings: &Settings, host: &HostName, sudo: bool, words: &[&str]) -> 
     let mut argv = if settings.ssh.is_empty() { vec!["ssh".to_string()] } else { settings.ssh.clone() };
     if argv[0].rsplit('/').next() == Some("ssh") {
         // Of an option given twice ssh takes the first: the configured words come before ours.
-        argv.extend(["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--"].map(String::from));
+        // A host that dies after it took the connection is given up after three unanswered questions.
+        let options = ["BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=15"];
+        argv.extend(options.iter().flat_map(|o| ["-o", *o]).chain(["--"]).map(String::from));
     }
     argv.push(host.to_string());
     argv.extend(command.map(quote));
@@ -100,7 +103,7 @@ mod tests {
     #[test]
     fn the_words_reach_the_host_through_what_is_configured() {
         let words = ["systemctl", "start", "a b"];
-        let ours = "-o BatchMode=yes -o ConnectTimeout=10 --";
+        let ours = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 --";
         for (ssh, on, sudo, want) in [
             ("ssh", "biz", true, format!("ssh {ours} biz sudo systemctl start 'a b'")),
             (

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The long tests on booted hosts, which take longer than a change should wait: a pass killed at every point it has,
-# and made to fail at every write, and events in random orders. As root; tests/run.sh runs all others.
+# The long tests on booted hosts: a pass killed at every point it has, and made to fail at every write, and events
+# in random orders. tests/run.sh runs them last, after all others. As root.
 #   tests/campaign.sh [TEST NAME]        for example: tests/campaign.sh kill::
+#   OMNI_ORDER_SEED=random OMNI_ORDER_HOST_STEPS=2000 tests/campaign.sh order::
 set -euo pipefail
 
 cd "$(dirname "$0")/.."

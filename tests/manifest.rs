@@ -240,6 +240,19 @@ fn every_mistake_is_one_line_and_changes_nothing() {
         (add(r#""env": {"A-B": "1"}"#), "env[\"A-B\"]"),
         (add(r#""env": {"A": "x\ny"}"#), "env.A: "),
         (add(r#""envFile": "/a/../b""#), "envFile: \"/a/../b\" has '..'"),
+        (
+            add(r#""credentials": {"a:b": "/s/a"}"#),
+            "credentials[\"a:b\"]: \"a:b\" is no name of a credential",
+        ),
+        (add(r#""credentials": {"a": "s/a"}"#), "credentials.a: \"s/a\" is not absolute"),
+        (
+            add(r#""hardening": {"profile": "strick"}"#),
+            "hardening.profile: \"strick\" is not known; one of default, strict is meant",
+        ),
+        (
+            words(&["set", "web", "hardening.profile=loose"]),
+            "hardening.profile: \"loose\" is not known; one of default, strict is meant",
+        ),
         (add(r#""rollout": "overlap""#), "rollout: \"overlap\" needs http"),
         (
             add(r#""http": {"domain": "a.org", "internalPort": 81, "path": "/"}"#),

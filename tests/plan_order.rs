@@ -598,6 +598,7 @@ fn blank(name: &ServiceName, status: Status) -> ServiceState {
         previous: Vec::new(),
         failure: None,
         secrets_changed: false,
+        exposure: None,
         pinned_since: None,
         paused_until: None,
     }

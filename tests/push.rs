@@ -450,6 +450,7 @@ fn state(serial: u64, status: Status, runs: &StorePath, attempted: Option<&Store
         previous: Vec::new(),
         failure,
         secrets_changed: false,
+        exposure: None,
         pinned_since: None,
         paused_until: None,
     };

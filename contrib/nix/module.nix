@@ -129,6 +129,7 @@ in
           ProtectHome = "read-only";
           TemporaryFileSystem = "/tmp:mode=1777 /var/tmp:mode=1777";
           PrivateDevices = true;
+          PrivateMounts = true;
           CapabilityBoundingSet = [ "CAP_CHOWN" "CAP_DAC_OVERRIDE" "CAP_FOWNER" "CAP_SYS_PTRACE" ];
           NoNewPrivileges = true;
           RestrictAddressFamilies = [ "AF_UNIX" "AF_INET" "AF_INET6" "AF_NETLINK" ];
@@ -144,7 +145,7 @@ in
           ProtectKernelModules = true;
           ProtectKernelTunables = true;
           SystemCallArchitectures = "native";
-          SystemCallFilter = [ "@system-service" ];
+          SystemCallFilter = [ "@system-service" "~@resources" ];
           SystemCallErrorNumber = "EPERM";
         };
       };

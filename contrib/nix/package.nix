@@ -7,11 +7,11 @@ rustPlatform.buildRustPackage {
   pname = manifest.name;
   inherit (manifest) version;
 
-  # Only what is compiled, so that an edited page or test does not rebuild it.
+  # Only what cargo wants to see, so that an edited page or test does not rebuild it.
   src = lib.fileset.toSource {
     root = ../..;
     fileset =
-      lib.fileset.unions [ ../../Cargo.toml ../../Cargo.lock ../../src ../../docs/man ../push.sh ../ship.sh ];
+      lib.fileset.unions [ ../../Cargo.toml ../../Cargo.lock ../../src ../../examples ../../docs/man ../push.sh ../ship.sh ];
   };
   cargoLock.lockFile = ../../Cargo.lock;
 

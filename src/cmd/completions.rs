@@ -156,12 +156,14 @@ complete -F _omni_deploy omni-deploy deploy-manifest deployer
 const ZSH: &str = r#"#compdef omni-deploy deploy-manifest deployer
 _omni-deploy() {
     local -a found
-    local line files=0
+    local line word meaning files=0
     for line in "${(@f)$(omni-deploy completions --complete -- "${(@)words[1,CURRENT]}" 2>/dev/null)}"; do
         if [[ $line == :files ]]; then
             files=1
         elif [[ -n $line ]]; then
-            found+=("${${line%%$'\t'*}//:/\\:}:${line#*$'\t'}")
+            # A word, and after a tab what it means, if that is said.
+            word=${line%%$'\t'*} meaning=${line#"$word"}
+            found+=("${word//:/\\:}${meaning:+:${meaning#$'\t'}}")
         fi
     done
     (( $#found )) && _describe -V omni-deploy found

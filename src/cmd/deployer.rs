@@ -330,6 +330,12 @@ fn state(json: bool) -> Result<u8> {
             service.status.as_str(),
             service.since.age(now)
         ));
+        if let Some(exposure) = service.exposure {
+            text.push_str(&format!(
+                "    exposure {exposure} ('systemd-analyze security {}')\n",
+                service.name
+            ));
+        }
         if let Some(since) = service.pinned_since {
             text.push_str(&format!("    held there by 'deployer rollback' for {}\n", since.age(now)));
         }

@@ -19,7 +19,8 @@ use std::time::Duration;
 #[derive(FromArgs)]
 #[argh(
     example = "omni-deploy status\nomni-deploy status ava --live\nomni-deploy status --json | jq '.rows[] | select(.off)'",
-    note = "Below the table: the reason and the last log lines of whatever is off.",
+    note = "Below the table: the reason and the last log lines of whatever is off; for one service also how exposed its \
+            unit is, as 'systemd-analyze security' rates it from 0.0 to 10.0.",
     error_code(0, "all is as the manifest says, or on its way there"),
     error_code(1, "no manifest, no such service, or the store cannot be reached"),
     error_code(3, "something is off")
@@ -64,7 +65,7 @@ pub fn run(call: &Call) -> Result<u8> {
         say::info(format!("nothing should run; the manifest has serial {}", picture.serial));
     } else {
         let colour = std::io::stdout().is_terminal() && say::colour_wanted();
-        print(&table(&picture, Timestamp::now(), colour))?;
+        print(&table(&picture, Timestamp::now(), colour, args.service.is_some()))?;
     }
     Ok(if picture.off() { EXIT_DEGRADED } else { 0 })
 }
@@ -106,7 +107,8 @@ fn watch(settings: &Settings, args: &Args) -> Result<u8> {
                 (line.clone(), line)
             }
             Ok(picture) => {
-                let text = table(&picture, Timestamp::now(), terminal && say::colour_wanted());
+                let colour = terminal && say::colour_wanted();
+                let text = table(&picture, Timestamp::now(), colour, args.service.is_some());
                 (text, json(&picture, false)?)
             }
             // What is wrong from the start stays wrong: no such service, no manifest.
@@ -180,7 +182,8 @@ fn clipped(text: &str) -> String {
     format!("{}{more}", printable(&line))
 }
 
-fn table(picture: &Picture, now: Timestamp, colour: bool) -> String {
+/// `detail`: what is only of interest where one service is looked at.
+fn table(picture: &Picture, now: Timestamp, colour: bool, detail: bool) -> String {
     const STATUS: usize = 4;
     let head = ["SERVICE", "HOST", "WANTED", "RUNNING", "STATUS", "SINCE", "REPORT"];
     let age = |t: Option<Timestamp>| t.map_or("-".into(), |t| t.age(now));
@@ -248,6 +251,11 @@ fn table(picture: &Picture, now: Timestamp, colour: bool) -> String {
             below.push_str(&format!("  | {}\n", clipped(line)));
         }
     }
+    for row in picture.rows.iter().filter(|_| detail) {
+        if let Some(exposure) = row.exposure {
+            below.push_str(&format!("{} on {}: exposure {exposure}\n", row.service, row.host));
+        }
+    }
     if !below.is_empty() {
         out.push('\n');
         out.push_str(&below);
@@ -258,6 +266,7 @@ fn table(picture: &Picture, now: Timestamp, colour: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::deployer::state::Exposure;
     use crate::names::{HostName, ServiceName};
     use crate::see::judge::HostRow;
 
@@ -284,6 +293,7 @@ mod tests {
                 status: Standing::Rejected,
                 since: Some(Timestamp(700)),
                 reported_at: Some(Timestamp(940)),
+                exposure: Exposure::parse("1.1"),
                 off: true,
                 problem: Some("exited with 1".into()),
                 attempted: Some(path("2")),
@@ -294,7 +304,7 @@ mod tests {
 
     #[test]
     fn the_table_is_as_wide_as_its_content_and_reasons_stand_below() {
-        let text = table(&picture(), Timestamp(1000), false);
+        let text = table(&picture(), Timestamp(1000), false, false);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(
             lines[..2],
@@ -306,7 +316,9 @@ mod tests {
         assert_eq!(lines[3], "biz: Caddy's route is pending: \\u{1b}]0;x\\u{7}");
         assert_eq!(lines[4], "ava on biz: rejected 2222222-ava-1.0: exited with 1");
         assert_eq!((lines.len(), lines[5]), (5 + JOURNAL_LINES, "  | line 2 \\u{9b}2J\\u{202e}"));
-        assert!(table(&picture(), Timestamp(1000), true).contains("\x1b[31mrejected\x1b[0m  5m"));
+        let one = table(&picture(), Timestamp(1000), false, true);
+        assert_eq!(one.strip_prefix(&text), Some("ava on biz: exposure 1.1\n"));
+        assert!(table(&picture(), Timestamp(1000), true, false).contains("\x1b[31mrejected\x1b[0m  5m"));
     }
 
     #[test]
@@ -319,7 +331,7 @@ mod tests {
             );
             let value: serde_json::Value = serde_json::from_str(&text).unwrap();
             assert_eq!(value["rows"][0]["journal"][0], "line 0 \u{9b}2J\u{202e}");
-            assert_eq!(value["version"], 1);
+            assert_eq!((&value["version"], &value["rows"][0]["exposure"]), (&1.into(), &1.1.into()));
         }
     }
 }

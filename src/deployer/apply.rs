@@ -312,7 +312,20 @@ impl Host<'_> {
         for start in restarts() {
             memory.interrupted.remove(start.name);
         }
-        let outcomes = watch(&watched)?;
+        // What it says is known before the watch has settled: it costs the pass no time.
+        let (outcomes, exposures) = std::thread::scope(|scope| {
+            let exposures = scope.spawn(systemd::exposures);
+            (watch(&watched), exposures.join())
+        });
+        learned.started.extend(starts.iter().map(|s| s.name.clone()));
+        match exposures.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
+            Ok(exposures) => learned.exposures = exposures,
+            Err(e) => {
+                learned.exposures.clear();
+                say::info(format!("how exposed the services are is not known: {e}"));
+            }
+        }
+        let outcomes = outcomes?;
         for start in &starts {
             let why = match (not_begun.get(start.name), outcomes.get(start.name)) {
                 (None, Some(Ok(after))) => {

@@ -46,8 +46,8 @@ pub fn observe(
     }
     let mut secrets = BTreeMap::new();
     for service in desired {
-        if let Some(file) = &service.env_file {
-            secrets.insert(service.name.clone(), secrets_file(&service.name, Path::new(file)));
+        if service.secret_files().next().is_some() {
+            secrets.insert(service.name.clone(), secrets_of(service));
         }
     }
     std::thread::scope(|scope| {
@@ -138,11 +138,13 @@ pub fn units(
         }
     }
     for service in desired {
-        if let (Some(file), Some(seen)) = (&service.env_file, units.get_mut(&service.name))
+        if service.secret_files().next().is_some()
+            && let Some(seen) = units.get_mut(&service.name)
             && seen.listed.running()
-            && let (Some(started), Some(changed)) = (started(&service.name), changed(Path::new(file)))
+            && let Some(started) = started(&service.name)
         {
-            seen.secrets_changed = changed > started;
+            seen.secrets_changed =
+                service.secret_files().filter_map(changed).any(|changed| changed > started);
         }
     }
     Ok((units, active))
@@ -316,6 +318,19 @@ pub fn roots(root: &Root) -> Result<BTreeMap<ServiceName, BTreeSet<String>>> {
         }
     }
     Ok(roots)
+}
+
+/// Whether the secrets files of a service may all be used: what identifies their present content, or what is
+/// wrong with them.
+fn secrets_of(service: &Service) -> Result<String, String> {
+    let (mut good, mut bad) = (Vec::new(), Vec::new());
+    for file in service.secret_files() {
+        match secrets_file(&service.name, file) {
+            Ok(content) => good.push(content),
+            Err(why) => bad.push(why),
+        }
+    }
+    if bad.is_empty() { Ok(good.join(",")) } else { Err(bad.join("; ")) }
 }
 
 /// Whether a secrets file may be used: there, a regular file, root's, readable by nobody else. The answer

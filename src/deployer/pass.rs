@@ -500,9 +500,9 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
     let services = plan
         .services
         .iter()
-        .map(|p| (p.name.clone(), service_state(p, &observed, &memory, now)))
+        .map(|p| (p.name.clone(), service_state(p, &observed, &memory, &learned, now)))
         .collect::<BTreeMap<_, _>>();
-    let state = State {
+    let mut state = State {
         version: STATE_VERSION,
         host: settings.host.clone(),
         deployer: env!("CARGO_PKG_VERSION").into(),
@@ -515,6 +515,9 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         reported: true,
         services,
     };
+    if news(root, &before, &state) {
+        rate(&mut state, &learned);
+    }
     tell(&before, &state, &learned);
     let code = state.exit_code();
     let published = publish(root, store.as_ref(), &before, state);
@@ -542,6 +545,7 @@ fn remember(root: &Root, memory: &mut Memory, learned: &Learned) -> Result<()> {
             previous: before.map(|b| b.previous.clone()).unwrap_or_default(),
             failure: Some(trouble.failure.clone()),
             secrets_changed: false,
+            exposure: before.and_then(|b| b.exposure),
             pinned_since: None,
             paused_until: None,
         };
@@ -557,7 +561,13 @@ fn remember(root: &Root, memory: &mut Memory, learned: &Learned) -> Result<()> {
 }
 
 /// How a service stands after the pass, from what was seen last.
-fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: Timestamp) -> ServiceState {
+fn service_state(
+    plan: &ServicePlan,
+    observed: &Observed,
+    memory: &Memory,
+    learned: &Learned,
+    now: Timestamp,
+) -> ServiceState {
     let running = observed.units.get(&plan.name).is_some_and(|u| u.listed.running());
     let runs = plan.goal.as_ref().filter(|_| running).map(|g| g.path.clone());
     let status = match (&plan.target, &plan.trouble, &runs) {
@@ -581,9 +591,16 @@ fn service_state(plan: &ServicePlan, observed: &Observed, memory: &Memory, now: 
     let since = before.filter(|b| b.status == status && b.store_path == runs).map_or(now, |b| b.since);
     let previous = memory.applied.get(&plan.name).into_iter().flat_map(|a| &a.previous);
     let previous = previous.filter(|p| observed.present.contains(*p)).cloned().collect();
+    let exposure = match learned.started.contains(&plan.name) {
+        true => learned.exposures.get(&plan.name.unit()).copied(),
+        // It may have been started by the pass that was interrupted.
+        false if memory.interrupted.contains(&plan.name) => None,
+        false => before.and_then(|b| b.exposure),
+    };
     let overrides = &memory.overrides;
     ServiceState {
         name: plan.name.clone(),
+        exposure: exposure.filter(|_| runs.is_some()),
         store_path: runs,
         status,
         since,
@@ -619,12 +636,35 @@ fn tell(before: &State, after: &State, learned: &Learned) {
     }
 }
 
-/// Writes the state and puts the report, if there is anything new in them or the last ones are old.
-fn publish(root: &Root, store: &dyn Store, before: &State, mut state: State) -> Result<()> {
+/// Finds out how exposed those services are of which it is not known: one that a person started, or that ran
+/// before this program could tell. Only where something is written anyway, so that an idle pass asks nobody.
+fn rate(state: &mut State, learned: &Learned) {
+    let unrated = |s: &&mut ServiceState| {
+        s.store_path.is_some() && s.exposure.is_none() && !learned.started.contains(&s.name)
+    };
+    let mut unrated: Vec<&mut ServiceState> = state.services.values_mut().filter(unrated).collect();
+    if unrated.is_empty() {
+        return;
+    }
+    match systemd::exposures() {
+        Ok(exposures) => {
+            unrated.iter_mut().for_each(|s| s.exposure = exposures.get(&s.name.unit()).copied());
+        }
+        Err(e) => say::info(format!("how exposed the services are is not known: {e}")),
+    }
+}
+
+/// Whether there is anything to write: something new, or the last report is old.
+fn news(root: &Root, before: &State, state: &State) -> bool {
     let same =
         State { checked_at: before.checked_at, changed_at: before.changed_at, ..state.clone() } == *before;
     let fresh = state.checked_at.0.saturating_sub(before.checked_at.0).abs() < REPORT_EVERY_SEC;
-    if same && fresh && root.state_file().exists() {
+    !(same && fresh && root.state_file().exists())
+}
+
+/// Writes the state and puts the report, if there is anything new in them or the last ones are old.
+fn publish(root: &Root, store: &dyn Store, before: &State, mut state: State) -> Result<()> {
+    if !news(root, before, &state) {
         return Ok(());
     }
     let key = format!("{HOSTS_PREFIX}{}.json", state.host);

@@ -4,7 +4,7 @@
 
 use super::caddy::{self, RoutePlan};
 use super::overrides::Overrides;
-use super::state::{Failure, State};
+use super::state::{Exposure, Failure, State};
 use super::systemd::Listed;
 use super::unit;
 use crate::clock::Timestamp;
@@ -112,6 +112,10 @@ pub struct Learned {
     pub troubles: BTreeMap<(ServiceName, String), Trouble>,
     /// Paths that could not be fetched, with the reason.
     pub unfetchable: BTreeMap<StorePath, String>,
+    /// Services that were started: what was known of their exposure was of their unit before.
+    pub started: BTreeSet<ServiceName>,
+    /// The exposure of units after the last start, by name; none where systemd did not say.
+    pub exposures: BTreeMap<String, Exposure>,
     /// What this host's disk did not take, where the pass went on all the same.
     pub unwritten: Vec<String>,
 }
@@ -471,7 +475,7 @@ fn service(
         steps.push(Step::Enable);
     }
     if let Some(why) = write {
-        if overlaps(&goal, seen, observed) {
+        if overlaps(&goal, applied, seen, observed) {
             steps.push(Step::Overlap(why));
         }
         steps.push(Step::Restart(why));
@@ -495,13 +499,24 @@ fn service(
 /// Whether the new version is to be proved beside the old one: where there is an old one that answers, and
 /// Caddy to lead requests past it. An understudy that is there already has the requests (or had them: an
 /// earlier pass died); the unit is then restarted behind it.
-fn overlaps(goal: &Goal, seen: &UnitSeen, observed: &Observed) -> bool {
+fn overlaps(goal: &Goal, applied: Option<&Applied>, seen: &UnitSeen, observed: &Observed) -> bool {
     goal.desired
+        && !applied.is_some_and(|a| takes_state(&goal.service, &a.service))
         && goal.service.rollout == Rollout::Overlap
         && goal.service.port_variable().is_some()
         && seen.listed.running()
         && matches!(observed.caddy, caddy::Observed::Servers(_))
         && !observed.understudies.contains(&goal.service.name)
+}
+
+/// Whether the start of one version takes the state folder away from another that runs: systemd gives the folder
+/// to whom its unit names.
+fn takes_state(new: &Service, old: &Service) -> bool {
+    let user = |s: &Service| {
+        let name = if s.hardening.dynamic_user { s.dynamic_user_name() } else { Some(s.exec.user.as_str()) };
+        (s.hardening.dynamic_user, name.map(String::from), s.exec.group.clone())
+    };
+    new.systemd.state_directory.is_some() && user(new) != user(old)
 }
 
 /// Understudies that an earlier pass left beside a version that is still as it was proved: nothing of the new
@@ -632,6 +647,7 @@ mod tests {
             exec: Exec::default(),
             env: BTreeMap::new(),
             env_file: None,
+            credentials: BTreeMap::new(),
             http: Some(Http {
                 domain: format!("{text}.example.com"),
                 path: "/".into(),
@@ -795,6 +811,7 @@ mod tests {
                             previous: Vec::new(),
                             failure: trouble.map(|t| t.failure.clone()),
                             secrets_changed: false,
+                            exposure: None,
                             pinned_since: None,
                             paused_until: None,
                         };
@@ -824,6 +841,34 @@ mod tests {
 
         fn held(&self, service: &str) -> Vec<String> {
             self.observed.roots.get(&name(service)).into_iter().flatten().cloned().collect()
+        }
+    }
+
+    #[test]
+    fn nothing_overlaps_with_a_version_whose_state_it_would_take() {
+        let mut old = entry("ava", 1);
+        old.rollout = Rollout::Overlap;
+        old.env.insert("PORT".into(), "8080".into());
+        for (state, user, dynamic, overlaps) in [
+            (None, "root", false, true),
+            (None, "www-data", true, true),
+            (Some("ava"), "root", false, true),
+            (Some("ava"), "www-data", false, false),
+            (Some("ava"), "root", true, false),
+        ] {
+            let mut world = World::new();
+            world.pass(&[&old]);
+            let mut new = old.clone();
+            new.artifact.store_path = Target::Path(path(2));
+            new.systemd.state_directory = state.map(String::from);
+            new.exec.user = user.into();
+            new.hardening.dynamic_user = dynamic;
+            world.observed.present.insert(path(2));
+            let plan = world.plan(&[&new]).unwrap();
+            let steps = &plan.services[0].steps;
+            assert!(steps.contains(&Step::Restart("another version")), "{steps:?}");
+            let overlapped = steps.contains(&Step::Overlap("another version"));
+            assert_eq!(overlapped, overlaps, "{state:?} {user} {dynamic}: {steps:?}");
         }
     }
 

@@ -4,8 +4,9 @@
 
 use crate::clock::Timestamp;
 use crate::names::{HostName, ServiceName, StorePath};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// The version of the format that this program writes.
 pub const STATE_VERSION: u64 = 1;
@@ -67,12 +68,56 @@ pub struct ServiceState {
     /// Its secrets file was changed after it started: a restart picks that up.
     #[serde(default)]
     pub secrets_changed: bool,
+    /// How much its unit leaves open, as systemd rates it, when it was started; null when nothing runs or systemd
+    /// did not say.
+    #[serde(default)]
+    pub exposure: Option<Exposure>,
     /// It is held at `storePath` by `deployer rollback`, since then.
     #[serde(default)]
     pub pinned_since: Option<Timestamp>,
     /// It is stopped by `deployer pause` until then; null with status `stopped`: until `deployer resume`.
     #[serde(default)]
     pub paused_until: Option<Timestamp>,
+}
+
+/// The overall exposure level of a unit, in tenths: 0.0 has nothing to attack, 10.0 everything
+/// (systemd-analyze(1), "security").
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Exposure(u8);
+
+impl Exposure {
+    /// Below this systemd calls a unit safe enough (`OK`), from here on `MEDIUM` and worse.
+    pub const MEDIUM: Exposure = Exposure(50);
+
+    /// From a number with at most one digit after the point, as systemd writes it.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::from_level(text.parse().ok()?)
+    }
+
+    fn from_level(level: f64) -> Option<Self> {
+        // Rounded, and within the range: the cast loses nothing.
+        (0.0..=10.0).contains(&level).then(|| Exposure((level * 10.0).round() as u8))
+    }
+}
+
+impl fmt::Display for Exposure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0 / 10, self.0 % 10)
+    }
+}
+
+impl Serialize for Exposure {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_f64(f64::from(self.0) / 10.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Exposure {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let level = f64::deserialize(d)?;
+        Self::from_level(level)
+            .ok_or_else(|| de::Error::custom(format!("{level} is no exposure; 0.0 to 10.0 is meant")))
+    }
 }
 
 /// How a service stands.
@@ -190,5 +235,25 @@ impl State {
         } else {
             0
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exposure_is_a_number_of_one_digit_after_the_point() {
+        for (text, json) in [("0.0", "0.0"), ("1.1", "1.1"), ("9.6", "9.6"), ("10.0", "10.0"), ("3", "3.0")] {
+            let exposure = Exposure::parse(text).unwrap();
+            assert_eq!(serde_json::to_string(&exposure).unwrap(), json);
+            assert_eq!(serde_json::from_str::<Exposure>(json).unwrap(), exposure);
+            assert_eq!(exposure.to_string(), json);
+        }
+        for bad in ["", "n/a", "-1", "10.1", "NaN", "inf", "1,1"] {
+            assert_eq!(Exposure::parse(bad), None, "{bad}");
+        }
+        assert!(serde_json::from_str::<Exposure>("11").is_err());
+        assert!(Exposure::parse("4.9").unwrap() < Exposure::MEDIUM);
     }
 }

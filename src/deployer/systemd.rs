@@ -1,10 +1,12 @@
 //! systemd: every call of systemctl, systemd-analyze and journalctl on the host, and the pure rule that says
 //! whether a service came up.
 
+use super::state::Exposure;
 use crate::effect;
 use crate::error::{Error, Result};
 use crate::names::ServiceName;
 use crate::runner::{Run, RunError};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -303,6 +305,29 @@ fn analyze(files: &[&Path]) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// How much each running service unit leaves open. One call for all of them, because that is faster than one for
+/// a few by name, whose answer has no form that a program could rely on.
+pub fn exposures() -> Result<BTreeMap<String, Exposure>> {
+    let output = Run::new("systemd-analyze")
+        .args(["security", "--no-pager", "--json=short"])
+        .deadline(Duration::from_secs(30))
+        .success()?;
+    parse_exposures(&output.stdout)
+        .ok_or_else(|| Error::new("systemd-analyze security gives no list of units and their exposure"))
+}
+
+fn parse_exposures(bytes: &[u8]) -> Option<BTreeMap<String, Exposure>> {
+    let rows: Vec<Value> = serde_json::from_slice(bytes).ok()?;
+    let row = |row: &Value| {
+        let exposure = match &row["exposure"] {
+            Value::String(text) => Exposure::parse(text),
+            other => Exposure::parse(&other.to_string()),
+        };
+        Some((row["unit"].as_str()?.to_string(), exposure?))
+    };
+    Some(rows.iter().filter_map(row).collect())
+}
+
 /// What systemctl had to say of one unit, when its call could not even begin to start it: a unit that it requires
 /// is not there, or failed.
 pub fn could_not_start(complaint: Option<&str>, unit: &str) -> Option<String> {
@@ -402,6 +427,18 @@ mod tests {
         };
         let CameUp::No(why) = came_up(None, &dead, None) else { panic!("came up") };
         assert!(why.contains("code 42"), "{why}");
+    }
+
+    #[test]
+    fn the_exposure_of_every_unit_is_read_and_what_has_none_is_left_out() {
+        let rows = br#"[{"unit":"a.service","exposure":"1.1","predicate":"OK","happy":":-)"},
+            {"unit":"b.service","exposure":9.6}, {"unit":"c.service","exposure":null}, {"exposure":"1.0"}]"#;
+        let read = parse_exposures(rows).unwrap();
+        let read: Vec<(&str, String)> = read.iter().map(|(u, e)| (u.as_str(), e.to_string())).collect();
+        assert_eq!(read, [("a.service", "1.1".to_string()), ("b.service", "9.6".to_string())]);
+        for bad in ["", "{}", "Unknown option --json"] {
+            assert_eq!(parse_exposures(bad.as_bytes()), None, "{bad}");
+        }
     }
 
     #[test]

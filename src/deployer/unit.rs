@@ -2,7 +2,7 @@
 //! escaped for the directive it stands in (systemd.syntax(7), systemd.exec(5)); nothing is expanded by a
 //! shell, and neither `%` nor `$` means anything.
 
-use crate::manifest::{Service, command};
+use crate::manifest::{Profile, Service, command};
 use crate::names::StorePath;
 use std::fmt::Write;
 
@@ -47,6 +47,40 @@ fn yes(value: bool) -> &'static str {
     if value { "yes" } else { "no" }
 }
 
+/// What the strict profile writes, besides the directives that have fields of their own. Together with those
+/// it leaves a service the network, its own folders and what it has in memory.
+const STRICT: [(&str, &str); 21] = [
+    ("NoNewPrivileges", "yes"),
+    ("CapabilityBoundingSet", ""),
+    ("PrivateDevices", "yes"),
+    ("PrivateUsers", "yes"),
+    ("ProtectClock", "yes"),
+    ("ProtectControlGroups", "yes"),
+    ("ProtectHostname", "yes"),
+    ("ProtectKernelLogs", "yes"),
+    ("ProtectKernelModules", "yes"),
+    ("ProtectKernelTunables", "yes"),
+    ("ProtectProc", "invisible"),
+    ("ProcSubset", "pid"),
+    ("RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6"),
+    ("RestrictNamespaces", "yes"),
+    ("RestrictRealtime", "yes"),
+    ("RestrictSUIDSGID", "yes"),
+    ("LockPersonality", "yes"),
+    ("MemoryDenyWriteExecute", "yes"),
+    ("SystemCallArchitectures", "native"),
+    ("RemoveIPC", "yes"),
+    ("UMask", "0077"),
+];
+
+/// The system calls of the strict profile; the second line takes out of the first. What is refused is an error
+/// that the service can go on from, not its end.
+const STRICT_CALLS: [(&str, &str); 3] = [
+    ("SystemCallFilter", "@system-service"),
+    ("SystemCallFilter", "~@privileged @resources"),
+    ("SystemCallErrorNumber", "EPERM"),
+];
+
 /// The unit of a service that runs `path`. Equal entries give equal bytes.
 pub fn render(service: &Service, path: &StorePath) -> String {
     let Service {
@@ -56,6 +90,7 @@ pub fn render(service: &Service, path: &StorePath) -> String {
         exec,
         env,
         env_file,
+        credentials,
         http: _,
         health: _,
         rollout: _,
@@ -96,8 +131,8 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     if hardening.dynamic_user {
         line("DynamicUser", "yes");
         // The default names say nothing here: the user is made for the service.
-        if exec.user != "root" {
-            line("User", &exec.user);
+        if let Some(user) = service.dynamic_user_name() {
+            line("User", user);
         }
         if exec.group != "root" {
             line("Group", &exec.group);
@@ -111,6 +146,9 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     }
     if let Some(file) = env_file {
         line("EnvironmentFile", &bare(file));
+    }
+    for (name, file) in credentials {
+        line("LoadCredential", &bare(&format!("{name}:{file}")));
     }
     if let Some(dir) = &systemd.working_directory {
         line("WorkingDirectory", &bare(dir));
@@ -136,6 +174,11 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     for path in &systemd.read_write_paths {
         line("ReadWritePaths", &quoted(path));
     }
+    if hardening.profile == Profile::Strict {
+        for (key, value) in STRICT.iter().chain(&STRICT_CALLS) {
+            line(key, value);
+        }
+    }
     line("\n[Install]\nWantedBy", "multi-user.target");
     u
 }
@@ -160,6 +203,7 @@ pub fn next_port(text: &str) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::manifest::parse;
 
     #[test]
     fn what_systemd_would_interpret_is_escaped() {
@@ -176,6 +220,113 @@ mod tests {
         }
         assert_eq!(exec_word("$HOME %i"), r#""$$HOME %%i""#);
         assert_eq!(bare("/a%b"), "/a%%b");
+    }
+
+    fn rendered(fields: serde_json::Value) -> (Service, String) {
+        let mut entry = serde_json::json!({"name": "ava", "hosts": ["biz"],
+            "artifact": {"storePath": "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava"}});
+        entry.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let service = parse::service(entry, parse::Mode::Strict, None).unwrap();
+        let text = render(&service, service.artifact.store_path.path().unwrap());
+        (service, text)
+    }
+
+    #[test]
+    fn an_entry_without_a_profile_has_the_bytes_it_always_had() {
+        let (_, text) = rendered(serde_json::json!({
+            "env": {"PORT": "8080"}, "envFile": "/var/lib/deployer-secrets/ava.env"}));
+        let expected = "\
+# Managed by omni-deploy: edit the manifest instead, changes here are undone.
+
+[Unit]
+Description=ava (deployed by omni-deploy)
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+Type=exec
+ExecStart=\"/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava/bin/ava\"
+User=root
+Group=root
+Environment=\"PORT=8080\"
+EnvironmentFile=/var/lib/deployer-secrets/ava.env
+Restart=on-failure
+RestartSec=5
+PrivateTmp=yes
+ProtectSystem=strict
+ProtectHome=yes
+
+[Install]
+WantedBy=multi-user.target
+";
+        assert_eq!(text, expected);
+        let default = serde_json::json!({"env": {"PORT": "8080"}, "envFile": "/var/lib/deployer-secrets/ava.env",
+            "hardening": {"profile": "default"}, "credentials": {}});
+        assert_eq!(rendered(default).1, expected);
+    }
+
+    #[test]
+    fn the_strict_profile_adds_to_the_fields_and_overrules_none() {
+        let strict = |fields: serde_json::Value, exec: serde_json::Value| {
+            let mut hardening = serde_json::json!({"profile": "strict"});
+            hardening.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            rendered(serde_json::json!({"hardening": hardening, "exec": exec})).1
+        };
+        let none = serde_json::json!({});
+        for (fields, exec, there, absent) in [
+            (
+                none.clone(),
+                none.clone(),
+                &["DynamicUser=yes", "User=ava", "PrivateTmp=yes"][..],
+                &["Group="][..],
+            ),
+            (none.clone(), serde_json::json!({"group": "adm"}), &["User=ava", "Group=adm"], &["User=root"]),
+            (
+                none.clone(),
+                serde_json::json!({"user": "www-data"}),
+                &["User=www-data", "Group=root"],
+                &["DynamicUser"],
+            ),
+            (
+                serde_json::json!({"dynamicUser": false, "privateTmp": false, "protectHome": false,
+                    "protectSystem": "full"}),
+                none.clone(),
+                &["User=root", "PrivateTmp=no", "ProtectSystem=full", "ProtectHome=no"],
+                &["DynamicUser"],
+            ),
+        ] {
+            let text = strict(fields, exec);
+            let lines: Vec<&str> = text.lines().collect();
+            for line in there {
+                assert!(lines.contains(line), "no {line}: {text}");
+            }
+            for start in absent {
+                assert!(!lines.iter().any(|l| l.starts_with(start)), "{start}: {text}");
+            }
+            for (key, value) in STRICT.iter().chain(&STRICT_CALLS) {
+                assert!(lines.contains(&format!("{key}={value}").as_str()), "no {key}={value}: {text}");
+                // A directive of a field is that field's alone: whatever came later would win.
+                let field = ["DynamicUser", "PrivateTmp", "ProtectSystem", "ProtectHome", "User"];
+                assert!(!field.contains(key), "{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_understudy_is_the_same_user_with_the_same_secrets_and_as_confined() {
+        let (service, text) = rendered(serde_json::json!({"env": {"PORT": "8080"}, "rollout": "overlap",
+            "http": {"domain": "a.org", "internalPort": 8080}, "hardening": {"profile": "strict"},
+            "credentials": {"token": "/s/token", "tls.key": "/s/a:b=~,@+"}}));
+        for line in ["LoadCredential=tls.key:/s/a:b=~,@+", "LoadCredential=token:/s/token", "User=ava"] {
+            assert!(text.lines().any(|l| l == line), "no {line}: {text}");
+        }
+        let next = render_next(&service, service.artifact.store_path.path().unwrap(), 20_000).unwrap();
+        let section = |text: &str| {
+            let lines = text.lines().skip_while(|l| *l != "[Service]").take_while(|l| *l != "[Install]");
+            let lines: Vec<String> = lines.map(|l| l.replace("PORT=20000", "PORT=8080")).collect();
+            lines.join("\n").trim_end().to_string()
+        };
+        assert_eq!(section(&next), section(&text));
     }
 
     #[test]

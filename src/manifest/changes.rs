@@ -3,7 +3,7 @@
 
 use super::diff::tree;
 use super::json::{At, shown};
-use super::model::{Manifest, Service, Target};
+use super::model::{Hardening, Manifest, Service, Target};
 use super::parse::{self, FieldError, Mode};
 use super::schema::{self, Wants};
 use crate::error::{Error, Result, did_you_mean};
@@ -74,6 +74,7 @@ pub fn set(manifest: &mut Manifest, name: &str, assignments: &[(String, String)]
     for (field, text) in assignments {
         assign(&mut value, field, text)?;
     }
+    follow_profile(&mut value, before, assignments);
     let service = parse::service(value, Mode::Tolerant, None)?;
     if let Some(unknown) = parse::new_unknown_in_service(&service, Some(before)) {
         return Err(unknown.into());
@@ -85,9 +86,30 @@ pub fn set(manifest: &mut Manifest, name: &str, assignments: &[(String, String)]
     Ok(true)
 }
 
+/// What came with a profile goes with it: where another one is set, the fields that were as the old one has them
+/// are left to the new one, unless they are set as well.
+fn follow_profile(service: &mut Value, before: &Service, assignments: &[(String, String)]) {
+    let set = |name: &str| assignments.iter().any(|(field, _)| field == &format!("hardening.{name}"));
+    let old = Hardening::of(before.hardening.profile, &before.exec);
+    if let (true, Some(fields)) = (set("profile"), service["hardening"].as_object_mut())
+        && fields.get("profile") != tree(before)["hardening"].get("profile")
+        && let Ok(Value::Object(old)) = serde_json::to_value(old)
+    {
+        for (name, value) in old.iter().filter(|(name, _)| *name != "profile" && !set(name)) {
+            if fields.get(name) == Some(value) {
+                fields.remove(name);
+            }
+        }
+    }
+}
+
 fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError> {
     let error = |reason: String| FieldError { path: field.to_string(), reason };
-    let path: Vec<&str> = field.split('.').collect();
+    let path: Vec<&str> = match field.split_once('.') {
+        // Its name may have points.
+        Some(("credentials", name)) => vec!["credentials", name],
+        _ => field.split('.').collect(),
+    };
     let there = service.pointer(&format!("/{}", field.replace('.', "/"))).is_some();
     let wants = match schema::wants(&path) {
         Ok(wants) => wants,
@@ -248,6 +270,11 @@ mod tests {
             ("hardening.protectSystem=true", "/hardening/protectSystem", json!("yes")),
             ("hardening.protectSystem=full", "/hardening/protectSystem", json!("full")),
             ("hardening.privateTmp=false", "/hardening/privateTmp", json!(false)),
+            ("hardening.profile=strict", "/hardening/profile", json!("strict")),
+            ("hardening.profile=strict", "/hardening/dynamicUser", json!(true)),
+            ("hardening={\"profile\": \"strict\"}", "/hardening/dynamicUser", json!(true)),
+            ("credentials.token=/s/token", "/credentials", json!({"token": "/s/token"})),
+            ("credentials.tls.key=/s/key", "/credentials", json!({"tls.key": "/s/key"})),
             ("http=null", "/http", json!(null)),
             ("http={\"domain\": \"b.org\", \"internalPort\": 1}", "/http/domain", json!("b.org")),
             ("exec.command=bin/x -v", "/exec/command", json!("bin/x -v")),
@@ -259,6 +286,34 @@ mod tests {
             assert_eq!(manifest.services[0].extra.len(), 1, "a newer version's field is lost");
         }
         assert!(!set(&mut base(), "ava", &assignments(&["env.A=1", "http.path=/"])).unwrap());
+    }
+
+    #[test]
+    fn another_profile_brings_its_own_values_for_what_nobody_set() {
+        let hardening = |steps: &[&[&str]]| {
+            let mut manifest = base();
+            for step in steps {
+                set(&mut manifest, "ava", &assignments(step)).unwrap();
+            }
+            let Hardening { profile: _, dynamic_user, private_tmp, .. } = manifest.services[0].hardening;
+            (dynamic_user, private_tmp)
+        };
+        assert_eq!(hardening(&[&["hardening.profile=strict"]]), (true, true));
+        assert_eq!(
+            hardening(&[&["hardening.profile=strict"], &["hardening.profile=default"]]),
+            (false, true)
+        );
+        assert_eq!(hardening(&[&["hardening.profile=strict", "hardening.dynamicUser=false"]]), (false, true));
+        assert_eq!(
+            hardening(&[&["hardening.privateTmp=false"], &["hardening.profile=strict"]]),
+            (true, false)
+        );
+        assert_eq!(hardening(&[&["exec.user=www-data"], &["hardening.profile=strict"]]), (false, true));
+        assert_eq!(hardening(&[&["hardening.profile=strict", "exec.user=www-data"]]), (false, true));
+        // The same again is no other profile.
+        let kept =
+            [&["hardening.profile=strict", "hardening.dynamicUser=false"][..], &["hardening.profile=strict"]];
+        assert_eq!(hardening(&kept), (false, true));
     }
 
     #[test]
@@ -274,6 +329,10 @@ mod tests {
             ("env.A.B=1", "env.A.B: nothing has a name below this"),
             ("env.A-B=1", "env[\"A-B\"]: \"A-B\" is no name of a variable"),
             ("systemd.restart=null", "systemd.restart: \"null\" is not known"),
+            ("hardening.profile=loose", "hardening.profile: \"loose\" is not known; one of default, strict"),
+            ("credentials.token=token", "credentials.token: \"token\" is not absolute"),
+            ("credentials.a/b=/s", "credentials[\"a/b\"]: \"a/b\" is no name of a credential"),
+            ("credentials=null", "credentials: null was found"),
             ("hosts=", "hosts: [] names no host"),
             (".=1", ".: unknown field"),
         ] {

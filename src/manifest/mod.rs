@@ -17,5 +17,5 @@ pub mod validate;
 pub mod versions;
 
 pub use model::{
-    Artifact, Change, Exec, Hardening, Health, Http, Manifest, Rollout, Service, Systemd, Target,
+    Artifact, Change, Exec, Hardening, Health, Http, Manifest, Profile, Rollout, Service, Systemd, Target,
 };

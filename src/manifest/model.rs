@@ -2,11 +2,13 @@
 //! services in [`super::validate`]. Serializing writes every field in the order a person reads them; fields
 //! this version does not know are kept in `extra` and written back.
 
+use super::rules;
 use crate::clock::Timestamp;
 use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// The version of the format that this program writes, and the highest it reads.
 pub const FORMAT_VERSION: u64 = 1;
@@ -66,6 +68,10 @@ pub struct Service {
     pub env: BTreeMap<String, String>,
     /// A file of secrets on the host, `NAME=value` lines; absolute.
     pub env_file: Option<String>,
+    /// Files of secrets on the host, by the name under which the service finds their content below
+    /// `$CREDENTIALS_DIRECTORY`; absolute.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub credentials: BTreeMap<String, String>,
     /// How it is reached, if over HTTP.
     pub http: Option<Http>,
     /// How it shows that it is well.
@@ -258,10 +264,33 @@ impl Default for Systemd {
     }
 }
 
+/// How far a unit is confined besides what its entry says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Profile {
+    /// Not at all.
+    #[default]
+    Default,
+    /// As far as a network service that generates no code can be: see `STRICT` in the deployer's `unit.rs`.
+    Strict,
+}
+
+impl Profile {
+    /// The names of all.
+    pub const NAMES: [&str; 2] = ["default", "strict"];
+
+    fn is_default(&self) -> bool {
+        *self == Profile::Default
+    }
+}
+
 /// How far the unit is confined.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Hardening {
+    /// What holds besides the fields below.
+    #[serde(skip_serializing_if = "Profile::is_default")]
+    pub profile: Profile,
     /// `DynamicUser=`.
     pub dynamic_user: bool,
     /// `PrivateTmp=`.
@@ -275,15 +304,24 @@ pub struct Hardening {
     pub extra: Map<String, Value>,
 }
 
-impl Default for Hardening {
-    fn default() -> Self {
+impl Hardening {
+    /// What an entry gets that gives the profile and no other field. Under the strict one a service that names no
+    /// user gets one that systemd makes for it.
+    pub fn of(profile: Profile, exec: &Exec) -> Self {
         Hardening {
-            dynamic_user: false,
+            profile,
+            dynamic_user: profile == Profile::Strict && exec.user == Exec::default().user,
             private_tmp: true,
             protect_system: "strict".into(),
             protect_home: true,
             extra: Map::new(),
         }
+    }
+}
+
+impl Default for Hardening {
+    fn default() -> Self {
+        Hardening::of(Profile::Default, &Exec::default())
     }
 }
 
@@ -320,6 +358,23 @@ impl Service {
     /// How long it may take to come up, in seconds.
     pub fn timeout_sec(&self) -> u32 {
         self.health.as_ref().map_or(DEFAULT_TIMEOUT_SEC, |h| h.timeout_sec)
+    }
+
+    /// Its files of secrets, which must be root's alone: `envFile` and those of `credentials`.
+    pub fn secret_files(&self) -> impl Iterator<Item = &Path> {
+        self.env_file.iter().chain(self.credentials.values()).map(Path::new)
+    }
+
+    /// The name of the user that systemd makes for it under `dynamicUser`; None: the one that systemd derives from
+    /// its unit's name, which is another one for a second instance. The strict profile gives the first derivation
+    /// to both, where the service's name can be a user's.
+    pub fn dynamic_user_name(&self) -> Option<&str> {
+        if self.exec.user != Exec::default().user {
+            return Some(&self.exec.user);
+        }
+        let name = self.name.as_str();
+        let usable = rules::user(name).is_ok() && !name.starts_with(|c: char| c.is_ascii_digit());
+        (self.hardening.profile == Profile::Strict && usable).then_some(name)
     }
 
     /// The variable of its environment that holds its port: the one that `http.portEnv` names, else the one

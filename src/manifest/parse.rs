@@ -4,8 +4,8 @@
 
 use super::json::{self, At, shown};
 use super::model::{
-    Artifact, Change, DEFAULT_TIMEOUT_SEC, Exec, FORMAT_VERSION, Hardening, Health, Http, Manifest, Rollout,
-    Service, Systemd, Target,
+    Artifact, Change, DEFAULT_TIMEOUT_SEC, Exec, FORMAT_VERSION, Hardening, Health, Http, Manifest, Profile,
+    Rollout, Service, Systemd, Target,
 };
 use super::rules::{self, Rule};
 use crate::clock::Timestamp;
@@ -76,6 +76,7 @@ pub(super) const SERVICE_FIELDS: &[&str] = &[
     "exec",
     "env",
     "envFile",
+    "credentials",
     "http",
     "health",
     "rollout",
@@ -99,7 +100,8 @@ pub(super) const SYSTEMD_FIELDS: &[&str] = &[
     "workingDirectory",
     "stopTimeoutSec",
 ];
-pub(super) const HARDENING_FIELDS: &[&str] = &["dynamicUser", "privateTmp", "protectSystem", "protectHome"];
+pub(super) const HARDENING_FIELDS: &[&str] =
+    &["profile", "dynamicUser", "privateTmp", "protectSystem", "protectHome"];
 
 /// Reads and checks a whole manifest (each field, and what spans services).
 pub fn manifest(bytes: &[u8], mode: Mode) -> Parsed<Manifest> {
@@ -221,6 +223,10 @@ fn service_at(value: Value, at: &At<'_>, mode: Mode, default_hosts: Option<&[Hos
         Some(value) => env(value, &fields.at("env"))?,
     };
     let env_file = fields.optional_text("envFile", rules::absolute)?;
+    let credentials = match fields.take("credentials") {
+        None => BTreeMap::new(),
+        Some(value) => credentials(value, &fields.at("credentials"))?,
+    };
     let http = match fields.take_set("http") {
         None => None,
         Some(value) => Some(http(value, &fields.at("http"), mode)?),
@@ -247,7 +253,7 @@ fn service_at(value: Value, at: &At<'_>, mode: Mode, default_hosts: Option<&[Hos
     };
     let hardening = match fields.take("hardening") {
         None => Hardening::default(),
-        Some(value) => hardening(value, &fields.at("hardening"), mode)?,
+        Some(value) => hardening(value, &exec, &fields.at("hardening"), mode)?,
     };
     let revision = fields.optional_text("revision", rules::words)?;
     let at_rollout = fields.at("rollout").to_string();
@@ -258,6 +264,7 @@ fn service_at(value: Value, at: &At<'_>, mode: Mode, default_hosts: Option<&[Hos
         exec,
         env,
         env_file,
+        credentials,
         http,
         health,
         rollout,
@@ -290,7 +297,7 @@ fn overlap_hindrance(service: &Service) -> Option<String> {
             ),
         });
     }
-    if service.hardening.dynamic_user && service.exec.user == "root" {
+    if service.hardening.dynamic_user && service.dynamic_user_name().is_none() {
         return Some(
             "with hardening.dynamicUser needs a name in exec.user, so that both instances are the same user"
                 .into(),
@@ -363,6 +370,21 @@ fn env(value: Value, at: &At<'_>) -> Parsed<BTreeMap<String, String>> {
     Ok(env)
 }
 
+fn credentials(value: Value, at: &At<'_>) -> Parsed<BTreeMap<String, String>> {
+    let Value::Object(map) = value else {
+        return Err(wrong_type(at, &value, "an object of paths"));
+    };
+    let mut credentials = BTreeMap::new();
+    for (name, value) in map {
+        let at = At::Field(at, &name);
+        rules::credential_name(&name)
+            .map_err(|why| at.error(format!("{} {why}", shown(&name[..].into()))))?;
+        let path = parsed_text(value, &at, "the path of its file", rules::absolute)?;
+        credentials.insert(name, path);
+    }
+    Ok(credentials)
+}
+
 fn http(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Http> {
     let mut fields = Fields::open(value, at, mode, HTTP_FIELDS, "how it is reached")?;
     let domain = fields.text("domain", None, rules::domain)?;
@@ -402,14 +424,19 @@ fn systemd(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Systemd> {
     })
 }
 
-fn hardening(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Hardening> {
+fn hardening(value: Value, exec: &Exec, at: &At<'_>, mode: Mode) -> Parsed<Hardening> {
     let mut fields = Fields::open(value, at, mode, HARDENING_FIELDS, "how far it is confined")?;
-    let default = Hardening::default();
+    let profile = match fields.text("profile", Some("default"), profile)?.as_str() {
+        "strict" => Profile::Strict,
+        _ => Profile::Default,
+    };
+    let default = Hardening::of(profile, exec);
     if let Some(Value::Bool(on)) = fields.map.get("protectSystem") {
         let word = if *on { "yes" } else { "no" };
         fields.map.insert("protectSystem".into(), word.into());
     }
     Ok(Hardening {
+        profile,
         dynamic_user: fields.flag("dynamicUser", default.dynamic_user)?,
         private_tmp: fields.flag("privateTmp", default.private_tmp)?,
         protect_system: fields.text("protectSystem", Some(&default.protect_system), |text| {
@@ -418,6 +445,10 @@ fn hardening(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Hardening> {
         protect_home: fields.flag("protectHome", default.protect_home)?,
         extra: fields.rest(),
     })
+}
+
+fn profile(text: &str) -> Result<String, String> {
+    rules::one_of(text, &Profile::NAMES)
 }
 
 fn kind(value: &Value) -> &'static str {
@@ -657,6 +688,7 @@ fn extras(service: &Service) -> [Extra<'_>; 7] {
         exec,
         env: _,
         env_file: _,
+        credentials: _,
         http,
         health,
         rollout: _,
@@ -795,6 +827,34 @@ mod tests {
             ("/services/0/env/PORT", json!(long), "services[0].env.PORT: \"xxx"),
             ("/services/0/envFile", json!("ava.env"), "services[0].envFile: \"ava.env\" is not absolute"),
             ("/services/0/envFile", json!("/a/../b"), "services[0].envFile: \"/a/../b\" has '..'"),
+            (
+                "/services/0/credentials",
+                json!([]),
+                "services[0].credentials: [] is an array; an object of paths",
+            ),
+            (
+                "/services/0/credentials",
+                json!({"a:b": "/s"}),
+                "services[0].credentials[\"a:b\"]: \"a:b\" is no name of a credential",
+            ),
+            (
+                "/services/0/credentials",
+                json!({"..": "/s"}),
+                "services[0].credentials[\"..\"]: \"..\" is no name of a credential",
+            ),
+            ("/services/0/credentials", json!({"key": null}), "services[0].credentials.key: null was found"),
+            (
+                "/services/0/credentials",
+                json!({"key": "s/key"}),
+                "services[0].credentials.key: \"s/key\" is not absolute",
+            ),
+            ("/services/0/credentials", json!({"key": "/s/../key"}), "services[0].credentials.key: "),
+            (
+                "/services/0/credentials",
+                json!({"key": "/s/%n"}),
+                "services[0].credentials.key: \"/s/%n\" has '%'",
+            ),
+            ("/services/0/credentials", json!({"key": "/s\nUser=root"}), "services[0].credentials.key: "),
             ("/services/0/http", json!(80), "services[0].http: 80 is a number; an object"),
             (
                 "/services/0/http/internalPort",
@@ -865,6 +925,12 @@ mod tests {
                 json!("all"),
                 "services[0].hardening.protectSystem: \"all\" is not known",
             ),
+            (
+                "/services/0/hardening/profile",
+                json!("strickt"),
+                "services[0].hardening.profile: \"strickt\" is not known; one of default, strict is meant; did you mean 'strict'",
+            ),
+            ("/services/0/hardening/profile", json!(null), "services[0].hardening.profile: null was found"),
             (
                 "/services/0/hardening/privateTmp",
                 json!("yes"),
@@ -975,6 +1041,47 @@ mod tests {
     }
 
     #[test]
+    fn the_strict_profile_makes_a_user_unless_one_is_given_and_explicit_fields_hold() {
+        for (fields, dynamic_user, written) in [
+            (json!({}), false, None),
+            (json!({"hardening": {"profile": "default"}}), false, None),
+            (json!({"hardening": {"profile": "strict"}}), true, Some("strict")),
+            (json!({"hardening": {"profile": "strict"}, "exec": {"user": "root"}}), true, Some("strict")),
+            (
+                json!({"hardening": {"profile": "strict"}, "exec": {"user": "www-data"}}),
+                false,
+                Some("strict"),
+            ),
+            (json!({"hardening": {"profile": "strict", "dynamicUser": false}}), false, Some("strict")),
+            (
+                json!({"hardening": {"profile": "strict", "dynamicUser": true}, "exec": {"user": "ava"}}),
+                true,
+                Some("strict"),
+            ),
+        ] {
+            let mut entry =
+                json!({"name": "ava", "hosts": ["biz"], "artifact": {"storePath": "/nix/store/placeholder"}});
+            entry.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            let read = service(entry, Mode::Strict, None).unwrap();
+            assert_eq!(read.hardening.dynamic_user, dynamic_user, "{fields}");
+            let value = serde_json::to_value(&read).unwrap();
+            assert_eq!(value["hardening"].get("profile").and_then(Value::as_str), written, "{fields}");
+            assert_eq!(service(value, Mode::Strict, None).unwrap(), read, "{fields}");
+        }
+    }
+
+    #[test]
+    fn credentials_are_read_in_their_normal_form_and_written_back() {
+        let entry = json!({"name": "ava", "hosts": ["biz"], "artifact": {"storePath": "/nix/store/placeholder"},
+            "credentials": {"tls.key": "/s//key:1", "token": "/s/./token"}});
+        let read = service(entry, Mode::Strict, None).unwrap();
+        let value = serde_json::to_value(&read).unwrap();
+        assert_eq!(value["credentials"], json!({"tls.key": "/s/key:1", "token": "/s/token"}));
+        let files: Vec<&std::path::Path> = read.secret_files().collect();
+        assert_eq!(files, [std::path::Path::new("/s/key:1"), std::path::Path::new("/s/token")]);
+    }
+
+    #[test]
     fn any_manifest_that_was_read_is_read_the_same_after_writing() {
         // Every subset of the optional fields of the fixture's first service.
         let fields = ["exec", "env", "envFile", "health", "systemd", "hardening", "revision", "rollout"];
@@ -1007,6 +1114,11 @@ mod tests {
             ),
             (
                 json!({"http": http, "env": {"PORT": "8080"}, "hardening": {"dynamicUser": true}}),
+                Some("a name in exec.user"),
+            ),
+            (json!({"http": http, "env": {"PORT": "8080"}, "hardening": {"profile": "strict"}}), None),
+            (
+                json!({"name": "a.b", "http": http, "env": {"PORT": "8080"}, "hardening": {"profile": "strict"}}),
                 Some("a name in exec.user"),
             ),
         ] {

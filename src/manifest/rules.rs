@@ -65,6 +65,20 @@ pub(super) fn env_value(text: &str) -> Result<(), String> {
     }
 }
 
+/// A credential's name: what systemd takes for one (a file's name without a colon), in letters that need no
+/// escaping anywhere.
+pub(super) fn credential_name(text: &str) -> Result<(), String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    if text.is_empty() || text.len() > 255 || text == "." || text == ".." || !text.chars().all(good) {
+        return Err(
+            "is no name of a credential; at most 255 ASCII letters, digits, '_', '-' and '.' are meant, \
+                    as of a file"
+                .into(),
+        );
+    }
+    Ok(())
+}
+
 pub(super) fn command(text: &str) -> Result<String, String> {
     super::command::check(text).map(|()| text.into())
 }
@@ -506,5 +520,11 @@ mod tests {
             assert!(env_name(bad).is_err(), "{bad:?} passed");
         }
         assert!(env_name("_a1").is_ok());
+        for bad in ["", ".", "..", "a/b", "a:b", "a b", "a%n", "ü", "a\n", "a\"", "a\\b", &"a".repeat(256)] {
+            assert!(credential_name(bad).is_err(), "{bad:?} passed");
+        }
+        for good in ["token", "db-password", "tls.key", "_A.1", "...", "-x", &"a".repeat(255)] {
+            assert!(credential_name(good).is_ok(), "{good:?} refused");
+        }
     }
 }

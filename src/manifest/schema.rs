@@ -147,7 +147,12 @@ mod tests {
     #[test]
     fn what_the_parser_writes_fits_the_schema() {
         let whole = include_bytes!("../../tests/fixtures/manifest-v1.json");
-        for bytes in [whole.to_vec(), document(service()).to_string().into_bytes()] {
+        let mut strict = service();
+        strict["hardening"] = json!({"profile": "strict"});
+        strict["credentials"] = json!({"tls.key": "/s/key", "token": "/s/token"});
+        for bytes in
+            [whole.to_vec(), document(service()).to_string().into(), document(strict).to_string().into()]
+        {
             let written = parse::manifest(&bytes, Mode::Strict).unwrap().to_bytes();
             let value: Value = serde_json::from_slice(&written).unwrap();
             assert_eq!(fault(&SCHEMA, &value, ""), None);
@@ -171,6 +176,9 @@ mod tests {
             ("/services/0/exec", Value::Null),
             ("/services/0/env", json!({"A": 1})),
             ("/services/0/env", Value::Null),
+            ("/services/0/credentials", Value::Null),
+            ("/services/0/credentials", json!({"token": null})),
+            ("/services/0/credentials", json!(["token:/s/token"])),
             ("/services/0/http", json!({"domain": "a.b"})),
             ("/services/0/http", json!({"domain": "a.b", "internalPort": 0})),
             ("/services/0/http", json!({"domain": "a.b", "internalPort": 65536})),
@@ -186,6 +194,8 @@ mod tests {
             ("/services/0/systemd", json!({"memoryMax": 512})),
             ("/services/0/hardening", json!({"protectSystem": "true"})),
             ("/services/0/hardening", json!({"privateTmp": "yes"})),
+            ("/services/0/hardening", json!({"profile": "loose"})),
+            ("/services/0/hardening", json!({"profile": null})),
             ("/services/0/revision", json!("")),
             ("/services/0/port", json!(80)),
         ] {
@@ -211,6 +221,8 @@ mod tests {
             ("systemd.after", Wants::List),
             ("hardening.protectSystem", Wants::Json),
             ("env.PORT", Wants::Variable),
+            ("credentials.token", Wants::Variable),
+            ("hardening.profile", Wants::Text),
         ] {
             assert_eq!(wants(&path.split('.').collect::<Vec<_>>()), Ok(expected), "{path}");
         }

@@ -136,6 +136,9 @@ pub fn bytes(store: &dyn Store, version: &Version) -> Result<Vec<u8>> {
     }
 }
 
+/// What to do about a version that is of no use.
+const ANOTHER: &str = "; take another one of 'deploy-manifest list', by its name";
+
 /// Reads a version whole.
 pub fn read(store: &dyn Store, version: &Version) -> Result<Manifest> {
     parsed(store, version, &bytes(store, version)?)
@@ -143,7 +146,7 @@ pub fn read(store: &dyn Store, version: &Version) -> Result<Manifest> {
 
 fn parsed(store: &dyn Store, version: &Version, bytes: &[u8]) -> Result<Manifest> {
     parse::manifest(bytes, Mode::Tolerant)
-        .map_err(|e| Error::from(e).context(format!("{} in {}", version.name, store.url())))
+        .map_err(|e| Error::new(format!("{} in {}: {e}{ANOTHER}", version.name, store.url())))
 }
 
 /// As [`read`], if it is signed by one of these keys (with none: as it is): whoever can write the store can put
@@ -159,7 +162,7 @@ pub fn believed(
         return Ok((manifest, Vec::new()));
     }
     let names = signature::check(&bytes, &manifest, &store.identity(), trusted).map_err(|why| {
-        Error::new(format!("{} in {} is not to be trusted: {why}", version.name, store.url()))
+        Error::new(format!("{} in {} is not to be trusted: {why}{ANOTHER}", version.name, store.url()))
     })?;
     Ok((manifest, names))
 }

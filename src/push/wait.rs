@@ -263,6 +263,7 @@ mod tests {
         });
         let service = ServiceState {
             secrets_changed: false,
+            exposure: None,
             pinned_since: None,
             paused_until: None,
             name: name.clone(),

@@ -2,7 +2,7 @@
 //! whatever a host wrote is data (nothing here prints).
 
 use crate::clock::{Timestamp, human_seconds};
-use crate::deployer::state::{Failure, REPORT_EVERY_SEC, RouteStatus, ServiceState, State, Status};
+use crate::deployer::state::{Exposure, Failure, REPORT_EVERY_SEC, RouteStatus, ServiceState, State, Status};
 use crate::manifest::{Manifest, Service, Target};
 use crate::names::{HostName, ServiceName, StorePath};
 use serde::Serialize;
@@ -100,6 +100,8 @@ pub struct Row {
     pub since: Option<Timestamp>,
     /// When the host reported.
     pub reported_at: Option<Timestamp>,
+    /// How much its unit leaves open, from 0.0 to 10.0, as systemd rates it; null where the host does not say.
+    pub exposure: Option<Exposure>,
     /// Whether a person should look.
     pub off: bool,
     /// What is wrong, if anything is. May hold text of the host.
@@ -225,6 +227,7 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
         status: Standing::Unknown,
         since: None,
         reported_at: None,
+        exposure: None,
         off: true,
         problem: None,
         attempted: None,
@@ -250,6 +253,7 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
     };
     row.running = entry.store_path.clone();
     row.since = Some(entry.since);
+    row.exposure = entry.exposure;
     let same = match &service.artifact.store_path {
         Target::Placeholder => entry.status == Status::Waiting,
         Target::Path(path) => entry.store_path.as_ref() == Some(path),
@@ -327,6 +331,7 @@ fn leftover(manifest: &Manifest, state: &State, entry: &ServiceState, now: Times
         status: if behind { Standing::Pending } else { Standing::Leftover },
         since: Some(entry.since),
         reported_at: Some(state.checked_at),
+        exposure: entry.exposure,
         off: !behind || overdue,
         problem: None,
         attempted: None,
@@ -442,6 +447,7 @@ mod tests {
             exec: Exec::default(),
             env: BTreeMap::new(),
             env_file: None,
+            credentials: BTreeMap::new(),
             http: None,
             health: None,
             rollout: Rollout::default(),
@@ -465,6 +471,7 @@ mod tests {
                 previous: Vec::new(),
                 failure: None,
                 secrets_changed: false,
+                exposure: None,
                 pinned_since: None,
                 paused_until: None,
             };
@@ -511,6 +518,16 @@ mod tests {
                 "what is off or stopped has a reason: {target:?} {age} {serial} {services:?}"
             );
         }
+    }
+
+    #[test]
+    fn how_exposed_a_service_is_comes_from_its_host() {
+        let mut state = state(7, &[("ava", Status::Running, Some('1'))]);
+        assert_eq!(judged(&manifest(Some('1'), 60), state.clone()).rows[0].exposure, None);
+        let exposure = Exposure::parse("8.8");
+        state.services.get_mut(&name("ava")).unwrap().exposure = exposure;
+        let picture = judged(&manifest(Some('1'), 60), state);
+        assert_eq!((picture.rows[0].exposure, picture.off()), (exposure, false), "it is no reason to be off");
     }
 
     #[test]

@@ -62,9 +62,7 @@ impl Bucket {
 
     /// Stops it: nobody listens there any more.
     pub fn down(&mut self) {
-        if let Some(server) = self.server.take() {
-            server.stop();
-        }
+        self.server = None;
     }
 
     /// The store's URL.

@@ -100,13 +100,13 @@ impl Background {
     /// Closes the pipe and returns its last line once it has ended.
     pub fn finish(mut self) -> String {
         drop(self.child.stdin.take());
-        let line = self.line();
-        self.child.wait().expect("a child can be waited for");
-        line
+        self.line()
     }
+}
 
-    /// Closes the pipe and waits for the end.
-    pub fn stop(mut self) {
+impl Drop for Background {
+    /// Closes the pipe and waits for the end: what it takes away may be wanted anew by the next test.
+    fn drop(&mut self) {
         drop(self.child.stdin.take());
         self.child.wait().expect("a child can be waited for");
     }

@@ -5,6 +5,7 @@
 
 mod bucket;
 mod developer;
+mod hardening;
 #[cfg(feature = "campaign")]
 mod kill;
 mod lab;

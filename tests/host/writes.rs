@@ -31,9 +31,9 @@ fn a_write_that_fails_is_named_and_made_up_for() {
             words.contains(&what).then_some((number, what, path))
         });
         let mut count = 0;
-        for (i, (number, what, path)) in writes.enumerate() {
+        let points = writes.flat_map(|write| ERRORS.map(|error| (write, error)));
+        for ((number, what, path), (error, cause, helps)) in points {
             count += 1;
-            let (error, cause, helps) = ERRORS[i % ERRORS.len()];
             let first =
                 format!("OMNI_DEPLOY_FAIL_AT={number}:{error} {command}; echo \"exit code $?\"; between");
             // A person's word that did not reach the disk is given again.

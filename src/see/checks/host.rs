@@ -6,10 +6,10 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::caddy::{self, Observed, RoutePlan};
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
-use crate::deployer::state::State;
+use crate::deployer::state::{Exposure, State};
 use crate::error::did_you_mean;
 use crate::manifest::Manifest;
-use crate::names::HostName;
+use crate::names::{HostName, ServiceName};
 use crate::runner::{Run, RunError, Status};
 use crate::say::printable;
 use crate::see::judge::STALE_SEC;
@@ -48,6 +48,7 @@ pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> 
     checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")));
     if let Some(manifest) = manifest {
         checks.extend(secrets(&settings.host, manifest));
+        checks.extend(state_file().ok().map(|state| exposed(&state, manifest)));
     }
     checks.push(unit_dir(&settings.unit_dir));
     checks.extend(space());
@@ -90,7 +91,7 @@ fn systemd(now: Timestamp) -> Vec<Check> {
         Err(e) => return vec![said(NAME, e)],
         Ok(output) => match output.text().trim() {
             "running" => Check::ok(NAME, "running"),
-            "degraded" => Check::ok(NAME, "running; some unit failed ('systemctl --failed')"),
+            "degraded" => Check::ok(NAME, format!("running; failed: {}", failed_units())),
             "starting" | "initializing" => {
                 Check::warn(NAME, "still starting; 'systemctl list-jobs' shows why")
             }
@@ -103,6 +104,15 @@ fn systemd(now: Timestamp) -> Vec<Check> {
     checks.push(timer());
     checks.push(last_pass(now));
     checks
+}
+
+/// The names of the units that failed, which may be anybody's.
+fn failed_units() -> String {
+    let run = Run::new("systemctl").args(["list-units", "--failed", "--plain", "--no-legend", "--no-pager"]);
+    let text = run.deadline(DEADLINE).success().map(|o| o.text()).unwrap_or_default();
+    let names: Vec<_> =
+        text.lines().filter_map(|line| line.split_whitespace().next()).map(printable).collect();
+    if names.is_empty() { "see 'systemctl --failed'".to_string() } else { names.join(", ") }
 }
 
 fn timer() -> Check {
@@ -121,24 +131,27 @@ fn timer() -> Check {
     }
 }
 
-/// What the last pass left: its state, and how its unit ended.
-fn last_pass(now: Timestamp) -> Check {
-    const NAME: &str = "last pass";
+const LAST_PASS: &str = "last pass";
+
+/// The state that the last pass left, or what is wrong with it.
+fn state_file() -> Result<State, Check> {
     let bytes = match fs_err::read(STATE_FILE) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Check::warn(NAME, "there was none; systemctl start deployer");
+            return Err(Check::warn(LAST_PASS, "there was none; systemctl start deployer"));
         }
-        Err(e) => return Check::warn(NAME, crate::error::io_text(&e)),
+        Err(e) => return Err(Check::warn(LAST_PASS, crate::error::io_text(&e))),
     };
-    let state = match State::parse(&bytes) {
+    let unreadable = |why| format!("{STATE_FILE} cannot be read: {why}; the next pass writes it anew");
+    State::parse(&bytes).map_err(|why| Check::fail(LAST_PASS, unreadable(why)))
+}
+
+/// What the last pass left: its state, and how its unit ended.
+fn last_pass(now: Timestamp) -> Check {
+    const NAME: &str = LAST_PASS;
+    let state = match state_file() {
         Ok(state) => state,
-        Err(why) => {
-            return Check::fail(
-                NAME,
-                format!("{STATE_FILE} cannot be read: {why}; the next pass writes it anew"),
-            );
-        }
+        Err(check) => return check,
     };
     let age = state.checked_at.age(now);
     let ended = show("deployer.service", "Result,ExecMainStatus").unwrap_or_default();
@@ -260,7 +273,7 @@ fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
         .services
         .iter()
         .filter(|s| s.hosts.contains(host))
-        .filter_map(|s| Some((s.name.as_str(), Path::new(s.env_file.as_deref()?))))
+        .flat_map(|s| s.secret_files().map(|file| (s.name.as_str(), file)))
         .collect();
     if files.is_empty() {
         return vec![Check::ok(NAME, "no service here has any")];
@@ -320,6 +333,45 @@ fn secret_file(file: &Path) -> Option<String> {
     } else {
         None
     }
+}
+
+/// How exposed the services are that run here, and which of them are reached over HTTP and could be confined.
+/// Nothing of it is wrong: a program that generates code, or must be root, cannot have the strict profile.
+fn exposed(state: &State, manifest: &Manifest) -> Check {
+    const NAME: &str = "exposure";
+    /// How many services are named.
+    const NAMED: usize = 5;
+    let mut known: Vec<(Exposure, &ServiceName)> =
+        state.services.values().filter_map(|s| Some((s.exposure?, &s.name))).collect();
+    known.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.cmp(b.1)));
+    let list = |some: &[&(Exposure, &ServiceName)]| {
+        let named: Vec<String> = some.iter().take(NAMED).map(|(e, name)| format!("{name} {e}")).collect();
+        let more = some.len().saturating_sub(NAMED);
+        named.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
+    };
+    let all: Vec<&(Exposure, &ServiceName)> = known.iter().collect();
+    let open: Vec<&(Exposure, &ServiceName)> = known
+        .iter()
+        .filter(|(exposure, name)| {
+            let entry = manifest.service(name.as_str());
+            *exposure >= Exposure::MEDIUM
+                && entry.is_some_and(|s| s.http.is_some() && s.hosts.contains(&state.host))
+        })
+        .collect();
+    Check::ok(
+        NAME,
+        match open.first() {
+            None if all.is_empty() => "not known of any service yet".into(),
+            None => format!("from 0.0 to 10.0: {}", list(&all)),
+            Some((_, name)) => format!(
+                "from 0.0 to 10.0: {}; reached over HTTP and not below {}: {}; 'deploy-manifest set {name} \
+                 hardening.profile=strict' confines one",
+                list(&all),
+                Exposure::MEDIUM,
+                list(&open)
+            ),
+        },
+    )
 }
 
 fn unit_dir(dir: &Path) -> Check {
@@ -425,6 +477,49 @@ mod tests {
         fs_err::os::unix::fs::symlink(&file, &link).unwrap();
         assert!(secret_file(&link).unwrap().contains("symbolic link"));
         assert!(secret_file(dir.path()).unwrap().contains("no regular file"));
+    }
+
+    #[test]
+    fn services_reached_over_http_that_are_wide_open_are_named_with_the_line_to_type() {
+        let entry = |name: &str, http: Value| json!({"name": name, "hosts": ["biz"], "artifact": {"storePath": "/nix/store/placeholder"}, "http": http});
+        let http = |port: u16| json!({"domain": format!("d{port}.org"), "internalPort": port});
+        let document = json!({"version": 1, "serial": 1, "generation": "2026-11-22T18:31:05Z", "services": [
+            entry("web", http(1)), entry("job", json!(null)), entry("ava", http(2))]});
+        let mode = crate::manifest::parse::Mode::Strict;
+        let manifest = crate::manifest::parse::manifest(document.to_string().as_bytes(), mode).unwrap();
+        let looked = |exposures: &[(&str, &str)]| {
+            let service = |(name, exposure): &(&str, &str)| {
+                let level: f64 = exposure.parse().unwrap();
+                let path = "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-x";
+                (
+                    name.to_string(),
+                    json!({"name": name, "storePath": path, "status": "running",
+                    "since": "2026-11-22T18:31:05Z", "exposure": level}),
+                )
+            };
+            let services: serde_json::Map<String, Value> = exposures.iter().map(service).collect();
+            let state = json!({"version": 1, "host": "biz", "checkedAt": "2026-11-22T18:31:05Z",
+                "services": services});
+            exposed(&State::parse(state.to_string().as_bytes()).unwrap(), &manifest)
+        };
+        for (exposures, text) in [
+            (&[][..], "not known of any service yet"),
+            (
+                &[("ava", "1.1"), ("job", "9.2"), ("web", "4.9")],
+                "from 0.0 to 10.0: job 9.2, web 4.9, ava 1.1",
+            ),
+            (
+                &[("ava", "1.1"), ("job", "9.2"), ("web", "5.0")],
+                "from 0.0 to 10.0: job 9.2, web 5.0, ava 1.1; reached over HTTP and not below 5.0: web 5.0; \
+                 'deploy-manifest set web hardening.profile=strict' confines one",
+            ),
+        ] {
+            let check = looked(exposures);
+            assert_eq!((check.verdict, check.text.as_str()), (Verdict::Ok, text));
+        }
+        let many: Vec<String> = (0..7).map(|n| format!("s{n}")).collect();
+        let many: Vec<(&str, &str)> = many.iter().map(|n| (n.as_str(), "8.8")).collect();
+        assert!(looked(&many).text.ends_with("s4 8.8 and 2 more"));
     }
 
     #[test]
