@@ -271,6 +271,18 @@ pub fn entry(c: &mut Choices<'_>) -> Entry {
     if c.rarely(8) {
         unknown(c, &mut fields);
     }
+    if c.rarely(4) {
+        let mut credentials = Map::new();
+        for _ in 0..c.below(4) {
+            let name = if c.rarely(2) { c.of("abzAZ019_-.", 20) } else { "tls.key".into() };
+            credentials.insert(name, c.path().into());
+        }
+        fields.insert("credentials".into(), credentials.into());
+    }
+    if c.rarely(4) {
+        let hardening = fields.entry("hardening").or_insert_with(|| json!({}));
+        hardening["profile"] = c.pick(&["strict", "strict", "default", "Strict"]).into();
+    }
     Entry { value: fields.into(), words }
 }
 

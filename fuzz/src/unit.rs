@@ -5,7 +5,7 @@ use crate::entries::{self, Choices, Entry};
 use crate::units::{self, Directive};
 use omni_deploy::deployer::unit;
 use omni_deploy::manifest::parse::{self, Mode};
-use omni_deploy::manifest::{Service, command};
+use omni_deploy::manifest::{Profile, Service, command};
 use omni_deploy::names::StorePath;
 
 /// Bytes below 0x80 begin an entry as it is; others stand for decisions of [`entries::entry`].
@@ -86,6 +86,16 @@ fn meaning(d: &Directive) -> Result<Vec<String>, String> {
             }
             vec![path]
         }
+        ("Service", "LoadCredential") => {
+            let (name, path) = d.value.split_once(':').ok_or("no path")?;
+            let path = units::specifiers(path)?;
+            units::absolute(&path)?;
+            if name.is_empty() || name.contains(['%', '/', ' ', '"', '\'', '\\']) {
+                return Err("no name of a credential".into());
+            }
+            vec![name.to_string(), path]
+        }
+        ("Service", name) if STRICT.iter().any(|(strict, _)| *strict == name) => whole(),
         ("Service", "StateDirectory") => {
             let paths: Vec<_> =
                 units::words(&d.value)?.iter().map(|w| units::specifiers(w)).collect::<Result<_, _>>()?;
@@ -135,6 +145,7 @@ fn meant(service: &Service, path: &StorePath, words: Option<&[String]>) -> Vec<M
     };
     let (exec, systemd, hardening) = (&service.exec, &service.systemd, &service.hardening);
     let one = |value: &str| vec![value.to_string()];
+    let strict = hardening.profile == Profile::Strict;
     let yes = |on: bool| one(if on { "yes" } else { "no" });
     say("Unit", "Description", vec![format!("{} (deployed by omni-deploy)", service.name)]);
     if !systemd.after.is_empty() {
@@ -152,19 +163,24 @@ fn meant(service: &Service, path: &StorePath, words: Option<&[String]>) -> Vec<M
         say("Service", "DynamicUser", one("yes"));
     }
     for (name, value) in [("User", &exec.user), ("Group", &exec.group)] {
-        if !(hardening.dynamic_user && value == "root") {
+        let of_its_own = hardening.dynamic_user && value == "root";
+        if !of_its_own {
             say("Service", name, one(value));
+        } else if name == "User" && strict && can_be_a_user(service.name.as_str()) {
+            say("Service", name, one(service.name.as_str()));
         }
     }
     for (name, value) in &service.env {
         say("Service", "Environment", vec![format!("{name}={value}")]);
     }
-    for (name, value) in
-        [("EnvironmentFile", &service.env_file), ("WorkingDirectory", &systemd.working_directory)]
-    {
-        if let Some(value) = value {
-            say("Service", name, one(value));
-        }
+    if let Some(file) = &service.env_file {
+        say("Service", "EnvironmentFile", one(file));
+    }
+    for (name, file) in &service.credentials {
+        say("Service", "LoadCredential", vec![name.clone(), file.clone()]);
+    }
+    if let Some(directory) = &systemd.working_directory {
+        say("Service", "WorkingDirectory", one(directory));
     }
     say("Service", "Restart", one(&systemd.restart));
     say("Service", "RestartSec", vec![systemd.restart_sec.to_string()]);
@@ -187,9 +203,48 @@ fn meant(service: &Service, path: &StorePath, words: Option<&[String]>) -> Vec<M
     for path in &systemd.read_write_paths {
         say("Service", "ReadWritePaths", one(path));
     }
+    if strict {
+        STRICT.iter().for_each(|(name, value)| say("Service", name, one(value)));
+    }
     say("Install", "WantedBy", one("multi-user.target"));
     all
 }
+
+/// Whether systemd takes a service's name for a user's ("User/Group Name Syntax" in systemd.exec(5)).
+fn can_be_a_user(name: &str) -> bool {
+    let first = |c: char| c.is_ascii_alphabetic() || c == '_';
+    name.len() <= 31
+        && name.starts_with(first)
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c))
+}
+
+/// What the strict profile adds (docs/manifest.md).
+const STRICT: [(&str, &str); 24] = [
+    ("NoNewPrivileges", "yes"),
+    ("CapabilityBoundingSet", ""),
+    ("PrivateDevices", "yes"),
+    ("PrivateUsers", "yes"),
+    ("ProtectClock", "yes"),
+    ("ProtectControlGroups", "yes"),
+    ("ProtectHostname", "yes"),
+    ("ProtectKernelLogs", "yes"),
+    ("ProtectKernelModules", "yes"),
+    ("ProtectKernelTunables", "yes"),
+    ("ProtectProc", "invisible"),
+    ("ProcSubset", "pid"),
+    ("RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6"),
+    ("RestrictNamespaces", "yes"),
+    ("RestrictRealtime", "yes"),
+    ("RestrictSUIDSGID", "yes"),
+    ("LockPersonality", "yes"),
+    ("MemoryDenyWriteExecute", "yes"),
+    ("SystemCallArchitectures", "native"),
+    ("RemoveIPC", "yes"),
+    ("UMask", "0077"),
+    ("SystemCallFilter", "@system-service"),
+    ("SystemCallFilter", "~@privileged @resources"),
+    ("SystemCallErrorNumber", "EPERM"),
+];
 
 /// The command line, from the words it was made of where they are known.
 fn argv(service: &Service, path: &StorePath, words: Option<&[String]>) -> Vec<String> {

@@ -67,7 +67,8 @@ fn corpus() -> Vec<Rendered> {
 }
 
 const OF_UNIT: [&str; 4] = ["LoadState", "Description", "After", "Requires"];
-const OF_SERVICE: [&str; 18] = [
+const OF_SERVICE: [&str; 19] = [
+    "LoadCredential",
     "Type",
     "ExecStart",
     "Environment",
@@ -142,6 +143,11 @@ fn systemd_reads_back_what_every_entry_of_the_fuzzers_means() {
         for (name, meant) in meant(nth, rendered, all_memory) {
             let said = &shown[name];
             let same = match name {
+                // In an order of its own.
+                "LoadCredential" => {
+                    let (said, meant) = (said.as_array().unwrap(), meant.as_array().unwrap());
+                    said.len() == meant.len() && meant.iter().all(|credential| said.contains(credential))
+                }
                 // systemd adds some of its own.
                 "After" | "Requires" => {
                     meant.as_array().unwrap().iter().all(|unit| said.as_array().unwrap().contains(unit))
@@ -200,6 +206,7 @@ fn meant(nth: usize, rendered: &Rendered, all_memory: u64) -> Vec<(&'static str,
         ("ExecStart", command),
         ("Environment", json!(env)),
         ("EnvironmentFiles", json!(env_files)),
+        ("LoadCredential", json!(service.credentials.iter().collect::<Vec<_>>())),
         ("DynamicUser", json!(hardening.dynamic_user)),
         ("WorkingDirectory", json!(systemd.working_directory.as_deref().unwrap_or_default())),
         ("Restart", json!(systemd.restart)),
@@ -215,10 +222,11 @@ fn meant(nth: usize, rendered: &Rendered, all_memory: u64) -> Vec<(&'static str,
     if let Some(seconds) = systemd.stop_timeout_sec {
         all.push(("TimeoutStopUSec", json!(u64::from(seconds) * 1_000_000)));
     }
-    for (name, value) in [("User", &exec.user), ("Group", &exec.group)] {
-        if !hardening.dynamic_user {
-            all.push((name, json!(value)));
-        }
+    if !hardening.dynamic_user {
+        all.push(("User", json!(exec.user)));
+        all.push(("Group", json!(exec.group)));
+    } else if let Some(user) = service.dynamic_user_name() {
+        all.push(("User", json!(user)));
     }
     all
 }
