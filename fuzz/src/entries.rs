@@ -425,7 +425,7 @@ fn unknown(c: &mut Choices<'_>, fields: &mut Map<String, Value>) {
         3 => json!(c.number(8) as i64),
         4 => json!(f64::from_bits(c.number(8))),
         5 => json!([c.text(), {"x": f64::from_bits(c.number(8)) , "": [true, null]}]),
-        _ => (0..c.below(140)).fold(json!(1), |inner, _| json!([inner])),
+        _ => (0..c.below(140)).fold(json!(1), |inner, _| Value::Array(vec![inner])),
     };
     let name = if c.rarely(2) { c.text() } else { "later".into() };
     fields.insert(name, value);
