@@ -228,11 +228,12 @@ impl Host {
     pub fn pass(&self) -> Pass {
         // One that is under way may have read an older manifest.
         let said = self.sh("while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done
+             since=$(date +%s.%6N)
              systemctl start deployer || true
              systemctl show --property=ExecMainStatus --value deployer
              journalctl --sync
-             id=$(systemctl show --property=InvocationID --value deployer)
-             journalctl --no-pager --output cat _SYSTEMD_INVOCATION_ID=$id");
+             # Not by its invocation, which a journal that comes late does not know of a process that is gone.
+             journalctl --no-pager --quiet --output cat --since \"@$since\" _SYSTEMD_UNIT=deployer.service");
         let (code, said) = said.split_once('\n').unwrap_or((&said, ""));
         Pass { code: code.parse().unwrap_or(-1), said: said.to_string() }
     }
