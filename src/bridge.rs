@@ -353,7 +353,7 @@ fn accept(listener: &TcpListener, address: SocketAddr, shared: &Arc<Shared>) {
         let for_thread = Arc::clone(shared);
         let spawned = std::thread::Builder::new().name("bridge".into()).spawn(move || {
             // An error here is a client that left; what S3 said is in the troubles.
-            drop(Connection::new(stream).and_then(|mut c| c.serve(&for_thread)));
+            drop(Connection::open(stream).and_then(|mut c| c.serve(&for_thread)));
             lock(&for_thread.live).remove(&id);
         });
         if let Err(e) = spawned {
@@ -430,8 +430,9 @@ fn status_of(e: &StoreError) -> u16 {
 }
 
 /// A connection with the bytes that were read beyond the last head.
-struct Connection {
-    stream: TcpStream,
+#[derive(Debug)]
+pub struct Connection<S> {
+    stream: S,
     ahead: Vec<u8>,
 }
 
@@ -442,7 +443,7 @@ enum After {
     Close,
 }
 
-impl Read for Connection {
+impl<S: Read> Read for Connection<S> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if self.ahead.is_empty() {
             return self.stream.read(buf);
@@ -454,12 +455,57 @@ impl Read for Connection {
     }
 }
 
-impl Connection {
-    fn new(stream: TcpStream) -> io::Result<Self> {
+impl<S: Read + Write> Connection<S> {
+    /// A connection of which nothing was read yet.
+    pub fn new(stream: S) -> Self {
+        Connection { stream, ahead: Vec::new() }
+    }
+
+    /// The next head, or the status to refuse it with; None at the end of the connection.
+    pub fn next_request(&mut self) -> io::Result<Option<Result<Request, u16>>> {
+        let mut started = (!self.ahead.is_empty()).then(Instant::now);
+        loop {
+            match parse_head(&self.ahead) {
+                Head::Whole(request, length) => {
+                    self.ahead.drain(..length);
+                    return Ok(Some(Ok(request)));
+                }
+                Head::Bad(status) => return Ok(Some(Err(status))),
+                Head::Partial => {}
+            }
+            if started.is_some_and(|s| s.elapsed() > HEAD_WITHIN) {
+                return Ok(Some(Err(408)));
+            }
+            let mut chunk = [0; 4096];
+            let n = self.stream.read(&mut chunk)?;
+            if n == 0 {
+                return Ok(None);
+            }
+            started.get_or_insert_with(Instant::now);
+            self.ahead.extend_from_slice(&chunk[..n]);
+        }
+    }
+
+    /// The body of the request that was read last, which is to be read to its end before the next one is.
+    pub fn body(&mut self, request: &Request) -> Body<'_, S> {
+        Body {
+            awaited: request.expects_continue,
+            left: match request.framing {
+                Framing::Length(n) => Left::Bytes(n),
+                Framing::Chunked => Left::NextChunk,
+            },
+            broken: false,
+            connection: self,
+        }
+    }
+}
+
+impl Connection<TcpStream> {
+    fn open(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(IDLE))?;
         stream.set_write_timeout(Some(IDLE))?;
-        Ok(Connection { stream, ahead: Vec::new() })
+        Ok(Connection::new(stream))
     }
 
     fn serve(&mut self, shared: &Shared) -> io::Result<()> {
@@ -490,31 +536,6 @@ impl Connection {
             }
         }
         Ok(())
-    }
-
-    /// The next head, or the status to refuse it with; None at the end of the connection.
-    fn next_request(&mut self) -> io::Result<Option<Result<Request, u16>>> {
-        let mut started = (!self.ahead.is_empty()).then(Instant::now);
-        loop {
-            match parse_head(&self.ahead) {
-                Head::Whole(request, length) => {
-                    self.ahead.drain(..length);
-                    return Ok(Some(Ok(request)));
-                }
-                Head::Bad(status) => return Ok(Some(Err(status))),
-                Head::Partial => {}
-            }
-            if started.is_some_and(|s| s.elapsed() > HEAD_WITHIN) {
-                return Ok(Some(Err(408)));
-            }
-            let mut chunk = [0; 4096];
-            let n = self.stream.read(&mut chunk)?;
-            if n == 0 {
-                return Ok(None);
-            }
-            started.get_or_insert_with(Instant::now);
-            self.ahead.extend_from_slice(&chunk[..n]);
-        }
     }
 
     /// A whole answer without a body.
@@ -613,15 +634,7 @@ impl Connection {
     }
 
     fn put(&mut self, shared: &Shared, request: &Request, key: &str) -> io::Result<After> {
-        let mut body = Body {
-            connection: self,
-            awaited: request.expects_continue,
-            left: match request.framing {
-                Framing::Length(n) => Left::Bytes(n),
-                Framing::Chunked => Left::NextChunk,
-            },
-            broken: false,
-        };
+        let mut body = self.body(request);
         let content_type = request.content_type.as_deref();
         let written = match request.framing {
             Framing::Length(length) if length > MAX_SINGLE_PUT => Err(too_large(shared, key)),
@@ -637,7 +650,7 @@ impl Connection {
                 ))),
             },
         };
-        let (broken, whole) = (body.broken, body.left == Left::Bytes(0));
+        let (broken, whole) = (body.broken, body.is_whole());
         match written {
             Ok(()) => self.answer(200, "Content-Length: 0\r\n").map(|()| After::Go),
             // The client left in the middle of its body: there is nobody to answer.
@@ -664,11 +677,19 @@ fn too_large(shared: &Shared, key: &str) -> StoreError {
 
 /// Writes a body to a file without a name and goes back to its start; reads at most one byte more than S3
 /// would take.
-fn spool(body: &mut Body<'_>) -> io::Result<(impl Read + use<>, u64)> {
+fn spool(body: &mut Body<'_, TcpStream>) -> io::Result<(impl Read + use<>, u64)> {
     let mut file = tempfile::tempfile()?;
     let length = io::copy(&mut body.take(MAX_SINGLE_PUT + 1), &mut file)?;
     file.rewind()?;
     Ok((file, length))
+}
+
+/// The size in a chunk's first line; None if there is none (httparse takes a line without digits for 0).
+fn chunk_size(line: &[u8]) -> Option<u64> {
+    match httparse::parse_chunk_size(line) {
+        Ok(httparse::Status::Complete((_, size))) if line[0].is_ascii_hexdigit() => Some(size),
+        _ => None,
+    }
 }
 
 /// What is still to come of a body.
@@ -683,14 +704,15 @@ enum Left {
 }
 
 /// A request's body as it comes. The client is told to go on when the first byte is asked for.
-struct Body<'a> {
-    connection: &'a mut Connection,
+#[derive(Debug)]
+pub struct Body<'a, S> {
+    connection: &'a mut Connection<S>,
     awaited: bool,
     left: Left,
     broken: bool,
 }
 
-impl Read for Body<'_> {
+impl<S: Read + Write> Read for Body<'_, S> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let read = self.next(buf);
         self.broken |= read.is_err();
@@ -698,7 +720,12 @@ impl Read for Body<'_> {
     }
 }
 
-impl Body<'_> {
+impl<S: Read + Write> Body<'_, S> {
+    /// Whether it was read to its end, so that another request may follow.
+    pub fn is_whole(&self) -> bool {
+        self.left == Left::Bytes(0)
+    }
+
     fn next(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if buf.is_empty() || self.left == Left::Bytes(0) {
             return Ok(0);
@@ -707,10 +734,7 @@ impl Body<'_> {
             self.connection.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         if self.left == Left::NextChunk {
-            self.left = match self.line(|line| match httparse::parse_chunk_size(line) {
-                Ok(httparse::Status::Complete((_, size))) => Some(size),
-                _ => None,
-            })? {
+            self.left = match self.line(chunk_size)? {
                 0 => {
                     // Trailers say nothing that matters here.
                     let mut trailers = 0;
@@ -837,6 +861,59 @@ mod tests {
             assert_eq!(parse_head(text.as_bytes()), Head::Bad(status), "{:.80}", text);
         }
         assert_eq!(parse_head(&vec![b'a'; MAX_HEAD]), Head::Bad(431));
+    }
+
+    /// A peer that sends these bytes and hears nothing.
+    struct Peer<'a>(&'a [u8]);
+
+    impl Read for Peer<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            self.0.read(buf)
+        }
+    }
+
+    impl Write for Peer<'_> {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            Ok(buf.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_chunked_body_is_whole_only_with_its_last_chunk() {
+        let read = |chunks: &str| {
+            let text = format!("PUT /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}");
+            let mut connection = Connection::new(Peer(text.as_bytes()));
+            let request = connection.next_request().unwrap().unwrap().unwrap();
+            let (mut body, mut bytes) = (connection.body(&request), Vec::new());
+            let read = body.read_to_end(&mut bytes);
+            assert_eq!(read.is_ok(), body.is_whole(), "{chunks:?}");
+            body.is_whole().then_some(bytes)
+        };
+        assert_eq!(read("0\r\n\r\n").as_deref(), Some(&b""[..]));
+        assert_eq!(read("3;x=y\r\nabc\r\nA \r\n0123456789\r\n00\r\nT: v\r\n\r\n").unwrap(), b"abc0123456789");
+        for broken in [
+            "",
+            "\r\n",
+            "\r\n\r\n",
+            ";x\r\n\r\n",
+            " \r\n\r\n",
+            "3\r\nabc",
+            "3\r\nabc\r\n",
+            "3\r\nabc\r\n\r\n\r\n",
+            "3\r\nabcd\r\n0\r\n\r\n",
+            "3\nabc\r\n0\r\n\r\n",
+            "-3\r\nabc\r\n0\r\n\r\n",
+            "0x3\r\nabc\r\n0\r\n\r\n",
+            "10000000000000000\r\nabc",
+            "0\r\n",
+            "0\r\nT: v\r\n",
+        ] {
+            assert_eq!(read(broken), None, "{broken:?}");
+        }
     }
 
     #[test]

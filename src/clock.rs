@@ -1,7 +1,7 @@
 //! Points in time as the formats write them: RFC 3339, UTC, whole seconds. Only [`Timestamp::now`] and
 //! [`journal_now`] read the clock; everything that decides takes the time as an argument.
 
-use chrono::{DateTime, SecondsFormat, Utc};
+use chrono::{DateTime, Datelike, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::SystemTime;
@@ -16,9 +16,10 @@ impl Timestamp {
         Timestamp(DateTime::<Utc>::from(SystemTime::now()).timestamp())
     }
 
-    /// Reads RFC 3339; None when it is not.
+    /// Reads RFC 3339; None when it is not, or not within the years 0 to 9999 in UTC, which alone it can write.
     pub fn parse(text: &str) -> Option<Self> {
-        DateTime::parse_from_rfc3339(text).ok().map(|t| Timestamp(t.timestamp()))
+        let time = DateTime::parse_from_rfc3339(text).ok()?.to_utc();
+        (0..=9999).contains(&time.year()).then(|| Timestamp(time.timestamp()))
     }
 
     fn utc(self) -> DateTime<Utc> {
@@ -82,6 +83,12 @@ mod tests {
         assert_eq!(Timestamp::parse(&t.to_string()), Some(t));
         assert_eq!(t.compact(), "20261122T183105Z");
         assert_eq!(Timestamp::parse("yesterday"), None);
+        for edge in ["0000-01-01T00:00:00Z", "9999-12-31T23:59:59Z"] {
+            assert_eq!(Timestamp::parse(edge).map(|t| t.to_string()).as_deref(), Some(edge));
+        }
+        for beyond in ["0000-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01"] {
+            assert_eq!(Timestamp::parse(beyond), None, "{beyond}");
+        }
     }
 
     #[test]

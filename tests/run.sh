@@ -99,9 +99,9 @@ take_leftovers_away() {
 
 # --- what has to be there ----------------------------------------------------------------------------------------
 
-# Rust links with the system's C compiler.
+# Rust links with the system's C compiler, and libFuzzer is C++.
 install_compiler() {
-  local -a packages=(gcc libc6-dev)
+  local -a packages=(gcc g++ libc6-dev)
   apt-get install -y --no-install-recommends "${packages[@]}" ||
     { apt-get update && apt-get install -y --no-install-recommends "${packages[@]}"; } ||
     die "no C compiler: install ${packages[*]}"
@@ -111,7 +111,7 @@ prepare() {
   local component
   command -v cargo >/dev/null || die "no cargo on PATH: install Rust's toolchain"
   "$lab" packages
-  command -v cc >/dev/null || install_compiler
+  { command -v cc && command -v c++; } >/dev/null || install_compiler
   for component in fmt clippy; do
     cargo "$component" --version >/dev/null 2>&1 ||
       rustup component add "${component/fmt/rustfmt}" ||
@@ -152,7 +152,7 @@ main() {
   stage 'build: what ships' cargo build --locked --release
   for crate in "${crates[@]}"; do stage "build: $crate" cargo build --locked --manifest-path "$crate"; done
   if ((failed)); then finish; return; fi
-  for crate in Cargo.toml "${crates[@]}"; do
+  for crate in Cargo.toml "${crates[@]}" fuzz/Cargo.toml; do
     stage "format: $crate" cargo fmt --check --manifest-path "$crate"
     stage "lint: $crate" cargo clippy --locked --all-targets --all-features --manifest-path "$crate" -- -D warnings
   done
@@ -161,6 +161,7 @@ main() {
     stage "tests: $crate" cargo test --locked --no-fail-fast --manifest-path "$crate"
   done
   stage 'tests: dependencies' tests/dependencies.sh
+  stage 'fuzz: short run' fuzz/run.sh
   stage 'tests: what Nix builds from' tests/nix_package.sh
   stage 'tests: lab, units, installer' tests/lab_selftest.sh
   stage 'tests: all three storeys' cargo test --locked --no-fail-fast

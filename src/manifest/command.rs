@@ -51,8 +51,18 @@ pub fn split_command(text: &str) -> Result<Vec<String>, String> {
     Ok(words)
 }
 
+/// The longest command line, in bytes. A unit's line may have a million (LONG_LINE_MAX), and escaped it is up to
+/// two and a half times as long; the kernel takes 131,072 for a word (MAX_ARG_STRLEN).
+const MAX_BYTES: usize = 100_000;
+
+/// The longest path of an executable below its store path, in bytes: with that it stays below PATH_MAX.
+const MAX_PROGRAM: usize = 3800;
+
 /// Checks a command line; the error is the reason alone.
 pub(super) fn check(text: &str) -> Result<(), String> {
+    if text.len() > MAX_BYTES {
+        return Err(format!("has {} bytes; at most {MAX_BYTES} are possible", text.len()));
+    }
     let words = split_command(text)?;
     match words.first().map(String::as_str) {
         None => Err("has no word; null is <storePath>/bin/<name>".into()),
@@ -61,8 +71,19 @@ pub(super) fn check(text: &str) -> Result<(), String> {
             Err("has '..' in its first word; a path below the store path, or an absolute one, is meant"
                 .into())
         }
-        Some(first) if first.ends_with('/') => Err("names a folder; the executable is meant".into()),
-        Some(_) => Ok(()),
+        Some(first) if matches!(first.rsplit('/').next(), Some("" | ".")) => {
+            Err("names a folder; the executable is meant".into())
+        }
+        Some(first) if first.len() > MAX_PROGRAM => {
+            Err(format!("has a first word of {} bytes; at most {MAX_PROGRAM} are possible", first.len()))
+        }
+        // systemd refuses such a path, and takes `$` in it neither for a variable nor, escaped, for itself.
+        Some(first) => match first.chars().find(|c| matches!(c, '"' | '\'' | '\\' | '$') || c.is_control()) {
+            Some(c) => Err(format!(
+                "has {c:?} in its first word; systemd starts no executable with that in its path"
+            )),
+            None => super::rules::named(first),
+        },
     }
 }
 
@@ -100,6 +121,30 @@ mod tests {
         }
         for text in ["'a", "a \"b", "a\\", "\"a\\", "a 'b\" c"] {
             assert!(split_command(text).is_err(), "{text:?} passed");
+        }
+    }
+
+    #[test]
+    fn an_executable_that_systemd_would_not_start_is_refused() {
+        let long_name = format!("bin/{}", "n".repeat(256));
+        let long_path = "a/".repeat(2000) + "b";
+        let long = format!("a {}", "b".repeat(MAX_BYTES));
+        for text in [
+            r"'bin/a$b'",
+            r#"bin/a\"b"#,
+            r"bin/a\\b",
+            "bin/\'a",
+            "bin/.",
+            "/.",
+            "bin/",
+            &long_name,
+            &long_path,
+            &long,
+        ] {
+            assert!(check(text).is_err(), "{text:.80} passed");
+        }
+        for text in ["bin/a%n '$HOME'", "'bin/a b' \"c'd\" e\\\\f", &format!("bin/{}", "n".repeat(255))] {
+            assert_eq!(check(text), Ok(()), "{text}");
         }
     }
 

@@ -227,9 +227,10 @@ pub fn pretty(bytes: &[u8]) -> Vec<u8> {
 /// The elements of the top-level array `name`, each as the bytes it is written with. `bytes` must be JSON.
 pub fn elements<'a>(bytes: &'a [u8], name: &str) -> Vec<&'a [u8]> {
     let mut found = Vec::new();
-    let quoted = Value::from(name).to_string();
+    // Written with or without escapes.
+    let is = |key: &[u8]| serde_json::from_slice::<String>(key).is_ok_and(|key| key == name);
     members(bytes, 0..bytes.len(), |key, value| {
-        if key == Some(quoted.as_bytes()) && bytes.get(value.start) == Some(&b'[') {
+        if key.is_some_and(is) && bytes.get(value.start) == Some(&b'[') {
             members(bytes, value, |_, element| found.push(&bytes[element]));
         }
     });
@@ -363,6 +364,7 @@ mod tests {
         let found: Vec<&str> =
             elements(text, "services").into_iter().map(|e| std::str::from_utf8(e).unwrap()).collect();
         assert_eq!(found, [r#"{"a": "]}"}"#, "12", "\"s\"", "[1,[2]]", "null"]);
+        assert_eq!(elements(br#"{"\u0073ervices": [1]}"#, "services"), [b"1"]);
         assert!(elements(b"[1]", "services").is_empty());
         assert!(elements(b"{\"services\": []}", "services").is_empty());
     }

@@ -488,6 +488,9 @@ fn text_of(value: Value, at: &At<'_>, rule: Rule) -> Parsed<String> {
     parsed_text(value, at, "a string", rule)
 }
 
+/// The most entries of a list: with that, a line of a unit stays below what systemd reads (LONG_LINE_MAX).
+const MAX_TEXTS: usize = 1000;
+
 /// An object whose fields are taken out one by one; what is left at the end are the unknown ones.
 struct Fields<'a> {
     at: &'a At<'a>,
@@ -547,6 +550,11 @@ impl<'a> Fields<'a> {
             None => Ok(default),
             Some(Value::Array(items)) => {
                 let at = self.at(name);
+                if items.len() > MAX_TEXTS {
+                    return Err(
+                        at.error(format!("has {} entries; at most {MAX_TEXTS} are possible", items.len()))
+                    );
+                }
                 let read = |(index, item)| text_of(item, &At::Item(&at, index), rule);
                 items.into_iter().enumerate().map(read).collect()
             }
@@ -878,6 +886,12 @@ mod tests {
             ("/services/0/rollout", json!("canary"), "services[0].rollout: \"canary\" is not known"),
             ("/services/0/systemd/after", json!(["x"]), "services[0].systemd.after[0]: \"x\" is no unit"),
             ("/services/0/systemd/requires", json!("x.service"), "services[0].systemd.requires: "),
+            (
+                "/services/0/systemd/after",
+                json!(vec!["x.service"; 1001]),
+                "services[0].systemd.after: has 1001 entries; at most 1000 are possible",
+            ),
+            ("/services/0/env/PORT", json!("a\u{fffe}"), "services[0].env.PORT: \"a\u{fffe}\" has \\u{fffe}"),
             (
                 "/services/0/systemd/restart",
                 json!("on-crash"),

@@ -13,15 +13,25 @@ fn is_invisible(c: char) -> bool {
         | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// Refuses control characters and invisible ones.
+/// Code points that Unicode keeps out of texts. systemd takes them for broken UTF-8 and leaves out the line.
+fn is_noncharacter(c: char) -> bool {
+    matches!(c, '\u{fdd0}'..='\u{fdef}') || u32::from(c) & 0xfffe == 0xfffe
+}
+
+/// Refuses control characters, invisible ones, and what is no character.
 pub(super) fn clean(text: &str) -> Result<(), String> {
-    match text.chars().find(|c| c.is_control() || is_invisible(*c)) {
+    match text.chars().find(|c| c.is_control() || is_invisible(*c) || is_noncharacter(*c)) {
         None => Ok(()),
+        Some(c) if is_noncharacter(c) => Err(no_character(c)),
         Some(c) if c.is_control() => {
             Err(format!("has the control character {}; take it out", c.escape_default()))
         }
         Some(c) => Err(format!("has the invisible character {}; take it out", c.escape_unicode())),
     }
+}
+
+fn no_character(c: char) -> String {
+    format!("has {}, which is no character; take it out", c.escape_unicode())
 }
 
 /// Any clean text that is not empty.
@@ -48,7 +58,8 @@ pub(super) fn env_value(text: &str) -> Result<(), String> {
     if text.len() > MAX_ENV_BYTES {
         return Err(format!("has {} bytes; at most {MAX_ENV_BYTES} are possible", text.len()));
     }
-    match text.chars().find(|c| c.is_control() && *c != '\t') {
+    match text.chars().find(|c| c.is_control() && *c != '\t' || is_noncharacter(*c)) {
+        Some(c) if is_noncharacter(c) => Err(no_character(c)),
         Some(c) => Err(format!("has the control character {}; take it out", c.escape_default())),
         None => Ok(()),
     }
@@ -120,7 +131,21 @@ pub(super) fn below_state(text: &str) -> Result<String, String> {
     if parts.is_empty() || text.contains(':') {
         return Err("is no name of a folder below /var/lib".into());
     }
+    if parts[0] == "private" {
+        return Err("is below /var/lib/private, which systemd keeps for itself; another name is meant".into());
+    }
     Ok(parts.join("/"))
+}
+
+/// The longest name of a file (NAME_MAX).
+const MAX_NAME: usize = 255;
+
+/// Refuses a path with a name in it that no file can have.
+pub(super) fn named(path: &str) -> Result<(), String> {
+    match path.split('/').map(str::len).find(|n| *n > MAX_NAME) {
+        Some(n) => Err(format!("has a name of {n} bytes in it; at most {MAX_NAME} are possible")),
+        None => Ok(()),
+    }
 }
 
 fn components(text: &str) -> Result<Vec<&str>, String> {
@@ -133,6 +158,7 @@ fn components(text: &str) -> Result<Vec<&str>, String> {
     if text.split('/').any(|part| part == "..") {
         return Err("has '..'; the path itself is meant".into());
     }
+    named(text)?;
     Ok(text.split('/').filter(|part| !part.is_empty() && *part != ".").collect())
 }
 
@@ -243,24 +269,26 @@ pub(super) fn restart(text: &str) -> Result<String, String> {
     one_of(text, &RESTARTS)
 }
 
-/// `digits[.digits]`, with at most `places` digits after the point, as (whole, has more than zero).
-fn decimal(text: &str, places: usize) -> Option<(u64, bool)> {
+/// `digits[.digits]`, with at most `places` digits after the point, as (whole, part of it has more than zero,
+/// all of it has).
+fn decimal(text: &str, places: usize) -> Option<(u64, bool, bool)> {
     let (whole, part) = text.split_once('.').map_or((text, None), |(w, p)| (w, Some(p)));
     let digits =
         |t: &str, most: usize| (1..=most).contains(&t.len()) && t.chars().all(|c| c.is_ascii_digit());
-    if !digits(whole, 18) || !part.is_none_or(|p| digits(p, places)) {
+    // A zero in front would make it octal to systemd, where it is a share.
+    let octal = whole.len() > 1 && whole.starts_with('0');
+    if octal || !digits(whole, 18) || !part.is_none_or(|p| digits(p, places)) {
         return None;
     }
-    let some = text.chars().any(|c| matches!(c, '1'..='9'));
-    whole.parse().ok().map(|n| (n, some))
+    let some = |t: &str| t.chars().any(|c| matches!(c, '1'..='9'));
+    whole.parse().ok().map(|n| (n, part.is_some_and(some), some(text)))
 }
 
 /// `MemoryMax=`: bytes with an optional suffix to base 1024, a share of the machine's, or `infinity`
 /// (systemd.resource-control(5)).
 pub(super) fn memory(text: &str) -> Result<String, String> {
     let good = if let Some(share) = text.strip_suffix('%') {
-        decimal(share, 2)
-            .is_some_and(|(n, some)| some && (n < 100 || share.trim_end_matches(['0', '.']) == "1"))
+        decimal(share, 2).is_some_and(|(n, more, some)| some && (n < 100 || n == 100 && !more))
     } else {
         let number = text.strip_suffix(['K', 'M', 'G', 'T']).unwrap_or(text);
         let shift = match text.chars().last() {
@@ -271,7 +299,7 @@ pub(super) fn memory(text: &str) -> Result<String, String> {
             _ => 0,
         };
         let places = if shift == 0 { 0 } else { 3 };
-        decimal(number, places).is_some_and(|(n, some)| some && u128::from(n) << shift < 1 << 62)
+        decimal(number, places).is_some_and(|(n, _, some)| some && u128::from(n) << shift < 1 << 62)
     };
     if good || text == "infinity" {
         return Ok(text.into());
@@ -284,7 +312,7 @@ pub(super) fn quota(text: &str) -> Result<String, String> {
     let good = text
         .strip_suffix('%')
         .and_then(|n| decimal(n, 2))
-        .is_some_and(|(whole, some)| some && whole <= 1_000_000);
+        .is_some_and(|(whole, _, some)| some && whole <= 1_000_000);
     if good {
         Ok(text.into())
     } else {
@@ -299,6 +327,7 @@ mod tests {
     #[test]
     fn each_rule_passes_what_is_meant_and_refuses_what_is_not() {
         let long = "a".repeat(64);
+        let name_of_256 = format!("/a/{}", "n".repeat(256));
         let table: [(&str, Rule, &[&str], &[&str]); 11] = [
             (
                 "user",
@@ -323,16 +352,29 @@ mod tests {
                 absolute,
                 &["/a", "/var/lib/deployer-secrets/ava.env"],
                 &[
-                    "", "a", "/", "//", "/a/../b", "/..", "/a b", "/a%n", "/a\\", "/a\"", "/a*", "/a$x",
-                    "-/a", "/ü",
+                    "",
+                    "a",
+                    "/",
+                    "//",
+                    "/a/../b",
+                    "/..",
+                    "/a b",
+                    "/a%n",
+                    "/a\\",
+                    "/a\"",
+                    "/a*",
+                    "/a$x",
+                    "-/a",
+                    "/ü",
+                    &name_of_256,
                 ],
             ),
             ("directory", directory, &["/", "/srv"], &["", "srv", "~", "/../"]),
             (
                 "below_state",
                 below_state,
-                &["ava", "a/b"],
-                &["", ".", "/a", "..", "a/../b", "a b", "a:b", "%S"],
+                &["ava", "a/b", "privately", "a/private"],
+                &["", ".", "/a", "..", "a/../b", "a b", "a:b", "%S", "private", "private/a", "./private"],
             ),
             (
                 "domain",
@@ -405,6 +447,9 @@ mod tests {
                     "0%",
                     "101%",
                     "100.01%",
+                    "1000%",
+                    "010%",
+                    "0512M",
                     "M",
                     "-1",
                     "1X",
@@ -421,7 +466,7 @@ mod tests {
                 "quota",
                 quota,
                 &["50%", "150%", "0.5%", "33.33%"],
-                &["", "50", "0%", "%", "-5%", "1e2%", "infinity", "1.234%", "99999999%"],
+                &["", "50", "0%", "%", "-5%", "1e2%", "infinity", "1.234%", "99999999%", "010%", "08%"],
             ),
         ];
         for (name, rule, good, bad) in table {
@@ -440,6 +485,7 @@ mod tests {
         assert_eq!(url_path("/api/").unwrap(), "/api");
         assert_eq!(absolute("/a//b/./c/").unwrap(), "/a/b/c");
         assert_eq!(below_state("a/").unwrap(), "a");
+        assert!(absolute(&format!("/{}", "n".repeat(255))).is_ok());
     }
 
     #[test]
@@ -455,12 +501,15 @@ mod tests {
             "\u{2066}",
             "\t",
             "\u{e0041}",
+            "\u{fdd0}",
+            "\u{fffe}",
+            "\u{10ffff}",
         ] {
             assert!(clean(bad).is_err(), "{bad:?} passed");
         }
         assert!(clean("plain ü 日本 😀").is_ok());
         assert!(env_value("a\tb \u{202e} ü").is_ok());
-        for bad in ["a\nb", "\0", "\u{85}", "\r"] {
+        for bad in ["a\nb", "\0", "\u{85}", "\r", "\u{fdef}", "\u{1fffe}"] {
             assert!(env_value(bad).is_err(), "{bad:?} passed");
         }
         assert!(

@@ -169,6 +169,23 @@ mod tests {
     }
 
     #[test]
+    fn a_signature_holds_whatever_number_a_newer_version_wrote() {
+        let key = SecretKey::generate("ann-1").unwrap();
+        // Read inexactly, the third is another number after every time it is read.
+        for number in ["0.1", "1e300", "6.275081424971486e105", "-2.2250738585072014e-308", "1e21"] {
+            let text = format!(
+                r#"{{"version":1,"serial":1,"generation":"2026-11-22T18:31:05Z","services":[],"later":{number}}}"#
+            );
+            let mut manifest = parse::manifest(text.as_bytes(), Mode::Tolerant).unwrap();
+            sign(&mut manifest, STORE, &key).unwrap();
+            let bytes = manifest.to_bytes();
+            let read = parse::manifest(&bytes, Mode::Tolerant).unwrap();
+            assert_eq!(check(&bytes, &read, STORE, &[key.public()]), Ok(vec!["ann-1".into()]), "{number}");
+            assert_eq!(read, manifest, "{number}");
+        }
+    }
+
+    #[test]
     fn two_keys_stand_side_by_side_until_the_content_changes() {
         let (old, new) = (SecretKey::generate("ann-1").unwrap(), SecretKey::generate("ann-2").unwrap());
         let mut manifest = signed(&old);

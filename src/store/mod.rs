@@ -7,7 +7,7 @@ pub mod dir;
 pub mod probe;
 pub mod s3;
 pub mod url;
-mod xml;
+pub mod xml;
 
 use crate::error::Error;
 use std::fmt;

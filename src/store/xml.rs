@@ -3,7 +3,7 @@
 
 /// Calls `leaf` with the path and the text of every element without elements in it. The error says what the
 /// document is instead of well-formed.
-pub(super) fn leaves(text: &str, mut leaf: impl FnMut(&[&str], String)) -> Result<(), String> {
+pub fn leaves(text: &str, mut leaf: impl FnMut(&[&str], String)) -> Result<(), String> {
     let mut open: Vec<&str> = Vec::new();
     let mut content = String::new();
     // Whether the element that closes next is a leaf.
@@ -50,7 +50,7 @@ pub(super) fn leaves(text: &str, mut leaf: impl FnMut(&[&str], String)) -> Resul
         seen = true;
         let empty = tag.ends_with('/');
         let name = tag.trim_end_matches('/').split_whitespace().next().unwrap_or_default();
-        if name.is_empty() || open.len() > 16 {
+        if name.is_empty() || name.contains('<') || open.len() > 16 {
             return Err("a document with an odd element".into());
         }
         open.push(name);
@@ -134,6 +134,7 @@ mod tests {
             "<A><B",
             "</A>",
             "<>x</>",
+            "<A<>x</A<>",
         ] {
             assert!(read(bad).is_err(), "{bad:?} passed");
         }

@@ -24,5 +24,6 @@ mod runbook;
 mod secrets;
 mod solo;
 mod trust;
+mod units;
 #[cfg(feature = "campaign")]
 mod writes;
