@@ -14,7 +14,6 @@ use ring::rand::{SecureRandom, SystemRandom};
 use std::collections::HashMap;
 use std::io::{self, Read, Seek, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -245,7 +244,7 @@ struct Shared {
     store: S3Store,
     access: Access,
     secret: String,
-    owner: Option<u32>,
+    owner: u32,
     closing: AtomicBool,
     live: Mutex<HashMap<u64, TcpStream>>,
     troubles: Mutex<Vec<String>>,
@@ -270,7 +269,8 @@ impl Bridge {
             store,
             access,
             secret,
-            owner: fs_err::metadata("/proc/self").ok().map(|m| m.uid()),
+            // Not that of /proc/self, which is root's for a process without core dumps.
+            owner: rustix::process::geteuid().as_raw(),
             closing: AtomicBool::new(false),
             live: Mutex::default(),
             troubles: Mutex::default(),
@@ -343,8 +343,7 @@ fn accept(listener: &TcpListener, address: SocketAddr, shared: &Arc<Shared>) {
                 continue;
             }
         };
-        let foreign = owner_of(peer, address).is_some_and(|uid| uid != 0 && Some(uid) != shared.owner);
-        if foreign || lock(&shared.live).len() >= MAX_CONNECTIONS {
+        if is_foreign(peer, address, shared.owner) || lock(&shared.live).len() >= MAX_CONNECTIONS {
             continue;
         }
         let Ok(registered) = stream.try_clone() else { continue };
@@ -364,19 +363,49 @@ fn accept(listener: &TcpListener, address: SocketAddr, shared: &Arc<Shared>) {
     }
 }
 
-/// The user whose socket is at the other end of a loopback connection, from the kernel's table (proc(5),
-/// /proc/net/tcp); None where there is no such table.
-fn owner_of(peer: SocketAddr, ours: SocketAddr) -> Option<u32> {
-    let hex = |a: SocketAddr| match a {
-        SocketAddr::V4(a) => Some(format!("{:08X}:{:04X}", u32::from_ne_bytes(a.ip().octets()), a.port())),
-        SocketAddr::V6(_) => None,
+/// Whether somebody else than `owner` or root is at the other end of a loopback connection. Who cannot be found is;
+/// where the kernel shows no table, the path alone protects.
+fn is_foreign(peer: SocketAddr, ours: SocketAddr, owner: u32) -> bool {
+    // A table is read in pieces, between which a line may move out of sight: a few looks are enough.
+    for _ in 0..3 {
+        match owner_of(peer, ours) {
+            None => return false,
+            Some(Some(uid)) => return uid != 0 && uid != owner,
+            Some(None) => {}
+        }
+    }
+    true
+}
+
+/// The user whose socket is at the other end of a loopback connection, from the kernel's tables (proc(5),
+/// /proc/net/tcp); None where there is no such table, Some(None) for a connection that nobody has open any more:
+/// a socket without an inode, which is shown as root's whosever it was.
+fn owner_of(peer: SocketAddr, ours: SocketAddr) -> Option<Option<u32>> {
+    let words = |octets: &[u8]| -> String {
+        let word = |four: &[u8]| four.try_into().map_or(0, u32::from_ne_bytes);
+        octets.chunks(4).map(|four| format!("{:08X}", word(four))).collect()
     };
-    let (peer, ours) = (hex(peer)?, hex(ours)?);
-    let table = fs_err::read_to_string("/proc/self/net/tcp").ok()?;
-    table.lines().find_map(|line| {
-        let mut fields = line.split_whitespace().skip(1);
-        (fields.next()? == peer && fields.next()? == ours).then(|| fields.nth(4)?.parse().ok()).flatten()
-    })
+    // Whoever writes ::ffff:127.0.0.1 for 127.0.0.1 is in the other table.
+    let shown = |a: SocketAddr, wide: bool| match a {
+        SocketAddr::V4(a) if wide => format!("{}:{:04X}", words(&a.ip().to_ipv6_mapped().octets()), a.port()),
+        SocketAddr::V4(a) => format!("{}:{:04X}", words(&a.ip().octets()), a.port()),
+        SocketAddr::V6(a) => format!("{}:{:04X}", words(&a.ip().octets()), a.port()),
+    };
+    let mut known = false;
+    for (table, wide) in [("/proc/self/net/tcp", false), ("/proc/self/net/tcp6", true)] {
+        let Ok(table) = fs_err::read_to_string(table) else { continue };
+        known = true;
+        let (peer, ours) = (shown(peer, wide), shown(ours, wide));
+        for line in table.lines() {
+            let fields: Vec<&str> = line.split_whitespace().take(10).collect();
+            if let [_, from, to, _, _, _, _, uid, _, inode] = fields[..]
+                && (from, to) == (peer.as_str(), ours.as_str())
+            {
+                return Some(uid.parse().ok().filter(|_| inode != "0"));
+            }
+        }
+    }
+    known.then_some(None)
 }
 
 impl Shared {
@@ -977,8 +1006,16 @@ mod tests {
     fn the_owner_of_a_loopback_connection_is_known() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let ours = listener.local_addr().unwrap();
-        let client = TcpStream::connect(ours).unwrap();
-        let uid = fs_err::metadata("/proc/self").unwrap().uid();
-        assert_eq!(owner_of(client.local_addr().unwrap(), ours), Some(uid));
+        let uid = rustix::process::geteuid().as_raw();
+        // Also of one that is made as IPv6, and of none that is gone.
+        for address in [ours, SocketAddr::from((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), ours.port()))] {
+            let client = TcpStream::connect(address).unwrap();
+            let (server, peer) = listener.accept().unwrap();
+            assert_eq!(owner_of(peer, ours), Some(Some(uid)), "{address}");
+            assert!(is_foreign(peer, ours, uid + 1) == (uid != 0) && !is_foreign(peer, ours, uid));
+            drop(client);
+            assert!(is_foreign(peer, ours, uid), "{address}");
+            drop(server);
+        }
     }
 }

@@ -16,6 +16,8 @@ pub enum Applet {
     Status,
     /// Journals of the hosts.
     Logs,
+    /// Secrets on the hosts.
+    Secrets,
     /// Check this machine.
     Doctor,
     /// Set this machine up.
@@ -31,13 +33,14 @@ pub enum Applet {
 }
 
 /// The commands with the names they are called by and what each is for.
-pub const APPLETS: [(&str, Applet, &str); 12] = [
+pub const APPLETS: [(&str, Applet, &str); 13] = [
     ("manifest", Applet::Manifest, "edit and read the manifest (also called as deploy-manifest)"),
     ("deployer", Applet::Deployer, "bring this host to what the manifest says (also called as deployer)"),
     ("push", Applet::Push, "build, copy to the cache, publish"),
     ("ship", Applet::Ship, "push, then make it live on its hosts now"),
     ("status", Applet::Status, "what should run, what runs, and what is off"),
     ("logs", Applet::Logs, "the journal of a service, the deployer or Caddy, from the hosts"),
+    ("secrets", Applet::Secrets, "look at a service's secrets on its hosts, or edit them"),
     ("doctor", Applet::Doctor, "check configuration, store, keys and host, with remedies"),
     ("init", Applet::Init, "set a developer's machine up"),
     ("keygen", Applet::Keygen, "make a signing key"),

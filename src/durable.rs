@@ -50,6 +50,19 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     sync_dir(parent(path)?)
 }
 
+/// The same, for a file that belongs to this user and group.
+pub fn write_owned(path: &Path, bytes: &[u8], mode: u32, (user, group): (u32, u32)) -> io::Result<()> {
+    let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
+    let temp = temp_with(path, bytes, 0o600)?;
+    // The owner first: a change of owner takes bits of the mode away.
+    std::os::unix::fs::fchown(temp.as_file(), Some(user), Some(group))
+        .and_then(|()| temp.as_file().set_permissions(std::fs::Permissions::from_mode(mode)))
+        .and_then(|()| temp.as_file().sync_all())
+        .map_err(|e| named(e, "set the owner of", path))?;
+    temp.persist(path).map_err(|e| named(e.error, "write", path))?;
+    sync_dir(parent(path)?)
+}
+
 /// Creates `path`; false, with nothing changed, when something of that name is there already.
 pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
     let _effect = effect::begin("create", path.display()).map_err(|e| named(e, "create", path))?;
@@ -114,7 +127,8 @@ pub fn folder(path: &Path, mode: u32) -> io::Result<()> {
 
 /// A folder in `dir` for as long as the value lives, for nobody else to look into.
 pub fn scratch(dir: &Path) -> io::Result<tempfile::TempDir> {
-    tempfile::Builder::new().prefix(TEMP_PREFIX).tempdir_in(dir)
+    let alone = std::fs::Permissions::from_mode(0o700);
+    tempfile::Builder::new().prefix(TEMP_PREFIX).permissions(alone).tempdir_in(dir)
 }
 
 /// Removes temporary files and folders that a killed process left in `dir`. Only for a folder whose lock is
@@ -152,6 +166,13 @@ mod tests {
         assert_eq!(fs_err::read(&path).unwrap(), b"two");
         assert_eq!(fs_err::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn nobody_else_looks_into_a_scratch_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let scratch = scratch(dir.path()).unwrap();
+        assert_eq!(fs_err::metadata(scratch.path()).unwrap().permissions().mode() & 0o777, 0o700);
     }
 
     #[test]

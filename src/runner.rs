@@ -156,6 +156,7 @@ pub struct Run {
     dir: Option<PathBuf>,
     deadline: Option<Duration>,
     keep: bool,
+    interruptible: bool,
 }
 
 /// Which of a program's streams a line came from.
@@ -178,6 +179,7 @@ impl Run {
             dir: None,
             deadline: None,
             keep: true,
+            interruptible: false,
         }
     }
 
@@ -229,6 +231,39 @@ impl Run {
         self
     }
 
+    /// Gives it the terminal's signals with their usual effect, where we ignore them ([`Run::deaf`]).
+    pub fn interruptible(mut self) -> Self {
+        self.interruptible = true;
+        self
+    }
+
+    /// Becomes this program, which then ignores Ctrl-C and Ctrl-\\, as we must while an editor has the terminal:
+    /// they are the editor's, and reach us as well. Returns only when that cannot be, as where env(1) is not GNU's.
+    #[allow(clippy::disallowed_types, reason = "this is the one runner")]
+    pub fn deaf(self) -> Result<(), RunError> {
+        use std::os::unix::process::CommandExt;
+        let known = Run::new("env").args([DEFAULT_SIGNALS, "true"]).output()?;
+        if !known.status.ok() {
+            return Ok(());
+        }
+        let mut command = Command::new("env");
+        command.arg("--ignore-signal=INT,QUIT").arg(&self.program).args(&self.args);
+        for (name, value) in self.env.iter().filter_map(|(n, v)| Some((n, v.as_ref()?))) {
+            command.env(name, value);
+        }
+        Err(RunError::Spawn { program: "env".into(), cause: command.exec().to_string() })
+    }
+
+    /// Starts it beside us, out of reach of the terminal's signals, with a pipe to its stdin that closes when we
+    /// end, however we end.
+    #[allow(clippy::disallowed_types, reason = "this is the one runner")]
+    pub fn beside(self) -> Result<Beside, RunError> {
+        use std::os::unix::process::CommandExt;
+        let mut command = self.command();
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+        Ok(Beside(self.spawn(command)?))
+    }
+
     /// The command for people; words with anything unusual are quoted.
     pub fn shown(&self) -> String {
         let mut words = vec![self.program.clone()];
@@ -247,7 +282,13 @@ impl Run {
 
     #[allow(clippy::disallowed_types, reason = "this is the one runner")]
     fn command(&self) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = match self.interruptible {
+            true => Command::new("env"),
+            false => Command::new(&self.program),
+        };
+        if self.interruptible {
+            command.args([DEFAULT_SIGNALS, &self.program]);
+        }
         command.args(&self.args);
         for (name, value) in &self.env {
             match value {
@@ -401,6 +442,28 @@ impl Run {
             Some((status, _)) if !late => Ok(Output { status: told(status), stdout, stderr }),
             _ => Err(RunError::Deadline { command: self.shown(), after, stderr }),
         }
+    }
+}
+
+/// env(1) of GNU, since 8.31.
+const DEFAULT_SIGNALS: &str = "--default-signal=INT,QUIT";
+
+/// A program that runs beside us and waits for the end of its stdin.
+#[derive(Debug)]
+#[allow(clippy::disallowed_types, reason = "this is the one runner")]
+pub struct Beside(Child);
+
+impl Beside {
+    /// Gives it a last word, then the end of its stdin, and waits until it has ended.
+    pub fn finish(mut self, word: &str) -> Result<Status, RunError> {
+        if let Some(mut input) = self.0.stdin.take() {
+            // One that does not listen tells by its status.
+            drop(input.write_all(word.as_bytes()));
+        }
+        let ended = self.0.wait();
+        ended
+            .map(told)
+            .map_err(|e| RunError::Spawn { program: "a program beside".into(), cause: e.to_string() })
     }
 }
 

@@ -27,8 +27,13 @@ pub fn output_on(
     words: &[&str],
     deadline: Duration,
 ) -> Result<Output> {
+    answer_of(settings, host, words, run_on(settings, host, sudo, words).deadline(deadline))
+}
+
+/// What a run of `words` on `host` ([`run_on`], maybe with a stdin) left, as [`output_on`] has it.
+pub fn answer_of(settings: &Settings, host: &HostName, words: &[&str], run: Run) -> Result<Output> {
     let over_ssh = !is_here(settings, host);
-    match run_on(settings, host, sudo, words).deadline(deadline).output() {
+    match run.output() {
         Ok(output) if over_ssh && output.status == SSH_FAILED => {
             let said = tail(&output.stderr);
             let said = if said.is_empty() { "it said nothing".to_string() } else { said };
@@ -55,9 +60,7 @@ pub fn is_here(settings: &Settings, host: &HostName) -> bool {
 
 /// Whether this process may do what root may (its effective user is root).
 pub fn is_root() -> bool {
-    let status = fs_err::read_to_string("/proc/self/status").unwrap_or_default();
-    let uids = status.lines().find_map(|l| l.strip_prefix("Uid:")).unwrap_or_default();
-    uids.split_whitespace().nth(1) == Some("0")
+    rustix::process::geteuid().is_root()
 }
 
 fn argv_on(settings: &Settings, host: &HostName, sudo: bool, words: &[&str]) -> Vec<String> {

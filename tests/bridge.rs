@@ -3,13 +3,14 @@
 mod cache;
 mod common;
 
-use cache::{bucket, bucket_as};
-use common::{KEY, S3Server};
+use cache::{bucket, bucket_as, developers_bucket};
+use common::{KEY, S3Server, SECRET};
 use omni_deploy::bridge::{Access, Bridge};
 use omni_deploy::runner::Run;
 use omni_deploy::store::{Got, Store, When};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 
 struct Answer {
     status: u16,
@@ -63,8 +64,8 @@ fn stored(s3: &S3Server, key: &str) -> Option<Vec<u8>> {
 
 #[test]
 fn what_is_put_can_be_read_whole_and_in_parts() {
-    let s3 = S3Server::start();
-    let bridge = Bridge::open(bucket(&s3), Access::Write).unwrap();
+    let s3 = S3Server::start_below("cache");
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Write).unwrap();
     let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8).collect();
     let length = format!("Content-Length: {}\r\nContent-Type: application/x-nix-nar\r\n", bytes.len());
     assert_eq!(request(&bridge, "GET", "nar/x.nar", "", b"").status, 404);
@@ -88,8 +89,8 @@ fn what_is_put_can_be_read_whole_and_in_parts() {
 
 #[test]
 fn chunks_of_unknown_length_arrive_whole() {
-    let s3 = S3Server::start();
-    let bridge = Bridge::open(bucket(&s3), Access::Write).unwrap();
+    let s3 = S3Server::start_below("cache");
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Write).unwrap();
     let (mut body, mut want) = (Vec::new(), Vec::new());
     for size in [1usize, 10, 4096, 70_000, 2_000_000] {
         let chunk = vec![size as u8; size];
@@ -105,8 +106,8 @@ fn chunks_of_unknown_length_arrive_whole() {
 
 #[test]
 fn a_connection_carries_one_request_after_another_also_at_once() {
-    let s3 = S3Server::start();
-    let bridge = Bridge::open(bucket(&s3), Access::Write).unwrap();
+    let s3 = S3Server::start_below("cache");
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Write).unwrap();
     let (mut stream, secret) = connect(&bridge);
     let mut both = String::new();
     for n in 0..3 {
@@ -122,8 +123,8 @@ fn a_connection_carries_one_request_after_another_also_at_once() {
 
 #[test]
 fn a_client_that_waits_for_continue_is_told_before_it_sends() {
-    let s3 = S3Server::start();
-    let bridge = Bridge::open(bucket(&s3), Access::Write).unwrap();
+    let s3 = S3Server::start_below("cache");
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Write).unwrap();
     let (mut stream, secret) = connect(&bridge);
     let head = format!("PUT /{secret}/nar/e HTTP/1.1\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n");
     stream.write_all(head.as_bytes()).unwrap();
@@ -144,8 +145,8 @@ fn a_client_that_waits_for_continue_is_told_before_it_sends() {
 
 #[test]
 fn whoever_does_not_know_the_path_learns_nothing() {
-    let s3 = S3Server::start();
-    let bridge = Bridge::open(bucket(&s3), Access::Write).unwrap();
+    let s3 = S3Server::start_below("cache");
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Write).unwrap();
     let (_, secret) = connect(&bridge);
     assert!(secret.len() >= 32, "{secret}");
     let wrong = secret.replace(|c: char| c.is_ascii_digit(), "f");
@@ -175,10 +176,10 @@ fn whoever_does_not_know_the_path_learns_nothing() {
 
 #[test]
 fn nothing_but_the_cache_is_within_reach() {
-    let s3 = S3Server::start();
+    let s3 = S3Server::start_below("cache");
     bucket(&s3).put("manifest.json", b"{}", &When::Always).unwrap();
     let before = s3.log().len();
-    let bridge = Bridge::open(bucket(&s3), Access::Write).unwrap();
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Write).unwrap();
     for key in [
         "manifest.json",
         "../cache/manifest.json",
@@ -192,7 +193,7 @@ fn nothing_but_the_cache_is_within_reach() {
         }
     }
     assert_eq!(s3.log().len(), before);
-    let reading = Bridge::open(bucket(&s3), Access::Read).unwrap();
+    let reading = Bridge::open(developers_bucket(&s3), Access::Read).unwrap();
     assert_eq!(request(&reading, "PUT", "nar/x", "Content-Length: 1\r\n", b"x").status, 405);
     assert_eq!(s3.log().len(), before);
     assert!(reading.troubles()[0].contains("reading only"));
@@ -200,17 +201,17 @@ fn nothing_but_the_cache_is_within_reach() {
 
 #[test]
 fn a_bucket_without_cache_info_can_be_read_and_gets_one_when_written() {
-    let s3 = S3Server::start();
-    let reading = Bridge::open(bucket(&s3), Access::Read).unwrap();
+    let s3 = S3Server::start_below("cache");
+    let reading = Bridge::open(developers_bucket(&s3), Access::Read).unwrap();
     assert_eq!(request(&reading, "GET", "nix-cache-info", "", b"").body, b"StoreDir: /nix/store\n");
     assert_eq!(request(&reading, "HEAD", "nix-cache-info", "", b"").status, 200);
-    let writing = Bridge::open(bucket(&s3), Access::Write).unwrap();
+    let writing = Bridge::open(developers_bucket(&s3), Access::Write).unwrap();
     assert_eq!(request(&writing, "GET", "nix-cache-info", "", b"").status, 404);
 }
 
 #[test]
 fn a_refusal_of_the_bucket_is_never_taken_for_a_missing_path() {
-    let s3 = S3Server::start();
+    let s3 = S3Server::start_below("cache");
     let info = "0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd.narinfo";
     let bridge = Bridge::open(bucket_as(&s3, KEY, "wrong"), Access::Write).unwrap();
     for method in ["GET", "HEAD"] {
@@ -226,9 +227,9 @@ fn a_refusal_of_the_bucket_is_never_taken_for_a_missing_path() {
 
 #[test]
 fn a_transfer_that_breaks_off_is_not_taken_for_whole() {
-    let s3 = S3Server::start();
+    let s3 = S3Server::start_below("cache");
     bucket(&s3).put("nar/x", &vec![7; 1 << 20], &When::Always).unwrap();
-    let bridge = Bridge::open(bucket(&s3), Access::Read).unwrap();
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Read).unwrap();
     s3.faults(r#"{"cut": {"bytes": 1000, "methods": ["GET"], "key_prefix": "cache/nar/"}}"#);
     let (mut stream, secret) = connect(&bridge);
     write!(stream, "GET /{secret}/nar/x HTTP/1.1\r\n\r\n").unwrap();
@@ -241,8 +242,8 @@ fn a_transfer_that_breaks_off_is_not_taken_for_whole() {
 
 #[test]
 fn a_client_that_leaves_in_the_middle_leaves_no_object() {
-    let s3 = S3Server::start();
-    let bridge = Bridge::open(bucket(&s3), Access::Write).unwrap();
+    let s3 = S3Server::start_below("cache");
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Write).unwrap();
     let (mut stream, secret) = connect(&bridge);
     write!(stream, "PUT /{secret}/nar/half HTTP/1.1\r\nContent-Length: 4000000\r\n\r\n").unwrap();
     stream.write_all(&vec![1; 2_000_000]).unwrap();
@@ -255,24 +256,65 @@ fn a_client_that_leaves_in_the_middle_leaves_no_object() {
 /// Needs root, as the whole of this machine's tests does, to be somebody else for a moment.
 #[test]
 fn another_user_is_not_answered_even_with_the_path() {
-    let s3 = S3Server::start();
-    let bridge = Bridge::open(bucket(&s3), Access::Read).unwrap();
+    let s3 = S3Server::start_below("cache");
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Read).unwrap();
     let url = format!("{}/nix-cache-info", bridge.url());
     let curl = ["curl", "--silent", "--show-error", "--max-time", "10", &url];
-    let ours = Run::new("env").args(curl).output().unwrap();
-    assert_eq!(ours.text(), "StoreDir: /nix/store\n", "{}", ours.stderr);
-    let nobody = Run::new("setpriv").args(["--reuid=65534", "--clear-groups"]).args(curl).output().unwrap();
-    assert_eq!(nobody.text(), "");
-    assert!(nobody.stderr.starts_with("curl: "), "it was curl that failed: {}", nobody.stderr);
+    // Nor is who comes by the other of the kernel's tables.
+    let mapped = url.replace("127.0.0.1", "[::ffff:127.0.0.1]");
+    for url in [&url, &mapped] {
+        let curl = curl.iter().map(|word| if word.starts_with("http") { url.as_str() } else { word });
+        let ours = Run::new("env").args(curl.clone()).output().unwrap();
+        assert_eq!(ours.text(), "StoreDir: /nix/store\n", "{}", ours.stderr);
+        let nobody =
+            Run::new("setpriv").args(["--reuid=65534", "--clear-groups"]).args(curl).output().unwrap();
+        assert_eq!(nobody.text(), "");
+        assert!(nobody.stderr.starts_with("curl: "), "it was curl that failed: {}", nobody.stderr);
+    }
 }
 
 #[test]
 fn the_bridge_ends_with_its_guard() {
-    let s3 = S3Server::start();
-    let bridge = Bridge::open(bucket(&s3), Access::Write).unwrap();
+    let s3 = S3Server::start_below("cache");
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Write).unwrap();
     let (mut idle, _) = connect(&bridge);
     let address = idle.peer_addr().unwrap();
     drop(bridge);
     assert!(TcpStream::connect(address).is_err());
     assert!(matches!(idle.read(&mut [0]), Ok(0) | Err(_)));
+}
+
+/// The files below /proc of a process that forbids core dumps are root's: who it is must not be read from them.
+#[test]
+fn a_user_who_is_not_root_is_answered_by_their_own_bridge() {
+    let s3 = S3Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    fs_err::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    fs_err::copy(env!("CARGO_BIN_EXE_omni-deploy"), at("omni-deploy")).unwrap();
+    let script = "mkdir -p w/bin; echo hi >w/bin/w; chmod +x w/bin/w; path=$(nix-store --add w)
+        ./omni-deploy manifest init
+        ./omni-deploy manifest add-service \
+            '{\"name\": \"w\", \"artifact\": {\"storePath\": \"/nix/store/placeholder\"}, \"hosts\": [\"biz\"]}'
+        ./omni-deploy push --service w $path; id -u >who";
+    let push = Run::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "bash", "-euc", script])
+        .dir(dir.path())
+        .env("HOME", dir.path())
+        .env("TMPDIR", dir.path())
+        .env("NIX_REMOTE", format!("local?root={}", at("nix").display()))
+        .env("NIX_CONFIG", cache::NIX_CONFIG)
+        .env("AWS_ACCESS_KEY_ID", KEY)
+        .env("AWS_SECRET_ACCESS_KEY", SECRET)
+        .env("AWS_EC2_METADATA_DISABLED", "true")
+        .env("OMNI_DEPLOY_HOST", "laptop")
+        .env("OMNI_DEPLOY_STORE", s3.url("cache"))
+        .without_env("XDG_CONFIG_HOME")
+        .success()
+        .unwrap();
+    assert_eq!(fs_err::read_to_string(at("who")).unwrap(), "65534\n");
+    assert!(push.stderr.contains("closure of 1 path"), "{}", push.stderr);
+    assert!(s3.log().iter().any(|l| l.starts_with("PUT /box/cache/nar/") && l.ends_with(" 200")));
+    // What Nix adds to a store, it makes read-only.
+    Run::new("chmod").args(["-R", "u+w"]).arg(at("nix")).success().unwrap();
 }

@@ -3,7 +3,7 @@
 mod cache;
 mod common;
 
-use cache::bucket;
+use cache::developers_bucket;
 use common::S3Server;
 use omni_deploy::bridge::{Access, Bridge};
 use std::io::{Read, Write};
@@ -20,8 +20,8 @@ fn peak() -> u64 {
 #[test]
 fn a_nar_passes_both_ways_without_being_held_in_memory() {
     const SIZE: usize = 64 << 20;
-    let s3 = S3Server::start();
-    let bridge = Bridge::open(bucket(&s3), Access::Write).unwrap();
+    let s3 = S3Server::start_below("cache");
+    let bridge = Bridge::open(developers_bucket(&s3), Access::Write).unwrap();
     let url = bridge.url();
     let (address, secret) = url.strip_prefix("http://").unwrap().split_once('/').unwrap();
     let mut buffer = vec![b'x'; 64 << 10];

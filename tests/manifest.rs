@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{KEY, S3Server, SECRET};
+use common::{DEVELOPER, S3Server};
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::runner::{Output, Run, Status};
 use omni_deploy::store::dir::DirStore;
@@ -566,8 +566,11 @@ fn many_writers_at_once_lose_no_update_in_a_bucket() {
     let server = S3Server::start();
     let bench = Bench::new();
     let call = |args: &[&str]| {
-        let run = bench.command(args).env("OMNI_DEPLOY_STORE", server.url("")).env("AWS_ACCESS_KEY_ID", KEY);
-        let out = run.env("AWS_SECRET_ACCESS_KEY", SECRET).output().unwrap();
+        let run = bench
+            .command(args)
+            .env("OMNI_DEPLOY_STORE", server.url(""))
+            .env("AWS_ACCESS_KEY_ID", DEVELOPER.0);
+        let out = run.env("AWS_SECRET_ACCESS_KEY", DEVELOPER.1).output().unwrap();
         assert_eq!(out.status, Status::Exit(0), "{args:?}: {}", out.stderr);
     };
     let path = format!("/nix/store/{HASH}-ava");
@@ -576,8 +579,8 @@ fn many_writers_at_once_lose_no_update_in_a_bucket() {
     call(&["add-service", &ava]);
     let StoreUrl::S3(location) = StoreUrl::parse(&server.url("")).unwrap() else { panic!("not s3") };
     let env = |name: &str| match name {
-        "AWS_ACCESS_KEY_ID" => Some(KEY.to_string()),
-        "AWS_SECRET_ACCESS_KEY" => Some(SECRET.to_string()),
+        "AWS_ACCESS_KEY_ID" => Some(DEVELOPER.0.to_string()),
+        "AWS_SECRET_ACCESS_KEY" => Some(DEVELOPER.1.to_string()),
         _ => None,
     };
     many_writers(&call, &S3Store::open_in(&location, Arc::new(env)).unwrap());

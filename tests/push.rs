@@ -4,7 +4,7 @@ mod cache;
 mod common;
 
 use cache::{Closure, NIX_CONFIG, ask, bucket, key};
-use common::{KEY, S3Server, SECRET};
+use common::{DEVELOPER, HOST, S3Server};
 use omni_deploy::clock::Timestamp;
 use omni_deploy::config::{Flags, Settings, load};
 use omni_deploy::deployer::state::{Failure, ServiceState, State, Status};
@@ -46,8 +46,8 @@ impl Desk {
             .env("HOME", self.path("home"))
             .without_env("XDG_CONFIG_HOME")
             .env("NIX_CONFIG", NIX_CONFIG)
-            .env("AWS_ACCESS_KEY_ID", KEY)
-            .env("AWS_SECRET_ACCESS_KEY", SECRET)
+            .env("AWS_ACCESS_KEY_ID", DEVELOPER.0)
+            .env("AWS_SECRET_ACCESS_KEY", DEVELOPER.1)
             .env("OMNI_DEPLOY_STORE", &self.store)
             .env("OMNI_DEPLOY_HOST", "laptop")
             .env("OMNI_DEPLOY_BUILD", format!("sh {}", self.path("bin/bild").display()))
@@ -80,25 +80,42 @@ impl Desk {
 
     /// `omni-deploy`'s settings of this desk, for calls of the library.
     fn settings(&self, more: &[(&'static str, &str)]) -> Settings {
-        let mut flags = Flags::from([("store", self.store.clone()), ("host", "laptop".to_string())]);
+        self.settings_as("default", more)
+    }
+
+    /// The same for the host `biz`, with its own key.
+    fn hosts_settings(&self, more: &[(&'static str, &str)]) -> Settings {
+        self.settings_as("host", more)
+    }
+
+    fn settings_as(&self, profile: &str, more: &[(&'static str, &str)]) -> Settings {
+        let store = match self.store.starts_with("s3:") {
+            true => format!("{}&profile={profile}", self.store),
+            false => self.store.clone(),
+        };
+        let mut flags = Flags::from([("store", store), ("host", "laptop".to_string())]);
         flags.extend(more.iter().map(|(name, value)| (*name, value.to_string())));
         load(&flags).unwrap()
     }
 }
 
-/// Runs a test again in a process of its own whose environment has the bucket's credentials; true there.
+/// Runs a test again in a process of its own whose home has the bucket's credentials; true there.
 fn with_credentials(test: &str) -> bool {
     if std::env::var_os("OMNI_TEST_INSIDE").is_some() {
         return true;
     }
     let home = tempfile::tempdir().unwrap();
+    fs_err::create_dir(home.path().join(".aws")).unwrap();
+    let profiles = [("default", DEVELOPER), ("host", HOST)].map(|(name, (key, secret))| {
+        format!("[{name}]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+    });
+    fs_err::write(home.path().join(".aws/credentials"), profiles.concat()).unwrap();
     let run = Run::new(std::env::current_exe().unwrap().to_str().unwrap())
         .args([test, "--exact", "--nocapture"])
         .env("OMNI_TEST_INSIDE", "1")
         .env("HOME", home.path())
         .env("NIX_CONFIG", NIX_CONFIG)
-        .env("AWS_ACCESS_KEY_ID", KEY)
-        .env("AWS_SECRET_ACCESS_KEY", SECRET);
+        .without_env("AWS_ACCESS_KEY_ID");
     let output = run.output().unwrap();
     assert!(output.status.ok() && output.text().contains("1 passed"), "{}{}", output.text(), output.stderr);
     false
@@ -127,7 +144,7 @@ fn push_and_push_again(desk: &Desk, writes: &dyn Fn() -> usize) {
 
 #[test]
 fn a_push_to_s3_arrives_once() {
-    let s3 = S3Server::start();
+    let s3 = S3Server::start_below("team");
     let desk = Desk::new(&s3.url("team"));
     push_and_push_again(&desk, &|| s3.log().iter().filter(|l| l.starts_with("PUT")).count());
 }
@@ -148,7 +165,7 @@ fn round_trip(desk: &Desk) {
     assert_eq!(nix::verify_closure(&signing, &tops).unwrap().paths, 2);
     closure.forget();
     assert_eq!(nix::missing(&closure.paths()).unwrap().len(), 2);
-    let host = desk.settings(&[("trustedPublicKeys", &public)]);
+    let host = desk.hosts_settings(&[("trustedPublicKeys", &public)]);
     assert_eq!(nix::fetch(&host, &tops).unwrap(), Default::default());
     assert_eq!(nix::missing(&closure.paths()).unwrap(), []);
     assert_eq!(nix::closure(&tops).unwrap().len(), 2);
@@ -172,13 +189,13 @@ fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
     if !with_credentials("the_reasons_why_a_closure_cannot_be_had_are_told_apart") {
         return;
     }
-    let s3 = S3Server::start();
+    let s3 = S3Server::start_below("cache");
     let desk = Desk::new(&s3.url("cache"));
     let store = bucket(&s3);
     let (secret, public) = key(&desk.dir, "test-1");
     let (_, foreign) = key(&desk.dir, "foreign-1");
     let signing = desk.settings(&[("secretKeyFile", secret.to_str().unwrap())]);
-    let host = desk.settings(&[("trustedPublicKeys", &public)]);
+    let host = desk.hosts_settings(&[("trustedPublicKeys", &public)]);
     let names = ["good", "absent", "holed", "zeroed", "swapped", "forged"];
     let closures: Vec<Closure> = names.map(|n| Closure::build(n, 100_000)).into();
     let [good, absent, holed, zeroed, swapped, forged] = &closures[..] else { panic!("six closures") };
@@ -219,14 +236,15 @@ fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
     }
 
     good.forget();
-    let stranger = desk.settings(&[("trustedPublicKeys", &foreign)]);
+    let stranger = desk.hosts_settings(&[("trustedPublicKeys", &foreign)]);
     let refused = nix::fetch(&stranger, std::slice::from_ref(&good.app)).unwrap();
     assert!(matches!(refused[&good.app], FetchError::Refused(_)), "{refused:?}");
     assert_eq!(nix::missing(std::slice::from_ref(&good.app)).unwrap().len(), 1);
 
     let gone = format!("s3://box/cache?endpoint={}&scheme=http", s3.address);
     drop(s3);
-    let lost = nix::fetch(&desk.settings(&[("cache", &gone)]), std::slice::from_ref(&good.app)).unwrap();
+    let lost =
+        nix::fetch(&desk.hosts_settings(&[("cache", &gone)]), std::slice::from_ref(&good.app)).unwrap();
     assert!(matches!(lost[&good.app], FetchError::Unreachable(_)), "{lost:?}");
 }
 
@@ -280,7 +298,7 @@ fn what_was_cached_without_a_signature_gets_one() {
     nix::verify_closure(&signing, &tops).unwrap();
     closure.forget();
     assert_eq!(
-        nix::fetch(&desk.settings(&[("trustedPublicKeys", &public)]), &tops).unwrap(),
+        nix::fetch(&desk.hosts_settings(&[("trustedPublicKeys", &public)]), &tops).unwrap(),
         Default::default()
     );
 }

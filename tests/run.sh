@@ -160,6 +160,7 @@ main() {
   for crate in "${crates[@]}"; do
     stage "tests: $crate" cargo test --locked --no-fail-fast --manifest-path "$crate"
   done
+  stage 'tests: dependencies' tests/dependencies.sh
   stage 'fuzz: short run' fuzz/run.sh
   stage 'tests: what Nix builds from' tests/nix_package.sh
   stage 'tests: lab, units, installer' tests/lab_selftest.sh

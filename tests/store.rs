@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{KEY, S3Server, SECRET};
+use common::{BUCKET, DEVELOPER, HOST, KEY, S3Server, SECRET};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::s3::{MAX_SINGLE_PUT, S3Store};
 use omni_deploy::store::{Etag, Got, Store, StoreError, StoreUrl, When, probe};
@@ -268,17 +268,71 @@ fn every_mistake_is_one_line_with_its_remedy_and_is_not_tried_again() {
     assert_eq!(found(&open(&url), "k").0, b"x");
 }
 
+/// What the policies of contrib/s3 allow each of them to do with every kind of object, and how the rest is refused.
 #[test]
-fn what_a_key_may_not_do_is_said_with_the_permission_that_is_missing() {
-    let dir = tempfile::tempdir().unwrap();
-    let policy = dir.path().join("policy.json");
-    fs_err::write(&policy, r#"{"read": [""], "write": ["hosts/"]}"#).unwrap();
-    let server = S3Server::start_with(&["--user", &format!("AKHOST:hostword:{}", policy.display())]);
-    let store = open_as(&server.url(""), "AKHOST", "hostword");
-    store.put("hosts/biz.json", b"{}", &When::Always).unwrap();
-    let error = store.put("manifest.json", b"{}", &When::Always).unwrap_err();
-    assert!(matches!(error, StoreError::Refused(_)));
-    one_line(&error, &["manifest.json", "AKHOST", "AccessDenied", "allow s3:PutObject"]);
+fn a_key_may_do_what_its_policy_says_and_hears_what_is_missing_of_the_rest() {
+    let hash = "0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd";
+    let (info, nar) = (format!("{hash}.narinfo"), format!("nar/{hash}.nar.zst"));
+    for prefix in ["", "team"] {
+        let server = S3Server::start_below(prefix);
+        let url = server.url(prefix);
+        let slash = if prefix.is_empty() { "" } else { "/" };
+        let arn = |key: &str| format!("arn:aws:s3:::{BUCKET}/{prefix}{slash}{key}");
+        for (key, developer, host) in [
+            ("manifest.json", "rw", "r"),
+            ("manifests/manifest-20261122T183105Z-00000001.json", "rw", ""),
+            ("hosts/biz.json", "r", "w"),
+            ("hosts/web1.json", "r", ""),
+            ("nix-cache-info", "rw", "r"),
+            (&info, "rw", "r"),
+            (&nar, "rw", "r"),
+            ("probe/0123456789abcdef", "rwd", ""),
+            ("elsewhere", "", ""),
+            ("hosts/biz.json.more", "r", ""),
+        ] {
+            for ((id, secret), allowed) in [(DEVELOPER, developer), (HOST, host)] {
+                open(&url).put(key, b"before", &When::Always).unwrap();
+                let store = open_as(&url, id, secret);
+                let what = format!("{id} {key}");
+                let check = |right: char, done: Result<(), StoreError>| match (allowed.contains(right), done)
+                {
+                    (true, done) => assert_eq!(done, Ok(()), "{what}"),
+                    (false, Ok(())) => panic!("{what}: '{right}' was done"),
+                    (false, Err(error)) => {
+                        assert!(matches!(error, StoreError::Refused(_)), "{what}: {error}");
+                        let action = match right {
+                            'r' => "s3:GetObject",
+                            'w' => "s3:PutObject",
+                            _ => "s3:DeleteObject",
+                        };
+                        one_line(&error, &[key, id, &format!("allow {action} on {}", arn(key))]);
+                    }
+                };
+                check('r', store.get(key, None, LIMIT).map(drop));
+                check('r', store.size(key).map(drop));
+                check('w', store.put(key, b"after", &When::Always).map(drop));
+                check('w', store.write_stream(key, 5, None, &mut &b"after"[..]));
+                let (_, etag) = found(&open(&url), key);
+                if allowed.contains('r') {
+                    check('w', store.put(key, b"after", &When::Still(etag)).map(drop));
+                }
+                let content: &[u8] = if allowed.contains('w') { b"after" } else { b"before" };
+                assert_eq!(found(&open(&url), key).0, content, "{what}");
+                check('d', store.delete(key));
+            }
+        }
+        // Nothing of another prefix of the bucket, or of none.
+        for (id, secret) in [DEVELOPER, HOST] {
+            let store = open_as(&url, id, secret);
+            assert!(store.list("hosts/").is_ok());
+            assert_eq!(store.get(&format!("{}.narinfo", "1".repeat(32)), None, LIMIT), Ok(Got::Missing));
+            let elsewhere = open_as(&server.url("other"), id, secret);
+            for key in ["manifest.json", "hosts/biz.json"] {
+                let error = elsewhere.put(key, b"x", &When::Always).unwrap_err();
+                one_line(&error, &[&format!("allow s3:PutObject on arn:aws:s3:::{BUCKET}/other/{key}")]);
+            }
+        }
+    }
 }
 
 #[test]

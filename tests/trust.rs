@@ -90,7 +90,7 @@ fn no_change_is_built_upon_what_nobody_trusted_has_signed() {
     type Attack = (&'static str, fn(&mut Value));
     let attacks: [Attack; 4] = [
         ("was changed after it was signed", |m| m["services"][0]["artifact"]["storePath"] = OTHER.into()),
-        ("was changed after it was signed", |m| m["serial"] = 99.into()),
+        ("was changed after it was signed", |m| m["serial"] = 9_007_199_254_740_991u64.into()),
         ("it is not signed", |m| drop(m.as_object_mut().unwrap().remove("signatures"))),
         ("was changed after it was signed", |m| m["store"] = "file:///elsewhere".into()),
     ];
@@ -101,9 +101,15 @@ fn no_change_is_built_upon_what_nobody_trusted_has_signed() {
         world.refused("ann", &["manifest", "update", "ava", OTHER], reason);
         world.refused("ann", &["manifest", "rollback", "--service", "ava", "1"], reason);
         assert_eq!(world.call_in("prod", "ann", &["manifest", "verify"]).status, Status::Exit(1));
-        // The way back does not need what is there.
+        // The way back does not need what is there, nor does it take the serial from it.
+        fs_err::write(
+            world.file("prod").with_file_name("manifests/manifest-20991231T235959Z-9007199254740991.json"),
+            "",
+        )
+        .unwrap();
         world.ok("ann", &["manifest", "rollback", "1"]);
         world.ok("ann", &["manifest", "verify"]);
+        assert_eq!(world.manifest()["serial"], 3, "one after what was forged in the place of 2");
     }
 }
 

@@ -120,6 +120,7 @@ in
           TimeoutStopSec = "30s";
           KillMode = "control-group";
           UMask = "0022";
+          LimitCORE = 0;
           StateDirectory = "deployer";
           CacheDirectory = "deployer";
           RuntimeDirectory = "omni-deploy";

@@ -128,6 +128,13 @@ pub const COMMANDS: &[Command] = &[
         ],
         &[Kind::Journal],
     ),
+    command("secrets", &[], &[]),
+    command("secrets check", &[HOST], &[Kind::Service]),
+    command(
+        "secrets edit",
+        &[HOST, option("--file", "", Kind::Free), switch("--restart", "")],
+        &[Kind::Service],
+    ),
     command("doctor", &[switch("--host", ""), JSON], &[]),
     command("init", &[option("--key-name", "", Kind::Free)], &[Kind::Free]),
     command("config", &[JSON], &[]),

@@ -575,11 +575,8 @@ fn edit_file(
     base: Option<&Manifest>,
     stored: &[u8],
 ) -> Result<()> {
-    let set = |name: &str| std::env::var(name).ok().filter(|v| !v.trim().is_empty());
-    let editor = set("VISUAL").or_else(|| set("EDITOR")).unwrap_or_else(|| "vi".into());
-    let mut words = crate::manifest::command::split_command(&editor)
-        .map_err(|why| Error::new(format!("EDITOR '{editor}' {why}")))?
-        .into_iter();
+    let (editor, words) = super::editor()?;
+    let mut words = words.into_iter();
     let status = Run::new(words.next().unwrap_or_default())
         .args(words)
         .arg(file)

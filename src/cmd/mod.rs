@@ -11,6 +11,7 @@ pub mod logs;
 pub mod man;
 pub mod manifest;
 pub mod push;
+pub mod secrets;
 pub mod status;
 
 use crate::config::{Flags, Settings};
@@ -71,8 +72,18 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
+/// The words of the person's editor, `$VISUAL` or `$EDITOR` with its arguments, and how it was written.
+fn editor() -> Result<(String, Vec<String>)> {
+    let set = |name: &str| std::env::var(name).ok().filter(|v| !v.trim().is_empty());
+    let editor = set("VISUAL").or_else(|| set("EDITOR")).unwrap_or_else(|| "vi".into());
+    let words = crate::manifest::command::split_command(&editor)
+        .map_err(|why| Error::new(format!("EDITOR '{editor}' {why}")))?;
+    Ok((editor, words))
+}
+
 /// The whole program.
 pub fn main() -> ExitCode {
+    crate::dumps::forbid();
     let mut argv = Vec::new();
     for arg in std::env::args_os() {
         match arg.into_string() {
@@ -120,6 +131,7 @@ fn run(argv: Vec<String>) -> Result<u8> {
         Applet::Ship => push::run(&call, true),
         Applet::Status => status::run(&call),
         Applet::Logs => logs::run(&call),
+        Applet::Secrets => secrets::run(&call),
         Applet::Doctor => doctor::run(&call),
         Applet::Init => init::run(&call),
         Applet::Keygen => keygen::run(&call),

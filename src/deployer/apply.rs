@@ -15,6 +15,7 @@ use crate::effect;
 use crate::error::{Error, Result};
 use crate::manifest::{Service, command};
 use crate::names::{ServiceName, StorePath};
+use crate::secrets::{self, Form, environment};
 use crate::{nix, say};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -174,7 +175,7 @@ impl Host<'_> {
             if goal.proved || learned.unfetchable.contains_key(&goal.path) {
                 continue;
             }
-            match executable(&goal.service, &goal.path) {
+            match executable(&goal.service, &goal.path).and_then(|()| legible(&goal.service)) {
                 Ok(()) => to_verify.push((name.clone(), goal.unit.clone())),
                 Err(why) => self.refuse(name, goal, why, Vec::new(), learned),
             }
@@ -495,6 +496,22 @@ fn port_holders<'a>(plan: &'a Plan, starts: &[Start<'a>], memory: &Memory) -> Ve
             held.and_then(|p| taken.get(&p)).is_some_and(|taker| taker != name)
         })
         .collect()
+}
+
+/// Whether systemd takes a service's secrets: of a line that sets no name of a variable it writes all to the journal,
+/// the value with it.
+fn legible(service: &Service) -> Result<(), String> {
+    for file in secrets::files(service).iter().filter(|file| file.form == Form::Environment) {
+        // One that cannot be read has been said by the plan, and is systemd's to refuse.
+        let bytes = fs_err::read(&file.path).unwrap_or_default();
+        if let Some(mistake) = environment::read(&bytes).1.iter().find(|mistake| mistake.grave) {
+            return Err(format!(
+                "its secrets file {}, {mistake}; mend it with 'omni-deploy secrets edit {}'",
+                file.path, service.name
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Whether the program of a service is there and may be executed.

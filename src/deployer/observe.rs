@@ -166,6 +166,11 @@ fn changed(path: &Path) -> Option<(i64, i64)> {
     fs_err::metadata(path).ok().map(|m| (m.mtime(), m.mtime_nsec()))
 }
 
+/// Whether a file was changed after a service was last started.
+pub fn changed_since_start(name: &ServiceName, file: &Path) -> bool {
+    matches!((started(name), changed(file)), (Some(started), Some(changed)) if changed > started)
+}
+
 /// Whether a process shows a closure, and none that its unit names. A program that shows none (a system's
 /// interpreter) tells nothing.
 fn runs_another(pid: u32, unit: &str) -> bool {

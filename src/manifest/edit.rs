@@ -14,7 +14,6 @@ use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
 use crate::store::{Etag, Got, MANIFEST_KEY, Store, StoreError, When};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 /// What a change may start from.
@@ -101,9 +100,7 @@ impl Author {
 /// `user@host`, from `USER` or `LOGNAME`, else the user's number; only plain characters.
 pub fn whoami() -> String {
     let named = ["USER", "LOGNAME"].iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()));
-    let user = named
-        .or_else(|| fs_err::metadata("/proc/self").ok().map(|m| m.uid().to_string()))
-        .unwrap_or_else(|| "unknown".into());
+    let user = named.unwrap_or_else(|| rustix::process::geteuid().as_raw().to_string());
     let host = HostName::of_this_machine().map_or_else(|| "unknown".into(), |h| h.to_string());
     let clean = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
     let user: String = user.chars().take(64).map(clean).collect();
@@ -234,7 +231,7 @@ fn swap(
         if let Some(current) = current.as_ref().filter(|_| start != Start::Replace) {
             author.believes(store, current)?;
         }
-        let (mut manifest, replaced) = base(store, current.as_ref(), start, now)?;
+        let (mut manifest, replaced) = base(store, author, current.as_ref(), start, now)?;
         let Some(action) = change(&mut manifest, current.as_ref())? else {
             return Ok(Published { manifest, written: false });
         };
@@ -279,12 +276,20 @@ fn swap(
 /// What the change starts from, and the name that what is there is archived under.
 fn base(
     store: &dyn Store,
+    author: &Author,
     current: Option<&Current>,
     start: Start,
     now: &dyn Fn() -> Timestamp,
 ) -> Result<(Manifest, String)> {
     match (current, start) {
-        (Some(Current { manifest: Ok(manifest), .. }), _) => {
+        (Some(Current { manifest: Ok(manifest), .. }), Start::Existing | Start::OrEmpty | Start::Repair) => {
+            room_after(store, manifest.serial, MANIFEST_KEY)?;
+            Ok((manifest.clone(), archive_name(manifest.serial, manifest.generation)))
+        }
+        // Of what nobody trusted has signed, or nobody has published, a replacement takes not even the serial.
+        (Some(found @ Current { manifest: Ok(manifest), .. }), Start::Replace)
+            if manifest.serial < LAST_SERIAL && author.believes(store, found).is_ok() =>
+        {
             Ok((manifest.clone(), archive_name(manifest.serial, manifest.generation)))
         }
         (Some(Current { manifest: Err(why), .. }), Start::Existing | Start::OrEmpty) => {
@@ -298,21 +303,68 @@ fn base(
         (None, Start::Existing) => Err(missing(store)),
         (found, Start::OrEmpty | Start::Repair | Start::Replace) => {
             // The serial goes on from the highest there was: a host may have seen it.
-            let highest = versions::archived(store)?.first().map_or(0, |v| v.serial);
+            let highest = highest(store, author)?;
             // What is lost or cannot be read was the one after that.
             let lost = if highest == 0 { 0 } else { highest + 1 };
             let head = found.and_then(|c| versions::head_of(&c.bytes));
+            let trusting = !author.trust.trusted.is_empty();
+            let said = head.as_ref().map(|h| h.serial).filter(|said| !trusting && *said < LAST_SERIAL);
             let mut manifest = Manifest::empty(now(), "");
-            manifest.serial = match (found, &head) {
+            manifest.serial = match (found, said) {
                 (None, _) => lost,
                 (Some(_), None) => highest + 1,
-                (Some(_), Some(head)) => highest.max(head.serial),
+                (Some(_), Some(serial)) => highest.max(serial),
             };
             let generation = head.map_or(manifest.generation, |h| h.generation);
             let name = archive_name(manifest.serial, generation);
             Ok((manifest, name))
         }
     }
+}
+
+/// The first serial that leaves no room for what is lost after it and the version that is written then.
+const LAST_SERIAL: u64 = MAX_SERIAL - 1;
+
+/// How many archived versions are read at most in search of one that somebody trusted has signed.
+const SEARCHED: usize = 200;
+
+/// The highest serial of a store whose own manifest does not tell it; 0 when there is none. Names of objects are
+/// what anybody who can write the store makes of them, so that with trusted keys the newest version counts that one
+/// of them has signed. Where there is none, the history is older than the keys.
+fn highest(store: &dyn Store, author: &Author) -> Result<u64> {
+    let archived = versions::archived(store)?;
+    let trusted = &author.trust.trusted;
+    if !trusted.is_empty() {
+        for version in archived.iter().take(SEARCHED) {
+            match versions::believed(store, version, trusted) {
+                Ok((manifest, _)) => return Ok(manifest.serial),
+                Err(_) => continue,
+            }
+        }
+        if let Some(newest) = archived.first().filter(|_| archived.len() > SEARCHED) {
+            return Err(Error::new(format!(
+                "the {SEARCHED} newest versions in {}, from {} on, are signed by nobody in 'trustedPublicKeys': \
+                 remove what nobody published, and run it again",
+                store.url(),
+                archive_key(&newest.name)
+            )));
+        }
+    }
+    let Some(newest) = archived.first() else { return Ok(0) };
+    room_after(store, newest.serial, &archive_key(&newest.name))?;
+    Ok(newest.serial)
+}
+
+/// Refuses a serial that leaves no room: nobody published so many versions.
+fn room_after(store: &dyn Store, serial: u64, key: &str) -> Result<()> {
+    if serial < LAST_SERIAL {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "{key} in {} has the serial {serial}, and at most {MAX_SERIAL} is possible: remove it if nobody published it, \
+         else begin a new store",
+        store.url()
+    )))
 }
 
 fn archive(store: &dyn Store, name: &str, bytes: &[u8]) -> Result<()> {
@@ -459,6 +511,7 @@ pub fn report(store: &dyn Store, published: &Published) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::SecretKey;
     use std::collections::BTreeMap;
     use std::sync::Mutex;
 
@@ -693,6 +746,103 @@ mod tests {
         assert!(e.contains("deploy-manifest rollback"), "{e}");
         let repaired = publish(&store, &NOW, &ann(), Start::Replace, |_| Ok(Some("mend".into()))).unwrap();
         assert_eq!((repaired.manifest.serial, store.current().serial), (2, 2));
+    }
+
+    /// Ann with a key that signs and is trusted.
+    fn with_key() -> Author {
+        let key = SecretKey::generate("ann-1").unwrap();
+        let trust = Trust { trusted: vec![key.public()], signer: Some(key) };
+        Author { by: "ann@laptop".into(), trust }
+    }
+
+    #[test]
+    fn nobody_without_a_key_drives_the_serial() {
+        let author = with_key();
+        let add = |store: &Scripted, name: &str| {
+            publish(store, &NOW, &author, Start::OrEmpty, |m| {
+                changes::add(m, service(name))?;
+                Ok(Some(format!("add-service {name}")))
+            })
+            .unwrap()
+        };
+        let replace =
+            |store: &Scripted| publish(store, &NOW, &author, Start::Replace, |_| Ok(Some("mend".into())));
+        let forged = |store: &Scripted, serial: u64| {
+            let mut manifest = store.current();
+            manifest.serial = serial;
+            manifest.extra.insert("forged".into(), true.into());
+            manifest.to_bytes()
+        };
+        let name = |serial: u64| format!("manifests/manifest-20261122T183105Z-{serial:08}.json");
+        type Attack = fn(&Scripted, &dyn Fn(&Scripted, u64) -> Vec<u8>, &dyn Fn(u64) -> String);
+        fn put(store: &Scripted, bytes: Vec<u8>) {
+            store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), bytes);
+        }
+        let attacks: [Attack; 6] = [
+            |s, f, _| put(s, f(s, MAX_SERIAL)),
+            |s, f, _| put(s, f(s, 1_000_000)),
+            |s, _, _| {
+                let text = format!("{{\"serial\": {}, \"generation\": \"2026-11-22T18:31:05Z\", ", u64::MAX);
+                put(s, text.into_bytes());
+            },
+            |s, f, n| {
+                let bytes = f(s, 1_000_000);
+                let mut objects = s.objects.lock().unwrap();
+                objects.insert(n(1_000_000), bytes);
+                objects.remove(MANIFEST_KEY);
+            },
+            |s, _, n| {
+                let mut objects = s.objects.lock().unwrap();
+                objects.insert(n(u64::MAX), Vec::new());
+                objects.insert(n(MAX_SERIAL), Vec::new());
+                objects.remove(MANIFEST_KEY);
+            },
+            |s, _, n| {
+                let mut objects = s.objects.lock().unwrap();
+                objects.insert(n(u64::MAX), Vec::new());
+                objects.insert(MANIFEST_KEY.into(), b"garbage".to_vec());
+            },
+        ];
+        for (number, attack) in attacks.iter().enumerate() {
+            let store = Scripted::default();
+            for name in ["a", "b", "c", "d"] {
+                add(&store, name);
+            }
+            // The versions 1 to 3 are archived; 4, which was lost or replaced, may have been seen by a host.
+            attack(&store, &forged, &name);
+            let mended = replace(&store).unwrap_or_else(|e| panic!("attack {number}: {e}")).manifest;
+            assert_eq!(mended.serial, 5, "attack {number}");
+            assert!(mended.extra.is_empty(), "attack {number}: {:?}", mended.extra);
+            assert_eq!(add(&store, "e").manifest.serial, 6, "attack {number}");
+        }
+        // More forged versions than are read: they are named.
+        let store = Scripted::default();
+        add(&store, "a");
+        for serial in 0..300 {
+            store.objects.lock().unwrap().insert(name(1_000 + serial), Vec::new());
+        }
+        store.objects.lock().unwrap().remove(MANIFEST_KEY);
+        let e = replace(&store).unwrap_err().to_string();
+        assert!(e.contains(&name(1_299)) && e.contains("remove what nobody published"), "{e}");
+    }
+
+    #[test]
+    fn a_serial_that_leaves_no_room_is_named_with_its_object() {
+        let store = Scripted::default();
+        add(&store, "ava").unwrap();
+        let name = format!("manifests/manifest-20261122T183105Z-{}.json", MAX_SERIAL - 1);
+        let mut manifest = store.current();
+        manifest.serial = MAX_SERIAL - 1;
+        store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), manifest.to_bytes());
+        let e = add(&store, "web").unwrap_err().to_string();
+        assert!(e.contains("manifest.json in file:///test has the serial 9007199254740990"), "{e}");
+        // There is a way out of it that needs no hand in the store, unless an archived version says the same.
+        store.objects.lock().unwrap().insert(name.clone(), Vec::new());
+        let replace = || publish(&store, &NOW, &ann(), Start::Replace, |_| Ok(Some("mend".into())));
+        let e = replace().unwrap_err().to_string();
+        assert!(e.contains(&name) && e.contains("remove it if nobody published it"), "{e}");
+        store.objects.lock().unwrap().remove(&name);
+        assert!(replace().unwrap().manifest.serial < 10);
     }
 
     #[test]

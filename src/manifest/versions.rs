@@ -2,7 +2,7 @@
 //! byte under `manifests/`. Finds and reads them; writing is [`super::edit`]'s.
 
 use super::model::{Change, MAX_BYTES, Manifest};
-use super::parse::{self, Mode};
+use super::parse::{self, MAX_SERIAL, Mode};
 use super::signature;
 use crate::clock::Timestamp;
 use crate::error::{Error, Result, did_you_mean};
@@ -49,7 +49,7 @@ pub fn archive_key(name: &str) -> String {
 
 fn serial_in(name: &str) -> Option<u64> {
     let (_, serial) = name.strip_prefix("manifest-")?.strip_suffix(".json")?.rsplit_once('-')?;
-    serial.parse().ok()
+    serial.parse().ok().filter(|serial| *serial <= MAX_SERIAL)
 }
 
 /// The archived versions, newest first; objects of other names are left out.

@@ -10,7 +10,7 @@ use crate::error::io_text;
 use fs_err::os::unix::fs::OpenOptionsExt;
 use std::fs::TryLockError;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -128,7 +128,13 @@ impl DirStore {
             .create(true)
             .truncate(false)
             .mode(0o664)
+            // Whoever else owns the folder could lead root to another file.
+            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
             .open(&path);
+        if let Ok(file) = &opened {
+            // What cannot be changed stays as it was, and locks all the same.
+            drop(self.close_to_strangers(file));
+        }
         let (file, ours) = match opened {
             Ok(file) => (file, true),
             // Another user made it; reading is all that flock(2) needs.
@@ -176,6 +182,22 @@ impl DirStore {
             noted.map_err(|e| self.failed(verb, key, &e))?;
         }
         Ok(Held { file, ours })
+    }
+
+    /// Whoever may open the lock may hold it: where only the folder's owner writes, nobody else opens it. A folder
+    /// that several users write to is theirs to share.
+    fn close_to_strangers(&self, lock: &fs_err::File) -> io::Result<()> {
+        let (folder, meta) = (fs_err::metadata(&self.root)?, lock.metadata()?);
+        if folder.mode() & 0o022 != 0 || !meta.is_file() || meta.nlink() != 1 {
+            return Ok(());
+        }
+        if meta.uid() != folder.uid() && rustix::process::geteuid().is_root() {
+            std::os::unix::fs::fchown(lock.file(), Some(folder.uid()), None)?;
+        }
+        if meta.mode() & 0o077 != 0 {
+            lock.file().set_permissions(std::fs::Permissions::from_mode(0o600))?;
+        }
+        Ok(())
     }
 
     /// Makes the folders above an object that are missing, the store's own included.
@@ -428,6 +450,30 @@ mod tests {
         assert!(text.contains("by another process") && !text.contains("4194305"), "{text}");
         drop(held);
         store.put("k", b"two", &When::Always).unwrap();
+    }
+
+    #[test]
+    fn the_lock_is_for_those_alone_who_may_write() {
+        let (_dir, store) = store();
+        let mode = |path: &Path| fs_err::metadata(path).unwrap().permissions().mode() & 0o777;
+        let folder = |m| fs_err::set_permissions(&store.root, std::fs::Permissions::from_mode(m)).unwrap();
+        store.put("k", b"one", &When::Always).unwrap();
+        let lock = store.root.join(LOCK);
+        assert_eq!(mode(&lock), 0o600);
+        fs_err::set_permissions(&lock, std::fs::Permissions::from_mode(0o644)).unwrap();
+        store.put("k", b"two", &When::Always).unwrap();
+        assert_eq!(mode(&lock), 0o600, "one of an older version");
+        fs_err::remove_file(&lock).unwrap();
+        folder(0o775);
+        store.put("k", b"three", &When::Always).unwrap();
+        assert_eq!(mode(&lock) & 0o444, 0o444, "others who write here must be able to take it");
+        // Its owner may put anything into a folder: a link leads nowhere.
+        let victim = store.root.join("victim");
+        fs_err::write(&victim, "precious").unwrap();
+        fs_err::remove_file(&lock).unwrap();
+        fs_err::os::unix::fs::symlink(&victim, &lock).unwrap();
+        assert!(store.put("k", b"four", &When::Always).is_err());
+        assert_eq!(fs_err::read_to_string(&victim).unwrap(), "precious");
     }
 
     #[test]

@@ -247,13 +247,15 @@ impl Verb {
         }
     }
 
-    /// The permission it takes (Amazon S3 user guide, "Actions defined by Amazon S3").
-    fn action(self) -> &'static str {
+    /// The permission it takes on a bucket or an object in it (Amazon S3 user guide, "Actions defined by Amazon
+    /// S3"); who may not list is told of a missing object that it is forbidden.
+    fn permission(self, bucket: &str, key: &str) -> String {
+        let bucket = format!("arn:aws:s3:::{bucket}");
         match self {
-            Verb::Read => "s3:GetObject and s3:ListBucket",
-            Verb::Write => "s3:PutObject",
-            Verb::Delete => "s3:DeleteObject",
-            Verb::List => "s3:ListBucket",
+            Verb::Read => format!("s3:GetObject on {bucket}/{key} and s3:ListBucket on {bucket}"),
+            Verb::Write => format!("s3:PutObject on {bucket}/{key}"),
+            Verb::Delete => format!("s3:DeleteObject on {bucket}/{key}"),
+            Verb::List => format!("s3:ListBucket on {bucket}"),
         }
     }
 }
@@ -604,7 +606,7 @@ impl S3Store {
             Fault::Garbage(how) => StoreError::Refused(format!(
                 "{what}: {place} answers {how}, which is not S3; check the store's endpoint and the proxy"
             )),
-            Fault::Refusal(refusal) => self.refused(verb, &what, &tried, &refusal, Timestamp::now()),
+            Fault::Refusal(refusal) => self.refused(verb, key, &what, &tried, &refusal, Timestamp::now()),
             Fault::Trouble(trouble) => {
                 let proxy = self.agent.config().proxy();
                 let via = proxy.map_or(String::new(), |p| format!(" by the proxy {}:{}", p.host(), p.port()));
@@ -632,7 +634,15 @@ impl S3Store {
         }
     }
 
-    fn refused(&self, verb: Verb, what: &str, tried: &str, refusal: &Refusal, now: Timestamp) -> StoreError {
+    fn refused(
+        &self,
+        verb: Verb,
+        key: &str,
+        what: &str,
+        tried: &str,
+        refusal: &Refusal,
+        now: Timestamp,
+    ) -> StoreError {
         let Refusal { status, code, message, region, headers: _ } = refusal;
         let place = &self.place;
         let bucket = &self.location.bucket;
@@ -689,8 +699,8 @@ impl S3Store {
             }
             (403, _) => {
                 format!(
-                    "{place} denies it to access key {id} ({said}); allow {} on the bucket",
-                    verb.action()
+                    "{place} denies it to access key {id} ({said}); allow {}",
+                    verb.permission(bucket, &self.full_key(key))
                 )
             }
             (_, "") => format!("{place} answers {said} without S3's reason; check the store's endpoint"),
@@ -976,8 +986,14 @@ mod tests {
             (503, "SlowDown", &["503 SlowDown", "(7 tries)", "try again later"]),
             (429, "", &["429", "try again later"]),
         ] {
-            let error =
-                store.refused(Verb::Write, "cannot write k in x", " (7 tries)", &refusal(status, code), now);
+            let error = store.refused(
+                Verb::Write,
+                "k",
+                "cannot write k in x",
+                " (7 tries)",
+                &refusal(status, code),
+                now,
+            );
             let passing = status >= 429 && status != 501;
             assert_eq!(matches!(error, StoreError::Unreachable(_)), passing, "{error}");
             let text = error.to_string();

@@ -2,7 +2,7 @@
 //! store that are gone again at the end.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
-use crate::common::{KEY, S3Server, SECRET};
+use crate::common::{DEVELOPER, KEY, S3Server, SECRET};
 use omni_deploy::names::StorePath;
 use omni_deploy::runner::Run;
 use omni_deploy::store::StoreUrl;
@@ -26,9 +26,14 @@ pub fn bucket_as(s3: &S3Server, id: &'static str, secret: &'static str) -> S3Sto
     S3Store::open_in(&location, Arc::new(env)).unwrap()
 }
 
-/// A server's bucket below `cache/`.
+/// A server's bucket below `cache/`, for somebody who may do everything there.
 pub fn bucket(s3: &S3Server) -> S3Store {
     bucket_as(s3, KEY, SECRET)
+}
+
+/// The same for a developer; the server is one for [`S3Server::start_below`] `cache`.
+pub fn developers_bucket(s3: &S3Server) -> S3Store {
+    bucket_as(s3, DEVELOPER.0, DEVELOPER.1)
 }
 
 /// A closure of two input-addressed paths, `app` with a program that refers to `lib`.

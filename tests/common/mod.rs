@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "every test program uses a part of it")]
 
+pub mod policy;
+
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 #[allow(clippy::disallowed_types, reason = "a server in the background, ended by its own handle")]
@@ -9,8 +11,16 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 pub const BUCKET: &str = "box";
+
+/// Access key and secret of somebody who may do everything: what is done behind the product's back.
 pub const KEY: &str = "AKTEST";
 pub const SECRET: &str = "test-secret";
+
+/// Those of a developer, with contrib/s3/developer-policy.json.
+pub const DEVELOPER: (&str, &str) = ("AKDEVELOPER", "developers-secret");
+
+/// Those of the host `biz`, with contrib/s3/host-policy.json.
+pub const HOST: (&str, &str) = ("AKHOSTBIZ", "hosts-secret");
 
 /// A running server with the bucket [`BUCKET`]; killed, and its directory removed, when it goes out of scope.
 #[allow(clippy::disallowed_types, reason = "as above")]
@@ -32,16 +42,22 @@ fn binary() -> PathBuf {
 }
 
 impl S3Server {
-    /// One user, [`KEY`], who may do everything.
+    /// Three users: [`KEY`], and [`DEVELOPER`] and [`HOST`], who use all of the bucket.
     pub fn start() -> Self {
-        Self::start_with(&[])
+        Self::start_below("")
     }
 
-    /// More arguments: further users, for example.
+    /// As [`S3Server::start`], but what the developer and the host use is below this prefix.
     #[allow(clippy::disallowed_types, reason = "as above")]
-    pub fn start_with(arguments: &[&str]) -> Self {
+    pub fn start_below(prefix: &str) -> Self {
         let dir = tempfile::tempdir().expect("a directory for the server");
         let at = |name: &str| dir.path().join(name);
+        let user = |(key, secret): (&str, &str), policy: String| {
+            fs_err::write(at(key), policy).expect("the policy is written");
+            ["--user".to_string(), format!("{key}:{secret}:{}", at(key).display())]
+        };
+        let developer = user(DEVELOPER, policy::developer(BUCKET, prefix));
+        let host = user(HOST, policy::host(BUCKET, prefix, "biz"));
         let mut child = Command::new(binary())
             .arg("--root")
             .arg(at("root"))
@@ -50,7 +66,8 @@ impl S3Server {
             .arg(at("log"))
             .arg("--control")
             .arg(at("control.json"))
-            .args(arguments)
+            .args(developer)
+            .args(host)
             .stdout(Stdio::piped())
             .spawn()
             .expect("OMNI_TEST_S3 names a program that starts");

@@ -1,13 +1,27 @@
 //! The S3 server that hosts and developers of these tests share: it listens on this side of the host's only
-//! wire. What is put into it behind the product's back goes over S3 as well.
+//! wire. Developers and hosts have the policies of contrib/s3. What is put into it behind the product's back goes
+//! over S3 as well.
 
 use crate::lab::{Background, Host, TOP};
+use crate::policy;
 use omni_deploy::runner::Run;
 use std::path::PathBuf;
 
-pub const KEY: &str = "AKIAHOSTTEST";
-pub const SECRET: &str = "b0hw8Zs+secret/of/the/tests";
+/// Access key and secret of a developer, with contrib/s3/developer-policy.json.
+pub const DEVELOPER: (&str, &str) = ("AKIADEVELOPER", "b0hw8Zs+secret/of/the/tests");
+
+/// Those of the host, with contrib/s3/host-policy.json.
+pub const HOST: (&str, &str) = ("AKIAHOST", "aNother+secret/of/the/tests");
+
+/// Those of the tests themselves.
+const ADMIN: (&str, &str) = ("AKIAADMIN", "admins/secret");
+
 const BUCKET: &str = "deploys";
+
+/// Lines that give somebody these credentials: a file for a unit, or for a shell that exports what it reads.
+pub fn env((key, secret): (&str, &str)) -> String {
+    format!("AWS_ACCESS_KEY_ID={key}\nAWS_SECRET_ACCESS_KEY={secret}\n")
+}
 
 /// A running (or stopped) S3 server with one bucket.
 #[derive(Debug)]
@@ -18,11 +32,13 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// Starts a server that `host` can reach.
-    pub fn start(host: &Host) -> Self {
+    /// Starts a server that `host` can reach, and on which it may report as `name`.
+    pub fn start(host: &Host, name: &str) -> Self {
         let mut bucket =
             Bucket { dir: host.outside.join("s3"), listen: format!("{}:0", host.gateway), server: None };
         fs_err::create_dir_all(&bucket.dir).unwrap();
+        fs_err::write(bucket.dir.join(DEVELOPER.0), policy::developer(BUCKET, "")).unwrap();
+        fs_err::write(bucket.dir.join(HOST.0), policy::host(BUCKET, "", name)).unwrap();
         bucket.up();
         bucket
     }
@@ -36,6 +52,7 @@ impl Bucket {
             panic!("OMNI_TEST_S3 must name the S3 server: build it with 'cargo build --locked' in {TOP}/tests/s3-server")
         });
         let at = |name: &str| self.dir.join(name).display().to_string();
+        let user = |(key, secret): (&str, &str)| format!("{key}:{secret}:{}", at(key));
         let mut server = Background::start(
             "exec 3<&0; \"$@\" </dev/null 3<&- & pid=$!; cat <&3 >/dev/null; kill $pid; wait $pid",
             &[
@@ -45,7 +62,11 @@ impl Bucket {
                 "--listen",
                 &self.listen,
                 "--user",
-                &format!("{KEY}:{SECRET}"),
+                &format!("{}:{}", ADMIN.0, ADMIN.1),
+                "--user",
+                &user(DEVELOPER),
+                "--user",
+                &user(HOST),
                 "--bucket",
                 BUCKET,
                 "--log",
@@ -76,6 +97,13 @@ impl Bucket {
         text.lines().map(str::to_string).collect()
     }
 
+    /// Sets the server's faults (tests/s3-server/README.md).
+    pub fn faults(&self, json: &str) {
+        let new = self.dir.join("control.new");
+        fs_err::write(&new, json).unwrap();
+        fs_err::rename(new, self.dir.join("control")).unwrap();
+    }
+
     /// Reads an object.
     pub fn get(&self, key: &str) -> Vec<u8> {
         self.curl(key).success().unwrap().stdout
@@ -94,7 +122,7 @@ impl Bucket {
             "--aws-sigv4",
             "aws:amz:eu-1:s3",
             "--user",
-            &format!("{KEY}:{SECRET}"),
+            &format!("{}:{}", ADMIN.0, ADMIN.1),
             "-H",
             "x-amz-content-sha256: UNSIGNED-PAYLOAD",
             &format!("http://{}/{BUCKET}/{key}", self.listen),

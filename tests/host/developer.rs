@@ -58,8 +58,8 @@ impl Developer {
             home.join(".aws/credentials"),
             format!(
                 "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n",
-                bucket::KEY,
-                bucket::SECRET
+                bucket::DEVELOPER.0,
+                bucket::DEVELOPER.1
             ),
         )
         .unwrap();

@@ -35,6 +35,7 @@ static LAB_DIR: LazyLock<PathBuf> = LazyLock::new(|| {
 pub static PAGE: LazyLock<PathBuf> = LazyLock::new(|| example("page", &[]));
 
 /// The product with the points at which it can be made to fail: examples/faults.rs, built once.
+#[cfg(feature = "campaign")]
 pub static FAULTS: LazyLock<PathBuf> = LazyLock::new(|| example("faults", &["--features", "faults"]));
 
 fn example(name: &str, options: &[&str]) -> PathBuf {

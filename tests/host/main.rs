@@ -6,17 +6,22 @@
 mod bucket;
 mod developer;
 mod hardening;
+mod hostile;
 #[cfg(feature = "campaign")]
 mod kill;
 mod lab;
 mod load;
+mod local_user;
 mod mistakes;
 #[cfg(feature = "campaign")]
 mod order;
 mod passes;
+#[path = "../common/policy.rs"]
+mod policy;
 mod power;
 mod returns;
 mod runbook;
+mod secrets;
 mod solo;
 mod trust;
 mod units;

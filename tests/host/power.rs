@@ -13,19 +13,18 @@ const PROVING: [(&str, &str); 2] =
 #[test]
 fn a_host_that_loses_power_in_a_deploy_finds_back_with_and_without_the_bucket() {
     let host = Host::boot("power");
-    let mut bucket = Bucket::start(&host);
+    let mut bucket = Bucket::start(&host, "power");
     host.sh(&format!(
         "echo '{{\"caddyServer\": \"srv0\", \"store\": \"{}\"}}' >/etc/omni-deploy/config.json
-         umask 077; cat >/etc/omni-deploy/deployer.env <<'EOF'\nAWS_ACCESS_KEY_ID={}\nAWS_SECRET_ACCESS_KEY={}\nEOF
+         umask 077; cat >/etc/omni-deploy/deployer.env <<'EOF'\n{}EOF
+         cat >/root/developer.env <<'EOF'\n{}EOF
          systemctl disable --now deployer.timer",
         bucket.url(),
-        bucket::KEY,
-        bucket::SECRET
+        bucket::env(bucket::HOST),
+        bucket::env(bucket::DEVELOPER)
     ));
     let edit = |command: &str| {
-        host.sh(&format!(
-            "set -a; . /etc/omni-deploy/deployer.env; export OMNI_DEPLOY_DEFAULT_HOSTS=power; {command}"
-        ));
+        host.sh(&format!("set -a; . /root/developer.env; export OMNI_DEPLOY_DEFAULT_HOSTS=power; {command}"));
     };
     let add = |service: &serde_json::Value| edit(&format!("deploy-manifest add-service '{service}'"));
     let (one, two) = (host.closure("web", "one", ""), host.closure("web", "two", ""));

@@ -283,21 +283,23 @@ struct Remote {
 
 fn remote(name: &'static str, unit_dir: &str) -> Remote {
     let host = Host::boot(name);
-    let bucket = Bucket::start(&host);
+    let bucket = Bucket::start(&host, "far");
     let config = json!({"store": bucket.url(), "caddyServer": "srv0", "unitDir": unit_dir, "host": "far"});
     host.sh(&format!(
         "echo '{config}' >/etc/omni-deploy/config.json; umask 077
-         printf 'AWS_ACCESS_KEY_ID={}\\nAWS_SECRET_ACCESS_KEY={}\\n' >/etc/omni-deploy/deployer.env
-         sed 's/^/export /' /etc/omni-deploy/deployer.env >/root/.profile-s3; . /root/.profile-s3; deploy-manifest init",
-        bucket::KEY,
-        bucket::SECRET
+         cat >/etc/omni-deploy/deployer.env <<'EOF'\n{}EOF
+         cat >/root/developer.env <<'EOF'\n{}EOF
+         sed 's/^/export /' /etc/omni-deploy/deployer.env >/root/.profile-host
+         sed 's/^/export /' /root/developer.env >/root/.profile-developer; . /root/.profile-developer; deploy-manifest init",
+        bucket::env(bucket::HOST),
+        bucket::env(bucket::DEVELOPER)
     ));
     let (one, two) = (host.closure("web", "one", ""), host.closure("web", "two", ""));
     let mut service = web("web", 8001, &one);
     service["hosts"] = json!(["far"]);
-    host.sh(&format!(". /root/.profile-s3; deploy-manifest add-service '{service}'"));
+    host.sh(&format!(". /root/.profile-developer; deploy-manifest add-service '{service}'"));
     host.good_pass();
-    host.sh(&format!(". /root/.profile-s3; deploy-manifest update web {two}"));
+    host.sh(&format!(". /root/.profile-developer; deploy-manifest update web {two}"));
     host.good_pass();
     assert_eq!(host.page("web.example.com").as_deref(), Ok("two"));
     Remote { host, bucket, one, two }
@@ -308,7 +310,7 @@ fn a_host_that_boots_without_its_bucket_runs_everything_again() {
     for unit_dir in ["/etc/systemd/system", "/run/systemd/system"] {
         let Remote { host, mut bucket, two, .. } = remote("offline", unit_dir);
         bucket.down();
-        host.sh(". /root/.profile-s3; deployer run"); // The report cannot be written; everything else is well.
+        host.sh(". /root/.profile-host; deployer run"); // The report cannot be written; everything else is well.
         assert_eq!(host.state()["reported"], false);
         for cut in [false, true] {
             if cut {
@@ -346,7 +348,7 @@ fn a_rollback_on_the_host_needs_no_network_and_holds_until_the_manifest_moves_on
     let three = host.closure("web", "three", "");
     host.sh("ip link set host0 down");
     let begun = Instant::now();
-    let run = host.try_sh(". /root/.profile-s3; deployer rollback web");
+    let run = host.try_sh(". /root/.profile-host; deployer rollback web");
     assert_eq!(run.status, Status::Exit(0), "{}", run.stderr);
     println!("rollback without a network: {:.1} s", begun.elapsed().as_secs_f64());
     let here = |host: &Host| host.sh("curl -sSf -H 'Host: web.example.com' localhost/");
@@ -356,7 +358,7 @@ fn a_rollback_on_the_host_needs_no_network_and_holds_until_the_manifest_moves_on
     assert_eq!(host.pass().code, 0);
     assert_eq!(here(&host), "one", "it is pinned");
     // There is nothing before that.
-    let again = host.try_sh(". /root/.profile-s3; deployer rollback web");
+    let again = host.try_sh(". /root/.profile-host; deployer rollback web");
     assert!(
         again.status == Status::Exit(1) && again.stderr.contains("no earlier closure"),
         "{}",
@@ -364,25 +366,27 @@ fn a_rollback_on_the_host_needs_no_network_and_holds_until_the_manifest_moves_on
     );
     assert_eq!(here(&host), "one");
     host.sh("ip link set host0 up; ip route show | grep -q host0");
-    host.sh(". /root/.profile-s3; deployer run");
-    let status = host.try_sh(". /root/.profile-s3; omni-deploy status web");
+    host.sh(". /root/.profile-host; deployer run");
+    let status = host.try_sh(". /root/.profile-developer; omni-deploy status web");
     assert!(status.text().contains("pinned"), "{}{}", status.text(), status.stderr);
     // Another entry with the same path does not end it, another path does.
-    host.sh(". /root/.profile-s3; deploy-manifest set web env.X=1; deployer run");
+    host.sh(
+        "(. /root/.profile-developer; deploy-manifest set web env.X=1); . /root/.profile-host; deployer run",
+    );
     assert_eq!(here(&host), "one");
-    host.sh(&format!(". /root/.profile-s3; deploy-manifest update web {three}; deployer run"));
+    host.sh(&format!("(. /root/.profile-developer; deploy-manifest update web {three}); . /root/.profile-host; deployer run"));
     assert_eq!(here(&host), "three");
     assert!(host.service("web")["pinnedSince"].is_null());
     // Three closures are held, so two steps back are possible, and --unpin leads forward.
-    host.sh(". /root/.profile-s3; deployer rollback web");
+    host.sh(". /root/.profile-host; deployer rollback web");
     let first = host.service("web")["storePath"].clone();
     assert!(first == json!(one) || first == json!(two), "{first}");
-    host.sh(". /root/.profile-s3; deployer rollback web");
+    host.sh(". /root/.profile-host; deployer rollback web");
     let second: Value = host.service("web")["storePath"].clone();
     assert!(second != first && second != json!(three), "{second}");
-    host.sh(". /root/.profile-s3; deployer rollback web --unpin");
+    host.sh(". /root/.profile-host; deployer rollback web --unpin");
     assert_eq!(here(&host), "three");
-    let unpin = host.try_sh(". /root/.profile-s3; deployer rollback web --unpin");
+    let unpin = host.try_sh(". /root/.profile-host; deployer rollback web --unpin");
     assert!(unpin.status == Status::Exit(1) && unpin.stderr.contains("not pinned"), "{}", unpin.stderr);
 }
 

@@ -23,6 +23,8 @@ static BIZ: LazyLock<Mutex<Biz>> = LazyLock::new(|| Mutex::new(boot()));
 pub fn biz() -> MutexGuard<'static, Biz> {
     let mut biz = lock(&BIZ);
     biz.bucket.up();
+    // Of a test that failed.
+    biz.bucket.faults("{}");
     let Biz { host, developer, .. } = &*biz;
     developer.types(
         "for name in $(deploy-manifest show | jq -r '.services[].name'); do deploy-manifest remove-service $name; done",
@@ -35,7 +37,7 @@ pub fn biz() -> MutexGuard<'static, Biz> {
 /// Boots the host and sets both sides up as README and `omni-deploy init` say.
 fn boot() -> Biz {
     let host = Host::boot("biz");
-    let bucket = Bucket::start(&host);
+    let bucket = Bucket::start(&host, "biz");
     let developer = Developer::new(&host);
     let url = bucket.url();
     // What it prints is what the host needs, but for which of its Caddy's servers is meant.
@@ -44,9 +46,8 @@ fn boot() -> Biz {
     ));
     host.sh(&format!(
         "jq -e '.trustedPublicKeys | length == 1' /etc/omni-deploy/config.json; umask 077
-         cat >/etc/omni-deploy/deployer.env <<'EOF'\nAWS_ACCESS_KEY_ID={}\nAWS_SECRET_ACCESS_KEY={}\nEOF",
-        bucket::KEY,
-        bucket::SECRET
+         cat >/etc/omni-deploy/deployer.env <<'EOF'\n{}EOF",
+        bucket::env(bucket::HOST)
     ));
     Biz { host, bucket, developer }
 }
@@ -137,11 +138,12 @@ fn every_command_of_the_runbook_works_as_written() {
     // No version: the one before.
     developer.types("deploy-manifest rollback && ssh biz sudo systemctl start deployer");
     served(host, "podcasts.example.com", "podcasts 2");
-    // A day names one version only if there was no other on it: the candidates are listed.
+    // A day names one version only if there was no other on it: the candidates are listed, of
+    // many the ten newest, of which two have come since.
     let day =
         developer.tries(&format!("deploy-manifest rollback {}.json", &before[.."manifest-YYYYMMDD".len()]));
     assert_eq!(day.status, Status::Exit(1), "{}", day.stderr);
-    assert!(versions.iter().all(|v| day.stderr.contains(v)), "{}", day.stderr);
+    assert!(versions.iter().take(8).all(|v| day.stderr.contains(v)), "{}", day.stderr);
 
     // Secrets; the editor is a person at the keyboard.
     host.sh(

@@ -1,7 +1,9 @@
 //! Whoever can write the store does not own the host: what a pass makes of a manifest that somebody without a
-//! trusted key has changed, put back or brought from elsewhere.
+//! trusted key has changed, put back or brought from elsewhere; and what a host's own key to the bucket can do.
 
+use crate::runbook::{Biz, biz};
 use crate::solo::{Solo, solo};
+use omni_deploy::runner::Status;
 use serde_json::Value;
 
 /// The host obeys signed manifests only, while this lives.
@@ -46,14 +48,31 @@ fn a_manifest_that_nobody_trusted_has_signed_changes_nothing() {
     elsewhere["store"] = "s3://staging".into();
     let mut downgraded = unsigned.clone();
     downgraded["version"] = 0.into();
+    let mut newer = unsigned.clone();
+    newer["version"] = 2.into();
+    let mut emptied = forged.clone();
+    emptied["signatures"] = Value::Array(Vec::new());
+    let text = good.to_string();
+    // What the same developer has signed for another store.
+    let staging = host.sh(&format!(
+        "export OMNI_DEPLOY_STORE=file:///var/lib/staging; deploy-manifest init >&2
+         deploy-manifest show --store file:///var/lib/omni-deploy --service web | deploy-manifest add-service - >&2
+         deploy-manifest update web {two} >&2; deploy-manifest verify >&2
+         cat /var/lib/staging/manifest.json; rm -r /var/lib/staging"
+    ));
     for (manifest, reason) in [
-        (&forged, "it was changed after it was signed"),
-        (&unsigned, "it is not signed"),
-        (&elsewhere, "it was changed after it was signed"),
-        (&downgraded, "0 is not a version"),
+        (forged.to_string(), "it was changed after it was signed"),
+        (unsigned.to_string(), "it is not signed"),
+        (emptied.to_string(), "it is not signed"),
+        (elsewhere.to_string(), "it was changed after it was signed"),
+        (staging, "it was signed for the store file:///var/lib/staging, this is file:///var/lib/omni-deploy"),
+        (downgraded.to_string(), "0 is not a version"),
+        (newer.to_string(), "2 was written by a newer omni-deploy"),
+        (text[..text.len() / 2].to_string(), "cut off"),
+        (String::new(), "cannot be used"),
     ] {
         let before = host.invocation("web");
-        put(&host, &manifest.to_string());
+        put(&host, &manifest);
         let pass = host.passes_with(0);
         assert!(pass.said.contains(reason), "{}", pass.said);
         let error = host.state()["manifestError"].as_str().unwrap_or_default().to_string();
@@ -121,4 +140,100 @@ fn a_closure_that_nobody_trusted_has_signed_is_not_taken() {
     host.passes_with(3);
     assert!(host.reason("web").contains("signature"), "{}", host.reason("web"));
     host.serves("web", "one");
+}
+
+#[test]
+fn a_hosts_key_to_the_bucket_publishes_nothing() {
+    let biz = biz();
+    let Biz { host, bucket, developer } = &*biz;
+    developer.types(
+        r#"deploy-manifest add-service '{"name": "evil", "hosts": ["biz"], "artifact": {"storePath": "/nix/store/placeholder"}}'"#,
+    );
+    let before = bucket.get("manifest.json");
+    // Somebody with the host's credentials, who signs with a key that they made and trust.
+    let stolen = "set -a; . /etc/omni-deploy/deployer.env; set +a; export HOME=$(mktemp -d)
+        own=$(omni-deploy keygen own)
+        export OMNI_DEPLOY_SECRET_KEY_FILE=$HOME/.config/omni-deploy/keys/own.secret
+        export OMNI_DEPLOY_TRUSTED_PUBLIC_KEYS=\"$(jq -r '.trustedPublicKeys[]' /etc/omni-deploy/config.json) $own\"";
+    let path = host.closure("evil", "one", "");
+    for (command, missing) in [
+        (
+            "deploy-manifest add-service '{\"name\": \"worse\", \"hosts\": [\"biz\"], \"artifact\": {\"storePath\": \"/nix/store/placeholder\"}}'",
+            "allow s3:PutObject on arn:aws:s3:::deploys/manifests/manifest-",
+        ),
+        ("deploy-manifest sign", "allow s3:PutObject on arn:aws:s3:::deploys/manifest.json"),
+        ("omni-deploy status", "allow s3:GetObject on arn:aws:s3:::deploys/hosts/"),
+        ("deploy-manifest rollback", "allow s3:GetObject on arn:aws:s3:::deploys/manifests/manifest-"),
+    ] {
+        let tried = host.try_sh(&format!("{stolen}\n{command}"));
+        assert_eq!(tried.status, Status::Exit(1), "{command}: {}", tried.stderr);
+        assert!(tried.stderr.contains(missing), "{command}: {}", tried.stderr);
+    }
+    // Nor does a closure get into the cache.
+    let tried = host.try_sh(&format!("{stolen}\nomni-deploy push --service evil {path}"));
+    assert_eq!(tried.status, Status::Exit(1), "{}", tried.stderr);
+    assert!(tried.stderr.contains("allow s3:PutObject on arn:aws:s3:::deploys/n"), "{}", tried.stderr);
+    assert_eq!(bucket.get("manifest.json"), before);
+    developer.types("deploy-manifest remove-service evil");
+    assert_ne!(bucket.get("manifest.json"), before, "a developer's key does publish");
+    // It is all that a pass needs, and the doctor is content.
+    host.sh("rm /var/lib/deployer/state.json");
+    host.good_pass();
+    assert_eq!(host.state()["reported"], true);
+    let doctor = host.try_sh("set -a; . /etc/omni-deploy/deployer.env; omni-deploy doctor");
+    assert!(doctor.text().contains("this host's credentials do not write here"), "{}", doctor.text());
+    let doctor = developer.tries("omni-deploy doctor");
+    assert!(doctor.text().contains("honoured: two pushes at once lose nothing"), "{}", doctor.text());
+}
+
+#[test]
+fn a_closure_that_was_forged_whole_is_not_taken_whoever_signed_it() {
+    let host = solo();
+    host.deploys_web();
+    let _trusting = Trusting::new(&host);
+    let key = "$(jq -r .secretKeyFile /root/.config/omni-deploy/config.json)";
+    let two = host.sh("nix-build --no-out-link /opt/omni/contrib/example 2>/dev/null");
+    let hash = &two["/nix/store/".len()..][..32];
+    // A good one, signed by the developer; then one with another content under the same path, consistent in itself:
+    // file, sizes and hashes fit. Its references are those of the good one.
+    host.sh(&format!(
+        "export NIX_CONFIG='experimental-features = nix-command'; cd /var/lib/omni-deploy
+         nix copy --to \"file://$PWD?compression=zstd&secret-key={key}\" {two}
+         cp {hash}.narinfo /root/good.narinfo; grep -q '^Sig: ' {hash}.narinfo
+         cp -r {two} /root/forged; chmod -R u+w /root/forged; echo 'touch /tmp/pwned' >/root/forged/more
+         nix-store --dump /root/forged >nar/forged.nar; nix-store --delete {two}
+         sum=sha256:$(nix-hash --to-base32 --type sha256 $(sha256sum <nar/forged.nar | cut -d' ' -f1))
+         size=$(stat -c %s nar/forged.nar)
+         sed -e 's|^URL: .*|URL: nar/forged.nar|; s|^Compression: .*|Compression: none|; /^Sig: /d' \
+             -e \"s|^FileHash: .*|FileHash: $sum|; s|^NarHash: .*|NarHash: $sum|\" \
+             -e \"s|^FileSize: .*|FileSize: $size|; s|^NarSize: .*|NarSize: $size|\" /root/good.narinfo >/root/forged.narinfo
+         nix key generate-secret --key-name eve-1 >/root/eve.secret"
+    ));
+    host.update("web", &two);
+    let before = host.invocation("web");
+    // By nobody, by a stranger, by a stranger who takes the trusted key's name, with the good one's signature.
+    for signed in [
+        "true".to_string(),
+        "nix store sign --store file://$PWD --key-file /root/eve.secret PATH".to_string(),
+        format!(
+            "sed \"s/^[^:]*/$(cut -d: -f1 {key})/\" /root/eve.secret >/root/like.secret
+             nix store sign --store file://$PWD --key-file /root/like.secret PATH"
+        ),
+        "grep '^Sig: ' /root/good.narinfo >>HASH.narinfo".to_string(),
+    ] {
+        let signed = signed.replace("PATH", &two).replace("HASH", hash);
+        host.sh(&format!(
+            "export NIX_CONFIG='experimental-features = nix-command'; cd /var/lib/omni-deploy
+             cp /root/forged.narinfo {hash}.narinfo; {signed}"
+        ));
+        host.passes_with(3);
+        assert!(host.reason("web").contains("signature"), "{signed}: {}", host.reason("web"));
+        host.serves("web", "one");
+        assert_eq!(host.invocation("web"), before, "{signed}");
+        host.sh(&format!("[[ ! -e {two} ]]"));
+    }
+    // The good one is taken, so it was the forgery that was refused.
+    host.sh(&format!("cp /root/good.narinfo /var/lib/omni-deploy/{hash}.narinfo"));
+    host.pass();
+    host.sh(&format!("nix-store --verify-path {two}; rm -r /root/forged* /root/good.narinfo /root/*.secret"));
 }

@@ -12,6 +12,7 @@ use crate::manifest::Manifest;
 use crate::names::{HostName, ServiceName};
 use crate::runner::{Run, RunError, Status};
 use crate::say::printable;
+use crate::secrets::{self, Form, SecretFile, environment};
 use crate::see::judge::STALE_SEC;
 use crate::see::reports;
 use crate::ssh::is_root;
@@ -269,25 +270,23 @@ fn migrate_req(path: &Path) -> Check {
 /// The secrets of this host's services: whom they belong to and who may read them. Never what is in them.
 fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
     const NAME: &str = "secrets";
-    let files: Vec<(&str, &Path)> = manifest
-        .services
-        .iter()
-        .filter(|s| s.hosts.contains(host))
-        .flat_map(|s| s.secret_files().map(|file| (s.name.as_str(), file)))
-        .collect();
+    let here = manifest.services.iter().filter(|s| s.hosts.contains(host));
+    let of_each = here.flat_map(|s| secrets::files(s).into_iter().map(|file| (s.name.as_str(), file)));
+    let files: Vec<(&str, SecretFile)> = of_each.collect();
     if files.is_empty() {
         return vec![Check::ok(NAME, "no service here has any")];
     }
     if !is_root() {
         return vec![Check::warn(NAME, "not looked at; run this as root")];
     }
-    let mut dirs: Vec<&Path> = files.iter().filter_map(|(_, file)| file.parent()).collect();
+    let mut dirs: Vec<&Path> = files.iter().filter_map(|(_, file)| Path::new(&file.path).parent()).collect();
     dirs.sort();
     dirs.dedup();
     let mut checks: Vec<Check> =
         dirs.iter().filter_map(|dir| secret_dir(dir).map(|why| Check::fail(NAME, why))).collect();
     checks.extend(files.iter().filter_map(|(service, file)| {
-        secret_file(file).map(|why| Check::fail(NAME, format!("of {service}: {why}")))
+        secret_file(Path::new(&file.path), file.form)
+            .map(|why| Check::fail(NAME, format!("of {service}: {why}")))
     }));
     if checks.is_empty() {
         checks.push(Check::ok(NAME, format!("files, root's alone: {}", files.len())));
@@ -296,7 +295,7 @@ fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
 }
 
 /// What is wrong with a folder of secrets. One that others use as well (`/etc`) is judged by its files alone.
-fn secret_dir(dir: &Path) -> Option<String> {
+pub fn secret_dir(dir: &Path) -> Option<String> {
     let meta = fs_err::metadata(dir).ok()?;
     let ours = dir.file_name().is_some_and(|name| name.to_string_lossy().contains("secret"));
     let (mode, at) = (meta.mode() & 0o7777, dir.display());
@@ -312,7 +311,7 @@ fn secret_dir(dir: &Path) -> Option<String> {
 }
 
 /// What is wrong with a file of secrets.
-fn secret_file(file: &Path) -> Option<String> {
+fn secret_file(file: &Path, form: Form) -> Option<String> {
     let at = file.display();
     let meta = match fs_err::symlink_metadata(file) {
         Ok(meta) => meta,
@@ -330,8 +329,16 @@ fn secret_file(file: &Path) -> Option<String> {
         Some(format!("{at} belongs to user {}; chown root:root {at}", meta.uid()))
     } else if mode & 0o177 != 0 {
         Some(format!("{at} has mode {mode:04o}; chmod 600 {at}"))
-    } else {
+    } else if form == Form::Bytes {
         None
+    } else {
+        let bytes = match fs_err::read(file) {
+            Ok(bytes) => bytes,
+            Err(e) => return Some(crate::error::io_text(&e)),
+        };
+        let (_, mistakes) = environment::read(&bytes);
+        let grave = mistakes.iter().find(|mistake| mistake.grave)?;
+        Some(format!("{at}, {grave}; mend it with 'omni-deploy secrets edit'"))
     }
 }
 
@@ -465,18 +472,23 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("ava.env");
         let link = dir.path().join("link.env");
-        assert!(secret_file(&file).unwrap().contains("missing"));
+        assert!(secret_file(&file, Form::Environment).unwrap().contains("missing"));
         fs_err::write(&file, "K=v").unwrap();
         let mode = |m| fs_err::set_permissions(&file, std::fs::Permissions::from_mode(m)).unwrap();
         for (m, well) in [(0o644, false), (0o640, false), (0o700, false), (0o600, true), (0o400, true)] {
             mode(m);
-            let why = secret_file(&file);
+            let why = secret_file(&file, Form::Environment);
             assert_eq!(why.is_none(), well, "{m:o}: {why:?}");
             assert!(well || why.unwrap().contains(&format!("chmod 600 {}", file.display())));
         }
+        mode(0o600);
+        fs_err::write(&file, "A=1\nexport K=hunter2").unwrap();
+        let why = secret_file(&file, Form::Environment).unwrap();
+        assert!(why.contains("line 2 ") && !why.contains("hunter2"), "{why}");
+        assert_eq!(secret_file(&file, Form::Bytes), None);
         fs_err::os::unix::fs::symlink(&file, &link).unwrap();
-        assert!(secret_file(&link).unwrap().contains("symbolic link"));
-        assert!(secret_file(dir.path()).unwrap().contains("no regular file"));
+        assert!(secret_file(&link, Form::Environment).unwrap().contains("symbolic link"));
+        assert!(secret_file(dir.path(), Form::Environment).unwrap().contains("no regular file"));
     }
 
     #[test]

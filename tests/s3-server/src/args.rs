@@ -7,7 +7,7 @@ use crate::access::{Policy, User, Users};
 
 const USAGE: &str = "usage: omni-test-s3 --root DIR --listen ADDR:PORT --user KEY:SECRET[:POLICY] \
 [--user ...] [--bucket NAME ...] [--log FILE] [--control FILE]
-POLICY: 'rw' (the default: everything) or a JSON file {\"read\":[\"prefix\",...],\"write\":[\"prefix\",...]}";
+POLICY: 'rw' (the default: everything) or a file with an IAM policy";
 
 #[derive(Debug)]
 pub struct Args {

@@ -1,7 +1,7 @@
 //! `omni-test-s3`: the S3 server that the product's tests run against.
 //!
 //! It owns what a test needs from S3 and real servers differ in: checked signatures, exact conditional
-//! writes, read and write rights per key prefix, paging, a log of requests to count, and faults on
+//! writes, IAM policies per user, paging, a log of requests to count, and faults on
 //! demand. The protocol and the files are `s3s` and `s3s-fs`; see the modules for what is added. It is
 //! never a store for data that matters: nothing is synced to disk.
 
@@ -53,7 +53,7 @@ async fn serve(args: Args) -> Result<(), Error> {
     let users = Arc::new(users);
     let mut service = S3ServiceBuilder::new(store);
     service.set_auth(access::Auth(Arc::clone(&users)));
-    service.set_access(access::Access(users));
+    service.set_access(access::Access { users, root });
     let front = Arc::new(Front::new(service.build(), control, log.as_deref())?);
 
     let listener = tokio::net::TcpListener::bind(&listen)

@@ -73,7 +73,7 @@ fn an_unsigned_payload_is_accepted() {
 }
 
 #[test]
-fn a_policy_limits_reads_writes_and_listings_to_its_prefixes() {
+fn a_policy_limits_reads_writes_and_listings() {
     let server = Server::start();
     for key in ["pub/a", "own/a", "both/a", "else/a"] {
         server.put(key, "x");
@@ -96,11 +96,22 @@ fn a_policy_limits_reads_writes_and_listings_to_its_prefixes() {
     assert_eq!(status("DELETE", "pub/a", ""), 403);
     assert_eq!(status("DELETE", "own/a", ""), 204);
     assert_eq!(status("GET", "", "list-type=2&prefix=pub%2F"), 200);
-    assert_eq!(status("GET", "", "list-type=2&prefix=pub%2Fa"), 200);
-    assert_eq!(status("GET", "", "list-type=2&prefix=own%2F"), 403);
-    assert_eq!(status("GET", "", "list-type=2&prefix=pu"), 403);
-    assert_eq!(status("GET", "", "list-type=2"), 403);
-    assert_eq!(status("HEAD", "", ""), 403);
+    assert_eq!(status("HEAD", "", ""), 200);
+    let blind = |method: &str, key: &str, query: &str| {
+        server.request(method, key).query(query).body("").user("blind", "word").send().status
+    };
+    assert_eq!(blind("GET", "pub/a", ""), 200);
+    assert_eq!(blind("GET", "", "list-type=2&prefix=pub%2F"), 403);
+    assert_eq!((blind("HEAD", "", ""), blind("GET", "", "location=")), (403, 200));
+    // Who may not list does not learn what is missing.
+    assert_eq!((blind("GET", "pub/missing", ""), blind("HEAD", "pub/missing", "")), (403, 403));
+    // A condition on what is there takes the right to read it.
+    let swap = |key: &str| {
+        let put = server.request("PUT", key).header("if-match", "\"0\"").body("y");
+        put.user("guest", "word").send().outcome().0
+    };
+    server.put("own/a", "x");
+    assert_eq!((swap("own/a"), swap("both/a")), (403, 412));
 
     // No way around it: through the source of a copy, or out of one's own folder.
     let copy = server.request("PUT", "own/b").user("guest", "word");

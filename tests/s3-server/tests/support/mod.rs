@@ -15,6 +15,13 @@ use sha2::{Digest, Sha256};
 
 pub const BUCKET: &str = "box";
 
+/// What the user `guest` may do. `blind` is the same without the right to list.
+pub const GUEST: &str = r#"{"Version": "2012-10-17", "Statement": [
+    {"Effect": "Allow", "Action": "s3:GetObject", "Resource": ["arn:aws:s3:::box/pub/*", "arn:aws:s3:::box/both/*"]},
+    {"Effect": "Allow", "Action": ["s3:PutObject", "s3:DeleteObject"],
+     "Resource": ["arn:aws:s3:::box/own/*", "arn:aws:s3:::box/both/*"]},
+    {"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "arn:aws:s3:::box"}]}"#;
+
 /// A running server with a bucket; killed, and its directory removed, at the end of the test.
 pub struct Server {
     child: Child,
@@ -34,7 +41,8 @@ impl Server {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let dir = dir.join(format!("{}-{count}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        std::fs::write(dir.join("policy.json"), r#"{"read": ["pub/", "both/"], "write": ["own/", "both/"]}"#)
+        std::fs::write(dir.join("policy.json"), GUEST).unwrap();
+        std::fs::write(dir.join("blind.json"), GUEST.replace("s3:ListBucket", "s3:GetBucketLocation"))
             .unwrap();
         Self::run(dir, arguments)
     }
@@ -45,6 +53,7 @@ impl Server {
             .args(["--root", &at("root"), "--listen", "127.0.0.1:0"])
             .args(["--bucket", BUCKET, "--user", "root:secret"])
             .args(["--user", &format!("guest:word:{}", at("policy.json"))])
+            .args(["--user", &format!("blind:word:{}", at("blind.json"))])
             .args(["--log", &at("log"), "--control", &at("control.json")])
             .args(arguments)
             .stdout(Stdio::piped())

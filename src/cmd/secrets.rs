@@ -1,0 +1,502 @@
+//! `omni-deploy secrets`: looks at a service's secrets on its hosts, and edits them. What is in them goes from the
+//! host to a folder in memory, and back over stdin: never into an argument, a log, or a message. On the host the
+//! same program does the work, as root ([`crate::secrets`]).
+
+use super::{Call, editor, print};
+use crate::config::{KEYS, Settings};
+use crate::deployer::root::Root;
+use crate::durable;
+use crate::error::{EXIT_DEGRADED, EXIT_FAILED, EXIT_USAGE, Error, Result, did_you_mean};
+use crate::manifest::edit::{self, Author};
+use crate::manifest::parse::{self, Mode};
+use crate::manifest::{Manifest, Service, changes};
+use crate::names::{HostName, ServiceName};
+use crate::runner::{Beside, Run, Status, tail};
+use crate::say::{self, printable};
+use crate::secrets::{self, Form, Found, MAX_FILE, SecretFile, Wanted, Written, environment};
+use crate::ssh;
+use argh::FromArgs;
+use std::io::{BufRead, IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Look at a service's secrets on its hosts, or edit them. They are files there and nowhere else; the manifest
+/// only says where.
+#[derive(FromArgs)]
+#[argh(
+    example = "  {command_name} check ava\n  {command_name} edit ava --host biz",
+    note = "'{command_name} COMMAND --help' has the arguments and an example of each command."
+)]
+struct Args {
+    #[argh(subcommand)]
+    command: Command,
+}
+
+#[derive(FromArgs)]
+#[argh(subcommand)]
+enum Command {
+    Check(Check),
+    Edit(Edit),
+}
+
+/// Whether a service's secrets are there on its hosts, root's alone, of a form that systemd takes, and older than
+/// the service's start. Prints the names of the variables, never a value.
+#[derive(FromArgs)]
+#[argh(
+    subcommand,
+    name = "check",
+    example = "  {command_name} ava\n  {command_name} ava --host biz",
+    error_code(0, "all is well"),
+    error_code(1, "no such service, or a host cannot be reached"),
+    error_code(3, "something is off: it is said with what to type")
+)]
+struct Check {
+    /// the service
+    #[argh(positional)]
+    service: String,
+    /// only this host
+    #[argh(option)]
+    host: Option<String>,
+}
+
+/// Edit a service's secrets on a host with $VISUAL or $EDITOR. What systemd would not take is not written, nor over
+/// what somebody else changed meanwhile; then your text is kept, and it is said where.
+#[derive(FromArgs)]
+#[argh(
+    subcommand,
+    name = "edit",
+    example = "  {command_name} ava\n  {command_name} ava --host biz --restart",
+    note = "While you edit, the text is in a folder in memory (/dev/shm) that is yours alone."
+)]
+struct Edit {
+    /// the service
+    #[argh(positional)]
+    service: String,
+    /// the host; needed when the service has several
+    #[argh(option)]
+    host: Option<String>,
+    /// which file, when the service has several
+    #[argh(option)]
+    file: Option<String>,
+    /// restart the service afterwards without asking
+    #[argh(switch)]
+    restart: bool,
+}
+
+/// The word that the host's side is called with.
+const ON_HOST: &str = "on-host";
+/// And the one that removes a folder when its stdin ends.
+const SWEEP: &str = "sweep";
+/// What keeps the folder.
+const KEEP: &str = "keep";
+/// In the environment of a process that ignores the terminal's signals.
+const DEAF: &str = "OMNI_DEPLOY_DEAF";
+/// How long a host may take to answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+/// How long a restart may take.
+const RESTART_WITHIN: Duration = Duration::from_secs(180);
+
+/// Runs the command.
+pub fn run(call: &Call) -> Result<u8> {
+    let words: Vec<&str> = call.args.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        [ON_HOST, verb, service, form, path] => return on_host(verb, service, form, path),
+        [SWEEP, folder] => return sweep(Path::new(folder)),
+        _ => {}
+    }
+    match call.parse::<Args>()?.command {
+        Command::Check(args) => check(&call.settings()?, &args),
+        Command::Edit(args) => edit_on_host(call, &args),
+    }
+}
+
+/// The host's side: one question, answered on stdout.
+fn on_host(verb: &str, service: &str, form: &str, path: &str) -> Result<u8> {
+    let name = ServiceName::parse(service)
+        .map_err(|why| Error::usage(format!("the service '{}' {why}", printable(service))))?;
+    let form = Form::parse(form).ok_or_else(|| Error::usage("no such form of a file"))?;
+    if !ssh::is_root() {
+        return Err(Error::new("secrets are root's; run this through sudo"));
+    }
+    let path = Path::new(path);
+    let answer = match verb {
+        "look" => serde_json::to_string(&secrets::look(&name, path, form, false)?),
+        "read" => serde_json::to_string(&secrets::look(&name, path, form, true)?),
+        "write" => {
+            let mut wanted = Vec::new();
+            std::io::stdin().take(MAX_FILE * 2).read_to_end(&mut wanted)?;
+            let wanted: Wanted = serde_json::from_slice(&wanted)
+                .map_err(|_| Error::new("stdin has something else than what is to be written"))?;
+            serde_json::to_string(&secrets::write(path, &wanted)?)
+        }
+        _ => return Err(Error::usage("look, read or write is meant")),
+    };
+    print(&answer.map_err(|e| Error::new(format!("cannot write the answer: {e}")))?).map(|()| 0)
+}
+
+/// Waits for the end of stdin, which comes when the editing process ends, however it ends; then removes its
+/// folder, unless it was told to keep it.
+fn sweep(folder: &Path) -> Result<u8> {
+    let mut word = String::new();
+    std::io::stdin().take(KEEP.len() as u64).read_to_string(&mut word)?;
+    if word != KEEP {
+        match fs_err::remove_dir_all(folder) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+            _ => {}
+        }
+    }
+    Ok(0)
+}
+
+/// The manifest; on a host that has no way to the bucket, the last good one of its deployer.
+fn manifest(settings: &Settings) -> Result<Manifest> {
+    let read = || {
+        let store = crate::store::open(&settings.store)?;
+        edit::believed(store.as_ref(), &Author::of(settings)?)
+    };
+    read().or_else(|e| {
+        let kept = Root::system(&settings.unit_dir).manifest();
+        let last = fs_err::read(&kept).ok().filter(|_| ssh::is_root());
+        match last.and_then(|bytes| parse::manifest(&bytes, Mode::Tolerant).ok()) {
+            Some(manifest) => {
+                say::warning(format!("{e}; going by the last good manifest, {}", kept.display()));
+                Ok(manifest)
+            }
+            None => Err(e),
+        }
+    })
+}
+
+fn service<'a>(manifest: &'a Manifest, name: &str) -> Result<&'a Service> {
+    manifest.service(name).ok_or_else(|| changes::unknown_service(name, manifest))
+}
+
+/// The hosts of a service, or the one of them that is named.
+fn hosts(service: &Service, named: Option<&str>) -> Result<Vec<HostName>> {
+    let mut placed = service.hosts.clone();
+    placed.sort();
+    placed.dedup();
+    let Some(named) = named else { return Ok(placed) };
+    let host = HostName::parse(named)
+        .map_err(|why| Error::usage(format!("the host '{}' {why}", printable(named))))?;
+    if placed.contains(&host) {
+        return Ok(vec![host]);
+    }
+    let near = did_you_mean(named, placed.iter().map(HostName::as_str));
+    Err(Error::new(format!("{} does not run on {host}{near}; it runs on {}", service.name, listed(&placed))))
+}
+
+fn listed(hosts: &[HostName]) -> String {
+    hosts.iter().map(HostName::as_str).collect::<Vec<_>>().join(", ")
+}
+
+fn no_secrets(service: &Service) -> String {
+    format!(
+        "{0} has no secrets file; give it one: deploy-manifest set {0} envFile=/var/lib/deployer-secrets/{0}.env",
+        service.name
+    )
+}
+
+/// The answer of a host's side.
+fn ask<T: serde::de::DeserializeOwned>(
+    settings: &Settings,
+    host: &HostName,
+    verb: &str,
+    name: &ServiceName,
+    file: &SecretFile,
+    stdin: Vec<u8>,
+) -> Result<T> {
+    let ours = std::env::current_exe()?.to_string_lossy().into_owned();
+    let program = if ssh::is_here(settings, host) { ours.as_str() } else { "omni-deploy" };
+    let words = [program, "secrets", ON_HOST, verb, name.as_str(), file.form.as_str(), &file.path];
+    let run = ssh::run_on(settings, host, true, &words).stdin(stdin).deadline(ANSWER_WITHIN);
+    let output = ssh::answer_of(settings, host, &words[..4], as_the_terminal_has_it(run))?;
+    if output.status.ok() {
+        return serde_json::from_slice(&output.stdout).map_err(|_| {
+            Error::new(format!("omni-deploy on {host} answers in another way; install this version there"))
+        });
+    }
+    let said = tail(&output.stderr);
+    let unknown = matches!(output.status, Status::Exit(127)) || said.contains("command not found");
+    Err(Error::new(if unknown || output.status == Status::Exit(EXIT_USAGE.into()) {
+        format!("host {host} has no omni-deploy that knows 'secrets': {said}; install this version there")
+    } else if said.is_empty() {
+        format!("host {host}: omni-deploy there ended with {} and said nothing", output.status)
+    } else {
+        format!("host {host}: {}", said.trim_start_matches("error: "))
+    }))
+}
+
+fn as_the_terminal_has_it(run: Run) -> Run {
+    if std::env::var_os(DEAF).is_some() { run.interruptible() } else { run }
+}
+
+/// What to type for a command on a host.
+fn typed(settings: &Settings, host: &HostName, command: &str) -> String {
+    match ssh::is_here(settings, host) {
+        true => format!("sudo {command}"),
+        false => format!("{} {host} sudo {command}", settings.ssh.join(" ")),
+    }
+}
+
+fn check(settings: &Settings, args: &Check) -> Result<u8> {
+    let manifest = manifest(settings)?;
+    let service = service(&manifest, &args.service)?;
+    let hosts = hosts(service, args.host.as_deref())?;
+    let files = secrets::files(service);
+    if files.is_empty() {
+        say::info(no_secrets(service));
+        return Ok(0);
+    }
+    let pairs: Vec<(&HostName, &SecretFile)> =
+        hosts.iter().flat_map(|host| files.iter().map(move |file| (host, file))).collect();
+    let answers: Vec<Result<Found>> = std::thread::scope(|scope| {
+        let look = |(host, file): &(&HostName, &SecretFile)| {
+            ask(settings, host, "look", &service.name, file, Vec::new())
+        };
+        let asked: Vec<_> = pairs.iter().map(|pair| scope.spawn(move || look(pair))).collect();
+        let joined = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        asked.into_iter().map(joined).collect()
+    });
+    let (mut code, mut failed) = (0, false);
+    for ((host, file), answer) in pairs.iter().zip(answers) {
+        match answer {
+            Ok(found) => {
+                if !found.problems.is_empty() || !found.mistakes.is_empty() {
+                    code = code.max(EXIT_DEGRADED);
+                }
+                print(&told(settings, service, host, file, &found))?;
+            }
+            // Whoever does not answer may have anything.
+            Err(e) => {
+                failed = true;
+                say::error(format!("error: {e}"));
+            }
+        }
+    }
+    Ok(if failed { EXIT_FAILED } else { code })
+}
+
+/// What is known of a file on a host, a line for each thing.
+fn told(settings: &Settings, service: &Service, host: &HostName, file: &SecretFile, found: &Found) -> String {
+    let mut lines = found.problems.clone();
+    lines.extend(found.mistakes.iter().map(|mistake| format!("{}: {mistake}", file.path)));
+    if lines.is_empty() {
+        let names = match (file.form, found.names.is_empty()) {
+            (Form::Bytes, _) => "well".to_string(),
+            (Form::Environment, true) => "sets nothing".to_string(),
+            (Form::Environment, false) => found.names.join(", "),
+        };
+        lines.push(format!("{}: {names}", file.path));
+    }
+    if found.newer {
+        let restart = typed(settings, host, &format!("systemctl restart {}", service.name));
+        lines.push(format!(
+            "{} was started before {} was changed; restart to pick that up: {restart}",
+            service.name, file.path
+        ));
+    }
+    lines.iter().map(|line| format!("{host}: {}\n", printable(line))).collect()
+}
+
+fn edit_on_host(call: &Call, args: &Edit) -> Result<u8> {
+    deaf(call)?;
+    let settings = call.settings()?;
+    let manifest = manifest(&settings)?;
+    let service = service(&manifest, &args.service)?;
+    let hosts = hosts(service, args.host.as_deref())?;
+    let host = match hosts.as_slice() {
+        [host] => host,
+        several => {
+            return Err(Error::new(format!(
+                "{} runs on {}; name one with --host",
+                service.name,
+                listed(several)
+            )));
+        }
+    };
+    let files = secrets::files(service);
+    let named = |file: &&SecretFile| {
+        let Some(named) = args.file.as_deref() else { return true };
+        file.path == named || Path::new(&file.path).file_name().is_some_and(|n| n == named)
+    };
+    let chosen: Vec<&SecretFile> = files.iter().filter(named).collect();
+    let [file] = chosen.as_slice() else {
+        let paths: Vec<&str> = files.iter().map(|f| f.path.as_str()).collect();
+        return Err(Error::new(match paths.as_slice() {
+            [] => no_secrets(service),
+            _ => format!("{} has {}; name one of them with --file", service.name, paths.join(", ")),
+        }));
+    };
+    let found: Found = ask(&settings, host, "read", &service.name, file, Vec::new())?;
+    let old = found.content.as_deref().map(secrets::decode).transpose()?;
+    if !edited(&settings, host, service, file, old, found.hash.clone())? {
+        return Ok(0);
+    }
+    say::info(format!("{host}: wrote {}", file.path));
+    after(&settings, host, service, found.running, args.restart)
+}
+
+/// Becomes a process that an editor's Ctrl-C does not end, once.
+fn deaf(call: &Call) -> Result<()> {
+    if std::env::var_os(DEAF).is_some() {
+        return Ok(());
+    }
+    let mut run = Run::new(std::env::current_exe()?.to_string_lossy()).arg("secrets").args(&call.args);
+    for key in KEYS {
+        if let Some(value) = call.flags.get(key.name) {
+            run = run.arg(format!("{}={value}", key.flag));
+        }
+    }
+    Ok(run.env(DEAF, "1").deaf()?)
+}
+
+/// The folder in which a person edits: in memory where there is such a place, theirs alone, and gone when we are.
+struct Desk {
+    folder: PathBuf,
+    sweeper: Beside,
+}
+
+impl Desk {
+    fn new() -> Result<Self> {
+        let folder = durable::scratch(&secrets::scratch_place())?.keep();
+        let program = std::env::current_exe()?.to_string_lossy().into_owned();
+        match Run::new(program).args(["secrets", SWEEP]).arg(&folder).beside() {
+            Ok(sweeper) => Ok(Desk { folder, sweeper }),
+            Err(e) => {
+                fs_err::remove_dir_all(&folder)?;
+                Err(e.into())
+            }
+        }
+    }
+
+    /// Ends it; `keep` leaves the folder for the person.
+    fn clear(self, keep: bool) -> Result<()> {
+        let status = self.sweeper.finish(if keep { KEEP } else { "" })?;
+        match status.ok() {
+            true => Ok(()),
+            false => Err(Error::new(format!(
+                "{} could not be removed ({status}); it holds secrets: rm -r {0}",
+                self.folder.display()
+            ))),
+        }
+    }
+}
+
+/// Has a file edited and written back. Returns whether it was; an error keeps what the person has written.
+fn edited(
+    settings: &Settings,
+    host: &HostName,
+    service: &Service,
+    file: &SecretFile,
+    old: Option<Vec<u8>>,
+    hash: Option<String>,
+) -> Result<bool> {
+    let desk = Desk::new()?;
+    let name = Path::new(&file.path).file_name().unwrap_or_default();
+    let draft = desk.folder.join(name);
+    let before = old.clone().unwrap_or_default();
+    let result = durable::write(&draft, &before, 0o600).map_err(Error::from).and_then(|()| {
+        let text = text_of_editor(&draft)?;
+        if text == before {
+            return Ok(false);
+        }
+        if let (Form::Environment, (_, mistakes)) = (file.form, environment::read(&text))
+            && !mistakes.is_empty()
+        {
+            let lines: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
+            return Err(Error::new(format!("nothing was written: {}", lines.join("; "))));
+        }
+        if text.len() as u64 > MAX_FILE {
+            return Err(Error::new(format!("nothing was written: it has more than {MAX_FILE} bytes")));
+        }
+        let wanted = Wanted { instead_of: hash, content: secrets::encode(&text) };
+        let wanted = serde_json::to_vec(&wanted)
+            .map_err(|_| Error::new("nothing was written: it cannot be put into a message"))?;
+        match ask(settings, host, "write", &service.name, file, wanted)? {
+            Written::Done => Ok(true),
+            Written::Changed => Err(Error::new(format!(
+                "nothing was written: somebody else changed {} on {host} meanwhile",
+                file.path
+            ))),
+        }
+    });
+    let keep = result.is_err() && fs_err::read(&draft).is_ok_and(|text| text != before);
+    desk.clear(keep)?;
+    match result {
+        Ok(true) => Ok(true),
+        Ok(false) => {
+            say::info("unchanged: nothing was written");
+            Ok(false)
+        }
+        Err(e) if keep => {
+            let kept = draft.display();
+            Err(Error::new(format!(
+                "{e}; your text is kept in {kept}: correct it there, then VISUAL='cp {kept}' omni-deploy secrets edit \
+                 {} --host {host}, and rm -r {}",
+                service.name,
+                draft.parent().unwrap_or(&draft).display()
+            )))
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// What a file has in it after the person's editor.
+fn text_of_editor(draft: &Path) -> Result<Vec<u8>> {
+    let (shown, words) = editor()?;
+    let (program, args) = words.split_first().ok_or_else(|| Error::new("EDITOR is empty; set it"))?;
+    let run = Run::new(program).args(args).arg(draft).without_env(DEAF);
+    let status = as_the_terminal_has_it(run)
+        .inherit()
+        .map_err(|e| Error::new(format!("cannot edit: {e}; or set EDITOR to another editor")))?;
+    match status {
+        Status::Exit(0) => Ok(fs_err::read(draft)?),
+        Status::Exit(127) => {
+            Err(Error::new(format!("cannot edit: no '{shown}'; set EDITOR to another editor")))
+        }
+        status => Err(Error::new(format!("nothing was written: the editor '{shown}' ended with {status}"))),
+    }
+}
+
+/// Restarts the service, or asks whether to, or says how.
+fn after(
+    settings: &Settings,
+    host: &HostName,
+    service: &Service,
+    running: bool,
+    restart: bool,
+) -> Result<u8> {
+    // One that waits for its secrets is the deployer's to start, which looks at them again now.
+    let (verb, unit) =
+        if running { ("restart", service.name.unit()) } else { ("start", "deployer.service".into()) };
+    let short = unit.trim_end_matches(".service");
+    let typed = typed(settings, host, &format!("systemctl {verb} {short}"));
+    let wanted = restart || {
+        let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
+        terminal && agreed(&format!("{verb} {short} on {host} now? [y/N] "))?
+    };
+    if !wanted {
+        say::info(format!("{} sees it after: {typed}", service.name));
+        return Ok(0);
+    }
+    let words = ["systemctl", verb, "--", &unit];
+    let run = ssh::run_on(settings, host, true, &words).deadline(RESTART_WITHIN);
+    let output = ssh::answer_of(settings, host, &words, as_the_terminal_has_it(run))?;
+    if !output.status.ok() {
+        say::error(format!("error: host {host}: systemctl {verb} {short}: {}", tail(&output.stderr)));
+        return Ok(EXIT_FAILED);
+    }
+    say::info(format!("{host}: {verb}ed {short}"));
+    Ok(0)
+}
+
+fn agreed(question: &str) -> Result<bool> {
+    let mut err = std::io::stderr().lock();
+    err.write_all(question.as_bytes()).and_then(|()| err.flush())?;
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}

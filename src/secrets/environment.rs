@@ -1,0 +1,224 @@
+//! The form of an EnvironmentFile, as systemd reads it (systemd.exec(5); the states are those of its
+//! `env-file.c`). Tells the names of the variables, and what systemd would refuse, drop or read otherwise than it
+//! is meant. It never tells a value, nor anything else that may be part of one.
+
+use std::fmt;
+
+/// The longest assignment that the kernel takes (MAX_ARG_STRLEN), in bytes.
+const MAX_ASSIGNMENT: usize = 131_071;
+
+/// What is wrong in a line, without what the line says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// Counted from 1.
+    pub line: usize,
+    /// Why systemd would not take it as it is meant.
+    pub what: &'static str,
+    /// The service would not start, or systemd would write what is in the line to the journal.
+    pub grave: bool,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {} {}", self.line, self.what)
+    }
+}
+
+enum State {
+    Before,
+    Name,
+    BeforeValue,
+    Value,
+    ValueEscape,
+    Single,
+    Double,
+    DoubleEscape,
+    Comment,
+    CommentEscape,
+}
+
+/// The names that are set, each once and in order, and all mistakes. Pure.
+pub fn read(bytes: &[u8]) -> (Vec<String>, Vec<Mistake>) {
+    let line_at = |at: usize| 1 + bytes[..at].iter().filter(|b| **b == b'\n').count();
+    // Either of these makes systemd refuse the whole file, and the service with it.
+    if let Some(at) = bytes.iter().position(|b| *b == 0) {
+        return (vec![], vec![Mistake { line: line_at(at), what: "has a NUL byte", grave: true }]);
+    }
+    let text = match std::str::from_utf8(bytes) {
+        Ok(text) => text,
+        Err(e) => {
+            return (
+                vec![],
+                vec![Mistake { line: line_at(e.valid_up_to()), what: "is not UTF-8", grave: true }],
+            );
+        }
+    };
+    let mut reader = Reader::default();
+    let mut state = State::Before;
+    for c in text.chars() {
+        state = reader.step(state, c);
+        reader.line += usize::from(c == '\n');
+    }
+    match state {
+        State::Before | State::Comment | State::CommentEscape => {}
+        State::Name => reader.mistake("has no '='; systemd ignores it"),
+        State::Single | State::Double | State::DoubleEscape => {
+            reader.mistake("opens a quote that nothing closes: the rest of the file is part of the value");
+        }
+        State::BeforeValue | State::Value | State::ValueEscape => reader.assigned(),
+    }
+    (reader.names, reader.mistakes)
+}
+
+#[derive(Default)]
+struct Reader {
+    /// Newlines so far.
+    line: usize,
+    /// The line that the assignment under way began in, counted as `line`.
+    began: usize,
+    name: String,
+    value: usize,
+    names: Vec<String>,
+    mistakes: Vec<Mistake>,
+}
+
+impl Reader {
+    fn step(&mut self, state: State, c: char) -> State {
+        let newline = matches!(c, '\n' | '\r');
+        let white = newline || matches!(c, ' ' | '\t');
+        match state {
+            State::Before => match c {
+                '#' | ';' => State::Comment,
+                _ if white => State::Before,
+                _ => {
+                    (self.began, self.value) = (self.line, 0);
+                    self.name = c.to_string();
+                    // Also '=': for systemd it begins a name.
+                    State::Name
+                }
+            },
+            State::Name if newline => {
+                self.mistake("has no '='; systemd ignores it");
+                State::Before
+            }
+            State::Name if c == '=' => State::BeforeValue,
+            State::Name => {
+                self.name.push(c);
+                State::Name
+            }
+            State::BeforeValue if newline => self.ended(),
+            State::BeforeValue => match c {
+                '\'' => State::Single,
+                '"' => State::Double,
+                '\\' => State::ValueEscape,
+                _ if white => State::BeforeValue,
+                _ => self.more(c, State::Value),
+            },
+            State::Value if newline => self.ended(),
+            State::Value if c == '\\' => State::ValueEscape,
+            // A newline after a backslash goes on with the value in the next line.
+            State::Value | State::ValueEscape => self.more(c, State::Value),
+            State::Single if c == '\'' => State::BeforeValue,
+            State::Single => self.more(c, State::Single),
+            State::Double if c == '"' => State::BeforeValue,
+            State::Double if c == '\\' => State::DoubleEscape,
+            State::Double | State::DoubleEscape => self.more(c, State::Double),
+            State::Comment if newline => State::Before,
+            State::Comment if c == '\\' => State::CommentEscape,
+            State::CommentEscape if newline => {
+                self.began = self.line;
+                self.mistake("is a comment that ends with '\\': systemd before 254 takes the next line for a part of it");
+                State::Before
+            }
+            State::Comment | State::CommentEscape => State::Comment,
+        }
+    }
+
+    fn more(&mut self, c: char, next: State) -> State {
+        self.value += c.len_utf8();
+        next
+    }
+
+    fn ended(&mut self) -> State {
+        self.assigned();
+        State::Before
+    }
+
+    fn assigned(&mut self) {
+        let name = self.name.trim_end_matches([' ', '\t']).to_string();
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        if name.starts_with(|c: char| c.is_ascii_digit()) || !name.chars().all(plain) {
+            // Measured: with the value.
+            self.grave(
+                "sets no name of a variable (ASCII letters, digits and '_', no digit first, no 'export'): systemd \
+                 drops it and writes all of it to the journal",
+            );
+        } else if name.len() + 1 + self.value > MAX_ASSIGNMENT {
+            self.grave("sets a value that is longer than the kernel takes (131,071 bytes with its name)");
+        } else if !self.names.contains(&name) {
+            self.names.push(name);
+        }
+    }
+
+    fn mistake(&mut self, what: &'static str) {
+        self.mistakes.push(Mistake { line: self.began + 1, what, grave: false });
+    }
+
+    fn grave(&mut self, what: &'static str) {
+        self.mistakes.push(Mistake { line: self.began + 1, what, grave: true });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_systemd_takes_gives_its_names() {
+        for (text, names) in [
+            ("", vec![]),
+            ("A=1\nB=2", vec!["A", "B"]),
+            ("A=1\r\nB=2\r\n", vec!["A", "B"]),
+            ("  A = x y \n\n#C=1\n ; D=2\nA=3\n", vec!["A"]),
+            ("A=\"two\nlines # = \\\" \"\nB='x\n=y'z\n", vec!["A", "B"]),
+            ("A=1 \\\nB=2\nC=\\", vec!["A", "C"]),
+            ("A=\n_B1==\n", vec!["A", "_B1"]),
+            ("A=ü # no comment\n", vec!["A"]),
+        ] {
+            assert_eq!(
+                read(text.as_bytes()),
+                (names.iter().map(|n| n.to_string()).collect(), vec![]),
+                "{text:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_it_would_not_take_as_it_is_meant_is_told_by_line_and_never_by_content() {
+        for (text, line, word) in [
+            (&b"A=1\nhunter2\n"[..], 2, "no '='"),
+            (b"A=1\n\n  hunter2", 3, "no '='"),
+            (b"A=1\nexport B=hunter2\n", 2, "journal"),
+            (b"1A=hunter2", 1, "journal"),
+            (b"A-B=hunter2", 1, "journal"),
+            (b"=hunter2=x", 1, "journal"),
+            ("\u{feff}A=hunter2".as_bytes(), 1, "journal"),
+            ("\u{fc}=hunter2".as_bytes(), 1, "journal"),
+            (b"A='one\ntwo'\nB=\"hunter2\nC=1\n", 3, "quote"),
+            (b"A=1\n'hunter2\n", 2, "no '='"),
+            (b"A=1\nB=hunter2\0\n", 2, "NUL"),
+            (b"A=1\nB=hunter2\xff\n", 2, "UTF-8"),
+            (b"A=1\n# hunter2 \\\nB=1\n", 2, "254"),
+        ] {
+            let (names, mistakes) = read(text);
+            let said = mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+            assert_eq!(mistakes.len(), 1, "{text:?}: {said}");
+            let grave = ["journal", "NUL", "UTF-8"].contains(&word);
+            assert_eq!(mistakes[0].grave, grave, "{text:?}");
+            assert!(mistakes[0].line == line && said.contains(word), "{text:?}: {said}");
+            assert!(!said.contains("hunter2") && !names.iter().any(|n| n.contains("hunter2")), "{said}");
+        }
+        let long = |n: usize| read(format!("A={}\n", "x".repeat(n)).as_bytes()).1.len();
+        assert_eq!((long(MAX_ASSIGNMENT - 2), long(MAX_ASSIGNMENT - 1)), (0, 1));
+    }
+}

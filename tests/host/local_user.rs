@@ -1,0 +1,281 @@
+//! Somebody with an account on the host and nothing else: what he can read of a service's secrets, hold up, plant,
+//! and learn from the bridge while a closure is copied. He is root's guest at most; nothing of ours is his.
+
+use crate::lab::{Background, soon};
+use crate::runbook::biz;
+use crate::solo::{Solo, solo, web};
+use omni_deploy::runner::Output;
+use serde_json::json;
+use std::time::Duration;
+
+/// Stands in the secrets, and may stand nowhere else.
+const MARK: &str = "hunter2-1sjbxcbfq0nbh72q8g0wx8dwach1kcp4";
+/// Finds it, without being it: journald notes the arguments of whoever logs.
+const PATTERN: &str = "hunter[2]-1sjbxcbfq0nbh72q8g0wx8dwach1kcp4";
+/// Every place that a pass writes, or that is ours.
+const OURS: &str = "/etc/omni-deploy /etc/systemd/system /run/systemd /run/omni-deploy /var/lib/deployer \
+                    /var/lib/omni-deploy /var/lib/deployer-secrets /var/cache/deployer /nix/var/nix/gcroots \
+                    /usr/local/bin";
+
+/// The host with that user, and with a service that has secrets.
+fn host() -> Solo {
+    let host = solo();
+    host.sh(&format!(
+        "id mallory >/dev/null 2>&1 || useradd --create-home mallory
+         umask 077; echo 'TOKEN={MARK}' >/var/lib/deployer-secrets/web.env"
+    ));
+    let mut service = web("web", 8001, &host.closure("web", "one", ""));
+    service["envFile"] = json!("/var/lib/deployer-secrets/web.env");
+    host.add(&service);
+    host.good_pass();
+    host.serves("web", "one");
+    assert!(host.sh("curl -sSf localhost:8001/env").contains(MARK), "the service has its secret");
+    host
+}
+
+/// Runs a script as that user, whatever its status.
+fn mallory(host: &Solo, script: &str) -> Output {
+    host.try_sh(&format!("runuser -u mallory -- bash -uo pipefail -c {}", quoted(script)))
+}
+
+fn quoted(script: &str) -> String {
+    format!("'{}'", script.replace('\'', r"'\''"))
+}
+
+/// What root reads in the journal has it nowhere.
+#[track_caller]
+fn in_no_log(host: &Solo) {
+    let found =
+        host.sh(&format!("journalctl --sync; journalctl --no-pager -o export | grep -a {PATTERN} || true"));
+    assert_eq!(found, "");
+}
+
+/// Everything that he gets out of a script.
+#[track_caller]
+fn gets(host: &Solo, script: &str) -> String {
+    let output = mallory(host, script);
+    format!("{}{}", output.text(), output.stderr)
+}
+
+#[test]
+fn a_secret_is_nowhere_but_in_its_file_and_its_process() {
+    let host = host();
+    // Also after a new version, one that is refused, and a look by everybody's means.
+    host.update("web", &host.closure("web", "two", ""));
+    host.good_pass();
+    host.update("web", &host.closure("web", "three", "exit 7"));
+    host.passes_with(3);
+    host.serves("web", "two");
+    host.sh("deployer plan; deployer state; omni-deploy status || true; omni-deploy secrets check web; omni-deploy doctor || true");
+    for script in [
+        "systemctl show web; systemctl cat web; systemctl status web; systemctl show-environment",
+        "journalctl --no-pager -o export",
+        "cat /var/lib/deployer/state.json /var/lib/deployer/applied/* /var/lib/omni-deploy/hosts/*",
+        "cat /proc/*/cmdline /proc/*/environ | tr '\\0' '\\n'",
+        "curl -sSf localhost:2019/config/",
+        &format!(
+            "grep -rsa {PATTERN} {OURS} /tmp /var/tmp /dev/shm /var/log /etc /run /home --exclude-dir=proc"
+        ),
+        "ls -la /var/lib/deployer-secrets; cat /var/lib/deployer-secrets/web.env",
+        "omni-deploy secrets check web; EDITOR=cat omni-deploy secrets edit web",
+        "omni-deploy secrets on-host read web environment /var/lib/deployer-secrets/web.env",
+        "deployer plan; deployer state; omni-deploy doctor; omni-deploy status",
+    ] {
+        let got = gets(&host, script);
+        assert!(!got.contains(MARK), "{script}: {got}");
+        assert!(!got.trim().is_empty() || script.starts_with("grep"), "{script} was no look at all");
+    }
+    assert!(gets(&host, "ls /var/lib/deployer-secrets").contains("Permission denied"));
+    // Not for root either, but in the file itself and in the memory of who has to know it.
+    let found = host.sh(&format!(
+        "grep -rlsa {PATTERN} {OURS} /tmp /var/tmp /dev/shm /root /var/log /nix/store /nix/var || true"
+    ));
+    assert_eq!(found, "/var/lib/deployer-secrets/web.env");
+    in_no_log(&host);
+    assert!(!host.sh("curl -sSf localhost:2019/config/").contains(MARK));
+    let pid = host.sh("systemctl show --property=MainPID --value web");
+    let processes =
+        host.sh(&format!("grep -lsa {PATTERN} /proc/[0-9]*/environ /proc/[0-9]*/cmdline || true"));
+    assert_eq!(processes, format!("/proc/{pid}/environ"));
+}
+
+#[test]
+fn a_line_that_systemd_would_write_to_the_journal_starts_nothing() {
+    let host = host();
+    host.sh(&format!("echo 'export KEY={MARK}' >>/var/lib/deployer-secrets/web.env"));
+    host.update("web", &host.closure("web", "two", ""));
+    host.passes_with(3);
+    let reason = host.reason("web");
+    assert!(reason.contains("web.env, line 2 ") && reason.contains("secrets edit web"), "{reason}");
+    host.serves("web", "one");
+    in_no_log(&host);
+    // Mended, it is tried again without being asked.
+    host.sh("sed -i '/^export/d' /var/lib/deployer-secrets/web.env");
+    host.good_pass();
+    host.serves("web", "two");
+}
+
+#[test]
+fn he_holds_nothing_up_and_plants_nothing() {
+    let host = host();
+    // Every lock there is, and the folders and files themselves, which can be locked as well.
+    let locks = host.sh(&format!(
+        "find {OURS} -xdev \\( -name '*lock*' -o -path '*omni-deploy*' -o -path '*deployer*' \\) 2>/dev/null"
+    ));
+    assert!(
+        ["/run/omni-deploy/lock", "/var/lib/omni-deploy/.omni-deploy.lock"].iter().all(|l| locks.contains(l))
+    );
+    for lock in
+        ["/run/omni-deploy/lock", "/var/lib/omni-deploy/.omni-deploy.lock", "/var/lib/deployer-secrets"]
+    {
+        let held = mallory(&host, &format!("flock --nonblock {lock} true"));
+        assert!(!held.status.ok() && held.stderr.contains("Permission denied"), "{lock}: {}", held.stderr);
+    }
+    // He holds whatever else he can open of ours, for as long as a pass, a push and an edit take.
+    let mut holder = Background::start(
+        "exec 3<&0; \"$@\" <&3 3<&-",
+        &[
+            &format!("{}/contrib/lab.sh", crate::lab::TOP),
+            "run",
+            "solo",
+            "runuser",
+            "-u",
+            "mallory",
+            "--",
+            "bash",
+            "-c",
+            &format!(
+                "n=0; while read -r path; do
+                   exec {{fd}}<\"$path\" && flock --nonblock $fd && n=$((n + 1)); done 2>/dev/null \
+                   < <(find {OURS} -xdev -readable \\( -type f -o -type d \\) 2>/dev/null)
+                 echo held $n; cat"
+            ),
+        ],
+    );
+    let held = holder.line();
+    assert!(held.strip_prefix("held ").is_some_and(|n| n.parse::<u32>().unwrap() > 5), "{held}");
+    host.update("web", &host.closure("web", "two", ""));
+    host.good_pass();
+    host.serves("web", "two");
+    host.sh("EDITOR='sed -i s/TOKEN/KEY/' omni-deploy secrets edit web --restart");
+    soon("it has the new name", Duration::from_secs(10), || {
+        let all = host.try_sh("curl -sSf localhost:8001/env | tr '\\0' '\\n'").text();
+        if all.contains(&format!("KEY={MARK}")) { Ok(()) } else { Err("not yet".into()) }
+    });
+    drop(holder);
+    // Nothing of it is writable for him, nor are the folders on the way there.
+    let writable = gets(
+        &host,
+        &format!(
+            "find {OURS} / /usr /usr/local /var /var/lib /run /nix /nix/var /nix/var/nix /etc \
+        -maxdepth 0 -writable; find {OURS} -xdev -writable ! -type l 2>/dev/null"
+        ),
+    );
+    let his: Vec<&str> =
+        writable.lines().filter(|l| !l.starts_with("find:") && !l.contains("/gcroots/per-user")).collect();
+    // What anybody may write to in systemd's own folder are its sockets.
+    let his: Vec<&&str> = his.iter().filter(|l| !l.starts_with("/run/systemd/")).collect();
+    assert!(his.is_empty(), "{his:?}");
+    // Nor does a pass by hand, which uses the shared folders, trip over what he has put there.
+    mallory(
+        &host,
+        "cd /tmp; for n in $(seq 9); do ln -s /etc/shadow .omni-deploy-$n; done; ln -s /etc/shadow deploy-manifest-x",
+    );
+    host.update("web", &host.closure("web", "three", ""));
+    host.sh("deployer run; rm -f /tmp/.omni-deploy-? /tmp/deploy-manifest-x");
+    host.serves("web", "three");
+    // And what he may start himself tells him that it is root's.
+    for command in
+        ["deployer run", "deployer pause web", "deployer rollback web", "deploy-manifest set web env.A=1"]
+    {
+        let output = mallory(&host, command);
+        assert!(!output.status.ok(), "{command}: {}", output.text());
+    }
+    host.serves("web", "three");
+}
+
+#[test]
+fn the_bridge_tells_him_nothing_while_a_closure_is_copied() {
+    let mut biz = biz();
+    let crate::runbook::Biz { host, bucket, developer } = &mut *biz;
+    host.sh("id mallory >/dev/null 2>&1 || useradd --create-home mallory");
+    developer.types(
+        r#"deploy-manifest add-service '{"name": "bridged", "hosts": ["biz"],
+             "artifact": {"storePath": "/nix/store/placeholder"}, "env": {"PORT": "8001"},
+             "http": {"domain": "bridged.example.com", "internalPort": 8001}, "health": {"path": "/health"}}'"#,
+    );
+    // Of its own, which no other test has brought to the host yet.
+    developer.write("Biz/Bridged.py", "# : out bridged\nVERSION = bridged 1\n");
+    developer.types("Omni/Ide/push.sh Biz/Bridged.py");
+    // Every request takes two seconds: time to look around.
+    bucket.faults(r#"{"delay_ms": 2000}"#);
+    host.sh("systemctl start --no-block deployer");
+    soon("nix copies", Duration::from_secs(60), || {
+        match host
+            .try_sh("pgrep -x nix >/dev/null && grep -lsa 'store = http://127.0.0.1' /proc/[0-9]*/environ")
+            .status
+            .ok()
+        {
+            true => Ok(()),
+            false => Err("no".into()),
+        }
+    });
+    let url =
+        host.sh("cat /proc/$(pgrep -x nix | head -n 1)/environ | tr '\\0' '\\n' | sed -n 's/^store = //p'");
+    let secret = url.split('?').next().unwrap().rsplit('/').next().unwrap().to_string();
+    let port = url.strip_prefix("http://127.0.0.1:").unwrap().split('/').next().unwrap().to_string();
+    assert!(secret.len() >= 32, "{url}");
+    let as_him = |script: &str| {
+        let output = host.try_sh(&format!("runuser -u mallory -- bash -uo pipefail -c {}", quoted(script)));
+        format!("{}{}", output.text(), output.stderr)
+    };
+    // What he sees of it: a port, on the loopback alone. Not the path, in nobody's arguments.
+    let ports = as_him("ss -Htln");
+    assert!(ports.contains(&format!("127.0.0.1:{port} ")), "{ports}");
+    assert!(
+        !ports.contains(&format!("0.0.0.0:{port} ")) && !ports.contains(&format!("]:{port} ")),
+        "{ports}"
+    );
+    for script in
+        ["cat /proc/*/cmdline /proc/*/environ | tr '\\0' '\\n'; ps axeww", "journalctl --no-pager -o export"]
+    {
+        let got = as_him(script);
+        assert!(!got.contains(&secret), "{script}");
+    }
+    let arguments = host.sh("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' || true");
+    assert!(arguments.contains("copy") && !arguments.contains(&secret), "root sees no more of it there");
+    // He is not answered, whatever he asks for and however he connects, even with the path.
+    for (n, path) in [
+        "",
+        "nix-cache-info",
+        &"0".repeat(48),
+        &format!("{}/nix-cache-info", "0".repeat(48)),
+        &format!("{secret}/nix-cache-info"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        for method in ["", "--head", "-T /etc/hostname"] {
+            for address in ["127.0.0.1", "[::ffff:127.0.0.1]"] {
+                let got = as_him(&format!(
+                    "curl -m 5 -s {method} -o /tmp/got -w '%{{http_code}}' http://{address}:{port}/{path}; echo; cat /tmp/got 2>/dev/null; rm -f /tmp/got"
+                ));
+                assert_eq!(got.trim(), "000", "{n} {method} {address}");
+            }
+        }
+    }
+    assert!(
+        host.try_sh(&format!(
+            "grep -q 'store = http://127.0.0.1:{port}/' /proc/$(pgrep -x nix | head -n 1)/environ"
+        ))
+        .status
+        .ok(),
+        "it was all the time of the copy"
+    );
+    bucket.faults("{}");
+    let pass = host.pass();
+    assert_eq!(pass.code, 0, "{}", pass.said);
+    assert_eq!(host.page("bridged.example.com").as_deref(), Ok("bridged 1"));
+    assert!(!as_him("ss -Htln").contains(&format!(":{port} ")), "closed with the copy");
+    assert!(!bucket.log().iter().any(|l| l.contains("hostname") || l.contains(&"0".repeat(48))));
+}
