@@ -456,6 +456,14 @@ fn an_edit_is_checked_then_published_and_a_wrong_text_is_kept() {
     assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
     assert_eq!(bench.manifest()["services"][0]["systemd"]["restartSec"], 7);
     assert_eq!(bench.manifest()["change"]["action"], "edit ava");
+    // Ctrl-C in an editor is the editor's, though the terminal sends it to both.
+    let interrupted =
+        r#"kill -INT $PPID; kill -QUIT $PPID; sed -i 's/"restartSec": 7/"restartSec": 8/' "$1""#;
+    for (script, seconds) in [(interrupted, 8), (r#"sed -i 's/"restartSec": 8/"restartSec": 7/' "$1""#, 7)] {
+        let out = edit(script).output().unwrap();
+        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert_eq!(bench.manifest()["services"][0]["systemd"]["restartSec"], seconds);
+    }
     let before = bench.files();
     for (script, said) in [
         (

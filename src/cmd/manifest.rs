@@ -1,7 +1,7 @@
 //! `deploy-manifest`: reads, edits and publishes the manifest. What a change is, is in
 //! [`crate::manifest::changes`]; how it is published, in [`crate::manifest::edit`].
 
-use super::{Call, print};
+use super::{Call, editor, print};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
@@ -14,7 +14,6 @@ use crate::manifest::signature::{self, Trust};
 use crate::manifest::versions::{self, Head, Version};
 use crate::manifest::{changes, json, schema};
 use crate::names::{ServiceName, StorePath};
-use crate::runner::Run;
 use crate::say;
 use crate::store::{MANIFEST_KEY, Store};
 use argh::FromArgs;
@@ -246,6 +245,9 @@ pub fn run(call: &Call) -> Result<u8> {
         Command::Schema(SchemaArgs {}) => print(schema::TEXT)?,
         Command::Validate(Validate { file: Some(file) }) => validate_file(&call.settings()?, &file)?,
         command => {
+            if matches!(command, Command::Edit(_)) {
+                editor::ignore_its_signals(call, "manifest")?;
+            }
             let settings = call.settings()?;
             let store = crate::store::open(&settings.store)?;
             with_store(command, &settings, &*store)?;
@@ -551,7 +553,7 @@ fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
             (current.bytes.clone(), None)
         }
     };
-    let folder = tempfile::Builder::new().prefix("deploy-manifest-").tempdir()?;
+    let folder = durable::scratch(&std::env::temp_dir())?;
     let file = folder.path().join("manifest.json");
     durable::write(&file, &text, 0o600)?;
     let result = edit_file(settings, store, &file, &text, base.as_ref(), &current.bytes);
@@ -575,17 +577,7 @@ fn edit_file(
     base: Option<&Manifest>,
     stored: &[u8],
 ) -> Result<()> {
-    let (editor, words) = super::editor()?;
-    let mut words = words.into_iter();
-    let status = Run::new(words.next().unwrap_or_default())
-        .args(words)
-        .arg(file)
-        .inherit()
-        .map_err(|e| Error::new(format!("cannot edit: {e}; or set EDITOR to another editor")))?;
-    if !status.ok() {
-        return Err(Error::new(format!("the editor '{editor}' ended with {status}")));
-    }
-    let bytes = fs_err::read(file)?;
+    let bytes = editor::edit(file)?;
     if bytes == text {
         say::info("unchanged: nothing was published");
         return Ok(());

@@ -5,6 +5,7 @@ pub mod completions;
 pub mod config;
 pub mod deployer;
 pub mod doctor;
+mod editor;
 pub mod init;
 pub mod keygen;
 pub mod logs;
@@ -70,15 +71,6 @@ pub fn print(text: &str) -> Result<()> {
         Err(e) => Err(Error::new(format!("cannot write to stdout: {e}"))),
         Ok(()) => Ok(()),
     }
-}
-
-/// The words of the person's editor, `$VISUAL` or `$EDITOR` with its arguments, and how it was written.
-fn editor() -> Result<(String, Vec<String>)> {
-    let set = |name: &str| std::env::var(name).ok().filter(|v| !v.trim().is_empty());
-    let editor = set("VISUAL").or_else(|| set("EDITOR")).unwrap_or_else(|| "vi".into());
-    let words = crate::manifest::command::split_command(&editor)
-        .map_err(|why| Error::new(format!("EDITOR '{editor}' {why}")))?;
-    Ok((editor, words))
 }
 
 /// The whole program.

@@ -2,8 +2,9 @@
 //! host to a folder in memory, and back over stdin: never into an argument, a log, or a message. On the host the
 //! same program does the work, as root ([`crate::secrets`]).
 
-use super::{Call, editor, print};
-use crate::config::{KEYS, Settings};
+use super::editor::{self, as_the_terminal_has_it};
+use super::{Call, print};
+use crate::config::Settings;
 use crate::deployer::root::Root;
 use crate::durable;
 use crate::error::{EXIT_DEGRADED, EXIT_FAILED, EXIT_USAGE, Error, Result, did_you_mean};
@@ -89,8 +90,6 @@ const ON_HOST: &str = "on-host";
 const SWEEP: &str = "sweep";
 /// What keeps the folder.
 const KEEP: &str = "keep";
-/// In the environment of a process that ignores the terminal's signals.
-const DEAF: &str = "OMNI_DEPLOY_DEAF";
 /// How long a host may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// How long a restart may take.
@@ -227,10 +226,6 @@ fn ask<T: serde::de::DeserializeOwned>(
     }))
 }
 
-fn as_the_terminal_has_it(run: Run) -> Run {
-    if std::env::var_os(DEAF).is_some() { run.interruptible() } else { run }
-}
-
 /// What to type for a command on a host.
 fn typed(settings: &Settings, host: &HostName, command: &str) -> String {
     match ssh::is_here(settings, host) {
@@ -302,7 +297,7 @@ fn told(settings: &Settings, service: &Service, host: &HostName, file: &SecretFi
 }
 
 fn edit_on_host(call: &Call, args: &Edit) -> Result<u8> {
-    deaf(call)?;
+    editor::ignore_its_signals(call, "secrets")?;
     let settings = call.settings()?;
     let manifest = manifest(&settings)?;
     let service = service(&manifest, &args.service)?;
@@ -337,20 +332,6 @@ fn edit_on_host(call: &Call, args: &Edit) -> Result<u8> {
     }
     say::info(format!("{host}: wrote {}", file.path));
     after(&settings, host, service, found.running, args.restart)
-}
-
-/// Becomes a process that an editor's Ctrl-C does not end, once.
-fn deaf(call: &Call) -> Result<()> {
-    if std::env::var_os(DEAF).is_some() {
-        return Ok(());
-    }
-    let mut run = Run::new(std::env::current_exe()?.to_string_lossy()).arg("secrets").args(&call.args);
-    for key in KEYS {
-        if let Some(value) = call.flags.get(key.name) {
-            run = run.arg(format!("{}={value}", key.flag));
-        }
-    }
-    Ok(run.env(DEAF, "1").deaf()?)
 }
 
 /// The folder in which a person edits: in memory where there is such a place, theirs alone, and gone when we are.
@@ -399,7 +380,7 @@ fn edited(
     let draft = desk.folder.join(name);
     let before = old.clone().unwrap_or_default();
     let result = durable::write(&draft, &before, 0o600).map_err(Error::from).and_then(|()| {
-        let text = text_of_editor(&draft)?;
+        let text = editor::edit(&draft)?;
         if text == before {
             return Ok(false);
         }
@@ -441,23 +422,6 @@ fn edited(
             )))
         }
         Err(e) => Err(e),
-    }
-}
-
-/// What a file has in it after the person's editor.
-fn text_of_editor(draft: &Path) -> Result<Vec<u8>> {
-    let (shown, words) = editor()?;
-    let (program, args) = words.split_first().ok_or_else(|| Error::new("EDITOR is empty; set it"))?;
-    let run = Run::new(program).args(args).arg(draft).without_env(DEAF);
-    let status = as_the_terminal_has_it(run)
-        .inherit()
-        .map_err(|e| Error::new(format!("cannot edit: {e}; or set EDITOR to another editor")))?;
-    match status {
-        Status::Exit(0) => Ok(fs_err::read(draft)?),
-        Status::Exit(127) => {
-            Err(Error::new(format!("cannot edit: no '{shown}'; set EDITOR to another editor")))
-        }
-        status => Err(Error::new(format!("nothing was written: the editor '{shown}' ended with {status}"))),
     }
 }
 

@@ -1,0 +1,56 @@
+//! A person's editor: `$VISUAL` or `$EDITOR`, with its arguments, on a draft. Ctrl-C is the editor's while it has
+//! the terminal.
+
+use super::Call;
+use crate::config::KEYS;
+use crate::error::{Error, Result};
+use crate::runner::{Run, Status};
+use std::path::Path;
+
+/// In the environment of a process that ignores the terminal's signals.
+const DEAF: &str = "OMNI_DEPLOY_DEAF";
+
+/// Becomes a process that an editor's Ctrl-C does not end, once. `command` is what `call` is a call of.
+pub fn ignore_its_signals(call: &Call, command: &str) -> Result<()> {
+    if std::env::var_os(DEAF).is_some() {
+        return Ok(());
+    }
+    let mut run = Run::new(std::env::current_exe()?.to_string_lossy()).arg(command).args(&call.args);
+    for key in KEYS {
+        if let Some(value) = call.flags.get(key.name) {
+            run = run.arg(format!("{}={value}", key.flag));
+        }
+    }
+    Ok(run.env(DEAF, "1").deaf()?)
+}
+
+/// The same run, with the terminal's signals as they usually are.
+pub fn as_the_terminal_has_it(run: Run) -> Run {
+    if std::env::var_os(DEAF).is_some() { run.interruptible() } else { run }
+}
+
+/// Has a person edit the file `draft`, and returns what is in it then.
+pub fn edit(draft: &Path) -> Result<Vec<u8>> {
+    let (shown, words) = words()?;
+    let (program, args) = words.split_first().ok_or_else(|| Error::new("EDITOR is empty; set it"))?;
+    let run = Run::new(program).args(args).arg(draft).without_env(DEAF);
+    let status = as_the_terminal_has_it(run)
+        .inherit()
+        .map_err(|e| Error::new(format!("cannot edit: {e}; or set EDITOR to another editor")))?;
+    match status {
+        Status::Exit(0) => Ok(fs_err::read(draft)?),
+        Status::Exit(127) => {
+            Err(Error::new(format!("cannot edit: no '{shown}'; set EDITOR to another editor")))
+        }
+        status => Err(Error::new(format!("nothing was written: the editor '{shown}' ended with {status}"))),
+    }
+}
+
+/// The words of the editor, and how it was written.
+fn words() -> Result<(String, Vec<String>)> {
+    let set = |name: &str| std::env::var(name).ok().filter(|v| !v.trim().is_empty());
+    let editor = set("VISUAL").or_else(|| set("EDITOR")).unwrap_or_else(|| "vi".into());
+    let words = crate::manifest::command::split_command(&editor)
+        .map_err(|why| Error::new(format!("EDITOR '{editor}' {why}")))?;
+    Ok((editor, words))
+}
