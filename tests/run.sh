@@ -140,6 +140,8 @@ main() {
   flock --nonblock 8 || die "another run is under way on this machine"
   take_leftovers_away
   scratch=$(mktemp -d "$scratch_prefix.XXXXXX")
+  # Some tests are another user for a moment, who must reach what is theirs below.
+  chmod 711 "$scratch"
   export TMPDIR=$scratch
   trap cleanup EXIT
   trap 'exit 130' INT TERM HUP
