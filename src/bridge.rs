@@ -350,6 +350,11 @@ fn accept(listener: &TcpListener, address: SocketAddr, shared: &Arc<Shared>) {
         next_id += 1;
         let id = next_id;
         lock(&shared.live).insert(id, registered);
+        // Closed after the first look, and before this connection could be seen to be ended with the others.
+        if shared.closing.load(Ordering::SeqCst) {
+            lock(&shared.live).remove(&id);
+            return;
+        }
         let for_thread = Arc::clone(shared);
         let spawned = std::thread::Builder::new().name("bridge".into()).spawn(move || {
             // An error here is a client that left; what S3 said is in the troubles.
