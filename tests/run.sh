@@ -166,8 +166,8 @@ main() {
   stage 'fuzz: short run' fuzz/run.sh
   stage 'tests: what Nix builds from' tests/nix_package.sh
   stage 'tests: lab, units, installer' tests/lab_selftest.sh
-  stage 'tests: all three storeys' cargo test --locked --no-fail-fast
-  stage 'tests: campaigns' tests/campaign.sh
+  # Booted hosts mostly wait, and many tests for one host: more at a time than there are cores.
+  stage 'tests: all three storeys' cargo test --locked --no-fail-fast --features campaign -- --test-threads 4
   finish
 }
 
