@@ -370,6 +370,11 @@ fn one_host_is_edited_at_a_time_and_nothing_given_becomes_an_option() {
     machine.bad(&["secrets", "edit", "plain", "--host", "biz"], 1, "set plain envFile=");
     machine.bad(&["secrets", "edit", "ava", "--host", "biz", "--file", "x"], 1, "ava.env; name one of them");
     machine.bad(&["secrets"], 2, "secrets --help");
+    // What removes a draft's folder removes no other.
+    let theirs = machine.path("theirs");
+    fs_err::create_dir(&theirs).unwrap();
+    machine.bad(&["secrets", "sweep", theirs.to_str().unwrap()], 2, "no folder that an edit made");
+    assert!(theirs.exists());
     let option = "-oProxyCommand=touch /tmp/owned";
     for (args, code) in [
         (vec!["secrets", "check", "ava", "--host", option], 2),

@@ -136,6 +136,9 @@ fn on_host(verb: &str, service: &str, form: &str, path: &str) -> Result<u8> {
 /// Waits for the end of stdin, which comes when the editing process ends, however it ends; then removes its
 /// folder, unless it was told to keep it.
 fn sweep(folder: &Path) -> Result<u8> {
+    if !folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(durable::TEMP_PREFIX)) {
+        return Err(Error::usage(format!("'{}' is no folder that an edit made", folder.display())));
+    }
     let mut word = String::new();
     std::io::stdin().take(KEEP.len() as u64).read_to_string(&mut word)?;
     if word != KEEP {

@@ -15,7 +15,7 @@ use crate::effect;
 use crate::error::{Error, Result};
 use crate::manifest::{Service, command};
 use crate::names::{ServiceName, StorePath};
-use crate::secrets::{self, Form, environment};
+use crate::secrets;
 use crate::{nix, say};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -501,14 +501,10 @@ fn port_holders<'a>(plan: &'a Plan, starts: &[Start<'a>], memory: &Memory) -> Ve
 /// Whether systemd takes a service's secrets: of a line that sets no name of a variable it writes all to the journal,
 /// the value with it.
 fn legible(service: &Service) -> Result<(), String> {
-    for file in secrets::files(service).iter().filter(|file| file.form == Form::Environment) {
+    for file in secrets::files(service) {
         // One that cannot be read has been said by the plan, and is systemd's to refuse.
-        let bytes = fs_err::read(&file.path).unwrap_or_default();
-        if let Some(mistake) = environment::read(&bytes).1.iter().find(|mistake| mistake.grave) {
-            return Err(format!(
-                "its secrets file {}, {mistake}; mend it with 'omni-deploy secrets edit {}'",
-                file.path, service.name
-            ));
+        if let Ok(Some(why)) = secrets::illegible(&service.name, &file) {
+            return Err(format!("its secrets file {why}"));
         }
     }
     Ok(())

@@ -10,12 +10,11 @@ use crate::error::{Error, Result};
 use crate::manifest::Service;
 use crate::names::ServiceName;
 use crate::runner::Run;
-use crate::see::checks::host::secret_dir;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use fs_err::os::unix::fs::OpenOptionsExt;
 use serde::{Deserialize, Serialize};
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -143,6 +142,33 @@ pub fn look(name: &ServiceName, path: &Path, form: Form, content: bool) -> Resul
         hash: bytes.as_ref().filter(|_| content).map(|(bytes, _)| hash(bytes)),
         content: bytes.filter(|_| content).map(|(bytes, _)| encode(&bytes)),
     })
+}
+
+/// What is wrong with a folder of secrets. One that others use as well (`/etc`) is judged by its files alone.
+pub fn secret_dir(dir: &Path) -> Option<String> {
+    let meta = fs_err::metadata(dir).ok()?;
+    let ours = dir.file_name().is_some_and(|name| name.to_string_lossy().contains("secret"));
+    let (mode, at) = (meta.mode() & 0o7777, dir.display());
+    if meta.uid() != 0 {
+        Some(format!("{at} belongs to user {}; chown root:root {at}", meta.uid()))
+    } else if ours && mode & 0o077 != 0 {
+        Some(format!("{at} has mode {mode:04o}; chmod 700 {at}"))
+    } else if mode & 0o022 != 0 && mode & 0o1000 == 0 {
+        Some(format!("{at} has mode {mode:04o}, others can put files there; chmod go-w {at}"))
+    } else {
+        None
+    }
+}
+
+/// The first line of a file that keeps its service from being started, with the next move: systemd would refuse it, or
+/// write it to the journal.
+pub fn illegible(name: &ServiceName, file: &SecretFile) -> io::Result<Option<String>> {
+    if file.form == Form::Bytes {
+        return Ok(None);
+    }
+    let (_, mistakes) = environment::read(&fs_err::read(&file.path)?);
+    let grave = mistakes.iter().find(|mistake| mistake.grave);
+    Ok(grave.map(|why| format!("{}, {why}; mend it with 'omni-deploy secrets edit {name}'", file.path)))
 }
 
 /// On the host: puts a content in place, if what is there now is what it is meant to replace. The file keeps its

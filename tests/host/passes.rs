@@ -132,12 +132,7 @@ fn a_service_that_is_taken_out_leaves_nothing_and_the_last_one_only_goes_when_as
     host.serves("web", "one");
 
     host.sh("deploy-manifest remove-service web");
-    let pass = host.passes_with(1);
-    assert!(
-        pass.said.contains("nothing was removed") && pass.said.contains("--allow-empty"),
-        "{}",
-        pass.said
-    );
+    host.refuses_to_be_emptied();
     assert_eq!(host.invocation("web"), invocation);
     host.serves("web", "one");
     host.sh("deployer run --allow-empty");

@@ -101,6 +101,13 @@ impl Solo {
         pass
     }
 
+    /// A pass that stops nothing, because the manifest would stop everything.
+    #[track_caller]
+    pub fn refuses_to_be_emptied(&self) {
+        let said = self.passes_with(1).said;
+        assert!(said.contains("nothing was removed") && said.contains("--allow-empty"), "{said}");
+    }
+
     /// Why a service is not as the manifest says.
     #[track_caller]
     pub fn reason(&self, name: &str) -> String {

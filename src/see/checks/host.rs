@@ -5,6 +5,7 @@ use super::{Check, said, writable};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::caddy::{self, Observed, RoutePlan};
+use crate::deployer::observe;
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
 use crate::deployer::state::{Exposure, State};
 use crate::error::did_you_mean;
@@ -12,13 +13,12 @@ use crate::manifest::Manifest;
 use crate::names::{HostName, ServiceName};
 use crate::runner::{Run, RunError, Status};
 use crate::say::printable;
-use crate::secrets::{self, Form, SecretFile, environment};
+use crate::secrets::{self, SecretFile};
 use crate::see::judge::STALE_SEC;
 use crate::see::reports;
 use crate::ssh::is_root;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -271,8 +271,8 @@ fn migrate_req(path: &Path) -> Check {
 fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
     const NAME: &str = "secrets";
     let here = manifest.services.iter().filter(|s| s.hosts.contains(host));
-    let of_each = here.flat_map(|s| secrets::files(s).into_iter().map(|file| (s.name.as_str(), file)));
-    let files: Vec<(&str, SecretFile)> = of_each.collect();
+    let of_each = here.flat_map(|s| secrets::files(s).into_iter().map(|file| (&s.name, file)));
+    let files: Vec<(&ServiceName, SecretFile)> = of_each.collect();
     if files.is_empty() {
         return vec![Check::ok(NAME, "no service here has any")];
     }
@@ -283,62 +283,22 @@ fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
     dirs.sort();
     dirs.dedup();
     let mut checks: Vec<Check> =
-        dirs.iter().filter_map(|dir| secret_dir(dir).map(|why| Check::fail(NAME, why))).collect();
-    checks.extend(files.iter().filter_map(|(service, file)| {
-        secret_file(Path::new(&file.path), file.form)
-            .map(|why| Check::fail(NAME, format!("of {service}: {why}")))
-    }));
+        dirs.iter().filter_map(|dir| secrets::secret_dir(dir).map(|why| Check::fail(NAME, why))).collect();
+    checks.extend(files.iter().filter_map(|(name, file)| Some(Check::fail(NAME, secret_file(name, file)?))));
     if checks.is_empty() {
         checks.push(Check::ok(NAME, format!("files, root's alone: {}", files.len())));
     }
     checks
 }
 
-/// What is wrong with a folder of secrets. One that others use as well (`/etc`) is judged by its files alone.
-pub fn secret_dir(dir: &Path) -> Option<String> {
-    let meta = fs_err::metadata(dir).ok()?;
-    let ours = dir.file_name().is_some_and(|name| name.to_string_lossy().contains("secret"));
-    let (mode, at) = (meta.mode() & 0o7777, dir.display());
-    if meta.uid() != 0 {
-        Some(format!("{at} belongs to user {}; chown root:root {at}", meta.uid()))
-    } else if ours && mode & 0o077 != 0 {
-        Some(format!("{at} has mode {mode:04o}; chmod 700 {at}"))
-    } else if mode & 0o022 != 0 && mode & 0o1000 == 0 {
-        Some(format!("{at} has mode {mode:04o}, others can put files there; chmod go-w {at}"))
-    } else {
-        None
+/// What is wrong with a file of secrets: what the deployer would not start the service with.
+fn secret_file(name: &ServiceName, file: &SecretFile) -> Option<String> {
+    if let Err(why) = observe::secrets_file(name, Path::new(&file.path)) {
+        return Some(why);
     }
-}
-
-/// What is wrong with a file of secrets.
-fn secret_file(file: &Path, form: Form) -> Option<String> {
-    let at = file.display();
-    let meta = match fs_err::symlink_metadata(file) {
-        Ok(meta) => meta,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Some(format!("{at} is missing; make it: install -m 600 -o root -g root /dev/stdin {at}"));
-        }
-        Err(e) => return Some(crate::error::io_text(&e)),
-    };
-    let mode = meta.mode() & 0o7777;
-    if meta.is_symlink() {
-        Some(format!("{at} is a symbolic link; put the file itself there"))
-    } else if !meta.is_file() {
-        Some(format!("{at} is no regular file; put one there"))
-    } else if meta.uid() != 0 {
-        Some(format!("{at} belongs to user {}; chown root:root {at}", meta.uid()))
-    } else if mode & 0o177 != 0 {
-        Some(format!("{at} has mode {mode:04o}; chmod 600 {at}"))
-    } else if form == Form::Bytes {
-        None
-    } else {
-        let bytes = match fs_err::read(file) {
-            Ok(bytes) => bytes,
-            Err(e) => return Some(crate::error::io_text(&e)),
-        };
-        let (_, mistakes) = environment::read(&bytes);
-        let grave = mistakes.iter().find(|mistake| mistake.grave)?;
-        Some(format!("{at}, {grave}; mend it with 'omni-deploy secrets edit'"))
+    match secrets::illegible(name, file) {
+        Ok(mistake) => mistake.map(|why| format!("secrets file {why}")),
+        Err(e) => Some(crate::error::io_text(&e)),
     }
 }
 
@@ -438,6 +398,7 @@ fn free(dir: &str, df: &str) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::secrets::Form;
     use crate::see::checks::Verdict;
     use std::os::unix::fs::PermissionsExt;
 
@@ -472,10 +433,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("ava.env");
         let link = dir.path().join("link.env");
+        let secret_file = |path: &Path, form| {
+            let file = SecretFile { path: path.to_str().unwrap().into(), form };
+            super::secret_file(&ServiceName::parse("ava").unwrap(), &file)
+        };
         assert!(secret_file(&file, Form::Environment).unwrap().contains("missing"));
         fs_err::write(&file, "K=v").unwrap();
         let mode = |m| fs_err::set_permissions(&file, std::fs::Permissions::from_mode(m)).unwrap();
-        for (m, well) in [(0o644, false), (0o640, false), (0o700, false), (0o600, true), (0o400, true)] {
+        for (m, well) in
+            [(0o644, false), (0o640, false), (0o700, false), (0o4600, false), (0o600, true), (0o400, true)]
+        {
             mode(m);
             let why = secret_file(&file, Form::Environment);
             assert_eq!(why.is_none(), well, "{m:o}: {why:?}");
@@ -488,7 +455,7 @@ mod tests {
         assert_eq!(secret_file(&file, Form::Bytes), None);
         fs_err::os::unix::fs::symlink(&file, &link).unwrap();
         assert!(secret_file(&link, Form::Environment).unwrap().contains("symbolic link"));
-        assert!(secret_file(dir.path(), Form::Environment).unwrap().contains("no regular file"));
+        assert!(secret_file(dir.path(), Form::Environment).unwrap().contains("not a regular file"));
     }
 
     #[test]
