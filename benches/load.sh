@@ -14,7 +14,7 @@ usage: load.sh        (as root)
 Takes about ten minutes. The table goes to stdout, what was sent again and what failed to stderr after it.
 
 example: benches/load.sh >table.md
-environment: CARGO_TARGET_DIR; OMNI_LAB_DIR, OMNI_LAB_NET (see contrib/lab.sh)
+environment: CARGO_TARGET_DIR; OMNI_LAB_DIR, OMNI_LAB_NET (see tests/lab/lab.sh)
 TEXT
 }
 
@@ -27,7 +27,7 @@ case ${1-} in
   *) usage >&2; exit 2 ;;
 esac
 ((EUID == 0)) || die "a host is booted, which takes root; use sudo"
-"$top/contrib/lab.sh" packages
+"$top/tests/lab/lab.sh" packages
 
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$top/target}
 say "building"

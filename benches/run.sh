@@ -9,7 +9,7 @@ set -euo pipefail
 export LC_ALL=C
 
 top=$(dirname "$(dirname "$(readlink -f "$0")")")
-lab=$top/contrib/lab.sh
+lab=$top/tests/lab/lab.sh
 GROUPS_OF_ROWS=(binary show writers large push idle hundred)
 
 usage() {
@@ -20,7 +20,7 @@ groups: ${GROUPS_OF_ROWS[*]}; without one: all of them, which takes about ten mi
 The table goes to stdout, progress to stderr.
 
 example: benches/run.sh show large >table.md
-environment: CARGO_TARGET_DIR; OMNI_LAB_DIR, OMNI_LAB_NET (see contrib/lab.sh), here $OMNI_LAB_DIR and $OMNI_LAB_NET
+environment: CARGO_TARGET_DIR; OMNI_LAB_DIR, OMNI_LAB_NET (see tests/lab/lab.sh), here $OMNI_LAB_DIR and $OMNI_LAB_NET
 TEXT
 }
 

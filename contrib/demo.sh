@@ -21,7 +21,7 @@ TEXT
 die() { printf 'demo.sh: %s\n' "$*" >&2; exit 1; }
 
 # Nothing that is started may keep the lock, or a host that outlives a killed demo would.
-lab() { "$top/contrib/lab.sh" "$@" 8>&-; }
+lab() { "$top/tests/lab/lab.sh" "$@" 8>&-; }
 
 tell() {
   if [[ -t 1 && -z ${NO_COLOR:-} ]]; then printf '\n\e[1m# %s\e[0m\n' "$*"; else printf '\n# %s\n' "$*"; fi

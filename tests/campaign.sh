@@ -6,9 +6,5 @@
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
-target=${CARGO_TARGET_DIR:-$PWD/target}
-export CARGO_TARGET_DIR=$target
-export OMNI_TEST_S3=${OMNI_TEST_S3:-$target/debug/omni-test-s3}
-if [[ ! -x $OMNI_TEST_S3 ]]; then cargo build --locked --manifest-path tests/s3-server/Cargo.toml; fi
 if (($#)); then names=("$@"); else names=(kill:: writes:: order::); fi
 exec cargo test --locked --features campaign --test host -- --nocapture "${names[@]}"

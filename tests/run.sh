@@ -6,7 +6,7 @@ set -euo pipefail
 
 top=$(dirname "$(dirname "$(readlink -f "$0")")")
 cd "$top"
-lab=$top/contrib/lab.sh
+lab=$top/tests/lab/lab.sh
 group_file=/run/omni-deploy-tests.group
 scratch_prefix=/tmp/omni-deploy-tests
 export OMNI_LAB_DIR=/run/omni-deploy-lab-tests
@@ -23,8 +23,7 @@ usage: run.sh        (as root)
 
 Builds everything, checks formatting, lints, scripts and units, runs the tests of all three storeys (tables in
 the modules, the built program against directories and servers, booted hosts), and prints a summary. Takes no
-arguments: to run a part, use cargo test, with OMNI_TEST_S3 and OMNI_TEST_LOAD set to what tests/s3-server and
-tests/load build.
+arguments: CONTRIBUTING.md has how to run a part.
 TEXT
 }
 
@@ -165,9 +164,10 @@ main() {
   stage 'tests: dependencies' tests/dependencies.sh
   stage 'fuzz: short run' fuzz/run.sh
   stage 'tests: what Nix builds from' tests/nix_package.sh
-  stage 'tests: lab, units, installer' tests/lab_selftest.sh
+  stage 'tests: lab, units, installer' tests/lab/selftest.sh
   # Booted hosts mostly wait, and many tests for one host: more at a time than there are cores.
-  stage 'tests: all three storeys' cargo test --locked --no-fail-fast --features campaign -- --test-threads 4
+  stage 'tests: modules, and the built program' cargo test --locked --no-fail-fast -- --include-ignored
+  stage 'tests: booted hosts' cargo test --locked --no-fail-fast --features campaign --test host -- --test-threads 4
   finish
 }
 

@@ -379,6 +379,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
+    #[ignore = "needs root: cargo test -- --ignored"]
     fn secrets_that_others_could_read_are_refused_with_the_line_to_type() {
         let dir = tempfile::tempdir().unwrap();
         let name = ServiceName::parse("ava").unwrap();

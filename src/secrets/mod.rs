@@ -280,6 +280,7 @@ mod tests {
 
     /// Needs root, as the whole of this machine's tests does: these files are root's.
     #[test]
+    #[ignore = "needs root: cargo test -- --ignored"]
     fn a_write_keeps_mode_and_owner_and_replaces_only_what_was_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new/ava.env");
@@ -298,6 +299,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs root: cargo test -- --ignored"]
     fn nothing_is_read_or_written_through_a_link_or_a_folder_of_somebody_else() {
         let dir = tempfile::tempdir().unwrap();
         let (secret, link) = (dir.path().join("s"), dir.path().join("link"));

@@ -2,7 +2,8 @@
 //! wire. Developers and hosts have the policies of contrib/s3. What is put into it behind the product's back goes
 //! over S3 as well.
 
-use crate::lab::{Background, Host, TOP};
+use crate::built::S3_SERVER;
+use crate::lab::{Background, Host};
 use crate::policy;
 use omni_deploy::runner::Run;
 use std::path::PathBuf;
@@ -48,9 +49,7 @@ impl Bucket {
         if self.server.is_some() {
             return;
         }
-        let program = std::env::var("OMNI_TEST_S3").unwrap_or_else(|_| {
-            panic!("OMNI_TEST_S3 must name the S3 server: build it with 'cargo build --locked' in {TOP}/tests/s3-server")
-        });
+        let program = S3_SERVER.display().to_string();
         let at = |name: &str| self.dir.join(name).display().to_string();
         let user = |(key, secret): (&str, &str)| format!("{key}:{secret}:{}", at(key));
         let mut server = Background::start(

@@ -1,7 +1,8 @@
-//! Booted hosts for the tests: what contrib/lab.sh does, as values. Everything that is started here ends with
+//! Booted hosts for the tests: what tests/lab/lab.sh does, as values. Everything that is started here ends with
 //! the test process, however that ends: it hangs on a pipe that the kernel then closes. It decides nothing
 //! about the product; the tests do.
 
+use crate::built::cargo;
 use omni_deploy::runner::{Output, Run, Status};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -39,13 +40,7 @@ pub static PAGE: LazyLock<PathBuf> = LazyLock::new(|| example("page", &[]));
 pub static FAULTS: LazyLock<PathBuf> = LazyLock::new(|| example("faults", &["--features", "faults"]));
 
 fn example(name: &str, options: &[&str]) -> PathBuf {
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-    // Without what cargo tells its tests, at which build scripts would think that everything has changed.
-    let told = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_EXE_", "CARGO_CRATE_NAME", "LD_LIBRARY_PATH"];
-    let mut build = Run::new(cargo).args(["build", "--quiet", "--example", name]).args(options).dir(TOP);
-    for (name, _) in std::env::vars().filter(|(name, _)| told.iter().any(|t| name.starts_with(t))) {
-        build = build.without_env(&name);
-    }
+    let build = cargo(&["build", "--quiet", "--example", name]).args(options).dir(TOP);
     build.success().unwrap_or_else(|e| panic!("the example '{name}' is needed: {e}"));
     let tests = std::env::current_exe().expect("this test has a path");
     tests.ancestors().nth(2).expect("tests are below target/PROFILE/deps").join("examples").join(name)
@@ -113,9 +108,9 @@ impl Drop for Background {
     }
 }
 
-/// Runs contrib/lab.sh.
+/// Runs tests/lab/lab.sh.
 fn lab(args: &[&str]) -> Output {
-    Run::new(format!("{TOP}/contrib/lab.sh"))
+    Run::new(format!("{TOP}/tests/lab/lab.sh"))
         .args(args)
         .env("OMNI_LAB_DIR", &*LAB_DIR)
         .deadline(Duration::from_secs(240))
@@ -157,12 +152,12 @@ impl Host {
         let started = lab(&["up", name]);
         assert!(
             started.status.ok(),
-            "the host tests boot hosts: run them as root, after 'contrib/lab.sh packages'\n{}",
+            "these tests boot hosts: run them as root, after 'tests/lab/lab.sh packages'\n{}",
             started.stderr
         );
         let guard = Background::start(
             "cat; exec \"$1\" down \"$2\" >/dev/null",
-            &[&format!("{TOP}/contrib/lab.sh"), name],
+            &[&format!("{TOP}/tests/lab/lab.sh"), name],
         );
         let host = Host {
             name,

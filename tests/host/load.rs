@@ -3,7 +3,8 @@
 //! `OMNI_TEST_LOAD` names the generator (tests/load); with `OMNI_LOAD_FULL` set, ten deploys of each kind are
 //! made under 280,000 requests and more, as benches/load.sh does.
 
-use crate::lab::{Background, TOP, soon};
+use crate::built::LOAD;
+use crate::lab::{Background, soon};
 use crate::solo::{Solo, solo, web};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -34,9 +35,7 @@ fn scale() -> Scale {
 
 /// The generator, which is also the service.
 fn program() -> String {
-    std::env::var("OMNI_TEST_LOAD").unwrap_or_else(|_| {
-        panic!("OMNI_TEST_LOAD must name the load generator: build it with 'cargo build --locked' in {TOP}/tests/load")
-    })
+    LOAD.display().to_string()
 }
 
 /// Where what failed is told, one by one.

@@ -135,7 +135,7 @@ fn he_holds_nothing_up_and_plants_nothing() {
     let mut holder = Background::start(
         "exec 3<&0; \"$@\" <&3 3<&-",
         &[
-            &format!("{}/contrib/lab.sh", crate::lab::TOP),
+            &format!("{}/tests/lab/lab.sh", crate::lab::TOP),
             "run",
             "solo",
             "runuser",

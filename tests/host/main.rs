@@ -1,9 +1,18 @@
 //! The third storey: a booted systemd with Caddy, Nix and sshd, on which the product does all it promises.
-//! Needs root and the packages of contrib/lab.sh, and fails without; contrib/lab.sh tells what a host is.
-//! `OMNI_TEST_BINARY` names the omni-deploy to test (default: this profile's), `OMNI_TEST_S3` the S3 server,
-//! `OMNI_TEST_LOAD` the load generator.
+//! Needs root and the packages of tests/lab/lab.sh, which tells what a host is; so `cargo test` leaves it out:
+//!
+//! ```text
+//! sudo tests/lab/lab.sh packages
+//! cargo test --no-run --test host        # prints the program to run with sudo, as in
+//! sudo target/debug/deps/host-… passes:: --test-threads 2
+//! ```
+//!
+//! `OMNI_TEST_BINARY` names the omni-deploy to test (default: this profile's); `OMNI_TEST_S3` the S3 server and
+//! `OMNI_TEST_LOAD` the load generator (default: built when first needed); `OMNI_LAB_DIR` where the hosts live.
 
 mod bucket;
+#[path = "../cli/common/built.rs"]
+mod built;
 mod developer;
 mod hardening;
 mod hostile;
@@ -16,7 +25,7 @@ mod mistakes;
 #[cfg(feature = "campaign")]
 mod order;
 mod passes;
-#[path = "../common/policy.rs"]
+#[path = "../cli/common/policy.rs"]
 mod policy;
 mod power;
 mod returns;

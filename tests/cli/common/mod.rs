@@ -2,10 +2,10 @@
 
 #![allow(dead_code, reason = "every test program uses a part of it")]
 
+pub mod built;
 pub mod policy;
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
 #[allow(clippy::disallowed_types, reason = "a server in the background, ended by its own handle")]
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -31,16 +31,6 @@ pub struct S3Server {
     pub address: String,
 }
 
-/// The server's binary. Its absence fails the test: what was not tested must not look tested.
-fn binary() -> PathBuf {
-    std::env::var_os("OMNI_TEST_S3").map(PathBuf::from).unwrap_or_else(|| {
-        panic!(
-            "OMNI_TEST_S3 is not set: build the S3 test server with 'cargo build --manifest-path \
-             tests/s3-server/Cargo.toml' and set OMNI_TEST_S3 to its omni-test-s3 (tests/run.sh does both)"
-        )
-    })
-}
-
 impl S3Server {
     /// Three users: [`KEY`], and [`DEVELOPER`] and [`HOST`], who use all of the bucket.
     pub fn start() -> Self {
@@ -58,7 +48,7 @@ impl S3Server {
         };
         let developer = user(DEVELOPER, policy::developer(BUCKET, prefix));
         let host = user(HOST, policy::host(BUCKET, prefix, "biz"));
-        let mut child = Command::new(binary())
+        let mut child = Command::new(&*built::S3_SERVER)
             .arg("--root")
             .arg(at("root"))
             .args(["--listen", "127.0.0.1:0", "--bucket", BUCKET, "--user", &format!("{KEY}:{SECRET}")])
@@ -70,7 +60,7 @@ impl S3Server {
             .args(host)
             .stdout(Stdio::piped())
             .spawn()
-            .expect("OMNI_TEST_S3 names a program that starts");
+            .expect("the S3 test server starts");
         let mut line = String::new();
         let stdout = child.stdout.take().expect("stdout is piped");
         BufReader::new(stdout).read_line(&mut line).expect("the server says where it listens");

@@ -1,5 +1,5 @@
 //! `omni-deploy secrets`, through the built binary. Hosts are reached through a script in ssh's place that runs the
-//! words as a host's shell would, on this machine. Needs root, as the whole of this machine's tests does: secrets are
+//! words as a host's shell would, on this machine. What needs root does so because secrets are
 //! root's.
 
 mod common;
@@ -155,6 +155,7 @@ fn who_shows_the_mark() -> Vec<String> {
 }
 
 #[test]
+#[ignore = "needs root: cargo test -- --ignored"]
 fn check_tells_names_and_remedies_and_never_a_value() {
     let machine = Machine::new(&["biz", "two"]);
     machine.has_secrets(&format!("TOKEN={MARK}\n# {MARK}\nKEY='{MARK}\n{MARK}'\n"));
@@ -199,6 +200,7 @@ fn check_tells_names_and_remedies_and_never_a_value() {
 }
 
 #[test]
+#[ignore = "needs root: cargo test -- --ignored"]
 fn an_edit_goes_over_stdin_into_the_same_file_whole_and_leaves_nothing_behind() {
     let machine = Machine::new(&["biz"]);
     machine.has_secrets(&format!("TOKEN={MARK}-old\n"));
@@ -257,6 +259,7 @@ fn an_edit_goes_over_stdin_into_the_same_file_whole_and_leaves_nothing_behind() 
 }
 
 #[test]
+#[ignore = "needs root: cargo test -- --ignored"]
 fn a_file_that_is_not_there_is_made_for_root_alone_with_its_folder() {
     let machine = Machine::new(&["biz"]);
     machine.script("editor", &format!("test ! -s $1 && echo TOKEN={MARK} >$1"));
@@ -274,6 +277,7 @@ fn a_file_that_is_not_there_is_made_for_root_alone_with_its_folder() {
 }
 
 #[test]
+#[ignore = "needs root: cargo test -- --ignored"]
 fn a_credential_is_one_file_of_several_and_takes_any_bytes() {
     let machine = Machine::new(&["biz"]);
     machine.has_secrets("A=1\n");
@@ -287,6 +291,7 @@ fn a_credential_is_one_file_of_several_and_takes_any_bytes() {
 }
 
 #[test]
+#[ignore = "needs root: cargo test -- --ignored"]
 fn what_cannot_be_written_is_kept_for_the_person_who_wrote_it() {
     let machine = Machine::new(&["biz"]);
     let dir = machine.dir.path().display().to_string();
@@ -327,6 +332,7 @@ fn what_cannot_be_written_is_kept_for_the_person_who_wrote_it() {
 }
 
 #[test]
+#[ignore = "needs root: cargo test -- --ignored"]
 fn ctrl_c_is_the_editors_and_any_other_end_leaves_nothing_on_the_disk() {
     let machine = Machine::new(&["biz"]);
     let dir = machine.dir.path().display();

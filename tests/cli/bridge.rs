@@ -253,8 +253,9 @@ fn a_client_that_leaves_in_the_middle_leaves_no_object() {
     assert_eq!((rest.len(), stored(&s3, "nar/half"), bridge.troubles()), (0, None, Vec::new()));
 }
 
-/// Needs root, as the whole of this machine's tests does, to be somebody else for a moment.
+/// As root, to be somebody else for a moment.
 #[test]
+#[ignore = "needs root: cargo test -- --ignored"]
 fn another_user_is_not_answered_even_with_the_path() {
     let s3 = S3Server::start_below("cache");
     let bridge = Bridge::open(developers_bucket(&s3), Access::Read).unwrap();
@@ -286,6 +287,7 @@ fn the_bridge_ends_with_its_guard() {
 
 /// The files below /proc of a process that forbids core dumps are root's: who it is must not be read from them.
 #[test]
+#[ignore = "needs root and Nix: cargo test -- --ignored"]
 fn a_user_who_is_not_root_is_answered_by_their_own_bridge() {
     let s3 = S3Server::start();
     let dir = tempfile::tempdir().unwrap();

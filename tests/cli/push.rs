@@ -111,7 +111,7 @@ fn with_credentials(test: &str) -> bool {
     });
     fs_err::write(home.path().join(".aws/credentials"), profiles.concat()).unwrap();
     let run = Run::new(std::env::current_exe().unwrap().to_str().unwrap())
-        .args([test, "--exact", "--nocapture"])
+        .args([test, "--exact", "--nocapture", "--include-ignored"])
         .env("OMNI_TEST_INSIDE", "1")
         .env("HOME", home.path())
         .env("NIX_CONFIG", NIX_CONFIG)
@@ -143,6 +143,7 @@ fn push_and_push_again(desk: &Desk, writes: &dyn Fn() -> usize) {
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn a_push_to_s3_arrives_once() {
     let s3 = S3Server::start_below("team");
     let desk = Desk::new(&s3.url("team"));
@@ -150,6 +151,7 @@ fn a_push_to_s3_arrives_once() {
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn a_push_to_a_directory_arrives_once() {
     let desk = Desk::in_directory();
     let files = |dir: &Path| ask("find", &[dir.to_str().unwrap(), "-type", "f"]).lines().count();
@@ -172,6 +174,7 @@ fn round_trip(desk: &Desk) {
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn what_was_pushed_to_s3_can_be_fetched() {
     if with_credentials("what_was_pushed_to_s3_can_be_fetched") {
         let s3 = S3Server::start();
@@ -180,11 +183,13 @@ fn what_was_pushed_to_s3_can_be_fetched() {
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn what_was_pushed_to_a_directory_can_be_fetched() {
     round_trip(&Desk::in_directory());
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
     if !with_credentials("the_reasons_why_a_closure_cannot_be_had_are_told_apart") {
         return;
@@ -249,6 +254,7 @@ fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn a_hole_in_the_cache_is_found_and_the_next_push_fills_it() {
     let desk = Desk::in_directory();
     let settings = desk.settings(&[]);
@@ -286,6 +292,7 @@ fn a_hole_in_the_cache_is_found_and_the_next_push_fills_it() {
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn what_was_cached_without_a_signature_gets_one() {
     let desk = Desk::in_directory();
     let closure = Closure::build("unsigned", 1000);
@@ -304,6 +311,7 @@ fn what_was_cached_without_a_signature_gets_one() {
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn a_build_that_fails_publishes_nothing_and_says_so() {
     let desk = Desk::in_directory();
     desk.ok(&["manifest", "init"]);
@@ -362,6 +370,7 @@ fn an_unknown_service_is_refused_before_anything_is_built() {
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn several_targets_are_one_version_with_their_commit() {
     let desk = Desk::in_directory();
     desk.ok(&["manifest", "init"]);
@@ -385,6 +394,7 @@ fn several_targets_are_one_version_with_their_commit() {
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn a_flake_and_a_nix_file_are_built_and_named() {
     let desk = Desk::in_directory();
     desk.ok(&["manifest", "init"]);
@@ -422,6 +432,7 @@ fn a_flake_and_a_nix_file_are_built_and_named() {
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn a_bucket_that_refuses_is_heard_through_nix() {
     let s3 = S3Server::start();
     let desk = Desk::new(&s3.url(""));
@@ -477,6 +488,7 @@ fn state(serial: u64, status: Status, runs: &StorePath, attempted: Option<&Store
 }
 
 #[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn shipping_ends_with_the_truth_about_every_host() {
     let desk = Desk::in_directory();
     desk.ok(&["manifest", "init"]);

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Proves what the other tests stand on: the hosts of contrib/lab.sh, the units, the installer and the example.
+# Proves what the other tests stand on: the hosts of tests/lab/lab.sh, the units, the installer and the example.
 # Needs root. BINARY names a built omni-deploy to install; without it a stand-in is installed that does, from
 # within the hardened unit, everything a deployer does to its host.
 # shellcheck disable=SC2016  # scripts in single quotes are for the shell of the host they are run in
 set -euo pipefail
 
-top=$(dirname "$(dirname "$(readlink -f "$0")")")
-lab=$top/contrib/lab.sh
+top=$(dirname "$(dirname "$(dirname "$(readlink -f "$0")")")")
+lab=$top/tests/lab/lab.sh
 export OMNI_LAB_DIR=/run/omni-deploy-lab-selftest   # apart from hosts that somebody works with
 scratch=$(mktemp -d)
 failed=0
@@ -219,12 +219,14 @@ test_lab() {
 
 test_sources() {
   local script unit root
-  for script in "$top"/contrib/*.sh "$top"/contrib/example/*.sh "$top"/tests/*.sh; do
+  for script in "$top"/contrib/*.sh "$top"/contrib/example/*.sh "$top"/tests/*.sh "$top"/tests/lab/*.sh; do
     check "shellcheck ${script#"$top"/}" shellcheck "$script"
   done
   "$lab" up verify
   root=$("$lab" root verify)/opt
-  cp -r "$top/contrib" "$top/tests" "$root/"
+  mkdir "$root/tests"
+  cp -r "$top/contrib" "$root/"
+  cp "$top/tests/nix_module.nix" "$root/tests/"
   for script in Cargo.toml src; do
     [[ ! -e $top/$script ]] || cp -r "$top/$script" "$root/"
   done
@@ -385,7 +387,7 @@ test_install() {
   "$lab" down target
 }
 
-((EUID == 0)) || { echo "lab_selftest.sh: must be root; use sudo" >&2; exit 1; }
+((EUID == 0)) || { echo "selftest.sh: must be root; use sudo" >&2; exit 1; }
 "$lab" packages
 "$lab" down-all
 test_lab
