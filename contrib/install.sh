@@ -11,6 +11,7 @@ SERVICE_MARK='# Managed by omni-deploy'
 BIN=/usr/local/bin
 UNITS=/etc/systemd/system
 DROPIN=$UNITS/caddy.service.d/omni-deploy.conf
+CADDY_START=/usr/local/lib/omni-deploy/caddy-start
 SYSCTL=/etc/sysctl.d/90-omni-deploy.conf
 MIGRATE=/proc/sys/net/ipv4/tcp_migrate_req
 changes=0
@@ -110,6 +111,7 @@ install_dropin() {
     warn "caddy: left alone, because $vendor starts it in an unknown way; $advice"
     return 0
   fi
+  place "$here/systemd/caddy-start.sh" "$CADDY_START" 755
   place_marked "$here/systemd/caddy.service.d/omni-deploy.conf" "$DROPIN"
 }
 
@@ -197,6 +199,11 @@ do_uninstall() {
   drop_marked "$UNITS/deployer.service"
   drop_marked "$DROPIN"
   drop_marked "$SYSCTL"
+  if [[ -e $CADDY_START ]]; then
+    rm "$CADDY_START"
+    changed "removed $CADDY_START"
+    rmdir --ignore-fail-on-non-empty "${CADDY_START%/*}"
+  fi
   if [[ -d ${DROPIN%/*} ]]; then rmdir --ignore-fail-on-non-empty "${DROPIN%/*}"; fi
   if systemd_runs && ((changes > before)); then systemctl daemon-reload; fi
   for name in deploy-manifest deployer; do

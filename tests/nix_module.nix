@@ -39,15 +39,20 @@ let
       a // builtins.mapAttrs (name: value: if a ? ${name} then merge a.${name} value else value) b
     else b;
 
-  evaluate = { caddy ? false, ... }@values:
+  evaluate = { caddy ? false, enableReload ? true, ... }@values:
     let
       module = import ../contrib/nix/module.nix {
         inherit lib;
-        pkgs = { callPackage = _: _: "/nix/store/omni-deploy"; openssh = "/nix/store/openssh"; };
+        pkgs = {
+          callPackage = _: _: "/nix/store/omni-deploy";
+          openssh = "/nix/store/openssh";
+          # The text itself, so that it can be looked into and run.
+          writeShellScript = _: text: text;
+        };
         config = {
-          services.caddy.enable = caddy;
+          services.caddy = { enable = caddy; inherit enableReload; configFile = "/nix/store/caddyfile"; };
           services.omni-deploy = builtins.mapAttrs (_: option: option.default) module.options.services.omni-deploy
-            // { enable = true; } // removeAttrs values [ "caddy" ];
+            // { enable = true; } // removeAttrs values [ "caddy" "enableReload" ];
           nix.package = "/nix/store/nix";
           systemd.package = "/nix/store/systemd";
         };
@@ -63,6 +68,10 @@ let
     trustedPublicKeys = [ "ann:key" ];
     unitDir = "/run/systemd/system";
   };
+
+  restarted = evaluate { caddy = true; enableReload = false; };
+  caddyOf = result: result.config.systemd.services.caddy.serviceConfig;
+  has = part: text: builtins.length (builtins.split part text) > 1;
 
   package = import ../contrib/nix/package.nix {
     inherit lib;
@@ -88,6 +97,11 @@ let
     "Caddy is left alone where there is none" = !(plain.config.systemd.services ? caddy);
     "and resumes where there is one" = full.config.services.caddy.resume
       && full.config.systemd.services.caddy.serviceConfig.Restart == "always";
+    "and starts from a configuration that is another one" =
+      has "readlink -f /etc/caddy/caddy_config" (builtins.head (caddyOf full).ExecStartPre)
+      && has "now=/nix/store/caddyfile" (builtins.head (caddyOf restarted).ExecStartPre);
+    "a pass is asked for after a reload, where there is one" =
+      builtins.length (flatten (caddyOf full).ExecReload) == 2 && flatten (caddyOf restarted).ExecReload == { };
     "every option says what it is for" = builtins.all (name: name == "enable" || plain.options.${name} ? description)
       (builtins.attrNames plain.options);
     "the package has both names" = builtins.match ".*deploy-manifest.*deployer.*" package.postInstall != null;

@@ -49,6 +49,23 @@ let
 
   # Asks for a pass, with root's rights (+) because Caddy's user may not, and never fails Caddy (-).
   nudge = "-+${config.systemd.package}/bin/systemctl start --no-block deployer.service";
+
+  # With --resume Caddy starts with the configuration it had last, and a rebuild or a boot would not apply what the
+  # system's configuration says of Caddy now. So where that is another file of the store than at the last start or
+  # reload, what Caddy saved is set aside: it starts from the file, and the pass that is asked for brings our route back.
+  caddyConfig =
+    if config.services.caddy.enableReload then "$(readlink -f /etc/caddy/caddy_config)"
+    else "${config.services.caddy.configFile}";
+  caddyStart = pkgs.writeShellScript "omni-deploy-caddy-start" ''
+    dir=''${XDG_CONFIG_HOME:-$HOME/.config}/caddy
+    now=${caddyConfig}
+    [ "$now" != "$(cat "$dir/omni-deploy.seen" 2>/dev/null)" ] || exit 0
+    if [ "''${1:-}" != reloaded ] && [ -e "$dir/autosave.json" ]; then
+      mv -f "$dir/autosave.json" "$dir/autosave.json.before"
+    fi
+    mkdir -p "$dir"
+    echo "$now" >"$dir/omni-deploy.seen.new" && mv -f "$dir/omni-deploy.seen.new" "$dir/omni-deploy.seen"
+  '';
 in
 {
   options.services.omni-deploy = keys // {
@@ -170,8 +187,11 @@ in
           Restart = lib.mkForce "always";
           RestartPreventExitStatus = lib.mkForce "";
           RestartSec = lib.mkForce "1s";
+          ExecStartPre = [ "-${caddyStart}" ];
           ExecStartPost = [ nudge ];
-          ExecReload = lib.mkAfter [ nudge ];
+          # Without enableReload the unit has no reload, and a rebuild restarts Caddy instead.
+          ExecReload = lib.mkIf config.services.caddy.enableReload
+            (lib.mkAfter [ "-${caddyStart} reloaded" nudge ]);
         };
       };
     })

@@ -351,6 +351,16 @@ pub fn journal(unit: &str, since: i64, lines: u32) -> Vec<String> {
     }
 }
 
+/// The last lines that Caddy wrote to the journal, oldest first, whole: they are JSON. None where there is no journal.
+pub fn caddy_log() -> Vec<String> {
+    let output = Run::new("journalctl")
+        .args(["--no-pager", "--output=cat", "--quiet", "--unit=caddy.service", "--unit=caddy-api.service"])
+        .args(["--since=-2days", "--lines=3000"])
+        .deadline(Duration::from_secs(10))
+        .output();
+    output.map(|output| output.text().lines().map(String::from).collect()).unwrap_or_default()
+}
+
 /// A line of a log, cut where it stops being one.
 fn clip(line: &str) -> String {
     match line.char_indices().nth(500) {

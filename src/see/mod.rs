@@ -2,5 +2,6 @@
 //! [`checks`] looks at this machine for `doctor`. Never changes anything that lasts.
 
 pub mod checks;
+pub mod domains;
 pub mod judge;
 pub mod reports;

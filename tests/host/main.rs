@@ -14,6 +14,7 @@ mod bucket;
 #[path = "../cli/common/built.rs"]
 mod built;
 mod developer;
+mod doors;
 mod hardening;
 mod hostile;
 #[cfg(feature = "campaign")]

@@ -7,13 +7,14 @@ use crate::config::Settings;
 use crate::deployer::caddy::{self, Observed, RoutePlan};
 use crate::deployer::observe;
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
-use crate::deployer::state::{Exposure, State};
+use crate::deployer::state::{self, Exposure, State};
 use crate::error::did_you_mean;
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, Service};
 use crate::names::{HostName, ServiceName};
 use crate::runner::{Run, RunError, Status};
 use crate::say::printable;
 use crate::secrets::{self, SecretFile};
+use crate::see::domains::{self, Visit};
 use crate::see::judge::STALE_SEC;
 use crate::see::reports;
 use crate::ssh::is_root;
@@ -45,9 +46,11 @@ pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> 
     let mut checks = vec![];
     checks.extend(manifest.map(|manifest| named(settings, manifest)));
     checks.extend(systemd(now));
-    checks.extend(caddy(settings, manifest));
+    let observed = caddy::observe(&settings.caddy_admin);
+    checks.extend(caddy(settings, manifest, &observed));
     checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")));
     if let Some(manifest) = manifest {
+        checks.extend(domains(settings, manifest, &observed));
         checks.extend(secrets(&settings.host, manifest));
         checks.extend(state_file().ok().map(|state| exposed(&state, manifest)));
     }
@@ -171,11 +174,11 @@ fn last_pass(now: Timestamp) -> Check {
 }
 
 /// Whether Caddy can be told, and which of its servers gets our route: both by the deployer's own rule.
-fn caddy(settings: &Settings, manifest: Option<&Manifest>) -> Vec<Check> {
+fn caddy(settings: &Settings, manifest: Option<&Manifest>, observed: &Observed) -> Vec<Check> {
     let needed = manifest.is_some_and(|manifest| {
         manifest.services.iter().any(|s| s.http.is_some() && s.hosts.contains(&settings.host))
     });
-    let mut checks = route(&caddy::observe(&settings.caddy_admin), settings, needed);
+    let mut checks = route(observed, settings, needed);
     checks.push(caddy_unit());
     checks
 }
@@ -203,6 +206,25 @@ fn route(observed: &Observed, settings: &Settings, needed: bool) -> Vec<Check> {
         (RoutePlan::None | RoutePlan::Current, None) => Check::ok(SERVER, "nothing to route"),
     };
     vec![Check::ok("caddy admin", format!("{} answers", settings.caddy_admin)), server]
+}
+
+/// What visitors of each domain meet. A service that is stopped on purpose, or was never pushed, serves nobody.
+fn domains(settings: &Settings, manifest: &Manifest, observed: &Observed) -> Vec<Check> {
+    let state = state_file().ok();
+    let stopped = |s: &Service| {
+        let known = state.as_ref().and_then(|state| state.services.get(&s.name));
+        known.is_some_and(|known| known.status == state::Status::Stopped)
+    };
+    let here = manifest.services.iter().filter(|s| s.hosts.contains(&settings.host));
+    let serving: Vec<&Service> =
+        here.filter(|s| s.artifact.store_path.path().is_some() && !stopped(s)).collect();
+    let visits = domains::visit(&serving, observed);
+    let check = |visit: Visit| Check {
+        name: "domain",
+        verdict: visit.verdict,
+        text: format!("{}: {}", visit.domain, visit.text),
+    };
+    visits.into_iter().map(check).collect()
 }
 
 /// Whether what the deployer tells Caddy survives Caddy's restart, and whether Caddy is started again.

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Part of omni-deploy, installed by contrib/install.sh. Run as Caddy's user before Caddy starts, and after a reload.
+#
+# With --resume Caddy starts with the configuration it had last, and would not see that the Caddyfile was edited
+# meanwhile. So what the Caddyfile says (as Caddy understands it, imports included) is remembered, and when it says
+# something else than at the last start or reload, the saved configuration is set aside: Caddy starts from the Caddyfile.
+# It never keeps Caddy from starting: a Caddyfile that cannot be used leaves the saved configuration in force.
+caddyfile=/etc/caddy/Caddyfile
+dir=${XDG_CONFIG_HOME:-$HOME/.config}/caddy
+record=$dir/omni-deploy.seen
+saved=$dir/autosave.json
+
+if ! said=$(/usr/bin/caddy adapt --config "$caddyfile"); then
+  echo "$caddyfile cannot be used; going on with the configuration that Caddy had last, if there is one" >&2
+  exit 0
+fi
+said=$(printf '%s' "$said" | sha256sum)
+if [ "$said" = "$(cat "$record" 2>/dev/null)" ]; then
+  exit 0
+fi
+if [ "${1:-}" != reloaded ] && [ -e "$saved" ]; then
+  mv -f "$saved" "$saved.before"
+  echo "$caddyfile says something else than when Caddy started last: starting from it; what Caddy had is in $saved.before" >&2
+fi
+mkdir -p "$dir"
+printf '%s\n' "$said" >"$record.new" && mv -f "$record.new" "$record"

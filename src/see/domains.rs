@@ -1,0 +1,726 @@
+//! What visitors of this host's domains meet: where DNS leads them, what certificate this host shows them, what
+//! answers, on :80 too. [`visit`] looks, on the host itself; [`judge`] says what is wrong, and is pure. Bounded in time
+//! and number, through no proxy, and nothing is changed by it.
+
+mod visitor;
+
+use super::checks::Verdict;
+use crate::deployer::caddy::{Observed, ROUTE_ID};
+use crate::deployer::systemd;
+use crate::manifest::Service;
+use crate::names::ServiceName;
+use crate::say::printable;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+use visitor::{Answer, Certificate, Fault, Met, NoAnswer, Request, Trust};
+
+/// How many domains are visited at most; the others are said not to have been.
+pub const MOST: usize = 64;
+
+/// How many are visited at once.
+const AT_ONCE: usize = 16;
+
+/// How long the look at DNS may take.
+const RESOLVE: Duration = Duration::from_secs(4);
+
+/// How long one request may take.
+const ANSWER: Duration = Duration::from_secs(4);
+
+/// How long DNS's addresses are tried, which may be anybody's.
+const THERE: Duration = Duration::from_secs(2);
+
+/// A reason of Caddy's is cut here, in characters.
+const MAX_REASON: usize = 400;
+
+/// What a visitor of one domain meets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Visit {
+    /// The domain, as the manifest has it.
+    pub domain: String,
+    /// The services behind it.
+    pub services: Vec<ServiceName>,
+    /// How it was found.
+    pub verdict: Verdict,
+    /// What was found and, unless it is well, what to do; without the domain. May hold text of others, with its control
+    /// characters escaped.
+    pub text: String,
+}
+
+/// Visits the domains of these services, which run on this host, all at the same time. `caddy` is what Caddy has.
+pub fn visit(services: &[&Service], caddy: &Observed) -> Vec<Visit> {
+    let mut domains: BTreeMap<&str, Vec<&Service>> = BTreeMap::new();
+    for service in services {
+        if let Some(http) = &service.http {
+            domains.entry(http.domain.as_str()).or_default().push(service);
+        }
+    }
+    let all: Vec<(&str, Vec<&Service>)> = domains.into_iter().collect();
+    let trust = Trust::of_the_system();
+    let mut seen: Vec<(&(&str, Vec<&Service>), Seen)> = vec![];
+    for some in all[..all.len().min(MOST)].chunks(AT_ONCE) {
+        seen.extend(std::thread::scope(|scope| {
+            let looks: Vec<_> =
+                some.iter().map(|one| (one, scope.spawn(|| look(one.0, &one.1, caddy, &trust)))).collect();
+            let joined = looks.into_iter().filter_map(|(one, look)| Some((one, look.join().ok()?)));
+            joined.collect::<Vec<_>>()
+        }));
+    }
+    // Caddy is only asked for its reasons where something is missing.
+    let log = if seen.iter().any(|(_, s)| s.lacks_a_certificate()) { systemd::caddy_log() } else { vec![] };
+    let mut visits: Vec<Visit> = seen
+        .into_iter()
+        .map(|((domain, services), seen)| {
+            let (verdict, text) = judge(&seen, reason(&log, &seen.name));
+            let services = services.iter().map(|s| s.name.clone()).collect();
+            Visit { domain: domain.to_string(), services, verdict, text: printable(&text).into_owned() }
+        })
+        .collect();
+    visits.extend(all.iter().skip(MOST).map(|(domain, services)| Visit {
+        domain: domain.to_string(),
+        services: services.iter().map(|s| s.name.clone()).collect(),
+        verdict: Verdict::Warn,
+        text: format!("not looked at: more than {MOST} domains; look with 'curl -v https://{domain}/'"),
+    }));
+    visits
+}
+
+/// A name that the domain covers.
+fn concrete(domain: &str) -> String {
+    domain.strip_prefix("*.").map_or_else(|| domain.to_string(), |rest| format!("www.{rest}"))
+}
+
+/// Where a name leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Dns {
+    /// Nowhere; in the resolver's words.
+    Nowhere(String),
+    /// It was not found out in time.
+    Late,
+    /// To these addresses; whether each is this host's.
+    To(Vec<(IpAddr, bool)>),
+}
+
+/// Where on this host its visitors are served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Door {
+    /// Caddy was not to be asked; why.
+    Unknown(String),
+    /// No server of Caddy has a route for the domain.
+    NoRoute,
+    /// This server has, at these addresses for ports 443, 80 and, without those two, some other.
+    Server { name: String, https: Option<SocketAddr>, http: Option<SocketAddr>, other: Option<SocketAddr> },
+}
+
+/// What one service behind the domain said.
+#[derive(Debug, Clone)]
+struct Asked {
+    service: ServiceName,
+    path: String,
+    port: u16,
+    /// To a visitor.
+    visitor: Met,
+    /// To somebody on the host.
+    direct: Result<Answer, NoAnswer>,
+}
+
+/// Everything that was seen of a domain.
+#[derive(Debug, Clone)]
+struct Seen {
+    name: String,
+    dns: Dns,
+    /// The address that this host uses towards the outside.
+    own: Option<IpAddr>,
+    door: Door,
+    asked: Vec<Asked>,
+    /// What :80 answers where :443 is the door.
+    plain: Option<Result<Answer, NoAnswer>>,
+    /// Who else shows the same certificate: DNS leads there, and from there to here.
+    forwarded: bool,
+    /// What DNS's address shows instead.
+    elsewhere: Option<Met>,
+    now: crate::clock::Timestamp,
+}
+
+impl Seen {
+    fn lacks_a_certificate(&self) -> bool {
+        self.asked.iter().any(|a| {
+            matches!(a.visitor.answer, Err(NoAnswer::NoCertificate))
+                || a.visitor.certificate.as_ref().is_some_and(|c| c.fault.is_some())
+        })
+    }
+}
+
+fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) -> Seen {
+    let name = concrete(domain);
+    let resolving = resolve(&name);
+    let door = door(domain, caddy);
+    let mut asked = vec![];
+    let mut plain = None;
+    if let Door::Server { https, http, other, .. } = &door {
+        for service in services {
+            let Some(route) = &service.http else { continue };
+            let path = path(service);
+            let met = match (https, http, other) {
+                (Some(to), ..) => visitor::https(plainly(*to, &name, &path), trust, within(ANSWER)),
+                (None, Some(to), _) => visitor::http(plainly(*to, &name, &path), within(ANSWER)),
+                (None, None, Some(to)) => {
+                    let met = visitor::https(plainly(*to, &name, &path), trust, within(ANSWER));
+                    match met.answer {
+                        Err(NoAnswer::NotTls) => visitor::http(plainly(*to, &name, &path), within(ANSWER)),
+                        _ => met,
+                    }
+                }
+                (None, None, None) => continue,
+            };
+            let scheme = if met.certificate.is_some() { "https" } else { "http" };
+            let forwarded = format!(
+                "X-Forwarded-For: 127.0.0.1\r\nX-Forwarded-Host: {name}\r\nX-Forwarded-Proto: {scheme}\r\n"
+            );
+            let to = SocketAddr::from((Ipv4Addr::LOCALHOST, route.internal_port));
+            let request = Request { to, host: &name, path: &path, forwarded: &forwarded };
+            asked.push(Asked {
+                service: service.name.clone(),
+                direct: visitor::http(request, within(ANSWER)).answer,
+                port: route.internal_port,
+                visitor: met,
+                path,
+            });
+        }
+        if let Some(https) = https {
+            let to = SocketAddr::new(http.map_or(https.ip(), |http| http.ip()), 80);
+            plain = Some(visitor::http(plainly(to, &name, "/"), within(ANSWER)).answer);
+        }
+    }
+    let dns = resolving.recv_timeout(RESOLVE).unwrap_or(Dns::Late);
+    let shown = asked.iter().find_map(|a| a.visitor.certificate.as_ref());
+    let mut elsewhere = None;
+    if let Dns::To(addresses) = &dns
+        && !addresses.iter().any(|(_, here)| *here)
+        && let Some((address, _)) = addresses.first()
+        && matches!(door, Door::Server { https: Some(_), .. })
+    {
+        let to = SocketAddr::new(*address, 443);
+        elsewhere = Some(visitor::https(plainly(to, &name, "/"), trust, within(THERE)));
+    }
+    let theirs = elsewhere.as_ref().and_then(|met| met.certificate.as_ref());
+    let forwarded = shown.is_some_and(|ours| theirs.is_some_and(|theirs| theirs.der == ours.der));
+    let own = source_towards(Ipv4Addr::new(192, 0, 2, 1).into());
+    let now = crate::clock::Timestamp::now();
+    Seen { own, forwarded, elsewhere, name, dns, door, asked, plain, now }
+}
+
+/// A request as a visitor makes it.
+fn plainly<'a>(to: SocketAddr, host: &'a str, path: &'a str) -> Request<'a> {
+    Request { to, host, path, forwarded: "" }
+}
+
+fn within(limit: Duration) -> Instant {
+    Instant::now() + limit
+}
+
+/// What is asked of a service: where it says that it is well, if that is within its route, else the top of it.
+fn path(service: &Service) -> String {
+    let top = service.http.as_ref().map_or("/", |http| http.path.as_str());
+    let health = service.health.as_ref().and_then(|health| health.path.as_deref());
+    let within = |path: &&str| {
+        top == "/" || path.strip_prefix(top).is_some_and(|r| r.is_empty() || r.starts_with('/'))
+    };
+    health.filter(within).unwrap_or(top).to_string()
+}
+
+/// Asks the system's resolver, which has no limit of its own, so that it can be left behind.
+fn resolve(name: &str) -> mpsc::Receiver<Dns> {
+    let (tell, told) = mpsc::channel();
+    let name = name.to_string();
+    std::thread::spawn(move || {
+        let dns = match (name.as_str(), 443).to_socket_addrs() {
+            Err(e) => {
+                let text = e.to_string();
+                Dns::Nowhere(
+                    text.strip_prefix("failed to lookup address information: ").unwrap_or(&text).into(),
+                )
+            }
+            Ok(found) => {
+                let mut addresses: Vec<IpAddr> = found.map(|a| a.ip()).collect();
+                addresses.sort();
+                addresses.dedup();
+                addresses.truncate(8);
+                Dns::To(addresses.into_iter().map(|a| (a, source_towards(a) == Some(a))).collect())
+            }
+        };
+        // Nobody may be waiting any more.
+        drop(tell.send(dns));
+    });
+    told
+}
+
+/// The address that the kernel would send from: towards one of this host's own, it is that address. Nothing is sent.
+fn source_towards(address: IpAddr) -> Option<IpAddr> {
+    let any: IpAddr =
+        if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect((address, 443)).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
+/// The server of Caddy that has our route with this domain, and where it listens.
+fn door(domain: &str, caddy: &Observed) -> Door {
+    let servers = match caddy {
+        Observed::Unavailable(why) => return Door::Unknown(why.clone()),
+        Observed::Servers(servers) => servers,
+    };
+    let list =
+        |value: &Value, key: &str| value.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+    let leads = |route: &Value| {
+        route.get("@id").and_then(Value::as_str) == Some(ROUTE_ID)
+            && list(route, "match")
+                .iter()
+                .any(|matcher| list(matcher, "host").iter().any(|host| host.as_str() == Some(domain)))
+    };
+    let Some((name, server)) = servers.iter().find(|(_, server)| list(server, "routes").iter().any(leads))
+    else {
+        return Door::NoRoute;
+    };
+    let listens: Vec<(IpAddr, u16, u16)> =
+        list(server, "listen").iter().filter_map(Value::as_str).filter_map(listen).collect();
+    let at = |port: u16| {
+        let found = listens.iter().find(|(_, first, last)| (*first..=*last).contains(&port));
+        found.map(|(address, ..)| SocketAddr::new(*address, port))
+    };
+    let other = listens.first().map(|(address, first, _)| SocketAddr::new(*address, *first));
+    Door::Server { name: name.clone(), https: at(443), http: at(80), other }
+}
+
+/// `[NETWORK/]HOST:PORT[-LAST]` as an address to connect to, and the first and last port.
+fn listen(text: &str) -> Option<(IpAddr, u16, u16)> {
+    let text = match text.split_once('/') {
+        Some((network, rest)) if network.starts_with("tcp") => rest,
+        Some(_) => return None,
+        None => text,
+    };
+    let (host, ports) = text.rsplit_once(':')?;
+    let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let address = match host.parse::<IpAddr>() {
+        Ok(address) if address.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        Ok(address) => address,
+        Err(_) => Ipv4Addr::LOCALHOST.into(),
+    };
+    Some((address, first.parse().ok()?, last.parse().ok()?))
+}
+
+/// What Caddy logged last of why it has no certificate for a name.
+fn reason(log: &[String], name: &str) -> Option<String> {
+    log.iter().rev().find_map(|line| {
+        let line: Value = serde_json::from_str(line).ok()?;
+        let of_tls = line.get("logger")?.as_str()?.starts_with("tls");
+        let bad = matches!(line.get("level")?.as_str()?, "error" | "warn");
+        let error = line.get("error")?.as_str()?;
+        let about = line.get("identifier").and_then(Value::as_str) == Some(name)
+            || line.get("domain").and_then(Value::as_str) == Some(name)
+            || error.contains(&format!("[{name}]"));
+        (of_tls && bad && about).then(|| error.chars().take(MAX_REASON).collect())
+    })
+}
+
+/// Collects what is wrong, and how bad the worst of it is.
+struct Findings {
+    verdict: Verdict,
+    wrong: Vec<String>,
+    well: Vec<String>,
+}
+
+impl Findings {
+    fn fail(&mut self, what: impl Into<String>) {
+        self.verdict = Verdict::Fail;
+        self.wrong.push(what.into());
+    }
+
+    fn warn(&mut self, what: impl Into<String>) {
+        self.verdict = self.verdict.max(Verdict::Warn);
+        self.wrong.push(what.into());
+    }
+
+    fn well(&mut self, what: impl Into<String>) {
+        self.well.push(what.into());
+    }
+}
+
+/// Says what is wrong, the cause before what follows from it. `reason`: Caddy's, for having no certificate.
+fn judge(seen: &Seen, reason: Option<String>) -> (Verdict, String) {
+    let mut found = Findings { verdict: Verdict::Ok, wrong: vec![], well: vec![] };
+    // A certificate that others vouch for shows that the name led here, whatever DNS says to this host.
+    let proved = seen.asked.iter().any(|a| a.visitor.certificate.as_ref().is_some_and(|c| c.fault.is_none()));
+    match &seen.door {
+        Door::Unknown(why) => found.fail(format!("no visitor gets an answer: {why}")),
+        Door::NoRoute => found.fail(
+            "Caddy has no route for it: run 'sudo systemctl start deployer' here, then 'deployer state' says why",
+        ),
+        Door::Server { name, https: None, http: None, other: None } => {
+            found.fail(format!("Caddy's server '{name}' listens nowhere; give it ':443' in Caddy's configuration"));
+        }
+        Door::Server { name, https, http, .. } => {
+            certificate(seen, reason, &mut found);
+            answers(seen, &mut found);
+            match (https, http, &seen.plain) {
+                (Some(_), _, Some(plain)) => on_port_80(plain, &mut found),
+                (None, Some(_), _) => found.well(format!(
+                    "over http alone, as Caddy's server '{name}' does not listen on :443"
+                )),
+                _ => {}
+            }
+        }
+    }
+    dns(seen, proved, &mut found);
+    let told = if found.verdict == Verdict::Ok { found.well } else { found.wrong };
+    (found.verdict, told.join("; "))
+}
+
+fn certificate(seen: &Seen, reason: Option<String>, found: &mut Findings) {
+    const OUTSIDE: &str = "DNS must lead here and ports 80 and 443 be reachable from outside";
+    let because = reason.map_or_else(
+        || format!("{OUTSIDE}; 'omni-deploy logs caddy' has its attempts"),
+        |reason| format!("its last attempt: {reason}; {OUTSIDE}"),
+    );
+    if seen.asked.iter().any(|a| a.visitor.answer == Err(NoAnswer::NoCertificate)) {
+        found.fail(format!("no certificate yet: Caddy has none to show for {}; {because}", seen.name));
+        return;
+    }
+    let Some(shown) = seen.asked.iter().find_map(|a| a.visitor.certificate.as_ref()) else { return };
+    let Certificate { issuer, self_signed, until, fault, der: _ } = shown;
+    let until = until.map_or_else(|| "an unknown time".to_string(), |until| until.to_string());
+    match fault {
+        None => found.well(format!("certificate of '{issuer}' until {until}")),
+        Some(Fault::Expired) => found.fail(format!(
+            "its certificate of '{issuer}' expired at {until} (it is {} here): Caddy did not renew it; {because}",
+            seen.now
+        )),
+        Some(Fault::NotYetValid) => found.fail(format!(
+            "its certificate of '{issuer}' is not valid yet, and it is {} here: set the clock ('timedatectl')",
+            seen.now
+        )),
+        Some(Fault::OtherName) => found.fail(format!(
+            "the certificate that is shown, of '{issuer}', is for another name: what listens on :443 has none for {}; \
+             {because}",
+            seen.name
+        )),
+        Some(Fault::UnknownIssuer) if *self_signed => found.fail(
+            "its certificate is self-signed, which browsers refuse: take 'tls' with that file out of Caddy's \
+             configuration, and Caddy gets one",
+        ),
+        Some(Fault::UnknownIssuer) => found.fail(format!(
+            "its certificate is of '{issuer}', whom this host does not trust, nor does a browser: take 'tls internal' \
+             (or that issuer) out of Caddy's configuration; if the authority is your own, put its root into \
+             /usr/local/share/ca-certificates and run update-ca-certificates"
+        )),
+        Some(Fault::NotVerified) => found.warn(format!(
+            "its certificate of '{issuer}' until {until} could not be verified, as this host trusts no authority: \
+             install ca-certificates"
+        )),
+        Some(Fault::Other(why)) => found.fail(format!("its certificate of '{issuer}' is not valid: {why}; {because}")),
+    }
+}
+
+fn answers(seen: &Seen, found: &mut Findings) {
+    for Asked { service, path, port, visitor, direct } in &seen.asked {
+        let scheme = if visitor.certificate.is_some() { "https" } else { "http" };
+        let url = format!("{scheme}://{}{path}", seen.name);
+        match (&visitor.answer, direct) {
+            // Said already, with its reason.
+            (Err(NoAnswer::NoCertificate), _) => {}
+            (_, Err(why)) => found.fail(format!(
+                "{service} does not answer on 127.0.0.1:{port} ({why}): 'omni-deploy status {service}' has the reason"
+            )),
+            (Err(why @ (NoAnswer::Refused | NoAnswer::Unroutable)), Ok(_)) => found.fail(format!(
+                "nobody answers for {url} on this host ({why}), though Caddy is told to: 'journalctl -u caddy' says why"
+            )),
+            (Err(why), Ok(direct)) => found.fail(format!(
+                "no answer to {url}: {why}; {service} itself answers {} on 127.0.0.1:{port}: see 'journalctl -u caddy'",
+                direct.status
+            )),
+            (Ok(theirs), Ok(own)) if theirs.status / 100 != own.status / 100 => found.fail(format!(
+                "{url} answers {}, and {service} on 127.0.0.1:{port} answers {}: something else answers visitors; look \
+                 with 'curl -v' and at who listens there ('ss -ltnp')",
+                theirs.status, own.status
+            )),
+            (Ok(theirs), Ok(own)) if theirs.empty && !own.empty => found.fail(format!(
+                "{url} gives an empty page, as Caddy does without a route, and {service} on 127.0.0.1:{port} does not: \
+                 something else answers visitors ('ss -ltnp')"
+            )),
+            (Ok(answer), Ok(_)) if answer.status >= 500 => found.warn(format!(
+                "{service} answers {} to {url}: 'omni-deploy logs {service}' may say why",
+                answer.status
+            )),
+            (Ok(answer), Ok(_)) => found.well(format!("{url} answers {} from {service}", answer.status)),
+        }
+    }
+}
+
+fn on_port_80(plain: &Result<Answer, NoAnswer>, found: &mut Findings) {
+    match plain {
+        Ok(Answer { status: 300..=399, location: Some(to), .. }) if to.starts_with("https://") => {
+            found.well("http leads to https");
+        }
+        Ok(answer) => found.warn(format!(
+            "http:// answers {} and does not lead to https: something else than Caddy's redirect answers on :80",
+            answer.status
+        )),
+        Err(NoAnswer::Refused) => found.warn(
+            "nothing listens on :80: whoever types the name without https:// gets no answer, and certificates that are \
+             proved over http are not had",
+        ),
+        Err(why) => found.warn(format!("http:// gives no answer: {why}")),
+    }
+}
+
+fn dns(seen: &Seen, proved: bool, found: &mut Findings) {
+    let name = &seen.name;
+    let addresses = match &seen.dns {
+        Dns::Late => {
+            return found
+                .warn("DNS was not looked at: the resolver gave no answer in time; see /etc/resolv.conf");
+        }
+        Dns::Nowhere(why) => {
+            return found.fail(format!(
+                "DNS has no address for {name} ({why}): make an A record that leads to this host{}",
+                seen.own.map_or_else(String::new, |own| format!(" ({own}, or its address outside of NAT)"))
+            ));
+        }
+        Dns::To(addresses) => addresses,
+    };
+    let list = |here: bool| {
+        let some = addresses.iter().filter(|(_, h)| *h == here).map(|(a, _)| a.to_string());
+        some.collect::<Vec<_>>().join(", ")
+    };
+    let (here, elsewhere) = (list(true), list(false));
+    if here.is_empty() && seen.forwarded {
+        found.well(format!("DNS leads here through {elsewhere}"));
+    } else if here.is_empty() {
+        let own = seen.own.map_or_else(String::new, |own| format!(" (it has {own})"));
+        let mut text = format!("DNS leads to {elsewhere}, which is not this host{own}");
+        match &seen.elsewhere {
+            Some(Met { certificate: Some(theirs), .. }) => {
+                // Writing to a String does not fail.
+                let _ = write!(text, "; there a certificate of '{}' is shown", theirs.issuer);
+            }
+            Some(Met { answer: Err(why), .. }) => {
+                let _ = write!(text, "; from here that gives no answer ({why})");
+            }
+            _ => {}
+        }
+        let private = seen.own.is_none_or(is_private);
+        if private || proved {
+            found.warn(format!(
+                "{text}: right if that address forwards to this host (NAT, a load balancer), else correct \
+                                the record of {name}"
+            ));
+        } else {
+            found
+                .fail(format!("{text}: visitors do not come here; correct the A and AAAA records of {name}"));
+        }
+    } else if addresses.iter().all(|(a, _)| a.is_loopback()) {
+        found.warn(format!(
+            "this host itself resolves {name} to {here} (/etc/hosts?): where DNS leads visitors is not seen \
+                            from here"
+        ));
+    } else if elsewhere.is_empty() {
+        found.well(format!("DNS leads here ({here})"));
+    } else {
+        found.warn(format!(
+            "DNS leads here ({here}) and to {elsewhere}: right if another host serves {name} there, else take that record out"
+        ));
+    }
+}
+
+/// Whether an address is one that only a local network knows.
+fn is_private(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(a) => {
+            let [first, second, ..] = a.octets();
+            a.is_private() || a.is_loopback() || a.is_link_local() || first == 100 && second & 0xc0 == 64
+        }
+        IpAddr::V6(a) => {
+            a.is_loopback() || a.segments()[0] & 0xfe00 == 0xfc00 || a.segments()[0] & 0xffc0 == 0xfe80
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Timestamp;
+    use serde_json::json;
+
+    fn answer(status: u16) -> Answer {
+        Answer { status, location: None, empty: false }
+    }
+
+    fn certificate(fault: Option<Fault>) -> Certificate {
+        let until = Timestamp::parse("2026-12-01T00:00:00Z");
+        Certificate { issuer: "R11".into(), self_signed: false, until, fault, der: vec![1] }
+    }
+
+    /// A domain with which all is well.
+    fn well() -> Seen {
+        let address: IpAddr = Ipv4Addr::new(198, 51, 100, 7).into();
+        Seen {
+            name: "shop.example.com".into(),
+            dns: Dns::To(vec![(address, true)]),
+            own: Some(address),
+            door: Door::Server {
+                name: "srv0".into(),
+                https: Some("127.0.0.1:443".parse().unwrap()),
+                http: None,
+                other: None,
+            },
+            asked: vec![Asked {
+                service: ServiceName::parse("shop").unwrap(),
+                path: "/".into(),
+                port: 8080,
+                visitor: Met { certificate: Some(certificate(None)), answer: Ok(answer(200)) },
+                direct: Ok(answer(204)),
+            }],
+            plain: Some(Ok(Answer { location: Some("https://shop.example.com/".into()), ..answer(308) })),
+            forwarded: false,
+            elsewhere: None,
+            now: Timestamp::parse("2026-11-27T00:00:00Z").unwrap(),
+        }
+    }
+
+    /// A name and what it says of the host, with what is changed of a domain with which all is well.
+    type Row<'a> = (&'a str, Verdict, &'a [&'a str], fn(&mut Seen));
+
+    #[test]
+    fn whatever_keeps_visitors_away_is_named_with_its_cause() {
+        let rows: [Row; 19] = [
+            (
+                "well",
+                Verdict::Ok,
+                &["answers 200 from shop", "'R11' until 2026-12-01", "(198.51.100.7)"],
+                |_| {},
+            ),
+            ("expired", Verdict::Fail, &["expired at 2026-12-01", "did not renew"], |s| {
+                s.asked[0].visitor.certificate = Some(certificate(Some(Fault::Expired)));
+            }),
+            ("not yet valid", Verdict::Fail, &["timedatectl"], |s| {
+                s.asked[0].visitor.certificate = Some(certificate(Some(Fault::NotYetValid)));
+            }),
+            ("for another name", Verdict::Fail, &["is for another name"], |s| {
+                s.asked[0].visitor.certificate = Some(certificate(Some(Fault::OtherName)));
+            }),
+            ("self-signed", Verdict::Fail, &["self-signed"], |s| {
+                s.asked[0].visitor.certificate =
+                    Some(Certificate { self_signed: true, ..certificate(Some(Fault::UnknownIssuer)) });
+            }),
+            ("nobody is trusted", Verdict::Warn, &["install ca-certificates"], |s| {
+                s.asked[0].visitor.certificate = Some(certificate(Some(Fault::NotVerified)));
+            }),
+            ("no certificate", Verdict::Fail, &["no certificate yet", "its last attempt: HTTP 429"], |s| {
+                s.asked[0].visitor = Met { certificate: None, answer: Err(NoAnswer::NoCertificate) };
+            }),
+            ("nobody listens", Verdict::Fail, &["connection refused", "though Caddy is told to"], |s| {
+                s.asked[0].visitor = Met { certificate: None, answer: Err(NoAnswer::Refused) };
+            }),
+            ("the service is away", Verdict::Fail, &["shop does not answer on 127.0.0.1:8080"], |s| {
+                s.asked[0].direct = Err(NoAnswer::Refused);
+                s.asked[0].visitor.answer = Ok(answer(502));
+            }),
+            ("Caddy's empty page", Verdict::Fail, &["an empty page"], |s| {
+                s.asked[0].visitor.answer = Ok(Answer { empty: true, ..answer(200) });
+            }),
+            ("somebody else's page", Verdict::Fail, &["something else answers"], |s| {
+                s.asked[0].visitor.answer = Ok(answer(404));
+            }),
+            ("unwell all the same", Verdict::Warn, &["answers 500"], |s| {
+                s.asked[0].visitor.answer = Ok(answer(500));
+                s.asked[0].direct = Ok(answer(503));
+            }),
+            ("nothing on :80", Verdict::Warn, &["nothing listens on :80"], |s| {
+                s.plain = Some(Err(NoAnswer::Refused));
+            }),
+            ("another page on :80", Verdict::Warn, &["does not lead to https"], |s| {
+                s.plain = Some(Ok(answer(200)));
+            }),
+            ("an old AAAA record", Verdict::Warn, &["and to 2001:db8::1"], |s| {
+                let old = "2001:db8::1".parse().unwrap();
+                let Dns::To(addresses) = &mut s.dns else { unreachable!() };
+                addresses.push((old, false));
+            }),
+            (
+                "elsewhere, and no certificate",
+                Verdict::Fail,
+                &["visitors do not come here", "(it has 198.51.100.7)"],
+                |s| {
+                    s.dns = Dns::To(vec![(Ipv4Addr::new(203, 0, 113, 9).into(), false)]);
+                    s.asked[0].visitor = Met { certificate: None, answer: Err(NoAnswer::NoCertificate) };
+                },
+            ),
+            (
+                "elsewhere, with a certificate",
+                Verdict::Warn,
+                &["a certificate of 'R11' is shown", "load balancer"],
+                |s| {
+                    s.dns = Dns::To(vec![(Ipv4Addr::new(203, 0, 113, 9).into(), false)]);
+                    s.elsewhere = Some(Met { certificate: Some(certificate(None)), answer: Ok(answer(200)) });
+                },
+            ),
+            ("through NAT", Verdict::Ok, &["DNS leads here through 203.0.113.9"], |s| {
+                s.dns = Dns::To(vec![(Ipv4Addr::new(203, 0, 113, 9).into(), false)]);
+                s.forwarded = true;
+            }),
+            ("no route", Verdict::Fail, &["Caddy has no route"], |s| {
+                s.door = Door::NoRoute;
+                s.asked.clear();
+            }),
+        ];
+        for (name, verdict, words, change) in rows {
+            let mut seen = well();
+            change(&mut seen);
+            let (is, text) = judge(&seen, seen.lacks_a_certificate().then(|| "HTTP 429".to_string()));
+            assert_eq!(is, verdict, "{name}: {text}");
+            assert!(words.iter().all(|word| text.contains(word)), "{name}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_server_with_our_route_is_asked_where_it_listens() {
+        let caddy = |listen: Value| {
+            let route = json!({"@id": ROUTE_ID, "match": [{"host": ["*.example.com"]}]});
+            let servers = json!({"a": {"listen": [":443"], "routes": [{"match": [{"host": ["*.example.com"]}]}]},
+                "b": {"listen": listen, "routes": [route]}});
+            Observed::Servers(servers.as_object().unwrap().clone())
+        };
+        let at = |listen: Value| match door("*.example.com", &caddy(listen)) {
+            Door::Server { name, https, http, other } if name == "b" => {
+                [https, http, other].map(|a| a.map_or("-".to_string(), |a| a.to_string()))
+            }
+            door => panic!("{door:?}"),
+        };
+        assert_eq!(at(json!([":443"])), ["127.0.0.1:443", "-", "127.0.0.1:443"]);
+        assert_eq!(at(json!(["unix//run/x", "tcp/[::1]:80-90"])), ["-", "[::1]:80", "[::1]:80"]);
+        assert_eq!(at(json!(["192.0.2.1:8080"])), ["-", "-", "192.0.2.1:8080"]);
+        assert_eq!(at(json!([])), ["-", "-", "-"]);
+        assert_eq!(door("example.com", &caddy(json!([":443"]))), Door::NoRoute);
+        assert_eq!(concrete("*.example.com"), "www.example.com");
+    }
+
+    #[test]
+    fn caddys_last_reason_is_the_names_own() {
+        let log = [
+            r#"{"level":"error","logger":"tls.obtain","msg":"could not get certificate from issuer","identifier":"shop.example.com","issuer":"acme","error":"HTTP 400"}"#,
+            r#"{"level":"error","logger":"tls.obtain","msg":"will retry","error":"[shop.example.com] Obtain: HTTP 429"}"#,
+            r#"{"level":"error","logger":"tls.obtain","identifier":"other.example.com","error":"HTTP 500"}"#,
+            r#"{"level":"info","logger":"tls.obtain","identifier":"shop.example.com","error":"none"}"#,
+            "no JSON",
+        ]
+        .map(String::from);
+        assert_eq!(reason(&log, "shop.example.com").as_deref(), Some("[shop.example.com] Obtain: HTTP 429"));
+        assert_eq!(reason(&log[..1], "shop.example.com").as_deref(), Some("HTTP 400"));
+        assert_eq!(reason(&log, "x.example.com"), None);
+    }
+}

@@ -1,0 +1,198 @@
+//! What stands between a host's services and their visitors: DNS, certificates, Caddy's own configuration, sudo.
+
+use crate::lab::{Host, lock, soon};
+use crate::solo::web;
+use omni_deploy::runner::Status;
+use serde_json::Value;
+use std::sync::{LazyLock, Mutex, MutexGuard};
+use std::time::Duration;
+
+/// A host of these tests alone, because they change what Caddy is given, and the names that it resolves.
+static DOORS: LazyLock<Mutex<Host>> = LazyLock::new(|| {
+    let host = Host::boot("doors");
+    host.sh("deploy-manifest init; systemctl stop deployer.timer; cp /etc/hosts /root/hosts");
+    Mutex::new(host)
+});
+
+/// The Caddyfile of Debian's package: one server on port 80.
+const PLAIN: &str = ":80 {\n\trespond / \"welcome\"\n}\n";
+
+/// A server on port 443 of somebody else, with an authority of Caddy's own for all of its certificates.
+const INTERNAL: &str =
+    "{\n\tlocal_certs\n\tskip_install_trust\n}\nhttps://own.example.com {\n\trespond \"own\"\n}\n";
+
+/// The host with `web` in place behind Caddy with this Caddyfile, its name in DNS as `address`.
+fn doors(caddyfile: &str, config: &str, address: Option<&str>) -> MutexGuard<'static, Host> {
+    let host = lock(&DOORS);
+    host.sh(&format!("printf '%s' '{config}' >/etc/omni-deploy/config.json"));
+    resolves(&host, address);
+    gives_caddy(&host, caddyfile);
+    host.sh("systemctl stop caddy; rm -rf /var/lib/caddy/.config/caddy; systemctl start caddy");
+    if host.sh("deploy-manifest show | jq '.services | length'") == "0" {
+        let path = host.closure("web", "one", "");
+        host.sh(&format!("deploy-manifest add-service - <<'EOF'\n{}\nEOF", web("web", 8001, &path)));
+    }
+    host.good_pass();
+    host
+}
+
+fn gives_caddy(host: &Host, caddyfile: &str) {
+    host.sh(&format!("cat >/etc/caddy/Caddyfile <<'EOF'\n{caddyfile}EOF"));
+}
+
+fn resolves(host: &Host, address: Option<&str>) {
+    let line = address.map_or(String::new(), |address| format!("{address} web.example.com"));
+    host.sh(&format!("{{ cat /root/hosts; echo '{line}'; }} >/etc/hosts"));
+}
+
+/// What `doctor` says of the domain: its verdict and text.
+fn says(host: &Host) -> (String, String) {
+    let output = host.try_sh("omni-deploy doctor --json");
+    let checks: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let checks = checks["checks"].as_array().unwrap();
+    let of_domains: Vec<&Value> = checks.iter().filter(|c| c["name"] == "domain").collect();
+    assert_eq!(of_domains.len(), 1, "{checks:?}");
+    let text = |key: &str| of_domains[0][key].as_str().unwrap().to_string();
+    let failed = text("verdict") == "fail";
+    assert!(!failed || output.status == Status::Exit(1), "{}", output.status);
+    (text("verdict"), text("text"))
+}
+
+/// `doctor` comes to say this of the domain.
+#[track_caller]
+fn comes_to_say(host: &Host, verdict: &str, words: &[&str]) {
+    soon(&format!("doctor says {verdict}, {words:?}"), Duration::from_secs(30), || {
+        let (is, text) = says(host);
+        let well = is == verdict && words.iter().all(|word| text.contains(word));
+        if well { Ok(()) } else { Err(format!("{is}: {text}")) }
+    });
+}
+
+#[test]
+fn doctor_tries_a_domain_as_a_visitor_does_and_names_what_dns_says_of_it() {
+    let host = doors(PLAIN, r#"{"caddyServer": "srv0"}"#, None);
+    let own = host.ip.clone();
+    comes_to_say(&host, "fail", &["web.example.com: ", "DNS has no address"]);
+    resolves(&host, Some("203.0.113.9"));
+    comes_to_say(&host, "warn", &["DNS leads to 203.0.113.9, which is not this host"]);
+    resolves(&host, Some("127.0.0.1"));
+    comes_to_say(&host, "warn", &["/etc/hosts"]);
+    resolves(&host, Some(&own));
+    comes_to_say(
+        &host,
+        "ok",
+        &[
+            "http://web.example.com/health answers 200 from web",
+            "over http alone",
+            &format!("DNS leads here ({own})"),
+        ],
+    );
+    // The service is away, then Caddy.
+    host.sh("systemctl stop web");
+    comes_to_say(&host, "fail", &["web does not answer on 127.0.0.1:8001"]);
+    host.good_pass();
+    comes_to_say(&host, "ok", &[]);
+    host.sh("systemctl stop caddy");
+    comes_to_say(&host, "fail", &["systemctl start caddy"]);
+    host.sh("systemctl start caddy");
+    comes_to_say(&host, "ok", &[]);
+    // Somebody else's route, or program, answers: here one that took our route's place in front of it.
+    host.sh(
+        "curl -sSf -X PUT -H 'Content-Type: application/json' localhost:2019/config/apps/http/servers/srv0/routes/0 \
+         -d '{\"handle\": [{\"handler\": \"static_response\", \"status_code\": 404}]}'",
+    );
+    comes_to_say(&host, "fail", &["answers 404", "something else answers visitors"]);
+    host.good_pass();
+    comes_to_say(&host, "ok", &[]);
+}
+
+#[test]
+fn doctor_names_what_is_wrong_with_a_certificate() {
+    let host = doors(INTERNAL, "{}", None);
+    resolves(&host, Some(&host.ip));
+    comes_to_say(
+        &host,
+        "fail",
+        &["certificate is of 'Caddy Local Authority", "whom this host does not trust"],
+    );
+    host.sh("mkdir -p /etc/ssl/certs; root=/var/lib/caddy/.local/share/caddy/pki/authorities/local/root.crt
+         cat $root >>/etc/ssl/certs/ca-certificates.crt");
+    comes_to_say(
+        &host,
+        "ok",
+        &[
+            "certificate of 'Caddy Local Authority",
+            "https://web.example.com/health answers 200 from web",
+            "http leads to https",
+        ],
+    );
+    // DNS elsewhere does not make it good: nobody comes here.
+    resolves(&host, Some("203.0.113.9"));
+    comes_to_say(&host, "warn", &["DNS leads to 203.0.113.9"]);
+    drop(host);
+
+    // The public authorities are out of reach: there is none, and Caddy's own reason is told.
+    let host = doors("https://own.example.com {\n\trespond \"own\"\n}\n", "{}", None);
+    resolves(&host, Some(&host.ip));
+    comes_to_say(
+        &host,
+        "fail",
+        &[
+            "no certificate yet: Caddy has none to show for web.example.com",
+            "its last attempt: ",
+            "ports 80 and 443",
+        ],
+    );
+}
+
+#[test]
+fn a_restarted_caddy_takes_an_edited_caddyfile_and_our_route_is_back() {
+    let host = doors(PLAIN, r#"{"caddyServer": "srv0"}"#, None);
+    let other = |host: &Host| host.page("other.example.com").unwrap_or_else(|e| e);
+    let starts = || {
+        host.sh("journalctl --sync; journalctl --quiet -o cat -u caddy | grep -c 'starting from it' || true")
+    };
+    let both = |what: &str, welcome: &str| {
+        soon(what, Duration::from_secs(20), || match (host.page("web.example.com"), other(&host)) {
+            (Ok(web), page) if web == "one" && page == welcome => Ok(()),
+            found => Err(format!("{found:?}")),
+        });
+    };
+    both("at first", "welcome");
+    // A restart by itself resumes both, without a pass: our route and what somebody else gave to Caddy's API.
+    let theirs = "curl -sSf -X POST -H 'Content-Type: application/json' localhost:2019/config/apps/http/servers/srv1 \
+         -d '{\"listen\": [\":8070\"], \"routes\": [{\"handle\": [{\"handler\": \"static_response\", \"body\": \"theirs\"}]}]}'";
+    host.sh(theirs);
+    let begun = starts();
+    host.sh("systemctl mask --runtime --now deployer; systemctl restart caddy");
+    assert_eq!(host.page("web.example.com").as_deref(), Ok("one"));
+    assert_eq!(host.sh("curl -sSf localhost:8070"), "theirs");
+    host.sh("systemctl unmask --runtime deployer");
+    assert_eq!(starts(), begun);
+    // An edit, also of a file that is imported, holds from the next restart on; our route is back by itself.
+    host.sh("echo 'respond / \"edited\"' >/etc/caddy/part.caddy");
+    gives_caddy(&host, ":80 {\n\timport part.caddy\n}\n");
+    host.sh("systemctl restart caddy");
+    both("after an edit", "edited");
+    host.sh("echo 'respond / \"imported\"' >/etc/caddy/part.caddy; systemctl restart caddy");
+    both("after an edit of what is imported", "imported");
+    let edits = starts();
+    host.sh("systemctl restart caddy");
+    both("the restart after it resumes both", "imported");
+    // What a reload took is no edit.
+    host.sh("echo 'respond / \"reloaded\"' >/etc/caddy/part.caddy; systemctl reload caddy");
+    both("after a reload", "reloaded");
+    host.sh(theirs);
+    host.sh("systemctl restart caddy");
+    both("the restart after a reload", "reloaded");
+    assert_eq!(host.sh("curl -sSf localhost:8070"), "theirs");
+    assert_eq!(starts(), edits);
+    // A Caddyfile that is none keeps nobody from being served.
+    gives_caddy(&host, "}\n");
+    host.sh("systemctl restart caddy");
+    both("with a Caddyfile that cannot be used", "reloaded");
+    // And a reboot takes an edit too.
+    gives_caddy(&host, PLAIN);
+    host.reboot();
+    both("after a reboot", "welcome");
+}
