@@ -235,7 +235,7 @@ fn caddy_unit() -> Check {
     }
     let mut found = None;
     for unit in ["caddy.service", "caddy-api.service"] {
-        match show(unit, "Id,LoadState,ActiveState,Restart,ExecStart") {
+        match show(unit, "Id,LoadState,ActiveState,Restart,ExecStart,ExecStartPre") {
             Err(e) => return said(NAME, e),
             Ok(shown) if shown.get("LoadState").is_some_and(|l| l == "loaded") => {
                 let active = shown.get("ActiveState").is_some_and(|a| a == "active");
@@ -265,6 +265,15 @@ fn caddy_unit() -> Check {
         )
     } else if shown.get("Restart").is_none_or(|r| r == "no") {
         Check::warn(NAME, format!("{unit} has no Restart= and stays down after a crash; {drop_in}"))
+    } else if unit == "caddy.service"
+        && !shown.get("ExecStartPre").is_some_and(|pre| pre.contains("caddy-start"))
+    {
+        Check::warn(
+            NAME,
+            format!(
+                "{unit} resumes, so a restart does not take an edited Caddyfile ('systemctl reload caddy' does); {drop_in}"
+            ),
+        )
     } else {
         Check::ok(NAME, format!("{unit} resumes and restarts"))
     }
