@@ -24,6 +24,17 @@ impl fmt::Display for Mistake {
     }
 }
 
+/// What an unquoted value loses.
+const BACKSLASH: &str =
+    "has a '\\' outside of quotes, which systemd takes away: put the value between single quotes";
+/// What swallows a line.
+const JOINED: &str = "ends with '\\', so systemd takes the next line for a part of its value: put the value between \
+                      single quotes";
+const NOT_CLOSED: &str = "ends with '\\\"', which systemd does not take for the closing quote, so that the value goes on \
+                          in the next line: put it between single quotes";
+const AFTER_QUOTE: &str = "has something after its closing quote, which systemd adds to the value: put all of it between \
+                           the quotes, and a comment on a line of its own";
+
 enum State {
     Before,
     Name,
@@ -65,7 +76,11 @@ pub fn read(bytes: &[u8]) -> (Vec<String>, Vec<Mistake>) {
         State::Single | State::Double | State::DoubleEscape => {
             reader.mistake("opens a quote that nothing closes: the rest of the file is part of the value");
         }
-        State::BeforeValue | State::Value | State::ValueEscape => reader.assigned(),
+        State::BeforeValue | State::Value => reader.assigned(),
+        State::ValueEscape => {
+            reader.here(BACKSLASH);
+            reader.assigned();
+        }
     }
     (reader.names, reader.mistakes)
 }
@@ -78,6 +93,10 @@ struct Reader {
     began: usize,
     name: String,
     value: usize,
+    /// A quote was closed; whether white space came after it.
+    after_quote: Option<bool>,
+    /// The last character within double quotes was a quote that a backslash had made a part of the value.
+    quoted_last: bool,
     names: Vec<String>,
     mistakes: Vec<Mistake>,
 }
@@ -91,7 +110,7 @@ impl Reader {
                 '#' | ';' => State::Comment,
                 _ if white => State::Before,
                 _ => {
-                    (self.began, self.value) = (self.line, 0);
+                    (self.began, self.value, self.after_quote) = (self.line, 0, None);
                     self.name = c.to_string();
                     // Also '=': for systemd it begins a name.
                     State::Name
@@ -111,18 +130,46 @@ impl Reader {
                 '\'' => State::Single,
                 '"' => State::Double,
                 '\\' => State::ValueEscape,
-                _ if white => State::BeforeValue,
-                _ => self.more(c, State::Value),
+                _ if white => {
+                    self.after_quote = self.after_quote.map(|_| true);
+                    State::BeforeValue
+                }
+                _ => {
+                    // Without a space it is as a shell has it.
+                    if self.after_quote == Some(true) {
+                        self.here(AFTER_QUOTE);
+                    }
+                    self.more(c, State::Value)
+                }
             },
             State::Value if newline => self.ended(),
             State::Value if c == '\\' => State::ValueEscape,
-            // A newline after a backslash goes on with the value in the next line.
-            State::Value | State::ValueEscape => self.more(c, State::Value),
-            State::Single if c == '\'' => State::BeforeValue,
+            State::Value => self.more(c, State::Value),
+            // The value goes on in the next line.
+            State::ValueEscape if newline => {
+                self.here(if c == '\n' { JOINED } else { BACKSLASH });
+                State::Value
+            }
+            State::ValueEscape => {
+                self.here(BACKSLASH);
+                self.more(c, State::Value)
+            }
+            State::Single if c == '\'' => self.closed(),
             State::Single => self.more(c, State::Single),
-            State::Double if c == '"' => State::BeforeValue,
+            State::Double if c == '"' => self.closed(),
             State::Double if c == '\\' => State::DoubleEscape,
-            State::Double | State::DoubleEscape => self.more(c, State::Double),
+            State::Double => {
+                if newline && self.quoted_last {
+                    self.here(NOT_CLOSED);
+                }
+                self.quoted_last = false;
+                self.more(c, State::Double)
+            }
+            // As a shell has it: quotes, '$', '`' and backslashes lose their backslash, a newline goes, others keep it.
+            State::DoubleEscape => {
+                self.quoted_last = c == '"';
+                self.more(c, State::Double)
+            }
             State::Comment if newline => State::Before,
             State::Comment if c == '\\' => State::CommentEscape,
             State::CommentEscape if newline => {
@@ -137,6 +184,19 @@ impl Reader {
     fn more(&mut self, c: char, next: State) -> State {
         self.value += c.len_utf8();
         next
+    }
+
+    fn closed(&mut self) -> State {
+        (self.after_quote, self.quoted_last) = (Some(false), false);
+        State::BeforeValue
+    }
+
+    /// A mistake in the line that is being read, told once.
+    fn here(&mut self, what: &'static str) {
+        let mistake = Mistake { line: self.line + 1, what, grave: false };
+        if !self.mistakes.contains(&mistake) {
+            self.mistakes.push(mistake);
+        }
     }
 
     fn ended(&mut self) -> State {
@@ -181,7 +241,10 @@ mod tests {
             ("A=1\r\nB=2\r\n", vec!["A", "B"]),
             ("  A = x y \n\n#C=1\n ; D=2\nA=3\n", vec!["A"]),
             ("A=\"two\nlines # = \\\" \"\nB='x\n=y'z\n", vec!["A", "B"]),
-            ("A=1 \\\nB=2\nC=\\", vec!["A", "C"]),
+            (
+                "A='C:\\new\\table' \nB=\"a\\\\b \\\" \\$x \\n\"\nC='\\'\nD=\"x\\\ny\"",
+                vec!["A", "B", "C", "D"],
+            ),
             ("A=\n_B1==\n", vec!["A", "_B1"]),
             ("A=ü # no comment\n", vec!["A"]),
         ] {
@@ -208,6 +271,13 @@ mod tests {
             (b"A=1\n'hunter2\n", 2, "no '='"),
             (b"A=1\nB=hunter2\0\n", 2, "NUL"),
             (b"A=1\nB=hunter2\xff\n", 2, "UTF-8"),
+            (b"A=1\nB=C:\\hunter2\\x\n", 2, "takes away"),
+            (b"A=hunter2\\", 1, "takes away"),
+            (b"A=hunter2\\\r\nB=1\n", 1, "takes away"),
+            (b"A=1\nB=hunter2\\\nC=hunter2\n", 2, "next line"),
+            (b"A=hunter2 \nB=1\\\n\n", 2, "next line"),
+            (b"A=\"C:\\hunter2\\\"\nB=\"\n", 1, "not take for the closing quote"),
+            (b"A='hunter2' # hunter2\n", 1, "closing quote"),
             (b"A=1\n# hunter2 \\\nB=1\n", 2, "254"),
         ] {
             let (names, mistakes) = read(text);

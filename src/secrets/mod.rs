@@ -171,6 +171,15 @@ pub fn illegible(name: &ServiceName, file: &SecretFile) -> io::Result<Option<Str
     Ok(grave.map(|why| format!("{}, {why}; mend it with 'omni-deploy secrets edit {name}'", file.path)))
 }
 
+/// The lines of a file that systemd reads otherwise than they are written, without what they say.
+pub fn misread(file: &SecretFile) -> io::Result<Vec<environment::Mistake>> {
+    if file.form == Form::Bytes {
+        return Ok(vec![]);
+    }
+    let (_, mistakes) = environment::read(&fs_err::read(&file.path)?);
+    Ok(mistakes.into_iter().filter(|mistake| !mistake.grave).collect())
+}
+
 /// On the host: puts a content in place, if what is there now is what it is meant to replace. The file keeps its
 /// mode and owner; a new one is root's alone, and so is a folder that has to be made for it.
 pub fn write(path: &Path, wanted: &Wanted) -> Result<Written> {

@@ -145,6 +145,58 @@ fn doctor_names_what_is_wrong_with_a_certificate() {
     );
 }
 
+/// A unit of systemd's is given each file, and what its process then has is compared with what was written: where it
+/// differs, and only there, all three say so, by line and never by value.
+#[test]
+fn secrets_that_systemd_reads_otherwise_than_they_are_written_are_named() {
+    let host = doors(PLAIN, r#"{"caddyServer": "srv0"}"#, None);
+    let file = "/var/lib/deployer-secrets/web.env";
+    host.sh("deploy-manifest set web envFile=/var/lib/deployer-secrets/web.env");
+    host.sh("install -d -m 700 /var/lib/deployer-secrets");
+    for (text, written, line) in [
+        ("S_D=C:\\new\\table", "S_D=C:\\new\\table", 1),
+        ("S_A=1\nS_D=swallow\\\nS_E=2", "S_A=1\nS_D=swallow\\\nS_E=2", 2),
+        ("S_D=end\\", "S_D=end\\", 1),
+        ("S_D='quoted'  # remark", "S_D=quoted", 1),
+        ("S_D=\"C:\\dir\\\"\nS_E=\"x", "S_D=C:\\dir\\\nS_E=x", 1),
+        ("S_D='C:\\new\\table'", "S_D=C:\\new\\table", 0),
+        ("S_D=\"C:\\new\\table\"", "S_D=C:\\new\\table", 0),
+        ("S_A=a#b 'c' \"d\" $e `f`", "S_A=a#b 'c' \"d\" $e `f`", 0),
+    ] {
+        host.sh(&format!("umask 077; cat >{file} <<'EOF'\n{text}\nEOF"));
+        let read = host.sh(&format!(
+            "systemd-run --quiet --wait --pipe --property=EnvironmentFile={file} env | grep -A9 '^S_' | grep -v '^[A-RT-Z]' || true"
+        ));
+        assert_eq!(read == written, line == 0, "{text}: {read}");
+        let check = host.try_sh("omni-deploy secrets check web");
+        let doctor = host.try_sh("omni-deploy doctor").text();
+        let edit = host.try_sh("EDITOR='sed -i $a#' omni-deploy secrets edit web");
+        if line == 0 {
+            assert_eq!(check.status, Status::Exit(0), "{text}: {}", check.text());
+            assert!(edit.status.ok(), "{text}: {}", edit.stderr);
+            assert!(!doctor.contains("secrets edit web"), "{text}: {doctor}");
+            continue;
+        }
+        let said = format!("line {line} ");
+        assert_eq!(check.status, Status::Exit(3), "{text}: {}", check.text());
+        assert!(check.text().contains(&said), "{text}: {}", check.text());
+        assert!(doctor.contains(&format!("secrets file {file}: {said}")), "{text}: {doctor}");
+        assert!(
+            edit.stderr.contains("nothing was written") && edit.stderr.contains(&said),
+            "{text}: {}",
+            edit.stderr
+        );
+        for told in [check.text(), doctor, edit.stderr] {
+            assert!(
+                !["new", "swallow", "dir"].iter().any(|part| told.contains(&format!("{part}\\"))),
+                "{told}"
+            );
+        }
+    }
+    host.sh(&format!("deploy-manifest set web envFile=null; rm {file}; rm -rf /dev/shm/.omni-deploy*"));
+    host.good_pass();
+}
+
 #[test]
 fn a_restarted_caddy_takes_an_edited_caddyfile_and_our_route_is_back() {
     let host = doors(PLAIN, r#"{"caddyServer": "srv0"}"#, None);

@@ -315,7 +315,12 @@ fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
     dirs.dedup();
     let mut checks: Vec<Check> =
         dirs.iter().filter_map(|dir| secrets::secret_dir(dir).map(|why| Check::fail(NAME, why))).collect();
-    checks.extend(files.iter().filter_map(|(name, file)| Some(Check::fail(NAME, secret_file(name, file)?))));
+    for (name, file) in &files {
+        match secret_file(name, file) {
+            Some(why) => checks.push(Check::fail(NAME, why)),
+            None => checks.extend(misread(name, file).map(|why| Check::warn(NAME, why))),
+        }
+    }
     if checks.is_empty() {
         checks.push(Check::ok(NAME, format!("files, root's alone: {}", files.len())));
     }
@@ -331,6 +336,21 @@ fn secret_file(name: &ServiceName, file: &SecretFile) -> Option<String> {
         Ok(mistake) => mistake.map(|why| format!("secrets file {why}")),
         Err(e) => Some(crate::error::io_text(&e)),
     }
+}
+
+/// What a service is told otherwise than its file says.
+fn misread(name: &ServiceName, file: &SecretFile) -> Option<String> {
+    /// How many lines are named.
+    const NAMED: usize = 5;
+    let mistakes = secrets::misread(file).ok().filter(|mistakes| !mistakes.is_empty())?;
+    let lines: Vec<String> = mistakes.iter().take(NAMED).map(ToString::to_string).collect();
+    let more = mistakes.len().saturating_sub(NAMED);
+    let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+    Some(format!(
+        "secrets file {}: {}{more}; mend it with 'omni-deploy secrets edit {name}'",
+        file.path,
+        lines.join("; ")
+    ))
 }
 
 /// How exposed the services are that run here, and which of them are reached over HTTP and could be confined.
