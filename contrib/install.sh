@@ -9,6 +9,9 @@ MARK='# Part of omni-deploy, installed by contrib/install.sh'
 # The start of the first line of every unit that the deployer writes.
 SERVICE_MARK='# Managed by omni-deploy'
 BIN=/usr/local/bin
+# Where sudo looks on every system.
+SUDO_BIN=/usr/bin
+NAMES=(omni-deploy deploy-manifest deployer)
 UNITS=/etc/systemd/system
 DROPIN=$UNITS/caddy.service.d/omni-deploy.conf
 CADDY_START=/usr/local/lib/omni-deploy/caddy-start
@@ -82,6 +85,26 @@ name_for_binary() {
   changed "installed $link -> omni-deploy"
 }
 
+# sudo of some systems (Debian 14) does not look into /usr/local/bin, and 'ssh HOST sudo deployer' would end with
+# "command not found". There, and only there, the names are also in /usr/bin.
+name_for_sudo() {
+  local name link missing
+  command -v sudo >/dev/null || return 0
+  # A sudo that does not let root do this tells nothing.
+  # shellcheck disable=SC2016  # the inner shell's
+  missing=$(PATH=$BIN:/usr/bin:/bin sudo -n -- sh -c \
+    'for name; do command -v "$name" >/dev/null || echo "$name"; done' - "${NAMES[@]}" 2>/dev/null) || return 0
+  for name in $missing; do
+    link=$SUDO_BIN/$name
+    if [[ -e $link || -L $link ]]; then
+      warn "sudo does not find $BIN/$name, and $link is not omni-deploy's; add $BIN to secure_path in /etc/sudoers (visudo)"
+      continue
+    fi
+    ln -s "$BIN/$name" "$link"
+    changed "installed $link -> $BIN/$name, as sudo does not look into $BIN"
+  done
+}
+
 find_binary() {
   local candidate
   for candidate in "$here/../target/release/omni-deploy" "$here/omni-deploy"; do
@@ -123,6 +146,7 @@ do_install() {
   place "$binary" "$BIN/omni-deploy" 755
   name_for_binary deploy-manifest
   name_for_binary deployer
+  name_for_sudo
   if ((wrappers)); then
     for kind in push ship; do place "$here/$kind.sh" "$BIN/$kind.sh" 755; done
   fi
@@ -206,6 +230,12 @@ do_uninstall() {
   fi
   if [[ -d ${DROPIN%/*} ]]; then rmdir --ignore-fail-on-non-empty "${DROPIN%/*}"; fi
   if systemd_runs && ((changes > before)); then systemctl daemon-reload; fi
+  for name in "${NAMES[@]}"; do
+    if [[ -L $SUDO_BIN/$name && $(readlink "$SUDO_BIN/$name") == "$BIN/$name" ]]; then
+      rm "$SUDO_BIN/$name"
+      changed "removed $SUDO_BIN/$name"
+    fi
+  done
   for name in deploy-manifest deployer; do
     if [[ -L $BIN/$name && $(readlink "$BIN/$name") == omni-deploy ]]; then
       rm "$BIN/$name"

@@ -2,7 +2,7 @@
 
 use crate::lab::{Host, lock, soon};
 use crate::solo::web;
-use omni_deploy::runner::Status;
+use omni_deploy::runner::{Run, Status};
 use serde_json::Value;
 use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::Duration;
@@ -247,4 +247,54 @@ fn a_restarted_caddy_takes_an_edited_caddyfile_and_our_route_is_back() {
     gives_caddy(&host, PLAIN);
     host.reboot();
     both("after a reboot", "welcome");
+}
+
+#[test]
+fn sudo_finds_the_commands_where_its_path_is_without_usr_local_bin() {
+    let host = doors(PLAIN, r#"{"caddyServer": "srv0"}"#, None);
+    let dir = tempfile::tempdir().unwrap();
+    let path = host.ssh_setup(dir.path());
+    let typed = |command: &str| {
+        let ssh = Run::new(format!("{path}/ssh"))
+            .arg("doors")
+            .arg(command)
+            .env("PATH", format!("{path}:/usr/bin:/bin"));
+        ssh.deadline(Duration::from_secs(60)).output().unwrap()
+    };
+    let installs = || host.sh("/opt/omni/contrib/install.sh /opt/omni/omni-deploy");
+    // Whatever this suite's sudo has by itself.
+    let own = "/etc/sudoers.d/zz-path";
+    host.sh(&format!("echo 'Defaults secure_path=\"/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\"' >{own}; rm -f /usr/bin/deployer"));
+    installs();
+    assert_eq!(host.sh("ls /usr/bin/{omni-deploy,deployer,deploy-manifest} 2>/dev/null || true"), "");
+    host.sh(&format!("echo 'Defaults secure_path=\"/usr/sbin:/usr/bin:/sbin:/bin\"' >{own}"));
+    let lost = typed("sudo deployer state");
+    assert!(!lost.status.ok() && lost.stderr.contains("not found"), "{}", lost.stderr);
+    let doctor = host.try_sh("omni-deploy doctor").text();
+    assert!(doctor.contains("does not find omni-deploy, deployer, deploy-manifest"), "{doctor}");
+    let said = installs();
+    assert!(said.contains("installed /usr/bin/deployer -> /usr/local/bin/deployer"), "{said}");
+    assert_eq!(installs(), "nothing to change");
+    for command in [
+        "sudo deployer state",
+        "sudo deployer run --retry web",
+        "sudo omni-deploy status",
+        "sudo deploy-manifest list",
+    ] {
+        let output = typed(command);
+        assert!(output.status.ok(), "{command}: {}", output.stderr);
+    }
+    let doctor = host.try_sh("omni-deploy doctor").text();
+    assert!(doctor.lines().any(|line| line.contains("sudo") && line.starts_with("ok")), "{doctor}");
+    // What is there already stays, and is not taken away.
+    host.sh("rm /usr/bin/deployer; cp /bin/true /usr/bin/deployer");
+    host.sh("/opt/omni/contrib/install.sh --uninstall");
+    assert_eq!(
+        host.sh("ls /usr/bin/{omni-deploy,deployer,deploy-manifest} 2>/dev/null || true"),
+        "/usr/bin/deployer"
+    );
+    host.sh(&format!("rm /usr/bin/deployer {own}"));
+    installs();
+    host.good_pass();
+    host.sh("systemctl stop deployer.timer");
 }

@@ -46,6 +46,7 @@ pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> 
     let mut checks = vec![];
     checks.extend(manifest.map(|manifest| named(settings, manifest)));
     checks.extend(systemd(now));
+    checks.extend(sudo());
     let observed = caddy::observe(&settings.caddy_admin);
     checks.extend(caddy(settings, manifest, &observed));
     checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")));
@@ -108,6 +109,35 @@ fn systemd(now: Timestamp) -> Vec<Check> {
     checks.push(timer());
     checks.push(last_pass(now));
     checks
+}
+
+/// Whether people who come by ssh can type `sudo deployer`: sudo has a path of its own. Nothing where there is no sudo, or
+/// where it is not for us to ask.
+fn sudo() -> Option<Check> {
+    const NAME: &str = "sudo";
+    const SCRIPT: &str = "for name in omni-deploy deployer deploy-manifest; do command -v $name >/dev/null || echo $name; done";
+    if !is_root() {
+        return None;
+    }
+    let run = Run::new("sudo").args(["-n", "--", "sh", "-c", SCRIPT]);
+    // What somebody has who comes by ssh.
+    let output = run.env("PATH", "/usr/local/bin:/usr/bin:/bin").deadline(DEADLINE).output().ok()?;
+    if !output.status.ok() {
+        return None;
+    }
+    let missing: Vec<String> = output.text().lines().map(String::from).collect();
+    Some(if missing.is_empty() {
+        Check::ok(NAME, "finds the commands")
+    } else {
+        Check::warn(
+            NAME,
+            format!(
+                "does not find {} ('command not found'): run contrib/install.sh again, or add their folder to \
+                 secure_path in /etc/sudoers (visudo)",
+                missing.join(", ")
+            ),
+        )
+    })
 }
 
 /// The names of the units that failed, which may be anybody's.
