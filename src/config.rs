@@ -118,6 +118,12 @@ pub fn user_dir() -> PathBuf {
     set("XDG_CONFIG_HOME").unwrap_or_else(|| home().join(".config")).join("omni-deploy")
 }
 
+/// `~/.local/state/omni-deploy`: what this user's calls remember and can find out again.
+pub fn state_dir() -> PathBuf {
+    let set = std::env::var_os("XDG_STATE_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
+    set.unwrap_or_else(|| home().join(".local/state")).join("omni-deploy")
+}
+
 /// The home folder: `$HOME`, else root's (units of the system have none).
 pub fn home() -> PathBuf {
     std::env::var_os("HOME").filter(|v| !v.is_empty()).map_or_else(|| PathBuf::from("/root"), PathBuf::from)
@@ -130,6 +136,15 @@ pub fn user_file() -> PathBuf {
 
 /// The configuration file of this machine.
 pub const SYSTEM_FILE: &str = "/etc/omni-deploy/config.json";
+
+/// The store where none is configured.
+const DEFAULT_STORE: &str = "file:///var/lib/omni-deploy";
+
+/// Whether a store of this URL is only the one that is taken where nobody has named any.
+pub fn is_unconfigured(url: &str) -> bool {
+    url == DEFAULT_STORE
+        && load(&Flags::new()).is_ok_and(|s| s.sources.get("store").is_some_and(|s| s.source == "default"))
+}
 
 /// Reads everything and parses it. Errors name the source of the value that is wrong.
 pub fn load(flags: &Flags) -> Result<Settings> {
@@ -208,7 +223,7 @@ fn resolve(
         Error::new(format!("{name} '{value}' ({source}) {why}"))
     };
 
-    let store_text = get("store").unwrap_or_else(|| "file:///var/lib/omni-deploy".into());
+    let store_text = get("store").unwrap_or_else(|| DEFAULT_STORE.into());
     let store = StoreUrl::parse(&store_text).map_err(|why| wrong("store", &store_text, &why))?;
     let cache = match get("cache") {
         None => CacheUrl::from(store.clone()),

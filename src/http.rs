@@ -2,6 +2,7 @@
 //! a name for every way in which no answer comes, and one policy of trying again. It never looks at what an
 //! answer says: statuses are not errors here.
 
+use crate::clock::Timestamp;
 use std::fmt;
 use std::time::{Duration, Instant};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
@@ -118,6 +119,10 @@ pub enum Trouble {
     Cut,
     /// No TLS connection; why.
     Tls(String),
+    /// The other side's certificate has expired; what the clock says here, and until when it was valid.
+    Expired(Timestamp, Timestamp),
+    /// The other side's certificate is not valid yet; what the clock says here, and from when it is.
+    NotYetValid(Timestamp, Timestamp),
     /// The other side does not speak HTTP, or not as it should; how.
     Protocol(String),
     /// Anything else, in the client's words.
@@ -131,7 +136,11 @@ impl Trouble {
             Trouble::Unresolved | Trouble::Refused | Trouble::Unroutable | Trouble::Late | Trouble::Cut => {
                 true
             }
-            Trouble::Tls(_) | Trouble::Protocol(_) | Trouble::Other(_) => false,
+            Trouble::Tls(_)
+            | Trouble::Expired(..)
+            | Trouble::NotYetValid(..)
+            | Trouble::Protocol(_)
+            | Trouble::Other(_) => false,
         }
     }
 
@@ -151,10 +160,27 @@ impl Trouble {
             | Kind::BrokenPipe
             | Kind::NotConnected
             | Kind::UnexpectedEof => Trouble::Cut,
-            Kind::InvalidData => Trouble::Tls(e.to_string()),
+            Kind::InvalidData => match e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
+                Some(e) => Trouble::of_tls(e),
+                None => Trouble::Tls(e.to_string()),
+            },
             // getaddrinfo's failures come without a kind of their own.
             _ if e.to_string().contains("failed to lookup address") => Trouble::Unresolved,
             _ => Trouble::Other(e.to_string()),
+        }
+    }
+
+    fn of_tls(e: &rustls::Error) -> Self {
+        use rustls::CertificateError as Certificate;
+        let at = |time: &rustls::pki_types::UnixTime| Timestamp(time.as_secs().cast_signed());
+        match e {
+            rustls::Error::InvalidCertificate(Certificate::ExpiredContext { time, not_after }) => {
+                Trouble::Expired(at(time), at(not_after))
+            }
+            rustls::Error::InvalidCertificate(Certificate::NotValidYetContext { time, not_before }) => {
+                Trouble::NotYetValid(at(time), at(not_before))
+            }
+            e => Trouble::Tls(e.to_string()),
         }
     }
 
@@ -171,7 +197,7 @@ impl From<ureq::Error> for Trouble {
             ureq::Error::HostNotFound => Trouble::Unresolved,
             ureq::Error::Timeout(_) => Trouble::Late,
             ureq::Error::Tls(why) => Trouble::Tls(why.into()),
-            ureq::Error::Rustls(e) => Trouble::Tls(e.to_string()),
+            ureq::Error::Rustls(e) => Trouble::of_tls(&e),
             e @ (ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..)) => {
                 Trouble::Protocol(e.to_string())
             }
@@ -189,6 +215,12 @@ impl fmt::Display for Trouble {
             Trouble::Late => f.write_str("no answer in time"),
             Trouble::Cut => f.write_str("the connection was cut before the answer was complete"),
             Trouble::Tls(why) => write!(f, "no TLS connection: {why}"),
+            Trouble::Expired(here, until) => {
+                write!(f, "its certificate was valid until {until}, and this machine's clock says {here}")
+            }
+            Trouble::NotYetValid(here, from) => {
+                write!(f, "its certificate is valid from {from} on, and this machine's clock says {here}")
+            }
             Trouble::Protocol(how) => write!(f, "what it says is not HTTP: {how}"),
             Trouble::Other(text) => f.write_str(text),
         }

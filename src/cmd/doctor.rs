@@ -54,9 +54,12 @@ fn look(call: &Call, on_host: bool) -> Vec<Check> {
             checks.extend(machine::store(store.as_ref(), on_host));
             // A store that does not answer was said: the manifest would say it again.
             if checks.iter().all(|c| c.name != "store" || c.verdict == Verdict::Ok) {
-                let (check, found) = machine::manifest(store.as_ref());
+                let (check, found) = machine::manifest(store.as_ref(), &settings);
                 checks.push(check);
                 manifest = found;
+                if on_host {
+                    checks.extend(host::report(store.as_ref(), &settings));
+                }
             }
         }
     }

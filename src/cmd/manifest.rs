@@ -185,15 +185,16 @@ struct Diff {
 
 /// Publish what an older version said, as a new version. Without VERSION it goes to the version before the
 /// current one, so that doing it twice comes back to where it began; with --service alone, to what that
-/// service was before its last change.
+/// service was before its last change. A version that the store has lost can come from a file: the copy that a
+/// host keeps, /var/lib/deployer/manifest.json.
 #[derive(FromArgs)]
 #[argh(
     subcommand,
     name = "rollback",
-    example = "  {command_name}\n  {command_name} manifest-20261122.json\n  {command_name} 41 --service ava"
+    example = "  {command_name}\n  {command_name} manifest-20261122.json\n  {command_name} 41 --service ava\n  ssh biz cat /var/lib/deployer/manifest.json | {command_name} -"
 )]
 struct Rollback {
-    /// the version (name, an unambiguous beginning of one, or serial)
+    /// the version (name, an unambiguous beginning of one, or serial), @FILE, or - for stdin
     #[argh(positional)]
     version: Option<String>,
     /// only the entry of this service
@@ -643,7 +644,13 @@ fn only_version(store: &dyn Store) -> Error {
 }
 
 fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<()> {
+    if let Some(word) = word.filter(|w| *w == STDIN || w.starts_with('@')) {
+        return rollback_to_copy(settings, store, &input(word)?);
+    }
     let versions = versions::all(store)?;
+    // An old one that was put back is left behind also when it says the same: hosts do not obey it.
+    let outrun = |serial: u64| versions.iter().any(|v| v.serial > serial);
+    let outrun = versions.iter().find(|v| v.current).is_some_and(|v| outrun(v.serial));
     let version = match word {
         Some(word) => rollback_target(&versions, word)?,
         // With nothing readable in force, the newest that was replaced is the one before.
@@ -661,8 +668,29 @@ fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Resul
     change(settings, store, Start::Replace, |manifest| {
         // A repair starts from nothing, and restoring nothing is a change there.
         let repaired = manifest.change.by.is_empty();
-        let changed = changes::restore(manifest, &old) || repaired;
+        let changed = changes::restore(manifest, &old) || repaired || outrun;
         Ok(changed.then(|| format!("rollback to {} (serial {})", version.name, version.serial)))
+    })?;
+    Ok(())
+}
+
+/// Publishes a copy of a version from somewhere else, above every serial that it shows to have been there.
+fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8]) -> Result<()> {
+    let copy = parse::manifest(bytes, Mode::Tolerant).map_err(|e| Error::from(e).context("the copy"))?;
+    let trusted = signature::trusted(settings)?;
+    if !trusted.is_empty()
+        && let Err(why) = signature::check(bytes, &copy, &store.identity(), &trusted)
+    {
+        return Err(Error::new(format!(
+            "the copy is not to be trusted in {}: {why}; take one that a host of this store has kept",
+            store.url()
+        )));
+    }
+    change(settings, store, Start::Replace, |manifest| {
+        let behind = manifest.serial < copy.serial;
+        manifest.serial = manifest.serial.max(copy.serial);
+        let changed = changes::restore(manifest, &copy) || behind || manifest.change.by.is_empty();
+        Ok(changed.then(|| format!("rollback to a copy of serial {}", copy.serial)))
     })?;
     Ok(())
 }

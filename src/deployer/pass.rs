@@ -10,16 +10,16 @@ use super::root::Root;
 use super::state::{REPORT_EVERY_SEC, RouteState, RouteStatus, STATE_VERSION, ServiceState, State, Status};
 use super::{applied, intent, observe, overrides, systemd};
 use crate::clock::Timestamp;
-use crate::config::Settings;
+use crate::config::{self, Settings};
 use crate::durable;
 use crate::effect;
 use crate::error::{Error, Result};
 use crate::keys::PublicKey;
+use crate::manifest::edit::COPY_BACK;
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
-use crate::manifest::signature;
-use crate::manifest::{Manifest, Service};
-use crate::names::{ServiceName, StorePath};
+use crate::manifest::{Manifest, Service, signature, versions};
+use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
 use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, When};
 use serde::{Deserialize, Serialize};
@@ -108,9 +108,7 @@ fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Resul
                 "the manifest in {url} cannot be used: {e}; publish a good one ('deploy-manifest rollback')"
             )),
         },
-        Ok(Got::Missing) => {
-            Some(format!("there is no manifest in {url}; make one with 'deploy-manifest init'"))
-        }
+        Ok(Got::Missing) => Some(no_manifest(&url, cached.as_ref().map(|(kept, _)| kept.as_slice()), belief)),
         Err(e) => Some(e.to_string()),
     };
     let Some((bytes, _)) = cached else {
@@ -134,8 +132,32 @@ fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Resul
     }
 }
 
+/// Why there is none, and what brings one there: on a developer's machine, so that is where the commands are typed.
+fn no_manifest(url: &str, kept: Option<&[u8]>, belief: &Belief) -> String {
+    let kept = kept.and_then(|bytes| parse::manifest(bytes, Mode::Tolerant).ok());
+    match kept {
+        Some(kept) => format!(
+            "there is no manifest in {url} any more; this host obeys its copy of serial {}, and who may publish puts \
+             it back with '{}'",
+            kept.serial,
+            COPY_BACK.replace("HOST", belief.host.as_str())
+        ),
+        None if config::is_unconfigured(url) => {
+            "no store is configured on this host; write the 'store' that \
+             'omni-deploy init' printed into /etc/omni-deploy/config.json"
+                .into()
+        }
+        None => format!(
+            "there is no manifest in {url}; make one with 'deploy-manifest init' on a developer's machine, or correct \
+             'store' in /etc/omni-deploy/config.json"
+        ),
+    }
+}
+
 /// What a manifest must show before this host obeys it.
 struct Belief {
+    /// Who this is.
+    host: HostName,
     /// Whose signatures count; empty: everybody may write.
     trusted: Vec<PublicKey>,
     /// The highest serial that was obeyed, as far as the state knows.
@@ -147,7 +169,12 @@ struct Belief {
 impl Belief {
     fn new(settings: &Settings, memory: &Memory, asks: &Asks) -> Result<Self> {
         let highest = memory.state.serial.unwrap_or(0);
-        Ok(Belief { trusted: signature::trusted(settings)?, highest, accept: asks.accept_serial })
+        Ok(Belief {
+            host: settings.host.clone(),
+            trusted: signature::trusted(settings)?,
+            highest,
+            accept: asks.accept_serial,
+        })
     }
 
     /// Why its signature does not do.
@@ -178,12 +205,29 @@ impl Belief {
         let highest = kept.map_or(0, |m| m.serial).max(self.highest);
         let serial = manifest.serial;
         let old = serial < highest && self.accept != Some(serial);
-        old.then(|| {
-            format!(
-                "its serial {serial} is below {highest}, which this host obeyed before: somebody put an old version \
-                 back; go back with 'deploy-manifest rollback', or, if the store was made anew, run \
-                 'deployer run --accept-serial {serial}'"
-            )
+        if !old {
+            return None;
+        }
+        // A store that was made anew has no history above what is in force; one that was put back into has.
+        let newest = versions::archived(store).map(|archived| archived.into_iter().next());
+        let below = format!("its serial {serial} is below {highest}, which this host obeyed before");
+        let accept = format!("'deployer run --accept-serial {serial}' on this host");
+        Some(match newest {
+            Ok(Some(newest)) if newest.serial >= serial => format!(
+                "{below}, and the store has the history of that: an old version was put back; publish the right one \
+                 again with 'deploy-manifest rollback {}', or, if the store was restored from a backup on purpose, \
+                 run {accept}",
+                newest.serial
+            ),
+            Ok(_) => format!(
+                "{below}, and the store has no history of that: it was made anew, or emptied; if it should be, run \
+                 {accept}; if not, put this host's copy back with '{}'",
+                COPY_BACK.replace("HOST", self.host.as_str())
+            ),
+            Err(_) => format!(
+                "{below}: the store was made anew, or an old version was put back; in the first case run {accept}, in \
+                 the second 'deploy-manifest rollback'"
+            ),
         })
     }
 }

@@ -6,13 +6,13 @@ use super::model::{Change, FORMAT_VERSION, MAX_BYTES, Manifest};
 use super::parse::{self, FieldError, MAX_SERIAL, Mode};
 use super::signature::{self, Trust};
 use super::validate::clashes;
-use super::versions::{self, archive_key, archive_name};
+use super::versions::{self, Version, archive_key, archive_name};
 use crate::clock::Timestamp;
-use crate::config::Settings;
+use crate::config::{self, Settings};
 use crate::error::{Error, Result};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
-use crate::store::{Etag, Got, MANIFEST_KEY, Store, StoreError, When};
+use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError, When};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
 
@@ -146,10 +146,36 @@ pub fn believed(store: &dyn Store, author: &Author) -> Result<Manifest> {
     current.manifest.map_err(|e| unusable(store, &e))
 }
 
-/// There is no manifest yet.
+/// There is no manifest: nothing is configured, it was lost, or there never was one.
 pub fn missing(store: &dyn Store) -> Error {
-    Error::new(format!("no manifest in {} yet; run 'deploy-manifest init'", store.url()))
+    let url = store.url();
+    if config::is_unconfigured(&url) {
+        return Error::new(
+            "nothing is configured here, so there is no manifest; run 'omni-deploy init s3://BUCKET?region=…' (on a \
+             host: write the 'store' that it prints into /etc/omni-deploy/config.json)",
+        );
+    }
+    let newest = versions::archived(store).ok().and_then(|archived| archived.into_iter().next());
+    if let Some(Version { name, serial, .. }) = newest {
+        return Error::new(format!(
+            "no manifest in {url} any more, only older ones up to serial {serial}; put a host's copy back \
+             ('{COPY_BACK}') or go back with 'deploy-manifest rollback {name}'"
+        ));
+    }
+    let hosts = store.list(HOSTS_PREFIX).unwrap_or_default();
+    let host = hosts.first().and_then(|key| key.strip_prefix(HOSTS_PREFIX)?.strip_suffix(".json"));
+    if let Some(host) = host {
+        return Error::new(format!(
+            "no manifest in {url} any more, and the host {host} reports there that it has obeyed one; put its copy \
+             back: '{}'",
+            COPY_BACK.replace("HOST", host)
+        ));
+    }
+    Error::new(format!("no manifest in {url} yet; run 'deploy-manifest init'"))
 }
+
+/// How the copy that a host keeps is published again.
+pub const COPY_BACK: &str = "ssh HOST cat /var/lib/deployer/manifest.json | deploy-manifest rollback -";
 
 /// There is one that cannot be used.
 pub fn unusable(store: &dyn Store, why: &FieldError) -> Error {
@@ -244,6 +270,7 @@ fn swap(
         author.sign(store, &mut manifest)?;
         let bytes = manifest.to_bytes();
         check_size(&manifest, bytes.len() as u64)?;
+        store::before_writing(store, now())?;
         let when = match &current {
             None => When::Absent,
             Some(current) => {
@@ -290,7 +317,14 @@ fn base(
         (Some(found @ Current { manifest: Ok(manifest), .. }), Start::Replace)
             if manifest.serial < LAST_SERIAL && author.believes(store, found).is_ok() =>
         {
-            Ok((manifest.clone(), archive_name(manifest.serial, manifest.generation)))
+            let replaced = archive_name(manifest.serial, manifest.generation);
+            let mut manifest = manifest.clone();
+            if !author.trust.trusted.is_empty() {
+                // An old one that was put back: hosts have obeyed what it took the place of.
+                let highest = highest(store, author)?;
+                manifest.serial = manifest.serial.max(if highest == 0 { 0 } else { highest + 1 });
+            }
+            Ok((manifest, replaced))
         }
         (Some(Current { manifest: Err(why), .. }), Start::Existing | Start::OrEmpty) => {
             Err(unusable(store, why))
@@ -491,6 +525,7 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
             })
         });
         signature::sign(&mut signed, &store.identity(), key)?;
+        store::before_writing(store, Timestamp::now())?;
         match store.put(MANIFEST_KEY, &signed.to_bytes(), &When::Still(current.etag.clone())) {
             Ok(_) => return Ok(true),
             Err(StoreError::Changed(_)) => contention.wait(began.elapsed(), Some(current.etag), store)?,
@@ -853,7 +888,11 @@ mod tests {
         }
         store.objects.lock().unwrap().remove(MANIFEST_KEY);
         let e = update(&store, &NOW, &ann(), &[]).unwrap_err().to_string();
-        assert!(e.contains("no manifest in file:///test yet; run 'deploy-manifest init'"), "{e}");
+        assert!(
+            e.contains("no manifest in file:///test any more")
+                && e.contains("'deploy-manifest rollback manifest-"),
+            "{e}"
+        );
         assert_eq!(init(&store, &NOW, &ann()).unwrap().manifest.serial, 4, "hosts may have seen 3");
     }
 

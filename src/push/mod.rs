@@ -72,6 +72,7 @@ pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd:
     for target in &resolved {
         known(&manifest, target)?;
     }
+    store::before_writing(store.as_ref(), Timestamp::now())?;
 
     let mut built = Vec::new();
     for target in &resolved {

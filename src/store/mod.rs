@@ -2,6 +2,7 @@
 //! relative path (`manifest.json`, `manifests/…`, `hosts/HOST.json`). Every write can be conditional; that is
 //! all the coordination the product has.
 
+pub mod codes;
 pub mod credentials;
 pub mod dir;
 pub mod probe;
@@ -12,7 +13,7 @@ pub mod xml;
 use crate::error::Error;
 use std::fmt;
 
-pub use probe::{Probe, probe};
+pub use probe::{Probe, before_writing, probe};
 pub use url::{CacheUrl, StoreUrl};
 
 /// The current manifest.
@@ -62,6 +63,8 @@ pub enum StoreError {
     TooLarge(String),
     /// The store cannot be reached or did not answer in time, also after the retries: worth trying later.
     Unreachable(String),
+    /// The store knows these credentials, and they may not do it.
+    Denied(String),
     /// The store answered and refused (bucket missing, wrong key, clock skewed, garbage): a person must act.
     Refused(String),
 }
@@ -72,6 +75,7 @@ impl fmt::Display for StoreError {
             StoreError::Changed(t)
             | StoreError::TooLarge(t)
             | StoreError::Unreachable(t)
+            | StoreError::Denied(t)
             | StoreError::Refused(t) => f.write_str(t),
         }
     }
@@ -110,6 +114,12 @@ pub trait Store: Send + Sync {
 
     /// All keys that begin with `prefix`, sorted; pages are followed to the end.
     fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError>;
+
+    /// Whether other people's software decides what becomes of the condition of a write, so that it is to be found
+    /// out ([`probe::before_writing`]).
+    fn is_foreign(&self) -> bool {
+        false
+    }
 }
 
 /// Opens the store a URL names; nothing is asked of the network. Credentials are looked up with the first

@@ -1,8 +1,19 @@
 //! Finds out whether a store keeps its word: some answer a conditional write with success whatever its
 //! condition, and then people who push at the same time overwrite each other. Writes one object of its own
-//! below `probe/` and removes it; never touches another.
+//! below `probe/` and removes it; never touches another. Whoever is about to write the manifest asks
+//! [`before_writing`], which remembers what was found on this machine for a week: a store behind an address may be
+//! replaced by another.
 
 use super::{Etag, Store, StoreError, When};
+use crate::clock::Timestamp;
+use crate::{config, durable, say};
+use ring::digest::{SHA256, digest};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+/// For how long a store that was found to keep its conditions is not asked again, in seconds.
+const REMEMBERED_SEC: i64 = 7 * 24 * 3600;
 
 /// What a probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +31,71 @@ pub fn probe(store: &dyn Store) -> Result<Probe, StoreError> {
     let tested = conditions(store, &key);
     let removed = store.delete(&key);
     Ok(Probe { complaint: tested?, leftover: removed.err().map(|e| e.to_string()) })
+}
+
+/// Refuses a store that breaks its conditions, before anything is written to it. What is known to be well on this
+/// machine costs no request.
+pub fn before_writing(store: &dyn Store, now: Timestamp) -> Result<(), StoreError> {
+    if !store.is_foreign() || remembered(store, now) || !first(store) {
+        return Ok(());
+    }
+    match probe(store) {
+        Ok(Probe { complaint: Some(why), .. }) => Err(StoreError::Refused(why)),
+        Ok(Probe { complaint: None, leftover }) => {
+            if let Some(leftover) = leftover {
+                say::warning(leftover);
+            }
+            remember(store, now);
+            Ok(())
+        }
+        // Who may write the manifest and not here works on, as before there was a trial.
+        Err(StoreError::Denied(why)) => {
+            say::warning(format!("whether the store honours conditional writes was not tried: {why}"));
+            Ok(())
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Whether this process has not tried this store yet: one that cannot be remembered is tried once, too.
+fn first(store: &dyn Store) -> bool {
+    static TRIED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    TRIED.lock().unwrap_or_else(PoisonError::into_inner).insert(store.identity())
+}
+
+/// Notes that the store was found to keep its conditions. Where that cannot be written, the next one asks again.
+pub fn remember(store: &dyn Store, now: Timestamp) {
+    let note = note(store);
+    let text = format!("{} {now}\n", store.identity());
+    if store.is_foreign()
+        && let Some(folder) = note.parent()
+        && fs_err::create_dir_all(folder).is_ok()
+        && let Err(e) = durable::write(&note, text.as_bytes(), 0o600)
+    {
+        say::info(format!("{} cannot be written: {e}; the store will be tried again", note.display()));
+    }
+}
+
+/// Takes back what [`remember`] noted.
+pub fn forget(store: &dyn Store) {
+    if let Err(e) = durable::remove(&note(store)) {
+        say::info(format!("{} cannot be removed: {e}", note(store).display()));
+    }
+}
+
+fn remembered(store: &dyn Store, now: Timestamp) -> bool {
+    let Ok(text) = fs_err::read_to_string(note(store)) else { return false };
+    text.trim_end().rsplit_once(' ').is_some_and(|(identity, at)| {
+        let age = Timestamp::parse(at).map(|at| now.0.saturating_sub(at.0));
+        identity == store.identity() && age.is_some_and(|age| (0..REMEMBERED_SEC).contains(&age))
+    })
+}
+
+/// Where it is noted: one file for each store.
+fn note(store: &dyn Store) -> PathBuf {
+    let hash = digest(&SHA256, store.identity().as_bytes());
+    let hex: String = hash.as_ref().iter().take(16).map(|b| format!("{b:02x}")).collect();
+    config::state_dir().join("conditional-writes").join(hex)
 }
 
 fn conditions(store: &dyn Store, key: &str) -> Result<Option<String>, StoreError> {

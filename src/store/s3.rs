@@ -2,16 +2,21 @@
 //! over ureq, so every future of rusoto's is ready when it is first polled and no runtime ever starts. rusoto
 //! never reads a byte of an answer: its XML reader spins for ever on a document that is cut short and panics on
 //! a number that is none, so [`Carrier`] keeps the answer for the code here and shows rusoto an empty success.
-//! Addresses are path-style everywhere: that is what rusoto builds, what other people's servers understand, and
-//! what keeps TLS names right for buckets with dots.
+//! Addresses are path-style (what rusoto builds, what other people's servers understand, and what keeps TLS names
+//! right for buckets with dots) unless the URL or the store wants the bucket in the host's name. What a store turns
+//! out to want of us is noted as long as this value lives ([`Wants`]).
 
+use super::codes::{self, Meaning};
 use super::credentials::{Credentials, Env, Provider};
-use super::url::S3Location;
+use super::url::{Addressing, S3Location};
 use super::xml;
 use super::{Etag, Got, Store, StoreError, When};
 use crate::clock::{Timestamp, human_seconds};
 use crate::http::{self, Again, GaveUp, Limits, RealPace, Retry, Trouble};
 use crate::say::printable;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use ring::digest::Context as Context256;
 use rusoto_core::credential::{AwsCredentials, StaticProvider};
 use rusoto_core::request::{DispatchSignedRequestFuture, HttpResponse};
 use rusoto_core::signature::SignedRequest;
@@ -22,7 +27,7 @@ use rusoto_s3::{
 use std::cell::Cell;
 use std::fmt;
 use std::future::Future;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, Write};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -91,6 +96,18 @@ pub struct S3Store {
     region: Region,
     agent: ureq::Agent,
     credentials: Provider,
+    wants: Mutex<Wants>,
+}
+
+/// What a store has refused to do without. Nobody is asked in advance: most stores want none of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Wants {
+    /// The bucket in the host's name.
+    virtual_host: bool,
+    /// A checksum of what is written.
+    checksum: bool,
+    /// No `Expect`.
+    no_expect: bool,
 }
 
 impl fmt::Debug for S3Store {
@@ -163,6 +180,8 @@ enum Fault {
     TooLarge(u64),
     /// What was to be sent could not be read.
     Source(String),
+    /// What the store wants was learnt only when the bytes were gone: the next write has it.
+    Late(Box<Fault>),
 }
 
 impl Fault {
@@ -173,14 +192,14 @@ impl Fault {
         }
     }
 
-    fn code(&self) -> &str {
+    fn meaning(&self) -> Option<Meaning> {
         match self {
-            Fault::Refusal(refusal) => &refusal.code,
-            _ => "",
+            Fault::Refusal(refusal) => Some(refusal.meaning()),
+            _ => None,
         }
     }
 
-    /// Trouble on the way, 5xx and 429 may pass; what S3 understood and refused stays refused.
+    /// Trouble on the way and what S3 calls transient may pass; what it understood and refused stays refused.
     fn again(&self) -> Again {
         match self {
             Fault::Trouble(trouble) if trouble.is_absence() => Again::AtMost(TRIES_OF_ABSENCE),
@@ -192,8 +211,12 @@ impl Fault {
 }
 
 impl Refusal {
+    fn meaning(&self) -> Meaning {
+        codes::meaning(self.status, &self.code)
+    }
+
     fn may_pass(&self) -> bool {
-        (self.status >= 500 && self.status != 501) || self.status == 429
+        matches!(self.meaning(), Meaning::Transient | Meaning::Conflict)
     }
 
     fn read(answer: Answer) -> Result<Self, Fault> {
@@ -219,6 +242,16 @@ impl Refusal {
         }
         refusal.region = refusal.region.or_else(|| header(&refusal.headers, "x-amz-bucket-region"));
         Ok(refusal)
+    }
+
+    /// Its words, for people.
+    fn said(&self) -> String {
+        let Refusal { status, code, message, .. } = self;
+        match (code.is_empty(), message.is_empty()) {
+            (true, _) => format!("{status}"),
+            (false, true) => format!("{status} {code}"),
+            (false, false) => format!("{status} {code} ({message})"),
+        }
     }
 
     /// How far this machine's clock is ahead of the store's, in seconds, by the answer's `Date`.
@@ -322,11 +355,17 @@ fn exchange(
 struct Carrier {
     agent: ureq::Agent,
     patience: Patience,
+    /// The bucket that goes into the host's name, and what the request is signed with anew then.
+    virtual_host: Option<(String, AwsCredentials)>,
     kept: Mutex<Option<Result<Answer, Fault>>>,
 }
 
 impl DispatchSignedRequest for Carrier {
-    fn dispatch(&self, request: SignedRequest, _: Option<Duration>) -> DispatchSignedRequestFuture {
+    fn dispatch(&self, mut request: SignedRequest, _: Option<Duration>) -> DispatchSignedRequestFuture {
+        if let Some((bucket, credentials)) = &self.virtual_host {
+            to_virtual_host(&mut request, bucket);
+            request.sign(credentials);
+        }
         let answer = exchange(&self.agent, &request, &[], (), self.patience);
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
         let status = 200u16.try_into().map_err(|_| HttpDispatchError::new("200 is no status".into()));
@@ -335,6 +374,15 @@ impl DispatchSignedRequest for Carrier {
             body: ByteStream::from(Vec::new()),
             headers: Default::default(),
         })))
+    }
+}
+
+/// Moves the bucket from the path to the host's name (Amazon S3 user guide, "Virtual hosting of buckets").
+fn to_virtual_host(request: &mut SignedRequest, bucket: &str) {
+    let host = format!("{bucket}.{}", request.hostname());
+    request.set_hostname(Some(host));
+    if let Some(rest) = request.path.strip_prefix('/').and_then(|p| p.strip_prefix(bucket)) {
+        request.path = if rest.is_empty() { "/".into() } else { rest.into() };
     }
 }
 
@@ -376,7 +424,9 @@ impl S3Store {
             .map_err(|_| refused(format!("'{host}' is no endpoint; HOST or HOST:PORT is meant")))?;
         let agent = http::agent(&*env, &location.scheme, uri.host(), LIMITS).map_err(refused)?;
         let region = Region::Custom { name: region, endpoint: place.clone() };
-        Ok(S3Store { location: location.clone(), place, region, agent, credentials })
+        let wants = Wants { virtual_host: location.addressing == Addressing::Virtual, ..Wants::default() };
+        let wants = Mutex::new(wants);
+        Ok(S3Store { location: location.clone(), place, region, agent, credentials, wants })
     }
 
     fn full_key(&self, key: &str) -> String {
@@ -395,12 +445,13 @@ impl S3Store {
         call: impl Fn(S3Client) -> F,
         read: impl Fn(Answer) -> Result<T, Fault>,
     ) -> Result<T, GaveUp<Fault>> {
-        self.tried(|left| {
+        self.tried(|left, wants| {
             let c = self.sign_with()?;
             let provider = StaticProvider::new(c.id.clone(), c.secret.clone(), c.token.clone(), None);
             let carrier = Arc::new(Carrier {
                 agent: self.agent.clone(),
                 patience: patience(left),
+                virtual_host: wants.virtual_host.then(|| (self.location.bucket.clone(), signing(&c))),
                 kept: Mutex::default(),
             });
             let client = Client::new_with(provider, carrier.clone());
@@ -414,8 +465,46 @@ impl S3Store {
         })
     }
 
-    fn tried<T>(&self, attempt: impl FnMut(Duration) -> Result<T, Fault>) -> Result<T, GaveUp<Fault>> {
-        RETRY.run(&RealPace::default(), attempt, Fault::again)
+    fn tried<T>(
+        &self,
+        mut attempt: impl FnMut(Duration, Wants) -> Result<T, Fault>,
+    ) -> Result<T, GaveUp<Fault>> {
+        let given = Cell::new(Wants::default());
+        let attempt = |left| {
+            given.set(self.wants());
+            attempt(left, given.get())
+        };
+        RETRY.run(&RealPace::default(), attempt, |fault| match self.learns(fault, given.get()) {
+            true => Again::Yes,
+            false => fault.again(),
+        })
+    }
+
+    fn wants(&self) -> Wants {
+        *self.wants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a request that was refused can be made as the store wants it; from now on every one is. `given` is
+    /// what the refused one had.
+    fn learns(&self, fault: &Fault, given: Wants) -> bool {
+        let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
+        match fault.meaning() {
+            Some(Meaning::WantsVirtualHost) if self.may_be_virtual() && !given.virtual_host => {
+                wants.virtual_host = true;
+            }
+            Some(Meaning::MissingHeader) if !given.checksum => wants.checksum = true,
+            Some(Meaning::NoExpect) if !given.no_expect => wants.no_expect = true,
+            _ => return false,
+        }
+        true
+    }
+
+    /// Whether the bucket's name may stand in a host's name; no certificate is valid for one with dots.
+    fn may_be_virtual(&self) -> bool {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        let dots = |c: char| c == '.' && self.location.scheme == "http";
+        self.location.addressing != Addressing::Path
+            && self.location.bucket.chars().all(|c| plain(c) || dots(c))
     }
 
     fn get_request(&self, key: &str) -> GetObjectRequest {
@@ -453,9 +542,12 @@ impl S3Store {
         request
     }
 
-    fn sign(&self, request: &mut SignedRequest) -> Result<(), Fault> {
-        let c = self.sign_with()?;
-        request.sign(&AwsCredentials::new(c.id.clone(), c.secret.clone(), c.token.clone(), None));
+    fn sign(&self, request: &mut SignedRequest, wants: Wants) -> Result<(), Fault> {
+        if wants.virtual_host {
+            to_virtual_host(request, &self.location.bucket);
+        }
+        let credentials = self.sign_with()?;
+        request.sign(&signing(&credentials));
         Ok(())
     }
 
@@ -467,12 +559,16 @@ impl S3Store {
         bytes: &[u8],
         condition: Option<(&str, &str)>,
     ) -> Result<Etag, GaveUp<Fault>> {
-        self.tried(|left| {
+        self.tried(|left, wants| {
             let mut request = self.put_request(key, content_type, Some(bytes));
             if let Some((name, value)) = condition {
                 request.add_header(name, value);
             }
-            self.sign(&mut request)?;
+            if wants.checksum {
+                // Every store that wants a checksum takes this one, also those older than the others.
+                request.maybe_set_content_md5_header();
+            }
+            self.sign(&mut request, wants)?;
             exchange(&self.agent, &request, &[], bytes, Patience::within(left))?.etag()
         })
     }
@@ -480,6 +576,7 @@ impl S3Store {
     /// What the store says of an object; None when it is missing. A HEAD's answer has no body, so a missing
     /// bucket is a missing object here.
     pub fn head(&self, key: &str) -> Result<Option<ObjectHead>, StoreError> {
+        let wanted = self.wants();
         let call = |client: S3Client| {
             let request = HeadObjectRequest {
                 bucket: self.location.bucket.clone(),
@@ -498,8 +595,14 @@ impl S3Store {
             Err(gave_up) if gave_up.error.status() == 404 => Ok(None),
             Err(gave_up) => {
                 // The reason of a refusal is in the body that a HEAD does not have: ask for it.
-                if matches!(gave_up.error.status(), 301 | 307 | 400 | 403) {
-                    self.get_start(key, 1)?;
+                if let Fault::Refusal(refusal) = &gave_up.error
+                    && !refusal.may_pass()
+                {
+                    let found = self.get_start(key, 1)?;
+                    // A GET learns what the store wants, so that the HEAD can be asked again.
+                    if wanted != self.wants() && found.is_some() {
+                        return self.head(key);
+                    }
                 }
                 Err(self.told(Verb::Read, key, gave_up))
             }
@@ -521,8 +624,8 @@ impl S3Store {
         };
         match self.object(&request, |_| Patience { answer: LIMITS.answer, ..Patience::STREAM }, read) {
             Ok(stream) => Ok(Some(stream)),
-            Err(gave_up) if gave_up.error.code() == "NoSuchKey" => Ok(None),
-            Err(GaveUp { error: Fault::Refusal(refusal), .. }) if refusal.status == 416 => {
+            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NoObject) => Ok(None),
+            Err(GaveUp { error: Fault::Refusal(refusal), .. }) if refusal.meaning() == Meaning::NoRange => {
                 Ok(Some(ObjectStream {
                     status: 416,
                     content_length: Some(0),
@@ -563,27 +666,64 @@ impl S3Store {
                 }
             }
         } else {
-            let length = length.to_string();
-            let extra = [("content-length", length.as_str()), ("expect", "100-continue")];
-            let taken = Cell::new(false);
-            RETRY.run(
-                &RealPace::default(),
-                |_| {
-                    let mut request = self.put_request(key, content_type, None);
-                    self.sign(&mut request)?;
-                    let stream = SendBody::from_reader(&mut source);
-                    let sent = exchange(&self.agent, &request, &extra, stream, Patience::STREAM)
-                        .and_then(|answer| answer.etag());
-                    taken.set(source.taken);
-                    match (sent, source.failed.take()) {
-                        (Err(_), Some(why)) => Err(Fault::Source(why)),
-                        (sent, _) => sent.map(drop),
-                    }
-                },
-                |fault| if taken.get() { Again::No } else { fault.again() },
-            )
+            self.write_large(key, content_type, &mut source)
         };
         result.map_err(|gave_up| self.told(Verb::Write, key, gave_up))
+    }
+
+    fn write_large(
+        &self,
+        key: &str,
+        content_type: &str,
+        source: &mut Source<'_>,
+    ) -> Result<(), GaveUp<Fault>> {
+        let length = source.left.to_string();
+        let taken = Cell::new(false);
+        let given = Cell::new(Wants::default());
+        let mut spooled: Option<Spooled> = None;
+        let attempt = |_| {
+            let wants = self.wants();
+            given.set(wants);
+            let mut request = self.put_request(key, content_type, None);
+            if wants.checksum {
+                // It goes ahead of the bytes, which therefore wait in a file.
+                let spooled = match &mut spooled {
+                    Some(spooled) => spooled,
+                    None => spooled.insert(Spooled::of(source).map_err(|e| Fault::Source(e.to_string()))?),
+                };
+                request.add_header("x-amz-sdk-checksum-algorithm", "SHA256");
+                request.add_header("x-amz-checksum-sha256", &spooled.sha256);
+            }
+            self.sign(&mut request, wants)?;
+            let mut extra = vec![("content-length", length.as_str())];
+            if !wants.no_expect {
+                extra.push(("expect", "100-continue"));
+            }
+            let sent = match &mut spooled {
+                Some(Spooled { file, .. }) => {
+                    file.rewind().map_err(|e| Fault::Source(e.to_string()))?;
+                    let body = SendBody::from_reader(file);
+                    exchange(&self.agent, &request, &extra, body, Patience::STREAM)
+                }
+                None => {
+                    let body = SendBody::from_reader(source);
+                    exchange(&self.agent, &request, &extra, body, Patience::STREAM)
+                }
+            };
+            taken.set(source.taken && spooled.is_none());
+            match (sent.and_then(|answer| answer.etag()), source.failed.take()) {
+                (Err(_), Some(why)) => Err(Fault::Source(why)),
+                (Err(fault), None) if taken.get() && self.learns(&fault, wants) => {
+                    Err(Fault::Late(Box::new(fault)))
+                }
+                (sent, _) => sent.map(drop),
+            }
+        };
+        RETRY.run(&RealPace::default(), attempt, |fault| match taken.get() {
+            true => Again::No,
+            false if self.learns(fault, given.get()) => Again::Yes,
+            false => fault.again(),
+        })
     }
 
     /// The error of an operation, in one line.
@@ -603,6 +743,15 @@ impl S3Store {
             Fault::Source(why) => {
                 StoreError::Unreachable(format!("{what}: its content could not be read: {why}; run it again"))
             }
+            Fault::Late(fault) => {
+                let said = match *fault {
+                    Fault::Refusal(refusal) => refusal.said(),
+                    _ => String::new(),
+                };
+                StoreError::Unreachable(format!(
+                    "{what}: {place} wants it sent in another way ({said}); send it again"
+                ))
+            }
             Fault::Garbage(how) => StoreError::Refused(format!(
                 "{what}: {place} answers {how}, which is not S3; check the store's endpoint and the proxy"
             )),
@@ -618,6 +767,13 @@ impl S3Store {
                     Trouble::Refused => "start the store, or correct the endpoint in its URL",
                     Trouble::Unroutable | Trouble::Late => "check this machine's network and the store",
                     Trouble::Cut => "check the store and the scheme in its URL, and try again",
+                    Trouble::Expired(..) => {
+                        "if the clock is wrong, run 'timedatectl set-ntp true'; else the store needs a new certificate"
+                    }
+                    Trouble::NotYetValid(..) => {
+                        "if the clock is wrong, run 'timedatectl set-ntp true'; else wait, or give the store another \
+                         certificate"
+                    }
                     Trouble::Tls(why) if why.contains("certificate") => {
                         "name the file with its authority's certificate in AWS_CA_BUNDLE, or correct the endpoint"
                     }
@@ -627,7 +783,10 @@ impl S3Store {
                 };
                 let text = format!("{what}: {place}{via}: {trouble}{tried}; {remedy}");
                 match trouble {
-                    Trouble::Tls(_) | Trouble::Protocol(_) => StoreError::Refused(text),
+                    Trouble::Tls(_)
+                    | Trouble::Expired(..)
+                    | Trouble::NotYetValid(..)
+                    | Trouble::Protocol(_) => StoreError::Refused(text),
                     _ => StoreError::Unreachable(text),
                 }
             }
@@ -643,38 +802,34 @@ impl S3Store {
         refusal: &Refusal,
         now: Timestamp,
     ) -> StoreError {
-        let Refusal { status, code, message, region, headers: _ } = refusal;
+        let Refusal { status: _, code, message: _, region, headers: _ } = refusal;
         let place = &self.place;
         let bucket = &self.location.bucket;
         let (id, source) = match self.sign_with() {
             Ok(c) => (c.id.clone(), c.source.to_string()),
             Err(_) => ("unknown".into(), "the credentials' source".into()),
         };
-        let said = match (code.is_empty(), message.is_empty()) {
-            (true, _) => format!("{status}"),
-            (false, true) => format!("{status} {code}"),
-            (false, false) => format!("{status} {code} ({message})"),
-        };
-        let why = match (*status, code.as_str()) {
-            _ if refusal.may_pass() => {
+        let said = refusal.said();
+        let why = match refusal.meaning() {
+            Meaning::Transient | Meaning::Conflict => {
                 return StoreError::Unreachable(format!(
                     "{what}: {place} answers {said}{tried}; try again later"
                 ));
             }
-            (_, "NoSuchBucket") => {
+            Meaning::NoBucket => {
                 format!("there is no bucket '{bucket}' at {place}; create it, or correct the store's URL")
             }
-            (_, "InvalidAccessKeyId") => {
+            Meaning::UnknownKey => {
                 format!("{place} does not know the access key {id}; correct {source}")
             }
-            (_, "SignatureDoesNotMatch") => {
+            Meaning::WrongSecret => {
                 format!("the secret key is not the one of access key {id}; correct {source}")
             }
-            (_, "ExpiredToken" | "TokenRefreshRequired") => {
+            Meaning::ExpiredToken => {
                 format!("the session token has expired; renew {source}")
             }
-            (_, "InvalidToken") => format!("the session token is not valid; renew {source}"),
-            (_, "RequestTimeTooSkewed") => {
+            Meaning::InvalidToken => format!("the session token is not valid; renew {source}"),
+            Meaning::ClockSkew => {
                 let skew = match refusal.skew(now) {
                     Some(s) if s.abs() >= 60 => {
                         let side = if s > 0 { "ahead of" } else { "behind" };
@@ -684,7 +839,7 @@ impl S3Store {
                 };
                 format!("this machine's clock is {skew}; run 'timedatectl set-ntp true'")
             }
-            (301 | 307, _) | (_, "AuthorizationHeaderMalformed" | "PermanentRedirect") => match region {
+            Meaning::Elsewhere => match region {
                 Some(region) => format!(
                     "the bucket is in region {region}, not {}; write region={region} in the store's URL",
                     self.region.name()
@@ -694,19 +849,63 @@ impl S3Store {
                      store's URL"
                 ),
             },
-            (501, _) | (_, "NotImplemented") => {
+            Meaning::Unsupported => {
                 format!("{place} cannot do this ({said}); use a store that has S3's conditional writes")
             }
-            (403, _) => {
-                format!(
-                    "{place} denies it to access key {id} ({said}); allow {}",
+            Meaning::WantsVirtualHost => match self.location.addressing {
+                Addressing::Path => format!(
+                    "{place} wants the bucket in the host's name ({said}); take addressing-style=path out of the \
+                     store's URL"
+                ),
+                _ => format!(
+                    "{place} wants the bucket in the host's name ({said}), which a name like '{bucket}' cannot be; \
+                     use a bucket whose name is of a-z, 0-9 and '-'"
+                ),
+            },
+            Meaning::MissingHeader if matches!(verb, Verb::Write) => format!(
+                "{place} answers {said}, also when a checksum is sent with it; if the bucket has Object Lock, \
+                 take its default retention away or use another bucket"
+            ),
+            Meaning::Denied => {
+                return StoreError::Denied(format!(
+                    "{what}: {place} denies it to access key {id} ({said}); allow {}",
                     verb.permission(bucket, &self.full_key(key))
-                )
+                ));
             }
-            (_, "") => format!("{place} answers {said} without S3's reason; check the store's endpoint"),
+            _ if code.is_empty() => {
+                format!("{place} answers {said} without S3's reason; check the store's endpoint")
+            }
             _ => format!("{place} answers {said}; check the store's URL"),
         };
         StoreError::Refused(format!("{what}: {why}"))
+    }
+}
+
+/// What rusoto signs with.
+fn signing(c: &Credentials) -> AwsCredentials {
+    AwsCredentials::new(c.id.clone(), c.secret.clone(), c.token.clone(), None)
+}
+
+/// The bytes of a large write, held in a file without a name, and their SHA-256 in base64.
+struct Spooled {
+    file: tempfile::SpooledTempFile,
+    sha256: String,
+}
+
+impl Spooled {
+    fn of(source: &mut Source<'_>) -> io::Result<Self> {
+        let mut file = tempfile::spooled_tempfile(0);
+        let mut sum = Context256::new(&ring::digest::SHA256);
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let read = source.read(&mut buffer)?;
+            if read == 0 {
+                break;
+            }
+            sum.update(&buffer[..read]);
+            file.write_all(&buffer[..read])?;
+        }
+        Ok(Spooled { file, sha256: BASE64.encode(sum.finish()) })
     }
 }
 
@@ -787,6 +986,10 @@ impl Store for S3Store {
         self.location.identity()
     }
 
+    fn is_foreign(&self) -> bool {
+        true
+    }
+
     fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
         let request =
             GetObjectRequest { if_none_match: unless.map(|e| e.0.clone()), ..self.get_request(key) };
@@ -806,8 +1009,10 @@ impl Store for S3Store {
         };
         match self.object(&request, Patience::within, read) {
             Ok(got) => Ok(got),
-            Err(gave_up) if gave_up.error.status() == 304 && unless.is_some() => Ok(Got::NotModified),
-            Err(gave_up) if gave_up.error.code() == "NoSuchKey" => Ok(Got::Missing),
+            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NotModified) && unless.is_some() => {
+                Ok(Got::NotModified)
+            }
+            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NoObject) => Ok(Got::Missing),
             Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
         }
     }
@@ -822,9 +1027,9 @@ impl Store for S3Store {
         };
         match self.object(&request, Patience::within, read) {
             Ok(bytes) => Ok(Some(bytes)),
-            Err(gave_up) if gave_up.error.code() == "NoSuchKey" => Ok(None),
+            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NoObject) => Ok(None),
             // An empty object has no first byte.
-            Err(gave_up) if gave_up.error.status() == 416 => Ok(Some(Vec::new())),
+            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NoRange) => Ok(Some(Vec::new())),
             Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
         }
     }
@@ -848,10 +1053,10 @@ impl Store for S3Store {
             Ok(etag) => return Ok(etag),
             Err(gave_up) => gave_up,
         };
-        let changed = match (gave_up.error.status(), gave_up.error.code()) {
-            (412, _) | (409, "ConditionalRequestConflict") => condition.is_some(),
-            // The object that was to be still the same is gone.
-            (404, code) => matches!(when, When::Still(_)) && code != "NoSuchBucket",
+        let changed = match gave_up.error.meaning() {
+            Some(Meaning::ConditionFailed) => condition.is_some(),
+            // The object that was to be still the same is gone (PutObject, "If-Match").
+            Some(Meaning::NoObject) => matches!(when, When::Still(_)),
             _ => false,
         };
         if changed {
@@ -880,7 +1085,9 @@ impl Store for S3Store {
             _ => Ok(()),
         };
         match self.typed(Patience::within, call, read) {
-            Err(gave_up) if gave_up.error.code() != "NoSuchKey" => Err(self.told(Verb::Delete, key, gave_up)),
+            Err(gave_up) if gave_up.error.meaning() != Some(Meaning::NoObject) => {
+                Err(self.told(Verb::Delete, key, gave_up))
+            }
             _ => Ok(()),
         }
     }

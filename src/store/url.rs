@@ -1,5 +1,5 @@
-//! URLs of stores and caches: `s3://BUCKET[/PREFIX]?region=&endpoint=&scheme=&profile=` (the grammar of Nix's
-//! own S3 stores), `file:///DIR`, and for caches anything else that `nix copy` takes.
+//! URLs of stores and caches: `s3://BUCKET[/PREFIX]?region=&endpoint=&scheme=&profile=&addressing-style=` (the
+//! grammar of Nix's own S3 stores), `file:///DIR`, and for caches anything else that `nix copy` takes.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -19,6 +19,20 @@ pub struct S3Location {
     pub scheme: String,
     /// The profile of the URL, if it has one.
     pub profile: Option<String>,
+    /// Where the bucket's name stands.
+    pub addressing: Addressing,
+}
+
+/// Where the bucket's name stands in an address; the words of Nix's S3 stores (`addressing-style`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Addressing {
+    /// In the path; in the host's name for a store that refuses this.
+    #[default]
+    Auto,
+    /// In the path.
+    Path,
+    /// In the host's name.
+    Virtual,
 }
 
 /// The store of the manifest.
@@ -105,6 +119,7 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
         endpoint: None,
         scheme: "https".to_string(),
         profile: None,
+        addressing: Addressing::Auto,
     };
     for pair in query.split('&').filter(|p| !p.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -127,6 +142,18 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
             }
             "scheme" => location.scheme = value,
             "profile" => location.profile = Some(value),
+            "addressing-style" => {
+                location.addressing = match value.as_str() {
+                    "auto" => Addressing::Auto,
+                    "path" => Addressing::Path,
+                    "virtual" => Addressing::Virtual,
+                    _ => {
+                        return Err(format!(
+                            "has the addressing-style '{value}'; expected auto, path or virtual"
+                        ));
+                    }
+                };
+            }
             // Nix's own settings of an s3 store are Nix's affair.
             "compression"
             | "parallel-compression"
@@ -145,7 +172,7 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
             | "narinfo-compression" => {}
             _ => {
                 return Err(format!(
-                    "has the parameter '{name}', which is none of region, endpoint, scheme, profile"
+                    "has the parameter '{name}', which is none of region, endpoint, scheme, profile, addressing-style"
                 ));
             }
         }
@@ -238,6 +265,11 @@ impl fmt::Display for S3Location {
         if let Some(profile) = &self.profile {
             query.push(format!("profile={profile}"));
         }
+        match self.addressing {
+            Addressing::Auto => {}
+            Addressing::Path => query.push("addressing-style=path".into()),
+            Addressing::Virtual => query.push("addressing-style=virtual".into()),
+        }
         if query.is_empty() { Ok(()) } else { write!(f, "?{}", query.join("&")) }
     }
 }
@@ -277,7 +309,7 @@ mod tests {
 
     #[test]
     fn the_grammar_of_nix_s3_stores_is_read_and_written_back() {
-        let text = "s3://bucket/a/b?region=eu-1&endpoint=127.0.0.1:9000&scheme=http&profile=p";
+        let text = "s3://bucket/a/b?region=eu-1&endpoint=127.0.0.1:9000&scheme=http&profile=p&addressing-style=virtual";
         let StoreUrl::S3(l) = StoreUrl::parse(text).unwrap() else { panic!("not s3") };
         assert_eq!((l.bucket.as_str(), l.prefix.as_str(), l.scheme.as_str()), ("bucket", "a/b/", "http"));
         assert_eq!(l.endpoint.as_deref(), Some("127.0.0.1:9000"));
@@ -322,6 +354,7 @@ mod tests {
             "s3://b b",
             "s3://bucket?regoin=x",
             "s3://bucket?scheme=ftp",
+            "s3://bucket?addressing-style=host",
             "file:///a/../b",
             "s3://bucket?region=%zz",
         ] {

@@ -18,6 +18,7 @@ use crate::see::domains::{self, Visit};
 use crate::see::judge::STALE_SEC;
 use crate::see::reports;
 use crate::ssh::is_root;
+use crate::store::{HOSTS_PREFIX, Store, StoreError, When};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -58,6 +59,18 @@ pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> 
     checks.push(unit_dir(&settings.unit_dir));
     checks.extend(space());
     checks
+}
+
+/// Whether this host's report can be written: the one write that every host must be able to do. What is tried is to
+/// write it as the last pass did, where there is none: one that is there stays. Nothing to be said before the first.
+pub fn report(store: &dyn Store, settings: &Settings) -> Option<Check> {
+    const NAME: &str = "report";
+    let state = fs_err::read(STATE_FILE).ok()?;
+    let key = format!("{HOSTS_PREFIX}{}.json", settings.host);
+    Some(match store.put(&key, &state, &When::Absent) {
+        Ok(_) | Err(StoreError::Changed(_)) => Check::ok(NAME, format!("{key} can be written")),
+        Err(e) => Check::fail(NAME, e.to_string()),
+    })
 }
 
 /// Whether the manifest places anything on this host.

@@ -3,7 +3,7 @@
 use super::{Check, said, writable};
 use crate::config::{self, SYSTEM_FILE, Settings};
 use crate::keys::{self, PublicKey, SecretKey};
-use crate::manifest::{Manifest, edit};
+use crate::manifest::{Manifest, edit, signature};
 use crate::store::url::without_secrets;
 use crate::store::{CacheUrl, Probe, Store, StoreError, StoreUrl};
 use std::path::Path;
@@ -23,7 +23,8 @@ pub fn files() -> Check {
     }
 }
 
-/// The store: whether it answers and honours conditional writes. A host that only reads is well.
+/// The store: whether it answers and honours conditional writes. A host need not write there but for its report,
+/// and of what its credentials do not allow nothing is said.
 pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
     let url = store.url();
     if let Err(e) = store.list(crate::store::HOSTS_PREFIX) {
@@ -32,33 +33,48 @@ pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
     let reached = Check::ok("store", format!("{url} answers"));
     const WRITES: &str = "conditional writes";
     let writes = match crate::store::probe(store) {
-        Ok(Probe { complaint: Some(why), .. }) => Check::fail(WRITES, why),
+        Ok(Probe { complaint: Some(why), .. }) => {
+            crate::store::probe::forget(store);
+            Check::fail(WRITES, why)
+        }
         Ok(Probe { complaint: None, leftover: Some(why) }) => {
             Check::warn(WRITES, format!("honoured, but {why}"))
         }
         Ok(Probe { complaint: None, leftover: None }) => {
             Check::ok(WRITES, "honoured: two pushes at once lose nothing")
         }
-        // What is asked of a host's credentials is to read, and to write its own report.
-        Err(StoreError::Refused(_)) if on_host => Check::ok(
-            WRITES,
-            "left untried: this host's credentials do not write here, and need not but for its report",
-        ),
-        Err(e) if on_host => Check::warn(WRITES, e.to_string()),
+        Err(StoreError::Denied(_)) if on_host => return vec![reached],
         Err(e) => Check::fail(WRITES, e.to_string()),
     };
     vec![reached, writes]
 }
 
-/// The manifest.
-pub fn manifest(store: &dyn Store) -> (Check, Option<Manifest>) {
-    match edit::read(store) {
-        Ok(manifest) => {
-            let text = format!("serial {}, services: {}", manifest.serial, manifest.services.len());
-            (Check::ok("manifest", text), Some(manifest))
-        }
-        Err(e) => (Check::fail("manifest", e.to_string()), None),
-    }
+/// The manifest, as a host would take it.
+pub fn manifest(store: &dyn Store, settings: &Settings) -> (Check, Option<Manifest>) {
+    const NAME: &str = "manifest";
+    let found = edit::load(store).and_then(|c| c.ok_or_else(|| edit::missing(store)));
+    let (bytes, manifest) = match found.map(|c| (c.bytes, c.manifest.map_err(|e| edit::unusable(store, &e))))
+    {
+        Ok((bytes, Ok(manifest))) => (bytes, manifest),
+        Ok((_, Err(e))) | Err(e) => return (Check::fail(NAME, e.to_string()), None),
+    };
+    let text = format!("serial {}, services: {}", manifest.serial, manifest.services.len());
+    let check = match signature::trusted(settings) {
+        // The check of the keys says what is wrong with them.
+        Err(_) => Check::warn(NAME, format!("{text}; its signature was not checked")),
+        Ok(trusted) if trusted.is_empty() => Check::ok(NAME, text),
+        Ok(trusted) => match signature::check(&bytes, &manifest, &store.identity(), &trusted) {
+            Ok(keys) => Check::ok(NAME, format!("{text}, signed by {}", keys.join(", "))),
+            Err(why) => Check::fail(
+                NAME,
+                format!(
+                    "{text}, and no host that trusts these keys obeys it: {why}; look at it ('deploy-manifest \
+                     show'), and if it is right, 'deploy-manifest sign'"
+                ),
+            ),
+        },
+    };
+    (check, Some(manifest))
 }
 
 /// The key that signs and the keys that are believed.
@@ -136,6 +152,7 @@ pub fn cache(settings: &Settings, on_host: bool) -> Check {
                 (Err(e), _) => Check::fail(NAME, e.to_string()),
                 (Ok(_), true) => Check::ok(NAME, format!("{url} answers")),
                 (Ok(_), false) => match crate::store::probe(bucket.as_ref()) {
+                    // A cache is written without conditions.
                     Ok(_) => Check::ok(NAME, format!("{url} can be written")),
                     Err(e) => Check::warn(NAME, format!("pushes may fail: {e}")),
                 },

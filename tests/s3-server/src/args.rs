@@ -6,7 +6,7 @@ use crate::Error;
 use crate::access::{Policy, User, Users};
 
 const USAGE: &str = "usage: omni-test-s3 --root DIR --listen ADDR:PORT --user KEY:SECRET[:POLICY] \
-[--user ...] [--bucket NAME ...] [--log FILE] [--control FILE]
+[--user ...] [--bucket NAME ...] [--domain NAME] [--log FILE] [--control FILE]
 POLICY: 'rw' (the default: everything) or a file with an IAM policy";
 
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub struct Args {
     pub buckets: Vec<String>,
     /// Gets one line per request.
     pub log: Option<PathBuf>,
+    /// The server's own name, before which a bucket's may stand.
+    pub domain: Option<String>,
     /// Says which faults to show; see [`crate::faults`].
     pub control: Option<PathBuf>,
 }
@@ -27,7 +29,7 @@ impl Args {
     /// Reads the flags, without the program's name.
     pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Self, Error> {
         let mut words = words.into_iter();
-        let (mut root, mut listen, mut log, mut control) = (None, None, None, None);
+        let (mut root, mut listen, mut log, mut control, mut domain) = (None, None, None, None, None);
         let mut users = Users::default();
         let mut buckets = Vec::new();
         while let Some(flag) = words.next() {
@@ -43,6 +45,7 @@ impl Args {
                     users.insert(key, user);
                 }
                 "--bucket" => buckets.push(value()?),
+                "--domain" => domain = Some(value()?),
                 "--log" => log = Some(PathBuf::from(value()?)),
                 "--control" => control = Some(PathBuf::from(value()?)),
                 _ => return Err(format!("unknown argument '{flag}'\n{USAGE}").into()),
@@ -58,6 +61,7 @@ impl Args {
             users,
             buckets,
             log,
+            domain,
             control,
         })
     }

@@ -7,7 +7,10 @@
 //!  "garbage": true,
 //!  "delay_ms": 100,
 //!  "ignore_conditions": true,
-//!  "always_412": true}
+//!  "always_412": true,
+//!  "refuse_expect": true,
+//!  "require_checksum": true,
+//!  "refuse_path_style": true}
 //! ```
 //!
 //! Every field may be left out. `fail` answers that error, `garbage` a page that is not XML with status
@@ -18,7 +21,12 @@
 //! `count` requests (without it: all), only these methods, only keys below this prefix (a listing has
 //! the empty key), and only once `skip` such requests have passed unharmed. Counts start again whenever
 //! the file changes. `ignore_conditions` and `always_412` are about writes with If-Match or
-//! If-None-Match alone, and `delay_ms` about every request.
+//! If-None-Match alone, and `delay_ms` about every request. Without a `code`, or with an empty one, what
+//! `fail` answers has no body.
+//!
+//! `refuse_expect` answers 417 to `Expect`, as some fronts do; `require_checksum` answers 400 to a write that
+//! brings neither Content-MD5 nor x-amz-checksum-*, as a bucket with Object Lock does; `refuse_path_style`
+//! answers 403 to whoever names the bucket in the path (the server must know its own name: `--domain`).
 //!
 //! A test must replace the file by a rename: a half-written one makes every request fail with status 500.
 
@@ -38,12 +46,16 @@ struct Faults {
     delay_ms: u64,
     ignore_conditions: bool,
     always_412: bool,
+    refuse_expect: bool,
+    require_checksum: bool,
+    refuse_path_style: bool,
 }
 
 // Unknown fields cannot be refused here: serde does not do so together with `flatten`.
 #[derive(Debug, Deserialize)]
 struct Fail {
     status: u16,
+    #[serde(default)]
     code: String,
     #[serde(flatten)]
     scope: Scope,
@@ -113,6 +125,14 @@ pub enum Fate {
     ResetAfter,
 }
 
+/// What of a request a server may dislike.
+#[derive(Debug, Default)]
+pub struct Likeness {
+    pub path_style: bool,
+    pub expects: bool,
+    pub write_without_checksum: bool,
+}
+
 #[derive(Debug)]
 pub struct Control {
     file: Option<PathBuf>,
@@ -138,8 +158,7 @@ impl Control {
     pub fn decide(&self, method: &str, key: &str) -> Result<(Duration, Fate), String> {
         let mut state = self.lock();
         self.refresh(&mut state)?;
-        let Faults { fail, reset, cut, garbage, delay_ms, ignore_conditions: _, always_412: _ } =
-            &mut state.faults;
+        let Faults { fail, reset, cut, garbage, delay_ms, .. } = &mut state.faults;
         let delay = Duration::from_millis(*delay_ms);
         if let Some(reset) = reset
             && reset.scope.take(method, key)
@@ -175,6 +194,22 @@ impl Control {
 
     pub fn always_412(&self) -> bool {
         self.lock().faults.always_412
+    }
+
+    /// Why a request like this is refused whatever it asks: status and code.
+    pub fn refuses(&self, is: &Likeness) -> Option<(u16, &'static str)> {
+        let state = self.lock();
+        let faults = &state.faults;
+        match is {
+            Likeness { path_style: true, .. } if faults.refuse_path_style => {
+                Some((403, "SecondLevelDomainForbidden"))
+            }
+            Likeness { expects: true, .. } if faults.refuse_expect => Some((417, "")),
+            Likeness { write_without_checksum: true, .. } if faults.require_checksum => {
+                Some((400, "InvalidRequest"))
+            }
+            _ => None,
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {

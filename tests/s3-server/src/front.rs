@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use hyper::body::Incoming;
 use hyper::header::{
-    CACHE_CONTROL, CONTENT_TYPE, ETAG, EXPECT, EXPIRES, HeaderMap, HeaderName, HeaderValue, IF_MATCH,
+    CACHE_CONTROL, CONTENT_TYPE, ETAG, EXPECT, EXPIRES, HOST, HeaderMap, HeaderName, HeaderValue, IF_MATCH,
     IF_NONE_MATCH, LAST_MODIFIED, VARY,
 };
 use hyper::{Method, Request, Response, StatusCode};
@@ -16,7 +16,7 @@ use s3s::service::S3Service;
 use s3s::{Body, HttpError, HttpResponse, S3Error, S3ErrorCode, s3_error};
 
 use crate::body::{cut, drain, lend};
-use crate::faults::{Control, Fate};
+use crate::faults::{Control, Fate, Likeness};
 
 /// The status in the log of a request that got no answer.
 const NO_ANSWER: u16 = 0;
@@ -25,15 +25,22 @@ pub struct Front {
     service: S3Service,
     control: Arc<Control>,
     log: Option<Mutex<File>>,
+    /// The server's own name: a bucket may stand before it.
+    domain: Option<String>,
 }
 
 impl Front {
-    pub fn new(service: S3Service, control: Arc<Control>, log: Option<&Path>) -> Result<Self, crate::Error> {
+    pub fn new(
+        service: S3Service,
+        control: Arc<Control>,
+        log: Option<&Path>,
+        domain: Option<String>,
+    ) -> Result<Self, crate::Error> {
         let open = |path: &Path| {
             let file = OpenOptions::new().create(true).append(true).open(path);
             file.map_err(|error| format!("log {}: {error}", path.display()))
         };
-        Ok(Self { service, control, log: log.map(open).transpose()?.map(Mutex::new) })
+        Ok(Self { service, control, log: log.map(open).transpose()?.map(Mutex::new), domain })
     }
 
     /// Answers one request. An error makes hyper close the connection without an answer.
@@ -51,7 +58,11 @@ impl Front {
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Result<HttpResponse, HttpError> {
-        let key = key_of(request.uri().path());
+        let in_host = self.has_bucket_in_host(&request);
+        let key = match in_host {
+            true => key_of(&format!("/bucket{}", request.uri().path())),
+            false => key_of(request.uri().path()),
+        };
         let (delay, fate) = match self.control.decide(request.method().as_str(), &key) {
             Ok(decision) => decision,
             Err(message) => {
@@ -62,6 +73,18 @@ impl Front {
         if !delay.is_zero() {
             tokio::time::sleep(delay).await;
         }
+        let has = |name: &str| request.headers().keys().any(|header| header.as_str().starts_with(name));
+        let likeness = Likeness {
+            path_style: !in_host,
+            expects: has("expect"),
+            write_without_checksum: request.method() == Method::PUT
+                && !has("content-md5")
+                && !has("x-amz-checksum-"),
+        };
+        let fate = match self.control.refuses(&likeness) {
+            Some((status, code)) if fate == Fate::Serve => Fate::Fail { status, code: code.to_owned() },
+            _ => fate,
+        };
         match fate {
             Fate::Serve => self.serve(request).await,
             Fate::Cut { bytes } => {
@@ -75,15 +98,22 @@ impl Front {
             }
             Fate::ResetBefore => Err(HttpError::new("the control file asks for a reset".into())),
             Fate::Fail { status, code } => {
-                drain(request.into_body()).await;
+                // A client that waits for 100 Continue has sent no body yet.
+                if !request.headers().contains_key(EXPECT) {
+                    drain(request.into_body()).await;
+                }
+                let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+                if code.is_empty() {
+                    let mut response = Response::new(Body::empty());
+                    *response.status_mut() = status;
+                    return Ok(response);
+                }
                 let code = S3ErrorCode::from_bytes(code.as_bytes());
                 let mut error = S3Error::with_message(
                     code.unwrap_or(S3ErrorCode::InternalError),
                     "the control file asks for this error",
                 );
-                error.set_status_code(
-                    StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
-                );
+                error.set_status_code(status);
                 refuse(error)
             }
             Fate::Garbage => {
@@ -95,6 +125,14 @@ impl Front {
                 Ok(response)
             }
         }
+    }
+
+    fn has_bucket_in_host(&self, request: &Request<Incoming>) -> bool {
+        let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        let host = host.split(':').next().unwrap_or_default();
+        self.domain.as_ref().is_some_and(|domain| {
+            host.strip_suffix(domain.as_str()).is_some_and(|bucket| bucket.ends_with('.'))
+        })
     }
 
     async fn serve(&self, request: Request<Incoming>) -> Result<HttpResponse, HttpError> {

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use s3s::host::SingleDomain;
 use s3s::service::S3ServiceBuilder;
 
 use args::Args;
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
 }
 
 async fn serve(args: Args) -> Result<(), Error> {
-    let Args { root, listen, users, buckets, log, control } = args;
+    let Args { root, listen, users, buckets, log, control, domain } = args;
 
     let control = Arc::new(Control::new(control));
     let store = Store::open(&root, Arc::clone(&control))?;
@@ -54,7 +55,10 @@ async fn serve(args: Args) -> Result<(), Error> {
     let mut service = S3ServiceBuilder::new(store);
     service.set_auth(access::Auth(Arc::clone(&users)));
     service.set_access(access::Access { users, root });
-    let front = Arc::new(Front::new(service.build(), control, log.as_deref())?);
+    if let Some(domain) = &domain {
+        service.set_host(SingleDomain::new(domain).map_err(|error| format!("--domain {domain}: {error}"))?);
+    }
+    let front = Arc::new(Front::new(service.build(), control, log.as_deref(), domain)?);
 
     let listener = tokio::net::TcpListener::bind(&listen)
         .await
