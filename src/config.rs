@@ -3,11 +3,15 @@
 //! secret: keys are named by file, credentials are found elsewhere.
 
 use crate::error::{Error, Result, did_you_mean};
+use crate::http;
 use crate::names::HostName;
+use crate::store::credentials::{Env, Provider};
+use crate::store::url::S3Location;
 use crate::store::{CacheUrl, StoreUrl};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The keys: name in the file, variable of the environment, flag.
 pub const KEYS: [Key; 11] = [
@@ -149,7 +153,31 @@ pub fn is_unconfigured(url: &str) -> bool {
 /// Reads everything and parses it. Errors name the source of the value that is wrong.
 pub fn load(flags: &Flags) -> Result<Settings> {
     let files = [read_file(&user_file())?, read_file(Path::new(SYSTEM_FILE))?];
-    resolve(flags, &|name| std::env::var(name).ok(), &files)
+    let mut settings = resolve(flags, &|name| std::env::var(name).ok(), &files)?;
+    let env: Env = Arc::new(http::process_env);
+    take_endpoints(&mut settings, &env)?;
+    Ok(settings)
+}
+
+/// Gives buckets whose URL names no endpoint the one that the AWS tools would take.
+fn take_endpoints(settings: &mut Settings, env: &Env) -> Result<()> {
+    let mut take = |key: &'static str, location: &mut S3Location| -> Result<()> {
+        let found = Provider::new(env.clone(), location.profile.as_deref()).endpoint();
+        let Some((url, from)) = found.filter(|_| location.endpoint.is_none()) else { return Ok(()) };
+        location.take_endpoint(&url, &from).map_err(Error::new)?;
+        if let Some(sourced) = settings.sources.get_mut(key) {
+            sourced.value = Some(location.to_string());
+            sourced.source = format!("{}, endpoint by {from}", sourced.source);
+        }
+        Ok(())
+    };
+    if let StoreUrl::S3(location) = &mut settings.store {
+        take("store", location)?;
+    }
+    if let CacheUrl::S3(location) = &mut settings.cache {
+        take("cache", location)?;
+    }
+    Ok(())
 }
 
 type FileValues = (PathBuf, BTreeMap<&'static str, String>);

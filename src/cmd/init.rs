@@ -63,6 +63,13 @@ pub fn run(call: &Call) -> Result<u8> {
     for (name, value) in &flags {
         new.insert(name.to_string(), file_value(name, value)?);
     }
+    // What the environment of this call has added to the store's URL is missing in that of the next.
+    if let StoreUrl::S3(location) = &settings.store
+        && let Some(from) = &location.endpoint_from
+    {
+        say::info(format!("store: {location} (endpoint by {from})"));
+        new.insert("store".into(), Value::from(location.to_string()));
+    }
     let (key_file, key) = signing_key(&settings, args.key_name.as_deref())?;
     if settings.secret_key_file.is_none() {
         new.insert("secretKeyFile".into(), Value::from(key_file.display().to_string()));

@@ -121,6 +121,25 @@ impl Provider {
             .find_map(|file| read_profile(file, &name).ok().flatten()?.remove("region"))
     }
 
+    /// Where the store is if its URL does not say, and what names it: the environment or the profile (AWS SDKs and
+    /// tools reference guide, "Service-specific endpoints"; sections of `services` are not read).
+    pub fn endpoint(&self) -> Option<(String, String)> {
+        let ignored = self.var("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS");
+        if ignored.is_some_and(|v| v.eq_ignore_ascii_case("true")) {
+            return None;
+        }
+        let named = |name: &str| Some((self.var(name)?, name.to_string()));
+        let profile = self.profile_name();
+        let in_file = |file: PathBuf| {
+            let url = read_profile(&file, &profile).ok().flatten()?.remove("endpoint_url")?;
+            Some((url, format!("endpoint_url of profile '{profile}' in {}", file.display())))
+        };
+        named("AWS_ENDPOINT_URL_S3")
+            .or_else(|| named("AWS_ENDPOINT_URL"))
+            .or_else(|| in_file(self.config_file()))
+            .or_else(|| in_file(self.credentials_file()))
+    }
+
     fn var(&self, name: &str) -> Option<String> {
         (self.env)(name).filter(|v| !v.is_empty())
     }

@@ -1189,7 +1189,10 @@ mod tests {
             (301, "PermanentRedirect", &["region eu-2, not us-east-1", "region=eu-2"]),
             (501, "NotImplemented", &["conditional writes"]),
             (405, "", &["405", "endpoint"]),
-            (409, "OperationAborted", &["OperationAborted (because)"]),
+            (409, "OperationAborted", &["OperationAborted (because) (7 tries)", "try again later"]),
+            (409, "BucketNotEmpty", &["BucketNotEmpty (because)"]),
+            (400, "InvalidRequest", &["InvalidRequest (because)", "Object Lock"]),
+            (403, "SecondLevelDomainForbidden", &["bucket in the host's name"]),
             (503, "SlowDown", &["503 SlowDown", "(7 tries)", "try again later"]),
             (429, "", &["429", "try again later"]),
         ] {
@@ -1201,7 +1204,8 @@ mod tests {
                 &refusal(status, code),
                 now,
             );
-            let passing = status >= 429 && status != 501;
+            let passing = ["OperationAborted", "SlowDown"].contains(&code) || status == 429;
+            assert_eq!(matches!(error, StoreError::Denied(_)), code == "AccessDenied", "{error}");
             assert_eq!(matches!(error, StoreError::Unreachable(_)), passing, "{error}");
             let text = error.to_string();
             assert!(text.starts_with("cannot write k in x: ") && text.contains("; "), "{text}");

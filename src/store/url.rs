@@ -21,6 +21,8 @@ pub struct S3Location {
     pub profile: Option<String>,
     /// Where the bucket's name stands.
     pub addressing: Addressing,
+    /// What named the endpoint, if the URL did not.
+    pub endpoint_from: Option<String>,
 }
 
 /// Where the bucket's name stands in an address; the words of Nix's S3 stores (`addressing-style`).
@@ -120,6 +122,7 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
         scheme: "https".to_string(),
         profile: None,
         addressing: Addressing::Auto,
+        endpoint_from: None,
     };
     for pair in query.split('&').filter(|p| !p.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -233,13 +236,36 @@ fn percent_decode(text: &str) -> Result<String, String> {
 }
 
 impl S3Location {
+    /// Takes the endpoint that `from` names, unless the URL has one. From here on it is as if the URL had: two
+    /// buckets of one name at two addresses are two stores.
+    pub fn take_endpoint(&mut self, url: &str, from: &str) -> Result<(), String> {
+        if self.endpoint.is_some() {
+            return Ok(());
+        }
+        match url.split_once("://") {
+            Some((scheme @ ("http" | "https"), host)) if !host.trim_matches('/').is_empty() => {
+                self.scheme = scheme.into();
+                self.endpoint = Some(host.trim_end_matches('/').into());
+                self.endpoint_from = Some(from.into());
+                Ok(())
+            }
+            _ => {
+                Err(format!("{from} is '{}', expected http://HOST[:PORT] or https://…", without_secrets(url)))
+            }
+        }
+    }
+
     /// Bucket and prefix, with the endpoint where it is not AWS's; how it is reached is left out.
     pub fn identity(&self) -> String {
         let mut text = format!("s3://{}", self.bucket);
         if !self.prefix.is_empty() {
             text.push_str(&format!("/{}", self.prefix.trim_end_matches('/')));
         }
-        if let Some(endpoint) = &self.endpoint {
+        // One of AWS's own addresses that was not written into the URL is a way to the same bucket.
+        let own = |host: &str| host.ends_with(".amazonaws.com") || host.ends_with(".amazonaws.com.cn");
+        if let Some(endpoint) = &self.endpoint
+            && !(self.endpoint_from.is_some() && own(endpoint))
+        {
             text.push_str(&format!("?endpoint={endpoint}"));
         }
         text

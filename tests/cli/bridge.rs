@@ -312,6 +312,7 @@ fn a_user_who_is_not_root_is_answered_by_their_own_bridge() {
         .env("OMNI_DEPLOY_HOST", "laptop")
         .env("OMNI_DEPLOY_STORE", s3.url("cache"))
         .without_env("XDG_CONFIG_HOME")
+        .without_env("XDG_STATE_HOME")
         .success()
         .unwrap();
     assert_eq!(fs_err::read_to_string(at("who")).unwrap(), "65534\n");

@@ -41,6 +41,7 @@ impl Bench {
             .env("HOME", self.dir.path())
             .env("USER", "ann")
             .without_env("XDG_CONFIG_HOME")
+            .without_env("XDG_STATE_HOME")
             .without_env("OMNI_DEPLOY_DEFAULT_HOSTS")
             .without_env("JOURNAL_STREAM")
     }
@@ -592,4 +593,165 @@ fn many_writers_at_once_lose_no_update_in_a_bucket() {
         _ => None,
     };
     many_writers(&call, &S3Store::open_in(&location, Arc::new(env)).unwrap());
+}
+
+/// `deploy-manifest` over a bucket, as a developer; what is in the bucket is looked at in the server's own folder.
+struct Bucket {
+    bench: Bench,
+    server: S3Server,
+}
+
+impl Bucket {
+    fn new() -> Self {
+        Bucket { bench: Bench::new(), server: S3Server::start() }
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    fn command(&self, args: &[&str]) -> Run {
+        self.bench
+            .command(args)
+            .env("OMNI_DEPLOY_STORE", self.server.url(""))
+            .env("AWS_ACCESS_KEY_ID", DEVELOPER.0)
+            .env("AWS_SECRET_ACCESS_KEY", DEVELOPER.1)
+    }
+
+    fn ok(&self, args: &[&str]) -> Output {
+        let out = self.run(args);
+        assert_eq!(out.status, Status::Exit(0), "{args:?}: {}", out.stderr);
+        out
+    }
+
+    fn object(&self, key: &str) -> Option<Vec<u8>> {
+        fs_err::read(self.server.dir.path().join("root/box").join(key)).ok()
+    }
+
+    fn history(&self) -> Vec<Vec<u8>> {
+        let folder = self.server.dir.path().join("root/box/manifests");
+        let Ok(entries) = fs_err::read_dir(folder) else { return Vec::new() };
+        let mut paths: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).collect();
+        paths.sort();
+        paths.iter().map(|path| fs_err::read(path).unwrap()).collect()
+    }
+
+    /// How many of the requests so far were those of a trial.
+    fn trials(&self) -> usize {
+        self.server.log().iter().filter(|l| l.starts_with("PUT /box/probe/")).count()
+    }
+}
+
+const AVA: &str = r#"{"name": "ava", "artifact": {"storePath": "/nix/store/placeholder"}, "hosts": ["biz"]}"#;
+
+#[test]
+fn the_history_is_complete_whatever_conflicts_the_store_has() {
+    for (prefix, status, code) in [
+        ("manifests/", 409, "ConditionalRequestConflict"),
+        ("manifests/", 409, "OperationAborted"),
+        ("manifests/", 409, ""),
+        ("manifests/", 400, "RequestTimeout"),
+        ("manifest.json", 409, "ConditionalRequestConflict"),
+        ("manifest.json", 409, "OperationAborted"),
+    ] {
+        let bucket = Bucket::new();
+        bucket.ok(&["add-service", AVA]);
+        let mut versions = vec![bucket.object("manifest.json").unwrap()];
+        for number in 0..3 {
+            bucket.server.faults(&format!(
+                r#"{{"fail": {{"status": {status}, "code": "{code}", "count": 1, "methods": ["PUT"],
+                    "key_prefix": "{prefix}"}}}}"#
+            ));
+            bucket.ok(&["set", "ava", &format!("env.X={number}")]);
+            assert!(bucket.server.log().iter().any(|l| l.ends_with(&format!(" {status}"))), "{code}");
+            assert_eq!(bucket.history(), versions, "{prefix} {status} {code}");
+            versions.push(bucket.object("manifest.json").unwrap());
+        }
+        bucket.ok(&["rollback", "2"]);
+    }
+}
+
+#[test]
+fn whatever_writes_first_refuses_a_store_that_ignores_conditions() {
+    for args in [&["init"][..], &["add-service", AVA]] {
+        let bucket = Bucket::new();
+        bucket.server.faults(r#"{"ignore_conditions": true}"#);
+        let refused = bucket.run(args);
+        assert_eq!(refused.status, Status::Exit(1), "{args:?}: {}", refused.stderr);
+        assert!(refused.stderr.contains("ignores If-None-Match"), "{args:?}: {}", refused.stderr);
+        assert_eq!((bucket.object("manifest.json"), bucket.history()), (None, vec![]), "{args:?}");
+    }
+    // The same for whoever comes to it later from another machine.
+    let bucket = Bucket::new();
+    bucket.ok(&["add-service", AVA]);
+    let before = bucket.object("manifest.json");
+    fs_err::remove_dir_all(bucket.bench.dir.path().join(".local")).unwrap();
+    bucket.server.faults(r#"{"ignore_conditions": true}"#);
+    for args in [&["set", "ava", "env.X=1"][..], &["update", "ava", &path("ava")], &["remove-service", "ava"]]
+    {
+        let refused = bucket.run(args);
+        assert!(refused.stderr.contains("ignores If-None-Match"), "{}", refused.stderr);
+        assert_eq!((bucket.object("manifest.json"), bucket.history()), (before.clone(), vec![]), "{args:?}");
+    }
+}
+
+#[test]
+fn a_store_is_tried_once_and_remembered_also_where_nothing_can_be_written() {
+    let bucket = Bucket::new();
+    bucket.ok(&["add-service", AVA]);
+    let trial = bucket.trials();
+    assert!(trial > 0);
+    bucket.ok(&["set", "ava", "env.X=1"]);
+    bucket.ok(&["set", "ava", "env.X=2"]);
+    assert_eq!(bucket.trials(), trial, "it was remembered");
+    assert_eq!(bucket.object("probe"), None);
+    let left = bucket.server.dir.path().join("root/box/probe");
+    assert!(fs_err::read_dir(left).map_or(0, Iterator::count) == 0, "a trial left something");
+    // What reads tries nothing.
+    let elsewhere = |args: &[&str]| {
+        let out = bucket.command(args).env("HOME", "/proc/nowhere").output().unwrap();
+        assert_eq!(out.status, Status::Exit(0), "{args:?}: {}", out.stderr);
+    };
+    elsewhere(&["show"]);
+    elsewhere(&["list"]);
+    assert_eq!(bucket.trials(), trial);
+    // Without a home it works, and is tried each time.
+    elsewhere(&["set", "ava", "env.X=3"]);
+    elsewhere(&["set", "ava", "env.X=4"]);
+    assert_eq!(bucket.trials(), trial * 3);
+    // A directory is locked by this program itself.
+    let bench = Bench::with_ava();
+    assert!(!bench.dir.path().join(".local").exists());
+}
+
+#[test]
+fn a_manifest_that_was_lost_is_put_back_from_the_copy_a_host_kept() {
+    let bucket = Bucket::new();
+    bucket.ok(&["add-service", AVA]);
+    bucket.ok(&["set", "ava", "env.X=1"]);
+    let copy = bucket.bench.dir.path().join("copy.json");
+    fs_err::write(&copy, bucket.object("manifest.json").unwrap()).unwrap();
+    let root = bucket.server.dir.path().join("root/box");
+    fs_err::remove_file(root.join("manifest.json")).unwrap();
+    let says = |parts: &[&str]| {
+        for args in [&["set", "ava", "env.X=2"][..], &["show"]] {
+            let out = bucket.run(args);
+            assert_eq!(out.status, Status::Exit(1), "{}", out.stderr);
+            assert!(parts.iter().all(|p| out.stderr.contains(p)), "{parts:?} in {}", out.stderr);
+        }
+    };
+    says(&["any more", "up to serial 1", "deploy-manifest rollback manifest-", "deploy-manifest rollback -"]);
+    fs_err::remove_dir_all(root.join("manifests")).unwrap();
+    says(&["no manifest in", "yet; run 'deploy-manifest init'"]);
+    // A host that reports there has obeyed one.
+    fs_err::create_dir_all(root.join("hosts")).unwrap();
+    fs_err::write(root.join("hosts/biz.json"), "{}").unwrap();
+    says(&["any more", "ssh biz cat /var/lib/deployer/manifest.json | deploy-manifest rollback -"]);
+    let out = bucket.command(&["rollback", "-"]).stdin(fs_err::read(&copy).unwrap()).output().unwrap();
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    let now: Value = serde_json::from_slice(&bucket.object("manifest.json").unwrap()).unwrap();
+    assert_eq!((&now["serial"], &now["services"][0]["env"]["X"]), (&json!(3), &json!("1")), "{now}");
+    let copy = format!("@{}", copy.display());
+    let again = bucket.ok(&["rollback", &copy]);
+    assert!(again.stderr.contains("unchanged"), "{}", again.stderr);
 }

@@ -45,6 +45,7 @@ impl Desk {
             .dir(self.dir.path())
             .env("HOME", self.path("home"))
             .without_env("XDG_CONFIG_HOME")
+            .without_env("XDG_STATE_HOME")
             .env("NIX_CONFIG", NIX_CONFIG)
             .env("AWS_ACCESS_KEY_ID", DEVELOPER.0)
             .env("AWS_SECRET_ACCESS_KEY", DEVELOPER.1)
@@ -541,4 +542,44 @@ fn shipping_ends_with_the_truth_about_every_host() {
     assert_eq!(output.status.to_string(), "exit code 1");
     assert!(output.stderr.contains("saw serial 2, not yet 3"), "{}", output.stderr);
     assert!(started.elapsed().as_secs() < 20);
+}
+
+#[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
+fn what_a_bucket_wants_or_cannot_do_for_a_moment_ends_no_push() {
+    for faults in [
+        r#"{"fail": {"status": 400, "code": "RequestTimeout", "methods": ["PUT"], "key_prefix": "nar/", "count": 1}}"#,
+        r#"{"fail": {"status": 409, "code": "OperationAborted", "methods": ["PUT"], "count": 2}}"#,
+        r#"{"refuse_expect": true}"#,
+        r#"{"require_checksum": true}"#,
+    ] {
+        let s3 = S3Server::start();
+        let desk = Desk::new(&s3.url(""));
+        desk.ok(&["manifest", "init"]);
+        desk.service("ava");
+        let closure = Closure::build("ava", 3_000_000);
+        s3.faults(faults);
+        desk.ok(&["push", "--service", "ava", closure.app.as_str()]);
+        let refused = |l: &String| [" 400", " 409", " 417"].iter().any(|status| l.ends_with(status));
+        assert!(s3.log().iter().any(refused), "{faults}");
+        assert_eq!(desk.manifest()["services"][0]["artifact"]["storePath"], closure.app.as_str(), "{faults}");
+    }
+}
+
+#[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
+fn a_push_finds_out_before_it_copies_that_a_store_ignores_conditions() {
+    let s3 = S3Server::start();
+    let desk = Desk::new(&s3.url(""));
+    desk.ok(&["manifest", "init"]);
+    desk.service("ava");
+    // Another machine, which has not tried this store.
+    fs_err::remove_dir_all(desk.path("home/.local")).unwrap();
+    s3.faults(r#"{"ignore_conditions": true}"#);
+    let closure = Closure::build("ava", 1_000);
+    let before = desk.manifest();
+    let output = desk.run(&["push", "--service", "ava", closure.app.as_str()]);
+    assert!(!output.status.ok() && output.stderr.contains("ignores If-None-Match"), "{}", output.stderr);
+    assert_eq!(desk.manifest(), before);
+    assert!(s3.log().iter().all(|l| !l.starts_with("PUT /box/nar/")), "{:?}", s3.log());
 }

@@ -101,6 +101,7 @@ impl Machine {
             .env("EDITOR", self.path("editor"))
             .without_env("VISUAL")
             .without_env("XDG_CONFIG_HOME")
+            .without_env("XDG_STATE_HOME")
             .deadline(Duration::from_secs(60))
     }
 

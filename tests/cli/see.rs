@@ -1,6 +1,9 @@
 //! Seeing and setting up, through the built binary over directory stores. Hosts are reached through scripts in
 //! ssh's place, which show what argument vector a host's shell would be given.
 
+mod common;
+
+use common::{DEVELOPER, HOST, KEY, S3Server, SECRET};
 use omni_deploy::clock::Timestamp;
 use omni_deploy::cmd::completions::COMMANDS;
 use omni_deploy::deployer::state::State;
@@ -13,6 +16,7 @@ use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::{Store, When};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -67,6 +71,7 @@ impl Machine {
             .env("OMNI_DEPLOY_STORE", self.store_url())
             .env("OMNI_DEPLOY_HOST", "laptop")
             .without_env("XDG_CONFIG_HOME")
+            .without_env("XDG_STATE_HOME")
             .without_env("JOURNAL_STREAM");
         for key in omni_deploy::config::KEYS.iter().filter(|k| !matches!(k.name, "store" | "host")) {
             run = run.without_env(key.env);
@@ -496,5 +501,159 @@ fn a_manual_page_goes_to_a_pipe_as_roff() {
         let output = machine.call(&["man", page]);
         assert!(exit(&output) == 0 && output.text().starts_with(".TH "), "{page}");
         assert!(!output.text().contains("@VERSION@"));
+    }
+}
+
+/// A machine whose store is a bucket, with one of the server's keys.
+fn over(machine: &Machine, url: &str, (id, secret): (&str, &str), args: &[&str]) -> Output {
+    let run = machine.run(BIN).args(args).env("OMNI_DEPLOY_STORE", url);
+    run.env("AWS_ACCESS_KEY_ID", id).env("AWS_SECRET_ACCESS_KEY", secret).output().unwrap()
+}
+
+fn check(output: &Output, name: &str) -> Option<(String, String)> {
+    let checks = json_of(output);
+    let check = checks["checks"].as_array().unwrap().iter().find(|c| c["name"] == name).cloned()?;
+    Some((check["verdict"].as_str().unwrap().into(), check["text"].as_str().unwrap().into()))
+}
+
+#[test]
+fn doctor_on_a_host_says_ok_of_nothing_that_it_could_not_do() {
+    let server = S3Server::start();
+    let machine = Machine::new();
+    assert_eq!(exit(&over(&machine, &server.url(""), DEVELOPER, &["manifest", "init"])), 0);
+    const WRITES: &str = "conditional writes";
+    let doctor = |who| over(&machine, &server.url(""), who, &["doctor", "--host", "--json"]);
+    assert_eq!(check(&doctor(DEVELOPER), WRITES).unwrap().0, "ok");
+    // A host's own key writes nothing but its report: of the rest there is nothing to say.
+    let host = doctor(HOST);
+    assert_eq!((check(&host, WRITES), check(&host, "store").unwrap().0), (None, "ok".into()));
+    for (status, code) in [(501, "NotImplemented"), (400, "InvalidArgument"), (405, "")] {
+        let scope = r#""methods": ["PUT"], "key_prefix": "probe/""#;
+        server.faults(&format!(r#"{{"fail": {{"status": {status}, "code": "{code}", {scope}}}}}"#));
+        let (verdict, text) = check(&doctor(DEVELOPER), WRITES).unwrap();
+        assert!(verdict == "fail" && text.contains(&status.to_string()), "{verdict} {text}");
+    }
+    server.faults(r#"{"ignore_conditions": true}"#);
+    assert_eq!(check(&doctor(DEVELOPER), WRITES).unwrap().0, "fail");
+}
+
+#[test]
+fn doctor_takes_a_manifest_for_well_only_if_a_host_would() {
+    let machine = Machine::new();
+    assert_eq!(exit(&machine.call(&["init"])), 0);
+    let signed = check(&machine.call(&["doctor", "--json"]), "manifest").unwrap();
+    assert!(signed.0 == "ok" && signed.1.contains("signed by"), "{signed:?}");
+    let file = machine.path("store/manifest.json");
+    let text = fs_err::read_to_string(&file).unwrap();
+    fs_err::write(&file, text.replace("\"serial\": 1", "\"serial\": 5")).unwrap();
+    let doctor = machine.call(&["doctor", "--json"]);
+    let (verdict, text) = check(&doctor, "manifest").unwrap();
+    assert_eq!((exit(&doctor), verdict.as_str()), (1, "fail"), "{text}");
+    assert!(text.contains("changed after it was signed") && text.contains("deploy-manifest sign"), "{text}");
+    assert_eq!(exit(&machine.call(&["manifest", "sign"])), 0);
+    assert_eq!(check(&machine.call(&["doctor", "--json"]), "manifest").unwrap().0, "ok");
+}
+
+#[test]
+fn where_nothing_is_configured_that_is_what_is_said() {
+    if ["/etc/omni-deploy/config.json", "/var/lib/omni-deploy"].iter().any(|p| Path::new(p).exists()) {
+        eprintln!("left out: this machine is configured");
+        return;
+    }
+    let machine = Machine::new();
+    for args in [&["status"][..], &["push", AVA, "--service", "ava"], &["manifest", "list"], &["doctor"]] {
+        let output = machine.run(BIN).args(args).without_env("OMNI_DEPLOY_STORE").output().unwrap();
+        let said = output.text() + &output.stderr;
+        assert!(exit(&output) == 1 && said.contains("nothing is configured here"), "{args:?}: {said}");
+        assert!(said.contains("omni-deploy init s3://BUCKET?region="), "{args:?}: {said}");
+    }
+}
+
+#[test]
+fn the_endpoint_of_the_aws_tools_is_taken_and_shown_unless_the_url_has_one() {
+    let server = S3Server::start();
+    let machine = Machine::new();
+    let (here, nowhere) = (format!("http://{}/", server.address), "http://127.0.0.1:1".to_string());
+    let config = machine.path("home/.aws/config");
+    fs_err::create_dir_all(config.parent().unwrap()).unwrap();
+    let shown = format!("s3://box?endpoint={}&scheme=http", server.address);
+    let call = |vars: &[(&str, &str)], url: &str, args: &[&str]| {
+        let run = machine.run(BIN).args(args).env("OMNI_DEPLOY_STORE", url);
+        let run = run.env("AWS_ACCESS_KEY_ID", KEY).env("AWS_SECRET_ACCESS_KEY", SECRET);
+        vars.iter().fold(run, |run, (name, value)| run.env(name, value)).output().unwrap()
+    };
+    let s3 = "AWS_ENDPOINT_URL_S3";
+    let general = "AWS_ENDPOINT_URL";
+    for (vars, profile, by) in [
+        (vec![(s3, &*here)], "", Some(s3)),
+        (vec![(general, &*here)], "", Some(general)),
+        (vec![(s3, &*here), (general, &*nowhere)], "", Some(s3)),
+        (vec![], &*here, Some("endpoint_url of profile 'default'")),
+        (vec![(general, &*here)], &*nowhere, Some(general)),
+        (vec![(s3, &*here), ("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")], "", None),
+    ] {
+        fs_err::write(&config, format!("[default]\nendpoint_url = {profile}\n")).unwrap();
+        let store = json_of(&call(&vars, "s3://box", &["config", "--json"]))["settings"]["store"].clone();
+        match by {
+            None => assert_eq!(store["value"], "s3://box", "{vars:?}"),
+            Some(by) => {
+                assert_eq!(store["value"], shown, "{vars:?}");
+                assert!(store["source"].as_str().unwrap().contains(by), "{store}");
+                let show = call(&vars, "s3://box", &["manifest", "init"]);
+                assert_eq!(exit(&show), 0, "{vars:?}: {}", show.stderr);
+            }
+        }
+    }
+    fs_err::remove_file(&config).unwrap();
+    // A URL's own endpoint beats them all, and it is the same store: what was signed for one is for the other.
+    let init = call(&[(s3, &here)], "s3://box/signed", &["init", "--key-name", "k-1"]);
+    assert_eq!(exit(&init), 0, "{}", init.stderr);
+    assert_eq!(json_of(&init)["store"], shown.replace("box", "box/signed"));
+    let verify = call(&[(s3, &nowhere)], &shown.replace("box", "box/signed"), &["manifest", "verify"]);
+    assert_eq!((exit(&verify), verify.text().trim()), (0, "k-1"), "{}", verify.stderr);
+    let wrong = call(&[(s3, "box.example.org")], "s3://box", &["status"]);
+    assert!(exit(&wrong) == 1 && wrong.stderr.contains(s3), "{}", wrong.stderr);
+}
+
+/// A server that has a certificate of tests/fixtures/tls and says nothing.
+fn tls_server(certificate: &'static [u8]) -> String {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let key = PrivateKeyDer::from_pem_slice(include_bytes!("../fixtures/tls/leaf.key")).unwrap();
+    let chain = vec![CertificateDer::from_pem_slice(certificate).unwrap()];
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .unwrap();
+    let config = std::sync::Arc::new(config);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for socket in listener.incoming() {
+            let mut connection = rustls::ServerConnection::new(config.clone()).unwrap();
+            drop(connection.complete_io(&mut socket.unwrap()));
+        }
+    });
+    address
+}
+
+#[test]
+fn a_certificate_that_is_not_valid_now_points_to_the_clock_and_not_to_the_authority() {
+    let machine = Machine::new();
+    let authority = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tls/ca.pem");
+    let year = now(0)[..4].to_string();
+    for (certificate, parts) in [
+        (&include_bytes!("../fixtures/tls/expired.pem")[..], ["until 2020-01-01T00:00:00Z", "timedatectl"]),
+        (include_bytes!("../fixtures/tls/future.pem"), ["from 2095-01-01T00:00:00Z", "timedatectl"]),
+    ] {
+        let url = format!("s3://box?endpoint={}", tls_server(certificate));
+        let run = machine.run(BIN).args(["manifest", "show"]).env("OMNI_DEPLOY_STORE", &url);
+        let run = run.env("AWS_CA_BUNDLE", authority).env("AWS_ACCESS_KEY_ID", "k");
+        let said = run.env("AWS_SECRET_ACCESS_KEY", "s").output().unwrap().stderr;
+        assert!(parts.iter().all(|p| said.contains(p)), "{said}");
+        assert!(said.contains(&format!("clock says {year}-")) && !said.contains("AWS_CA_BUNDLE"), "{said}");
     }
 }

@@ -8,7 +8,7 @@ use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::s3::{MAX_SINGLE_PUT, S3Store};
 use omni_deploy::store::{Etag, Got, Store, StoreError, StoreUrl, When, probe};
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -299,7 +299,7 @@ fn a_key_may_do_what_its_policy_says_and_hears_what_is_missing_of_the_rest() {
                     (true, done) => assert_eq!(done, Ok(()), "{what}"),
                     (false, Ok(())) => panic!("{what}: '{right}' was done"),
                     (false, Err(error)) => {
-                        assert!(matches!(error, StoreError::Refused(_)), "{what}: {error}");
+                        assert!(matches!(error, StoreError::Denied(_)), "{what}: {error}");
                         let action = match right {
                             'r' => "s3:GetObject",
                             'w' => "s3:PutObject",
@@ -555,4 +555,158 @@ fn no_runtime_is_started() {
     };
     let names: Vec<String> = tasks.map(name).collect();
     assert!(names.iter().all(|n| !n.contains("tokio") && !n.contains("hyper")), "{names:?}");
+}
+
+/// S3's own words for "not now": whatever their status is, the request is made again.
+#[test]
+fn what_the_code_calls_transient_is_tried_again_whatever_the_status() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    for (number, (status, code)) in [
+        (409, "OperationAborted"),
+        (400, "RequestTimeout"),
+        (409, "ConditionalRequestConflict"),
+        (409, ""),
+        (408, ""),
+        (503, ""),
+        (500, "SomethingNew"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let faults = format!(r#"{{"fail": {{"status": {status}, "code": "{code}", "count": 2}}}}"#);
+        let key = format!("k{number}");
+        server.faults(&faults);
+        let etag = store.put(&key, b"one", &When::Absent).unwrap();
+        server.faults(&faults);
+        store.put(&key, b"two", &When::Still(etag)).unwrap();
+        server.faults(&faults);
+        assert_eq!(found(&store, &key).0, b"two", "{status} {code}");
+        server.faults(&faults);
+        store.write_stream(&key, 2 << 20, None, &mut std::io::repeat(7)).unwrap_or_else(|e| {
+            // Its bytes are gone; who sends them is told to send them again.
+            assert!(matches!(e, StoreError::Unreachable(_)), "{status} {code}: {e}");
+        });
+    }
+}
+
+#[test]
+fn a_conflict_that_stays_is_never_taken_for_an_object_that_is_there() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    server.faults(r#"{"fail": {"status": 409, "code": "ConditionalRequestConflict", "methods": ["PUT"]}}"#);
+    let error = store.put("manifests/x", b"one", &When::Absent).unwrap_err();
+    assert!(matches!(error, StoreError::Unreachable(_)), "{error:?}");
+    one_line(&error, &["409 ConditionalRequestConflict", "tries", "try again later"]);
+    server.faults("{}");
+    assert_eq!(store.get("manifests/x", None, LIMIT), Ok(Got::Missing));
+}
+
+#[test]
+fn a_front_that_does_not_know_expect_is_sent_none() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    server.faults(r#"{"refuse_expect": true}"#);
+    for key in ["one", "two"] {
+        let bytes = pattern(3_000_000);
+        store.write_stream(key, bytes.len() as u64, None, &mut bytes.as_slice()).unwrap();
+        let mut got = Vec::new();
+        store.read_stream(key, None).unwrap().unwrap().body.read_to_end(&mut got).unwrap();
+        assert!(got == bytes, "{key}");
+    }
+    // Asked once, and remembered.
+    let refused: Vec<String> = server.log().into_iter().filter(|l| l.ends_with(" 417")).collect();
+    assert_eq!(refused, ["PUT /box/one 417"]);
+}
+
+#[test]
+fn a_bucket_that_wants_checksums_gets_them_with_small_and_large_objects() {
+    let server = S3Server::start();
+    server.faults(r#"{"require_checksum": true}"#);
+    for large_first in [false, true] {
+        let store = open(&server.url(if large_first { "a" } else { "b" }));
+        let before = server.log().len();
+        let large = || {
+            let bytes = pattern(3_000_000);
+            store.write_stream("nar/x", bytes.len() as u64, None, &mut bytes.as_slice()).unwrap();
+            let mut got = Vec::new();
+            store.read_stream("nar/x", None).unwrap().unwrap().body.read_to_end(&mut got).unwrap();
+            assert!(got == bytes);
+        };
+        if large_first {
+            large();
+        }
+        let etag = store.put("manifest.json", b"one", &When::Absent).unwrap();
+        store.put("manifest.json", b"two", &When::Still(etag)).unwrap();
+        store.write_stream("nix-cache-info", 5, None, &mut &b"hello"[..]).unwrap();
+        large();
+        assert_eq!(found(&store, "manifest.json").0, b"two");
+        let refused = server.log()[before..].iter().filter(|l| l.ends_with(" 400")).count();
+        assert_eq!(refused, 1, "{:?}", server.log());
+        assert_eq!(probe(&store).unwrap().complaint, None);
+    }
+}
+
+/// A proxy for one server: whatever name is asked for, the connection leads there.
+fn proxy_to(address: &str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let address = address.to_string();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (mut client, server) = (client.unwrap(), TcpStream::connect(&address).unwrap());
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                client.read_exact(&mut byte).unwrap();
+                head.push(byte[0]);
+            }
+            assert!(head.starts_with(b"CONNECT "), "{}", String::from_utf8_lossy(&head));
+            client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+            for (mut from, mut to) in
+                [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)]
+            {
+                std::thread::spawn(move || {
+                    drop(std::io::copy(&mut from, &mut to));
+                    drop(to.shutdown(std::net::Shutdown::Write));
+                });
+            }
+        }
+    });
+    url
+}
+
+#[test]
+fn a_store_that_wants_the_bucket_in_the_hosts_name_is_addressed_so() {
+    let server = S3Server::start_as("store.test");
+    server.faults(r#"{"refuse_path_style": true}"#);
+    let proxy = proxy_to(&server.address);
+    let open = |style: &str| {
+        let url = format!("s3://{BUCKET}/p?endpoint=store.test&scheme=http{style}");
+        let StoreUrl::S3(location) = StoreUrl::parse(&url).unwrap() else { panic!("{url} is not s3") };
+        let proxy = proxy.clone();
+        let env = move |name: &str| match name {
+            "AWS_ACCESS_KEY_ID" => Some(KEY.to_string()),
+            "AWS_SECRET_ACCESS_KEY" => Some(SECRET.to_string()),
+            "http_proxy" => Some(proxy.clone()),
+            _ => None,
+        };
+        S3Store::open_in(&location, Arc::new(env)).unwrap()
+    };
+    for (style, refused) in [("", 1), ("&addressing-style=auto", 1), ("&addressing-style=virtual", 0)] {
+        let before = server.log().len();
+        keeps_the_contract(&open(style));
+        let store = open(style);
+        assert_eq!(store.head("hosts/a b+c&ü%.json").unwrap().unwrap().size, 10);
+        store.write_stream("nar/x", 2 << 20, None, &mut std::io::repeat(7)).unwrap();
+        let log = server.log();
+        // Each of the two asks once; a HEAD has no body with the reason, so that it takes a GET as well.
+        let count = log[before..].iter().filter(|l| l.ends_with(" 403")).count();
+        assert_eq!(count, refused * 3, "{style}: {:?}", &log[before..]);
+        assert!(log[before..].iter().any(|l| l == "PUT /p/nar/x 200"), "{style}");
+        store.list("").unwrap().iter().for_each(|key| store.delete(key).unwrap());
+    }
+    let error = open("&addressing-style=path").get("k", None, LIMIT).unwrap_err();
+    assert!(matches!(error, StoreError::Refused(_)), "{error:?}");
+    one_line(&error, &["SecondLevelDomainForbidden", "take addressing-style=path out of the store's URL"]);
 }

@@ -37,6 +37,7 @@ impl World {
             .env("HOME", &home)
             .env("USER", who)
             .without_env("XDG_CONFIG_HOME")
+            .without_env("XDG_STATE_HOME")
             .without_env("JOURNAL_STREAM")
             .output()
             .unwrap()

@@ -38,8 +38,17 @@ impl S3Server {
     }
 
     /// As [`S3Server::start`], but what the developer and the host use is below this prefix.
-    #[allow(clippy::disallowed_types, reason = "as above")]
     pub fn start_below(prefix: &str) -> Self {
+        Self::start_with(prefix, &[])
+    }
+
+    /// As [`S3Server::start`], by a name before which a bucket's may stand.
+    pub fn start_as(domain: &str) -> Self {
+        Self::start_with("", &["--domain", domain])
+    }
+
+    #[allow(clippy::disallowed_types, reason = "as above")]
+    fn start_with(prefix: &str, more: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a directory for the server");
         let at = |name: &str| dir.path().join(name);
         let user = |(key, secret): (&str, &str), policy: String| {
@@ -57,6 +66,7 @@ impl S3Server {
             .arg("--control")
             .arg(at("control.json"))
             .args(developer)
+            .args(more)
             .args(host)
             .stdout(Stdio::piped())
             .spawn()
