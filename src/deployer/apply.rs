@@ -1,6 +1,7 @@
 //! The effects: performs the steps of a plan, phase by phase for all services together, and returns what was
 //! learned. It decides nothing: what follows from a failure is for the next call of [`super::plan::plan`].
 
+use super::listeners::{self, Answers, Listeners};
 use super::plan::{
     Applied, Goal, Learned, Memory, Observed, Plan, ServicePlan, Step, Trouble, UnitFile, previous_after,
 };
@@ -200,7 +201,12 @@ impl Host<'_> {
         learned: &mut Learned,
     ) {
         let rejected = !goal.proved;
-        let reason = if rejected {
+        let reason = if rejected && goal.unit_proved {
+            format!(
+                "{why}; its route stays as it was: correct http or health ('deploy-manifest set {name} …'), or try \
+                 again with 'deployer run --retry {name}'"
+            )
+        } else if rejected {
             format!("{why}; push a mended version, or try this one again with 'deployer run --retry {name}'")
         } else {
             format!("{why}; see 'journalctl -u {name}'")
@@ -334,7 +340,11 @@ impl Host<'_> {
                     self.proved(start.name, start.goal, memory, learned);
                     continue;
                 }
-                (Some(why), _) | (None, Some(Err(why))) => why.clone(),
+                (None, Some(Err(NotUp::Host(why)))) => {
+                    self.hindered(start.name, start.goal, &Error::new(why), learned);
+                    continue;
+                }
+                (Some(why), _) | (None, Some(Err(NotUp::Release(why)))) => why.clone(),
                 (None, None) => said(complaint.as_deref()),
             };
             let journal = systemd::journal(&start.name.unit(), begun, JOURNAL_LINES);
@@ -536,9 +546,29 @@ pub struct Watched<'a> {
     pub service: &'a Service,
 }
 
+impl Watched<'_> {
+    /// Who else has its port, if anybody does.
+    fn other(&self, listeners: Option<&Listeners>) -> Option<String> {
+        let port = self.service.port()?;
+        match listeners?.at(port, &self.unit) {
+            Answers::Others(owners) => Some(listeners::in_the_way(port, self.name.as_str(), &owners)),
+            Answers::Nobody | Answers::Unit | Answers::Unknown => None,
+        }
+    }
+}
+
+/// Why a unit did not come up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotUp {
+    /// It is the release: it would be so again.
+    Release(String),
+    /// It is this host: another process has the port.
+    Host(String),
+}
+
 /// Watches units come up: each until it has been well for the settle time, cannot recover, or is out of time.
 /// Returns how long each took to be well, or why it is not up.
-pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duration, String>>> {
+pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duration, NotUp>>> {
     struct Pending<'a> {
         watched: &'a Watched<'a>,
         first: Option<Shown>,
@@ -566,6 +596,8 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
         let close = pending.iter().zip(&unchanged).filter(|(_, unchanged)| !**unchanged);
         let mut shown = systemd::show(&close.map(|(p, _)| p.watched.unit.clone()).collect::<Vec<_>>())?;
         let probes = probe_all(pending.iter().map(|p| p.watched.service));
+        // After the probes: whoever has answered them is still there.
+        let listeners = Listeners::read().ok();
         let mut still = Vec::new();
         for ((mut one, probe), unchanged) in pending.into_iter().zip(probes).zip(unchanged) {
             let now = match &one.first {
@@ -574,22 +606,39 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
             };
             let name = one.watched.name.clone();
             let deadline = Duration::from_secs(one.watched.service.timeout_sec().into());
-            match systemd::came_up(one.first.as_ref(), &now, probe.as_ref()) {
-                CameUp::No(why) => {
-                    outcomes.insert(name, Err(why));
+            let other = one.watched.other(listeners.as_ref());
+            let of_the_host = |why: &str, other: String| NotUp::Host(format!("{other} ({why})"));
+            match (systemd::came_up(one.first.as_ref(), &now, probe.as_ref()), other) {
+                // A program that finds its port taken may end of it.
+                (CameUp::No(why), Some(other)) => {
+                    outcomes.insert(name, Err(of_the_host(&why, other)));
                     continue;
                 }
-                CameUp::Well => {
+                (CameUp::No(why), None) => {
+                    outcomes.insert(name, Err(NotUp::Release(why)));
+                    continue;
+                }
+                // It may be one that is just going, or that it waits for.
+                (CameUp::Well | CameUp::NotYet(_), Some(other)) => {
+                    one.well_since = None;
+                    if begun.elapsed() >= deadline {
+                        let why = format!("not up within {} s", deadline.as_secs());
+                        outcomes.insert(name, Err(of_the_host(&why, other)));
+                        continue;
+                    }
+                }
+                (CameUp::Well, None) => {
                     let since = *one.well_since.get_or_insert(looked);
                     if looked.duration_since(since) >= settle {
                         outcomes.insert(name, Ok(since.duration_since(begun)));
                         continue;
                     }
                 }
-                CameUp::NotYet(why) => {
+                (CameUp::NotYet(why), None) => {
                     one.well_since = None;
                     if begun.elapsed() >= deadline {
-                        outcomes.insert(name, Err(format!("not up within {} s: {why}", deadline.as_secs())));
+                        let why = format!("not up within {} s: {why}", deadline.as_secs());
+                        outcomes.insert(name, Err(NotUp::Release(why)));
                         continue;
                     }
                 }

@@ -51,8 +51,8 @@ pub enum RoutePlan {
 }
 
 /// The one route for these services, or None when there are none. Order in, order out: equal sets of entries
-/// give equal routes.
-pub fn route(entries: &[&Http]) -> Option<Value> {
+/// give equal routes. To a port that is `closed` nobody is led: its service is unavailable.
+pub fn route(entries: &[&Http], closed: &BTreeSet<u16>) -> Option<Value> {
     if entries.is_empty() {
         return None;
     }
@@ -70,6 +70,10 @@ pub fn route(entries: &[&Http]) -> Option<Value> {
             if http.path != "/" {
                 // `/api/*` alone misses `/api`, and `/api*` would catch `/apix`.
                 matcher["path"] = json!([http.path, format!("{}/*", http.path)]);
+            }
+            if closed.contains(&http.internal_port) {
+                let unavailable = json!({"handler": "static_response", "status_code": 503});
+                return json!({"match": [matcher], "handle": [unavailable], "terminal": true});
             }
             json!({
                 "match": [matcher],
@@ -399,8 +403,8 @@ mod tests {
     fn after_the_plan_nothing_is_left_to_do_and_others_are_untouched() {
         let a = http("a.example.com", "/", 8080);
         let b = http("b.example.com", "/api", 8081);
-        let desired = route(&[&a, &b]).unwrap();
-        let old = route(&[&a]).unwrap();
+        let desired = route(&[&a, &b], &BTreeSet::new()).unwrap();
+        let old = route(&[&a], &BTreeSet::new()).unwrap();
         let foreign = json!({"handle": [{"handler": "static_response", "body": "theirs"}]});
         for (wanted, start) in [
             (None, json!({})),
@@ -450,7 +454,7 @@ mod tests {
             http("a.example.com", "/api", 3),
             http("*.example.com", "/", 4),
         ];
-        let route = route(&entries.iter().collect::<Vec<_>>()).unwrap();
+        let route = route(&entries.iter().collect::<Vec<_>>(), &BTreeSet::new()).unwrap();
         assert_eq!(route["match"], json!([{"host": ["*.example.com", "a.example.com"]}]));
         let inner = route["handle"][0]["routes"].as_array().unwrap();
         let dials: Vec<&str> =
@@ -473,7 +477,7 @@ mod tests {
     #[test]
     fn what_cannot_be_done_now_is_pending_with_a_reason() {
         let a = http("a.example.com", "/", 8080);
-        let desired = route(&[&a]).unwrap();
+        let desired = route(&[&a], &BTreeSet::new()).unwrap();
         let down = Observed::Unavailable("down".into());
         assert_eq!(plan(None, Some(&desired), &down), RoutePlan::Pending("down".into()));
         assert_eq!(plan(None, None, &down), RoutePlan::None);

@@ -5,6 +5,7 @@ pub mod applied;
 pub mod apply;
 pub mod caddy;
 pub mod intent;
+pub mod listeners;
 pub mod lock;
 pub mod observe;
 pub mod overlap;

@@ -2,6 +2,7 @@
 //! to do costs one `systemctl list-units`, one request to Caddy, and a few file reads a service.
 
 use super::caddy;
+use super::listeners::{Answers, Listeners};
 use super::plan::{Observed, UnitFile, UnitSeen};
 use super::root::Root;
 use super::systemd::{self, UNIT_PATH};
@@ -56,8 +57,9 @@ pub fn observe(
         let caddy = scope.spawn(|| caddy::ask(caddy_admin));
         let (units, active) = units(root, desired, applied)?;
         let (roots, understudies) = (roots(root)?, understudies(root)?);
+        let ports = ports(desired, applied);
         let caddy = caddy::read(caddy_admin, joined(caddy));
-        Ok(Observed { units, active, present, roots, secrets, understudies, caddy })
+        Ok(Observed { units, active, ports, present, roots, secrets, understudies, caddy })
     })
 }
 
@@ -148,6 +150,25 @@ pub fn units(
         }
     }
     Ok((units, active))
+}
+
+/// Who would answer at the ports of these services: where they should listen, and where they did. Empty where the
+/// kernel's tables cannot be read: then the probes alone tell.
+pub fn ports(
+    desired: &[&Service],
+    applied: &BTreeMap<ServiceName, super::plan::Applied>,
+) -> BTreeMap<(ServiceName, u16), Answers> {
+    let mut ports = BTreeMap::new();
+    let Ok(listeners) = Listeners::read() else { return ports };
+    for service in desired {
+        let before = applied.get(&service.name).map(|a| &a.service);
+        for port in [Some(*service), before].into_iter().flatten().filter_map(Service::port) {
+            ports
+                .entry((service.name.clone(), port))
+                .or_insert_with(|| listeners.at(port, &service.name.unit()));
+        }
+    }
+    ports
 }
 
 /// When a unit was last started: systemd makes this link anew with every start, and only then.

@@ -3,9 +3,9 @@
 //! Several services go through every phase together. Nothing here is remembered: what an interruption leaves
 //! (an understudy, a route to it) is seen by the next pass and undone or finished by it.
 
-use super::apply::{Host, Watched, watch};
+use super::apply::{Host, NotUp, Watched, watch};
 use super::caddy::{self, RoutePlan};
-use super::plan::{Goal, Learned, Memory, Observed, Plan, Step};
+use super::plan::{self, Goal, Learned, Memory, Observed, Plan, Step};
 use super::systemd;
 use super::unit;
 use crate::clock;
@@ -109,9 +109,16 @@ impl Host<'_> {
                     ports.insert(u.name.clone(), http);
                 }
                 (outcome, _) => {
+                    if let Some(Err(NotUp::Host(why))) = outcome {
+                        self.hindered(u.name, u.goal, &Error::new(why), learned);
+                        refused.push(u.name.clone());
+                        continue;
+                    }
                     let why = match outcome {
-                        Some(Err(why)) => systemd::could_not_start(complaint.as_deref(), &u.name.next_unit())
-                            .unwrap_or_else(|| why.clone()),
+                        Some(Err(NotUp::Release(why) | NotUp::Host(why))) => {
+                            systemd::could_not_start(complaint.as_deref(), &u.name.next_unit())
+                                .unwrap_or_else(|| why.clone())
+                        }
                         _ => complaint.clone().unwrap_or_else(|| "systemd says nothing of it".into()),
                     };
                     let journal = systemd::journal(&u.name.next_unit(), begun, super::apply::JOURNAL_LINES);
@@ -126,7 +133,8 @@ impl Host<'_> {
             return Ok(true);
         }
         let interim = interim_route(desired, memory, &ports);
-        if let Err(why) = self.lead(&interim, observed) {
+        let closed = plan::closed(desired, observed, memory);
+        if let Err(why) = self.lead(&interim, &closed, observed) {
             say::error(format!("route: {why}; the new versions take over by a plain restart"));
             return Ok(true);
         }
@@ -142,9 +150,14 @@ impl Host<'_> {
     }
 
     /// Writes the route for these services, if Caddy does not have it already.
-    fn lead(&self, services: &[&Http], observed: &mut Observed) -> Result<(), String> {
+    fn lead(
+        &self,
+        services: &[&Http],
+        closed: &BTreeSet<u16>,
+        observed: &mut Observed,
+    ) -> Result<(), String> {
         let admin = &self.settings.caddy_admin;
-        let route = caddy::route(services);
+        let route = caddy::route(services, closed);
         match caddy::plan(self.settings.caddy_server.as_deref(), route.as_ref(), &caddy::observe(admin)) {
             RoutePlan::None | RoutePlan::Current => {}
             RoutePlan::Pending(why) => return Err(why),
@@ -173,7 +186,8 @@ impl Host<'_> {
                 "{name}: an earlier pass ended while two versions ran; going back to the proved one"
             ));
         }
-        if let Err(why) = self.lead(&interim_route(desired, memory, &BTreeMap::new()), observed) {
+        let closed = plan::closed(desired, observed, memory);
+        if let Err(why) = self.lead(&interim_route(desired, memory, &BTreeMap::new()), &closed, observed) {
             say::warning(format!("route: {why}"));
         }
         self.drain_understudies(names, memory, observed)?;

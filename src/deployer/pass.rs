@@ -491,6 +491,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         let remembered = remember(root, &mut memory, &learned);
         learned.disk(remembered);
         (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
+        observed.ports = observe::ports(&desired, &memory.applied);
         plan = decide(&observed, &memory, &learned)?;
     }
 

@@ -3,8 +3,9 @@
 //! same function so decides the first deploy, the repair of drift, and putting a previous version back.
 
 use super::caddy::{self, RoutePlan};
+use super::listeners::{self, Answers, Owner};
 use super::overrides::Overrides;
-use super::state::{Exposure, Failure, State};
+use super::state::{Exposure, Failure, State, Status};
 use super::systemd::Listed;
 use super::unit;
 use crate::clock::Timestamp;
@@ -31,6 +32,8 @@ pub struct Observed {
     /// The service units that were active when the pass began, whoever's they are. Not looked at again: a start
     /// of ours that brings up what it requires must not make its own attempt look like another one.
     pub active: BTreeSet<String>,
+    /// Who would answer at the ports of the services that should be here; what is not here is not known.
+    pub ports: BTreeMap<(ServiceName, u16), Answers>,
     /// Services that have an understudy: one that an earlier pass left, or this one started.
     pub understudies: BTreeSet<ServiceName>,
     /// Caddy.
@@ -144,8 +147,10 @@ pub struct Goal {
     pub unit: String,
     /// What goes into an attempt, as a hash: entry, unit, secrets, and whether what it requires runs.
     pub inputs: String,
-    /// Whether a pass has proved this very unit before.
+    /// Whether a pass has proved this very unit before, asked as the entry says.
     pub proved: bool,
+    /// Whether it has proved the unit, if maybe at another port or health path.
+    pub unit_proved: bool,
     /// Whether this is what the manifest says (else: the version before).
     pub desired: bool,
 }
@@ -167,7 +172,7 @@ pub enum Step {
     Overlap(&'static str),
     /// Restart it and see it come up; the reason.
     Restart(&'static str),
-    /// See that it is up, without restarting it: an interrupted pass has started it; the reason.
+    /// See that it is up, without restarting it; the reason.
     Prove(&'static str),
     /// Stop it, and have it not started at boot: it is paused.
     Pause,
@@ -253,8 +258,9 @@ pub fn plan(
     {
         return Err(WouldEmpty(ours.into_iter().cloned().collect()));
     }
+    let others = others(desired, observed, memory);
     let services: Vec<ServicePlan> =
-        desired.iter().map(|s| service(s, observed, memory, learned, options, now)).collect();
+        desired.iter().map(|s| service(s, observed, &others, memory, learned, options, now)).collect();
     let gone = if memory.readable {
         ours.into_iter()
             .filter(|n| !names.contains(n))
@@ -265,8 +271,9 @@ pub fn plan(
     };
     let routed = routed(desired, &services);
     let entries: Vec<&Http> = routed.values().copied().collect();
-    let route =
-        caddy::plan(options.caddy_server.as_deref(), caddy::route(&entries).as_ref(), &observed.caddy);
+    let closed = closed(desired, observed, memory);
+    let route = caddy::route(&entries, &closed);
+    let route = caddy::plan(options.caddy_server.as_deref(), route.as_ref(), &observed.caddy);
     let understudies = observed.understudies.iter().cloned().collect();
     Ok(Plan { services, gone, route, understudies })
 }
@@ -301,6 +308,42 @@ pub fn routed<'a>(desired: &[&'a Service], plans: &'a [ServicePlan]) -> BTreeMap
     routed
 }
 
+/// Who holds ports of services here besides these themselves. Services of ours that leave the port are none of them:
+/// they are stopped before another one starts there.
+fn others(
+    desired: &[&Service],
+    observed: &Observed,
+    memory: &Memory,
+) -> BTreeMap<(ServiceName, u16), Vec<Owner>> {
+    let entries: BTreeMap<&str, &Service> = desired.iter().map(|s| (s.name.as_str(), *s)).collect();
+    let leaves = |owner: &Owner, port: u16| {
+        let Some(name) = owner.unit.as_deref().and_then(|u| u.strip_suffix(".service")) else { return false };
+        let name = name.strip_suffix(crate::names::NEXT_SUFFIX).unwrap_or(name);
+        let had = memory.applied.iter().find(|(n, _)| n.as_str() == name).map(|(_, a)| a.service.port());
+        match (had, entries.get(name)) {
+            (None, _) => false,
+            (Some(_), None) => true,
+            (Some(had), Some(entry)) => had == Some(port) && entry.port() != had,
+        }
+    };
+    let mut others = BTreeMap::new();
+    for ((name, port), answers) in &observed.ports {
+        let Answers::Others(owners) = answers else { continue };
+        let staying: Vec<Owner> = owners.iter().filter(|o| !leaves(o, *port)).cloned().collect();
+        if !staying.is_empty() {
+            others.insert((name.clone(), *port), staying);
+        }
+    }
+    others
+}
+
+/// Ports to which nobody may be led: of services that do not run, where somebody else would answer for them.
+pub fn closed(desired: &[&Service], observed: &Observed, memory: &Memory) -> BTreeSet<u16> {
+    let runs = |name: &ServiceName| observed.units.get(name).is_some_and(|u| u.listed.running());
+    let held = others(desired, observed, memory).into_keys();
+    held.filter(|(name, _)| !runs(name)).map(|(_, port)| port).collect()
+}
+
 /// The services that are ours to remove: a unit with our mark, a proved entry, or roots.
 fn ours<'a>(observed: &'a Observed, memory: &'a Memory) -> BTreeSet<&'a ServiceName> {
     let units =
@@ -322,14 +365,16 @@ fn goal_of(
     desired: bool,
 ) -> Goal {
     let unit = unit::render(service, path);
-    let proved = applied.is_some_and(|a| unit::render(&a.service, &a.path) == unit);
+    let unit_proved = applied.is_some_and(|a| unit::render(&a.service, &a.path) == unit);
+    let proved = unit_proved && applied.is_some_and(|a| a.service.probe() == service.probe());
     let inputs = inputs_hash(&unit, service, stamp);
-    Goal { service: service.clone(), path: path.clone(), unit, inputs, proved, desired }
+    Goal { service: service.clone(), path: path.clone(), unit, inputs, proved, unit_proved, desired }
 }
 
 fn service(
     entry: &Service,
     observed: &Observed,
+    others: &BTreeMap<(ServiceName, u16), Vec<Owner>>,
     memory: &Memory,
     learned: &Learned,
     options: &Options,
@@ -382,6 +427,14 @@ fn service(
     let stamp = stamp(entry, secrets, observed);
     let candidate = goal_of(entry, path, &stamp, applied, true);
     let tried = candidate.unit.clone();
+    // Started there, it could not listen, or the other one would answer for it.
+    let held = |service: &Service| {
+        let port = service.port()?;
+        let owners = others.get(&(name.clone(), port))?;
+        Some(listeners::in_the_way(port, name.as_str(), owners))
+    };
+    let answers =
+        |service: &Service| service.port().and_then(|port| observed.ports.get(&(name.clone(), port)));
     let trouble_of = |goal: &Goal| -> Option<Trouble> {
         if let Some(trouble) = learned.troubles.get(&(name.clone(), goal.inputs.clone())) {
             return Some(trouble.clone());
@@ -391,6 +444,9 @@ fn service(
             trouble.failure.attempts += 1;
             trouble.failure.at = now;
             return Some(trouble);
+        }
+        if let Some(reason) = held(&goal.service) {
+            return Some(failed(reason));
         }
         let failure = before.and_then(|b| b.failure.as_ref())?;
         let again = options.timer
@@ -428,9 +484,15 @@ fn service(
         None => (Some(candidate), None),
         Some(trouble) => {
             let previous = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
+            // Whose port is held is left as it is, but for a version that this pass has put in its place.
+            let there = |goal: &Goal| matches!(&seen.file, UnitFile::Ours(text) if *text == goal.unit);
+            let untried = |goal: &Goal| {
+                let tried = learned.troubles.contains_key(&(name.clone(), goal.inputs.clone()));
+                !tried && held(&goal.service).is_some() && !there(goal)
+            };
             match previous {
                 // What ran before does not come up either: systemd goes on trying, we do not.
-                Some(previous) if trouble_of(&previous).is_some() => {
+                Some(previous) if trouble_of(&previous).is_some() && !untried(&previous) => {
                     return done(Some(previous), Some(trouble), Vec::new());
                 }
                 other => (other, Some(trouble)),
@@ -485,6 +547,18 @@ fn service(
         steps.push(Step::Restart("its process ran another version than its unit"));
     } else if memory.interrupted.contains(name) && !seen.current {
         steps.push(Step::Restart("an earlier pass was interrupted before it restarted it"));
+    } else if goal.unit_proved && !goal.proved {
+        steps.push(Step::Prove("its port or its health check changed"));
+    } else if goal.proved
+        && !learned.started.contains(name)
+        && answers(&goal.service) == Some(&Answers::Nobody)
+    {
+        // It may still be coming up, as after a boot. If it did not in the last pass, its process has missed its turn.
+        let failed = before.is_some_and(|b| b.status == Status::Failed);
+        steps.push(match failed {
+            true => Step::Restart("it runs, but nothing listens on its port"),
+            false => Step::Prove("nothing listens on its port"),
+        });
     } else if !goal.proved && seen.current {
         steps.push(Step::Prove("an earlier pass was interrupted while it came up"));
     } else if !goal.proved {
@@ -620,7 +694,6 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use super::super::state::Status;
     use super::*;
     use crate::manifest::{Artifact, Exec, Hardening, Rollout, Systemd, Target};
     use serde_json::{Map, json};
@@ -700,6 +773,7 @@ mod tests {
                     roots: BTreeMap::new(),
                     secrets: BTreeMap::new(),
                     active: BTreeSet::new(),
+                    ports: BTreeMap::new(),
                     understudies: BTreeSet::new(),
                     caddy: caddy::Observed::Servers(
                         json!({"srv0": {"listen": [":443"], "routes": []}}).as_object().unwrap().clone(),

@@ -198,6 +198,18 @@ pub fn came_up(first: Option<&Shown>, now: &Shown, probe: Option<&Result<(), Str
     }
 }
 
+/// Whether systemd itself listens on a port for a unit, which it starts and hands the socket to (systemd.socket(5)).
+pub fn listens_for(unit: &str, port: u16) -> bool {
+    let ask = |property: &str, units: &[&str]| {
+        let run = systemctl().args(["show", "--value", "--property", property, "--"]).args(units);
+        run.deadline(QUICK).success().map(|output| output.text()).unwrap_or_default()
+    };
+    let triggers = ask("TriggeredBy", &[unit]);
+    let sockets: Vec<&str> = triggers.split_whitespace().filter(|u| u.ends_with(".socket")).collect();
+    let listens = format!(":{port} (Stream)");
+    !sockets.is_empty() && ask("Listen", &sockets).lines().any(|line| line.ends_with(&listens))
+}
+
 /// Makes systemd read unit files again.
 pub fn daemon_reload() -> Result<()> {
     let _effect = effect::mark("systemctl", "daemon-reload");

@@ -360,6 +360,18 @@ impl Service {
         self.health.as_ref().map_or(DEFAULT_TIMEOUT_SEC, |h| h.timeout_sec)
     }
 
+    /// What of the entry decides how it is asked whether it is well: the port, and the path with the host's name.
+    pub fn probe(&self) -> Option<(u16, Option<(&str, &str)>)> {
+        let http = self.http.as_ref()?;
+        let path = self.health.as_ref().and_then(|h| h.path.as_deref());
+        Some((http.internal_port, path.map(|path| (path, http.domain.as_str()))))
+    }
+
+    /// The port on which it is reached, if it is.
+    pub fn port(&self) -> Option<u16> {
+        self.http.as_ref().map(|h| h.internal_port)
+    }
+
     /// Its files of secrets, which must be root's alone: `envFile` and those of `credentials`.
     pub fn secret_files(&self) -> impl Iterator<Item = &Path> {
         self.env_file.iter().chain(self.credentials.values()).map(Path::new)

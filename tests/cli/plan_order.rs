@@ -306,6 +306,7 @@ impl Machine {
                 })
                 .collect(),
             active: self.active(),
+            ports: BTreeMap::new(),
             understudies: BTreeSet::new(),
             caddy: if self.caddy_up {
                 caddy::Observed::Servers(self.servers.clone())
@@ -966,7 +967,7 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
     let ours = |r: &&Value| r["@id"] == "deployer";
     let found: Vec<&Value> =
         m.servers.values().flat_map(|s| s["routes"].as_array().unwrap()).filter(ours).collect();
-    let wanted = caddy::route(&routed);
+    let wanted = caddy::route(&routed, &BTreeSet::new());
     if found != wanted.iter().collect::<Vec<_>>()
         || (wanted.is_some() && !ours(&&m.servers["srv0"]["routes"][0]))
     {

@@ -1,0 +1,329 @@
+//! Who listens: which process would answer at `127.0.0.1:PORT`, and whether it belongs to a unit. Reads only, from
+//! /proc and the cgroups: the kernel's tables once for all ports, and of processes no more than the unit's own while
+//! those hold the socket. Nothing follows from it here.
+
+use super::systemd;
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fmt;
+use std::io::{BufRead, BufReader, ErrorKind, Result};
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+/// Where systemd's cgroups of services are: in the unified hierarchy, in a hybrid one, in the old one.
+const SLICES: [&str; 3] = [
+    "/sys/fs/cgroup/system.slice",
+    "/sys/fs/cgroup/unified/system.slice",
+    "/sys/fs/cgroup/systemd/system.slice",
+];
+
+/// Who would answer at a port of 127.0.0.1.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answers {
+    /// No socket listens there.
+    Nobody,
+    /// Only sockets of the unit.
+    Unit,
+    /// Somebody else, or somebody else as well.
+    Others(Vec<Owner>),
+    /// What would tell may not be read by this user.
+    Unknown,
+}
+
+/// A process that listens.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Owner {
+    /// Its id; None: the kernel itself listens, or a process that cannot be seen from here.
+    pub pid: Option<u32>,
+    /// Its name (proc_pid_comm(5)).
+    pub name: String,
+    /// The unit that it belongs to.
+    pub unit: Option<String>,
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.pid, &self.unit) {
+            (None, _) => f.write_str("a process that cannot be seen from here"),
+            (Some(1), _) => f.write_str("systemd for a socket unit (see 'systemctl list-sockets')"),
+            (Some(pid), Some(unit)) => write!(f, "'{}' (process {pid} of {unit})", self.name),
+            (Some(pid), None) => write!(f, "'{}' (process {pid})", self.name),
+        }
+    }
+}
+
+/// Which addresses a socket that listens answers for, as far as 127.0.0.1 is concerned: the kernel gives a connection
+/// to the nearest, and only among equals (SO_REUSEPORT) by lot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Reach {
+    Loopback,
+    LoopbackMapped,
+    Everything,
+    /// Also one that is for IPv6 alone, which the tables do not tell; then it is not the nearest, or the only one.
+    EverythingV6,
+}
+
+/// A socket that listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Socket {
+    port: u16,
+    reach: Reach,
+    inode: u64,
+}
+
+/// All sockets that listened when they were read, and whose they are as far as somebody asked.
+#[derive(Debug)]
+pub struct Listeners {
+    sockets: Vec<Socket>,
+    slice: PathBuf,
+    owners: OnceCell<Owners>,
+}
+
+/// Every visible process that holds a listening socket, by the socket's inode.
+#[derive(Debug, Default)]
+struct Owners {
+    by_inode: BTreeMap<u64, Vec<Owner>>,
+    /// Some processes may not be looked into.
+    partial: bool,
+}
+
+impl Listeners {
+    /// Reads the kernel's tables.
+    pub fn read() -> Result<Self> {
+        let mut sockets = Vec::new();
+        for (table, v6) in [("/proc/net/tcp", false), ("/proc/net/tcp6", true)] {
+            match fs_err::File::open(table) {
+                Ok(file) => add_listening(BufReader::new(file), v6, &mut sockets)?,
+                // A kernel without IPv6 has no such table.
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let slice = SLICES.iter().map(Path::new).find(|dir| dir.is_dir()).unwrap_or(Path::new(SLICES[0]));
+        Ok(Listeners { sockets, slice: slice.to_path_buf(), owners: OnceCell::new() })
+    }
+
+    /// The inodes of the sockets of which one would get a connection to 127.0.0.1.
+    fn nearest(&self, port: u16) -> Vec<u64> {
+        let here = || self.sockets.iter().filter(|s| s.port == port);
+        let nearest = here().map(|s| s.reach).min();
+        here().filter(|s| Some(s.reach) == nearest).map(|s| s.inode).collect()
+    }
+
+    /// Who would answer at this port of 127.0.0.1, asked for a unit.
+    pub fn at(&self, port: u16, unit: &str) -> Answers {
+        let inodes = self.nearest(port);
+        if inodes.is_empty() {
+            return Answers::Nobody;
+        }
+        let held = held_by(&self.slice.join(unit), &inodes);
+        let left: Vec<u64> = inodes.into_iter().filter(|inode| !held.contains(inode)).collect();
+        if left.is_empty() {
+            return Answers::Unit;
+        }
+        // Rare: a process of another slice or of a cgroup of the unit's own making, or really a stranger.
+        let owners = self.owners.get_or_init(|| self.all_owners());
+        let mut others = BTreeSet::new();
+        for inode in left {
+            let all = owners.by_inode.get(&inode).map(Vec::as_slice).unwrap_or_default();
+            let ours = all.iter().any(|o| o.unit.as_deref() == Some(unit));
+            if ours || (all.iter().any(|o| o.pid == Some(1)) && systemd::listens_for(unit, port)) {
+                continue;
+            }
+            match all.first() {
+                Some(first) => drop(others.insert(first.clone())),
+                None if owners.partial => return Answers::Unknown,
+                None => drop(others.insert(Owner { pid: None, name: String::new(), unit: None })),
+            }
+        }
+        if others.is_empty() { Answers::Unit } else { Answers::Others(others.into_iter().collect()) }
+    }
+
+    fn all_owners(&self) -> Owners {
+        let mut owners = Owners::default();
+        let listening: BTreeSet<u64> = self.sockets.iter().map(|s| s.inode).collect();
+        let above = cgroup_of(1).map(|at| at.trim_end_matches("/init.scope").to_string()).unwrap_or_default();
+        let Ok(processes) = fs_err::read_dir("/proc") else {
+            return Owners { partial: true, ..owners };
+        };
+        let pids = processes.filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u32>().ok());
+        for pid in pids.collect::<BTreeSet<u32>>() {
+            let inodes = match sockets_of(pid) {
+                Ok(inodes) => inodes.filter(|inode| listening.contains(inode)).collect::<BTreeSet<u64>>(),
+                // It has ended meanwhile.
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                Err(_) => {
+                    owners.partial = true;
+                    continue;
+                }
+            };
+            if inodes.is_empty() {
+                continue;
+            }
+            let name = fs_err::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let unit = cgroup_of(pid).and_then(|at| unit_of(at.strip_prefix(above.as_str()).unwrap_or(&at)));
+            let owner = Owner { pid: Some(pid), name: name.trim_end().to_string(), unit };
+            for inode in inodes {
+                owners.by_inode.entry(inode).or_default().push(owner.clone());
+            }
+        }
+        owners
+    }
+}
+
+/// Which of these sockets the processes of a unit's cgroup hold.
+fn held_by(cgroup: &Path, inodes: &[u64]) -> BTreeSet<u64> {
+    let mut held = BTreeSet::new();
+    let processes = fs_err::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    for pid in processes.lines().filter_map(|line| line.parse().ok()) {
+        for inode in sockets_of(pid).into_iter().flatten().filter(|inode| inodes.contains(inode)) {
+            held.insert(inode);
+            // A server opens its sockets early: what follows are its connections, which may be many.
+            if held.len() == inodes.len() {
+                return held;
+            }
+        }
+    }
+    held
+}
+
+/// The sockets that a process holds (proc_pid_fd(5)).
+fn sockets_of(pid: u32) -> Result<impl Iterator<Item = u64>> {
+    let files = fs_err::read_dir(format!("/proc/{pid}/fd"))?;
+    Ok(files.filter_map(|file| socket_inode(fs_err::read_link(file.ok()?.path()).ok()?.as_os_str())))
+}
+
+fn socket_inode(link: &OsStr) -> Option<u64> {
+    link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// A process's place in systemd's hierarchy of cgroups (cgroups(7)).
+fn cgroup_of(pid: u32) -> Option<String> {
+    let text = fs_err::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    systemds(&text).map(String::from)
+}
+
+/// The hierarchy of a name is systemd's own where it has one; else it is the unified one.
+fn systemds(text: &str) -> Option<&str> {
+    let place = |of: &str| text.lines().find_map(|line| line.split_once(of)).map(|(_, place)| place);
+    place(":name=systemd:").or_else(|| place("0::"))
+}
+
+/// The unit of a place: the first part of it that is no slice, as systemd has it.
+fn unit_of(place: &str) -> Option<String> {
+    let unit = place.split('/').find(|part| !part.is_empty() && !part.ends_with(".slice"))?;
+    Some(unit.strip_prefix('_').unwrap_or(unit).to_string())
+}
+
+/// The sockets that listen in one of the kernel's tables (proc_pid_net(5)): column 2 is the local address with its
+/// port, in hexadecimal and words of the machine's byte order, column 4 the state, `0A` for listening, column 10 the
+/// inode. The kernel lists these first, and a busy machine has very many others.
+fn add_listening(table: impl BufRead, v6: bool, sockets: &mut Vec<Socket>) -> Result<()> {
+    let word = |bytes: [u8; 4]| format!("{:08X}", u32::from_ne_bytes(bytes));
+    let (any, loopback) = (word([0; 4]), word(Ipv4Addr::LOCALHOST.octets()));
+    let mapped = format!("{any}{any}{}", word([0, 0, 0xff, 0xff]));
+    for line in table.lines().skip(1) {
+        let line = line?;
+        let mut columns = line.split_whitespace().skip(1);
+        let (Some(local), Some(_), Some(state)) = (columns.next(), columns.next(), columns.next()) else {
+            continue;
+        };
+        if state != "0A" {
+            break;
+        }
+        let Some((address, port)) = local.rsplit_once(':') else { continue };
+        let reach = match v6 {
+            false if address == loopback => Reach::Loopback,
+            false if address == any => Reach::Everything,
+            true if address.strip_prefix(&mapped) == Some(&loopback) => Reach::LoopbackMapped,
+            true if address.strip_prefix(&mapped) == Some(&any) => Reach::EverythingV6,
+            true if address.bytes().all(|b| b == b'0') => Reach::EverythingV6,
+            _ => continue,
+        };
+        let inode = columns.nth(5).and_then(|inode| inode.parse().ok());
+        if let (Ok(port), Some(inode)) = (u16::from_str_radix(port, 16), inode) {
+            sockets.push(Socket { port, reach, inode });
+        }
+    }
+    Ok(())
+}
+
+/// Why a port that others hold is in a service's way, with the next move.
+pub fn in_the_way(port: u16, service: &str, owners: &[Owner]) -> String {
+    let who: Vec<String> = owners.iter().map(Owner::to_string).collect();
+    format!(
+        "port {port} is held by {}, not by {service}; stop that, or give {service} another port (http.internalPort); \
+         the next pass tries again",
+        who.join(" and ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn of_several_that_listen_the_kernel_asks_the_nearest() {
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
+            0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1 0 100 0\n\
+            1: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12 1 0 100 0\n\
+            2: 0100007F:1F91 0100007F:D431 01 00000000:00000000 00:00000000 00000000     0        0 13 1 0 100 0\n\
+            3: 00000000:1F91 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 14 1 0 100 0\n";
+        let mut sockets = Vec::new();
+        if cfg!(target_endian = "little") {
+            add_listening(table.as_bytes(), false, &mut sockets).unwrap();
+            let found: Vec<_> = sockets.iter().map(|s| (s.port, s.reach, s.inode)).collect();
+            assert_eq!(found, [(8080, Reach::Loopback, 11), (8080, Reach::Everything, 12)]);
+        }
+        // The kernel's own tables, with sockets of every kind at one port.
+        let v4 = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = v4.local_addr().unwrap().port();
+        let inode = |l: &TcpListener| {
+            use std::os::fd::AsRawFd;
+            let link = fs_err::read_link(format!("/proc/self/fd/{}", l.as_raw_fd())).unwrap();
+            socket_inode(link.as_os_str()).unwrap()
+        };
+        let _other_address = TcpListener::bind(("127.0.0.2", port)).unwrap();
+        assert_eq!(Listeners::read().unwrap().nearest(port), [inode(&v4)]);
+        drop(v4);
+        assert_eq!(Listeners::read().unwrap().nearest(port), [0u64; 0]);
+        drop(_other_address);
+        if let Ok(any) = TcpListener::bind("[::]:0") {
+            let port = any.local_addr().unwrap().port();
+            assert_eq!(Listeners::read().unwrap().nearest(port), [inode(&any)]);
+        }
+    }
+
+    #[test]
+    fn who_listens_is_named() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let listeners = Listeners::read().unwrap();
+        assert_eq!(listeners.at(port, "nobody-of-this-name.service"), {
+            let owners = listeners.owners.get().unwrap();
+            let mine = owners.by_inode.values().flatten().find(|o| o.pid == Some(std::process::id()));
+            Answers::Others(vec![mine.unwrap().clone()])
+        });
+        drop(listener);
+        assert_eq!(Listeners::read().unwrap().at(port, "nobody-of-this-name.service"), Answers::Nobody);
+    }
+
+    #[test]
+    fn a_place_in_the_cgroups_names_its_unit() {
+        for (place, unit) in [
+            ("/system.slice/web.service", Some("web.service")),
+            ("/system.slice/web.service/worker", Some("web.service")),
+            ("/system.slice/system-getty.slice/getty@tty1.service", Some("getty@tty1.service")),
+            ("/machine.slice/m.scope/payload/system.slice/web.service", Some("m.scope")),
+            ("/user.slice/user-0.slice/session-3.scope", Some("session-3.scope")),
+            ("/system.slice/__odd.service", Some("_odd.service")),
+            ("/", None),
+        ] {
+            assert_eq!(unit_of(place).as_deref(), unit, "{place}");
+        }
+        assert_eq!(systemds("4:cpu:/\n1:name=systemd:/a.service\n0::/\n"), Some("/a.service"));
+        assert_eq!(systemds("0::/system.slice/a.service\n"), Some("/system.slice/a.service"));
+    }
+}
