@@ -204,10 +204,12 @@ fn cgroup_of(pid: u32) -> Option<String> {
     systemds(&text).map(String::from)
 }
 
-/// The hierarchy of a name is systemd's own where it has one; else it is the unified one.
+/// systemd's is the unified hierarchy; where it does not use that, and so nothing has a place in it, the one of its
+/// name. A place outside of what we see is none.
 fn systemds(text: &str) -> Option<&str> {
     let place = |of: &str| text.lines().find_map(|line| line.split_once(of)).map(|(_, place)| place);
-    place(":name=systemd:").or_else(|| place("0::"))
+    let places = [place("0::"), place(":name=systemd:")];
+    places.into_iter().flatten().find(|place| *place != "/" && !place.starts_with("/.."))
 }
 
 /// The unit of a place: the first part of it that is no slice, as systemd has it.
@@ -324,6 +326,8 @@ mod tests {
             assert_eq!(unit_of(place).as_deref(), unit, "{place}");
         }
         assert_eq!(systemds("4:cpu:/\n1:name=systemd:/a.service\n0::/\n"), Some("/a.service"));
+        assert_eq!(systemds("1:name=systemd:/\n0::/a.service\n"), Some("/a.service"));
+        assert_eq!(systemds("1:name=systemd:/../..\n0::/../run\n"), None);
         assert_eq!(systemds("0::/system.slice/a.service\n"), Some("/system.slice/a.service"));
     }
 }

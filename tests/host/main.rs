@@ -28,6 +28,7 @@ mod order;
 mod passes;
 #[path = "../cli/common/policy.rs"]
 mod policy;
+mod ports;
 mod power;
 mod returns;
 mod runbook;
