@@ -590,8 +590,11 @@ fn verify_through_nix(settings: &Settings, paths: &[StorePath]) -> Result<Figure
 pub fn build_flake(reference: &str, dir: &Path, on_line: &mut dyn FnMut(&str)) -> Result<StorePath> {
     let (run, _scratch) = nix(&["nix-command", "flakes"], &std::env::temp_dir())?;
     // Nix 2.8 has no --print-out-paths yet.
-    let text =
-        built(run.args(["build", "--no-link", "--json", "--", reference]).dir(dir), "nix build", on_line)?;
+    let text = built(
+        run.with_all_variables().args(["build", "--no-link", "--json", "--", reference]).dir(dir),
+        "nix build",
+        on_line,
+    )?;
     one_path("nix build", &outputs_of(&text)?)
 }
 

@@ -107,6 +107,39 @@ fn remedy(program: &str) -> &'static str {
     }
 }
 
+/// Whether the answers of a program are read by us: it then gets an environment that we chose, because a variable
+/// that somebody has set for himself changes what it prints (`SYSTEMD_LOG_LEVEL`, `SYSTEMD_COLORS`, a language,
+/// `DF_BLOCK_SIZE`) or what it speaks of (`GIT_DIR`). What a person runs through us, a build, an editor, ssh, sudo, a
+/// manual page, gets the person's.
+fn answers_us(program: &str) -> bool {
+    let ours = ["systemctl", "systemd-analyze", "journalctl", "nix", "nix-store", "git", "df"];
+    ours.contains(&program.rsplit('/').next().unwrap_or(program))
+}
+
+/// The variables that such a program keeps: where things are, who asks, how the network is reached, what Nix and git
+/// are configured with. The language is ours.
+fn is_kept(name: &str) -> bool {
+    let names = [
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "TMPDIR",
+        "TZ",
+        "LOCALE_ARCHIVE",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "CURL_CA_BUNDLE",
+        "DBUS_SYSTEM_BUS_ADDRESS",
+        "GIT_CEILING_DIRECTORIES",
+        "GIT_DISCOVERY_ACROSS_FILESYSTEM",
+    ];
+    let beginnings = ["XDG_", "NIX_", "AWS_", "SSH_", "GIT_CONFIG", "GIT_SSH"];
+    names.contains(&name)
+        || beginnings.iter().any(|beginning| name.starts_with(beginning))
+        || name.to_ascii_lowercase().ends_with("_proxy")
+}
+
 /// The last lines of a program's stderr, joined for one line of ours; at most 600 characters.
 pub fn tail(stderr: &str) -> String {
     let lines: Vec<&str> = stderr.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
@@ -157,6 +190,7 @@ pub struct Run {
     deadline: Option<Duration>,
     keep: bool,
     interruptible: bool,
+    chosen: bool,
 }
 
 /// Which of a program's streams a line came from.
@@ -171,8 +205,10 @@ pub enum Stream {
 impl Run {
     /// A run of `program`, looked up on PATH unless it has a slash.
     pub fn new(program: impl Into<String>) -> Self {
+        let program = program.into();
         Run {
-            program: program.into(),
+            chosen: answers_us(&program),
+            program,
             args: Vec::new(),
             env: Vec::new(),
             stdin: Vec::new(),
@@ -192,6 +228,12 @@ impl Run {
     /// Adds arguments.
     pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.args.extend(args.into_iter().map(|a| a.as_ref().to_owned()));
+        self
+    }
+
+    /// Gives it our whole environment, though we read what it prints: a build may depend on anything there.
+    pub fn with_all_variables(mut self) -> Self {
+        self.chosen = false;
         self
     }
 
@@ -290,6 +332,10 @@ impl Run {
             command.args([DEFAULT_SIGNALS, &self.program]);
         }
         command.args(&self.args);
+        if self.chosen {
+            command.env_clear().envs(std::env::vars_os().filter(|(n, _)| n.to_str().is_some_and(is_kept)));
+            command.env("LC_ALL", "C.UTF-8");
+        }
         for (name, value) in &self.env {
             match value {
                 Some(value) => command.env(name, value),
@@ -516,6 +562,41 @@ mod tests {
         assert!(matches!(plain_file, RunError::Spawn { .. }), "{plain_file:?}");
         let no_dir = Run::new("true").dir("/nonexistent-folder").output().unwrap_err();
         assert!(no_dir.to_string().contains("/nonexistent-folder"), "{no_dir}");
+    }
+
+    #[test]
+    fn what_answers_us_gets_an_environment_that_we_chose_and_what_a_person_runs_the_persons() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("systemctl");
+        fs_err::os::unix::fs::symlink("/usr/bin/env", &program).unwrap();
+        let all = || std::env::vars().map(|(name, _)| name).filter(|n| n != "LC_ALL" && !n.starts_with('_'));
+        let given = |run: Run| -> Vec<String> {
+            run.output().unwrap().text().lines().filter_map(|l| Some(l.split_once('=')?.0.into())).collect()
+        };
+        let names = given(Run::new(program.display().to_string()).env("SET_BY_US", "1"));
+        // Cargo's own stand for whatever somebody has set.
+        assert!(all().any(|name| name.starts_with("CARGO")) && !names.iter().any(|n| n.starts_with("CARGO")));
+        assert!(
+            names.iter().all(|n| is_kept(n) || ["LC_ALL", "SET_BY_US"].contains(&n.as_str())),
+            "{names:?}"
+        );
+        assert!(["PATH", "LC_ALL", "SET_BY_US"].iter().all(|n| names.iter().any(|m| m == n)), "{names:?}");
+        for run in [Run::new("env"), Run::new(program.display().to_string()).with_all_variables()] {
+            let names = given(run);
+            assert!(all().all(|name| names.contains(&name)), "{names:?}");
+        }
+        for (name, kept) in [
+            ("NIX_CONFIG", true),
+            ("https_proxy", true),
+            ("AWS_PROFILE", true),
+            ("GIT_CONFIG_COUNT", true),
+            ("GIT_DIR", false),
+            ("SYSTEMD_LOG_LEVEL", false),
+            ("LANGUAGE", false),
+            ("DF_BLOCK_SIZE", false),
+        ] {
+            assert_eq!(is_kept(name), kept, "{name}");
+        }
     }
 
     #[test]

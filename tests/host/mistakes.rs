@@ -309,3 +309,34 @@ fn a_program_that_is_not_there_is_named_with_its_package() {
     host.good_pass();
     host.serves("web", "two");
 }
+
+#[test]
+fn what_a_person_has_set_in_the_environment_changes_nothing_in_a_pass() {
+    let host = solo();
+    host.deploys_web();
+    let set = "SYSTEMD_LOG_LEVEL=debug SYSTEMD_LOG_TARGET=console SYSTEMD_COLORS=1 SYSTEMD_PAGER=cat LANGUAGE=de LC_ALL=de_DE.UTF-8 \
+               GIT_TRACE=1 DF_BLOCK_SIZE=human-readable";
+    for (version, how) in [
+        ("two", format!("env {set} deployer run")),
+        ("three", format!("systemctl set-environment {set}; systemctl start deployer || true")),
+    ] {
+        host.update("web", &host.closure("web", version, ""));
+        let run = host.try_sh(&format!(
+            "{how}; systemctl unset-environment {}",
+            set.split_whitespace()
+                .filter_map(|v| v.split_once('='))
+                .map(|(n, _)| n)
+                .collect::<Vec<_>>()
+                .join(" ")
+        ));
+        assert_eq!(host.service("web")["status"], "running", "{}", run.stderr);
+        host.serves("web", version);
+        let talk: Vec<&str> = run.stderr.lines().filter(|l| !l.starts_with("web: ")).collect();
+        assert!(talk.iter().all(|l| l.starts_with("manifest serial ")), "{talk:?}");
+    }
+    let said = host.sh("journalctl --no-pager --quiet --output cat _SYSTEMD_UNIT=deployer.service");
+    assert!(!said.contains("Handling") && !said.contains("\u{1b}"), "{said}");
+    let doctor = host.try_sh(&format!("env {set} omni-deploy doctor"));
+    let plain = host.try_sh("omni-deploy doctor");
+    assert_eq!((doctor.status, doctor.text().lines().count()), (plain.status, plain.text().lines().count()));
+}
