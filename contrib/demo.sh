@@ -69,7 +69,7 @@ find_binary() {
 # shellcheck disable=SC2016  # typed on the host, expanded there
 show() {
   local root
-  tell "a Debian host with systemd, Caddy and Nix: this machine's own system, booted a second time"
+  tell "a Debian host with systemd, Caddy and Nix: booted for this from a tree of its own"
   lab up demo
   ip=$(lab ip demo)
   root=$(lab root demo)

@@ -110,10 +110,12 @@ impl Drop for Background {
 
 /// Runs tests/lab/lab.sh.
 fn lab(args: &[&str]) -> Output {
+    // The first host of a suite waits for its base tree.
+    let minutes = if args[0] == "up" { 30 } else { 4 };
     Run::new(format!("{TOP}/tests/lab/lab.sh"))
         .args(args)
         .env("OMNI_LAB_DIR", &*LAB_DIR)
-        .deadline(Duration::from_secs(240))
+        .deadline(Duration::from_secs(60 * minutes))
         .output()
         .unwrap_or_else(|e| panic!("lab.sh {args:?}: {e}"))
 }

@@ -1,24 +1,28 @@
 #!/usr/bin/env bash
-# Boots throw-away systemd hosts from this machine's own file system, for tests and the demo.
+# Boots throw-away Debian hosts for tests and the demo.
 #
-# A host is an overlay of / whose changes live in memory, booted by systemd-nspawn in a cgroup, a network
-# namespace and a pid namespace of its own, with an empty Nix store, its own journal, Caddy, D-Bus and sshd.
-# The machine below is only ever read: nothing is mounted, written, started or routed outside
-# $OMNI_LAB_DIR/NAME, one cgroup and one veth device per host, and `down` takes all of these away again.
+# A host is an overlay, whose changes live in memory, of a base tree: a Debian suite with what a host needs, made
+# once by debootstrap and kept outside the checkout. It is booted by systemd-nspawn in a cgroup, a network namespace
+# and a pid namespace of its own, with an empty Nix store, its own journal, Caddy, D-Bus and sshd. Of the machine
+# below nothing shows in it but the kernel; and nothing is mounted, written, started or routed there outside
+# $OMNI_LAB_CACHE, $OMNI_LAB_DIR/NAME, one cgroup and one veth device per host. `down` takes a host away whole.
 set -euo pipefail
 shopt -s nullglob
 
 LAB_DIR=${OMNI_LAB_DIR:-/run/omni-deploy-lab}
 NET=${OMNI_LAB_NET:-10.231}            # hosts get $NET.N.2, and reach the outside at $NET.N.1
 BOOT_TIMEOUT=${OMNI_LAB_BOOT_TIMEOUT:-90}
+CACHE=${OMNI_LAB_CACHE:-/var/cache/omni-deploy-lab}
 INNER_PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 usage() {
   cat <<'TEXT'
 usage: lab.sh COMMAND [NAME] [ARGUMENTS]        (as root)
 
-  packages                install the Debian packages a host needs, if any is missing
-  up NAME [--hostname H] [--caddyfile FILE]
+  packages                install the Debian packages that the lab and the tests need here, if any is missing
+  suites                  the suites that what is built here runs on; the first is the default
+  base SUITE              make the base tree of a suite unless it is there, and print where it is
+  up NAME [--suite S] [--hostname H] [--caddyfile FILE]
                           boot a fresh host; a leftover of that name is removed first
   run NAME COMMAND...     run a command in the host as root; stdio and exit code pass through
   ip NAME                 the host's address, reachable from here
@@ -36,7 +40,8 @@ usage: lab.sh COMMAND [NAME] [ARGUMENTS]        (as root)
   down NAME | down-all    take a host away, with everything that belonged to it
 
 example: lab.sh up biz && lab.sh run biz systemctl status caddy; lab.sh down biz
-environment: OMNI_LAB_DIR (/run/omni-deploy-lab), OMNI_LAB_NET (10.231), OMNI_LAB_BOOT_TIMEOUT (90 s)
+environment: OMNI_LAB_DIR (/run/omni-deploy-lab), OMNI_LAB_NET (10.231), OMNI_LAB_BOOT_TIMEOUT (90 s),
+OMNI_LAB_SUITE (the default suite), OMNI_LAB_CACHE (/var/cache/omni-deploy-lab; remove it to have trees made anew)
 TEXT
 }
 
@@ -46,21 +51,18 @@ die() { say "$*"; exit 1; }
 # A wrong call exits 2, like the tool's own commands, so that a test can tell it from a failed host.
 misuse() { say "$*; see 'lab.sh --help'"; exit 2; }
 
-# What a host needs, by the file that proves it: a Nix or Caddy from elsewhere would not be visible inside.
+# What the lab and the tests need of this machine, by the file that proves it.
 REQUIRED=(
-  /usr/bin/nix:nix-bin
-  /usr/bin/caddy:caddy
-  /lib/systemd/system/caddy.service:caddy
   /usr/bin/systemd-nspawn:systemd-container
-  /usr/bin/dbus-daemon:dbus
-  /usr/bin/jq:jq
-  /usr/bin/curl:curl
-  /usr/bin/shellcheck:shellcheck
-  /usr/bin/sudo:sudo
-  /usr/sbin/sshd:openssh-server
-  /usr/bin/ssh:openssh-client
+  /usr/sbin/debootstrap:debootstrap
   /bin/ip:iproute2
+  /usr/bin/ssh:openssh-client
+  /usr/bin/curl:curl
+  /usr/bin/jq:jq
+  /usr/bin/git:git
   /bin/busybox:busybox-static
+  /usr/bin/shellcheck:shellcheck
+  /usr/bin/nix:nix-bin
 )
 
 # Names of the packages that are not there yet, each once.
@@ -90,17 +92,140 @@ cmd_packages() {
     apt-get install -y --no-install-recommends "${missing[@]}" ||
       { apt-get update && apt-get install -y --no-install-recommends "${missing[@]}"; }
   } >&2 </dev/null || rc=$?
-  for package in "${missing[@]}"; do
-    case $package in
-      caddy) systemctl disable caddy.service ;;
-      openssh-server) systemctl disable ssh.service ;;
-      nix-bin) systemctl disable nix-daemon.socket nix-daemon.service ;;
-    esac >/dev/null 2>&1 || say "$package: its unit stays enabled on this machine; see 'systemctl disable'"
-  done
+  if [[ " ${missing[*]} " == *' nix-bin '* ]]; then
+    systemctl disable nix-daemon.socket nix-daemon.service >/dev/null 2>&1 || true
+  fi
   local -a still
   mapfile -t still < <(missing_packages)
   ((${#still[@]} == 0)) ||
     die "could not install ${still[*]} (apt-get ended $rc, its words are above); mend the package sources and try again"
+}
+
+# --- base trees -------------------------------------------------------------------------------------------------
+
+# The suites, oldest first, each with the version of its C library: what is built here runs where that is no older.
+SUITES=(bookworm:2.36 trixie:2.41 forky:2.42)
+
+# What a host consists of. A change of this list, or of how a tree is made, makes the trees anew.
+PACKAGES=(
+  systemd systemd-sysv libpam-systemd dbus udev sudo openssh-server iproute2 procps ca-certificates
+  nix-bin nix-setup-systemd caddy
+  jq curl busybox-static acl zstd python3-minimal
+)
+RECIPE=1
+
+# Suites on which programs that were built here start. A machine newer than all of them has its best chance with the last.
+cmd_suites() {
+  local ours entry found=
+  ours=$(getconf GNU_LIBC_VERSION 2>/dev/null) || ours='glibc 0'
+  for entry in "${SUITES[@]}"; do
+    [[ $(printf '%s\n' "${ours#* }" "${entry#*:}" | sort -V | tail -n 1) == "${entry#*:}" ]] || continue
+    printf '%s\n' "${entry%%:*}"
+    found=yes
+  done
+  [[ -n $found ]] || printf '%s\n' "${entry%%:*}"
+}
+
+default_suite() {
+  local suites
+  suites=$(cmd_suites)
+  printf '%s\n' "${OMNI_LAB_SUITE:-${suites%%$'\n'*}}"
+}
+
+# Sets $suite and $base, where its tree belongs: named for what is in it, so that a list that changed finds none.
+select_base() {
+  suite=$1
+  [[ $suite =~ ^[a-z]{3,20}$ ]] || misuse "'$suite' is not the name of a Debian suite"
+  base=$CACHE/$suite-$(printf '%s\n' "$RECIPE" "${PACKAGES[@]}" | sha256sum | head -c 12)
+}
+
+# Debian's mirrors to try: those that this machine's apt has, then Debian's own.
+mirrors() {
+  {
+    # shellcheck source=/dev/null
+    if [[ $(. /etc/os-release && printf '%s' "$ID") == debian ]]; then
+      # shellcheck disable=SC2016  # apt's own variables
+      apt-get indextargets --format '$(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
+        sed -nE 's|^main (https?://.*/debian)/?$|\1|p'
+    fi
+    printf 'http://deb.debian.org/debian\n'
+  } 2>/dev/null | awk '!seen[$0]++'
+}
+
+# Makes the tree unless it is there. Several may ask at once: one makes it, under a lock, beside its place.
+make_base() {
+  local mirror old log=$CACHE/$suite.log
+  [[ ! -e $base ]] || return 0
+  mkdir -p "$CACHE"
+  (
+    flock 6
+    [[ ! -e $base ]] || exit 0
+    command -v debootstrap >/dev/null || die "no debootstrap: install it with 'lab.sh packages'"
+    say "making the base tree of $suite in $base; this is done once"
+    for mirror in $(mirrors); do
+      rm -rf --one-file-system "$base.new"
+      # In a mount namespace of its own, so that whatever ends it leaves nothing mounted.
+      # shellcheck disable=SC2016  # the function's own words
+      if unshare --mount --propagation private bash -c "$(declare -f fill_base install_in_base); fill_base \"\$@\"" - \
+        "$suite" "$base.new" "$mirror" "${PACKAGES[@]}" </dev/null >"$log" 2>&1; then
+        mv "$base.new" "$base"
+        break
+      fi
+      say "not from $mirror: $(grep -aE '^(E|W): ' "$log" | tail -n 1)"
+    done
+    [[ -e $base ]] || die "no base tree of $suite; what was tried last is in $log"
+    for old in "$CACHE/$suite"-*; do
+      # Not from under a host that is booted.
+      [[ $old == "$base" ]] || grep -qsF "lowerdir=$old," /proc/[0-9]*/mountinfo || rm -rf --one-file-system "$old"
+    done
+  ) 6>"$CACHE/$suite.lock"
+}
+
+# fill_base SUITE TREE MIRROR PACKAGE...: a minimal Debian, in which its own apt installs the rest: debootstrap knows
+# no virtual packages.
+fill_base() {
+  local suite=$1 tree=$2 mirror=$3 script=/usr/share/debootstrap/scripts/$1
+  shift 3
+  set -euo pipefail
+  # A proxy that apt goes through is what debootstrap's wget must go through.
+  eval "$(apt-config shell http_proxy Acquire::http::Proxy https_proxy Acquire::https::Proxy)"
+  export http_proxy https_proxy
+  # One that does not know the suite yet.
+  [[ -e $script ]] || script=/usr/share/debootstrap/scripts/sid
+  debootstrap --variant=minbase "$suite" "$tree" "$mirror" "$script"
+  # Nothing that is installed is to run, and how this machine's apt reaches its mirrors is how that one does.
+  printf '#!/bin/sh\nexit 101\n' >"$tree/usr/sbin/policy-rc.d"
+  chmod 755 "$tree/usr/sbin/policy-rc.d"
+  apt-config dump | grep -E '^Acquire::(http|https|Check-|Retries|Force)' >"$tree/etc/apt/apt.conf.d/00machine" || true
+  cp --remove-destination /etc/resolv.conf /etc/hosts "$tree/etc/"
+  printf 'force-unsafe-io\n' >"$tree/etc/dpkg/dpkg.cfg.d/lab"
+  mount -t proc proc "$tree/proc"
+  mount --rbind /dev "$tree/dev"
+  chroot "$tree" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive \
+    bash -c "$(declare -f install_in_base); install_in_base \"\$@\"" - "$@"
+  rm "$tree/usr/sbin/policy-rc.d" "$tree/etc/apt/apt.conf.d/00machine"
+}
+
+# install_in_base PACKAGE...: those of them that the suite has.
+install_in_base() {
+  local package
+  local -a known=()
+  set -euo pipefail
+  apt-get -o Acquire::Retries=3 update
+  for package in "$@"; do
+    if [[ -n $(apt-cache madison "$package" 2>/dev/null) ]]; then known+=("$package"); fi
+  done
+  apt-get -o Acquire::Retries=3 install -y --no-install-recommends "${known[@]}"
+  dpkg --audit
+  apt-get clean
+  rm -rf /var/lib/apt/lists/* /nix /etc/ssh/ssh_host_*
+}
+
+cmd_base() {
+  (($# == 1)) || misuse "base: the SUITE is missing"
+  select_base "$1"
+  make_base
+  printf '%s\n' "$base"
 }
 
 # --- one host's own things ------------------------------------------------------------------------------
@@ -299,15 +424,11 @@ wire() {
   nsenter --net="$disk/net" ip link set host0 up
 }
 
-# The overlay, with fresh memory where the machine below keeps things that are none of the host's business.
+# The overlay, with fresh memory where an overlay will not do (Nix's store) or a host is to start empty.
 make_root() {
   local place
-  for place in usr etc var; do
-    [[ $(stat -c %m "/$place/.") == / ]] ||
-      die "/$place is a file system of its own, which an overlay of / does not show; use a machine that has it on /"
-  done
   mkdir "$disk/upper" "$disk/work" "$root"
-  mount -t overlay overlay -o "lowerdir=/,upperdir=$disk/upper,workdir=$disk/work" "$root"
+  mount -t overlay overlay -o "lowerdir=$base,upperdir=$disk/upper,workdir=$disk/work" "$root"
   for place in nix root home tmp var/tmp var/log; do
     mkdir -p "$disk/fresh/$place" "$root/$place"
     mount --bind "$disk/fresh/$place" "$root/$place"
@@ -315,11 +436,6 @@ make_root() {
   chmod 700 "$root/root"
   chmod 1777 "$root/tmp" "$root/var/tmp"
   mkdir -p "$root/nix/store" "$root/nix/var/nix" "$root/var/log/journal"
-  # What an omni-deploy or a Caddy on the machine below has written.
-  rm -rf "$root"/etc/omni-deploy "$root"/var/lib/{omni-deploy,deployer,deployer-secrets} \
-    "$root"/usr/local/bin/{omni-deploy,deploy-manifest,deployer} "$root"/etc/sysctl.d/90-omni-deploy.conf \
-    "$root"/var/lib/caddy
-  install -d -m 750 -o caddy -g caddy "$root/var/lib/caddy"
 }
 
 # Replaces a file of the host: removed first, because it may be a symlink that leads somewhere else.
@@ -358,14 +474,14 @@ UseDNS no
 TEXT
 }
 
-# Chooses what boots. The machine below may run anything: of its enabled units, generators, init scripts and
-# vendor defaults only those named here start, so the host is the same on every machine and boots in seconds.
+# Chooses what boots: of what the packages enabled and of the vendor's defaults only what is named here starts, so that
+# the host of every suite is the same and boots in seconds.
 choose_units() {
   local unit generator system=etc/systemd/system
-  rm -rf "${root:?}/$system" "$root/usr/local/lib/systemd" "$root/etc/systemd/system.control"
+  rm -rf "${root:?}/$system"
   mkdir -p "$root/$system/multi-user.target.wants" "$root/$system/sockets.target.wants" \
     "$root/etc/systemd/system-generators"
-  for generator in "$root"/{usr/lib,usr/local/lib,etc}/systemd/system-generators/*; do
+  for generator in "$root"/usr/lib/systemd/system-generators/*; do
     ln -sf /dev/null "$root/etc/systemd/system-generators/${generator##*/}"
   done
   for unit in "$root"/usr/lib/systemd/system/*.target.wants/*; do
@@ -384,7 +500,7 @@ choose_units() {
   fi
 }
 
-# What Debian ships, in the two directives it consists of; the machine's own may have been edited.
+# What Debian ships, in the two directives it consists of.
 default_caddyfile() {
   printf ':80 {\n\troot * /usr/share/caddy\n\tfile_server\n}\n'
 }
@@ -454,9 +570,10 @@ cmd_up() {
   (($# >= 1)) || misuse "up: the host's NAME is missing"
   select_host "$1"
   shift
-  local hostname=$name caddyfile='' missing
+  local hostname=$name caddyfile='' missing suite base wanted=''
   while (($#)); do
     case $1 in
+      --suite) wanted=${2:?lab: --suite needs a name}; shift 2 ;;
       --hostname) hostname=${2:?lab: --hostname needs a name}; shift 2 ;;
       --caddyfile) caddyfile=${2:?lab: --caddyfile needs a file}; shift 2 ;;
       *) misuse "up: '$1' is not an option of it" ;;
@@ -466,6 +583,8 @@ cmd_up() {
   [[ -z $caddyfile || -r $caddyfile ]] || die "up: cannot read the Caddyfile '$caddyfile'"
   missing=$(missing_packages | tr '\n' ' ')
   [[ -z $missing ]] || die "missing: ${missing% }; install with 'lab.sh packages'"
+  select_base "${wanted:-$(default_suite)}"
+  make_base
   lock_host
   clear_host
   # From here on a failure leaves nothing behind but its message.
@@ -473,6 +592,7 @@ cmd_up() {
   claim_number
   locate_cgroup
   printf '%s\n' "$hostname" >"$dir/hostname"
+  printf '%s\n' "$suite" >"$dir/suite"
   make_root
   write_identity "$hostname"
   choose_units
@@ -596,9 +716,11 @@ main() {
   case $command in
     -h | --help | help) usage; return 0 ;;
   esac
+  if [[ $command == suites ]]; then cmd_suites; return; fi
   ((EUID == 0)) || die "$command: hosts are booted as root; use sudo"
   case $command in
     packages) cmd_packages ;;
+    base) cmd_base "$@" ;;
     up) cmd_up "$@" ;;
     run) cmd_run "$@" ;;
     ip) existing_host "$@"; printf '%s\n' "$NET.$n.2" ;;
