@@ -30,7 +30,15 @@ fn program(variable: &str, folder: &str, name: &str) -> PathBuf {
 
 /// Cargo, without what it tells the tests it runs, at which build scripts would think that everything has changed.
 pub fn cargo(words: &[&str]) -> Run {
-    let told = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_EXE_", "CARGO_CRATE_NAME", "LD_LIBRARY_PATH"];
+    // With RUSTC_BOOTSTRAP they are run in random order, and nothing is built otherwise.
+    let told = [
+        "RUSTC_BOOTSTRAP",
+        "CARGO_PKG_",
+        "CARGO_MANIFEST_",
+        "CARGO_BIN_EXE_",
+        "CARGO_CRATE_NAME",
+        "LD_LIBRARY_PATH",
+    ];
     let program = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     let mut run = Run::new(program).args(words).deadline(Duration::from_secs(1800));
     for (name, _) in std::env::vars().filter(|(name, _)| told.iter().any(|t| name.starts_with(t))) {
