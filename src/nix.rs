@@ -91,7 +91,8 @@ pub fn closure(paths: &[StorePath]) -> Result<Vec<StorePath>> {
 fn query(words: &[&str], paths: &[StorePath]) -> Result<Vec<StorePath>> {
     let mut found = BTreeSet::new();
     for some in paths.chunks(PER_CALL) {
-        let output = Run::new("nix-store").args(words).args(some).deadline(ASK_WITHIN).success()?;
+        let output =
+            Run::new("nix-store").args(words).args(some).deadline(ASK_WITHIN).success().map_err(explained)?;
         for line in output.text().lines() {
             let path = StorePath::parse(line).map_err(|why| {
                 Error::new(format!("nix-store printed {line:?}, which {why}; is its store elsewhere?"))
@@ -194,7 +195,11 @@ impl Cache {
             let mut tries = 1;
             loop {
                 let (run, _scratch) = self.nix(settings, side, words)?;
-                let output = run.args(some).each_line(|_, line| on_line(&self.clean(line)));
+                let output = run.args(some).each_line(|_, line| {
+                    if is_news(line) {
+                        on_line(&self.clean(line));
+                    }
+                });
                 let Err(e) = check(output, "nix") else { break };
                 let cause = self.cause(&e);
                 let bridge = self.bridge.as_ref().filter(|b| b.may_pass() && tries < WRITE_TRIES);
@@ -217,7 +222,7 @@ impl Cache {
         }
         match e {
             RunError::Failed { stderr, .. } if !stderr.trim().is_empty() => {
-                self.clean(&tail(&errors_of(stderr)))
+                store_trouble(stderr).unwrap_or_else(|| self.clean(&tail(&errors_of(stderr))))
             }
             e => self.clean(&e.to_string()),
         }
@@ -282,6 +287,49 @@ fn errors_of(stderr: &str) -> String {
     let from = stderr.lines().position(|l| l.starts_with("error"));
     let lines: Vec<&str> = stderr.lines().skip(from.unwrap_or(0)).collect();
     lines.join("\n")
+}
+
+/// What stands between us and this machine's store, if that is why a call failed: Nix's own words (the same in 2.8, 2.26
+/// and 2.34) name a socket or a lock file, and no remedy.
+fn store_trouble(stderr: &str) -> Option<String> {
+    let line = |word: &str| stderr.lines().find(|line| line.contains(word)).map(str::trim);
+    let (line, why) = if let Some(line) = line("cannot connect to socket at") {
+        if line.contains("Permission denied") {
+            let why = "this user may not use Nix's daemon; run 'sudo usermod -aG nix-users $USER' and log in again \
+                       (Debian; elsewhere see who may enter the socket's folder)";
+            (line, why)
+        } else {
+            (line, "Nix's daemon does not run; run 'sudo systemctl enable --now nix-daemon.socket'")
+        }
+    } else if let Some(line) = line("cannot open connection to remote store 'daemon'") {
+        let why = "Nix's daemon turns this user away; name them in 'allowed-users' of /etc/nix/nix.conf, then run 'sudo \
+                   systemctl restart nix-daemon'";
+        (line, why)
+    } else {
+        let denied =
+            |line: &&str| line.contains("Permission denied") || line.contains("Operation not permitted");
+        let line = line("'/nix/var/nix/").or(line("\"/nix/var/nix/")).filter(denied)?;
+        let why = "Nix's store is root's, and there is no daemon to ask; run 'sudo systemctl enable --now \
+                   nix-daemon.socket' (Debian: apt install nix-setup-systemd)";
+        (line, why)
+    };
+    Some(format!("{why} (nix: {})", line.trim_start_matches("error: ")))
+}
+
+/// A failure with its remedy, where it is the way to this machine's store that failed.
+fn explained(e: RunError) -> Error {
+    match &e {
+        RunError::Failed { stderr, .. } => store_trouble(stderr).map_or_else(|| e.into(), Error::new),
+        _ => e.into(),
+    }
+}
+
+/// Whether a line of Nix's is for people: not what it says to everybody whom the daemon does not trust, which changes
+/// nothing for a push.
+fn is_news(line: &str) -> bool {
+    !line.contains("ignoring the client-specified setting")
+        && !line.contains("ignoring the user-specified setting")
+        && !line.contains("you are not a trusted user")
 }
 
 /// Percent-encodes what is not plain in a path.
@@ -466,6 +514,8 @@ fn why_not(cache: &Cache, path: &StorePath, e: &RunError) -> FetchError {
     let has = |words: &[&str]| words.iter().any(|w| stderr.contains(w));
     if cache.bridge.as_ref().is_some_and(|b| !b.troubles().is_empty()) {
         FetchError::Unreachable(format!("cache {}: {cause}", cache.shown))
+    } else if store_trouble(stderr).is_some() {
+        FetchError::Failed(format!("cannot copy {path}: {cause}"))
     } else if has(&["signature"]) {
         FetchError::Refused(format!(
             "nix refuses what {} has of {path}: {cause}; push it with a key that is trusted here, or trust the \
@@ -606,11 +656,11 @@ pub fn build_file(file: &Path, dir: &Path, on_line: &mut dyn FnMut(&str)) -> Res
 
 fn built(run: Run, program: &str, on_line: &mut dyn FnMut(&str)) -> Result<String> {
     let output = run.each_line(|stream, line| {
-        if stream == Stream::Stderr {
+        if stream == Stream::Stderr && is_news(line) {
             on_line(line);
         }
     });
-    Ok(check(output, program)?.text())
+    Ok(check(output, program).map_err(explained)?.text())
 }
 
 /// The paths in what `nix build --json` prints: of each derivation the output `out`, or all if there is none.
@@ -641,12 +691,20 @@ fn one_path(program: &str, paths: &[String]) -> Result<StorePath> {
 }
 
 /// Asks a store whether it answers (this machine's own when none is named).
-pub fn ping(store: Option<&str>) -> Result<String, RunError> {
-    let mut run = Run::new("nix").args(["--extra-experimental-features", "nix-command", "store", "ping"]);
-    if let Some(store) = store {
-        run = run.env("NIX_REMOTE", store);
-    }
-    let output = run.deadline(Duration::from_secs(30)).success()?;
+pub fn ping(store: Option<&str>) -> Result<String> {
+    let ask = |verb: &str| {
+        let mut run = Run::new("nix").args(["--extra-experimental-features", "nix-command", "store", verb]);
+        if let Some(store) = store {
+            run = run.env("NIX_REMOTE", store);
+        }
+        run.deadline(Duration::from_secs(30)).success()
+    };
+    let output = match ask("info") {
+        // Nix before 2.19 has another word for it.
+        Err(RunError::Failed { stderr, .. }) if stderr.contains("is not a recognised command") => ask("ping"),
+        other => other,
+    };
+    let output = output.map_err(explained)?;
     // What it found goes to stderr in some versions and to stdout in others; warnings are in front.
     let text = format!("{}\n{}", output.text(), output.stderr);
     let found = |word: &str| text.lines().find_map(|l| l.strip_prefix(word)).map(|v| v.trim().to_string());
@@ -706,6 +764,45 @@ mod tests {
             let got = outputs_of(&text).and_then(|paths| one_path("nix build", &paths));
             assert_eq!(got.ok().map(|p| p.to_string()), want, "{text}");
         }
+    }
+
+    #[test]
+    fn what_keeps_us_from_the_store_is_said_with_its_remedy() {
+        for (stderr, word) in [
+            (
+                "error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Permission denied",
+                "nix-users",
+            ),
+            (
+                "error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused",
+                "enable --now",
+            ),
+            ("error: cannot connect to socket at '/x/socket': No such file or directory", "enable --now"),
+            (
+                "error: cannot open connection to remote store 'daemon': error: writing to file: Broken pipe",
+                "allowed-users",
+            ),
+            (
+                "warning: x\nerror: cannot open connection to remote store 'daemon': error: read of 32768 bytes: Connection reset by peer",
+                "allowed-users",
+            ),
+            (
+                "error:\n    error: opening lock file \"/nix/var/nix/db/big-lock\": Permission denied",
+                "nix-setup-systemd",
+            ),
+            (
+                "error: could not set permissions on '/nix/var/nix/profiles/per-user' to 755: Operation not permitted",
+                "nix-setup",
+            ),
+        ] {
+            let said = store_trouble(stderr).unwrap();
+            assert!(said.contains(word) && said.contains("(nix: "), "{stderr}: {said}");
+        }
+        assert_eq!(store_trouble("error: path '/nix/store/x' lacks a signature"), None);
+        assert!(!is_news(
+            "warning: ignoring the client-specified setting 'x', because it is a restricted setting and you are not a trusted user"
+        ));
+        assert!(is_news("copying 1 paths..."));
     }
 
     #[test]

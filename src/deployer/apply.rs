@@ -184,7 +184,14 @@ impl Host<'_> {
         for (name, complaint) in systemd::verify(&to_verify, &self.root.run_dir)? {
             let goal = starts(plan).find(|s| *s.name == name).map(|s| s.goal);
             if let Some(goal) = goal {
-                let why = format!("systemd does not take its unit: {complaint}");
+                // systemd 262 and later starts nothing whose path has such a character; Nix allows '?' in a name.
+                let why = match complaint.contains("contains special characters") {
+                    true => format!(
+                        "systemd on this host does not start a program with such a character in its path: {complaint}; \
+                         give the derivation a name without it, and push that"
+                    ),
+                    false => format!("systemd does not take its unit: {complaint}"),
+                };
                 self.refuse(&name, goal, why, Vec::new(), learned);
             }
         }

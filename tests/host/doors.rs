@@ -298,3 +298,69 @@ fn sudo_finds_the_commands_where_its_path_is_without_usr_local_bin() {
     host.good_pass();
     host.sh("systemctl stop deployer.timer");
 }
+
+#[test]
+fn who_is_kept_from_nixs_daemon_is_told_what_to_do_and_who_is_not_trusted_is_not_warned() {
+    let host = doors(PLAIN, r#"{"caddyServer": "srv0"}"#, None);
+    let path = host.closure("tool", "one", "");
+    host.sh("id dev 2>/dev/null || useradd --create-home dev; systemctl start nix-daemon.socket
+         sed -i /allowed-users/d /etc/nix/nix.conf");
+    let as_dev = |command: &str| {
+        let environment = "NIX_REMOTE=daemon OMNI_DEPLOY_STORE=file:///home/dev/box";
+        host.try_sh(&format!("cd /home/dev; su dev -c '{environment} {command}'"))
+    };
+    let entry =
+        format!("{{\"name\":\"tool\",\"hosts\":[\"doors\"],\"artifact\":{{\"storePath\":\"{path}\"}}}}");
+    host.sh(&format!("cd /home/dev; echo '{entry}' >tool.json"));
+    let added = as_dev("deploy-manifest add-service @tool.json");
+    assert!(added.status.ok(), "{}", added.stderr);
+    let push = format!("omni-deploy push --service tool {path}");
+    let refused = |why: &str, remedy: &str| {
+        let pushed = as_dev(&push);
+        assert_eq!(pushed.status, Status::Exit(1), "{why}: {}", pushed.stderr);
+        assert!(pushed.stderr.contains(remedy), "{why}: {}", pushed.stderr);
+        let doctor = as_dev("omni-deploy doctor --json").text();
+        let doctor: Value = serde_json::from_str(&doctor).unwrap();
+        let nix = doctor["checks"].as_array().unwrap().iter().find(|c| c["name"] == "nix").unwrap();
+        assert!(nix["verdict"] == "fail" && nix["text"].as_str().unwrap().contains(remedy), "{why}: {nix}");
+    };
+    host.sh("chown root:nix-users /nix/var/nix/daemon-socket; chmod 770 /nix/var/nix/daemon-socket");
+    refused("not of the group", "usermod -aG nix-users");
+    host.sh("usermod -aG nix-users dev");
+    let pushed = as_dev(&push);
+    assert!(pushed.status.ok(), "{}", pushed.stderr);
+    assert!(!pushed.stderr.contains("warning"), "{}", pushed.stderr);
+    let doctor = as_dev("omni-deploy doctor").text();
+    assert!(doctor.lines().any(|l| l.starts_with("ok") && l.contains(", the store answers")), "{doctor}");
+    host.sh("echo 'allowed-users = root' >>/etc/nix/nix.conf; systemctl restart nix-daemon.service");
+    refused("not among the allowed users", "name them in 'allowed-users'");
+    host.sh("sed -i /allowed-users/d /etc/nix/nix.conf; systemctl stop nix-daemon.socket nix-daemon.service");
+    refused("no daemon", "systemctl enable --now nix-daemon.socket");
+}
+
+/// Nix allows '?' in a name; systemd from 262 on starts nothing with it in its path.
+#[test]
+fn a_path_that_systemd_does_not_start_is_refused_before_anything_is_touched() {
+    let host = doors(PLAIN, r#"{"caddyServer": "srv0"}"#, None);
+    let invocation = host.invocation("web");
+    let before = host.sh("deploy-manifest show | jq -r '.services[0].artifact.storePath'");
+    let path = host.sh(
+        "dir=$(mktemp -d)/web?two; mkdir -p $dir/bin; cp /opt/omni/page $dir/bin/web; echo two >$dir/version
+         nix-store --add $dir",
+    );
+    host.sh(&format!("deploy-manifest update web '{path}'"));
+    let version: u32 =
+        host.sh("systemctl --version | sed -n '1s/systemd \\([0-9]*\\).*/\\1/p'").parse().unwrap();
+    let pass = host.pass();
+    if version < 262 {
+        assert_eq!(pass.code, 0, "{}", pass.said);
+        assert_eq!(host.page("web.example.com").as_deref(), Ok("two"));
+    } else {
+        assert_eq!(pass.code, 3, "{}", pass.said);
+        assert!(pass.said.contains("give the derivation a name without it"), "{}", pass.said);
+        assert_eq!(host.page("web.example.com").as_deref(), Ok("one"));
+        assert_eq!(host.invocation("web"), invocation);
+    }
+    host.sh(&format!("deploy-manifest update web '{before}'"));
+    host.good_pass();
+}

@@ -1,6 +1,6 @@
 //! What every machine needs: configuration, store, keys, cache and the programs that push and ship call.
 
-use super::{Check, said, writable};
+use super::{Check, writable};
 use crate::config::{self, SYSTEM_FILE, Settings};
 use crate::keys::{self, PublicKey, SecretKey};
 use crate::manifest::{Manifest, edit, signature};
@@ -173,7 +173,7 @@ pub fn cache(settings: &Settings, on_host: bool) -> Check {
 pub fn nix() -> Check {
     match crate::nix::ping(None) {
         Ok(text) => Check::ok("nix", text),
-        Err(e) => said("nix", e),
+        Err(e) => Check::fail("nix", e.to_string()),
     }
 }
 
