@@ -96,6 +96,8 @@ fn doctor_tries_a_domain_as_a_visitor_does_and_names_what_dns_says_of_it() {
     comes_to_say(&host, "fail", &["systemctl start caddy"]);
     host.sh("systemctl start caddy");
     comes_to_say(&host, "ok", &[]);
+    // The pass that Caddy's start asked for is over.
+    host.good_pass();
     // Somebody else's route, or program, answers: here one that took our route's place in front of it.
     host.sh(
         "curl -sSf -X PUT -H 'Content-Type: application/json' localhost:2019/config/apps/http/servers/srv0/routes/0 \
@@ -264,7 +266,7 @@ fn sudo_finds_the_commands_where_its_path_is_without_usr_local_bin() {
     let installs = || host.sh("/opt/omni/contrib/install.sh /opt/omni/omni-deploy");
     // Whatever this suite's sudo has by itself.
     let own = "/etc/sudoers.d/zz-path";
-    host.sh(&format!("echo 'Defaults secure_path=\"/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\"' >{own}; rm -f /usr/bin/deployer"));
+    host.sh(&format!("echo 'Defaults secure_path=\"/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\"' >{own}; rm -f /usr/bin/{{omni-deploy,deployer,deploy-manifest}}"));
     installs();
     assert_eq!(host.sh("ls /usr/bin/{omni-deploy,deployer,deploy-manifest} 2>/dev/null || true"), "");
     host.sh(&format!("echo 'Defaults secure_path=\"/usr/sbin:/usr/bin:/sbin:/bin\"' >{own}"));
