@@ -598,9 +598,9 @@ impl S3Store {
                 if let Fault::Refusal(refusal) = &gave_up.error
                     && !refusal.may_pass()
                 {
-                    let found = self.get_start(key, 1)?;
+                    self.get_start(key, 1)?;
                     // A GET learns what the store wants, so that the HEAD can be asked again.
-                    if wanted != self.wants() && found.is_some() {
+                    if wanted != self.wants() {
                         return self.head(key);
                     }
                 }

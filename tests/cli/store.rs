@@ -470,6 +470,9 @@ fn a_store_that_ignores_or_refuses_conditions_is_found_out() {
     assert!(complaint.contains("refuses conditional writes"), "{complaint}");
     server.faults("{}");
     assert_eq!(probe(&store).unwrap().complaint, None);
+    // A conflict for a moment is neither.
+    server.faults(r#"{"fail": {"status": 409, "code": "ConditionalRequestConflict", "count": 1}}"#);
+    assert_eq!(probe(&store).unwrap().complaint, None);
     assert_eq!(store.list("").unwrap(), Vec::<String>::new(), "the probes' own objects are gone");
 }
 
@@ -696,13 +699,14 @@ fn a_store_that_wants_the_bucket_in_the_hosts_name_is_addressed_so() {
     for (style, refused) in [("", 1), ("&addressing-style=auto", 1), ("&addressing-style=virtual", 0)] {
         let before = server.log().len();
         keeps_the_contract(&open(style));
+        assert_eq!(open(style).head("missing").unwrap(), None);
         let store = open(style);
         assert_eq!(store.head("hosts/a b+c&ü%.json").unwrap().unwrap().size, 10);
         store.write_stream("nar/x", 2 << 20, None, &mut std::io::repeat(7)).unwrap();
         let log = server.log();
-        // Each of the two asks once; a HEAD has no body with the reason, so that it takes a GET as well.
+        // Each of the three asks once; a HEAD has no body with the reason, so that it takes a GET as well.
         let count = log[before..].iter().filter(|l| l.ends_with(" 403")).count();
-        assert_eq!(count, refused * 3, "{style}: {:?}", &log[before..]);
+        assert_eq!(count, refused * 5, "{style}: {:?}", &log[before..]);
         assert!(log[before..].iter().any(|l| l == "PUT /p/nar/x 200"), "{style}");
         store.list("").unwrap().iter().for_each(|key| store.delete(key).unwrap());
     }
