@@ -7,7 +7,7 @@ use crate::deployer::caddy::RoutePlan;
 use crate::deployer::pass::{self, Asks, Decision, Preview};
 use crate::deployer::plan::{ServicePlan, Step};
 use crate::deployer::root::STATE_FILE;
-use crate::deployer::state::{RouteStatus, State, Status};
+use crate::deployer::state::{RouteStatus, State, Status, attention};
 use crate::error::{Error, Result};
 use crate::say;
 use argh::FromArgs;
@@ -237,6 +237,9 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
         if let Some(trouble) = &service.trouble {
             text.push_str(&format!("{}: {}\n", service.name, say::printable(&trouble.failure.reason)));
         }
+        if let Some(attention) = attention(&service.name, &service.drop_ins, None) {
+            text.push_str(&format!("{}: {}\n", service.name, say::printable(&attention)));
+        }
         for step in &service.steps {
             text.push_str(&format!("{}: {}\n", service.name, step_text(step)));
         }
@@ -267,6 +270,7 @@ fn plan_json(preview: &Preview) -> String {
             "goal": s.goal.as_ref().map(|g| &g.path),
             "desired": s.goal.as_ref().is_some_and(|g| g.desired),
             "reason": s.trouble.as_ref().map(|t| &t.failure.reason),
+            "dropIns": s.drop_ins,
             "steps": s.steps.iter().map(step_json).collect::<Vec<_>>(),
         })
     };
@@ -351,6 +355,9 @@ fn state(json: bool) -> Result<u8> {
             for line in &failure.journal {
                 text.push_str(&format!("    | {}\n", say::printable(line)));
             }
+        }
+        if let Some(attention) = service.attention(None) {
+            text.push_str(&format!("    {}\n", say::printable(&attention)));
         }
     }
     if let (RouteStatus::Pending, Some(reason)) = (state.route.status, &state.route.reason) {

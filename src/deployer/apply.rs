@@ -6,7 +6,7 @@ use super::plan::{
     Applied, Goal, Learned, Memory, Observed, Plan, ServicePlan, Step, Trouble, UnitFile, previous_after,
 };
 use super::root::Root;
-use super::state::Failure;
+use super::state::{self, Failure};
 use super::systemd::{self, CameUp, Listed, Shown};
 use super::{applied, intent, observe};
 use crate::clock::{self, Timestamp};
@@ -104,7 +104,7 @@ impl Host<'_> {
         }
         let paused = self.pause(&plan.services)?;
         let removed = self.remove(&plan.services, memory, observed)?;
-        let started = self.write_and_start(plan, memory, learned)?;
+        let started = self.write_and_start(plan, observed, memory, learned)?;
         self.record(plan, memory, learned);
         let unrooted = self.unroot(&plan.services, observed);
         learned.disk(unrooted);
@@ -251,7 +251,13 @@ impl Host<'_> {
     }
 
     /// Writes units, makes systemd read them, restarts in one call, and watches them come up.
-    fn write_and_start(&self, plan: &Plan, memory: &mut Memory, learned: &mut Learned) -> Result<bool> {
+    fn write_and_start(
+        &self,
+        plan: &Plan,
+        observed: &Observed,
+        memory: &mut Memory,
+        learned: &mut Learned,
+    ) -> Result<bool> {
         let mut reload = false;
         let mut starts: Vec<Start> = Vec::new();
         for service in &plan.services {
@@ -285,6 +291,7 @@ impl Host<'_> {
         if reload || starts.iter().any(|s| s.restart) {
             systemd::daemon_reload()?;
         }
+        self.leave_replaced(&mut starts, observed, learned)?;
         if starts.is_empty() {
             return Ok(reload);
         }
@@ -329,7 +336,7 @@ impl Host<'_> {
         // What it says is known before the watch has settled: it costs the pass no time.
         let (outcomes, exposures) = std::thread::scope(|scope| {
             let exposures = scope.spawn(systemd::exposures);
-            (watch(&watched), exposures.join())
+            (watch(self.root, &watched), exposures.join())
         });
         learned.started.extend(starts.iter().map(|s| s.name.clone()));
         match exposures.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
@@ -342,9 +349,13 @@ impl Host<'_> {
         let outcomes = outcomes?;
         for start in &starts {
             let why = match (not_begun.get(start.name), outcomes.get(start.name)) {
-                (None, Some(Ok(after))) => {
-                    say::info(format!("{}: up after {:.1} s", start.name, after.as_secs_f64()));
+                (None, Some(Ok(up))) => {
+                    say::info(format!("{}: up after {:.1} s", start.name, up.after.as_secs_f64()));
                     self.proved(start.name, start.goal, memory, learned);
+                    match &up.verified {
+                        Some(id) => memory.verified.insert(start.name.clone(), id.clone()),
+                        None => memory.verified.remove(start.name),
+                    };
                     continue;
                 }
                 (None, Some(Err(NotUp::Host(why)))) => {
@@ -358,6 +369,29 @@ impl Host<'_> {
             self.refuse(start.name, start.goal, why, journal, learned);
         }
         Ok(true)
+    }
+
+    /// Takes out of `starts` what would start something else than our unit, by drop-ins that are known: starting that
+    /// would only end what runs.
+    fn leave_replaced(
+        &self,
+        starts: &mut Vec<Start>,
+        observed: &Observed,
+        learned: &mut Learned,
+    ) -> Result<()> {
+        let has_drop_ins = |s: &&Start| observed.units.get(s.name).is_some_and(|u| !u.drop_ins.is_empty());
+        let units: Vec<String> = starts.iter().filter(has_drop_ins).map(|s| s.name.unit()).collect();
+        let shown = systemd::show(&units)?;
+        starts.retain(|start| {
+            let unit = start.name.unit();
+            let watched = Watched { name: start.name, service: &start.goal.service, unit };
+            let why = shown.get(&watched.unit).and_then(|shown| watched.replaced(self.root, shown));
+            if let Some(why) = &why {
+                self.hindered(start.name, start.goal, &Error::new(why), learned);
+            }
+            why.is_none()
+        });
+        Ok(())
     }
 
     fn write_unit(&self, name: &ServiceName, text: &str) -> Result<()> {
@@ -562,6 +596,16 @@ impl Watched<'_> {
             Answers::Nobody | Answers::Unit | Answers::Unknown => None,
         }
     }
+
+    /// What systemd has loaded in place of the unit that was written, if anything.
+    fn replaced(&self, root: &Root, shown: &Shown) -> Option<String> {
+        let path = self.service.artifact.store_path.path()?;
+        let (program, _) = command::program(self.service, path);
+        let why = shown.replaced(&root.unit_dir.join(&self.unit), &program)?;
+        let drop_ins: Vec<String> = shown.drop_ins.iter().map(|p| p.display().to_string()).collect();
+        let because = state::attention(self.name, &drop_ins, None);
+        Some(why + &because.map_or(String::new(), |text| format!("; {text}")))
+    }
 }
 
 /// Why a unit did not come up.
@@ -569,13 +613,21 @@ impl Watched<'_> {
 pub enum NotUp {
     /// It is the release: it would be so again.
     Release(String),
-    /// It is this host: another process has the port.
+    /// It is this host: another process has the port, or systemd has loaded something else.
     Host(String),
 }
 
+/// A unit that came up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Up {
+    /// How long it took to be well.
+    pub after: Duration,
+    /// The invocation that was watched, if systemd had loaded our file and nobody's drop-ins.
+    pub verified: Option<String>,
+}
+
 /// Watches units come up: each until it has been well for the settle time, cannot recover, or is out of time.
-/// Returns how long each took to be well, or why it is not up.
-pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duration, NotUp>>> {
+pub fn watch(root: &Root, watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Up, NotUp>>> {
     struct Pending<'a> {
         watched: &'a Watched<'a>,
         first: Option<Shown>,
@@ -613,6 +665,13 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
             };
             let name = one.watched.name.clone();
             let deadline = Duration::from_secs(one.watched.service.timeout_sec().into());
+            // What was started is what systemd had loaded, which need not be what our file says.
+            if one.first.is_none()
+                && let Some(why) = one.watched.replaced(root, &now)
+            {
+                outcomes.insert(name, Err(NotUp::Host(why)));
+                continue;
+            }
             let other = one.watched.other(listeners.as_ref());
             let of_the_host = |why: &str, other: String| NotUp::Host(format!("{other} ({why})"));
             match (systemd::came_up(one.first.as_ref(), &now, probe.as_ref()), other) {
@@ -637,7 +696,9 @@ pub fn watch(watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Duratio
                 (CameUp::Well, None) => {
                     let since = *one.well_since.get_or_insert(looked);
                     if looked.duration_since(since) >= settle {
-                        outcomes.insert(name, Ok(since.duration_since(begun)));
+                        let clean = now.drop_ins.iter().all(|path| systemd::is_vendor_drop_in(path));
+                        let verified = clean.then(|| now.invocation.clone());
+                        outcomes.insert(name, Ok(Up { after: since.duration_since(begun), verified }));
                         continue;
                     }
                 }

@@ -3,12 +3,12 @@
 
 use super::caddy;
 use super::listeners::{Answers, Listeners};
-use super::plan::{Observed, UnitFile, UnitSeen};
+use super::plan::{Memory, Observed, UnitFile, UnitSeen};
 use super::root::Root;
-use super::systemd::{self, UNIT_PATH};
+use super::systemd::{self, Shown, UNIT_PATH, same_file};
 use super::unit;
 use crate::error::Result;
-use crate::manifest::Service;
+use crate::manifest::{Rollout, Service};
 use crate::names::{ServiceName, StorePath};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -18,12 +18,8 @@ use std::path::{Path, PathBuf};
 use std::thread::ScopedJoinHandle;
 
 /// Looks at everything that concerns these services and whatever else is ours.
-pub fn observe(
-    root: &Root,
-    caddy_admin: &str,
-    desired: &[&Service],
-    applied: &BTreeMap<ServiceName, super::plan::Applied>,
-) -> Result<Observed> {
+pub fn observe(root: &Root, caddy_admin: &str, desired: &[&Service], memory: &Memory) -> Result<Observed> {
+    let applied = &memory.applied;
     let mut present = BTreeSet::new();
     let mut unproved = BTreeSet::new();
     let proved: BTreeSet<&StorePath> =
@@ -55,11 +51,12 @@ pub fn observe(
         // Caddy answers while files are read. The thread only waits: what it allocated would be taken from the
         // kernel page by page.
         let caddy = scope.spawn(|| caddy::ask(caddy_admin));
-        let (units, active) = units(root, desired, applied)?;
+        let (units, active) = units(root, desired, memory)?;
         let (roots, understudies) = (roots(root)?, understudies(root)?);
-        let ports = ports(desired, applied);
+        let foreign_next = foreign_next(root, desired, memory, &units, &understudies)?;
+        let ports = ports(desired, &memory.applied);
         let caddy = caddy::read(caddy_admin, joined(caddy));
-        Ok(Observed { units, active, ports, present, roots, secrets, understudies, caddy })
+        Ok(Observed { units, active, ports, present, roots, secrets, understudies, foreign_next, caddy })
     })
 }
 
@@ -76,15 +73,17 @@ fn is_there(path: &StorePath) -> Result<bool> {
 pub fn units(
     root: &Root,
     desired: &[&Service],
-    applied: &BTreeMap<ServiceName, super::plan::Applied>,
+    memory: &Memory,
 ) -> Result<(BTreeMap<ServiceName, UnitSeen>, BTreeSet<String>)> {
+    let applied = &memory.applied;
     // So does systemd.
-    let (listed, marked) = std::thread::scope(|scope| {
+    let (listed, marked, folders) = std::thread::scope(|scope| {
         let listed = scope.spawn(systemd::list_units);
         let marked = marked(&root.unit_dir, ".service");
-        (joined(listed), marked)
+        let folders = Folders::look(root);
+        (joined(listed), marked, folders)
     });
-    let mut listed = listed?;
+    let (mut listed, folders) = (listed?, folders?);
     let active = listed.iter().filter(|(_, l)| l.active == "active").map(|(unit, _)| unit.clone()).collect();
     let mut units: BTreeMap<ServiceName, UnitSeen> = BTreeMap::new();
     for (name, text) in marked? {
@@ -92,18 +91,22 @@ pub fn units(
     }
     let mut without: BTreeSet<&ServiceName> = desired.iter().map(|s| &s.name).chain(applied.keys()).collect();
     without.retain(|name| !units.contains_key(*name));
-    if !without.is_empty() {
-        let folders: Vec<(&Path, BTreeSet<OsString>)> = [root.unit_dir.as_path()]
-            .into_iter()
-            .chain(UNIT_PATH.iter().map(Path::new))
-            .map(|dir| Ok((dir, names_in(dir)?)))
-            .collect::<Result<_>>()?;
-        for name in without {
-            let file = foreign(&folders, name, applied.contains_key(name))?;
-            units.insert(name.clone(), UnitSeen { file, ..UnitSeen::default() });
+    // A name that waits for its first push is asked for when it is about to be taken.
+    let asked = desired.iter().filter(|s| s.artifact.store_path.path().is_some()).map(|s| &s.name);
+    let asked: Vec<String> = asked.filter(|name| without.contains(name)).map(ServiceName::unit).collect();
+    let shown = systemd::show(&asked)?;
+    for name in without {
+        let was_ours = applied.contains_key(name);
+        let mut file = folders.foreign(name, was_ours)?;
+        if let Some(owner) =
+            shown.get(&name.unit()).and_then(|shown| owner(root, &name.unit(), was_ours, shown))
+        {
+            file = UnitFile::Foreign(owner);
         }
+        units.insert(name.clone(), UnitSeen { file, ..UnitSeen::default() });
     }
-    let mut older: Vec<ServiceName> = Vec::new();
+    let drop_ins = folders.drop_ins(units.keys())?;
+    let mut suspects: Vec<ServiceName> = Vec::new();
     let wants = root.wants_dir();
     let links = names_in(&wants)?;
     for (name, seen) in &mut units {
@@ -116,27 +119,36 @@ pub fn units(
         };
         seen.wanted =
             links.contains(OsStr::new(&unit)) && fs_err::read_link(wants.join(&unit)).is_ok_and(leads_to_it);
+        let running = seen.listed.running();
         // Without a copy in memory, or with a mask there: rare, and only then are the other folders looked into.
         let read = seen.listed.load == "loaded";
-        seen.unread = seen.listed.running() && !read;
-        if matches!(seen.file, UnitFile::Ours(_)) && !(seen.listed.running() && read) {
+        seen.unread = running && !read;
+        let UnitFile::Ours(_) = seen.file else { continue };
+        if !(running && read) {
             seen.shadowed = !strays(root, name).is_empty();
         }
-        if let (true, Some(started)) = (seen.listed.running(), started(name)) {
+        let mut suspect = folders.elsewhere(&root.unit_dir, &unit);
+        if let Some(found) = drop_ins.get(name) {
+            seen.drop_ins.clone_from(found);
+            suspect = true;
+        }
+        if let (true, Some(started)) = (running, started(name)) {
             seen.current = placed(&root.unit(name)).is_some_and(|written| written <= started);
-            if !seen.current {
-                older.push(name.clone());
-            }
+            seen.invocation = systemd::invocation(&unit);
+            seen.verified =
+                seen.invocation.is_some() && seen.invocation.as_ref() == memory.verified.get(name);
+            // What runs since the last pass's look, as it was then, is as it was then.
+            suspect |= !seen.current || !seen.verified;
+        }
+        if suspect {
+            suspects.push(name.clone());
         }
     }
-    // Rare: only units whose file is newer than their process are looked into.
-    let shown = systemd::show(&older.iter().map(ServiceName::unit).collect::<Vec<_>>())?;
-    for name in older {
-        if let (Some(seen), Some(shown)) = (units.get_mut(&name), shown.get(&name.unit()))
-            && let UnitFile::Ours(text) = &seen.file
-        {
-            seen.astray = runs_another(shown.main_pid, text);
-            seen.unread |= shown.unread || another_closure(&shown.command, text);
+    // Rare: what changed since a pass has looked at it.
+    let shown = systemd::show(&suspects.iter().map(ServiceName::unit).collect::<Vec<_>>())?;
+    for name in suspects {
+        if let (Some(seen), Some(shown)) = (units.get_mut(&name), shown.get(&name.unit())) {
+            look_closely(root, &name, seen, shown);
         }
     }
     for service in desired {
@@ -171,6 +183,153 @@ pub fn ports(
     ports
 }
 
+/// What systemd has loaded for a unit of ours, and what its process shows, held against its file.
+fn look_closely(root: &Root, name: &ServiceName, seen: &mut UnitSeen, shown: &Shown) {
+    let UnitFile::Ours(text) = &seen.file else { return };
+    for path in shown.drop_ins.iter().filter(|path| !systemd::is_vendor_drop_in(path)) {
+        // One that is gone may still be loaded; it will not be started with again.
+        if !seen.drop_ins.contains(path) && fs_err::symlink_metadata(path).is_ok() {
+            seen.drop_ins.push(path.clone());
+        }
+    }
+    let running = seen.listed.running();
+    let unread = shown.unread || another_closure(&shown.command, text) && seen.drop_ins.is_empty();
+    let file = root.unit(name);
+    // A copy of ours, or what is not there any more, is put right by another step.
+    let stray = shown.fragment.as_ref().is_some_and(|fragment| {
+        *fragment != file && fs_err::read(fragment).map_or(true, |bytes| unit::is_ours(&bytes))
+    });
+    seen.replaced = unit::program_of(text)
+        .and_then(|program| shown.replaced(&file, Path::new(&program)))
+        .filter(|_| !stray && !(unread && seen.drop_ins.is_empty()));
+    seen.unread |= unread && (running || seen.replaced.is_some());
+    if running {
+        let process = process(shown.main_pid);
+        seen.shows = shows(&process, text);
+        seen.astray =
+            seen.replaced.is_none() && another_closure(&process, text) && !is_part(&seen.shows, text);
+    }
+    seen.clean =
+        running && !seen.unread && !seen.astray && seen.replaced.is_none() && seen.drop_ins.is_empty();
+}
+
+/// Whose unit a name belongs to, as systemd has it loaded: the file, or what a generator made it from. None: nobody's,
+/// or ours.
+fn owner(root: &Root, unit: &str, was_ours: bool, shown: &Shown) -> Option<PathBuf> {
+    let file = root.unit_dir.join(unit);
+    let runs = matches!(shown.active.as_str(), "active" | "activating" | "reloading" | "deactivating");
+    let Some(fragment) = &shown.fragment else {
+        // A process whose unit is gone is somebody's as long as it runs.
+        return (runs && !was_ours).then_some(file);
+    };
+    let masks =
+        shown.load == "masked" || fs_err::metadata(fragment).is_ok_and(|m| !m.is_file() || m.len() == 0);
+    let ours = fs_err::read(fragment).is_ok_and(|bytes| unit::is_ours(&bytes));
+    // Deleted, or masked, over a service that we run: drift.
+    let drift = was_ours && (*fragment == file || masks || fs_err::symlink_metadata(fragment).is_err());
+    (!ours && !drift).then(|| shown.source.clone().unwrap_or_else(|| fragment.clone()))
+}
+
+/// Services that would be proved beside their running version, whose `NAME-next` is somebody else's unit. Asked only
+/// of those that are about to change.
+fn foreign_next(
+    root: &Root,
+    desired: &[&Service],
+    memory: &Memory,
+    units: &BTreeMap<ServiceName, UnitSeen>,
+    understudies: &BTreeSet<ServiceName>,
+) -> Result<BTreeMap<ServiceName, PathBuf>> {
+    let about_to_change = |service: &&&Service| {
+        service.rollout == Rollout::Overlap
+            && units.get(&service.name).is_some_and(|seen| seen.listed.running())
+            && !understudies.contains(&service.name)
+            && memory.applied.get(&service.name).is_some_and(|a| a.service != ***service)
+    };
+    let names: Vec<&ServiceName> = desired.iter().filter(about_to_change).map(|s| &s.name).collect();
+    let shown = systemd::show(&names.iter().map(|name| name.next_unit()).collect::<Vec<_>>())?;
+    let owned = |name: &&ServiceName| {
+        let unit = name.next_unit();
+        Some(((*name).clone(), owner(root, &unit, false, shown.get(&unit)?)?))
+    };
+    Ok(names.iter().filter_map(owned).collect())
+}
+
+/// What is in the folders that systemd reads units from: units by name, and drop-in folders.
+struct Folders<'a> {
+    /// Ours first, the others in systemd's order.
+    units: Vec<(&'a Path, BTreeSet<OsString>)>,
+}
+
+impl<'a> Folders<'a> {
+    /// Each once: they are many, and hold few of ours.
+    fn look(root: &'a Root) -> Result<Self> {
+        let others = UNIT_PATH.iter().map(Path::new).filter(|dir| *dir != root.unit_dir);
+        let all = std::iter::once(root.unit_dir.as_path()).chain(others);
+        Ok(Folders { units: all.map(|dir| Ok((dir, names_in(dir)?))).collect::<Result<_>>()? })
+    }
+
+    /// Whether a unit's name is also in another folder than this.
+    fn elsewhere(&self, dir: &Path, unit: &str) -> bool {
+        self.units.iter().any(|(other, names)| *other != dir && names.contains(OsStr::new(unit)))
+    }
+
+    /// The drop-ins for these services that a start would load, but the host's own for all services: of `NAME.service.d`,
+    /// of every beginning of the name that ends with a dash, and of `service.d`.
+    fn drop_ins<'n>(
+        &self,
+        names: impl Iterator<Item = &'n ServiceName>,
+    ) -> Result<BTreeMap<ServiceName, Vec<PathBuf>>> {
+        // By the name of the folder, then by that of the file: the first folder's counts.
+        let mut found: BTreeMap<&str, BTreeMap<OsString, PathBuf>> = BTreeMap::new();
+        for (dir, entries) in &self.units {
+            let entries = entries.iter().filter_map(|name| name.to_str());
+            for folder in entries.filter(|name| name.ends_with(".service.d") || *name == "service.d") {
+                let path = dir.join(folder);
+                let confs = names_in(&path).unwrap_or_default();
+                for conf in
+                    confs.into_iter().filter(|name| Path::new(name).extension().is_some_and(|e| e == "conf"))
+                {
+                    found.entry(folder).or_default().entry(conf.clone()).or_insert_with(|| path.join(conf));
+                }
+            }
+        }
+        // A mask, or an empty file, says nothing.
+        for confs in found.values_mut() {
+            confs.retain(|_, path| {
+                !systemd::is_vendor_drop_in(path)
+                    && fs_err::metadata(path).is_ok_and(|m| m.is_file() && m.len() > 0)
+            });
+        }
+        found.retain(|_, confs| !confs.is_empty());
+        let mut drop_ins: BTreeMap<ServiceName, Vec<PathBuf>> = BTreeMap::new();
+        if found.is_empty() {
+            return Ok(drop_ins);
+        }
+        for name in names {
+            let concerns = |folder: &str| match folder.strip_suffix(".service.d") {
+                None => true,
+                Some(start) if start.ends_with('-') => name.as_str().starts_with(start),
+                Some(whole) => whole == name.as_str(),
+            };
+            let files: Vec<PathBuf> = found
+                .iter()
+                .filter(|(folder, _)| concerns(folder))
+                .flat_map(|(_, confs)| confs.values().cloned())
+                .collect();
+            if !files.is_empty() {
+                drop_ins.insert(name.clone(), files);
+            }
+        }
+        Ok(drop_ins)
+    }
+
+    /// Whether somebody else has a unit of this name, anywhere that systemd looks. A link to /dev/null over a
+    /// service that we run (`systemctl mask`) is drift and may be replaced; over anything else it is a refusal.
+    fn foreign(&self, name: &ServiceName, was_ours: bool) -> Result<UnitFile> {
+        foreign(&self.units, name, was_ours)
+    }
+}
+
 /// When a unit was last started: systemd makes this link anew with every start, and only then.
 fn started(name: &ServiceName) -> Option<(i64, i64)> {
     let link = Path::new("/run/systemd/units").join(format!("invocation:{}", name.unit()));
@@ -192,9 +351,8 @@ pub fn changed_since_start(name: &ServiceName, file: &Path) -> bool {
     matches!((started(name), changed(file)), (Some(started), Some(changed)) if changed > started)
 }
 
-/// Whether a process shows a closure, and none that its unit names. A program that shows none (a system's
-/// interpreter) tells nothing.
-fn runs_another(pid: u32, unit: &str) -> bool {
+/// What a process shows of what it runs: its executable and its command line.
+fn process(pid: u32) -> String {
     let proc = Path::new("/proc").join(pid.to_string());
     let exe = fs_err::read_link(proc.join("exe")).unwrap_or_default();
     let cmdline = fs_err::read(proc.join("cmdline")).unwrap_or_default();
@@ -203,14 +361,40 @@ fn runs_another(pid: u32, unit: &str) -> bool {
         shown.push(' ');
         shown.push_str(&String::from_utf8_lossy(word));
     }
-    another_closure(&shown, unit)
+    shown
 }
 
-/// Whether a text names closures, and none that a unit names.
-fn another_closure(text: &str, unit: &str) -> bool {
+/// The closure that a process shows: one that a unit names, if it shows that, else the first.
+fn shows(process: &str, unit: &str) -> Option<StorePath> {
+    let mut named = bases(process).peekable();
+    let first = named.peek().copied();
+    let base = named.find(|base| unit.contains(base)).or(first)?;
+    StorePath::parse(&format!("{}/{base}", crate::names::STORE_DIR)).ok()
+}
+
+/// Whether a path is part of a closure that a unit names: a program may become another one of its own closure. Where
+/// Nix does not say, it is.
+fn is_part(path: &Option<StorePath>, unit: &str) -> bool {
+    let Some(path) = path else { return true };
     let prefix = format!("{}/", crate::names::STORE_DIR);
-    let mut bases =
-        text.split(&prefix).skip(1).map(|rest| rest.split(['/', ' ']).next().unwrap_or_default()).peekable();
+    let named = bases(unit).filter_map(|base| StorePath::parse(&format!("{prefix}{base}")).ok());
+    let named: Vec<StorePath> = named.collect::<BTreeSet<_>>().into_iter().collect();
+    crate::nix::closure(&named).map_or(true, |closure| closure.contains(path))
+}
+
+/// The names of the store paths in a text.
+fn bases(text: &str) -> impl Iterator<Item = &str> {
+    const ENDS: [char; 5] = ['/', ' ', '"', '\n', ';'];
+    let rests = text.split(STORE_PREFIX).skip(1);
+    rests.map(|rest| rest.split(ENDS).next().unwrap_or_default())
+}
+
+const STORE_PREFIX: &str = "/nix/store/";
+
+/// Whether a text names closures, and none that a unit names. A program that shows none (a system's interpreter)
+/// tells nothing.
+fn another_closure(text: &str, unit: &str) -> bool {
+    let mut bases = bases(text).peekable();
     bases.peek().is_some() && !bases.any(|base| unit.contains(base))
 }
 
@@ -226,13 +410,6 @@ fn names_in(dir: &Path) -> Result<BTreeSet<OsString>> {
         Ok(entries) => Ok(entries.map(|e| e.map(|e| e.file_name())).collect::<Result<_, _>>()?),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(BTreeSet::new()),
         Err(e) => Err(e.into()),
-    }
-}
-
-fn same_file(a: &Path, b: &Path) -> bool {
-    match (fs_err::metadata(a), fs_err::metadata(b)) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
     }
 }
 
@@ -271,8 +448,6 @@ pub fn understudies(root: &Root) -> Result<BTreeSet<ServiceName>> {
     Ok(marked(&root.unit_dir, &ending)?.into_iter().map(|(name, _)| name).collect())
 }
 
-/// Whether somebody else has a unit of this name, anywhere that systemd looks. A link to /dev/null over a
-/// service that we run (`systemctl mask`) is drift and may be replaced; over anything else it is a refusal.
 fn foreign(folders: &[(&Path, BTreeSet<OsString>)], name: &ServiceName, was_ours: bool) -> Result<UnitFile> {
     let unit = name.unit();
     for (dir, names) in folders {
@@ -304,7 +479,7 @@ pub fn strays(root: &Root, name: &ServiceName) -> Vec<PathBuf> {
     UNIT_PATH
         .iter()
         .map(Path::new)
-        .filter(|dir| *dir != root.unit_dir)
+        .filter(|dir| *dir != root.unit_dir && !dir.starts_with("/run/systemd/generator"))
         .map(|dir| dir.join(name.unit()))
         .filter(|path| {
             fs_err::symlink_metadata(path).is_ok_and(|m| m.is_file() || m.is_symlink())

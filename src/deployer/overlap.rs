@@ -95,27 +95,26 @@ impl Host<'_> {
             .iter()
             .map(|u| Watched { name: u.name, unit: u.name.next_unit(), service: &u.service })
             .collect();
-        let outcomes = watch(&watched)?;
+        let outcomes = watch(self.root, &watched)?;
         let mut ports: BTreeMap<ServiceName, &Http> = BTreeMap::new();
         let mut refused = Vec::new();
         for u in &understudies {
             match (outcomes.get(u.name), &u.service.http) {
-                (Some(Ok(after)), Some(http)) => {
+                (Some(Ok(up)), Some(http)) => {
                     say::info(format!(
                         "{}: well beside the running version after {:.1} s",
                         u.name,
-                        after.as_secs_f64()
+                        up.after.as_secs_f64()
                     ));
                     ports.insert(u.name.clone(), http);
                 }
+                (Some(Err(NotUp::Host(why))), _) => {
+                    self.hindered(u.name, u.goal, &Error::new(why), learned);
+                    refused.push(u.name.clone());
+                }
                 (outcome, _) => {
-                    if let Some(Err(NotUp::Host(why))) = outcome {
-                        self.hindered(u.name, u.goal, &Error::new(why), learned);
-                        refused.push(u.name.clone());
-                        continue;
-                    }
                     let why = match outcome {
-                        Some(Err(NotUp::Release(why) | NotUp::Host(why))) => {
+                        Some(Err(NotUp::Release(why))) => {
                             systemd::could_not_start(complaint.as_deref(), &u.name.next_unit())
                                 .unwrap_or_else(|| why.clone())
                         }

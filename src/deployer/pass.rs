@@ -250,7 +250,9 @@ fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<Memor
     complaints.into_iter().for_each(&mut complain);
     let interrupted = intent::load(root)?;
     let overrides = overrides::load(root)?;
-    Ok(Memory { state, applied, readable, interrupted, overrides })
+    let verified =
+        state.services.iter().filter_map(|(name, s)| Some((name.clone(), s.invocation.clone()?))).collect();
+    Ok(Memory { state, applied, readable, interrupted, overrides, verified })
 }
 
 /// What a pass would do, from the same values that [`run`] performs; touches nothing.
@@ -304,7 +306,7 @@ pub fn preview(settings: &Settings, asks: &Asks) -> Result<Preview> {
     let (desired, _) = mine(&current.manifest, settings, &mut memory, now);
     let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)?;
-    let observed = observe::observe(&root, &settings.caddy_admin, &desired, &memory.applied)?;
+    let observed = observe::observe(&root, &settings.caddy_admin, &desired, &memory)?;
     let plan = plan::plan(&desired, &observed, &memory, &Learned::default(), &options, now)
         .map_err(|e| would_empty(settings.host.as_str(), &e.0))?;
     Ok(Preview {
@@ -447,7 +449,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         let both = memory.interrupted.iter().flat_map(|n| [n.unit(), n.next_unit()]);
         systemd::reset_failed(&both.filter(|u| !root.unit_dir.join(u).exists()).collect::<Vec<_>>())?;
     }
-    let mut observed = observe::observe(root, &settings.caddy_admin, &desired, &memory.applied)?;
+    let mut observed = observe::observe(root, &settings.caddy_admin, &desired, &memory)?;
     let mut learned = Learned::default();
     let host = Host { settings, root };
     let mut changed = false;
@@ -490,7 +492,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         changed |= host.round(&plan, &desired, &mut observed, &mut memory, &mut learned)?;
         let remembered = remember(root, &mut memory, &learned);
         learned.disk(remembered);
-        (observed.units, _) = observe::units(root, &desired, &memory.applied)?;
+        (observed.units, _) = observe::units(root, &desired, &memory)?;
         observed.ports = observe::ports(&desired, &memory.applied);
         plan = decide(&observed, &memory, &learned)?;
     }
@@ -537,7 +539,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         learned.disk(gone);
     }
     if changed {
-        (observed.units, observed.active) = observe::units(root, &desired, &memory.applied)?;
+        (observed.units, observed.active) = observe::units(root, &desired, &memory)?;
         // An attempt starts what it requires: what this changed is no reason to try again.
         plan::settle_inputs(&mut plan, &desired, &observed, &learned);
     }
@@ -591,6 +593,8 @@ fn remember(root: &Root, memory: &mut Memory, learned: &Learned) -> Result<()> {
             failure: Some(trouble.failure.clone()),
             secrets_changed: false,
             exposure: before.and_then(|b| b.exposure),
+            drop_ins: before.map(|b| b.drop_ins.clone()).unwrap_or_default(),
+            invocation: before.and_then(|b| b.invocation.clone()),
             pinned_since: None,
             paused_until: None,
         };
@@ -613,8 +617,15 @@ fn service_state(
     learned: &Learned,
     now: Timestamp,
 ) -> ServiceState {
-    let running = observed.units.get(&plan.name).is_some_and(|u| u.listed.running());
-    let runs = plan.goal.as_ref().filter(|_| running).map(|g| g.path.clone());
+    let seen = observed.units.get(&plan.name);
+    let running = seen.is_some_and(|u| u.listed.running());
+    let runs = match &plan.instead {
+        Some(other) => other.clone(),
+        None => plan.goal.as_ref().map(|g| g.path.clone()),
+    };
+    let runs = runs.filter(|_| running);
+    // One that drop-ins were seen of is not known to be without them by what is loaded now.
+    let invocation = seen.filter(|u| running && (u.verified || u.clean && plan.drop_ins.is_empty()));
     let status = match (&plan.target, &plan.trouble, &runs) {
         _ if plan.paused => Status::Stopped,
         (None, None, _) => Status::Waiting,
@@ -651,7 +662,9 @@ fn service_state(
         since,
         previous,
         failure,
-        secrets_changed: observed.units.get(&plan.name).is_some_and(|u| u.secrets_changed),
+        secrets_changed: seen.is_some_and(|u| u.secrets_changed),
+        drop_ins: plan.drop_ins.clone(),
+        invocation: invocation.and_then(|u| u.invocation.clone()),
         pinned_since: overrides.pinned.get(&plan.name).map(|p| p.since),
         paused_until: overrides.paused.get(&plan.name).and_then(|p| p.until),
     }
@@ -668,6 +681,11 @@ fn tell(before: &State, after: &State, learned: &Learned) {
                 || learned.unfetchable.values().any(|reason| *reason == failure.reason);
             let reason = if said { String::new() } else { format!(": {}", failure.reason) };
             say::error(format!("{name}: {status}, {runs}{reason}"));
+        }
+        if let Some(attention) = service.attention(None) {
+            say::warning(format!("{name}: {attention}"));
+        }
+        if service.failure.is_some() {
             continue;
         }
         let old = before.services.get(name);

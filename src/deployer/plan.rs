@@ -36,6 +36,8 @@ pub struct Observed {
     pub ports: BTreeMap<(ServiceName, u16), Answers>,
     /// Services that have an understudy: one that an earlier pass left, or this one started.
     pub understudies: BTreeSet<ServiceName>,
+    /// Services about to change whose `NAME-next` is somebody else's unit, there.
+    pub foreign_next: BTreeMap<ServiceName, PathBuf>,
     /// Caddy.
     pub caddy: caddy::Observed,
 }
@@ -59,6 +61,19 @@ pub struct UnitSeen {
     pub shadowed: bool,
     /// Its secrets file was changed after its process started.
     pub secrets_changed: bool,
+    /// Somebody's drop-ins: those that systemd has loaded with its file, and those that it would load.
+    pub drop_ins: Vec<PathBuf>,
+    /// What systemd has loaded starts something else than its file says: what.
+    pub replaced: Option<String>,
+    /// The closure that its process shows, one that its file names before others. Only where it was looked for.
+    pub shows: Option<StorePath>,
+    /// Its present invocation. Only of units that run.
+    pub invocation: Option<String>,
+    /// That invocation was found to run what its file says, with nobody's drop-ins: by an earlier pass, or by the
+    /// watch of this one.
+    pub verified: bool,
+    /// The same by this look alone, which cannot tell what was loaded when it was started.
+    pub clean: bool,
 }
 
 /// A unit's file.
@@ -97,6 +112,8 @@ pub struct Memory {
     pub interrupted: BTreeSet<ServiceName>,
     /// Pauses and pins.
     pub overrides: Overrides,
+    /// The invocations that were found to run what their units say.
+    pub verified: BTreeMap<ServiceName, String>,
 }
 
 /// What was learned in this pass about an attempt, known by its inputs.
@@ -208,6 +225,10 @@ pub struct ServicePlan {
     pub trouble: Option<Trouble>,
     /// It is stopped on purpose.
     pub paused: bool,
+    /// Somebody's drop-ins: those that its unit has, or that its process was started with.
+    pub drop_ins: Vec<String>,
+    /// What its process runs instead of its unit, if it runs.
+    pub instead: Option<Option<StorePath>>,
     /// In this order.
     pub steps: Vec<Step>,
 }
@@ -354,7 +375,17 @@ fn ours<'a>(observed: &'a Observed, memory: &'a Memory) -> BTreeSet<&'a ServiceN
 fn removal(name: &ServiceName, observed: &Observed, why: &'static str) -> ServicePlan {
     let roots = observed.roots.get(name).into_iter().flatten().cloned().map(Step::Unroot);
     let steps = [Step::Remove(why)].into_iter().chain(roots).collect();
-    ServicePlan { name: name.clone(), target: None, goal: None, trouble: None, paused: false, steps }
+    let (drop_ins, instead) = (Vec::new(), None);
+    ServicePlan {
+        name: name.clone(),
+        target: None,
+        goal: None,
+        trouble: None,
+        paused: false,
+        drop_ins,
+        instead,
+        steps,
+    }
 }
 
 fn goal_of(
@@ -386,12 +417,21 @@ fn service(
     let applied = memory.applied.get(name);
     let before = memory.state.services.get(name);
     let target = entry.artifact.store_path.path();
+    // What earlier passes saw of a process that is still the same, and those did not verify, it was started with.
+    let outlived = before.filter(|_| seen.listed.running() && !seen.verified && seen.drop_ins.is_empty());
+    let outlived = outlived.map(|b| b.drop_ins.as_slice()).unwrap_or_default();
+    let drop_ins: Vec<String> = match outlived {
+        [] => seen.drop_ins.iter().map(|path| path.display().to_string()).collect(),
+        outlived => outlived.to_vec(),
+    };
     let done = |goal: Option<Goal>, trouble: Option<Trouble>, steps: Vec<Step>| ServicePlan {
         name: name.clone(),
         target: target.cloned(),
         goal,
         trouble,
         paused: false,
+        drop_ins: drop_ins.clone(),
+        instead: seen.replaced.as_ref().map(|_| seen.shows.clone()),
         steps,
     };
     // A reason keeps the time at which it was first found.
@@ -471,6 +511,23 @@ fn service(
         }
         return ServicePlan { paused: true, ..done(goal, remembered(), steps) };
     }
+    if let Some(reason) = &seen.replaced {
+        // Whatever is started now is not ours: what runs is left alone, and kept from the garbage collector.
+        let held = observed.roots.get(name);
+        let other = seen.shows.iter().filter(|path| !held.is_some_and(|h| h.contains(path.base())));
+        let mut steps: Vec<Step> =
+            lost_roots(name, observed, applied).chain(other.cloned().map(Step::Root)).collect();
+        if seen.unread {
+            steps.push(Step::Reload);
+        }
+        // Not started anew since: it is as it should be, as long as nobody restarts it.
+        let intact = matches!(&seen.file, UnitFile::Ours(text) if *text == candidate.unit);
+        if candidate.proved && intact && seen.shows.as_ref() == Some(path) && !drop_ins.is_empty() {
+            return done(Some(candidate), None, steps);
+        }
+        let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
+        return done(goal, Some(failed(reason.clone())), steps);
+    }
     if let Some(Err(reason)) = secrets {
         // Nothing is started with secrets that others can read, and nothing that runs is touched.
         let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
@@ -543,6 +600,8 @@ fn service(
         steps.push(Step::Restart(why));
     } else if !seen.listed.running() {
         steps.push(Step::Restart("it was not running"));
+    } else if !outlived.is_empty() {
+        steps.push(Step::Restart("it was started with a drop-in that is gone"));
     } else if seen.astray {
         steps.push(Step::Restart("its process ran another version than its unit"));
     } else if memory.interrupted.contains(name) && !seen.current {
@@ -581,6 +640,7 @@ fn overlaps(goal: &Goal, applied: Option<&Applied>, seen: &UnitSeen, observed: &
         && seen.listed.running()
         && matches!(observed.caddy, caddy::Observed::Servers(_))
         && !observed.understudies.contains(&goal.service.name)
+        && !observed.foreign_next.contains_key(&goal.service.name)
 }
 
 /// Whether the start of one version takes the state folder away from another that runs: systemd gives the folder
@@ -775,6 +835,7 @@ mod tests {
                     active: BTreeSet::new(),
                     ports: BTreeMap::new(),
                     understudies: BTreeSet::new(),
+                    foreign_next: BTreeMap::new(),
                     caddy: caddy::Observed::Servers(
                         json!({"srv0": {"listen": [":443"], "routes": []}}).as_object().unwrap().clone(),
                     ),
@@ -785,6 +846,7 @@ mod tests {
                     readable: true,
                     interrupted: BTreeSet::new(),
                     overrides: Overrides::default(),
+                    verified: BTreeMap::new(),
                 },
                 learned: Learned::default(),
                 options: Options::default(),
@@ -886,6 +948,8 @@ mod tests {
                             failure: trouble.map(|t| t.failure.clone()),
                             secrets_changed: false,
                             exposure: None,
+                            drop_ins: service.drop_ins.clone(),
+                            invocation: None,
                             pinned_since: None,
                             paused_until: None,
                         };

@@ -72,12 +72,50 @@ pub struct ServiceState {
     /// did not say.
     #[serde(default)]
     pub exposure: Option<Exposure>,
+    /// Drop-ins of somebody else that change its unit, or that its process was started with.
+    #[serde(default)]
+    pub drop_ins: Vec<String>,
+    /// The invocation of its unit that a pass has found to run what its unit says, with nobody's drop-ins.
+    #[serde(default)]
+    pub invocation: Option<String>,
     /// It is held at `storePath` by `deployer rollback`, since then.
     #[serde(default)]
     pub pinned_since: Option<Timestamp>,
     /// It is stopped by `deployer pause` until then; null with status `stopped`: until `deployer resume`.
     #[serde(default)]
     pub paused_until: Option<Timestamp>,
+}
+
+impl ServiceState {
+    /// What a person should look at though it may run what the manifest names, and what to type: on the host itself,
+    /// or for `host` from elsewhere.
+    pub fn attention(&self, host: Option<&HostName>) -> Option<String> {
+        attention(&self.name, &self.drop_ins, host)
+    }
+}
+
+/// The same, for a service that has these drop-ins.
+pub fn attention(name: &ServiceName, drop_ins: &[String], host: Option<&HostName>) -> Option<String> {
+    if drop_ins.is_empty() {
+        return None;
+    }
+    let own = format!("/{}.d/", name.unit());
+    // systemctl(1), "revert": what `edit` and `set-property` made.
+    let edited = |path: &String| {
+        path.contains(&own)
+            && ["/etc/systemd/", "/run/systemd/system"].iter().any(|dir| path.starts_with(dir))
+    };
+    let files = drop_ins.join(", ");
+    let start = "sudo systemctl start deployer";
+    let (first, then) = match (drop_ins.iter().all(edited), host) {
+        (true, None) => (format!("'sudo systemctl revert {name} && {start}' takes that back"), String::new()),
+        (true, Some(host)) => {
+            (format!("ssh {host} 'sudo systemctl revert {name} && {start}' takes that back"), String::new())
+        }
+        (false, None) => ("remove that".into(), format!(", then '{start}'")),
+        (false, Some(host)) => (format!("remove that on {host}"), format!(", then 'ssh {host} {start}'")),
+    };
+    Some(format!("needs attention: its unit is changed by {files}; {first}{then}"))
 }
 
 /// The overall exposure level of a unit, in tenths: 0.0 has nothing to attack, 10.0 everything
@@ -228,9 +266,10 @@ impl State {
     /// The exit code it stands for: 4 when something is down, 3 when something is not as it should be.
     pub fn exit_code(&self) -> u8 {
         let off = |s: &&ServiceState| matches!(s.status, Status::Failed | Status::Rejected);
+        let looked_at = |s: &ServiceState| !s.drop_ins.is_empty();
         if self.services.values().filter(off).any(|s| s.store_path.is_none()) {
             crate::error::EXIT_DOWN
-        } else if self.services.values().any(|s| off(&s)) {
+        } else if self.services.values().any(|s| off(&s) || looked_at(s)) {
             crate::error::EXIT_DEGRADED
         } else {
             0

@@ -8,17 +8,26 @@ use crate::names::ServiceName;
 use crate::runner::{Run, RunError};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Where systemd looks for units besides our folder; a unit of a service's name there is somebody else's.
-pub const UNIT_PATH: [&str; 6] = [
+/// Where systemd looks for units and drop-ins besides our folder, what comes first winning (systemd.unit(5)). A
+/// cheap look at these says whether systemd is to be asked; what it has loaded is for [`show`] to tell.
+pub const UNIT_PATH: [&str; 13] = [
+    "/etc/systemd/system.control",
+    "/run/systemd/system.control",
+    "/run/systemd/transient",
+    "/run/systemd/generator.early",
     "/etc/systemd/system",
+    "/etc/systemd/system.attached",
     "/run/systemd/system",
+    "/run/systemd/system.attached",
+    "/run/systemd/generator",
     "/usr/local/lib/systemd/system",
     "/usr/lib/systemd/system",
     "/lib/systemd/system",
-    "/run/systemd/transient",
+    "/run/systemd/generator.late",
 ];
 
 /// How long systemctl may take for what it does at once, reload included.
@@ -93,6 +102,55 @@ pub struct Shown {
     pub unread: bool,
     /// What systemd would start (`ExecStart=`).
     pub command: String,
+    /// Every name of the unit: one that is an alias belongs to another unit.
+    pub names: Vec<String>,
+    /// The file it was loaded from.
+    pub fragment: Option<PathBuf>,
+    /// What a generator made that file from.
+    pub source: Option<PathBuf>,
+    /// The drop-ins that were loaded with it.
+    pub drop_ins: Vec<PathBuf>,
+}
+
+impl Shown {
+    /// The program that systemd would start: `{ path=PROGRAM ; argv[]=… }`.
+    pub fn program(&self) -> Option<&Path> {
+        let rest = self.command.strip_prefix("{ path=")?;
+        Some(Path::new(rest.split(" ; argv[]=").next()?))
+    }
+
+    /// What is loaded in place of a unit whose `file` starts `program`: another file's unit, or a drop-in that has
+    /// another program started. None when a start would start that program.
+    pub fn replaced(&self, file: &Path, program: &Path) -> Option<String> {
+        if self.load != "loaded" {
+            return None;
+        }
+        let fragment = self.fragment.as_deref().filter(|f| *f != file && !same_file(f, file));
+        match (fragment, self.program()) {
+            (Some(other), _) => Some(format!("systemd has loaded {} in place of its unit", other.display())),
+            (None, Some(other)) if other != program => {
+                Some(format!("its unit, as systemd has loaded it, starts {}", other.display()))
+            }
+            (None, None) => Some("its unit, as systemd has loaded it, starts nothing".into()),
+            (None, Some(_)) => None,
+        }
+    }
+}
+
+/// Whether two paths lead to one file.
+pub fn same_file(a: &Path, b: &Path) -> bool {
+    match (fs_err::metadata(a), fs_err::metadata(b)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+/// Whether a drop-in is of the host's own making and for all services alike: below /usr/lib it comes with a package,
+/// below /run a generator made it at boot (containers have one). What an administrator says of all services is in
+/// /etc or /usr/local, and what is said of one service is said of ours.
+pub fn is_vendor_drop_in(path: &Path) -> bool {
+    path.parent().and_then(Path::file_name).is_some_and(|dir| dir == "service.d")
+        && ["/usr/lib", "/lib", "/run"].iter().any(|vendor| path.starts_with(vendor))
 }
 
 /// The properties of some units; those systemd knows nothing of are shown as `not-found`.
@@ -104,7 +162,7 @@ pub fn show(units: &[String]) -> Result<BTreeMap<String, Shown>> {
         .args([
             "show",
             "--property=Id,LoadState,ActiveState,SubState,Result,NRestarts,InvocationID,MainPID,ExecMainCode,\
-             ExecMainStatus,NeedDaemonReload,ExecStart",
+             ExecMainStatus,NeedDaemonReload,ExecStart,Names,FragmentPath,SourcePath,DropInPaths",
             "--",
         ])
         .args(units)
@@ -132,8 +190,16 @@ fn parse_show(text: &str) -> BTreeMap<String, Shown> {
                 "ExecStart" => shown.command = value.into(),
                 "NeedDaemonReload" => shown.unread = value == "yes",
                 "ExecMainStatus" => shown.exec_status = value.parse().unwrap_or(0),
+                "Names" => shown.names = value.split_whitespace().map(String::from).collect(),
+                "FragmentPath" if !value.is_empty() => shown.fragment = Some(value.into()),
+                "SourcePath" if !value.is_empty() => shown.source = Some(value.into()),
+                "DropInPaths" => shown.drop_ins = value.split_whitespace().map(PathBuf::from).collect(),
                 _ => {}
             }
+        }
+        // Asked for by an alias, it is found by that as well.
+        for name in shown.names.iter().filter(|name| **name != id) {
+            units.insert(name.clone(), shown.clone());
         }
         if !id.is_empty() {
             units.insert(id, shown);

@@ -183,6 +183,28 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     u
 }
 
+/// The program that a unit of ours starts, from its text: the inverse of what [`render`] writes.
+pub fn program_of(text: &str) -> Option<String> {
+    let rest = text.lines().find_map(|line| line.strip_prefix("ExecStart=\""))?;
+    let (mut program, mut chars) = (String::new(), rest.chars());
+    loop {
+        match (chars.next()?, chars.clone().next()) {
+            ('"', _) => return Some(program),
+            ('\\', Some('n')) => program.push('\n'),
+            ('\\', Some('r')) => program.push('\r'),
+            ('\\', Some('t')) => program.push('\t'),
+            ('\\', Some(c)) => program.push(c),
+            ('%', Some('%')) => program.push('%'),
+            ('$', Some('$')) => program.push('$'),
+            (c, _) => {
+                program.push(c);
+                continue;
+            }
+        }
+        chars.next();
+    }
+}
+
 /// The unit of the understudy: the same service on a spare port, never started at boot. None when nothing in
 /// its environment says its port.
 pub fn render_next(service: &Service, path: &StorePath, port: u16) -> Option<String> {

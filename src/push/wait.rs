@@ -82,8 +82,10 @@ pub fn judge(state: &State, service: &ServiceName, path: &StorePath, serial: u64
     };
     let ServiceState { store_path, status, failure, .. } = found;
     let attempted = failure.as_ref().and_then(|f| f.attempted.as_ref());
+    let attention = found.attention(Some(&state.host)).map_or(String::new(), |text| format!("; {text}"));
     let trouble = || Trouble {
-        reason: failure.as_ref().map_or_else(|| format!("it is {}", status.as_str()), |f| f.reason.clone()),
+        reason: failure.as_ref().map_or_else(|| format!("it is {}", status.as_str()), |f| f.reason.clone())
+            + &attention,
         journal: failure.as_ref().map(|f| f.journal.clone()).unwrap_or_default(),
     };
     Some(match status {
@@ -264,6 +266,8 @@ mod tests {
         let service = ServiceState {
             secrets_changed: false,
             exposure: None,
+            drop_ins: Vec::new(),
+            invocation: None,
             pinned_since: None,
             paused_until: None,
             name: name.clone(),

@@ -302,6 +302,11 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
         }
         _ => {}
     }
+    if let Some(attention) = entry.attention(Some(host)) {
+        row.off = true;
+        row.problem =
+            Some(row.problem.map_or(attention.clone(), |problem| format!("{problem}; {attention}")));
+    }
     row
 }
 
@@ -472,6 +477,8 @@ mod tests {
                 failure: None,
                 secrets_changed: false,
                 exposure: None,
+                drop_ins: Vec::new(),
+                invocation: None,
                 pinned_since: None,
                 paused_until: None,
             };

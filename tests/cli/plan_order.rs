@@ -283,6 +283,7 @@ impl Machine {
                     unread: unit.process.is_some() && (load != "loaded" || older && unit.loaded != unit.file),
                     shadowed: false,
                     secrets_changed: false,
+                    ..UnitSeen::default()
                 };
                 (name.clone(), seen)
             })
@@ -308,6 +309,7 @@ impl Machine {
             active: self.active(),
             ports: BTreeMap::new(),
             understudies: BTreeSet::new(),
+            foreign_next: BTreeMap::new(),
             caddy: if self.caddy_up {
                 caddy::Observed::Servers(self.servers.clone())
             } else {
@@ -330,6 +332,7 @@ impl Machine {
             readable: true,
             interrupted: self.disk.intent.clone().unwrap_or_default(),
             overrides: self.disk.overrides.clone(),
+            verified: BTreeMap::new(),
         };
         if self.bucket_up {
             self.effect()?;
@@ -600,6 +603,8 @@ fn blank(name: &ServiceName, status: Status) -> ServiceState {
         failure: None,
         secrets_changed: false,
         exposure: None,
+        drop_ins: Vec::new(),
+        invocation: None,
         pinned_since: None,
         paused_until: None,
     }

@@ -481,6 +481,8 @@ fn state(serial: u64, status: Status, runs: &StorePath, attempted: Option<&Store
         failure,
         secrets_changed: false,
         exposure: None,
+        drop_ins: Vec::new(),
+        invocation: None,
         pinned_since: None,
         paused_until: None,
     };
