@@ -240,6 +240,9 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
         if let Some(attention) = attention(&service.name, &service.drop_ins, None) {
             text.push_str(&format!("{}: {}\n", service.name, say::printable(&attention)));
         }
+        if let Some(remark) = &service.remark {
+            text.push_str(&format!("{}: {}\n", service.name, say::printable(remark)));
+        }
         for step in &service.steps {
             text.push_str(&format!("{}: {}\n", service.name, step_text(step)));
         }

@@ -263,6 +263,9 @@ impl Host<'_> {
         for service in &plan.services {
             let Some(goal) = &service.goal else { continue };
             let mut failed = None;
+            if let Some(remark) = &service.remark {
+                say::warning(format!("{}: {remark}", service.name));
+            }
             for step in &service.steps {
                 match step {
                     Step::Write(_) => {
@@ -334,10 +337,16 @@ impl Host<'_> {
             memory.interrupted.remove(start.name);
         }
         // What it says is known before the watch has settled: it costs the pass no time.
-        let (outcomes, exposures) = std::thread::scope(|scope| {
+        let (outcomes, exposures, given) = std::thread::scope(|scope| {
             let exposures = scope.spawn(systemd::exposures);
-            (watch(self.root, &watched), exposures.join())
+            let given = scope.spawn(systemd::given_to_all);
+            (watch(self.root, &watched), exposures.join(), given.join())
         });
+        match given.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
+            Ok(names) if names.is_empty() => {}
+            Ok(names) => say::warning(systemd::given_text(&names)),
+            Err(e) => say::info(format!("what systemd gives every service is not known: {e}")),
+        }
         learned.started.extend(starts.iter().map(|s| s.name.clone()));
         match exposures.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
             Ok(exposures) => learned.exposures = exposures,

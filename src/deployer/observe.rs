@@ -123,15 +123,13 @@ pub fn units(
         // Without a copy in memory, or with a mask there: rare, and only then are the other folders looked into.
         let read = seen.listed.load == "loaded";
         seen.unread = running && !read;
+        let found = drop_ins.get(name).filter(|_| !matches!(seen.file, UnitFile::Foreign(_)));
+        seen.drop_ins = found.cloned().unwrap_or_default();
         let UnitFile::Ours(_) = seen.file else { continue };
         if !(running && read) {
             seen.shadowed = !strays(root, name).is_empty();
         }
-        let mut suspect = folders.elsewhere(&root.unit_dir, &unit);
-        if let Some(found) = drop_ins.get(name) {
-            seen.drop_ins.clone_from(found);
-            suspect = true;
-        }
+        let mut suspect = found.is_some() || folders.elsewhere(&root.unit_dir, &unit);
         if let (true, Some(started)) = (running, started(name)) {
             seen.current = placed(&root.unit(name)).is_some_and(|written| written <= started);
             seen.invocation = systemd::invocation(&unit);
@@ -201,7 +199,7 @@ fn look_closely(root: &Root, name: &ServiceName, seen: &mut UnitSeen, shown: &Sh
     });
     seen.replaced = unit::program_of(text)
         .and_then(|program| shown.replaced(&file, Path::new(&program)))
-        .filter(|_| !stray && !(unread && seen.drop_ins.is_empty()));
+        .filter(|_| !(stray || unread && seen.drop_ins.is_empty()));
     seen.unread |= unread && (running || seen.replaced.is_some());
     if running {
         let process = process(shown.main_pid);

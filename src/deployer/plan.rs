@@ -229,6 +229,8 @@ pub struct ServicePlan {
     pub drop_ins: Vec<String>,
     /// What its process runs instead of its unit, if it runs.
     pub instead: Option<Option<StorePath>>,
+    /// Why a new version is not proved beside the one that runs though the manifest says so.
+    pub remark: Option<String>,
     /// In this order.
     pub steps: Vec<Step>,
 }
@@ -375,7 +377,7 @@ fn ours<'a>(observed: &'a Observed, memory: &'a Memory) -> BTreeSet<&'a ServiceN
 fn removal(name: &ServiceName, observed: &Observed, why: &'static str) -> ServicePlan {
     let roots = observed.roots.get(name).into_iter().flatten().cloned().map(Step::Unroot);
     let steps = [Step::Remove(why)].into_iter().chain(roots).collect();
-    let (drop_ins, instead) = (Vec::new(), None);
+    let (drop_ins, instead, remark) = (Vec::new(), None, None);
     ServicePlan {
         name: name.clone(),
         target: None,
@@ -384,6 +386,7 @@ fn removal(name: &ServiceName, observed: &Observed, why: &'static str) -> Servic
         paused: false,
         drop_ins,
         instead,
+        remark,
         steps,
     }
 }
@@ -432,6 +435,7 @@ fn service(
         paused: false,
         drop_ins: drop_ins.clone(),
         instead: seen.replaced.as_ref().map(|_| seen.shows.clone()),
+        remark: None,
         steps,
     };
     // A reason keeps the time at which it was first found.
@@ -523,6 +527,9 @@ fn service(
         // Not started anew since: it is as it should be, as long as nobody restarts it.
         let intact = matches!(&seen.file, UnitFile::Ours(text) if *text == candidate.unit);
         if candidate.proved && intact && seen.shows.as_ref() == Some(path) && !drop_ins.is_empty() {
+            if applied.is_none_or(|a| a.service != candidate.service) {
+                steps.push(Step::Record);
+            }
             return done(Some(candidate), None, steps);
         }
         let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
@@ -626,7 +633,13 @@ fn service(
         steps.push(Step::Record);
     }
     steps.extend(unroots(name, observed, memory, Some(&goal.path), Some(path), trouble.as_ref()));
-    done(Some(goal), trouble, steps)
+    let remark = observed.foreign_next.get(name).filter(|_| write.is_some() && goal.desired).map(|theirs| {
+        format!(
+            "restarted without an overlap, because {} exists and is not ours; remove or rename that",
+            theirs.display()
+        )
+    });
+    ServicePlan { remark, ..done(Some(goal), trouble, steps) }
 }
 
 /// Whether the new version is to be proved beside the old one: where there is an old one that answers, and

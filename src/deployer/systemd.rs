@@ -276,6 +276,29 @@ pub fn listens_for(unit: &str, port: u16) -> bool {
     !sockets.is_empty() && ask("Listen", &sockets).lines().any(|line| line.ends_with(&listens))
 }
 
+/// The names of the variables that the manager gives every service it starts, but those that every system has: the
+/// path, the language, and where NixOS keeps locales and time zones.
+pub fn given_to_all() -> Result<Vec<String>> {
+    let output = systemctl().arg("show-environment").deadline(QUICK).success()?;
+    let names = output.text();
+    let names = names.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name);
+    let usual = |name: &&str| {
+        !matches!(*name, "PATH" | "LANG" | "LANGUAGE" | "TZ" | "TZDIR" | "LOCALE_ARCHIVE")
+            && !name.starts_with("LC_")
+    };
+    Ok(names.filter(usual).map(String::from).collect())
+}
+
+/// What is said of them. Never a value.
+pub fn given_text(names: &[String]) -> String {
+    format!(
+        "systemd gives every service it starts {}, which no manifest names; unless the system's configuration sets \
+         that (ManagerEnvironment=), 'sudo systemctl unset-environment {}' takes it back for the next start of each",
+        names.join(", "),
+        names.join(" ")
+    )
+}
+
 /// Makes systemd read unit files again.
 pub fn daemon_reload() -> Result<()> {
     let _effect = effect::mark("systemctl", "daemon-reload");

@@ -21,6 +21,7 @@ mod hostile;
 mod kill;
 mod lab;
 mod load;
+mod loaded;
 mod local_user;
 mod mistakes;
 #[cfg(feature = "campaign")]

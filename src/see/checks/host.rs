@@ -5,9 +5,9 @@ use super::{Check, said, writable};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::caddy::{self, Observed, RoutePlan};
-use crate::deployer::observe;
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
 use crate::deployer::state::{self, Exposure, State};
+use crate::deployer::{observe, systemd};
 use crate::error::did_you_mean;
 use crate::manifest::{Manifest, Service};
 use crate::names::{HostName, ServiceName};
@@ -121,6 +121,8 @@ fn systemd(now: Timestamp) -> Vec<Check> {
     }];
     checks.push(timer());
     checks.push(last_pass(now));
+    checks.push(environment());
+    checks.extend(state_file().ok().map(|state| drop_ins(&state)));
     checks
 }
 
@@ -151,6 +153,34 @@ fn sudo() -> Option<Check> {
             ),
         )
     })
+}
+
+/// What every service gets that no manifest names.
+fn environment() -> Check {
+    const NAME: &str = "environment";
+    match systemd::given_to_all() {
+        Ok(names) if names.is_empty() => Check::ok(NAME, "services get what the manifest names"),
+        Ok(names) => Check::warn(NAME, printable(&systemd::given_text(&names)).into_owned()),
+        Err(e) => Check::warn(NAME, e.to_string()),
+    }
+}
+
+/// What changes our units beside the manifest: of each service, and of all services alike.
+fn drop_ins(state: &State) -> Check {
+    const NAME: &str = "drop-ins";
+    let changed: Vec<String> =
+        state.services.values().filter_map(|s| Some(format!("{} {}", s.name, s.attention(None)?))).collect();
+    let units: Vec<String> = state.services.keys().map(ServiceName::unit).take(1).collect();
+    let shown = systemd::show(&units).unwrap_or_default();
+    let all = shown.values().flat_map(|s| &s.drop_ins).filter(|path| systemd::is_vendor_drop_in(path));
+    let all: Vec<String> = all.map(|path| path.display().to_string()).collect();
+    match (changed.is_empty(), all.is_empty()) {
+        (false, _) => Check::warn(NAME, printable(&changed.join("; ")).into_owned()),
+        (true, true) => Check::ok(NAME, "none for services of ours"),
+        (true, false) => {
+            Check::ok(NAME, format!("only the system's own for all services: {}", printable(&all.join(", "))))
+        }
+    }
 }
 
 /// The names of the units that failed, which may be anybody's.
