@@ -4,15 +4,24 @@
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::names::HostName;
-use crate::runner::{Output, Run, RunError, Status, tail};
+use crate::runner::{Output, Run, RunError, Status, Stream, tail};
 use std::time::Duration;
 
 /// What ssh exits with when it could not run the command at all (ssh(1)).
 const SSH_FAILED: Status = Status::Exit(255);
 
+/// Stands before an answer on both streams: what a host's login shell prints before it, a greeting or a warning, is
+/// no part of it.
+const MARK: &str = "--omni-deploy-answer--";
+
+/// Where our program is on a host, besides the folders of the login's PATH.
+const OUR_FOLDERS: &str = "/usr/local/bin:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin";
+
+const OUR_PROGRAM: &str = "omni-deploy";
+
 /// A run of `words` on `host`, as root if `sudo`. Over ssh it fails rather than asks for a password, and a
 /// host that does not take the connection is given up after ten seconds, one that falls silent later after a
-/// minute; add a deadline for what must end sooner.
+/// minute; add a deadline for what must end sooner. What it prints is read by [`answer_of`] or [`lines_of`].
 pub fn run_on(settings: &Settings, host: &HostName, sudo: bool, words: &[&str]) -> Run {
     let argv = argv_on(settings, host, sudo && !(is_here(settings, host) && is_root()), words);
     Run::new(&argv[0]).args(&argv[1..])
@@ -30,17 +39,21 @@ pub fn output_on(
     answer_of(settings, host, words, run_on(settings, host, sudo, words).deadline(deadline))
 }
 
+/// The same for a script of the shell.
+pub fn script_on(settings: &Settings, host: &HostName, script: &str, deadline: Duration) -> Result<Output> {
+    output_on(settings, host, false, &["sh", "-c", script], deadline)
+}
+
 /// What a run of `words` on `host` ([`run_on`], maybe with a stdin) left, as [`output_on`] has it.
 pub fn answer_of(settings: &Settings, host: &HostName, words: &[&str], run: Run) -> Result<Output> {
     let over_ssh = !is_here(settings, host);
     match run.output() {
-        Ok(output) if over_ssh && output.status == SSH_FAILED => {
-            let said = tail(&output.stderr);
-            let said = if said.is_empty() { "it said nothing".to_string() } else { said };
-            Err(Error::new(format!(
-                "host {host} does not answer: {said}; try '{} {host} true'",
-                settings.ssh.join(" ")
-            )))
+        Ok(output) if over_ssh => {
+            let output = without_greeting(output);
+            match trouble(settings, host, output.status, &output.stderr) {
+                Some(e) => Err(e),
+                None => Ok(output),
+            }
         }
         Ok(output) => Ok(output),
         Err(RunError::Deadline { after, .. }) if over_ssh => Err(Error::new(format!(
@@ -51,6 +64,92 @@ pub fn answer_of(settings: &Settings, host: &HostName, words: &[&str], run: Run)
         ))),
         Err(e) => Err(e.into()),
     }
+}
+
+/// Hands the lines of a run on `host` ([`run_on`]) over as they come, without what its login shell prints before.
+/// Returns how it ended, or why the host did not run it.
+pub fn lines_of(
+    settings: &Settings,
+    host: &HostName,
+    run: Run,
+    mut line: impl FnMut(Stream, &str),
+) -> Result<Status> {
+    if is_here(settings, host) {
+        return Ok(run.each_line(line)?.status);
+    }
+    // Nothing is lost where something in between swallows the mark.
+    const KEPT: usize = 100;
+    let (mut before, mut said, mut marked) = (Vec::new(), Vec::new(), false);
+    let output = run.each_line(|stream, text| match (stream, text.strip_suffix(MARK)) {
+        (Stream::Stdout, Some(_)) if !marked => {
+            marked = true;
+            before.clear();
+        }
+        (Stream::Stdout, _) if marked || before.len() >= KEPT => line(stream, text),
+        (Stream::Stdout, _) => before.push(text.to_string()),
+        (Stream::Stderr, Some(_)) => said.clear(),
+        (Stream::Stderr, None) => {
+            said.truncate(KEPT);
+            said.push(text.trim_end().to_string());
+            line(stream, text.trim_end());
+        }
+    })?;
+    before.iter().for_each(|text| line(Stream::Stdout, text));
+    match trouble(settings, host, output.status, &said.join("\n")) {
+        Some(e) => Err(e),
+        None => Ok(output.status),
+    }
+}
+
+/// An output from the mark on; all of it where there is none.
+fn without_greeting(mut output: Output) -> Output {
+    let mark = format!("{MARK}\n");
+    if let Some(at) = output.stdout.windows(mark.len()).position(|w| w == mark.as_bytes()) {
+        output.stdout.drain(..at + mark.len());
+    }
+    if let Some((_, after)) = output.stderr.split_once(&mark) {
+        output.stderr = after.to_string();
+    }
+    output
+}
+
+/// What a program said, for the middle of a sentence.
+fn said(stderr: &str) -> String {
+    let text = tail(stderr).replace(".;", ";");
+    let text = text.trim_end_matches('.');
+    if text.is_empty() { "it said nothing".to_string() } else { text.to_string() }
+}
+
+/// Why a host did not do what it was asked, where that is not the command's own affair.
+fn trouble(settings: &Settings, host: &HostName, status: Status, stderr: &str) -> Option<Error> {
+    let ssh = settings.ssh.join(" ");
+    let asks = |line: &str| {
+        line.starts_with("sudo")
+            && ["password is required", "terminal is required", "authentication is required"]
+                .iter()
+                .any(|why| line.contains(why))
+    };
+    let text = if status != SSH_FAILED {
+        if status.ok() || !stderr.lines().any(asks) {
+            return None;
+        }
+        format!(
+            "sudo on {host} asks for a password, and nobody is there to type it; allow the user there to do without: \
+             '{ssh} -t {host} sudo visudo -f /etc/sudoers.d/omni-deploy', and in it 'USER ALL=(root) NOPASSWD: ALL'"
+        )
+    } else if stderr.contains("HOST IDENTIFICATION HAS CHANGED") {
+        format!(
+            "{host} has another host key than ssh remembers: if it was set up anew, 'ssh-keygen -R {host}' and then \
+             '{ssh} {host}' once; if not, somebody else answers there"
+        )
+    } else if stderr.contains("Host key verification failed") {
+        format!("ssh does not know {host}'s host key: run '{ssh} {host}' once")
+    } else if stderr.contains("Permission denied (") {
+        format!("host {host} does not let this user in: {}; try '{ssh} {host} true'", said(stderr))
+    } else {
+        format!("host {host} does not answer: {}; try '{ssh} {host} true'", said(stderr))
+    };
+    Some(Error::new(text))
 }
 
 /// Whether `host` is this machine.
@@ -64,9 +163,8 @@ pub fn is_root() -> bool {
 }
 
 fn argv_on(settings: &Settings, host: &HostName, sudo: bool, words: &[&str]) -> Vec<String> {
-    let command = sudo.then_some("sudo").into_iter().chain(words.iter().copied());
     if is_here(settings, host) {
-        return command.map(String::from).collect();
+        return sudo.then_some("sudo").into_iter().chain(words.iter().copied()).map(String::from).collect();
     }
     let mut argv = if settings.ssh.is_empty() { vec!["ssh".to_string()] } else { settings.ssh.clone() };
     if argv[0].rsplit('/').next() == Some("ssh") {
@@ -76,8 +174,27 @@ fn argv_on(settings: &Settings, host: &HostName, sudo: bool, words: &[&str]) -> 
         argv.extend(options.iter().flat_map(|o| ["-o", *o]).chain(["--"]).map(String::from));
     }
     argv.push(host.to_string());
-    argv.extend(command.map(quote));
+    let script = remote(sudo, words);
+    argv.extend(["sh", "-c", &script, "sh"].iter().chain(words).map(|word| quote(word)));
     argv
+}
+
+/// What the host's shell does with the words of a command. A shell of its own, because the login's may be any. Our
+/// own program is looked for here: sudo takes whatever has a path, and its secure_path need not have ours.
+fn remote(sudo: bool, words: &[&str]) -> String {
+    let sudo = if sudo { "sudo " } else { "" };
+    let begin = format!("echo {MARK}; echo {MARK} >&2");
+    match words.first() {
+        Some(&OUR_PROGRAM) => format!(
+            "{begin}; PATH=\"$PATH:{OUR_FOLDERS}\"; p=$(command -v \"$1\") || p=$1; shift; exec {sudo}\"$p\" \"$@\""
+        ),
+        _ => format!("{begin}; exec {sudo}\"$@\""),
+    }
+}
+
+/// A script's way to our program on a host: `$p`, empty where there is none.
+pub fn finds_ours() -> String {
+    format!("PATH=\"$PATH:{OUR_FOLDERS}\"; p=$(command -v {OUR_PROGRAM})")
 }
 
 /// A word as the remote shell must read it: ssh joins the words of a command with spaces.
@@ -107,19 +224,118 @@ mod tests {
     fn the_words_reach_the_host_through_what_is_configured() {
         let words = ["systemctl", "start", "a b"];
         let ours = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 --";
+        let sh = |sudo: &str| format!("biz sh -c 'echo {MARK}; echo {MARK} >&2; exec {sudo}\"$@\"' sh");
         for (ssh, on, sudo, want) in [
-            ("ssh", "biz", true, format!("ssh {ours} biz sudo systemctl start 'a b'")),
+            ("ssh", "biz", true, format!("ssh {ours} {} systemctl start 'a b'", sh("sudo "))),
             (
                 "/usr/bin/ssh -p 22",
                 "biz",
                 false,
-                format!("/usr/bin/ssh -p 22 {ours} biz systemctl start 'a b'"),
+                format!("/usr/bin/ssh -p 22 {ours} {} systemctl start 'a b'", sh("")),
             ),
-            ("enter-vm --fast", "biz", true, "enter-vm --fast biz sudo systemctl start 'a b'".to_string()),
+            (
+                "enter-vm --fast",
+                "biz",
+                true,
+                format!("enter-vm --fast {} systemctl start 'a b'", sh("sudo ")),
+            ),
             ("ssh", "here", true, "sudo systemctl start a b".to_string()),
             ("ssh", "here", false, "systemctl start a b".to_string()),
         ] {
             assert_eq!(argv_on(&settings(ssh), &host(on), sudo, &words).join(" "), want);
+        }
+    }
+
+    /// What stands in ssh's place: a login shell that greets before it runs what it is given.
+    fn greeting(dir: &std::path::Path, greeting: &str) -> Settings {
+        let program = dir.join("fake");
+        let script = format!("shift\n{greeting}\neval \"$*\"\n");
+        crate::durable::write(&program, script.as_bytes(), 0o644).unwrap();
+        settings(&format!("sh {}", program.display()))
+    }
+
+    #[test]
+    fn what_a_login_shell_prints_before_the_answer_does_not_matter() {
+        let dir = tempfile::tempdir().unwrap();
+        for greets in ["", "echo Welcome; echo careful >&2", "printf 'no line'; printf 'here too' >&2"] {
+            let settings = greeting(dir.path(), greets);
+            let words = ["sh", "-c", "echo \"it's $1\"; echo oops >&2; exit 3", "-", "a b"];
+            let output = output_on(&settings, &host("biz"), false, &words, Duration::from_secs(20)).unwrap();
+            assert_eq!(
+                (output.text().as_str(), output.stderr.as_str()),
+                ("it's a b\n", "oops\n"),
+                "{greets}"
+            );
+            assert_eq!(output.status, Status::Exit(3));
+            let mut lines = Vec::new();
+            let run = run_on(&settings, &host("biz"), false, &["printf", "%s\\n", "one", "two"]);
+            lines_of(&settings, &host("biz"), run, |stream, line| {
+                if stream == Stream::Stdout {
+                    lines.push(line.to_string());
+                }
+            })
+            .unwrap();
+            assert_eq!(lines, ["one", "two"], "{greets}");
+        }
+    }
+
+    #[test]
+    fn our_program_is_found_where_sudo_would_not_look() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |name: &str, text: &str| {
+            crate::durable::write(&dir.path().join(name), text.as_bytes(), 0o755).unwrap();
+        };
+        put("omni-deploy", "#!/bin/sh\necho \"$0 $*\"\n");
+        // One that has but its own folders.
+        put("sudo", "#!/bin/sh\nPATH=/usr/bin:/bin\nexec \"$@\"\n");
+        let settings = greeting(dir.path(), &format!("PATH={}:$PATH", dir.path().display()));
+        let words = ["omni-deploy", "secrets", "a b"];
+        let output = output_on(&settings, &host("biz"), true, &words, Duration::from_secs(20)).unwrap();
+        assert_eq!(
+            output.text(),
+            format!("{}/omni-deploy secrets a b\n", dir.path().display()),
+            "{}",
+            output.stderr
+        );
+    }
+
+    #[test]
+    fn a_host_that_does_not_obey_is_told_with_the_remedy_of_its_cause() {
+        let settings = settings("ssh");
+        for (status, stderr, want) in [
+            (
+                255,
+                "Host key verification failed.\r\n",
+                "ssh does not know web1's host key: run 'ssh web1' once",
+            ),
+            (
+                255,
+                "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.\r\n",
+                "'ssh-keygen -R web1'",
+            ),
+            (
+                255,
+                "ann@web1: Permission denied (publickey).\n",
+                "does not let this user in: ann@web1: Permission denied (publickey); try",
+            ),
+            (
+                255,
+                "ssh: connect to host web1 port 22: No route to host.\r\n",
+                "web1 does not answer: ssh: connect to host web1 port 22: No route to host; try 'ssh web1 true'",
+            ),
+            (
+                1,
+                "sudo: a terminal is required to read the password\nsudo: a password is required\n",
+                "NOPASSWD",
+            ),
+            (1, "sudo-rs: interactive authentication is required\n", "NOPASSWD"),
+        ] {
+            let e = trouble(&settings, &host("web1"), Status::Exit(status), stderr).unwrap().to_string();
+            assert!(e.contains(want) && !e.contains(".;") && !e.contains('\r'), "{e}");
+        }
+        for (status, stderr) in [(0, "sudo: a password is required"), (1, "no password is required"), (3, "")]
+        {
+            assert_eq!(trouble(&settings, &host("web1"), Status::Exit(status), stderr), None, "{stderr}");
         }
     }
 
@@ -137,12 +353,13 @@ mod tests {
     #[test]
     fn a_host_that_was_not_reached_is_told_from_a_command_that_failed() {
         let dir = tempfile::tempdir().unwrap();
-        let program = dir.path().join("fake");
-        crate::durable::write(&program, b"shift\necho \"$1\" >&2\nexit \"$1\"\n", 0o644).unwrap();
-        let settings = settings(&format!("sh {}", program.display()));
-        let run = |words: &[&str]| output_on(&settings, &host("biz"), false, words, Duration::from_secs(20));
-        assert_eq!(run(&["3"]).unwrap().status, Status::Exit(3));
-        let e = run(&["255"]).unwrap_err().to_string();
+        let settings = greeting(dir.path(), "");
+        let run = |code: &str| {
+            let words = ["sh", "-c", "echo \"$1\" >&2; exit \"$1\"", "-", code];
+            output_on(&settings, &host("biz"), false, &words, Duration::from_secs(20))
+        };
+        assert_eq!(run("3").unwrap().status, Status::Exit(3));
+        let e = run("255").unwrap_err().to_string();
         assert!(e.contains("biz does not answer") && e.contains("255"), "{e}");
     }
 }

@@ -7,7 +7,7 @@ use crate::config::Settings;
 use crate::error::{EXIT_FAILED, Error, Result, did_you_mean};
 use crate::manifest::edit;
 use crate::names::HostName;
-use crate::runner::{Status, Stream};
+use crate::runner::Stream;
 use crate::say::{self, printable};
 use crate::see::reports;
 use crate::ssh;
@@ -142,13 +142,10 @@ fn stream(
     mut line: impl FnMut(Stream, &str),
 ) -> Option<String> {
     let run = ssh::run_on(settings, host, true, words).unkept();
-    match run.each_line(&mut line) {
-        Ok(output) if output.status.ok() => None,
-        Ok(output) if output.status == Status::Exit(255) && !ssh::is_here(settings, host) => {
-            Some(format!("host {host} does not answer; try '{} {host} true'", settings.ssh.join(" ")))
-        }
-        Ok(output) => Some(format!("journalctl on {host} ended with {}", output.status)),
-        Err(e) => Some(format!("host {host}: {e}")),
+    match ssh::lines_of(settings, host, run, &mut line) {
+        Ok(status) if status.ok() => None,
+        Ok(status) => Some(format!("journalctl on {host} ended with {status}")),
+        Err(e) => Some(e.to_string()),
     }
 }
 

@@ -4,7 +4,7 @@ use super::Call;
 use crate::config::Settings;
 use crate::error::Result;
 use crate::names::{HostName, ServiceName};
-use crate::push::wait::{self, Outcome};
+use crate::push::wait::{self, Newer, Outcome};
 use crate::push::{self, Pushed};
 use crate::say;
 use argh::FromArgs;
@@ -97,7 +97,7 @@ pub fn run(call: &Call, live: bool) -> Result<u8> {
 }
 
 fn follow(settings: &Settings, pushed: &Pushed, timeout: Duration) -> Result<u8> {
-    let outcomes = wait::follow(settings, &pushed.hosts, pushed.serial, timeout);
+    let outcomes = wait::follow(settings, &pushed.hosts, pushed.serial, timeout)?;
     for ((service, host), outcome) in &outcomes {
         super::print(&format!("{service} {host} {}", outcome.word()))?;
     }
@@ -109,16 +109,18 @@ fn follow(settings: &Settings, pushed: &Pushed, timeout: Duration) -> Result<u8>
 
 fn explain(service: &ServiceName, host: &HostName, outcome: &Outcome) {
     match outcome {
-        Outcome::Runs => {}
-        Outcome::Superseded(serial) => {
-            say::warning(format!("{service} on {host}: serial {serial} was published meanwhile and counts"));
+        Outcome::Running => {}
+        Outcome::Superseded(Newer { serial, by, action }) => {
+            say::warning(format!(
+                "{service} on {host}: {by} published version {serial} meanwhile ({action}), and that counts"
+            ));
         }
-        Outcome::Refused(trouble) | Outcome::Down(trouble) => {
-            say::error(format!("{service} on {host}: {}", trouble.reason));
-            for line in &trouble.journal {
+        Outcome::Off(off) => {
+            say::error(format!("{service} on {host}: {}: {}", off.status.as_str(), off.reason));
+            for line in &off.journal {
                 say::info(format!("  {line}"));
             }
         }
-        Outcome::Unknown(why) => say::error(format!("{service} on {host}: {why}")),
+        Outcome::Pending(why) | Outcome::Unknown(why) => say::error(format!("{service} on {host}: {why}")),
     }
 }

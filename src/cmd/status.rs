@@ -5,10 +5,11 @@ use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{EXIT_DEGRADED, Error, Result, did_you_mean};
-use crate::manifest::{changes, edit};
+use crate::manifest::{changes, edit, entry};
 use crate::names::StorePath;
+use crate::push::namespace::DIRTY;
 use crate::say::{self, printable};
-use crate::see::judge::{Only, Picture, Row, Standing, judge};
+use crate::see::judge::{Only, Picture, Row, Standing, Wanted, judge};
 use crate::see::reports;
 use argh::FromArgs;
 use std::fmt::Write;
@@ -38,7 +39,7 @@ struct Args {
     /// show it again every two seconds; on a pipe, when something changed
     #[argh(switch)]
     watch: bool,
-    /// ask the hosts over ssh instead of reading their reports
+    /// ask the hosts over ssh what runs there now, instead of reading their reports
     #[argh(switch)]
     live: bool,
 }
@@ -72,7 +73,8 @@ pub fn run(call: &Call) -> Result<u8> {
 
 fn look(settings: &Settings, args: &Args) -> Result<Picture> {
     let store = crate::store::open(&settings.store)?;
-    let manifest = edit::read(store.as_ref())?;
+    let current = edit::load(store.as_ref())?.ok_or_else(|| edit::missing(store.as_ref()))?;
+    let manifest = current.manifest.map_err(|e| edit::unusable(store.as_ref(), &e))?;
     let mut hosts = reports::hosts(&manifest);
     if let Some(name) = &args.service {
         let service = manifest.service(name).ok_or_else(|| changes::unknown_service(name, &manifest))?;
@@ -82,7 +84,7 @@ fn look(settings: &Settings, args: &Args) -> Result<Picture> {
         false => reports::stored(store.as_ref(), &hosts)?,
         true => {
             hosts.retain(|h| args.host.as_deref().is_none_or(|only| only == h.as_str()));
-            reports::live(settings, &hosts)?
+            reports::live(settings, store.as_ref(), &hosts)?
         }
     };
     if let Some(host) = &args.host
@@ -93,7 +95,13 @@ fn look(settings: &Settings, args: &Args) -> Result<Picture> {
         return Err(Error::new(format!("no host '{host}' in the manifest{near}")));
     }
     let only = Only { service: args.service.as_deref(), host: args.host.as_deref() };
-    Ok(judge(&manifest, &reports, Timestamp::now(), only))
+    let wanted = Wanted {
+        manifest: &manifest,
+        entries: entry::digests(&current.bytes),
+        store: Some(store.identity()),
+        here: Some(settings.host.clone()),
+    };
+    Ok(judge(&wanted, &reports, Timestamp::now(), only))
 }
 
 /// Shows it until it is interrupted. A store that is out of reach for a while is said once and waited for.
@@ -156,13 +164,20 @@ fn short(path: &StorePath) -> String {
     format!("{}-{name}", &path.hash()[..7])
 }
 
+/// The beginning of a commit; what was built from more than that is not shown as it.
+fn commit(revision: &str) -> String {
+    let (commit, dirty) = match revision.strip_suffix(DIRTY) {
+        Some(commit) => (commit, DIRTY),
+        None => (revision, ""),
+    };
+    let start: String = commit.chars().take(10).collect();
+    format!("{start}{dirty}")
+}
+
 fn wanted(row: &Row) -> String {
     let Some(path) = &row.wanted else { return "-".into() };
     match &row.revision {
-        Some(revision) => {
-            let start: String = revision.chars().take(10).collect();
-            format!("{} ({})", short(path), printable(&start))
-        }
+        Some(revision) => format!("{} ({})", short(path), printable(&commit(revision))),
         None => short(path),
     }
 }
@@ -184,14 +199,20 @@ fn clipped(text: &str) -> String {
 
 /// `detail`: what is only of interest where one service is looked at.
 fn table(picture: &Picture, now: Timestamp, colour: bool, detail: bool) -> String {
+    const WANTED: usize = 2;
     const STATUS: usize = 4;
-    let head = ["SERVICE", "HOST", "WANTED", "RUNNING", "STATUS", "SINCE", "REPORT"];
+    // Only of hosts that were asked now it is known.
+    let asked = picture.rows.iter().any(|row| row.restarts.is_some());
+    let mut head = vec!["SERVICE", "HOST", "WANTED", "RUNNING", "STATUS", "SINCE", "REPORT"];
+    if asked {
+        head.insert(STATUS + 1, "RESTARTS");
+    }
     let age = |t: Option<Timestamp>| t.map_or("-".into(), |t| t.age(now));
-    let cells: Vec<[String; 7]> = picture
+    let cells: Vec<Vec<String>> = picture
         .rows
         .iter()
         .map(|row| {
-            [
+            let mut cells = vec![
                 row.service.to_string(),
                 row.host.to_string(),
                 wanted(row),
@@ -199,10 +220,14 @@ fn table(picture: &Picture, now: Timestamp, colour: bool, detail: bool) -> Strin
                 row.status.as_str().to_string(),
                 age(row.since),
                 age(row.reported_at),
-            ]
+            ];
+            if asked {
+                cells.insert(STATUS + 1, row.restarts.map_or("-".into(), |n| n.to_string()));
+            }
+            cells
         })
         .collect();
-    let mut widths = head.map(str::len);
+    let mut widths: Vec<usize> = head.iter().map(|h| h.len()).collect();
     for line in &cells {
         for (width, cell) in widths.iter_mut().zip(line) {
             *width = (*width).max(cell.chars().count());
@@ -215,6 +240,9 @@ fn table(picture: &Picture, now: Timestamp, colour: bool, detail: bool) -> Strin
             let pad = " ".repeat(if i + 1 == cells.len() { 0 } else { widths[i] - cell.chars().count() + 2 });
             match painted {
                 Some(row) if i == STATUS => text.push_str(&paint(row.status, row.off, cell)),
+                Some(row) if i == WANTED && row.revision.as_ref().is_some_and(|r| r.ends_with(DIRTY)) => {
+                    text.push_str(&format!("\x1b[33m{cell}\x1b[0m"));
+                }
                 _ => text.push_str(cell),
             }
             text.push_str(&pad);
@@ -224,7 +252,7 @@ fn table(picture: &Picture, now: Timestamp, colour: bool, detail: bool) -> Strin
     };
     line(&head, None);
     for (row, cells) in picture.rows.iter().zip(&cells) {
-        line(&cells.each_ref().map(String::as_str), colour.then_some(row));
+        line(&cells.iter().map(String::as_str).collect::<Vec<_>>(), colour.then_some(row));
     }
     let mut below = String::new();
     for host in &picture.hosts {
@@ -281,6 +309,8 @@ mod tests {
                 host: host.clone(),
                 reported_at: Some(Timestamp(940)),
                 serial: Some(7),
+                store: None,
+                last_error: None,
                 off: true,
                 problems: vec!["Caddy's route is pending: \x1b]0;x\x07".into()],
             }],
@@ -294,6 +324,7 @@ mod tests {
                 since: Some(Timestamp(700)),
                 reported_at: Some(Timestamp(940)),
                 exposure: Exposure::parse("1.1"),
+                restarts: None,
                 off: true,
                 problem: Some("exited with 1".into()),
                 attempted: Some(path("2")),

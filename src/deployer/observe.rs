@@ -7,6 +7,7 @@ use super::plan::{Memory, Observed, UnitFile, UnitSeen};
 use super::root::Root;
 use super::systemd::{self, Shown, UNIT_PATH, same_file};
 use super::unit;
+use crate::clock::Timestamp;
 use crate::error::Result;
 use crate::manifest::{Rollout, Service};
 use crate::names::{ServiceName, StorePath};
@@ -330,8 +331,22 @@ impl<'a> Folders<'a> {
 
 /// When a unit was last started: systemd makes this link anew with every start, and only then.
 fn started(name: &ServiceName) -> Option<(i64, i64)> {
-    let link = Path::new("/run/systemd/units").join(format!("invocation:{}", name.unit()));
+    start_of(&name.unit())
+}
+
+fn start_of(unit: &str) -> Option<(i64, i64)> {
+    let link = Path::new("/run/systemd/units").join(format!("invocation:{unit}"));
     fs_err::symlink_metadata(link).ok().map(|m| (m.mtime(), m.mtime_nsec()))
+}
+
+/// The same for any unit, in whole seconds.
+pub fn started_at(unit: &str) -> Option<Timestamp> {
+    start_of(unit).map(|(seconds, _)| Timestamp(seconds))
+}
+
+/// The services that have a unit with our mark.
+pub fn ours(root: &Root) -> Result<BTreeSet<ServiceName>> {
+    Ok(marked(&root.unit_dir, ".service")?.into_iter().map(|(name, _)| name).collect())
 }
 
 /// When a file was last put in place: also one that was copied there with an older time.

@@ -5,10 +5,13 @@ use super::apply::{Host, would_empty};
 use super::caddy::{self, RoutePlan};
 use super::lock::{self, Asked};
 use super::overrides::{Pause, Pin};
-use super::plan::{self, Learned, Memory, Observed, Options, Plan, ServicePlan};
+use super::plan::{self, Learned, Memory, Observed, Options, Plan, ServicePlan, UnitFile};
 use super::root::Root;
-use super::state::{REPORT_EVERY_SEC, RouteState, RouteStatus, STATE_VERSION, ServiceState, State, Status};
-use super::{applied, intent, observe, overrides, systemd};
+use super::state::{
+    Failure, LastError, OtherMachine, REPORT_EVERY_SEC, RouteState, RouteStatus, SILENT_SEC, STATE_VERSION,
+    ServiceState, State, Status,
+};
+use super::{applied, intent, machine, observe, overrides, systemd};
 use crate::clock::Timestamp;
 use crate::config::{self, Settings};
 use crate::durable;
@@ -18,12 +21,13 @@ use crate::keys::PublicKey;
 use crate::manifest::edit::COPY_BACK;
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
-use crate::manifest::{Manifest, Service, signature, versions};
+use crate::manifest::{Manifest, Service, entry, signature, versions};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
-use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, When};
+use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError, When};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// How often a round of effects may be followed by another: fetch and check, deploy, put back, and one more
 /// for what putting back taught.
@@ -45,8 +49,39 @@ pub struct Asks {
 /// The manifest a pass works from.
 struct Current {
     manifest: Manifest,
+    /// The digest of each entry ([`entry`]).
+    entries: BTreeMap<ServiceName, String>,
     /// Why it is the last good one rather than the bucket's.
     error: Option<String>,
+}
+
+/// Why a pass ended without having done its work.
+struct Ended {
+    error: Error,
+    /// Somebody typed what cannot be: nothing is wrong with the host.
+    mistyped: bool,
+    /// The store was asked and did not answer.
+    unreachable: bool,
+    /// It is the manifest that cannot be obeyed.
+    manifest: bool,
+}
+
+impl From<Error> for Ended {
+    fn from(error: Error) -> Self {
+        Ended { error, mistyped: false, unreachable: false, manifest: false }
+    }
+}
+
+impl From<StoreError> for Ended {
+    fn from(error: StoreError) -> Self {
+        Error::from(error).into()
+    }
+}
+
+impl From<std::io::Error> for Ended {
+    fn from(error: std::io::Error) -> Self {
+        Error::from(error).into()
+    }
 }
 
 /// Which version of which store the last good manifest is.
@@ -84,7 +119,8 @@ fn keep_manifest(root: &Root, bytes: &[u8], origin: &Origin) -> Result<()> {
 
 /// Reads the manifest, from the bucket if it has a good one, else the last good one. `keep`: a new one is kept
 /// on disk for the day the bucket cannot be reached.
-fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Result<Current> {
+fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Result<Current, Ended> {
+    let mut unreachable = false;
     let cached = last_good(root, store);
     let url = store.url();
     let error = match store.get(MANIFEST_KEY, cached.as_ref().and_then(|(_, etag)| etag.as_ref()), MAX_BYTES)
@@ -100,7 +136,7 @@ fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Resul
                     // What runs here must be known when the bucket is not, so it is not taken up.
                     Some(format!("the new manifest cannot be kept on this host: {e}"))
                 } else {
-                    return Ok(Current { manifest, error: None });
+                    return Ok(Current { manifest, entries: entry::digests(&bytes), error: None });
                 }
             }
             Err(e) if e.is_newer_version() => Some(format!("the manifest in {url} cannot be used: {e}")),
@@ -109,26 +145,31 @@ fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Resul
             )),
         },
         Ok(Got::Missing) => Some(no_manifest(&url, cached.as_ref().map(|(kept, _)| kept.as_slice()), belief)),
-        Err(e) => Some(e.to_string()),
+        Err(e) => {
+            unreachable = matches!(e, StoreError::Unreachable(_));
+            Some(e.to_string())
+        }
     };
     let Some((bytes, _)) = cached else {
-        return Err(Error::new(match error {
+        let error = Error::new(match error {
             Some(e) => {
                 format!("{e}; there is no earlier manifest on this host to work from, nothing was changed")
             }
             None => format!("{url} says that its manifest is unchanged, but none is on this host; run again"),
-        }));
+        });
+        return Err(Ended { unreachable, ..error.into() });
     };
     let unusable = |why: &dyn std::fmt::Display| {
         let at = root.manifest();
         let before = error.as_ref().map(|e| format!("{e}; ")).unwrap_or_default();
         Error::new(format!("{before}{} cannot be used: {why}; remove it and run again", at.display()))
     };
-    let manifest = parse::manifest(&bytes, Mode::Tolerant).map_err(|e| unusable(&e))?;
+    let manifest =
+        parse::manifest(&bytes, Mode::Tolerant).map_err(|e| Ended { unreachable, ..unusable(&e).into() })?;
     // It may have been kept before this host was told whom to trust.
     match belief.doubt(&bytes, &manifest, store) {
-        Some(why) => Err(unusable(&why)),
-        None => Ok(Current { manifest, error }),
+        Some(why) => Err(Ended { unreachable, ..unusable(&why).into() }),
+        None => Ok(Current { manifest, entries: entry::digests(&bytes), error }),
     }
 }
 
@@ -302,7 +343,7 @@ pub fn preview(settings: &Settings, asks: &Asks) -> Result<Preview> {
     let store = store::open(&settings.store)?;
     let mut memory = load_memory(settings, &root, now)?;
     let belief = Belief::new(settings, &memory, asks)?;
-    let current = current(&root, store.as_ref(), &belief, false)?;
+    let current = current(&root, store.as_ref(), &belief, false).map_err(|ended| ended.error)?;
     let (desired, _) = mine(&current.manifest, settings, &mut memory, now);
     let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)?;
@@ -412,6 +453,84 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
 }
 
 fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: Timestamp) -> Result<u8> {
+    work(settings, asks, root, now).map_err(|ended| {
+        if !ended.mistyped
+            && let Err(e) = leave_reason(settings, root, &ended, now)
+        {
+            say::error(format!("why this pass failed could not be taken down: {e}"));
+        }
+        ended.error
+    })
+}
+
+/// Leaves the reason of a pass that did not do its work in the state, and reports it where the store takes it:
+/// what ran before may look well for long. An idle pass that fails as the one before writes nothing.
+fn leave_reason(settings: &Settings, root: &Root, ended: &Ended, now: Timestamp) -> Result<()> {
+    let Some(before) = last_state(root, &settings.host, now)? else { return Ok(()) };
+    let mut state = failed_state(&before, ended.error.to_string(), now);
+    state.host = settings.host.clone();
+    if ended.manifest {
+        state.manifest_error = Some(ended.error.to_string());
+    }
+    state.machine = machine::this();
+    let store = store::open(&settings.store).ok();
+    if let Some(store) = &store {
+        state.store = Some(store.identity());
+    }
+    // What the store did not take once is not pressed upon it by every pass.
+    let known = before.last_error == state.last_error;
+    state.reported = if known { before.reported } else { true };
+    match store {
+        Some(store) if !ended.unreachable => publish(root, store.as_ref(), &before, state),
+        _ => {
+            state.reported = false;
+            if news(root, &before, &state) {
+                durable::write(&root.state_file(), &to_bytes(&state)?, 0o644)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// The state with the reason why passes end, and since when.
+fn failed_state(before: &State, reason: String, now: Timestamp) -> State {
+    let since = before.last_error.as_ref().filter(|e| e.reason == reason).map_or(now, |e| e.since);
+    let deployer = env!("CARGO_PKG_VERSION").into();
+    State { checked_at: now, deployer, last_error: Some(LastError { reason, since }), ..before.clone() }
+}
+
+/// The state that the pass before left; None where it cannot be read, which the next good pass must still see.
+fn last_state(root: &Root, host: &HostName, now: Timestamp) -> Result<Option<State>> {
+    match fs_err::read(root.state_file()) {
+        Ok(bytes) => Ok(State::parse(&bytes).ok()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Some(State::new(host.clone(), now))),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// A pass that could not begin, because the configuration cannot be used: the state says so, as far as anybody
+/// without that configuration can.
+pub fn could_not_begin(why: &Error) {
+    let now = Timestamp::now();
+    // Its unit folder is not known, and not needed.
+    let root = Root::system(Path::new("/etc/systemd/system"));
+    let note = || -> Result<()> {
+        let Asked::Taken(_lock) = lock::take(&root, now)? else { return Ok(()) };
+        let Some(host) = HostName::of_this_machine() else { return Ok(()) };
+        let Some(before) = last_state(&root, &host, now)? else { return Ok(()) };
+        let state = State { reported: false, ..failed_state(&before, why.to_string(), now) };
+        if news(&root, &before, &state) {
+            durable::folder(&root.state_dir, 0o755)?;
+            durable::write(&root.state_file(), &to_bytes(&state)?, 0o644)?;
+        }
+        Ok(())
+    };
+    if let Err(e) = note() {
+        say::error(format!("why this pass failed could not be taken down: {e}"));
+    }
+}
+
+fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result<u8, Ended> {
     // Its unit has it made; a pass started by hand on a fresh host has not.
     durable::folder(&root.state_dir, 0o755)?;
     let store = store::open(&settings.store)?;
@@ -431,7 +550,8 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         overrides::save(root, &memory.overrides)?;
     }
     let desired: Vec<&Service> = desired.iter().collect();
-    let options = options(settings, asks, &desired)?;
+    let options = options(settings, asks, &desired)
+        .map_err(|error| Ended { mistyped: !asks.retry.is_empty(), ..error.into() })?;
     if memory.state.serial != Some(manifest.serial) {
         say::info(format!(
             "manifest serial {} ({}, by {}): {} service(s) for host '{}'",
@@ -467,10 +587,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         Ok(plan) => plan,
         Err(refused) => {
             // Whoever looks from afar shall see why nothing happens.
-            let manifest_error = Some(refused.to_string());
-            let state = State { checked_at: now, manifest_error, reported: true, ..memory.state.clone() };
-            publish(root, store.as_ref(), &before, state)?;
-            return Err(refused);
+            return Err(Ended { manifest: true, ..refused.into() });
         }
     };
     if !plan.is_empty() || !memory.interrupted.is_empty() {
@@ -532,23 +649,30 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         host.drain_understudies(&plan.understudies, &memory, &observed)?;
         host.remove_understudies(&plan.understudies, &mut observed)?;
     }
+    let mut not_gone = None;
     if !plan.gone.is_empty() {
         let gone = intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())
             .and_then(|()| host.remove(&plan.gone, &mut memory, &observed))
             .and_then(|removed| host.unroot(&plan.gone, &mut observed).map(|()| changed |= removed));
+        not_gone = gone.as_ref().err().map(Error::to_string);
         learned.disk(gone);
     }
-    if changed {
+    if changed || not_gone.is_some() {
         (observed.units, observed.active) = observe::units(root, &desired, &memory)?;
         // An attempt starts what it requires: what this changed is no reason to try again.
         plan::settle_inputs(&mut plan, &desired, &observed, &learned);
     }
 
-    let services = plan
+    let mut services = plan
         .services
         .iter()
-        .map(|p| (p.name.clone(), service_state(p, &observed, &memory, &learned, now)))
+        .map(|p| {
+            let entry = current.entries.get(&p.name).cloned();
+            (p.name.clone(), ServiceState { entry, ..service_state(p, &observed, &memory, &learned, now) })
+        })
         .collect::<BTreeMap<_, _>>();
+    let going = plan.gone.iter().filter_map(|p| going(&p.name, &observed, &memory, not_gone.as_deref(), now));
+    services.extend(going.map(|service| (service.name.clone(), service)));
     let mut state = State {
         version: STATE_VERSION,
         host: settings.host.clone(),
@@ -560,6 +684,10 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         manifest_error: current.error,
         route,
         reported: true,
+        store: Some(store.identity()),
+        machine: machine::this(),
+        other_machine: before.other_machine.clone(),
+        last_error: None,
         services,
     };
     if news(root, &before, &state) {
@@ -597,6 +725,8 @@ fn remember(root: &Root, memory: &mut Memory, learned: &Learned) -> Result<()> {
             invocation: before.and_then(|b| b.invocation.clone()),
             pinned_since: None,
             paused_until: None,
+            entry: before.and_then(|b| b.entry.clone()),
+            removing: false,
         };
         memory.state.services.insert(name.clone(), entry);
         new = true;
@@ -634,7 +764,7 @@ fn service_state(
         (_, Some(_), _) | (_, None, None) => Status::Failed,
     };
     let failure = plan.trouble.as_ref().map(|t| t.failure.clone()).or_else(|| {
-        (status == Status::Failed && !plan.paused).then(|| super::state::Failure {
+        (status == Status::Failed && !plan.paused).then(|| Failure {
             reason: format!("it was up and is not any more; see 'journalctl -u {}'", plan.name),
             attempted: plan.target.clone(),
             at: now,
@@ -667,7 +797,46 @@ fn service_state(
         invocation: invocation.and_then(|u| u.invocation.clone()),
         pinned_since: overrides.pinned.get(&plan.name).map(|p| p.since),
         paused_until: overrides.paused.get(&plan.name).and_then(|p| p.until),
+        entry: None,
+        removing: false,
     }
+}
+
+/// A service that is not in the manifest any more and not gone yet, with what it is doing.
+fn going(
+    name: &ServiceName,
+    observed: &Observed,
+    memory: &Memory,
+    why: Option<&str>,
+    now: Timestamp,
+) -> Option<ServiceState> {
+    let seen = observed.units.get(name);
+    let applied = memory.applied.get(name);
+    // What was proved is forgotten last.
+    if applied.is_none() && !seen.is_some_and(|s| matches!(s.file, UnitFile::Ours(_))) {
+        return None;
+    }
+    let listed = seen.map(|s| &s.listed).filter(|l| !l.active.is_empty());
+    let does = listed.map_or("not loaded".to_string(), |l| format!("{}/{}", l.active, l.sub));
+    let why = why.map(|why| format!(": {why}")).unwrap_or_default();
+    let reason = format!(
+        "it is not in the manifest any more, and not gone yet ({does}){why}; the next pass goes on with it, see \
+         'journalctl -u {name}'"
+    );
+    let before = memory.state.services.get(name);
+    let up = listed.is_some_and(|l| matches!(l.active.as_str(), "active" | "deactivating"));
+    let failure =
+        Failure { reason, attempted: None, at: now, journal: Vec::new(), attempts: 0, inputs: None };
+    Some(ServiceState {
+        store_path: applied.filter(|_| up).map(|a| a.path.clone()),
+        failure: Some(failure),
+        removing: true,
+        ..ServiceState::new(
+            name.clone(),
+            Status::Failed,
+            before.filter(|b| b.removing).map_or(now, |b| b.since),
+        )
+    })
 }
 
 /// The story's last lines: everything that is off, with its reason unless this pass has just said it, so that an
@@ -731,17 +900,57 @@ fn publish(root: &Root, store: &dyn Store, before: &State, mut state: State) -> 
         return Ok(());
     }
     let key = format!("{HOSTS_PREFIX}{}.json", state.host);
+    state.other_machine = other_machine(store, &key, before, &state);
     // The report first: a pass that dies between the two finds its old state, and reports again.
     let reported = {
         let _effect = effect::mark("put", &key);
         store.put(&key, &to_bytes(&state)?, &When::Always)
     };
+    state.reported = reported.is_ok();
     if let Err(e) = reported {
         say::warning(format!("the report was not written: {e}; the next pass tries again"));
-        state.reported = false;
     }
-    durable::write(&root.state_file(), &to_bytes(&state)?, 0o644)?;
+    // A store that goes on refusing is asked again by every pass, and the disk is spared.
+    if news(root, before, &state) {
+        durable::write(&root.state_file(), &to_bytes(&state)?, 0o644)?;
+    }
     Ok(())
+}
+
+/// The largest report that is read, in bytes.
+const MAX_REPORT: u64 = 4 << 20;
+
+/// Whether the report that is about to be replaced is another machine's: asked only where one is written, so that
+/// an idle pass asks the store for nothing but the manifest. Credentials that may not read it tell nothing.
+fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) -> Option<OtherMachine> {
+    let this = state.machine.as_ref()?;
+    let found = match store.get(key, None, MAX_REPORT) {
+        Ok(Got::Found { bytes, .. }) => State::parse(&bytes).ok(),
+        Ok(Got::Missing | Got::NotModified) | Err(_) => None,
+    };
+    // Two that are at work find each other at every report: one that is not found any more has given up.
+    let lasts = |other: &OtherMachine| {
+        other.came_back && state.checked_at.0.saturating_sub(other.reported_at.0) <= SILENT_SEC
+    };
+    let earlier = before.other_machine.clone().filter(lasts);
+    let Some((theirs, reported_at)) = found.and_then(|f| Some((f.machine?, f.checked_at))) else {
+        return earlier;
+    };
+    if theirs.id == this.id {
+        return earlier;
+    }
+    if state.checked_at.0.saturating_sub(reported_at.0) > SILENT_SEC {
+        say::info(format!(
+            "this machine takes the place of {theirs}, which reported as '{}' before",
+            state.host
+        ));
+        return earlier;
+    }
+    let came_back =
+        before.reported && before.machine.as_ref() == Some(this) && reported_at > before.checked_at;
+    let other = OtherMachine { machine: theirs, reported_at, came_back };
+    say::warning(other.text(&state.host, this));
+    Some(other)
 }
 
 fn to_bytes(state: &State) -> Result<Vec<u8>> {

@@ -953,18 +953,10 @@ mod tests {
                             None => Status::Running,
                         };
                         let state = super::super::state::ServiceState {
-                            name: service.name.clone(),
                             store_path: service.goal.as_ref().map(|g| g.path.clone()),
-                            status,
-                            since: NOW,
-                            previous: Vec::new(),
                             failure: trouble.map(|t| t.failure.clone()),
-                            secrets_changed: false,
-                            exposure: None,
                             drop_ins: service.drop_ins.clone(),
-                            invocation: None,
-                            pinned_since: None,
-                            paused_until: None,
+                            ..super::super::state::ServiceState::new(service.name.clone(), status, NOW)
                         };
                         self.memory.state.services.insert(service.name.clone(), state);
                     }

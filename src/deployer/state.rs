@@ -40,12 +40,86 @@ pub struct State {
     /// Whether this reached the bucket; if not, the next pass tries again.
     #[serde(default)]
     pub reported: bool,
+    /// The store that the host obeys ([`crate::store::Store::identity`]); null: written by a program that did not
+    /// say.
+    #[serde(default)]
+    pub store: Option<String>,
+    /// Which machine wrote this.
+    #[serde(default)]
+    pub machine: Option<Machine>,
+    /// Another machine that reports under the same name.
+    #[serde(default)]
+    pub other_machine: Option<OtherMachine>,
+    /// Why the last pass ended without having done its work; null: it did. What else is in here is then what the
+    /// pass before left.
+    #[serde(default)]
+    pub last_error: Option<LastError>,
     /// The services of this host, by name.
     pub services: BTreeMap<ServiceName, ServiceState>,
 }
 
+/// Which machine it is: two of them may have been given one `host` name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Machine {
+    /// Derived from /etc/machine-id, which itself is confidential (machine-id(5)).
+    pub id: String,
+    /// Its own host name, for people.
+    #[serde(default)]
+    pub name: String,
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let start: String = self.id.chars().take(8).collect();
+        if self.name.is_empty() { write!(f, "{start}") } else { write!(f, "{} ({start})", self.name) }
+    }
+}
+
+/// A machine whose report was found where this one's was to be written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OtherMachine {
+    /// Which.
+    pub machine: Machine,
+    /// When it wrote that report.
+    pub reported_at: Timestamp,
+    /// Whether it did so after this machine had reported: then both are at work. Otherwise this one may have
+    /// taken its place.
+    #[serde(default)]
+    pub came_back: bool,
+}
+
+impl OtherMachine {
+    /// What is wrong, with both by name, and how it is settled.
+    pub fn text(&self, host: &HostName, this: &Machine) -> String {
+        let OtherMachine { machine, reported_at, came_back } = self;
+        let next = match came_back {
+            true => "give one of them another name ('host' in its /etc/omni-deploy/config.json)",
+            false => {
+                "if the one took the other's place, that is all, and the next report says so no more; else give one of \
+                 them another name ('host' in its /etc/omni-deploy/config.json)"
+            }
+        };
+        format!("two machines report as host '{host}': {this}, and {machine} at {reported_at}; {next}")
+    }
+}
+
+/// Why a pass ended without having done its work.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LastError {
+    /// The object, the cause and the next move.
+    pub reason: String,
+    /// Since when passes end with it.
+    pub since: Timestamp,
+}
+
 /// How long a report that has nothing new may be left alone, in seconds.
 pub const REPORT_EVERY_SEC: i64 = 30 * 60;
+
+/// A report older than this, in seconds, means that whoever wrote it fell silent: two refreshes were missed.
+pub const SILENT_SEC: i64 = 2 * REPORT_EVERY_SEC + 10 * 60;
 
 /// What a host believes about one service.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -84,6 +158,12 @@ pub struct ServiceState {
     /// It is stopped by `deployer pause` until then; null with status `stopped`: until `deployer resume`.
     #[serde(default)]
     pub paused_until: Option<Timestamp>,
+    /// The digest of the manifest's entry that the rest was decided by ([`crate::manifest::entry`]); null: not known.
+    #[serde(default)]
+    pub entry: Option<String>,
+    /// It is not in the manifest any more, and not gone yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub removing: bool,
 }
 
 impl ServiceState {
@@ -232,6 +312,28 @@ pub enum RouteStatus {
     Pending,
 }
 
+impl ServiceState {
+    /// A service of which nothing is known but this.
+    pub fn new(name: ServiceName, status: Status, since: Timestamp) -> Self {
+        ServiceState {
+            name,
+            store_path: None,
+            status,
+            since,
+            previous: Vec::new(),
+            failure: None,
+            secrets_changed: false,
+            exposure: None,
+            drop_ins: Vec::new(),
+            invocation: None,
+            pinned_since: None,
+            paused_until: None,
+            entry: None,
+            removing: false,
+        }
+    }
+}
+
 impl State {
     /// The state of a host that never finished a pass.
     pub fn new(host: HostName, now: Timestamp) -> Self {
@@ -246,6 +348,10 @@ impl State {
             manifest_error: None,
             route: RouteState::default(),
             reported: false,
+            store: None,
+            machine: None,
+            other_machine: None,
+            last_error: None,
             services: BTreeMap::new(),
         }
     }
@@ -263,11 +369,16 @@ impl State {
         serde_json::from_slice(bytes).map_err(|e| e.to_string())
     }
 
+    /// Whether this is why the last pass ended.
+    pub fn failed_with(&self, reason: &str) -> bool {
+        self.last_error.as_ref().is_some_and(|e| e.reason == reason)
+    }
+
     /// The exit code it stands for: 4 when something is down, 3 when something is not as it should be.
     pub fn exit_code(&self) -> u8 {
         let off = |s: &&ServiceState| matches!(s.status, Status::Failed | Status::Rejected);
-        let looked_at = |s: &ServiceState| !s.drop_ins.is_empty();
-        if self.services.values().filter(off).any(|s| s.store_path.is_none()) {
+        let looked_at = |s: &ServiceState| s.removing || !s.drop_ins.is_empty();
+        if self.services.values().filter(off).any(|s| s.store_path.is_none() && !s.removing) {
             crate::error::EXIT_DOWN
         } else if self.services.values().any(|s| off(&s) || looked_at(s)) {
             crate::error::EXIT_DEGRADED

@@ -462,6 +462,17 @@ pub fn caddy_log() -> Vec<String> {
     output.map(|output| output.text().lines().map(String::from).collect()).unwrap_or_default()
 }
 
+/// The last line a unit wrote to the journal; None where there is none, or where we may not read it.
+pub fn last_line(unit: &str) -> Option<String> {
+    let output = Run::new("journalctl")
+        .args(["--no-pager", "--output=cat", "--quiet", "--lines=1"])
+        // What systemd itself says of the unit says less than the unit did.
+        .arg(format!("_SYSTEMD_UNIT={unit}"))
+        .deadline(Duration::from_secs(20))
+        .output();
+    output.ok()?.text().lines().last().map(clip)
+}
+
 /// A line of a log, cut where it stops being one.
 fn clip(line: &str) -> String {
     match line.char_indices().nth(500) {

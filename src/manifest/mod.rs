@@ -1,12 +1,13 @@
 //! The manifest: what should run where. [`model`] has the types, [`parse`] reads them from JSON with the path
 //! of every mistake, [`validate`] checks what spans services, [`changes`] are what people do to it, [`edit`]
 //! publishes a version, [`versions`] finds the replaced ones, [`diff`] compares two, [`schema`] describes the form to other
-//! programs, [`command`] splits command lines.
+//! programs, [`command`] splits command lines, [`entry`] tells whether an entry is still the same.
 
 pub mod changes;
 pub mod command;
 pub mod diff;
 pub mod edit;
+pub mod entry;
 pub mod json;
 pub mod model;
 pub mod parse;

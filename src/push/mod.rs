@@ -8,17 +8,18 @@ pub mod wait;
 use crate::clock::{Timestamp, human_seconds};
 use crate::config::Settings;
 use crate::error::{Error, Result, did_you_mean};
-use crate::manifest::Manifest;
 use crate::manifest::edit::{self, Author, Update};
+use crate::manifest::{Manifest, entry};
 use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
 use crate::nix::{self, Published};
 use crate::runner::{Run, Stream, tail};
 use crate::say;
-use crate::store;
+use crate::store::{self, Store};
 use namespace::{How, Target};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Instant;
+use wait::Shipped;
 
 /// A version with everything that was pushed in it.
 #[derive(Debug, Clone)]
@@ -28,7 +29,7 @@ pub struct Pushed {
     /// What runs from now on, in the order of the targets.
     pub services: Vec<(ServiceName, StorePath)>,
     /// The services by the hosts they run on.
-    pub hosts: BTreeMap<HostName, Vec<(ServiceName, StorePath)>>,
+    pub hosts: BTreeMap<HostName, Vec<Shipped>>,
 }
 
 /// A step's time for people.
@@ -94,10 +95,12 @@ pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd:
     let version =
         edit::update(store.as_ref(), &now, &author, &built).map_err(|e| e.context("publishing failed"))?;
     let (serial, written) = (version.manifest.serial, version.written);
-    let mut hosts: BTreeMap<HostName, Vec<(ServiceName, StorePath)>> = BTreeMap::new();
+    let entries = entries(store.as_ref(), &version)?;
+    let mut hosts: BTreeMap<HostName, Vec<Shipped>> = BTreeMap::new();
     for Update { name, path, .. } in &built {
         for host in version.manifest.service(name.as_str()).map(|s| s.hosts.as_slice()).unwrap_or_default() {
-            hosts.entry(host.clone()).or_default().push((name.clone(), path.clone()));
+            let (name, path, entry) = (name.clone(), path.clone(), entries.get(name).cloned());
+            hosts.entry(host.clone()).or_default().push(Shipped { name, path, entry });
         }
     }
     let url = store.url();
@@ -107,6 +110,17 @@ pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd:
         say::info(format!("nothing to publish: serial {serial} in {url} says so already"));
     }
     Ok(Pushed { serial, services: built.into_iter().map(|u| (u.name, u.path)).collect(), hosts })
+}
+
+/// The digests of a version's entries, as hosts make them from its text. Empty where that is not there any more.
+fn entries(store: &dyn Store, version: &edit::Published) -> Result<BTreeMap<ServiceName, String>> {
+    if version.written {
+        return Ok(entry::digests(&version.manifest.to_bytes()));
+    }
+    // Somebody else wrote it, maybe with another program: its text is theirs.
+    let current = edit::load(store)?;
+    let same = |c: &edit::Current| c.manifest.as_ref().is_ok_and(|m| m.serial == version.manifest.serial);
+    Ok(current.filter(same).map(|c| entry::digests(&c.bytes)).unwrap_or_default())
 }
 
 /// Refuses a target whose service the manifest does not have.

@@ -233,12 +233,15 @@ fn repository(dir: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
+/// Stands after a commit whose tracked files were changed when it was built.
+pub const DIRTY: &str = "-dirty";
+
 /// The commit of a repository, with `-dirty` when tracked files differ from it; None before the first commit.
 pub fn revision(repository: &Path) -> Result<Option<String>> {
     let Some(commit) = git(repository, &["rev-parse", "--verify", "HEAD"])? else { return Ok(None) };
     let changes = git(repository, &["status", "--porcelain", "--untracked-files=no"])?;
     let dirty = changes.is_none_or(|c| !c.is_empty());
-    Ok(Some(if dirty { format!("{commit}-dirty") } else { commit }))
+    Ok(Some(if dirty { format!("{commit}{DIRTY}") } else { commit }))
 }
 
 #[cfg(test)]

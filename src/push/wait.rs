@@ -3,13 +3,18 @@
 //! else, and never believes that a start which returned was a pass that saw this push.
 
 use crate::config::Settings;
-use crate::deployer::root::STATE_FILE;
+use crate::deployer::live::Unit;
 use crate::deployer::state::{ServiceState, State, Status};
-use crate::error::{EXIT_DEGRADED, EXIT_DOWN, EXIT_FAILED};
+use crate::error::{EXIT_DEGRADED, EXIT_DOWN, EXIT_FAILED, Result};
+use crate::manifest::versions;
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::runner::{Status as Ended, tail};
 use crate::say;
+use crate::see::hint;
+use crate::see::judge::Standing;
+use crate::see::reports;
 use crate::ssh;
+use crate::store::{MANIFEST_KEY, Store};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -17,25 +22,53 @@ use std::time::{Duration, Instant};
 const TRIES: u32 = 3;
 /// What systemctl exits with when there is no such unit (systemctl(1)).
 const NO_UNIT: Ended = Ended::Exit(5);
+/// How long a host may take to say how its deployer ended.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// What is followed on a host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shipped {
+    /// The service.
+    pub name: ServiceName,
+    /// What is to run.
+    pub path: StorePath,
+    /// The digest of the entry that was published ([`crate::manifest::entry`]).
+    pub entry: Option<String>,
+}
 
 /// What a service came to on one host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// The pushed path runs.
-    Runs,
-    /// The host works from a version published after this push, and runs what that names.
-    Superseded(u64),
-    /// The host would not have it; what ran before runs.
-    Refused(Trouble),
-    /// The host would not have it, and nothing runs.
-    Down(Trouble),
+    /// What was pushed runs.
+    Running,
+    /// The host works from a version that somebody published after this push, and runs what that names.
+    Superseded(Newer),
+    /// The host has seen it, and it does not run.
+    Off(Off),
+    /// It is published, and the host has not taken it up: why.
+    Pending(String),
     /// Nobody can tell.
     Unknown(String),
 }
 
-/// Why a host did not take a version.
+/// A version that came after this push.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
+pub struct Newer {
+    /// Its number.
+    pub serial: u64,
+    /// Who published it, and what it changed; empty until the store was asked.
+    pub by: String,
+    /// What it changed.
+    pub action: String,
+}
+
+/// Why a host does not run what was pushed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Off {
+    /// The word that `status` has for it.
+    pub status: Standing,
+    /// Whether nothing runs, against somebody's will.
+    pub down: bool,
     /// The host's reason.
     pub reason: String,
     /// The service's last lines.
@@ -43,96 +76,160 @@ pub struct Trouble {
 }
 
 impl Outcome {
-    /// The word in the output.
+    /// The word in the output; the same as in `status`, but for `superseded`.
     pub fn word(&self) -> &'static str {
         match self {
-            Outcome::Runs => "running",
+            Outcome::Running => Standing::Running.as_str(),
             Outcome::Superseded(_) => "superseded",
-            Outcome::Refused(_) => "refused",
-            Outcome::Down(_) => "down",
-            Outcome::Unknown(_) => "unknown",
+            Outcome::Off(off) => off.status.as_str(),
+            Outcome::Pending(_) => Standing::Pending.as_str(),
+            Outcome::Unknown(_) => Standing::Unknown.as_str(),
         }
     }
 }
 
-/// The exit code that outcomes stand for: 4 when a service is down, else 3 when a host refused one, else 1 when
-/// a host could not tell.
+/// The exit code that outcomes stand for: 4 when a service is down, else 3 when a host runs another version of one,
+/// else 1 when a host has not taken it up or could not tell.
 pub fn exit_code<'a>(outcomes: impl IntoIterator<Item = &'a Outcome>) -> u8 {
     let rank = |o: &Outcome| match o {
-        Outcome::Runs | Outcome::Superseded(_) => (0, 0),
-        Outcome::Unknown(_) => (1, EXIT_FAILED),
-        Outcome::Refused(_) => (2, EXIT_DEGRADED),
-        Outcome::Down(_) => (3, EXIT_DOWN),
+        Outcome::Running | Outcome::Superseded(_) => (0, 0),
+        Outcome::Pending(_) | Outcome::Unknown(_) => (1, EXIT_FAILED),
+        Outcome::Off(Off { down: false, .. }) => (2, EXIT_DEGRADED),
+        Outcome::Off(Off { down: true, .. }) => (3, EXIT_DOWN),
     };
     outcomes.into_iter().map(rank).max().map_or(0, |(_, code)| code)
 }
 
-/// What a host's state says of a pushed service; None when its passes have not seen that serial yet. Pure.
-pub fn judge(state: &State, service: &ServiceName, path: &StorePath, serial: u64) -> Option<Outcome> {
-    let seen = state.serial.filter(|s| *s >= serial)?;
-    let Some(found) = state.services.get(service) else {
+/// What a host's state says of a pushed service; None when its passes have not seen that version yet. `store` is the
+/// identity of the one that was published to. Pure.
+pub fn judge(state: &State, shipped: &Shipped, serial: u64, store: &str) -> Option<Outcome> {
+    let Shipped { name, path, entry } = shipped;
+    if let Some(theirs) = state.store.as_ref().filter(|s| *s != store) {
+        return Some(Outcome::Unknown(format!(
+            "{} reads {theirs}, you published to {store}; correct 'store' here ('omni-deploy config') or in \
+             /etc/omni-deploy/config.json there",
+            state.host
+        )));
+    }
+    let seen = state.serial.filter(|s| *s >= serial);
+    if let Some(failed) = &state.last_error {
+        let why = format!("its last pass failed: {}", failed.reason);
+        // What it says of services is from before.
+        return Some(if seen.is_some() { Outcome::Unknown(why) } else { Outcome::Pending(why) });
+    }
+    let seen = seen?;
+    let superseded = || Outcome::Superseded(Newer { serial: seen, by: String::new(), action: String::new() });
+    let Some(found) = state.services.get(name) else {
         return Some(if seen > serial {
-            Outcome::Superseded(seen)
+            superseded()
         } else {
             Outcome::Unknown(format!(
-                "its deployer does not count {service} among its own; is its 'host' ({}) the name in 'hosts'?",
+                "its deployer does not count {name} among its own; is its 'host' ({}) the name in 'hosts'?",
                 state.host
             ))
         });
     };
     let ServiceState { store_path, status, failure, .. } = found;
     let attempted = failure.as_ref().and_then(|f| f.attempted.as_ref());
+    let runs = store_path.as_ref();
     let attention = found.attention(Some(&state.host)).map_or(String::new(), |text| format!("; {text}"));
-    let trouble = || Trouble {
-        reason: failure.as_ref().map_or_else(|| format!("it is {}", status.as_str()), |f| f.reason.clone())
-            + &attention,
-        journal: failure.as_ref().map(|f| f.journal.clone()).unwrap_or_default(),
+    let off = |status: Standing, otherwise: String| {
+        let reason = failure.as_ref().map_or(otherwise, |f| f.reason.clone()) + &attention;
+        let reason = if runs.is_none() && status != Standing::Stopped {
+            format!("{reason}; nothing runs")
+        } else {
+            reason
+        };
+        let journal = failure.as_ref().map(|f| f.journal.clone()).unwrap_or_default();
+        Outcome::Off(Off { status, down: runs.is_none() && status != Standing::Stopped, reason, journal })
     };
+    let another_entry = matches!((&found.entry, entry), (Some(theirs), Some(ours)) if theirs != ours);
     Some(match status {
-        Status::Running if store_path.as_ref() == Some(path) => Outcome::Runs,
-        // Somebody pushed in between: what the host says is about their version.
-        _ if seen > serial && attempted.is_none_or(|a| a != path) && store_path.as_ref() != Some(path) => {
-            Outcome::Superseded(seen)
+        // The path is the same and the rest is not: somebody changed the rest since.
+        Status::Running if runs == Some(path) && another_entry && seen > serial => superseded(),
+        Status::Running if runs == Some(path) && another_entry => {
+            Outcome::Unknown("it works from another entry of that version; run it again".into())
         }
-        _ if store_path.is_none() => Outcome::Down(trouble()),
-        Status::Running => Outcome::Refused(Trouble {
-            reason: failure.as_ref().map_or_else(
-                || format!("it runs {} instead", store_path.as_ref().map_or("nothing", StorePath::as_str)),
-                |f| f.reason.clone(),
-            ),
-            journal: trouble().journal,
-        }),
-        Status::Failed | Status::Rejected | Status::Waiting | Status::Stopped => Outcome::Refused(trouble()),
+        Status::Running if runs == Some(path) => Outcome::Running,
+        // Somebody pushed in between: what the host says is about their version.
+        _ if seen > serial && attempted.is_none_or(|a| a != path) && runs != Some(path) => superseded(),
+        Status::Running if found.pinned_since.is_some() => off(
+            Standing::Pinned,
+            format!("it is held at an earlier path; it moves with 'deployer rollback --unpin {name}'"),
+        ),
+        Status::Running => {
+            off(Standing::Differs, format!("it runs {} instead", runs.map_or("nothing", StorePath::as_str)))
+        }
+        Status::Stopped => {
+            let until = found.paused_until.map(|t| format!(" until {t}")).unwrap_or_default();
+            off(
+                Standing::Stopped,
+                format!(
+                    "it is paused{until}; this version is published, and starts with 'deployer resume {name}'"
+                ),
+            )
+        }
+        Status::Failed => off(Standing::Failed, "the host gives no reason".into()),
+        Status::Rejected => off(Standing::Rejected, "the host gives no reason".into()),
+        Status::Waiting => off(Standing::Waiting, "it waits for its first push".into()),
     })
+}
+
+/// Who published a version that a host has seen, as this store knows it: a number alone may be another store's.
+fn name_newer(store: &dyn Store, host: &HostName, outcome: Outcome) -> Outcome {
+    let Outcome::Superseded(newer) = outcome else { return outcome };
+    let find = || -> Result<Option<versions::Head>> {
+        let all = versions::all(store)?;
+        let Some(version) = all.iter().find(|v| v.serial == newer.serial) else { return Ok(None) };
+        let archived = versions::archive_key(&version.name);
+        let head = versions::head(store, if version.current { MANIFEST_KEY } else { &archived })?;
+        Ok(head.filter(|h| h.serial == newer.serial))
+    };
+    // One that is replaced at this moment is in neither place for whoever looks at one after the other.
+    let found = find().and_then(|head| if head.is_some() { Ok(head) } else { find() });
+    match found {
+        Ok(Some(head)) => {
+            Outcome::Superseded(Newer { by: head.change.by, action: head.change.action, ..newer })
+        }
+        Ok(None) => Outcome::Unknown(format!(
+            "{host} has worked from version {}, which is not in {}: it reads another store; compare 'store' here \
+             ('omni-deploy config') and in /etc/omni-deploy/config.json there",
+            newer.serial,
+            store.url()
+        )),
+        Err(e) => Outcome::Unknown(format!("{host} has seen version {}: {e}", newer.serial)),
+    }
 }
 
 /// Follows all hosts at once until each has an answer or `timeout` is over. The outcomes come by service and
 /// host.
 pub fn follow(
     settings: &Settings,
-    hosts: &BTreeMap<HostName, Vec<(ServiceName, StorePath)>>,
+    hosts: &BTreeMap<HostName, Vec<Shipped>>,
     serial: u64,
     timeout: Duration,
-) -> BTreeMap<(ServiceName, HostName), Outcome> {
-    let until = Instant::now() + timeout;
+) -> Result<BTreeMap<(ServiceName, HostName), Outcome>> {
+    let store = crate::store::open(&settings.store)?;
+    let follower = Follower { settings, store: store.as_ref(), serial, until: Instant::now() + timeout };
     let mut all = BTreeMap::new();
     std::thread::scope(|scope| {
         let threads: Vec<_> = hosts
             .iter()
-            .map(|(host, pushed)| {
-                (host, pushed, scope.spawn(move || follow_one(settings, host, pushed, serial, until)))
+            .map(|(host, shipped)| {
+                let follower = &follower;
+                (host, shipped, scope.spawn(move || follower.follow(host, shipped)))
             })
             .collect();
-        for (host, pushed, thread) in threads {
+        for (host, shipped, thread) in threads {
             let outcomes = thread.join().unwrap_or_else(|_| {
-                vec![Outcome::Unknown("following it broke off by a mistake of ours".into()); pushed.len()]
+                vec![Outcome::Unknown("following it broke off by a mistake of ours".into()); shipped.len()]
             });
-            for ((service, _), outcome) in pushed.iter().zip(outcomes) {
-                all.insert((service.clone(), host.clone()), outcome);
+            for (service, outcome) in shipped.iter().zip(outcomes) {
+                all.insert((service.name.clone(), host.clone()), outcome);
             }
         }
     });
-    all
+    Ok(all)
 }
 
 /// How one start of the deployer and the look at the state after it ended.
@@ -141,103 +238,180 @@ enum Step {
     Done(Vec<Outcome>),
     /// The pass worked from an older manifest; how that looks.
     Behind(String),
-    /// Something failed that another try may mend.
+    /// The same, and its pass failed or could not use the manifest; another one may.
+    Stuck(String),
+    /// The host was not heard; another try may mend that.
     Trouble(String),
     /// Something that no other try mends.
     Hopeless(String),
+    /// The host's pass failed: why. It said so itself, and would say it again.
+    Failed(String),
 }
 
-fn follow_one(
-    settings: &Settings,
-    host: &HostName,
-    pushed: &[(ServiceName, StorePath)],
+struct Follower<'a> {
+    settings: &'a Settings,
+    store: &'a dyn Store,
     serial: u64,
     until: Instant,
-) -> Vec<Outcome> {
-    let mut failures = 0;
-    let mut last_said = String::new();
-    let mut tell = |text: &str| {
-        if last_said != text {
-            say::info(format!("{host}: {text}"));
-            last_said = text.to_string();
-        }
-    };
-    tell("starting the deployer");
-    let mut pause = Duration::from_millis(500);
-    loop {
-        let why = match step(settings, host, pushed, serial, until) {
-            Step::Done(outcomes) => {
-                for ((service, _), outcome) in pushed.iter().zip(&outcomes) {
-                    tell(&format!("{service} {}", outcome.word()));
-                }
-                return outcomes;
-            }
-            Step::Hopeless(why) => {
-                failures = TRIES;
-                why
-            }
-            Step::Trouble(why) => {
-                failures += 1;
-                why
-            }
-            Step::Behind(why) => {
-                failures = 0;
-                why
+}
+
+impl Follower<'_> {
+    fn follow(&self, host: &HostName, shipped: &[Shipped]) -> Vec<Outcome> {
+        let mut failures = 0;
+        let mut last_said = String::new();
+        let mut tell = |text: &str| {
+            if last_said != text {
+                say::info(format!("{host}: {text}"));
+                last_said = text.to_string();
             }
         };
-        tell(&why);
-        let left = until.saturating_duration_since(Instant::now());
-        if failures >= TRIES || left <= pause {
-            return vec![Outcome::Unknown(why); pushed.len()];
+        tell("starting the deployer");
+        let mut pause = Duration::from_millis(500);
+        loop {
+            // Whether the host was heard: what it has not taken up is pending, of the rest nothing is known.
+            let (heard, why) = match self.step(host, shipped) {
+                Step::Done(outcomes) => {
+                    for (service, outcome) in shipped.iter().zip(&outcomes) {
+                        tell(&format!("{} {}", service.name, outcome.word()));
+                    }
+                    return outcomes;
+                }
+                Step::Failed(why) => {
+                    failures = TRIES;
+                    (true, why)
+                }
+                Step::Hopeless(why) => {
+                    failures = TRIES;
+                    (false, why)
+                }
+                Step::Trouble(why) => {
+                    failures += 1;
+                    (false, why)
+                }
+                Step::Stuck(why) => {
+                    failures += 1;
+                    (true, why)
+                }
+                Step::Behind(why) => {
+                    failures = 0;
+                    (true, why)
+                }
+            };
+            tell(&why);
+            let left = self.until.saturating_duration_since(Instant::now());
+            if failures >= TRIES || left <= pause {
+                let outcome = if heard { Outcome::Pending(why) } else { Outcome::Unknown(why) };
+                return vec![outcome; shipped.len()];
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(5));
         }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_secs(5));
     }
-}
 
-fn step(
-    settings: &Settings,
-    host: &HostName,
-    pushed: &[(ServiceName, StorePath)],
-    serial: u64,
-    until: Instant,
-) -> Step {
-    let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
-    // `start` waits for the pass to end, and fails when a service did: the state says which.
-    let started = match ssh::output_on(settings, host, true, &["systemctl", "start", "deployer"], left()) {
-        Ok(output) => output,
-        Err(e) => return Step::Trouble(e.to_string()),
-    };
-    if started.status == NO_UNIT {
-        return Step::Hopeless(format!(
-            "it has no deployer ({}); install it with contrib/install.sh",
-            tail(&started.stderr)
-        ));
-    }
-    let start_said = || {
-        if started.status.ok() { String::new() } else { format!(" (start: {})", tail(&started.stderr)) }
-    };
-    let state = match ssh::output_on(settings, host, false, &["cat", STATE_FILE], left()) {
-        Ok(output) if output.status.ok() => match State::parse(&output.stdout) {
-            Ok(state) => state,
-            Err(why) => return Step::Trouble(format!("its {STATE_FILE} cannot be read: {why}")),
-        },
-        Ok(output) => {
-            return Step::Trouble(format!("no state to read: {}{}", tail(&output.stderr), start_said()));
+    fn step(&self, host: &HostName, shipped: &[Shipped]) -> Step {
+        let Follower { settings, store, serial, until } = self;
+        let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+        // `start` waits for the pass to end, and fails when a service did: the state says which.
+        let started = match ssh::output_on(settings, host, true, &["systemctl", "start", "deployer"], left())
+        {
+            Ok(output) => output,
+            Err(e) => return Step::Trouble(e.to_string()),
+        };
+        if started.status == NO_UNIT {
+            return Step::Hopeless(format!(
+                "it has no deployer ({}); install it with contrib/install.sh",
+                tail(&started.stderr)
+            ));
         }
-        Err(e) => return Step::Trouble(e.to_string()),
-    };
-    let judged: Option<Vec<Outcome>> =
-        pushed.iter().map(|(service, path)| judge(&state, service, path, serial)).collect();
-    if let Some(outcomes) = judged {
-        return Step::Done(outcomes);
+        let answer = match reports::ask(settings, host, left()) {
+            Ok(answer) => answer,
+            Err(e) if started.status.ok() => return Step::Trouble(e.to_string()),
+            Err(e) => {
+                return match self.last_words(host) {
+                    Some(why) => Step::Failed(format!("its pass failed: {why}")),
+                    None => Step::Trouble(e.to_string()),
+                };
+            }
+        };
+        let Some(mut state) = answer.state else {
+            let why = answer.state_error.unwrap_or_else(|| "it has no state".into());
+            return match (started.status.ok(), answer.live.last_line.or_else(|| self.last_words(host))) {
+                (false, Some(line)) => Step::Failed(format!("its pass failed: {line}")),
+                _ => Step::Trouble(why),
+            };
+        };
+        reports::same_store(*store, &mut state);
+        let identity = store.identity();
+        let judged: Option<Vec<Outcome>> =
+            shipped.iter().map(|service| judge(&state, service, *serial, &identity)).collect();
+        // A pass that ended without leaving a reason: killed, out of time, or of an older program.
+        if !started.status.ok()
+            && state.last_error.is_none()
+            && let Some(why) = self.broke_off(host, answer.live.deployer.as_ref(), answer.live.last_line)
+        {
+            return Step::Failed(why);
+        }
+        if let Some(outcomes) = judged {
+            let read = |outcome| self.as_read_here(host, name_newer(*store, host, outcome));
+            return Step::Done(outcomes.into_iter().map(read).collect());
+        }
+        let at = state.serial.map_or("none".to_string(), |s| s.to_string());
+        let behind = format!("its last pass saw serial {at}, not yet {serial}");
+        match &state.manifest_error {
+            Some(why) => {
+                Step::Stuck(format!("{behind}: {}", hint::translated(why, host, Some(&settings.host))))
+            }
+            None if !started.status.ok() => {
+                Step::Stuck(format!("{behind} (start: {})", tail(&started.stderr)))
+            }
+            None => Step::Behind(format!("{behind}; starting another")),
+        }
     }
-    let at = state.serial.map_or("none".to_string(), |s| s.to_string());
-    let behind = format!("its last pass saw serial {at}, not yet {serial}");
-    match &state.manifest_error {
-        Some(why) => Step::Trouble(format!("{behind}: {why}")),
-        None if !started.status.ok() => Step::Trouble(format!("{behind}{}", start_said())),
-        None => Step::Behind(format!("{behind}; starting another")),
+
+    /// How a start of the deployer failed, unless it was for a service (exit 3 and 4), of which the state tells.
+    fn broke_off(&self, host: &HostName, unit: Option<&Unit>, line: Option<String>) -> Option<String> {
+        let (result, status) = match unit {
+            Some(unit) => (unit.result.clone(), unit.exit_status),
+            None => {
+                let words = ["systemctl", "show", "--property=Result,ExecMainStatus", "deployer.service"];
+                let output = ssh::output_on(self.settings, host, false, &words, ANSWER_WITHIN).ok()?;
+                let text = output.text();
+                let of = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)).map(String::from);
+                (of("Result=")?, of("ExecMainStatus=")?.parse().ok()?)
+            }
+        };
+        if result == "success" || (result == "exit-code" && matches!(status, 3 | 4)) {
+            return None;
+        }
+        let line = line.or_else(|| self.last_words(host)).unwrap_or_else(|| "it left no reason".into());
+        Some(format!("its pass failed ({result}, {status}): {line}"))
+    }
+
+    /// The last line that the deployer wrote to the host's journal.
+    fn last_words(&self, host: &HostName) -> Option<String> {
+        let words = [
+            "journalctl",
+            "--no-pager",
+            "--quiet",
+            "--output=cat",
+            "--lines=1",
+            "_SYSTEMD_UNIT=deployer.service",
+        ];
+        let output = ssh::output_on(self.settings, host, true, &words, ANSWER_WITHIN).ok()?;
+        let line = output.text().lines().last().map(str::trim).unwrap_or_default().to_string();
+        (output.status.ok() && !line.is_empty())
+            .then(|| hint::translated(&line, host, Some(&self.settings.host)))
+    }
+
+    /// What the host advises, as it is to be typed here.
+    fn as_read_here(&self, host: &HostName, outcome: Outcome) -> Outcome {
+        let translated = |text: &str| hint::translated(text, host, Some(&self.settings.host));
+        match outcome {
+            Outcome::Off(off) => Outcome::Off(Off { reason: translated(&off.reason), ..off }),
+            Outcome::Pending(why) => Outcome::Pending(translated(&why)),
+            Outcome::Unknown(why) => Outcome::Unknown(translated(&why)),
+            other @ (Outcome::Running | Outcome::Superseded(_)) => other,
+        }
     }
 }
 
@@ -245,7 +419,7 @@ fn step(
 mod tests {
     use super::*;
     use crate::clock::Timestamp;
-    use crate::deployer::state::Failure;
+    use crate::deployer::state::{Failure, LastError};
 
     fn path(n: u32) -> StorePath {
         StorePath::parse(&format!("/nix/store/{n:032}-ava")).unwrap()
@@ -264,67 +438,99 @@ mod tests {
             inputs: None,
         });
         let service = ServiceState {
-            secrets_changed: false,
-            exposure: None,
-            drop_ins: Vec::new(),
-            invocation: None,
-            pinned_since: None,
-            paused_until: None,
-            name: name.clone(),
             store_path: runs.map(path),
-            status,
-            since: Timestamp(0),
-            previous: Vec::new(),
             failure,
+            ..ServiceState::new(name.clone(), status, Timestamp(0))
         };
         state.services.insert(name, service);
         state
     }
 
+    fn shipped(name: &str) -> Shipped {
+        Shipped { name: ServiceName::parse(name).unwrap(), path: path(2), entry: Some("ours".into()) }
+    }
+
+    const STORE: &str = "s3://releases";
+
     #[test]
     fn only_a_pass_that_saw_the_push_is_believed() {
-        let ava = ServiceName::parse("ava").unwrap();
         for (serial, status, runs, attempted, want) in [
             (41, Status::Running, Some(2), None, None),
             (42, Status::Running, Some(2), None, Some("running")),
             (43, Status::Running, Some(2), None, Some("running")),
             (43, Status::Running, Some(3), None, Some("superseded")),
             (43, Status::Failed, Some(1), Some(3), Some("superseded")),
-            (43, Status::Rejected, Some(1), Some(2), Some("refused")),
-            (42, Status::Rejected, Some(1), Some(2), Some("refused")),
-            (42, Status::Failed, Some(1), Some(2), Some("refused")),
-            (42, Status::Failed, None, Some(2), Some("down")),
-            (42, Status::Failed, Some(2), Some(2), Some("refused")),
-            (42, Status::Running, Some(1), None, Some("refused")),
-            (42, Status::Stopped, Some(2), None, Some("refused")),
-            (42, Status::Waiting, None, None, Some("down")),
+            (43, Status::Rejected, Some(1), Some(2), Some("rejected")),
+            (42, Status::Rejected, Some(1), Some(2), Some("rejected")),
+            (42, Status::Failed, Some(1), Some(2), Some("failed")),
+            (42, Status::Failed, None, Some(2), Some("failed")),
+            (42, Status::Failed, Some(2), Some(2), Some("failed")),
+            (42, Status::Running, Some(1), None, Some("differs")),
+            (42, Status::Stopped, None, None, Some("stopped")),
+            (42, Status::Waiting, None, None, Some("waiting")),
         ] {
-            let outcome = judge(&state(serial, status, runs, attempted), &ava, &path(2), 42);
+            let outcome = judge(&state(serial, status, runs, attempted), &shipped("ava"), 42, STORE);
             let what = format!("{serial} {status:?} {runs:?} {attempted:?}");
             assert_eq!(outcome.as_ref().map(Outcome::word), want, "{what}");
-            if let Some(Outcome::Refused(t) | Outcome::Down(t)) = outcome
-                && attempted.is_some()
-            {
-                assert_eq!((t.reason.as_str(), t.journal.len()), ("it exits at once", 1), "{what}");
+            if let Some(Outcome::Off(off)) = outcome {
+                assert_eq!(off.down, runs.is_none() && status != Status::Stopped, "{what}");
+                if attempted.is_some() {
+                    assert!(off.reason.starts_with("it exits at once") && off.journal.len() == 1, "{what}");
+                }
             }
         }
-        let other = ServiceName::parse("other").unwrap();
-        let unknown = judge(&state(42, Status::Running, Some(2), None), &other, &path(2), 42);
+        let unknown = judge(&state(42, Status::Running, Some(2), None), &shipped("other"), 42, STORE);
         assert!(matches!(unknown, Some(Outcome::Unknown(_))), "{unknown:?}");
         let mut fresh = state(42, Status::Running, Some(2), None);
         fresh.serial = None;
-        assert_eq!(judge(&fresh, &ava, &path(2), 42), None);
+        assert_eq!(judge(&fresh, &shipped("ava"), 42, STORE), None);
+    }
+
+    #[test]
+    fn another_store_another_entry_and_a_pass_that_failed_are_no_success() {
+        let well = |serial| state(serial, Status::Running, Some(2), None);
+        let word = |state: &State| judge(state, &shipped("ava"), 42, STORE).map(|o| o.word());
+        let mut other = well(40);
+        other.store = Some("s3://releases2".into());
+        let Some(Outcome::Unknown(why)) = judge(&other, &shipped("ava"), 42, STORE) else {
+            panic!("believed")
+        };
+        assert!(why.contains("biz reads s3://releases2, you published to s3://releases;"), "{why}");
+        other.store = Some(STORE.into());
+        other.serial = Some(42);
+        assert_eq!(word(&other), Some("running"));
+        for (serial, entry, want) in [
+            (42, "ours", "running"),
+            (42, "theirs", "unknown"),
+            (43, "theirs", "superseded"),
+            (43, "ours", "running"),
+        ] {
+            let mut state = well(serial);
+            state.services.values_mut().for_each(|s| s.entry = Some(entry.into()));
+            assert_eq!(word(&state), Some(want), "{serial} {entry}");
+        }
+        for (serial, want) in [(41, "pending"), (42, "unknown"), (43, "unknown")] {
+            let mut failed = well(serial);
+            failed.last_error = Some(LastError { reason: "wrong key".into(), since: Timestamp(0) });
+            let outcome = judge(&failed, &shipped("ava"), 42, STORE).unwrap();
+            let (Outcome::Unknown(why) | Outcome::Pending(why)) = &outcome else { panic!("{outcome:?}") };
+            assert_eq!((outcome.word(), why.as_str()), (want, "its last pass failed: wrong key"));
+        }
     }
 
     #[test]
     fn the_exit_code_tells_the_worst() {
-        let trouble = Trouble { reason: String::new(), journal: Vec::new() };
-        let (refused, down) = (Outcome::Refused(trouble.clone()), Outcome::Down(trouble));
-        let unknown = Outcome::Unknown(String::new());
+        let off = |down| {
+            let (reason, journal) = (String::new(), Vec::new());
+            Outcome::Off(Off { status: Standing::Failed, down, reason, journal })
+        };
+        let newer = Outcome::Superseded(Newer { serial: 1, by: String::new(), action: String::new() });
+        let (unknown, pending) = (Outcome::Unknown(String::new()), Outcome::Pending(String::new()));
         assert_eq!(exit_code([]), 0);
-        assert_eq!(exit_code([&Outcome::Runs, &Outcome::Superseded(1)]), 0);
-        assert_eq!(exit_code([&Outcome::Runs, &unknown]), 1);
-        assert_eq!(exit_code([&unknown, &refused]), 3);
-        assert_eq!(exit_code([&down, &refused, &unknown]), 4);
+        assert_eq!(exit_code([&Outcome::Running, &newer]), 0);
+        assert_eq!(exit_code([&Outcome::Running, &unknown]), 1);
+        assert_eq!(exit_code([&Outcome::Running, &pending]), 1);
+        assert_eq!(exit_code([&unknown, &off(false)]), 3);
+        assert_eq!(exit_code([&off(true), &off(false), &unknown]), 4);
     }
 }

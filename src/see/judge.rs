@@ -1,8 +1,10 @@
 //! Holds the hosts' reports against the manifest and says what is off. Pure: the time is an argument, and
 //! whatever a host wrote is data (nothing here prints).
 
+use super::hint;
 use crate::clock::{Timestamp, human_seconds};
-use crate::deployer::state::{Exposure, Failure, REPORT_EVERY_SEC, RouteStatus, ServiceState, State, Status};
+use crate::deployer::live::{Live, Unit};
+use crate::deployer::state::{Exposure, Failure, RouteStatus, SILENT_SEC, ServiceState, State, Status};
 use crate::manifest::{Manifest, Service, Target};
 use crate::names::{HostName, ServiceName, StorePath};
 use serde::Serialize;
@@ -12,13 +14,42 @@ use std::collections::BTreeMap;
 pub const STATUS_VERSION: u64 = 1;
 
 /// A report older than this, in seconds, means that the host fell silent: two refreshes were missed.
-pub const STALE_SEC: i64 = 2 * REPORT_EVERY_SEC + 10 * 60;
+pub const STALE_SEC: i64 = SILENT_SEC;
 
 /// How long a host may take to pick a manifest up before that is off, in seconds: three passes.
 pub const PICK_UP_SEC: i64 = 15 * 60;
 
 /// How far ahead of ours a host's clock may be, in seconds.
 const SKEW_SEC: i64 = 5 * 60;
+
+/// How long ago systemd's last restart of a crashed service must be to be no news any more, in seconds.
+const CALM_SEC: i64 = 10 * 60;
+
+/// What the reports are held against.
+#[derive(Debug, Clone)]
+pub struct Wanted<'a> {
+    /// The manifest in force.
+    pub manifest: &'a Manifest,
+    /// The digest of each of its entries ([`crate::manifest::entry`]).
+    pub entries: BTreeMap<ServiceName, String>,
+    /// The identity of the store that it was read from; None: not compared.
+    pub store: Option<String>,
+    /// The host that the reader sits at.
+    pub here: Option<HostName>,
+}
+
+impl<'a> Wanted<'a> {
+    /// The manifest alone: entries and stores are not compared.
+    pub fn only(manifest: &'a Manifest) -> Self {
+        Wanted { manifest, entries: BTreeMap::new(), store: None, here: None }
+    }
+
+    /// The store that a host obeys, if it is another one.
+    fn other_store<'s>(&self, state: &'s State) -> Option<&'s str> {
+        let theirs = state.store.as_deref()?;
+        self.store.as_deref().is_some_and(|ours| ours != theirs).then_some(theirs)
+    }
+}
 
 /// What is known of a host.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,6 +62,24 @@ pub enum Report {
     Silent(String),
     /// What it believes.
     Read(Box<State>),
+    /// The same, asked for now, with what systemd says there now.
+    Live(Box<State>, Box<Live>),
+}
+
+impl Report {
+    fn state(&self) -> Option<&State> {
+        match self {
+            Report::Missing | Report::Unreadable(_) | Report::Silent(_) => None,
+            Report::Read(state) | Report::Live(state, _) => Some(state),
+        }
+    }
+
+    fn live(&self) -> Option<&Live> {
+        match self {
+            Report::Missing | Report::Unreadable(_) | Report::Silent(_) | Report::Read(_) => None,
+            Report::Live(_, live) => Some(live),
+        }
+    }
 }
 
 /// How a service stands on a host, in a word.
@@ -53,6 +102,8 @@ pub enum Standing {
     Missing,
     /// The host runs it, and the manifest does not place it there.
     Leftover,
+    /// The host is removing it, and is not done.
+    Removing,
     /// It could not be put in place, or is down.
     Failed,
     /// What the manifest names was tried and refused.
@@ -73,6 +124,7 @@ impl Standing {
             Standing::Differs => "differs",
             Standing::Missing => "missing",
             Standing::Leftover => "leftover",
+            Standing::Removing => "removing",
             Standing::Failed => "failed",
             Standing::Rejected => "rejected",
             Standing::Unknown => "unknown",
@@ -102,6 +154,9 @@ pub struct Row {
     pub reported_at: Option<Timestamp>,
     /// How much its unit leaves open, from 0.0 to 10.0, as systemd rates it; null where the host does not say.
     pub exposure: Option<Exposure>,
+    /// How often systemd restarted it since it was started; only where the host was asked now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restarts: Option<u32>,
     /// Whether a person should look.
     pub off: bool,
     /// What is wrong, if anything is. May hold text of the host.
@@ -122,6 +177,12 @@ pub struct HostRow {
     pub reported_at: Option<Timestamp>,
     /// The serial of the manifest that it worked from.
     pub serial: Option<u64>,
+    /// The store that it obeys, if it says so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store: Option<String>,
+    /// Why its last pass failed, if it did. Text of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
     /// Whether a person should look.
     pub off: bool,
     /// What is wrong with the host as a whole. May hold text of the host.
@@ -173,11 +234,12 @@ impl Only<'_> {
 /// Holds reports against the manifest. Hosts that no service names are shown only if they still run something
 /// of ours and still report.
 pub fn judge(
-    manifest: &Manifest,
+    wanted: &Wanted<'_>,
     reports: &BTreeMap<HostName, Report>,
     now: Timestamp,
     only: Only<'_>,
 ) -> Picture {
+    let manifest = wanted.manifest;
     let mut picture = Picture {
         version: STATUS_VERSION,
         serial: manifest.serial,
@@ -188,7 +250,7 @@ pub fn judge(
     for service in manifest.services.iter().filter(|s| only.service(&s.name)) {
         for host in service.hosts.iter().filter(|h| only.host(h)) {
             let report = reports.get(host).unwrap_or(&Report::Missing);
-            picture.rows.push(row(manifest, service, host, report, now));
+            picture.rows.push(row(wanted, service, host, report, now));
         }
     }
     for (host, report) in reports.iter().filter(|(h, _)| only.host(h)) {
@@ -196,16 +258,23 @@ pub fn judge(
             manifest.service(name.as_str()).is_some_and(|service| service.hosts.contains(host))
         };
         let named = manifest.services.iter().any(|s| s.hosts.contains(host));
-        if let Report::Read(state) = report
+        if let Some(state) = report.state()
             && (named || now.0.saturating_sub(state.checked_at.0) <= STALE_SEC)
+            && wanted.other_store(state).is_none()
         {
             let strangers = state.services.values().filter(|s| only.service(&s.name) && !placed(&s.name));
-            picture.rows.extend(strangers.map(|s| leftover(manifest, state, s, now)));
+            picture.rows.extend(strangers.map(|s| leftover(wanted, state, s, now)));
+            // What the state does not know: a pass that ended before it could take that down.
+            let unknown = report.live().into_iter().flat_map(|live| &live.services);
+            let unknown = unknown.filter(|(name, _)| {
+                only.service(name) && !placed(name) && !state.services.contains_key(*name)
+            });
+            picture.rows.extend(unknown.map(|(name, unit)| forgotten(state, name, unit)));
         }
     }
     for (host, report) in reports {
         if picture.rows.iter().any(|r| r.host == *host) {
-            picture.hosts.push(host_row(manifest, host, report, now));
+            picture.hosts.push(host_row(wanted, host, report, now));
         }
     }
     picture
@@ -217,30 +286,44 @@ fn behind(manifest: &Manifest, state: &State, now: Timestamp) -> (bool, bool) {
     (behind, behind && now.0.saturating_sub(manifest.generation.0) > PICK_UP_SEC)
 }
 
-fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report, now: Timestamp) -> Row {
-    let mut row = Row {
-        service: service.name.clone(),
+/// A row of which nothing is known.
+fn blank(service: &ServiceName, host: &HostName) -> Row {
+    Row {
+        service: service.clone(),
         host: host.clone(),
-        wanted: service.artifact.store_path.path().cloned(),
-        revision: service.revision.clone(),
+        wanted: None,
+        revision: None,
         running: None,
         status: Standing::Unknown,
         since: None,
         reported_at: None,
         exposure: None,
+        restarts: None,
         off: true,
         problem: None,
         attempted: None,
         journal: Vec::new(),
+    }
+}
+
+fn row(wanted: &Wanted<'_>, service: &Service, host: &HostName, report: &Report, now: Timestamp) -> Row {
+    let manifest = wanted.manifest;
+    let mut row = Row {
+        wanted: service.artifact.store_path.path().cloned(),
+        revision: service.revision.clone(),
+        ..blank(&service.name, host)
     };
     let state = match report {
         Report::Missing => return Row { problem: Some(format!("{host} never reported")), ..row },
         Report::Unreadable(why) | Report::Silent(why) => return Row { problem: Some(why.clone()), ..row },
-        Report::Read(state) => state,
+        Report::Read(state) | Report::Live(state, _) => state,
     };
     row.reported_at = Some(state.checked_at);
+    if let Some(theirs) = wanted.other_store(state) {
+        return Row { problem: Some(format!("{host} reads {theirs}")), ..row };
+    }
     let (behind, overdue) = behind(manifest, state, now);
-    let overdue_text = || overdue.then(|| format!("{host} has not picked up serial {}", manifest.serial));
+    let overdue_text = || overdue.then(|| format!("{host} has not picked up version {}", manifest.serial));
     let Some(entry) = state.services.get(&service.name) else {
         (row.status, row.off, row.problem) = if behind {
             (Standing::Pending, overdue, overdue_text())
@@ -254,10 +337,17 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
     row.running = entry.store_path.clone();
     row.since = Some(entry.since);
     row.exposure = entry.exposure;
-    let same = match &service.artifact.store_path {
+    let same_path = match &service.artifact.store_path {
         Target::Placeholder => entry.status == Status::Waiting,
         Target::Path(path) => entry.store_path.as_ref() == Some(path),
     };
+    // The path alone is not what the manifest says. An older program tells no more than which version it saw.
+    let same_entry = match (&entry.entry, wanted.entries.get(&service.name)) {
+        (Some(theirs), Some(ours)) => theirs == ours,
+        (None, Some(_)) => !behind,
+        (_, None) => true,
+    };
+    let same = same_path && same_entry;
     let unlike = if behind { Standing::Pending } else { Standing::Differs };
     row.status = match entry.status {
         Status::Failed => Standing::Failed,
@@ -274,26 +364,39 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
         Standing::Differs
         | Standing::Missing
         | Standing::Leftover
+        | Standing::Removing
         | Standing::Failed
         | Standing::Rejected
         | Standing::Unknown => true,
     };
+    let here = wanted.here.as_ref();
+    let typed = |command: String| hint::typed(host, here, &command);
     match row.status {
-        Standing::Failed | Standing::Rejected => explain(&mut row, entry.failure.as_ref()),
+        Standing::Failed | Standing::Rejected => explain(&mut row, entry.failure.as_ref(), here),
         Standing::Pending => row.problem = overdue_text(),
         Standing::Stopped => {
-            let until = entry.paused_until.map_or("'deployer resume'".into(), |t| t.to_string());
-            row.problem = Some(format!("stopped by 'deployer pause' until {until}"));
+            let resume = typed(format!("deployer resume {}", service.name));
+            row.problem = Some(match entry.paused_until {
+                Some(until) => format!("stopped by 'deployer pause' until {until}, or '{resume}'"),
+                None => format!("stopped by 'deployer pause' until '{resume}'"),
+            });
         }
         Standing::Pinned => {
-            row.problem = Some(
-                "held by 'deployer rollback' until the manifest names another path or 'deployer rollback --unpin'"
-                    .into(),
-            );
+            row.problem = Some(format!(
+                "held by 'deployer rollback' until the manifest names another path or '{}'",
+                typed(format!("deployer rollback --unpin {}", service.name))
+            ));
         }
         Standing::Running if entry.secrets_changed => {
-            row.problem =
-                Some("its secrets file was changed after it started; restart it to pick that up".into());
+            row.problem = Some(format!(
+                "its secrets file was changed after it started; '{}' picks that up",
+                typed(format!("systemctl restart {}", service.name))
+            ));
+        }
+        Standing::Differs if same_path => {
+            row.problem = Some(format!(
+                "{host} worked from this version and has another entry of it; see 'omni-deploy logs deployer'"
+            ));
         }
         Standing::Differs => {
             row.problem = Some(format!(
@@ -301,6 +404,9 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
             ));
         }
         _ => {}
+    }
+    if let Some(live) = report.live() {
+        now_row(&mut row, live, here);
     }
     if let Some(attention) = entry.attention(Some(host)) {
         row.off = true;
@@ -310,41 +416,105 @@ fn row(manifest: &Manifest, service: &Service, host: &HostName, report: &Report,
     row
 }
 
-fn explain(row: &mut Row, failure: Option<&Failure>) {
+/// What systemd says now beats what the last pass left.
+fn now_row(row: &mut Row, live: &Live, here: Option<&HostName>) {
+    let Some(unit) = live.services.get(&row.service) else { return };
+    row.restarts = Some(unit.restarts);
+    let does = format!("{}/{}", unit.active, unit.sub);
+    let logs = format!("'omni-deploy logs {}'", row.service);
+    let at_work = live.deployer.as_ref().is_some_and(|d| d.active == "activating");
+    let ended = match unit.result.as_str() {
+        "success" | "" => String::new(),
+        result => format!(" ({result}, {})", unit.exit_status),
+    };
+    match row.status {
+        Standing::Stopped if unit.running() => {
+            row.off = true;
+            row.problem = Some(format!(
+                "paused, but it runs now; '{}' stops it again",
+                hint::typed(&row.host, here, "deployer")
+            ));
+        }
+        Standing::Running | Standing::Pinned | Standing::Pending | Standing::Differs
+            if row.running.is_some() && !unit.running() =>
+        {
+            if at_work {
+                row.status = Standing::Pending;
+                row.off = false;
+                row.problem = None;
+                return;
+            }
+            row.status = Standing::Failed;
+            row.off = true;
+            let starts =
+                format!("the next pass starts it again, '{}' now", hint::typed(&row.host, here, "deployer"));
+            row.problem = Some(match (unit.load.as_str(), unit.active.as_str(), unit.sub.as_str()) {
+                ("loaded", _, "auto-restart") => format!(
+                    "its process keeps ending{ended}: systemd has restarted it {} time(s) and is about to again; {logs} \
+                     shows why",
+                    unit.restarts
+                ),
+                ("loaded", "failed", _) => format!("it has failed{ended}; {starts}, {logs} shows why"),
+                ("loaded", "inactive", _) => {
+                    format!("it is stopped now, by somebody's hand or because it ended{ended}; {starts}")
+                }
+                ("loaded", ..) => format!("it is {does} now; {logs} shows why"),
+                (load, ..) => format!("systemd has no unit of it ({load}); {starts}"),
+            });
+            if matches!(unit.active.as_str(), "inactive" | "failed") {
+                row.running = None;
+            }
+        }
+        Standing::Running | Standing::Pinned | Standing::Differs if unit.restarts > 0 => {
+            let age = unit.started.map(|t| live.at.0.saturating_sub(t.0));
+            if age.is_some_and(|age| age < CALM_SEC) {
+                row.off = true;
+                row.problem = Some(format!(
+                    "it crashed: systemd has restarted it {} time(s), the last {} ago; {logs} shows why",
+                    unit.restarts,
+                    human_seconds(age.unwrap_or_default().max(0))
+                ));
+            }
+        }
+        _ => {}
+    }
+}
+
+fn explain(row: &mut Row, failure: Option<&Failure>, here: Option<&HostName>) {
     let Some(failure) = failure else {
         row.problem = Some("the host gives no reason; see 'omni-deploy logs deployer'".into());
         return;
     };
     let Failure { reason, attempted, at: _, journal, attempts: _, inputs: _ } = failure;
+    let reason = hint::translated(reason, &row.host, here);
     row.problem = Some(if attempted.is_some() && *attempted != row.wanted {
         format!("{reason} (the manifest names another version by now)")
     } else {
-        reason.clone()
+        reason
     });
     row.attempted = attempted.clone();
     row.journal = journal.clone();
 }
 
-fn leftover(manifest: &Manifest, state: &State, entry: &ServiceState, now: Timestamp) -> Row {
-    let (behind, overdue) = behind(manifest, state, now);
+fn leftover(wanted: &Wanted<'_>, state: &State, entry: &ServiceState, now: Timestamp) -> Row {
+    let (behind, overdue) = behind(wanted.manifest, state, now);
+    let status = match (entry.removing, behind) {
+        (true, _) => Standing::Removing,
+        (false, true) => Standing::Pending,
+        (false, false) => Standing::Leftover,
+    };
     let mut row = Row {
-        service: entry.name.clone(),
-        host: state.host.clone(),
-        wanted: None,
-        revision: None,
         running: entry.store_path.clone(),
-        status: if behind { Standing::Pending } else { Standing::Leftover },
+        status,
         since: Some(entry.since),
         reported_at: Some(state.checked_at),
         exposure: entry.exposure,
-        off: !behind || overdue,
-        problem: None,
-        attempted: None,
-        journal: Vec::new(),
+        off: status != Standing::Pending || overdue,
+        ..blank(&entry.name, &state.host)
     };
-    if !behind {
+    if status != Standing::Pending {
         match &entry.failure {
-            Some(failure) => explain(&mut row, Some(failure)),
+            Some(failure) => explain(&mut row, Some(failure), wanted.here.as_ref()),
             None => {
                 row.problem =
                     Some("the manifest does not place it here; the next pass should remove it".into());
@@ -354,9 +524,32 @@ fn leftover(manifest: &Manifest, state: &State, entry: &ServiceState, now: Times
     row
 }
 
-fn host_row(manifest: &Manifest, host: &HostName, report: &Report, now: Timestamp) -> HostRow {
-    let mut row =
-        HostRow { host: host.clone(), reported_at: None, serial: None, off: true, problems: Vec::new() };
+/// A unit of ours that neither the manifest nor the host's state knows.
+fn forgotten(state: &State, name: &ServiceName, unit: &Unit) -> Row {
+    Row {
+        status: Standing::Leftover,
+        reported_at: Some(state.checked_at),
+        restarts: Some(unit.restarts),
+        problem: Some(format!(
+            "its unit is there ({}/{}), and the manifest does not place it here; the next pass should remove it",
+            unit.active, unit.sub
+        )),
+        ..blank(name, &state.host)
+    }
+}
+
+fn host_row(wanted: &Wanted<'_>, host: &HostName, report: &Report, now: Timestamp) -> HostRow {
+    let manifest = wanted.manifest;
+    let mut row = HostRow {
+        host: host.clone(),
+        reported_at: None,
+        serial: None,
+        store: None,
+        last_error: None,
+        off: true,
+        problems: Vec::new(),
+    };
+    let here = wanted.here.as_ref();
     let state = match report {
         Report::Missing => {
             row.problems.push(format!(
@@ -373,7 +566,7 @@ fn host_row(manifest: &Manifest, host: &HostName, report: &Report, now: Timestam
             row.problems.push(why.clone());
             return row;
         }
-        Report::Read(state) => state,
+        Report::Read(state) | Report::Live(state, _) => state,
     };
     // Every field is looked at: a new one is to be judged here.
     let State {
@@ -387,36 +580,94 @@ fn host_row(manifest: &Manifest, host: &HostName, report: &Report, now: Timestam
         manifest_error,
         route,
         reported: _,
+        store,
+        machine,
+        other_machine,
+        last_error,
         services: _,
     } = state.as_ref();
     row.reported_at = Some(*checked_at);
     row.serial = *serial;
+    row.store = store.clone();
+    if let (Some(theirs), Some(ours)) = (wanted.other_store(state), &wanted.store) {
+        row.problems.push(format!(
+            "it reads {theirs}, and this is {ours}; correct 'store' here ('omni-deploy config') or in \
+             /etc/omni-deploy/config.json there"
+        ));
+    }
+    let said = |text: &str| hint::translated(text, host, here);
+    if let Some(error) = last_error {
+        row.last_error = Some(error.reason.clone());
+        let age = error.since.age(now);
+        row.problems.push(format!("last pass failed: {} (for {age})", said(&error.reason)));
+    }
+    if let (Some(other), Some(this)) = (other_machine, machine) {
+        row.problems.push(other.text(host, this));
+    }
     let age = now.0.saturating_sub(checked_at.0);
     if age > STALE_SEC {
         row.problems.push(format!(
-            "silent for {}; check 'systemctl status deployer.timer' on {host}",
-            human_seconds(age)
+            "silent for {}; check '{}'",
+            human_seconds(age),
+            hint::typed(host, here, "systemctl status deployer.timer")
         ));
     } else if age < -SKEW_SEC {
         row.problems.push(format!("its clock is {} ahead of this one; check both", human_seconds(-age)));
     }
-    if let Some(error) = manifest_error {
-        row.problems.push(format!("works from its last good manifest: {error}"));
+    if let Some(error) = manifest_error.as_ref().filter(|e| !state.failed_with(e)) {
+        row.problems.push(format!("works from its last good manifest: {}", said(error)));
     }
     if route.status == RouteStatus::Pending {
         let why = route.reason.as_deref().unwrap_or("the host gives no reason");
-        row.problems.push(format!("Caddy's route is pending: {why}"));
+        row.problems.push(format!("Caddy's route is pending: {}", said(why)));
     }
-    if behind(manifest, state, now).1 {
+    if wanted.other_store(state).is_none() && behind(manifest, state, now).1 {
         let had = serial.map_or("none".into(), |s| s.to_string());
         row.problems.push(format!(
-            "has not picked up serial {} in {} (it has {had}); force it with 'ssh {host} sudo systemctl start deployer'",
+            "has not picked up version {} in {} (it has {had}); force it with '{}'",
             manifest.serial,
-            manifest.generation.age(now)
+            manifest.generation.age(now),
+            hint::typed(host, here, "systemctl start deployer")
         ));
+    }
+    if let Some(live) = report.live() {
+        now_host(&mut row, live, last_error.is_some(), here);
     }
     row.off = !row.problems.is_empty();
     row
+}
+
+/// What systemd says now of the deployer and its timer, and what else the host found when it was asked.
+fn now_host(row: &mut HostRow, live: &Live, told: bool, here: Option<&HostName>) {
+    let Live { at: _, services: _, deployer, timer, last_line, problems } = live;
+    let host = row.host.clone();
+    let logs = format!("'omni-deploy logs deployer --host {host}'");
+    if let Some(deployer) = deployer.as_ref().filter(|d| d.load != "loaded") {
+        row.problems.push(format!(
+            "its deployer.service is {}; install it with contrib/install.sh",
+            if deployer.load.is_empty() { "not there" } else { &deployer.load }
+        ));
+    } else if let Some(deployer) = deployer.as_ref().filter(|d| d.result != "success")
+        && !told
+        // Those are of services, whose rows say so.
+        && !(deployer.result == "exit-code" && matches!(deployer.exit_status, 3 | 4))
+    {
+        let line = last_line.as_ref().map(|l| format!(": {}", hint::translated(l, &host, here)));
+        row.problems.push(format!(
+            "last pass failed ({}, {}){}; see {logs}",
+            deployer.result,
+            deployer.exit_status,
+            line.unwrap_or_default()
+        ));
+    }
+    if let Some(timer) = timer.as_ref().filter(|t| t.active != "active") {
+        row.problems.push(format!(
+            "its deployer.timer is {}: no pass comes by itself; '{}'",
+            if timer.active.is_empty() { "not there" } else { &timer.active },
+            hint::typed(&host, here, "systemctl enable --now deployer.timer")
+        ));
+    }
+    row.problems.extend(problems.iter().map(|p| hint::translated(p, &host, here)));
 }
 
 #[cfg(test)]
@@ -469,18 +720,8 @@ mod tests {
         state.serial = Some(serial);
         for (service, status, runs) in services {
             let entry = ServiceState {
-                name: name(service),
                 store_path: runs.map(path),
-                status: *status,
-                since: Timestamp(NOW.0 - 600),
-                previous: Vec::new(),
-                failure: None,
-                secrets_changed: false,
-                exposure: None,
-                drop_ins: Vec::new(),
-                invocation: None,
-                pinned_since: None,
-                paused_until: None,
+                ..ServiceState::new(name(service), *status, Timestamp(NOW.0 - 600))
             };
             state.services.insert(name(service), entry);
         }
@@ -492,7 +733,7 @@ mod tests {
     }
 
     fn judged(manifest: &Manifest, state: State) -> Picture {
-        judge(manifest, &reports(Report::Read(Box::new(state))), NOW, Only::default())
+        judge(&Wanted::only(manifest), &reports(Report::Read(Box::new(state))), NOW, Only::default())
     }
 
     #[test]
@@ -543,7 +784,7 @@ mod tests {
         for report in
             [Report::Missing, Report::Unreadable("EOF".into()), Report::Silent("ssh: refused".into())]
         {
-            let picture = judge(&manifest, &reports(report.clone()), NOW, Only::default());
+            let picture = judge(&Wanted::only(&manifest), &reports(report.clone()), NOW, Only::default());
             assert_eq!(picture.rows[0].status, Standing::Unknown);
             assert!(picture.off() && picture.hosts[0].problems.len() == 1, "{report:?}");
         }
@@ -629,7 +870,7 @@ mod tests {
         second.hosts.push(host("two"));
         manifest.services.push(second);
         let shown = |service, host| {
-            let picture = judge(&manifest, &BTreeMap::new(), NOW, Only { service, host });
+            let picture = judge(&Wanted::only(&manifest), &BTreeMap::new(), NOW, Only { service, host });
             picture.rows.iter().map(|r| format!("{}@{}", r.service, r.host)).collect::<Vec<_>>()
         };
         assert_eq!(shown(None, None), ["ava@biz", "web@biz", "web@two"]);

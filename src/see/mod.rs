@@ -3,5 +3,6 @@
 
 pub mod checks;
 pub mod domains;
+pub mod hint;
 pub mod judge;
 pub mod reports;

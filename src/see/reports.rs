@@ -1,15 +1,18 @@
-//! Gets what the hosts say of themselves: their reports in the store, or the state file of
-//! each, asked for over ssh. A report that is missing, oversized or malformed is an answer, not an error.
+//! Gets what the hosts say of themselves: their reports in the store, or the answer of each to what runs there now,
+//! asked for over ssh. A report that is missing, oversized or malformed is an answer, not an error.
 
+use super::hint;
 use super::judge::Report;
+use crate::clock::Timestamp;
 use crate::config::Settings;
+use crate::deployer::live::{self, Answer, LIVE_VERSION, Live};
 use crate::deployer::root::STATE_FILE;
 use crate::deployer::state::State;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::manifest::Manifest;
 use crate::names::HostName;
 use crate::ssh;
-use crate::store::{Got, HOSTS_PREFIX, Store, StoreError};
+use crate::store::{Got, HOSTS_PREFIX, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -37,9 +40,19 @@ pub fn stored(store: &dyn Store, hosts: &BTreeSet<HostName>) -> Result<BTreeMap<
             .iter()
             .filter_map(|key| HostName::parse(key.strip_prefix(HOSTS_PREFIX)?.strip_suffix(".json")?).ok()),
     );
+    let identity = store.identity();
     each(&all, |host| {
-        Ok(match store.get(&format!("{HOSTS_PREFIX}{host}.json"), None, MAX_REPORT) {
-            Ok(Got::Found { bytes, .. }) => read(host, &bytes),
+        Ok(match store.get(&key(host), None, MAX_REPORT) {
+            Ok(Got::Found { bytes, .. }) => match read(host, &bytes) {
+                // It is in this store: its host reaches it, by whatever address.
+                Report::Read(mut state)
+                    if state.store.as_deref().is_some_and(|s| but_for_address(s, &identity)) =>
+                {
+                    state.store = Some(identity.clone());
+                    Report::Read(state)
+                }
+                report => report,
+            },
             Ok(Got::Missing | Got::NotModified) => Report::Missing,
             Err(StoreError::TooLarge(why)) => Report::Unreadable(why),
             Err(e) => return Err(e.into()),
@@ -47,22 +60,101 @@ pub fn stored(store: &dyn Store, hosts: &BTreeSet<HostName>) -> Result<BTreeMap<
     })
 }
 
+fn key(host: &HostName) -> String {
+    format!("{HOSTS_PREFIX}{host}.json")
+}
+
+/// Whether two identities of stores differ in nothing but the address at which they are reached.
+fn but_for_address(one: &str, other: &str) -> bool {
+    match (StoreUrl::parse(one), StoreUrl::parse(other)) {
+        (Ok(StoreUrl::S3(one)), Ok(StoreUrl::S3(other))) => {
+            (&one.bucket, &one.prefix) == (&other.bucket, &other.prefix)
+        }
+        _ => false,
+    }
+}
+
+/// Gives a host that names its store otherwise than we do the benefit of a look: what it reported is in our store
+/// if the two are one.
+pub fn same_store(store: &dyn Store, state: &mut State) {
+    let identity = store.identity();
+    if state.store.as_deref().is_none_or(|theirs| theirs == identity || !but_for_address(theirs, &identity)) {
+        return;
+    }
+    if let Ok(Got::Found { bytes, .. }) = store.get(&key(&state.host), None, MAX_REPORT)
+        && let Ok(reported) = State::parse(&bytes)
+        && (&reported.machine, &reported.store, reported.checked_at)
+            == (&state.machine, &state.store, state.checked_at)
+    {
+        state.store = Some(identity);
+    }
+}
+
 /// What the hosts answer now.
-pub fn live(settings: &Settings, hosts: &BTreeSet<HostName>) -> Result<BTreeMap<HostName, Report>> {
+pub fn live(
+    settings: &Settings,
+    store: &dyn Store,
+    hosts: &BTreeSet<HostName>,
+) -> Result<BTreeMap<HostName, Report>> {
     each(hosts, |host| {
-        Ok(match ssh::output_on(settings, host, false, &["cat", STATE_FILE], LIVE_DEADLINE) {
+        Ok(match ask(settings, host, LIVE_DEADLINE) {
             Err(e) => Report::Silent(e.to_string()),
-            Ok(output) if !output.status.ok() => Report::Silent(format!(
-                "its state could not be read ({}): {}; run 'sudo deployer' there",
-                output.status,
-                crate::runner::tail(&output.stderr)
-            )),
-            Ok(output) if output.stdout.len() as u64 > MAX_REPORT => {
-                Report::Unreadable(format!("it has more than {MAX_REPORT} bytes"))
+            Ok(Answer { state: Some(mut state), live, .. }) if state.host == *host => {
+                same_store(store, &mut state);
+                Report::Live(Box::new(state), Box::new(live))
             }
-            Ok(output) => read(host, &output.stdout),
+            Ok(Answer { state: Some(state), .. }) => {
+                Report::Unreadable(format!("it is by a host that calls itself {}", state.host))
+            }
+            Ok(Answer { state: None, state_error, live, .. }) => {
+                let line = live.last_line.map(|line| format!("; the deployer says: {line}"));
+                Report::Silent(format!(
+                    "its state could not be read: {}{}; run '{}'",
+                    state_error.unwrap_or_else(|| "it is not there".into()),
+                    line.unwrap_or_default(),
+                    hint::typed(host, Some(&settings.host), "deployer")
+                ))
+            }
         })
     })
+}
+
+/// Asks a host for its state and for what systemd says there now. One that has an older program, or none that can
+/// be found, gives its state alone, and that is among the problems.
+pub fn ask(settings: &Settings, host: &HostName, deadline: Duration) -> Result<Answer> {
+    if ssh::is_here(settings, host) {
+        return live::look(&settings.unit_dir, Timestamp::now());
+    }
+    let usage = crate::error::EXIT_USAGE;
+    let script = format!(
+        "{}; if [ -n \"$p\" ]; then \"$p\" deployer state --live --json; s=$?; [ $s = {usage} ] || exit $s; fi; \
+         exec cat {STATE_FILE}",
+        ssh::finds_ours()
+    );
+    let output = ssh::script_on(settings, host, &script, deadline)?;
+    if !output.status.ok() {
+        return Err(Error::new(format!(
+            "its state could not be read ({}): {}; run '{}'",
+            output.status,
+            crate::runner::tail(&output.stderr),
+            hint::typed(host, Some(&settings.host), "deployer")
+        )));
+    }
+    if output.stdout.len() as u64 > MAX_REPORT {
+        return Err(Error::new(format!("its state has more than {MAX_REPORT} bytes")));
+    }
+    let unusable = |why: String| {
+        Error::new(format!("its state cannot be read: {why}; upgrade whichever omni-deploy is older"))
+    };
+    if let Ok(state) = State::parse(&output.stdout) {
+        let problems = vec![
+            "its omni-deploy is too old to say what runs now, this is what its last pass left; upgrade it"
+                .into(),
+        ];
+        let live = Live { at: Timestamp::now(), problems, ..Live::default() };
+        return Ok(Answer { version: LIVE_VERSION, state: Some(state), state_error: None, live });
+    }
+    Answer::parse(&output.stdout).map_err(unusable)
 }
 
 fn read(host: &HostName, bytes: &[u8]) -> Report {
@@ -97,7 +189,6 @@ fn each(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Error;
 
     #[test]
     fn a_report_that_is_broken_or_another_hosts_is_an_answer() {

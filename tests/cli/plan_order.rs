@@ -594,20 +594,7 @@ fn host() -> HostName {
 }
 
 fn blank(name: &ServiceName, status: Status) -> ServiceState {
-    ServiceState {
-        name: name.clone(),
-        store_path: None,
-        status,
-        since: Timestamp(0),
-        previous: Vec::new(),
-        failure: None,
-        secrets_changed: false,
-        exposure: None,
-        drop_ins: Vec::new(),
-        invocation: None,
-        pinned_since: None,
-        paused_until: None,
-    }
+    ServiceState::new(name.clone(), status, Timestamp(0))
 }
 
 fn state_of(plan: &ServicePlan, machine: &Machine) -> ServiceState {

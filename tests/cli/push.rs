@@ -10,6 +10,7 @@ use omni_deploy::config::{Flags, Settings, load};
 use omni_deploy::deployer::state::{Failure, ServiceState, State, Status};
 use omni_deploy::names::{HostName, ServiceName, StorePath};
 use omni_deploy::nix::{self, FetchError};
+use omni_deploy::push::wait;
 use omni_deploy::runner::{Output, Run};
 use omni_deploy::store::Store;
 use std::path::Path;
@@ -473,18 +474,9 @@ fn state(serial: u64, status: Status, runs: &StorePath, attempted: Option<&Store
         inputs: None,
     });
     let service = ServiceState {
-        name: name.clone(),
         store_path: Some(runs.clone()),
-        status,
-        since: Timestamp(0),
-        previous: Vec::new(),
         failure,
-        secrets_changed: false,
-        exposure: None,
-        drop_ins: Vec::new(),
-        invocation: None,
-        pinned_since: None,
-        paused_until: None,
+        ..ServiceState::new(name.clone(), status, Timestamp(0))
     };
     state.services.insert(name, service);
     serde_json::to_string(&state).unwrap()
@@ -498,15 +490,19 @@ fn shipping_ends_with_the_truth_about_every_host() {
     desk.service("ava");
     let closure = Closure::build("ava", 10);
     let old = StorePath::parse("/nix/store/00000000000000000000000000000000-ava").unwrap();
-    // A host in a few lines: every start is written down; the pass after the n-th start leaves state.N, the
-    // last of them staying; without any it does not answer.
+    // A host in a few lines, whose login shell greets: every start is written down; the pass after the n-th start
+    // leaves state.N, the last of them staying; without any it does not answer.
     desk.script(
         "enter",
         "cd \"$(dirname \"$0\")/../host\" || exit 255\n\
-         case \"$*\" in\n\
+         echo Welcome; echo --omni-deploy-answer--\n\
+         host=$1; shift; eval \"set -- $*\"; case $3 in *'exec sudo '*) s='sudo ';; *) s=;; esac; shift 4\n\
+         case \"$host $s$*\" in\n\
          'biz sudo systemctl start deployer') echo start >> starts; n=$(wc -l < starts); \
          [ -e \"state.$n\" ] && mv \"state.$n\" state; echo 'a unit failed' >&2; exit 1;;\n\
-         'biz cat /var/lib/deployer/state.json') cat state;;\n\
+         'biz systemctl show '*) printf 'Result=exit-code\\nExecMainStatus=%s\\n' $(cat code || echo 3);;\n\
+         'biz sudo journalctl '*) echo 'error: nobody knows this key';;\n\
+         *'cat /var/lib/deployer/state.json') cat state;;\n\
          *) echo \"what? $*\" >&2; exit 255;;\nesac\n",
     );
     let ship = |states: &[String], timeout: &str| {
@@ -529,7 +525,7 @@ fn shipping_ends_with_the_truth_about_every_host() {
     assert!(output.status.ok() && starts() == 2, "{} starts: {}", starts(), output.stderr);
 
     let output = ship(&[state(3, Status::Rejected, &old, Some(&closure.app))], "30");
-    assert_eq!(output.text(), format!("{line}ava biz refused\n"));
+    assert_eq!(output.text(), format!("{line}ava biz rejected\n"));
     assert_eq!(output.status.to_string(), "exit code 3");
     assert!(output.stderr.contains("exits at once") && output.stderr.contains("panic: no database"));
 
@@ -538,12 +534,67 @@ fn shipping_ends_with_the_truth_about_every_host() {
     assert_eq!(output.status.to_string(), "exit code 1");
     assert!(output.stderr.contains("biz does not answer"), "{}", output.stderr);
 
+    // It runs, as an earlier pass left it, and this pass failed: of an older program the journal tells why.
+    let well = state(3, Status::Running, &closure.app, None);
+    drop(fs_err::remove_dir_all(desk.path("host")));
+    fs_err::create_dir(desk.path("host")).unwrap();
+    fs_err::write(desk.path("host/state"), &well).unwrap();
+    fs_err::write(desk.path("host/code"), "1").unwrap();
+    let words = ["ship", "--timeout", "30", "--service", "ava", closure.app.as_str()];
+    let output = desk.run(&words);
+    assert_eq!((output.status.to_string().as_str(), starts()), ("exit code 1", 1), "{}", output.stderr);
+    assert!(
+        output.stderr.contains("its pass failed (exit-code, 1): error: nobody knows this key"),
+        "{}",
+        output.stderr
+    );
+
+    // The same, with the reason in the state.
+    let mut changed: serde_json::Value = serde_json::from_str(&well).unwrap();
+    changed["lastError"] =
+        serde_json::json!({"reason": "the key is revoked", "since": "2026-11-22T18:31:05Z"});
+    let output = ship(&[changed.to_string()], "30");
+    assert_eq!((output.status.to_string().as_str(), starts()), ("exit code 1", 1), "{}", output.stderr);
+    assert!(
+        output.text().ends_with("ava biz unknown\n")
+            && output.stderr.contains("last pass failed: the key is revoked")
+    );
+
+    // Another store's version is neither this one nor one that came after it.
+    let mut changed: serde_json::Value = serde_json::from_str(&well).unwrap();
+    changed["store"] = serde_json::json!("s3://releases2");
+    let output = ship(&[changed.to_string()], "30");
+    assert_eq!(output.text(), format!("{line}ava biz unknown\n"), "{}", output.stderr);
+    assert_eq!(output.status.to_string(), "exit code 1");
+    let both = ["biz reads s3://releases2, you published to file://", "correct 'store'"];
+    assert!(both.iter().all(|part| output.stderr.contains(part)), "{}", output.stderr);
+    // Of a program that does not say: a number that this store does not have.
+    let output = ship(&[state(42, Status::Running, &old, None)], "30");
+    assert_eq!(output.text(), format!("{line}ava biz unknown\n"), "{}", output.stderr);
+    assert!(output.stderr.contains("worked from version 42, which is not in file://"), "{}", output.stderr);
+
     // A host that never gets there is not waited for beyond the timeout.
     let started = std::time::Instant::now();
     let output = ship(&[state(2, Status::Running, &old, None)], "2");
     assert_eq!(output.status.to_string(), "exit code 1");
     assert!(output.stderr.contains("saw serial 2, not yet 3"), "{}", output.stderr);
     assert!(started.elapsed().as_secs() < 20);
+    assert!(output.text().ends_with("ava biz pending\n"), "{}", output.text());
+
+    // Somebody publishes in between: it is said who, as the store knows.
+    let other = desk.run(&["manifest", "update", "ava", old.as_str()]);
+    assert!(other.status.ok(), "{}", other.stderr);
+    fs_err::write(desk.path("host/state.1"), state(4, Status::Running, &old, None)).unwrap();
+    fs_err::remove_file(desk.path("host/starts")).unwrap();
+    let settings = desk.settings(&[("ssh", &format!("sh {}", desk.path("bin/enter").display()))]);
+    let shipped =
+        wait::Shipped { name: ServiceName::parse("ava").unwrap(), path: closure.app.clone(), entry: None };
+    let hosts = std::collections::BTreeMap::from([(HostName::parse("biz").unwrap(), vec![shipped])]);
+    let outcomes = wait::follow(&settings, &hosts, 3, std::time::Duration::from_secs(30)).unwrap();
+    let outcome = outcomes.into_values().next().unwrap();
+    let wait::Outcome::Superseded(newer) = outcome else { panic!("{outcome:?}") };
+    assert_eq!((newer.serial, newer.action.as_str()), (4, "update ava"));
+    assert!(newer.by.contains('@'), "{newer:?}");
 }
 
 #[test]

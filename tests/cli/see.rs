@@ -11,7 +11,7 @@ use omni_deploy::dispatch::APPLETS;
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::names::HostName;
 use omni_deploy::runner::{Output, Run, Status, Stream};
-use omni_deploy::see::judge::{Only, Report, judge};
+use omni_deploy::see::judge::{Only, Report, Wanted, judge};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::{Store, When};
 use serde_json::{Value, json};
@@ -141,7 +141,8 @@ fn status_json_keeps_its_form() {
     let state = State::parse(STATE.as_bytes()).unwrap();
     let reports = BTreeMap::from([(biz, Report::Read(Box::new(state))), (web, Report::Missing)]);
     let now = Timestamp::parse("2026-11-22T18:35:00Z").unwrap();
-    let picture = serde_json::to_value(judge(&manifest, &reports, now, Only::default())).unwrap();
+    let picture =
+        serde_json::to_value(judge(&Wanted::only(&manifest), &reports, now, Only::default())).unwrap();
     let fixture: Value = serde_json::from_str(include_str!("../fixtures/status-v1.json")).unwrap();
     assert_eq!(picture, fixture, "{}", serde_json::to_string_pretty(&picture).unwrap());
 }
@@ -229,10 +230,199 @@ fn live_asks_every_host_and_says_which_do_not_answer() {
     assert!(text.contains("dead: host dead does not answer: Connection refused"), "{text}");
     assert!(text.contains("empty: its state could not be read (exit code 1): none"), "{text}");
     let asked = fs_err::read_to_string(machine.path("asked")).unwrap();
-    let asked: BTreeSet<&str> = asked.lines().collect();
-    let state = "/var/lib/deployer/state.json";
-    let want = ["biz", "dead", "empty"].map(|host| format!("{host} cat {state}"));
-    assert_eq!(asked, want.iter().map(String::as_str).collect());
+    let mut asked: Vec<&str> = asked.lines().map(|l| l.split(' ').next().unwrap()).collect();
+    asked.sort();
+    assert_eq!(asked, ["biz", "dead", "empty"], "each once");
+}
+
+/// What a host answers that is asked what runs now.
+fn answer(host: &str, unit: Value, deployer: Value, timer: &str) -> Value {
+    let well = json!({"load": "loaded", "active": "active", "sub": "running", "result": "success", "exitStatus": 0,
+        "restarts": 0, "mainPid": 7, "started": now(-3600)});
+    let with = |over: &Value| {
+        let mut unit = well.clone();
+        over.as_object().unwrap().iter().for_each(|(name, value)| unit[name] = value.clone());
+        unit
+    };
+    json!({"version": 1, "state": report(host, "running", AVA), "live": {"at": now(0),
+        "services": {"ava": with(&unit)}, "deployer": with(&deployer), "timer": with(&json!({"active": timer})),
+        "lastLine": "error: the bucket refuses this key", "problems": []}})
+}
+
+#[test]
+fn live_shows_what_systemd_has_now_and_not_what_the_last_pass_left() {
+    let machine = Machine::with_ava(&["biz"]);
+    let ssh = machine.ssh(&format!("echo Welcome; cat {}/answer", machine.dir.path().display()));
+    // As a host prints it, with the mark before.
+    let live = |answer: &Value| {
+        fs_err::write(machine.path("answer"), format!("--omni-deploy-answer--\n{answer}")).unwrap();
+        machine.call(&["status", "--live", "--ssh", &ssh])
+    };
+    let well = live(&answer("biz", json!({}), json!({}), "active"));
+    assert_eq!(exit(&well), 0, "{}", well.text());
+    let lines: Vec<Vec<String>> =
+        well.text().lines().map(|l| l.split_whitespace().map(String::from).collect()).collect();
+    assert_eq!(
+        (lines[0][5].as_str(), lines[1][4].as_str(), lines[1][5].as_str()),
+        ("RESTARTS", "running", "0")
+    );
+
+    let dead = json!({"active": "inactive", "sub": "dead", "mainPid": 0});
+    let crashing = json!({"active": "activating", "sub": "auto-restart", "result": "exit-code", "exitStatus": 7,
+        "restarts": 12});
+    let failed_pass = json!({"active": "failed", "sub": "failed", "result": "exit-code", "exitStatus": 1});
+    let of_services = json!({"active": "failed", "sub": "failed", "result": "exit-code", "exitStatus": 3});
+    for (unit, deployer, timer, status, says) in [
+        (dead, json!({}), "active", "failed", "it is stopped now"),
+        (crashing, json!({}), "active", "failed", "restarted it 12 time(s) and is about to again"),
+        (json!({"active": "failed", "sub": "failed"}), json!({}), "active", "failed", "it has failed"),
+        (
+            json!({"load": "not-found", "active": "inactive", "sub": "dead"}),
+            json!({}),
+            "active",
+            "failed",
+            "no unit",
+        ),
+        (
+            json!({"restarts": 3, "started": now(-20)}),
+            json!({}),
+            "active",
+            "running",
+            "it crashed: systemd has restarted it 3",
+        ),
+        (
+            json!({}),
+            failed_pass,
+            "active",
+            "running",
+            "last pass failed (exit-code, 1): error: the bucket refuses",
+        ),
+        (
+            json!({}),
+            json!({}),
+            "inactive",
+            "running",
+            "no pass comes by itself; 'ssh biz sudo systemctl enable --now",
+        ),
+    ] {
+        let output = live(&answer("biz", unit, deployer, timer));
+        let text = output.text();
+        assert_eq!(exit(&output), 3, "{says}: {text}");
+        assert!(text.contains(says) && text.lines().nth(1).unwrap().contains(status), "{says}: {text}");
+    }
+    // Long calm, and a pass that ended with 3 for a service: the rows tell.
+    let calm = live(&answer("biz", json!({"restarts": 3}), of_services, "active"));
+    assert_eq!(exit(&calm), 0, "{}", calm.text());
+    assert!(calm.text().lines().nth(1).unwrap().split_whitespace().nth(5) == Some("3"), "{}", calm.text());
+}
+
+#[test]
+fn an_entry_that_no_host_has_yet_is_pending_whatever_of_it_was_changed() {
+    let machine = Machine::with_ava(&["biz"]);
+    let statuses = || {
+        let value = json_of(&machine.call(&["status", "--json"]));
+        let rows = value["rows"].as_array().unwrap().clone();
+        rows.iter().map(|r| r["status"].as_str().unwrap().to_string()).collect::<Vec<_>>()
+    };
+    // What the host's pass would report: it has worked from the manifest that is there now.
+    let passed = |entry: bool| {
+        let bytes = fs_err::read(machine.path("store/manifest.json")).unwrap();
+        let manifest: Value = serde_json::from_slice(&bytes).unwrap();
+        let mut report = report("biz", "running", AVA);
+        report["serial"] = manifest["serial"].clone();
+        if entry {
+            let digests = omni_deploy::manifest::entry::digests(&bytes);
+            report["services"]["ava"]["entry"] = json!(digests.values().next().unwrap());
+        }
+        machine.put("hosts/biz.json", report.to_string());
+    };
+    for (entry, change) in [
+        (true, "env.GREETING=changed"),
+        (true, "http={\"domain\": \"ava.example.com\", \"internalPort\": 8080}"),
+        (true, "http.domain=two.example.com"),
+        (true, "hosts=biz,biz2"),
+        (true, "hardening.privateTmp=false"),
+        (true, "systemd.memoryMax=512M"),
+        // An older program says no more than which version it saw.
+        (false, "env.GREETING=again"),
+    ] {
+        passed(entry);
+        assert_eq!(statuses()[0], "running", "{change}");
+        let set = machine.call(&["manifest", "set", "ava", change]);
+        assert_eq!(exit(&set), 0, "{}", set.stderr);
+        assert_eq!(statuses()[0], "pending", "{change}");
+        passed(entry);
+        assert_eq!(statuses()[0], "running", "{change}");
+    }
+    // What another service gets is none of its affair.
+    passed(true);
+    let other = json!({"name": "other", "artifact": {"storePath": AVA}, "hosts": ["biz"]}).to_string();
+    assert_eq!(exit(&machine.call(&["manifest", "add-service", &other])), 0);
+    assert_eq!(statuses(), ["running", "unknown", "pending"]);
+    // A host that says it has this version and has another entry does not have it.
+    let mut odd = report("biz", "running", AVA);
+    odd["serial"] = json!(99);
+    odd["services"]["ava"]["entry"] = json!("0123");
+    machine.put("hosts/biz.json", odd.to_string());
+    assert_eq!(statuses()[0], "differs");
+}
+
+#[test]
+fn a_host_that_reads_another_store_is_unknown_and_both_are_named() {
+    let machine = Machine::with_ava(&["biz"]);
+    let mut elsewhere = report("biz", "running", AVA);
+    elsewhere["store"] = json!("s3://releases2");
+    machine.put("hosts/biz.json", elsewhere.to_string());
+    let stored = machine.call(&["status"]);
+    fs_err::write(machine.path("state"), elsewhere.to_string()).unwrap();
+    let ssh = machine.ssh(&format!("cat {}/state", machine.dir.path().display()));
+    let live = machine.call(&["status", "--live", "--ssh", &ssh]);
+    for output in [stored, live] {
+        let text = output.text();
+        assert_eq!(exit(&output), 3, "{text}");
+        assert!(text.lines().nth(1).unwrap().contains("unknown"), "{text}");
+        assert!(
+            text.contains("it reads s3://releases2, and this is ") && text.contains(&machine.store_url()),
+            "{text}"
+        );
+    }
+    elsewhere["store"] = json!(machine.store_url());
+    machine.put("hosts/biz.json", elsewhere.to_string());
+    assert_eq!(exit(&machine.call(&["status"])), 0);
+}
+
+#[test]
+fn a_pass_that_failed_two_machines_of_one_name_and_a_removal_under_way_are_said() {
+    let machine = Machine::with_ava(&["biz"]);
+    let with = |change: &dyn Fn(&mut Value)| {
+        let mut changed = report("biz", "running", AVA);
+        change(&mut changed);
+        machine.put("hosts/biz.json", changed.to_string());
+        let output = machine.call(&["status"]);
+        assert_eq!(exit(&output), 3, "{}", output.text());
+        output.text()
+    };
+    let text =
+        with(&|r| r["lastError"] = json!({"reason": "no key; run 'deployer run'", "since": now(-700)}));
+    assert!(
+        text.contains("biz: last pass failed: no key; run 'ssh biz sudo deployer run' (for 11m)"),
+        "{text}"
+    );
+    let text = with(&|r| {
+        r["machine"] = json!({"id": "aaaaaaaaaaaa", "name": "web1"});
+        r["otherMachine"] = json!({"machine": {"id": "bbbbbbbbbbbb", "name": "web2"}, "reportedAt": now(-60),
+            "cameBack": true});
+    });
+    assert!(
+        text.contains("two machines report as host 'biz': web1 (aaaaaaaa), and web2 (bbbbbbbb)"),
+        "{text}"
+    );
+    let text = with(&|r| {
+        r["services"]["old"] = json!({"name": "old", "storePath": OLD, "status": "failed", "since": now(-30),
+            "removing": true, "failure": {"reason": "not gone yet (deactivating/stop-sigterm)", "at": now(-30)}});
+    });
+    let row = text.lines().find(|l| l.starts_with("old ")).unwrap();
+    assert!(row.contains("removing") && text.contains("(deactivating/stop-sigterm)"), "{text}");
 }
 
 #[test]
@@ -264,8 +454,10 @@ fn watching_on_a_pipe_prints_only_what_changed() {
 fn logs_come_from_every_host_with_its_name_and_nothing_given_becomes_an_option() {
     let machine = Machine::with_ava(&["biz", "two"]);
     // What a remote shell would make of the words, one a line.
-    let ssh =
-        machine.ssh("host=$1; shift; eval \"set -- $*\"; printf '%s: ' $host; printf '<%s>' \"$@\"; echo");
+    let ssh = machine.ssh(
+        "host=$1; shift; eval \"set -- $*\"; case $3 in *'exec sudo '*) s='<sudo>';; *) s=;; esac; shift 4
+             printf '%s: %s' $host \"$s\"; printf '<%s>' \"$@\"; echo",
+    );
     let words = |output: &Output| output.text().lines().map(String::from).collect::<Vec<_>>();
     let asked = "<sudo><journalctl><--no-pager><--output=short-iso>";
     let output = machine.call(&["logs", "ava", "--ssh", &ssh, "-n", "5", "--since", "1 hour ago"]);

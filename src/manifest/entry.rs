@@ -1,0 +1,86 @@
+//! The digest of a service's entry: what a host says it worked from is compared with what the manifest says now, so
+//! that an entry which no host has yet is seen, whatever of it was changed.
+//!
+//! It is made from the text of the manifest, not from the types: host and laptop read the same bytes, so programs
+//! of different versions, with other fields and other defaults, come to the same digest. Fields that this version
+//! does not know count like all others. What cannot matter is left out: the order of fields, white space, and
+//! members that are null, which is how a newer program writes a field of its own that nobody set.
+
+use crate::names::ServiceName;
+use ring::digest::{SHA256, digest};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// How many bytes of the hash are kept: it tells versions of one entry apart, and nobody has to trust it.
+const BYTES: usize = 12;
+
+/// The digest of every entry of a stored manifest, by service. Empty where the bytes are no manifest.
+pub fn digests(bytes: &[u8]) -> BTreeMap<ServiceName, String> {
+    let Ok(Value::Object(mut root)) = serde_json::from_slice::<Value>(bytes) else { return BTreeMap::new() };
+    let Some(Value::Array(services)) = root.remove("services") else { return BTreeMap::new() };
+    let one = |entry: Value| {
+        let name = ServiceName::parse(entry.get("name")?.as_str()?).ok()?;
+        Some((name, digest_of(entry)))
+    };
+    services.into_iter().filter_map(one).collect()
+}
+
+fn digest_of(mut entry: Value) -> String {
+    without_nulls(&mut entry);
+    // serde_json keeps members sorted by the bytes of their names.
+    let text = entry.to_string();
+    digest(&SHA256, text.as_bytes()).as_ref()[..BYTES].iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn without_nulls(value: &mut Value) {
+    match value {
+        Value::Object(members) => {
+            members.retain(|_, value| !value.is_null());
+            members.values_mut().for_each(without_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(without_nulls),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(entry: &str) -> String {
+        let all = digests(format!("{{\"version\": 1, \"services\": [{entry}]}}").as_bytes());
+        all.into_values().next().unwrap()
+    }
+
+    #[test]
+    fn whatever_changes_an_entry_changes_its_digest_and_layout_does_not() {
+        let entry =
+            r#"{"name": "ava", "env": {"A": "1", "B": "2"}, "hosts": ["biz"], "future": {"x": [1, 2.5]}}"#;
+        for same in [
+            r#"{"future":{"x":[1,2.5]},"hosts":["biz"],"name":"ava","env":{"B":"2","A":"1"}}"#,
+            r#"{"name": "ava", "env": {"A": "1", "B": "2"}, "hosts": ["biz"], "future": {"x": [1, 2.5], "y": null}, "new": null}"#,
+        ] {
+            assert_eq!(of(same), of(entry), "{same}");
+        }
+        for (from, to) in [
+            ("\"1\"", "\"3\""),
+            ("biz", "two"),
+            ("[1, 2.5]", "[2.5, 1]"),
+            ("\"A\"", "\"a\""),
+            ("future", "past"),
+            ("\"2\"}", "\"2\", \"C\": \"\"}"),
+        ] {
+            assert_ne!(of(&entry.replacen(from, to, 1)), of(entry), "{from} to {to}");
+        }
+    }
+
+    #[test]
+    fn the_digest_of_a_frozen_manifest_stays_what_it_was() {
+        let all = digests(include_bytes!("../../tests/fixtures/manifest-v1.json"));
+        let ava = all.iter().find(|(name, _)| name.as_str() == "ava").unwrap();
+        assert_eq!(ava.1, "d3f1db3e06bb5337a84e71ee");
+        assert!(
+            digests(b"").is_empty() && digests(b"[]").is_empty() && digests(b"{\"services\": 1}").is_empty()
+        );
+    }
+}
