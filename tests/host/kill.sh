@@ -17,7 +17,7 @@ save() {
 
 # Makes the host what it was, and begins to count.
 restore() {
-  local path
+  local path unit port
   systemctl stop 'web*.service'
   rm -rf /var/lib/deployer/* /var/lib/deployer/.omni* /var/lib/omni-deploy/hosts /var/lib/omni-deploy/.omni-deploy-* \
     /etc/systemd/system/web* /etc/systemd/system/.omni* /etc/systemd/system/multi-user.target.wants/{web,.omni}* \
@@ -26,6 +26,12 @@ restore() {
   systemctl daemon-reload
   systemctl reset-failed
   if [[ -s $start/units ]]; then xargs systemctl start <"$start/units"; fi
+  # Started is not yet running: what a service says when it begins to listen must not be counted as another start.
+  while read -r unit; do
+    port=$(systemctl show --property=Environment --value "$unit" | grep -oE '\bPORT=[0-9]+' | tail -n 1) || continue
+    # shellcheck disable=SC2016  # the inner shell's
+    timeout 60 bash -c 'until curl -s --output /dev/null "localhost:$1/"; do sleep 0.02; done' - "${port#PORT=}"
+  done <"$start/units"
   if ! curl -sSf localhost:2019/config/ | cmp -s "$start/caddy.json"; then
     curl -sSf -H 'Content-Type: application/json' --data-binary @"$start/caddy.json" localhost:2019/load
   fi
@@ -53,9 +59,11 @@ facts() {
   # The state, and then the report, which is to say the same.
   jq -S "$times" state.json /var/lib/omni-deploy/hosts/*.json
   systemctl list-units --all --plain --no-legend --type=service 'web*' 'other*' | awk '{ print $1, $2, $3, $4 }'
-  systemctl show --property=Id,MainPID,NeedDaemonReload 'web*.service' other.service | paste -sd '   \n' |
+  # Of several units, one block each, with the properties in whatever order this systemd has.
+  { systemctl show --property=Id,MainPID,NeedDaemonReload 'web*.service' other.service; echo; } |
+    awk -F= '/=/ { is[$1] = $2 } /^$/ && is["Id"] { print is["MainPID"], "Id=" is["Id"], "NeedDaemonReload=" is["NeedDaemonReload"]; delete is }' |
     while read -r pid unit reload; do
-      if [[ $pid != MainPID=0 ]]; then echo "$unit $reload runs $(readlink "/proc/${pid#MainPID=}/exe")"; fi
+      if [[ $pid != 0 ]]; then echo "$unit $reload runs $(readlink "/proc/$pid/exe")"; fi
     done
   ss -Hltn 'sport >= :20000 and sport < :32000' | awk '{ print "spare port", $4 }'
   curl -sSf localhost:2019/config/ | jq -S .

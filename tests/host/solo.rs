@@ -1,5 +1,6 @@
 //! A host by itself: manifest and closures in the embedded directory store, everything on one machine. The
-//! tests that need no network share it; each begins with an empty manifest and a Caddy that runs.
+//! tests that need no network share it; each begins with an empty manifest, an empty cache and a Caddy
+//! that runs.
 
 use crate::lab::{Host, Pass, lock, soon};
 use serde_json::{Value, json};
@@ -38,7 +39,9 @@ pub fn solo() -> Solo {
          fi
          for name in $names; do deploy-manifest remove-service $name; done
          deployer run --allow-empty
-         rm -f /var/lib/deployer-secrets/*");
+         rm -f /var/lib/deployer-secrets/*
+         # What another test has cached is not there for this one.
+         rm -rf /var/lib/omni-deploy/nar /var/lib/omni-deploy/*.narinfo /root/elsewhere");
     host
 }
 
