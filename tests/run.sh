@@ -24,44 +24,66 @@ usage: run.sh        (as root)
 Builds everything, checks formatting, lints, scripts and units, runs the tests of all three storeys (tables in
 the modules, the built program against directories and servers, booted hosts), and prints a summary. Takes no
 arguments: CONTRIBUTING.md has how to run a part.
+
+environment: OMNI_TEST_SEED, the order of the tests (default: another one at every run; it is told at the end);
+OMNI_LAB_CACHE, where the hosts' base trees are (see tests/lab/lab.sh), made when missing, a minute or two each
 TEXT
 }
 
 die() { printf 'run.sh: %s\n' "$*" >&2; exit 1; }
 
-# --- one stage after the other -----------------------------------------------------------------------------------
+# --- stages, one after the other or beside each other ----------------------------------------------------------------
 
 passed=0
 failed=0
-ignored=0
 summary=()
-running=
+# Of those that are under way: process group, when it began, number of its log, name.
+under_way=()
+begun=0
 
-# stage NAME COMMAND...: runs it, shows its output, and counts the tests it reports, or itself as one. It has a
-# process group of its own, so that all of it can be ended, and this shell waits for it interruptibly.
-stage() {
-  local name=$1 log=$scratch/log begun=$SECONDS code=0 good bad skipped verdict
+# begin NAME COMMAND...: starts it in the background, in a process group of its own, so that all of it can be ended.
+begin() {
+  local name=$1 group log=$scratch/log.$((++begun))
   shift
-  printf '\n=== %s\n' "$name"
   : >"$log"
   setsid --wait "$@" >"$log" 2>&1 </dev/null 8>&- &
-  running=$!
-  printf '%s %s\n' "$running" "$(started "$running")" >"$group_file"
-  tail --pid="$running" -n +1 -F "$log" 2>/dev/null 8>&- &
-  wait "$running" || code=$?
-  wait $! || true
-  running=
-  # Of cargo: `test result: ok. 3 passed; 0 failed; 0 ignored; …`. Of scripts: `3 passed, 0 failed`.
-  read -r good bad skipped < <(sed -nE \
-    -e 's/^test result: .* ([0-9]+) passed; ([0-9]+) failed; ([0-9]+) ignored;.*/\1 \2 \3/p' \
-    -e 's/^([0-9]+) passed, ([0-9]+) failed$/\1 \2 0/p' "$log" | awk '{ g += $1; b += $2; s += $3 } END { print g + 0, b + 0, s + 0 }')
-  if ((good + bad == 0)); then good=$((code == 0)); fi
-  # A program that died has not said how many of its tests it took with it.
-  if ((code != 0 && bad == 0)); then bad=1; fi
-  passed=$((passed + good)) failed=$((failed + bad)) ignored=$((ignored + skipped))
-  if ((code == 0 && bad == 0)); then verdict=ok; else verdict="FAILED (exit code $code)"; fi
-  summary+=("$(printf '%-34s %4d passed %3d failed %5d s   %s' "$name" "$good" "$bad" $((SECONDS - begun)) "$verdict")")
-  return 0
+  group=$!
+  under_way+=("$group $SECONDS $begun $name")
+  printf '%s %s\n' "$group" "$(started "$group")" >>"$group_file"
+}
+
+# finish_stages: waits for all that were begun, shows the output of one after the other, and counts the tests that each
+# reports, or itself as one. This shell waits interruptibly.
+finish_stages() {
+  local entry group since number name code good bad verdict log
+  for entry in "${under_way[@]}"; do
+    read -r group since number name <<<"$entry"
+    log=$scratch/log.$number
+    printf '\n=== %s\n' "$name"
+    tail --pid="$group" -n +1 -F "$log" 2>/dev/null 8>&- &
+    code=0
+    wait "$group" || code=$?
+    wait $! || true
+    # Of cargo: `test result: ok. 3 passed; 0 failed; 0 ignored; …`. Of scripts: `3 passed, 0 failed`.
+    read -r good bad < <(sed -nE \
+      -e 's/^test result: .* ([0-9]+) passed; ([0-9]+) failed;.*/\1 \2/p' \
+      -e 's/^([0-9]+) passed, ([0-9]+) failed$/\1 \2/p' "$log" | awk '{ g += $1; b += $2 } END { print g + 0, b + 0 }')
+    if ((good + bad == 0)); then good=$((code == 0)); fi
+    # A program that died has not said how many of its tests it took with it.
+    if ((code != 0 && bad == 0)); then bad=1; fi
+    passed=$((passed + good)) failed=$((failed + bad))
+    if ((code == 0 && bad == 0)); then verdict=ok; else verdict="FAILED (exit code $code)"; fi
+    summary+=("$(printf '%-40s %4d passed %3d failed %5d s   %s' "$name" "$good" "$bad" $((SECONDS - since)) "$verdict")")
+    under_way=("${under_way[@]:1}")
+    rm -f "$log"
+  done
+  : >"$group_file"
+}
+
+# stage NAME COMMAND...: by itself.
+stage() {
+  begin "$@"
+  finish_stages
 }
 
 # When a process began, in the kernel's ticks: with its id, that names it for good.
@@ -80,19 +102,24 @@ end_group() {
 cleanup() {
   trap - EXIT
   trap '' INT TERM HUP
-  if [[ -n $running ]]; then end_group "$running"; fi
-  "$lab" down-all 8>&- || true
-  OMNI_LAB_DIR=$OMNI_LAB_DIR-selftest "$lab" down-all 8>&- || true
-  rm -rf "$scratch" "$OMNI_LAB_DIR.lock" "$group_file"
+  local entry dir
+  for entry in "${under_way[@]}"; do end_group "${entry%% *}"; done
+  for dir in "$OMNI_LAB_DIR" "$OMNI_LAB_DIR"-*; do
+    OMNI_LAB_DIR=${dir%.lock} "$lab" down-all 8>&- || true
+    rm -f "${dir%.lock}.lock"
+  done
+  rm -rf "$scratch" "$group_file"
 }
 
 # What a killed run has left: a stage under way, hosts, files.
 take_leftovers_away() {
   local group began
   if [[ -r $group_file ]]; then
-    read -r group began <"$group_file" || true
-    if [[ -n ${began:-} && $(started "$group") == "$began" ]]; then end_group "$group"; fi
+    while read -r group began; do
+      if [[ -n ${began:-} && $(started "$group") == "$began" ]]; then end_group "$group"; fi
+    done <"$group_file"
   fi
+  : >"$group_file"
   rm -rf "$scratch_prefix".*
 }
 
@@ -117,6 +144,21 @@ prepare() {
       die "no cargo $component: install it with 'rustup component add ${component/fmt/rustfmt}'"
   done
 }
+
+# host_tests SUITE [TEST]...: the storey of booted hosts on that suite, or only these tests of it.
+host_tests() {
+  local suite=$1 program unknown
+  shift
+  program=$(cargo test --locked --features campaign --test host --no-run 2>&1 | tee /dev/stderr |
+    sed -nE 's/^ *Executable .*\((.*)\)$/\1/p')
+  [[ -x $program ]] || die "cargo names no program of the host storey"
+  unknown=$("$program" --list | sed -n 's/: test$//p' | sort | comm -13 - <(printf '%s\n' "$@" | sort) | grep . || true)
+  [[ -z $unknown ]] || die "tests/host/stories names tests that are not there: $unknown"
+  # Booted hosts mostly wait, and many tests for one host: more at a time than there are cores.
+  OMNI_LAB_SUITE=$suite OMNI_LAB_DIR=$OMNI_LAB_DIR-$suite RUSTC_BOOTSTRAP=1 \
+    "$program" ${1:+--exact} "$@" --test-threads 4 -Z unstable-options --shuffle-seed "$OMNI_TEST_SEED"
+}
+export -f host_tests die
 
 # Every file that a shell runs.
 scripts() {
@@ -146,11 +188,17 @@ main() {
   trap 'exit 130' INT TERM HUP
   prepare 8>&-
 
-  local -a files crates
-  local crate
+  local -a files crates suites stories
+  local crate suite
   mapfile -t files < <(scripts)
   mapfile -t crates < <(find tests benches -mindepth 2 -maxdepth 2 -name Cargo.toml | sort)
-  stage 'build: what ships' cargo build --locked --release
+  mapfile -t suites < <("$lab" suites)
+  mapfile -t stories < <(grep -vE '^(#|$)' tests/host/stories)
+  export OMNI_TEST_SEED=${OMNI_TEST_SEED:-$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}
+
+  for suite in "${suites[@]}"; do begin "base tree: $suite" "$lab" base "$suite"; done
+  begin 'build: what ships' cargo build --locked --release
+  finish_stages
   for crate in "${crates[@]}"; do stage "build: $crate" cargo build --locked --manifest-path "$crate"; done
   if ((failed)); then finish; return; fi
   for crate in Cargo.toml "${crates[@]}" fuzz/Cargo.toml; do
@@ -164,17 +212,25 @@ main() {
   stage 'tests: dependencies' tests/dependencies.sh
   stage 'fuzz: short run' fuzz/run.sh
   stage 'tests: what Nix builds from' tests/nix_package.sh
-  stage 'tests: lab, units, installer' tests/lab/selftest.sh
-  # Booted hosts mostly wait, and many tests for one host: more at a time than there are cores.
-  stage 'tests: modules, and the built program' cargo test --locked --no-fail-fast -- --include-ignored
-  stage 'tests: booted hosts' cargo test --locked --no-fail-fast --features campaign --test host -- --test-threads 4
+  stage 'tests: as an ordinary user' tests/cli/run.sh user
+  stage 'tests: as root, and with Nix' tests/cli/run.sh root
+  # These mostly wait.
+  for suite in "${suites[@]}"; do
+    begin "lab, units, installer: $suite" env OMNI_LAB_SUITE="$suite" OMNI_LAB_DIR="$OMNI_LAB_DIR-$suite" tests/lab/selftest.sh
+  done
+  finish_stages
+  begin "booted hosts, all tests: ${suites[0]}" bash -euo pipefail -c 'host_tests "$@"' - "${suites[0]}"
+  for suite in "${suites[@]:1}"; do
+    begin "booted hosts, stories: $suite" bash -euo pipefail -c 'host_tests "$@"' - "$suite" "${stories[@]}"
+  done
+  finish_stages
   finish
 }
 
 finish() {
   printf '\n=== %d min %d s, on %d cores\n' $((SECONDS / 60)) $((SECONDS % 60)) "$(nproc)"
   printf '%s\n' "${summary[@]}"
-  if ((ignored)); then printf '%d tests are marked as ignored and were not run\n' "$ignored"; fi
+  printf 'suites: %s; order of tests: OMNI_TEST_SEED=%s\n' "${suites[*]}" "$OMNI_TEST_SEED"
   printf '%d passed, %d failed\n' "$passed" "$failed"
   ((failed == 0))
 }

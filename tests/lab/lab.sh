@@ -104,7 +104,7 @@ cmd_packages() {
 # --- base trees -------------------------------------------------------------------------------------------------
 
 # The suites, oldest first, each with the version of its C library: what is built here runs where that is no older.
-SUITES=(bookworm:2.36 trixie:2.41 forky:2.42)
+SUITES=(bookworm:2.36 trixie:2.41 forky:2.43)
 
 # What a host consists of. A change of this list, or of how a tree is made, makes the trees anew.
 PACKAGES=(

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# `cargo test` as somebody has it who has nothing but Rust: run by root, the test programs are an ordinary user, with a
-# home of their own, and see no Nix, no Caddy and no build tool. What is marked as ignored is left out, as it is there.
-#   tests/cli/plain.sh [ARGUMENT OF THE TEST PROGRAMS]...
+# The tests of the modules and of the built program, in two halves that `cargo test` knows as well.
+#   tests/cli/run.sh user [ARGUMENT OF THE TEST PROGRAMS]...
+#     what `cargo test` runs, as somebody has it who has nothing but Rust: an ordinary user with a home of their own, who
+#     sees no Nix, no Caddy and no build tool
+#   tests/cli/run.sh root [ARGUMENT OF THE TEST PROGRAMS]...
+#     what `cargo test -- --ignored` runs: as root, with Nix
+# As root. OMNI_TEST_SEED is a number that gives the order of the tests.
 set -euo pipefail
 
 top=$(dirname "$(dirname "$(dirname "$(readlink -f "$0")")")")
@@ -9,15 +13,30 @@ cd "$top"
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$top/target}
 user=65534
 
-((EUID == 0)) || { echo 'plain.sh: must be root, to be somebody else; as yourself, run cargo test' >&2; exit 1; }
+die() { printf 'run.sh: %s\n' "$*" >&2; exit 1; }
+((EUID == 0)) || die 'must be root, to be somebody else; as yourself, run cargo test'
+who=${1:-}
+[[ $who == user || $who == root ]] || die "say 'user' or 'root'"
+shift
 if [[ -z ${OMNI_TEST_S3:-} ]]; then
   cargo build --quiet --locked --manifest-path tests/s3-server/Cargo.toml --target-dir tests/s3-server/target
   export OMNI_TEST_S3=$top/tests/s3-server/target/debug/omni-test-s3
 fi
 mapfile -t programs < <(cargo test --locked --no-run 2>&1 | tee /dev/stderr | sed -nE 's/^ *Executable .*\((.*)\)$/\1/p')
-((${#programs[@]})) || { echo 'plain.sh: cargo names no test programs' >&2; exit 1; }
+((${#programs[@]})) || die 'cargo names no test programs'
+# Libtest shuffles for whoever says that they know this for an unstable option. Cargo must not see it: some crates are
+# built otherwise then.
+if [[ -n ${OMNI_TEST_SEED:-} ]]; then
+  export RUSTC_BOOTSTRAP=1
+  set -- -Z unstable-options --shuffle-seed "$OMNI_TEST_SEED" "$@"
+fi
+code=0
+if [[ $who == root ]]; then
+  for program in "${programs[@]}"; do "$program" --ignored "$@" || code=101; done
+  exit "$code"
+fi
 
-home=$(mktemp -d "${TMPDIR:-/tmp}/omni-plain.XXXXXX")
+home=$(mktemp -d "${TMPDIR:-/tmp}/omni-user.XXXXXX")
 trap 'rm -rf "$home"' EXIT
 mkdir "$home/bin" "$home/tmp" "$home/top" "$home/target"
 chown "$user:$user" "$home" "$home/tmp"
@@ -37,14 +56,13 @@ lay() {
   while ! setpriv --reuid="$user" --regid="$user" --clear-groups test -x "$(dirname "$blocked")"; do
     blocked=$(dirname "$blocked")
   done
-  mount -t tmpfs -o mode=755 omni-plain "$blocked"
+  mount -t tmpfs -o mode=755 omni-user "$blocked"
   mkdir -p "$to"
   mount --move "$at" "$to"
 }
 export -f lay
 export user
 
-code=0
 for program in "${programs[@]}"; do
   # shellcheck disable=SC2016  # expanded by the inner shell
   unshare --mount --propagation private bash -euc '
