@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Shows the whole loop on a throw-away host that has everything on it: deploy, change, break, roll back.
-# Needs root and Rust; installs Debian's packages, and leaves nothing behind but them and the build in target/.
+# Needs root and Rust; installs Debian's packages, and leaves nothing behind but them, the build in target/ and the base
+# tree of its host (tests/lab/lab.sh), which is made once.
 set -euo pipefail
 
 top=$(dirname "$(dirname "$(readlink -f "$0")")")

@@ -72,6 +72,9 @@ holds 'no runtime is in it' \
 holds 'it needs libc and libgcc_s, and no other library' \
   "$(ldd "$binary" | awk '{ print $1 }' | grep -vE '^(linux-vdso\.so\.1|libc\.so\.6|libgcc_s\.so\.1|/lib.*/ld-linux.*)$' || true)"
 
+holds 'every test program is known to cargo, which finds none in tests/cli by itself' \
+  "$(for file in tests/cli/*.rs; do grep -qF "path = \"$file\"" Cargo.toml || printf '%s\n' "$file"; done)"
+
 if [[ -n $symbols ]]; then
   CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/symbols cargo build --locked --release --config profile.release.strip=false
   nm -C "${CARGO_TARGET_DIR:-target}/symbols/release/omni-deploy" >"$scratch/symbols"
