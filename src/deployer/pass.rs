@@ -184,8 +184,9 @@ fn no_manifest(url: &str, kept: Option<&[u8]>, belief: &Belief) -> String {
             COPY_BACK.replace("HOST", belief.host.as_str())
         ),
         None if config::is_unconfigured(url) => {
-            "no store is configured on this host; write the 'store' that \
-             'omni-deploy init' printed into /etc/omni-deploy/config.json"
+            "no store is configured on this host, and there is no manifest in its own folder; write the 'store' that \
+             'omni-deploy init' printed into /etc/omni-deploy/config.json, or run 'deploy-manifest init' to deploy \
+             on this host alone"
                 .into()
         }
         None => format!(

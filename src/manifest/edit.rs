@@ -151,8 +151,9 @@ pub fn missing(store: &dyn Store) -> Error {
     let url = store.url();
     if config::is_unconfigured(&url) {
         return Error::new(
-            "nothing is configured here, so there is no manifest; run 'omni-deploy init s3://BUCKET?region=…' (on a \
-             host: write the 'store' that it prints into /etc/omni-deploy/config.json)",
+            "nothing is configured here, and there is no manifest in this machine's own folder; run 'omni-deploy init \
+             s3://BUCKET?region=…' (on a host: write the 'store' that it prints into /etc/omni-deploy/config.json), \
+             or 'deploy-manifest init' to deploy on this machine alone",
         );
     }
     let newest = versions::archived(store).ok().and_then(|archived| archived.into_iter().next());

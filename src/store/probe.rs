@@ -102,7 +102,7 @@ fn conditions(store: &dyn Store, key: &str) -> Result<Option<String>, StoreError
     let ignores = |condition: &str| {
         Ok(Some(format!(
             "{} ignores {condition}: people who push at the same time would overwrite each other's changes; use a \
-             store that honours it (AWS S3, MinIO, Ceph, or a directory)",
+             store that honours it (AWS S3, MinIO, SeaweedFS, Ceph 20, or a directory)",
             store.url()
         )))
     };

@@ -136,6 +136,30 @@ fn a_file_put_among_the_old_versions_is_not_gone_back_to() {
 }
 
 #[test]
+fn a_copy_from_elsewhere_is_gone_back_to_only_if_it_was_signed_for_this_store() {
+    let world = World::new();
+    let copy = world.dir.path().join("copy.json");
+    let at = format!("@{}", copy.display());
+    let good = fs_err::read(world.file("prod")).unwrap();
+    let mut forged: Value = serde_json::from_slice(&good).unwrap();
+    forged["services"][0]["artifact"]["storePath"] = OTHER.into();
+    fs_err::write(&copy, forged.to_string()).unwrap();
+    world.refused("ann", &["manifest", "rollback", &at], "the copy is not to be trusted");
+    let serial = |store: &str| -> u64 {
+        let manifest: Value = serde_json::from_slice(&fs_err::read(world.file(store)).unwrap()).unwrap();
+        manifest["serial"].as_u64().unwrap()
+    };
+    let before = serial("prod");
+    world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
+    fs_err::write(&copy, &good).unwrap();
+    world.ok("ann", &["manifest", "rollback", &at]);
+    assert_eq!(serial("prod"), before + 2);
+    let elsewhere = world.call_in("staging", "ann", &["manifest", "rollback", &at]);
+    assert!(elsewhere.stderr.contains("signed for the store"), "{}", elsewhere.stderr);
+    assert!(!world.file("staging").exists());
+}
+
+#[test]
 fn a_second_developer_is_told_what_to_do_and_then_both_can_write() {
     let world = World::new();
     world.ok("bob", &["keygen", "bob-1"]);
