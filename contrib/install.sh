@@ -138,6 +138,21 @@ install_dropin() {
   place_marked "$here/systemd/caddy.service.d/omni-deploy.conf" "$DROPIN"
 }
 
+# Says which of the packages that a pass needs are not here. A Nix of its own installer is not on root's PATH.
+packages_missing() {
+  local -a missing=()
+  if ! command -v nix >/dev/null && [[ ! -x /nix/var/nix/profiles/default/bin/nix ]]; then
+    missing+=(nix-bin)
+  fi
+  if ! command -v caddy >/dev/null; then
+    missing+=(caddy)
+  fi
+  ((${#missing[@]})) || return 0
+  warn "not here yet: ${missing[*]//-bin/}; run: apt-get install ${missing[*]}"
+  if [[ " ${missing[*]} " == *' nix-bin '* ]]; then warn "without nix nothing can be fetched, and no service deployed"; fi
+  if [[ " ${missing[*]} " == *' caddy '* ]]; then warn "without caddy services run, and no domain leads to them"; fi
+}
+
 do_install() {
   local binary=$1 wrappers=$2 before kind
   [[ -f $binary && -x $binary ]] || die "$binary is not an executable file; name the omni-deploy to install"
@@ -178,6 +193,7 @@ do_install() {
     changed "started deployer.timer"
   fi
 
+  packages_missing
   if ((changes == 0)); then
     echo "nothing to change"
   elif [[ ! -e /etc/omni-deploy/config.json && ! -e /etc/omni-deploy/deployer.env ]]; then

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 /// Set a developer's machine up: configuration, signing key, manifest. Prints the configuration for the hosts.
 #[derive(FromArgs)]
 #[argh(
-    example = "omni-deploy init 's3://bucket?region=eu-central-1'\nomni-deploy init file:///srv/omni-deploy\nomni-deploy init | ssh biz sudo tee /etc/omni-deploy/config.json",
+    example = "omni-deploy init 's3://bucket?region=eu-central-1'\nomni-deploy init file:///srv/omni-deploy\nomni-deploy init | ssh biz sudo install -D -m 644 /dev/stdin /etc/omni-deploy/config.json",
     note = "Flags of the configuration that are given here (--cache, --default-hosts, …) are written to the file too."
 )]
 struct Args {

@@ -366,3 +366,24 @@ fn a_path_that_systemd_does_not_start_is_refused_before_anything_is_touched() {
     host.sh(&format!("deploy-manifest update web '{before}'"));
     host.good_pass();
 }
+
+#[test]
+fn the_installer_says_what_a_host_lacks_and_a_configuration_may_come_before_it() {
+    let host = doors(PLAIN, r#"{"caddyServer": "srv0"}"#, None);
+    let install = "/opt/omni/contrib/install.sh /opt/omni/omni-deploy 2>&1";
+    host.sh(install);
+    host.sh("mv /usr/bin/nix /usr/bin/caddy /root/");
+    let said = host.sh(install);
+    host.sh("mv /root/nix /root/caddy /usr/bin/");
+    assert!(said.contains("not here yet: nix caddy; run: apt-get install nix-bin caddy"), "{said}");
+    // README's line, on a host where nothing was installed yet.
+    let dir = tempfile::tempdir().unwrap();
+    let path = host.ssh_setup(dir.path());
+    host.sh("mv /etc/omni-deploy /root/kept");
+    let line = "ssh doors sudo install -D -m 644 /dev/stdin /etc/omni-deploy/config.json";
+    let typed = Run::new("sh").args(["-c", line]).env("PATH", format!("{path}:/usr/bin:/bin")).stdin("{}");
+    typed.deadline(Duration::from_secs(60)).success().unwrap();
+    assert_eq!(host.sh("cat /etc/omni-deploy/config.json"), "{}");
+    assert_eq!(host.sh(install), "nothing to change");
+    host.sh("rm -r /etc/omni-deploy; mv /root/kept /etc/omni-deploy; systemctl stop deployer.timer");
+}

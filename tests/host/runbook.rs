@@ -42,7 +42,7 @@ fn boot() -> Biz {
     let url = bucket.url();
     // What it prints is what the host needs, but for which of its Caddy's servers is meant.
     developer.types(&format!(
-        "omni-deploy init '{url}' | jq '. + {{caddyServer: \"srv0\"}}' | ssh biz sudo tee /etc/omni-deploy/config.json"
+        "omni-deploy init '{url}' | jq '. + {{caddyServer: \"srv0\"}}' | ssh biz sudo install -D -m 644 /dev/stdin /etc/omni-deploy/config.json"
     ));
     host.sh(&format!(
         "jq -e '.trustedPublicKeys | length == 1' /etc/omni-deploy/config.json; umask 077
