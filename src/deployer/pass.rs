@@ -24,6 +24,7 @@ use crate::manifest::parse::{self, Mode};
 use crate::manifest::{Manifest, Service, entry, signature, versions};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
+use crate::see::reports::MAX_REPORT;
 use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError, When};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -209,8 +210,10 @@ struct Belief {
 }
 
 impl Belief {
-    fn new(settings: &Settings, memory: &Memory, asks: &Asks) -> Result<Self> {
-        let highest = memory.state.serial.unwrap_or(0);
+    fn new(settings: &Settings, store: &dyn Store, memory: &Memory, asks: &Asks) -> Result<Self> {
+        // Another store counts its versions anew.
+        let of_this = memory.state.store.as_ref().is_none_or(|s| *s == store.identity());
+        let highest = memory.state.serial.filter(|_| of_this).unwrap_or(0);
         Ok(Belief {
             host: settings.host.clone(),
             trusted: signature::trusted(settings)?,
@@ -343,7 +346,7 @@ pub fn preview(settings: &Settings, asks: &Asks) -> Result<Preview> {
     let root = Root::system(&settings.unit_dir);
     let store = store::open(&settings.store)?;
     let mut memory = load_memory(settings, &root, now)?;
-    let belief = Belief::new(settings, &memory, asks)?;
+    let belief = Belief::new(settings, store.as_ref(), &memory, asks)?;
     let current = current(&root, store.as_ref(), &belief, false).map_err(|ended| ended.error)?;
     let (desired, _) = mine(&current.manifest, settings, &mut memory, now);
     let desired: Vec<&Service> = desired.iter().collect();
@@ -537,7 +540,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     let store = store::open(&settings.store)?;
     let mut memory = load_memory(settings, root, now)?;
     let before = memory.state.clone();
-    let belief = Belief::new(settings, &memory, asks)?;
+    let belief = Belief::new(settings, store.as_ref(), &memory, asks)?;
     let current = current(root, store.as_ref(), &belief, true)?;
     if let Some(error) = &current.error {
         say::warning(format!(
@@ -917,9 +920,6 @@ fn publish(root: &Root, store: &dyn Store, before: &State, mut state: State) -> 
     }
     Ok(())
 }
-
-/// The largest report that is read, in bytes.
-const MAX_REPORT: u64 = 4 << 20;
 
 /// Whether the report that is about to be replaced is another machine's: asked only where one is written, so that
 /// an idle pass asks the store for nothing but the manifest. Credentials that may not read it tell nothing.

@@ -18,7 +18,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 /// The largest report that is read, in bytes.
-const MAX_REPORT: u64 = 4 << 20;
+pub const MAX_REPORT: u64 = 4 << 20;
 
 /// How long a host may take to answer, in all.
 const LIVE_DEADLINE: Duration = Duration::from_secs(15);

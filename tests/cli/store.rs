@@ -281,7 +281,7 @@ fn a_key_may_do_what_its_policy_says_and_hears_what_is_missing_of_the_rest() {
         for (key, developer, host) in [
             ("manifest.json", "rw", "r"),
             ("manifests/manifest-20261122T183105Z-00000001.json", "rw", ""),
-            ("hosts/biz.json", "r", "w"),
+            ("hosts/biz.json", "r", "rw"),
             ("hosts/web1.json", "r", ""),
             ("nix-cache-info", "rw", "r"),
             (&info, "rw", "r"),

@@ -34,6 +34,7 @@ mod power;
 mod returns;
 mod runbook;
 mod secrets;
+mod seen;
 mod solo;
 mod trust;
 mod units;

@@ -6,8 +6,8 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::caddy::{self, Observed, RoutePlan};
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
-use crate::deployer::state::{self, Exposure, State};
-use crate::deployer::{observe, systemd};
+use crate::deployer::state::{self, Exposure, OtherMachine, State};
+use crate::deployer::{machine, observe, systemd};
 use crate::error::did_you_mean;
 use crate::manifest::{Manifest, Service};
 use crate::names::{HostName, ServiceName};
@@ -18,7 +18,7 @@ use crate::see::domains::{self, Visit};
 use crate::see::judge::STALE_SEC;
 use crate::see::reports;
 use crate::ssh::is_root;
-use crate::store::{HOSTS_PREFIX, Store, StoreError, When};
+use crate::store::{Got, HOSTS_PREFIX, Store, StoreError, When};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -68,9 +68,28 @@ pub fn report(store: &dyn Store, settings: &Settings) -> Option<Check> {
     let state = fs_err::read(STATE_FILE).ok()?;
     let key = format!("{HOSTS_PREFIX}{}.json", settings.host);
     Some(match store.put(&key, &state, &When::Absent) {
-        Ok(_) | Err(StoreError::Changed(_)) => Check::ok(NAME, format!("{key} can be written")),
+        Ok(_) | Err(StoreError::Changed(_)) => match namesake(store, &key, &State::parse(&state).ok()?) {
+            Some(text) => Check::fail(NAME, text),
+            None => Check::ok(NAME, format!("{key} can be written")),
+        },
         Err(e) => Check::fail(NAME, e.to_string()),
     })
+}
+
+/// Whether another machine reports under this host's name: as the last pass found, or as its report is there now.
+fn namesake(store: &dyn Store, key: &str, state: &State) -> Option<String> {
+    let this = machine::this()?;
+    let now = match store.get(key, None, reports::MAX_REPORT) {
+        Ok(Got::Found { bytes, .. }) => State::parse(&bytes).ok(),
+        // Who may not read it is not told.
+        Ok(Got::Missing | Got::NotModified) | Err(_) => None,
+    };
+    let there = now.and_then(|now| Some((now.machine?, now.checked_at))).filter(|(m, _)| m.id != this.id);
+    let there = there.map(|(machine, reported_at)| {
+        let came_back = state.reported && reported_at > state.checked_at;
+        OtherMachine { machine, reported_at, came_back }
+    });
+    Some(there.as_ref().or(state.other_machine.as_ref())?.text(&state.host, &this))
 }
 
 /// Whether the manifest places anything on this host.
@@ -235,6 +254,13 @@ fn last_pass(now: Timestamp) -> Check {
     let result = ended.get("Result").map_or("", String::as_str);
     if now.0.saturating_sub(state.checked_at.0) > STALE_SEC {
         return Check::fail(NAME, format!("was {age} ago; see 'journalctl -u deployer'"));
+    }
+    if let Some(error) = &state.last_error {
+        let why = printable(&error.reason);
+        return Check::fail(
+            NAME,
+            format!("{age} ago; passes have failed for {}: {why}", error.since.age(now)),
+        );
     }
     match (&state.manifest_error, state.exit_code()) {
         (Some(error), _) => {
