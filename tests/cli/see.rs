@@ -727,6 +727,14 @@ fn doctor_on_a_host_says_ok_of_nothing_that_it_could_not_do() {
     }
     server.faults(r#"{"ignore_conditions": true}"#);
     assert_eq!(check(&doctor(DEVELOPER), WRITES).unwrap().0, "fail");
+    server.faults("{}");
+    // A bucket that is not there is no cache without content.
+    let elsewhere = server.url("").replace("//box", "//no-such-box");
+    for (host, verdict) in [(&elsewhere, "fail"), (&server.url("cache"), "ok")] {
+        let args = ["doctor", "--host", "--json", "--cache", host];
+        let cache = check(&over(&machine, &server.url(""), (KEY, SECRET), &args), "cache").unwrap();
+        assert_eq!(cache.0, verdict, "{cache:?}");
+    }
 }
 
 #[test]

@@ -148,7 +148,8 @@ pub fn cache(settings: &Settings, on_host: bool) -> Check {
         }
         CacheUrl::S3(location) => match crate::store::open(&StoreUrl::S3(location.clone())) {
             Err(e) => Check::fail(NAME, e.to_string()),
-            Ok(bucket) => match (bucket.size("nix-cache-info"), on_host) {
+            // A GET: a HEAD cannot tell a bucket that is missing from an object that is.
+            Ok(bucket) => match (bucket.get_start("nix-cache-info", 1), on_host) {
                 (Err(e), _) => Check::fail(NAME, e.to_string()),
                 (Ok(_), true) => Check::ok(NAME, format!("{url} answers")),
                 (Ok(_), false) => match crate::store::probe(bucket.as_ref()) {
