@@ -103,7 +103,12 @@ fn properties(block: &str) -> BTreeMap<&'static str, Value> {
 #[test]
 fn systemd_reads_back_what_every_entry_of_the_fuzzers_means() {
     let host = solo();
-    let corpus = corpus();
+    let version = host.sh("systemctl --version | sed -n '1s/systemd \\([0-9]*\\).*/\\1/p'");
+    let mut corpus = corpus();
+    if version.parse::<u32>().unwrap() >= 262 {
+        // It starts no such program; a pass says so (doors.rs).
+        corpus.retain(|rendered| !rendered.argv[0].contains('?'));
+    }
     let folder = host.path("/opt/omni/units");
     fs_err::create_dir_all(&folder).unwrap();
     for (nth, rendered) in corpus.iter().enumerate() {
