@@ -91,6 +91,9 @@ struct StateArgs {
     #[argh(switch)]
     /// with --json: also what systemd says now of our units, of the deployer and of its timer
     live: bool,
+    #[argh(switch)]
+    /// with --live: also what visitors of this host's domains meet
+    domains: bool,
 }
 
 #[derive(FromArgs)]
@@ -320,9 +323,11 @@ fn live(call: &Call, args: &StateArgs) -> Result<u8> {
     }
     let settings = call.settings();
     let unit_dir = settings.as_ref().map_or(Path::new("/etc/systemd/system"), |s| s.unit_dir.as_path());
-    let mut answer = live::look(unit_dir, Timestamp::now())?;
+    let mut answer = match &settings {
+        Ok(settings) if args.domains => live::look_with_domains(settings, Timestamp::now())?,
+        _ => live::look(unit_dir, Timestamp::now())?,
+    };
     match &settings {
-        // What is to be tried from this host with its settings, such as the domains of its services, goes here.
         Ok(_) => {}
         Err(e) => answer.live.problems.push(e.to_string()),
     }

@@ -4,10 +4,13 @@
 
 use super::root::{Root, STATE_FILE};
 use super::state::State;
-use super::{observe, systemd};
+use super::{caddy, observe, systemd};
 use crate::clock::Timestamp;
+use crate::config::Settings;
 use crate::error::Result;
+use crate::manifest::parse::{self, Mode};
 use crate::names::ServiceName;
+use crate::see::domains::{self, Visit};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -52,6 +55,9 @@ pub struct Live {
     /// The last line that the deployer wrote to the journal, where the asker may read that.
     #[serde(default)]
     pub last_line: Option<String>,
+    /// What visitors of its domains meet, where that was asked for.
+    #[serde(default)]
+    pub domains: Vec<Visit>,
     /// What else is wrong with the host as a whole, each with its next move.
     #[serde(default)]
     pub problems: Vec<String>,
@@ -102,6 +108,19 @@ impl Answer {
     }
 }
 
+/// Looks, and tries the domains of the services of this host, by the manifest that its deployer obeys.
+pub fn look_with_domains(settings: &Settings, now: Timestamp) -> Result<Answer> {
+    let mut answer = look(&settings.unit_dir, now)?;
+    let obeyed = fs_err::read(Root::system(&settings.unit_dir).manifest()).ok();
+    if let Some(manifest) = obeyed.and_then(|bytes| parse::manifest(&bytes, Mode::Tolerant).ok()) {
+        let state = answer.state.as_ref();
+        let host = state.map_or(&settings.host, |state| &state.host);
+        answer.live.domains =
+            domains::of_host(host, &manifest, state, &caddy::observe(&settings.caddy_admin));
+    }
+    Ok(answer)
+}
+
 /// Looks.
 pub fn look(unit_dir: &Path, now: Timestamp) -> Result<Answer> {
     let root = Root::system(unit_dir);
@@ -140,6 +159,7 @@ pub fn look(unit_dir: &Path, now: Timestamp) -> Result<Answer> {
         _ => systemd::last_line(DEPLOYER),
     };
     let (deployer, timer) = (Some(deployer), Some(timer));
-    let live = Live { at: now, services, deployer, timer, last_line, problems: Vec::new() };
+    let live =
+        Live { at: now, services, deployer, timer, last_line, domains: Vec::new(), problems: Vec::new() };
     Ok(Answer { version: LIVE_VERSION, state, state_error, live })
 }

@@ -6,9 +6,10 @@ mod visitor;
 
 use super::checks::Verdict;
 use crate::deployer::caddy::{Observed, ROUTE_ID};
+use crate::deployer::state::{State, Status};
 use crate::deployer::systemd;
-use crate::manifest::Service;
-use crate::names::ServiceName;
+use crate::manifest::{Manifest, Service};
+use crate::names::{HostName, ServiceName};
 use crate::say::printable;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -87,6 +88,19 @@ pub fn visit(services: &[&Service], caddy: &Observed) -> Vec<Visit> {
         text: format!("not looked at: more than {MOST} domains; look with 'curl -v https://{domain}/'"),
     }));
     visits
+}
+
+/// Visits the domains of the services that run on this host. One that was never pushed, or is stopped on purpose, serves
+/// nobody.
+pub fn of_host(host: &HostName, manifest: &Manifest, state: Option<&State>, caddy: &Observed) -> Vec<Visit> {
+    let stopped = |s: &Service| {
+        let known = state.and_then(|state| state.services.get(&s.name));
+        known.is_some_and(|known| known.status == Status::Stopped)
+    };
+    let here = manifest.services.iter().filter(|s| s.hosts.contains(host));
+    let serving: Vec<&Service> =
+        here.filter(|s| s.artifact.store_path.path().is_some() && !stopped(s)).collect();
+    visit(&serving, caddy)
 }
 
 /// A name that the domain covers.

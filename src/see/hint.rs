@@ -4,7 +4,8 @@
 use crate::names::HostName;
 
 /// The programs that a host names in its advice.
-const ON_HOST: [&str; 4] = ["deployer", "journalctl", "systemctl", "nix-collect-garbage"];
+const ON_HOST: [&str; 6] =
+    ["deployer", "journalctl", "systemctl", "nix-collect-garbage", "ss", "timedatectl"];
 
 /// How to type a command for `host` where the reader is (`here`).
 pub fn typed(host: &HostName, here: Option<&HostName>, command: &str) -> String {

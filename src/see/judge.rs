@@ -7,6 +7,7 @@ use crate::deployer::live::{Live, Unit};
 use crate::deployer::state::{Exposure, Failure, RouteStatus, SILENT_SEC, ServiceState, State, Status};
 use crate::manifest::{Manifest, Service, Target};
 use crate::names::{HostName, ServiceName, StorePath};
+use crate::see::checks::Verdict;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -407,6 +408,7 @@ fn row(wanted: &Wanted<'_>, service: &Service, host: &HostName, report: &Report,
     }
     if let Some(live) = report.live() {
         now_row(&mut row, live, here);
+        visited(&mut row, live, here);
     }
     if let Some(attention) = entry.attention(Some(host)) {
         row.off = true;
@@ -477,6 +479,21 @@ fn now_row(row: &mut Row, live: &Live, here: Option<&HostName>) {
             }
         }
         _ => {}
+    }
+}
+
+/// What visitors of its domain meet now; of a service that is down that is known.
+fn visited(row: &mut Row, live: &Live, here: Option<&HostName>) {
+    if row.running.is_none()
+        || !matches!(row.status, Standing::Running | Standing::Pinned | Standing::Differs)
+    {
+        return;
+    }
+    let of_it = live.domains.iter().filter(|v| v.verdict != Verdict::Ok && v.services.contains(&row.service));
+    for visit in of_it {
+        row.off |= visit.verdict == Verdict::Fail;
+        let said = format!("{}: {}", visit.domain, hint::translated(&visit.text, &row.host, here));
+        row.problem = Some(row.problem.take().map_or(said.clone(), |problem| format!("{problem}; {said}")));
     }
 }
 
@@ -639,7 +656,7 @@ fn host_row(wanted: &Wanted<'_>, host: &HostName, report: &Report, now: Timestam
 
 /// What systemd says now of the deployer and its timer, and what else the host found when it was asked.
 fn now_host(row: &mut HostRow, live: &Live, told: bool, here: Option<&HostName>) {
-    let Live { at: _, services: _, deployer, timer, last_line, problems } = live;
+    let Live { at: _, services: _, deployer, timer, last_line, domains: _, problems } = live;
     let host = row.host.clone();
     let logs = format!("'omni-deploy logs deployer --host {host}'");
     if let Some(deployer) = deployer.as_ref().filter(|d| d.load != "loaded") {

@@ -21,7 +21,7 @@ use std::time::Duration;
 pub const MAX_REPORT: u64 = 4 << 20;
 
 /// How long a host may take to answer, in all.
-const LIVE_DEADLINE: Duration = Duration::from_secs(15);
+const LIVE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How many hosts or reports are asked at once.
 const AT_ONCE: usize = 16;
@@ -97,7 +97,7 @@ pub fn live(
     hosts: &BTreeSet<HostName>,
 ) -> Result<BTreeMap<HostName, Report>> {
     each(hosts, |host| {
-        Ok(match ask(settings, host, LIVE_DEADLINE) {
+        Ok(match ask_for(settings, host, With::Domains, LIVE_DEADLINE) {
             Err(e) => Report::Silent(e.to_string()),
             Ok(Answer { state: Some(mut state), live, .. }) if state.host == *host => {
                 same_store(store, &mut state);
@@ -122,12 +122,29 @@ pub fn live(
 /// Asks a host for its state and for what systemd says there now. One that has an older program, or none that can
 /// be found, gives its state alone, and that is among the problems.
 pub fn ask(settings: &Settings, host: &HostName, deadline: Duration) -> Result<Answer> {
+    ask_for(settings, host, With::Units, deadline)
+}
+
+/// What is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum With {
+    /// State and units.
+    Units,
+    /// Its domains too, which takes seconds.
+    Domains,
+}
+
+fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration) -> Result<Answer> {
     if ssh::is_here(settings, host) {
-        return live::look(&settings.unit_dir, Timestamp::now());
+        return match with {
+            With::Units => live::look(&settings.unit_dir, Timestamp::now()),
+            With::Domains => live::look_with_domains(settings, Timestamp::now()),
+        };
     }
+    let domains = if with == With::Domains { " --domains" } else { "" };
     let usage = crate::error::EXIT_USAGE;
     let script = format!(
-        "{}; if [ -n \"$p\" ]; then \"$p\" deployer state --live --json; s=$?; [ $s = {usage} ] || exit $s; fi; \
+        "{}; if [ -n \"$p\" ]; then \"$p\" deployer state --live{domains} --json; s=$?; [ $s = {usage} ] || exit $s; fi; \
          exec cat {STATE_FILE}",
         ssh::finds_ours()
     );

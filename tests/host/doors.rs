@@ -10,7 +10,9 @@ use std::time::Duration;
 /// A host of these tests alone, because they change what Caddy is given, and the names that it resolves.
 static DOORS: LazyLock<Mutex<Host>> = LazyLock::new(|| {
     let host = Host::boot("doors");
-    host.sh("deploy-manifest init; systemctl stop deployer.timer; cp /etc/hosts /root/hosts");
+    host.sh(
+        "deploy-manifest init; systemctl stop deployer.timer; sed /example.com/d /etc/hosts >/root/hosts",
+    );
     Mutex::new(host)
 });
 
@@ -92,7 +94,20 @@ fn doctor_tries_a_domain_as_a_visitor_does_and_names_what_dns_says_of_it() {
     comes_to_say(&host, "fail", &["web does not answer on 127.0.0.1:8001"]);
     host.good_pass();
     comes_to_say(&host, "ok", &[]);
-    host.sh("systemctl stop caddy");
+    // 'status --live' asks the same, and wants a timer besides.
+    host.sh("systemctl start deployer.timer");
+    let live = host.try_sh("omni-deploy status --live");
+    assert!(live.status.ok() && !live.text().contains("DNS"), "{}", live.text());
+    resolves(&host, None);
+    let live = host.try_sh("omni-deploy status --live");
+    assert_eq!(live.status, Status::Exit(3), "{}", live.text());
+    assert!(
+        live.text().contains("web on doors: running: web.example.com: DNS has no address"),
+        "{}",
+        live.text()
+    );
+    resolves(&host, Some(&own));
+    host.sh("systemctl stop deployer.timer caddy");
     comes_to_say(&host, "fail", &["systemctl start caddy"]);
     host.sh("systemctl start caddy");
     comes_to_say(&host, "ok", &[]);

@@ -174,7 +174,12 @@ impl Host {
         Run::new("cp").args(["-r", &format!("{TOP}/contrib")]).arg(&opt).success().unwrap();
         fs_err::copy(&*BINARY, opt.join("omni-deploy")).unwrap();
         fs_err::copy(&*PAGE, opt.join("page")).unwrap();
-        host.sh("/opt/omni/contrib/install.sh /opt/omni/omni-deploy");
+        // DNS, as far as visitors of the tests' services ask it: 'doctor' and 'status --live' try their domains.
+        host.sh(&format!(
+            "echo '{} web.example.com ava.example.com seen.example.com' >>/etc/hosts
+             /opt/omni/contrib/install.sh /opt/omni/omni-deploy",
+            host.ip
+        ));
         host
     }
 

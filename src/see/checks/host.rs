@@ -6,10 +6,10 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::caddy::{self, Observed, RoutePlan};
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
-use crate::deployer::state::{self, Exposure, OtherMachine, State};
+use crate::deployer::state::{Exposure, OtherMachine, State};
 use crate::deployer::{machine, observe, systemd};
 use crate::error::did_you_mean;
-use crate::manifest::{Manifest, Service};
+use crate::manifest::Manifest;
 use crate::names::{HostName, ServiceName};
 use crate::runner::{Run, RunError, Status};
 use crate::say::printable;
@@ -307,23 +307,15 @@ fn route(observed: &Observed, settings: &Settings, needed: bool) -> Vec<Check> {
     vec![Check::ok("caddy admin", format!("{} answers", settings.caddy_admin)), server]
 }
 
-/// What visitors of each domain meet. A service that is stopped on purpose, or was never pushed, serves nobody.
+/// What visitors of each domain meet.
 fn domains(settings: &Settings, manifest: &Manifest, observed: &Observed) -> Vec<Check> {
     let state = state_file().ok();
-    let stopped = |s: &Service| {
-        let known = state.as_ref().and_then(|state| state.services.get(&s.name));
-        known.is_some_and(|known| known.status == state::Status::Stopped)
-    };
-    let here = manifest.services.iter().filter(|s| s.hosts.contains(&settings.host));
-    let serving: Vec<&Service> =
-        here.filter(|s| s.artifact.store_path.path().is_some() && !stopped(s)).collect();
-    let visits = domains::visit(&serving, observed);
     let check = |visit: Visit| Check {
         name: "domain",
         verdict: visit.verdict,
         text: format!("{}: {}", visit.domain, visit.text),
     };
-    visits.into_iter().map(check).collect()
+    domains::of_host(&settings.host, manifest, state.as_ref(), observed).into_iter().map(check).collect()
 }
 
 /// Whether what the deployer tells Caddy survives Caddy's restart, and whether Caddy is started again.
