@@ -246,6 +246,9 @@ pub fn entry(c: &mut Choices<'_>) -> Entry {
         let mut health = json!({"timeoutSec": c.number(1)});
         if c.rarely(2) {
             health["path"] = format!("/{}", c.of("abzAZ019/-._~!$&'()*+,;=:@?%", 20)).into();
+            if c.rarely(3) {
+                health["host"] = c.pick(&["www.example.com", "A.b", "*.b", ""]).into();
+            }
         }
         fields.insert("health".into(), health);
     }

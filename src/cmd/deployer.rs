@@ -50,7 +50,7 @@ sudo {command_name} --retry ava"
 )]
 struct RunArgs {
     #[argh(switch)]
-    /// started by the timer: a pass already under way is then no error
+    /// started by the timer: a pass already under way is not waited for, and no error
     timer: bool,
     #[argh(option, arg_name = "name")]
     /// try a rejected version of this service again (may be repeated)

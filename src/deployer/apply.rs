@@ -3,11 +3,12 @@
 
 use super::listeners::{self, Answers, Listeners};
 use super::plan::{
-    Applied, Goal, Learned, Memory, Observed, Plan, ServicePlan, Step, Trouble, UnitFile, previous_after,
+    Applied, Goal, Learned, Memory, Observed, Pending, Plan, ServicePlan, Step, Trouble, UnitFile,
+    previous_after,
 };
 use super::root::Root;
 use super::state::{self, Failure};
-use super::systemd::{self, CameUp, Listed, Shown};
+use super::systemd::{self, CameUp, Listed, Restarted, Shown};
 use super::{applied, intent, observe};
 use crate::clock::{self, Timestamp};
 use crate::config::Settings;
@@ -27,8 +28,13 @@ use std::time::{Duration, Instant};
 pub const SETTLE: Duration = Duration::from_secs(3);
 /// How often services that are coming up are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(150);
-/// systemd's own patience with a unit that does not stop (DefaultTimeoutStopSec).
-const DEFAULT_STOP_SEC: u64 = 90;
+/// How long everybody waits for units to stop or start; what takes longer is waited for when nothing else is left
+/// to do, or left to the next pass.
+pub const EVERYBODY_WAITS: Duration = Duration::from_secs(20);
+/// How long a stop that nothing ends (`TimeoutStopSec=infinity`) is waited for by one pass.
+const ENDLESS: Duration = Duration::from_secs(600);
+/// What a start may take after a stop that took as long as it may.
+const START_AFTER: Duration = Duration::from_secs(60);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How many lines of its journal go with a refusal.
 pub const JOURNAL_LINES: u32 = 10;
@@ -43,6 +49,7 @@ pub struct Host<'a> {
 }
 
 /// A goal that is about to be put in place.
+#[derive(Clone)]
 struct Start<'a> {
     name: &'a ServiceName,
     goal: &'a Goal,
@@ -102,11 +109,11 @@ impl Host<'_> {
         if learned.troubles.len() + learned.unfetchable.len() > known {
             return Ok(overlapped);
         }
-        let paused = self.pause(&plan.services)?;
-        let removed = self.remove(&plan.services, memory, observed)?;
+        let paused = self.pause(&plan.services, learned)?;
+        let removed = self.remove(&plan.services, memory, observed, learned)?;
         let started = self.write_and_start(plan, observed, memory, learned)?;
         self.record(plan, memory, learned);
-        let unrooted = self.unroot(&plan.services, observed);
+        let unrooted = self.unroot(&plan.services, observed, learned);
         learned.disk(unrooted);
         Ok(paused || removed || started)
     }
@@ -302,23 +309,46 @@ impl Host<'_> {
             let what = if start.restart { "starting" } else { "watching" };
             say::notice(format!("{}: {what} {} ({})", start.name, start.goal.path, start.why));
         }
-        let restarts = || starts.iter().filter(|s| s.restart);
         let holders = port_holders(plan, &starts, memory);
         for name in &holders {
             say::info(format!("{name}: stopping first, another service takes its port"));
         }
-        let holders: Vec<String> = holders.into_iter().map(ServiceName::unit).collect();
-        systemd::stop(&holders, Duration::from_secs(DEFAULT_STOP_SEC + 60))?;
+        let units: Vec<String> = holders.iter().map(|name| name.unit()).collect();
+        let stopping = systemd::stop(&units, EVERYBODY_WAITS)?;
+        for holder in holders.into_iter().filter(|name| stopping.contains(&name.unit())) {
+            // Its port is free once it has stopped: then whoever takes it is started.
+            let port = memory.applied.get(holder).and_then(|a| a.service.port());
+            let waits = |s: &Start| s.name == holder || s.restart && port == s.goal.service.port();
+            for start in starts.iter().filter(|s| waits(s)) {
+                let why = match start.name == holder {
+                    true => still_stopping(holder),
+                    false => format!("it waits for the port of {holder}, which is still stopping"),
+                };
+                pend(start.name, why, holder, true, learned);
+            }
+        }
+        starts.retain(|s| !learned.pending.contains_key(s.name));
+        if starts.is_empty() {
+            return Ok(true);
+        }
+        let restarts = || starts.iter().filter(|s| s.restart);
         let units: Vec<String> = restarts().map(|s| s.name.unit()).collect();
         systemd::reset_failed(&units)?;
-        let patience = restarts()
-            .map(|s| s.goal.service.systemd.stop_timeout_sec.map_or(DEFAULT_STOP_SEC, u64::from))
-            .max();
         let before: BTreeMap<&str, String> =
             units.iter().filter_map(|u| Some((u.as_str(), systemd::invocation(u)?))).collect();
         let begun = clock::journal_now();
-        let complaint =
-            systemd::restart(&units, Duration::from_secs(patience.unwrap_or(DEFAULT_STOP_SEC) + 60))?;
+        let (complaint, busy) = match systemd::restart(&units, EVERYBODY_WAITS)? {
+            Restarted::All(complaint) => (complaint, BTreeSet::new()),
+            Restarted::Not(busy) => (None, busy),
+        };
+        for start in restarts().filter(|s| busy.contains(&s.name.unit())) {
+            let name = start.name;
+            memory.interrupted.remove(name);
+            let why = format!("systemd is still stopping or starting it (see 'systemctl status {name}')");
+            pend(name, why, name, true, learned);
+        }
+        let starts: Vec<Start> = starts.iter().filter(|s| !busy.contains(&s.name.unit())).cloned().collect();
+        let restarts = || starts.iter().filter(|s| s.restart);
         // A restart that systemd does not even begin leaves the old process running, and that would look well.
         let not_begun = |unit: &str| {
             let why = systemd::could_not_start(complaint.as_deref(), unit);
@@ -440,7 +470,7 @@ impl Host<'_> {
     }
 
     /// Stops what is paused and keeps it from starting at boot; its unit stays.
-    fn pause(&self, services: &[ServicePlan]) -> Result<bool> {
+    fn pause(&self, services: &[ServicePlan], learned: &mut Learned) -> Result<bool> {
         let names: Vec<&ServiceName> =
             steps(services).filter(|(_, step)| matches!(step, Step::Pause)).map(|(s, _)| &s.name).collect();
         let units: Vec<String> = names.iter().map(|n| n.unit()).collect();
@@ -448,14 +478,23 @@ impl Host<'_> {
             say::notice(format!("{name}: stopping (paused)"));
             durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
         }
-        systemd::stop(&units, Duration::from_secs(DEFAULT_STOP_SEC + 60))?;
+        let stopping = systemd::stop(&units, EVERYBODY_WAITS)?;
+        for name in names.iter().filter(|name| stopping.contains(&name.unit())) {
+            pend(name, still_stopping(name), name, false, learned);
+        }
         Ok(!names.is_empty())
     }
 
     /// Stops services and removes their units, links and entries; returns whether there were any. Only units
     /// with our mark, or that are gone but were proved, are touched.
-    pub fn remove(&self, services: &[ServicePlan], memory: &mut Memory, observed: &Observed) -> Result<bool> {
-        let going: Vec<(&ServiceName, &str)> = steps(services)
+    pub fn remove(
+        &self,
+        services: &[ServicePlan],
+        memory: &mut Memory,
+        observed: &Observed,
+        learned: &mut Learned,
+    ) -> Result<bool> {
+        let mut going: Vec<(&ServiceName, &str)> = steps(services)
             .filter_map(|(service, step)| match step {
                 Step::Remove(why) => Some((&service.name, *why)),
                 _ => None,
@@ -478,7 +517,14 @@ impl Host<'_> {
             }
         }
         // Stop before deleting: a unit without a file keeps its process and cannot be restarted.
-        systemd::stop(&marked, Duration::from_secs(DEFAULT_STOP_SEC + 60))?;
+        let stopping = systemd::stop(&marked, EVERYBODY_WAITS)?;
+        for (name, _) in going.iter().filter(|(name, _)| stopping.contains(&name.unit())) {
+            durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
+            say::warning(format!("{name}: {}; the next pass removes it", still_stopping(name)));
+            pend(name, still_stopping(name), name, false, learned);
+        }
+        going.retain(|(name, _)| !stopping.contains(&name.unit()));
+        marked.retain(|unit| !stopping.contains(unit));
         for (name, _) in going.iter().filter(|(name, _)| marked.contains(&name.unit())) {
             durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
             durable::remove(&self.root.unit(name)).or_else(missing_folder)?;
@@ -500,9 +546,13 @@ impl Host<'_> {
     }
 
     /// Lets go of paths; a service's folder goes with its last one.
-    pub fn unroot(&self, services: &[ServicePlan], observed: &mut Observed) -> Result<()> {
+    pub fn unroot(&self, services: &[ServicePlan], observed: &mut Observed, learned: &Learned) -> Result<()> {
         for (service, step) in steps(services) {
             let Step::Unroot(base) = step else { continue };
+            // What still stops runs from there.
+            if learned.pending.contains_key(&service.name) {
+                continue;
+            }
             durable::remove(&self.root.roots(&service.name).join(base))?;
             if let Some(held) = observed.roots.get_mut(&service.name) {
                 held.remove(base);
@@ -520,6 +570,61 @@ impl Host<'_> {
         }
         Ok(())
     }
+}
+
+impl Host<'_> {
+    /// Waits for what takes its time, as long as systemd gives it, until one of them is through; false when there
+    /// is none to be waited for any longer.
+    pub fn wait(&self, learned: &mut Learned) -> Result<bool> {
+        let awaited: BTreeMap<ServiceName, Pending> =
+            learned.pending.iter().filter(|(_, p)| p.awaited).map(|(n, p)| (n.clone(), p.clone())).collect();
+        let units: Vec<String> = awaited.values().map(|p| p.unit.clone()).collect();
+        let timeouts = systemd::stop_timeouts(&units)?;
+        let limit = |pending: &Pending| {
+            let stop = timeouts.get(&pending.unit).copied().flatten();
+            stop.map_or(ENDLESS, |stop| stop + START_AFTER)
+        };
+        for (name, pending) in &awaited {
+            let seconds = limit(pending).as_secs();
+            say::notice(format!("{name}: waiting for {}, for at most {seconds} s", pending.unit));
+        }
+        loop {
+            if awaited.values().all(|p| p.since.elapsed() >= limit(p)) {
+                return Ok(false);
+            }
+            let busy = systemd::busy(&units)?;
+            let before = learned.pending.len();
+            learned.pending.retain(|_, p| !p.awaited || busy.contains(&p.unit));
+            if learned.pending.len() < before {
+                return Ok(true);
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+    }
+
+    /// An error that kept a round from going on is the trouble of those that it was made for, and of nobody else.
+    pub fn hinder_all(&self, plan: &Plan, error: &Error, learned: &mut Learned) {
+        let mut alone = true;
+        for service in plan.services.iter().filter(|s| !s.steps.is_empty()) {
+            if let Some(goal) = &service.goal {
+                self.hindered(&service.name, goal, error, learned);
+                alone = false;
+            }
+        }
+        if alone {
+            learned.disk(Err(error.clone()));
+        }
+    }
+}
+
+fn still_stopping(name: &ServiceName) -> String {
+    format!("it is still stopping (see 'systemctl status {name}', and systemd.stopTimeoutSec)")
+}
+
+/// Takes down that systemd is not through with a service.
+fn pend(name: &ServiceName, why: String, on: &ServiceName, awaited: bool, learned: &mut Learned) {
+    let since = Instant::now();
+    learned.pending.insert(name.clone(), Pending { why, unit: on.unit(), since, awaited });
 }
 
 /// A complaint of systemctl, for a reason.
@@ -752,9 +857,9 @@ fn probe_all<'a>(services: impl Iterator<Item = &'a Service>) -> Vec<Option<Resu
 
 /// Asks a service whether it is well: GET of its health path, else a TCP connect, else nothing.
 fn probe(service: &Service) -> Option<Result<(), String>> {
-    let http = service.http.as_ref()?;
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, http.internal_port));
-    let Some(path) = service.health.as_ref().and_then(|h| h.path.as_ref()) else {
+    let (port, question) = service.probe()?;
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let Some((path, host)) = question else {
         return Some(
             TcpStream::connect_timeout(&address, PROBE_TIMEOUT)
                 .map(drop)
@@ -769,7 +874,7 @@ fn probe(service: &Service) -> Option<Result<(), String>> {
         .timeout_global(Some(PROBE_TIMEOUT))
         .build()
         .into();
-    let answer = agent.get(format!("http://{address}{path}")).header("Host", &http.domain).call();
+    let answer = agent.get(format!("http://{address}{path}")).header("Host", &host).call();
     Some(match answer {
         Ok(response) if response.status().is_success() || response.status().is_redirection() => Ok(()),
         Ok(response) => Err(format!("GET {path} on {address} answers {}", response.status().as_u16())),

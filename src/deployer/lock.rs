@@ -7,6 +7,7 @@ use crate::durable;
 use crate::error::{Error, Result};
 use fs_err::os::unix::fs::OpenOptionsExt;
 use std::io::{Read, Seek, Write};
+use std::time::{Duration, Instant};
 
 /// Held while a pass runs.
 #[derive(Debug)]
@@ -50,6 +51,29 @@ pub fn take(root: &Root, now: Timestamp) -> Result<Asked> {
     Ok(Asked::Taken(Lock { _file: file }))
 }
 
+/// How often a lock that is held is asked for again.
+const ASK_EVERY: Duration = Duration::from_millis(100);
+/// How often a person who waits is told.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
+/// Asks for the lock and waits until it is ours, as long as that takes: who holds it may be stopping a service that
+/// is slow. `told` hears who that is, at once and then every minute.
+pub fn wait(root: &Root, mut told: impl FnMut(&str)) -> Result<Lock> {
+    let mut last: Option<Instant> = None;
+    loop {
+        match take(root, Timestamp::now())? {
+            Asked::Taken(lock) => return Ok(lock),
+            Asked::Held(who) => {
+                if last.is_none_or(|last| last.elapsed() >= TELL_EVERY) {
+                    told(&who);
+                    last = Some(Instant::now());
+                }
+                std::thread::sleep(ASK_EVERY);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,7 +87,15 @@ mod tests {
         assert!(matches!(first, Asked::Taken(_)));
         let Asked::Held(who) = take(&root, Timestamp(0)).unwrap() else { panic!("taken twice") };
         assert_eq!(who, format!("process {} since 2026-11-22T18:31:05Z", std::process::id()));
-        drop(first);
+        let mut told = Vec::new();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| wait(&root, |who| told.push(who.to_string())).unwrap());
+            std::thread::sleep(ASK_EVERY * 3);
+            assert!(!waiting.is_finished());
+            drop(first);
+            waiting.join().unwrap()
+        });
+        assert_eq!(told, [who]);
         assert!(matches!(take(&root, Timestamp(0)).unwrap(), Asked::Taken(_)));
     }
 }

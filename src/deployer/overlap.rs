@@ -3,10 +3,10 @@
 //! Several services go through every phase together. Nothing here is remembered: what an interruption leaves
 //! (an understudy, a route to it) is seen by the next pass and undone or finished by it.
 
-use super::apply::{Host, NotUp, Watched, watch};
+use super::apply::{EVERYBODY_WAITS, Host, NotUp, Watched, watch};
 use super::caddy::{self, RoutePlan};
 use super::plan::{self, Goal, Learned, Memory, Observed, Plan, Step};
-use super::systemd;
+use super::systemd::{self, Restarted};
 use super::unit;
 use crate::clock;
 use crate::durable;
@@ -90,9 +90,13 @@ impl Host<'_> {
         let units: Vec<String> = understudies.iter().map(|u| u.name.next_unit()).collect();
         systemd::reset_failed(&units)?;
         let begun = clock::journal_now();
-        let complaint = systemd::restart(&units, Duration::from_secs(150))?;
+        let (complaint, busy) = match systemd::restart(&units, EVERYBODY_WAITS)? {
+            Restarted::All(complaint) => (complaint, BTreeSet::new()),
+            Restarted::Not(busy) => (None, busy),
+        };
         let watched: Vec<Watched> = understudies
             .iter()
+            .filter(|u| !busy.contains(&u.name.next_unit()))
             .map(|u| Watched { name: u.name, unit: u.name.next_unit(), service: &u.service })
             .collect();
         let outcomes = watch(self.root, &watched)?;
@@ -107,6 +111,12 @@ impl Host<'_> {
                         up.after.as_secs_f64()
                     ));
                     ports.insert(u.name.clone(), http);
+                }
+                (None, _) if busy.contains(&u.name.next_unit()) => {
+                    let unit = u.name.next_unit();
+                    let why = format!("systemd does not get to start {unit}; see 'systemctl list-jobs'");
+                    self.hindered(u.name, u.goal, &Error::new(why), learned);
+                    refused.push(u.name.clone());
                 }
                 (Some(Err(NotUp::Host(why))), _) => {
                     self.hindered(u.name, u.goal, &Error::new(why), learned);
@@ -221,14 +231,19 @@ impl Host<'_> {
             return Ok(());
         }
         let units: Vec<String> = names.iter().map(ServiceName::next_unit).collect();
-        systemd::stop(&units, Duration::from_secs(150))?;
+        let stopping = systemd::stop(&units, EVERYBODY_WAITS)?;
         for name in names {
+            if stopping.contains(&name.next_unit()) {
+                say::warning(format!("{name}: the understudy is still stopping; the next pass removes it"));
+                continue;
+            }
             durable::remove(&self.root.next_unit(name))?;
             observed.understudies.remove(name);
             say::info(format!("{name}: the understudy is gone"));
         }
         systemd::daemon_reload()?;
-        systemd::reset_failed(&units)
+        let gone: Vec<String> = units.into_iter().filter(|unit| !stopping.contains(unit)).collect();
+        systemd::reset_failed(&gone)
     }
 }
 

@@ -377,12 +377,9 @@ pub enum Decision {
 
 /// Takes a decision down and makes a pass, which carries it out; returns the pass's exit code.
 pub fn decide(settings: &Settings, name: &str, decision: Decision) -> Result<u8> {
-    let now = Timestamp::now();
     let root = Root::system(&settings.unit_dir);
-    let lock = match lock::take(&root, now)? {
-        Asked::Taken(lock) => lock,
-        Asked::Held(who) => return Err(Error::new(under_way(&who))),
-    };
+    let lock = patient(&root)?;
+    let now = Timestamp::now();
     let memory = load_memory(settings, &root, now)?;
     let Some(applied) = memory.applied.values().find(|a| a.service.name.as_str() == name) else {
         let near = crate::error::did_you_mean(name, memory.applied.keys().map(|n| n.as_str()));
@@ -438,22 +435,29 @@ fn last_named(settings: &Settings, root: &Root, name: &ServiceName) -> Result<St
         .ok_or_else(|| Error::new(format!("the manifest has nothing to run for '{name}'")))
 }
 
-fn under_way(who: &str) -> String {
-    format!("a pass is under way on this host ({who}); wait for it, or look at 'journalctl -u deployer'")
+/// The lock, for a person, who wants it done rather than to be sent away.
+fn patient(root: &Root) -> Result<lock::Lock> {
+    lock::wait(root, |who| {
+        say::notice(format!(
+            "waiting for the pass under way on this host ({who}); Ctrl-C ends the wait, and nothing is done"
+        ));
+    })
 }
 
 /// Makes one pass; returns the exit code.
 pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
-    let now = Timestamp::now();
     let root = Root::system(&settings.unit_dir);
-    match lock::take(&root, now)? {
-        Asked::Taken(lock) => pass(settings, asks, &root, lock, now),
-        Asked::Held(who) if asks.timer => {
-            say::info(under_way(&who));
-            Ok(0)
-        }
-        Asked::Held(who) => Err(Error::new(under_way(&who))),
-    }
+    let lock = match asks.timer {
+        false => patient(&root)?,
+        true => match lock::take(&root, Timestamp::now())? {
+            Asked::Taken(lock) => lock,
+            Asked::Held(who) => {
+                say::info(format!("a pass is under way on this host ({who}); nothing is left to this one"));
+                return Ok(0);
+            }
+        },
+    };
+    pass(settings, asks, &root, lock, Timestamp::now())
 }
 
 fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: Timestamp) -> Result<u8> {
@@ -606,11 +610,30 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
             }
         }
     }
-    for _ in 0..MAX_ROUNDS {
-        if plan.services.iter().all(|s| s.steps.is_empty()) {
+    let mut rounds = 0;
+    while rounds < MAX_ROUNDS {
+        if plan.services.iter().any(|s| !s.steps.is_empty()) {
+            rounds += 1;
+            match host.round(&plan, &desired, &mut observed, &mut memory, &mut learned) {
+                Ok(any) => changed |= any,
+                Err(e) => {
+                    changed = true;
+                    host.hinder_all(&plan, &e, &mut learned);
+                }
+            }
+        } else if learned.pending.values().any(|p| p.awaited) {
+            // Everybody else has what is due to him, requests included, before a slow one is waited for.
+            if let RoutePlan::Write(_) = &plan.route {
+                changed = true;
+                write_route(settings, &plan, &desired);
+                observed.caddy = caddy::observe(&settings.caddy_admin);
+            }
+            if !host.wait(&mut learned)? {
+                break;
+            }
+        } else {
             break;
         }
-        changed |= host.round(&plan, &desired, &mut observed, &mut memory, &mut learned)?;
         let remembered = remember(root, &mut memory, &learned);
         learned.disk(remembered);
         (observed.units, _) = observe::units(root, &desired, &memory)?;
@@ -619,35 +642,8 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     }
 
     // The route before what is gone: no request is led to a service that is being stopped.
-    let route = match &plan.route {
-        RoutePlan::None => RouteState::default(),
-        RoutePlan::Current => RouteState { status: RouteStatus::Current, reason: None },
-        RoutePlan::Pending(reason) => {
-            say::warning(format!("route: {reason}"));
-            RouteState { status: RouteStatus::Pending, reason: Some(reason.clone()) }
-        }
-        RoutePlan::Write(requests) => {
-            changed = true;
-            let mut state = RouteState::default();
-            for request in requests {
-                match caddy::perform(&settings.caddy_admin, request) {
-                    Ok(()) => {
-                        say::notice(format!("route: {}", request.what));
-                        state.status = RouteStatus::Current;
-                    }
-                    Err(why) => {
-                        say::error(format!("route: {why}; the next pass tries again"));
-                        state = RouteState { status: RouteStatus::Pending, reason: Some(why) };
-                        break;
-                    }
-                }
-            }
-            if plan::routed(&desired, &plan.services).is_empty() && state.status == RouteStatus::Current {
-                state = RouteState::default();
-            }
-            state
-        }
-    };
+    changed |= matches!(plan.route, RoutePlan::Write(_));
+    let route = write_route(settings, &plan, &desired);
     if !plan.understudies.is_empty() {
         changed = true;
         host.drain_understudies(&plan.understudies, &memory, &observed)?;
@@ -656,8 +652,10 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     let mut not_gone = None;
     if !plan.gone.is_empty() {
         let gone = intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())
-            .and_then(|()| host.remove(&plan.gone, &mut memory, &observed))
-            .and_then(|removed| host.unroot(&plan.gone, &mut observed).map(|()| changed |= removed));
+            .and_then(|()| host.remove(&plan.gone, &mut memory, &observed, &mut learned))
+            .and_then(|removed| {
+                host.unroot(&plan.gone, &mut observed, &learned).map(|()| changed |= removed)
+            });
         not_gone = gone.as_ref().err().map(Error::to_string);
         learned.disk(gone);
     }
@@ -705,6 +703,32 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     }
     // The intent stays with what is not on the disk: the next pass looks at it all again.
     Ok(if learned.unwritten.is_empty() { code } else { code.max(crate::error::EXIT_FAILED) })
+}
+
+/// Gives Caddy the route of a plan; how it stands then.
+fn write_route(settings: &Settings, plan: &Plan, desired: &[&Service]) -> RouteState {
+    let requests = match &plan.route {
+        RoutePlan::None => return RouteState::default(),
+        RoutePlan::Current => return RouteState { status: RouteStatus::Current, reason: None },
+        RoutePlan::Pending(reason) => {
+            say::warning(format!("route: {reason}"));
+            return RouteState { status: RouteStatus::Pending, reason: Some(reason.clone()) };
+        }
+        RoutePlan::Write(requests) => requests,
+    };
+    for request in requests {
+        match caddy::perform(&settings.caddy_admin, request) {
+            Ok(()) => say::notice(format!("route: {}", request.what)),
+            Err(why) => {
+                say::error(format!("route: {why}; the next pass tries again"));
+                return RouteState { status: RouteStatus::Pending, reason: Some(why) };
+            }
+        }
+    }
+    match plan::routed(desired, &plan.services).is_empty() {
+        true => RouteState::default(),
+        false => RouteState { status: RouteStatus::Current, reason: None },
+    }
 }
 
 /// Takes refusals down at once: should this pass die on the way back, the next one goes back as well and does

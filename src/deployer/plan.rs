@@ -13,6 +13,7 @@ use crate::manifest::{Http, Rollout, Service};
 use crate::names::{ServiceName, StorePath};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// How many closures of a service stay on the host, the current one included.
 pub const KEEP_CLOSURES: usize = 3;
@@ -136,8 +137,23 @@ pub struct Learned {
     pub started: BTreeSet<ServiceName>,
     /// The exposure of units after the last start, by name; none where systemd did not say.
     pub exposures: BTreeMap<String, Exposure>,
+    /// Services whose units systemd is not through with.
+    pub pending: BTreeMap<ServiceName, Pending>,
     /// What this host's disk did not take, where the pass went on all the same.
     pub unwritten: Vec<String>,
+}
+
+/// A stop or start that takes its time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pending {
+    /// What it is at, for people.
+    pub why: String,
+    /// The unit that is waited for: its own, or the one that has its port.
+    pub unit: String,
+    /// When it was asked for.
+    pub since: Instant,
+    /// Whether there is something to do once it is through.
+    pub awaited: bool,
 }
 
 /// What a person asked for besides.
@@ -287,7 +303,10 @@ pub fn plan(
     let gone = if memory.readable {
         ours.into_iter()
             .filter(|n| !names.contains(n))
-            .map(|n| removal(n, observed, "not in the manifest"))
+            .map(|n| match learned.pending.contains_key(n) {
+                true => ServicePlan { steps: Vec::new(), ..removal(n, observed, "") },
+                false => removal(n, observed, "not in the manifest"),
+            })
             .collect()
     } else {
         Vec::new()
@@ -464,6 +483,9 @@ fn service(
         if matches!(seen.file, UnitFile::Ours(_)) || applied.is_some() || observed.roots.contains_key(name) {
             steps = removal(name, observed, "the manifest names a placeholder").steps;
         }
+        if learned.pending.contains_key(name) {
+            steps.clear();
+        }
         return done(None, None, steps);
     };
 
@@ -471,6 +493,11 @@ fn service(
     let stamp = stamp(entry, secrets, observed);
     let candidate = goal_of(entry, path, &stamp, applied, true);
     let tried = candidate.unit.clone();
+    if let Some(pending) = learned.pending.get(name) {
+        let paused = memory.overrides.is_paused(name, now);
+        let trouble = failed(format!("{}; the next pass goes on with it", pending.why));
+        return ServicePlan { paused, ..done(Some(candidate), Some(trouble), Vec::new()) };
+    }
     // Started there, it could not listen, or the other one would answer for it.
     let held = |service: &Service| {
         let port = service.port()?;

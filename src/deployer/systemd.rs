@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::names::ServiceName;
 use crate::runner::{Run, RunError};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -320,36 +320,98 @@ pub fn reset_failed(units: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Restarts units in one call. A unit that fails makes systemctl fail but not the others start less: what
-/// became of each is for [`show`] to tell, so the call's complaint is returned as a text.
-pub fn restart(units: &[String], deadline: Duration) -> Result<Option<String>> {
+/// What came of asking for restarts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Restarted {
+    /// All have been tried; systemctl's complaint, if it has one.
+    All(Option<String>),
+    /// These are not through yet, and systemd goes on with them.
+    Not(BTreeSet<String>),
+}
+
+/// Restarts units in one call, and waits for `within`. A unit that fails makes systemctl fail but not the others
+/// start less: what became of each is for [`show`] to tell, so the call's complaint is returned as a text.
+pub fn restart(units: &[String], within: Duration) -> Result<Restarted> {
     if units.is_empty() {
-        return Ok(None);
+        return Ok(Restarted::All(None));
     }
     let _effect = effect::mark("systemctl restart", format_args!("{units:?}"));
-    match systemctl().args(["restart", "--"]).args(units).deadline(deadline).output() {
-        Ok(output) if output.status.ok() => Ok(None),
-        Ok(output) => Ok(Some(output.stderr.trim().to_string())),
-        Err(e @ RunError::Deadline { .. }) => Ok(Some(e.to_string())),
+    match systemctl().args(["restart", "--"]).args(units).deadline(within).output() {
+        Ok(output) if output.status.ok() => Ok(Restarted::All(None)),
+        Ok(output) => Ok(Restarted::All(Some(output.stderr.trim().to_string()))),
+        Err(RunError::Deadline { .. }) => Ok(Restarted::Not(busy(units)?)),
         Err(e) => Err(e.into()),
     }
 }
 
-/// Stops units in one call.
-pub fn stop(units: &[String], deadline: Duration) -> Result<()> {
+/// Stops units in one call, and waits for `within`; those that are not stopped then, with which systemd goes on.
+pub fn stop(units: &[String], within: Duration) -> Result<BTreeSet<String>> {
     if units.is_empty() {
-        return Ok(());
+        return Ok(BTreeSet::new());
     }
     let _effect = effect::mark("systemctl stop", format_args!("{units:?}"));
-    let output = systemctl().args(["stop", "--"]).args(units).deadline(deadline).output()?;
-    if !output.status.ok() && !output.stderr.contains("not loaded") {
-        return Err(Error::new(format!(
-            "systemctl stop failed with {}: {}",
-            output.status,
-            output.stderr.trim()
-        )));
+    match systemctl().args(["stop", "--"]).args(units).deadline(within).output() {
+        Ok(output) if output.status.ok() || output.stderr.contains("not loaded") => Ok(BTreeSet::new()),
+        Ok(output) => {
+            let (status, said) = (output.status, output.stderr.trim());
+            Err(Error::new(format!("systemctl stop failed with {status}: {said}")))
+        }
+        Err(RunError::Deadline { .. }) => busy(units),
+        Err(e) => Err(e.into()),
     }
-    Ok(())
+}
+
+/// Those of `units` with which systemd is not through: there is a job for them, or their processes are ending.
+pub fn busy(units: &[String]) -> Result<BTreeSet<String>> {
+    let jobs =
+        systemctl().args(["list-jobs", "--full", "--plain", "--no-legend"]).deadline(QUICK).success()?;
+    let jobs = jobs.text();
+    // Job, unit, type, state.
+    let mut busy: BTreeSet<&str> = jobs.lines().filter_map(|line| line.split_whitespace().nth(1)).collect();
+    let listed = list_units()?;
+    busy.extend(listed.iter().filter(|(_, l)| l.active == "deactivating").map(|(unit, _)| unit.as_str()));
+    Ok(units.iter().filter(|unit| busy.contains(unit.as_str())).cloned().collect())
+}
+
+/// How long systemd lets units take to stop, by what it has loaded (`TimeoutStopSec=`, or the manager's
+/// `DefaultTimeoutStopSec=`); None: without end.
+pub fn stop_timeouts(units: &[String]) -> Result<BTreeMap<String, Option<Duration>>> {
+    if units.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let run = systemctl().args(["show", "--property=Id,TimeoutStopUSec", "--"]).args(units).deadline(QUICK);
+    let text = run.success()?.text();
+    let mut timeouts = BTreeMap::new();
+    for block in text.split("\n\n") {
+        let value = |key: &str| block.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('='));
+        if let (Some(id), Some(span)) = (value("Id"), value("TimeoutStopUSec")) {
+            timeouts.insert(id.to_string(), time_span(span));
+        }
+    }
+    Ok(timeouts)
+}
+
+/// A length of time as systemd shows it (systemd.time(7)), as `1min 30s`; None: `infinity`, or nothing we know.
+fn time_span(text: &str) -> Option<Duration> {
+    let mut whole = Duration::ZERO;
+    for word in text.split_whitespace() {
+        let digits = word.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(word.len());
+        let number: f64 = word[..digits].parse().ok()?;
+        let unit = match &word[digits..] {
+            "us" => 1e-6,
+            "ms" => 1e-3,
+            "s" => 1.0,
+            "min" => 60.0,
+            "h" => 3600.0,
+            "d" => 86_400.0,
+            "w" => 604_800.0,
+            "month" => 2_629_800.0,
+            "y" => 31_557_600.0,
+            _ => return None,
+        };
+        whole += Duration::try_from_secs_f64(number * unit).ok()?;
+    }
+    Some(whole)
 }
 
 /// What `systemd-analyze verify` has to say of unit texts: the complaint per service; none is good.
@@ -494,6 +556,20 @@ mod tests {
             invocation: "abc".into(),
             main_pid: 7,
             ..Shown::default()
+        }
+    }
+
+    #[test]
+    fn a_length_of_time_is_read_as_systemd_shows_it() {
+        for (text, seconds) in [
+            ("1min 30s", Some(90.0)),
+            ("7min", Some(420.0)),
+            ("1h", Some(3600.0)),
+            ("1d 2h 3min 4s 500ms", Some(93_784.5)),
+            ("infinity", None),
+            ("0", None),
+        ] {
+            assert_eq!(time_span(text).map(|d| d.as_secs_f64()), seconds, "{text}");
         }
     }
 

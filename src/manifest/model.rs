@@ -185,6 +185,9 @@ pub struct Http {
 pub struct Health {
     /// What is asked with GET on the internal port; 2xx and 3xx are well. None: a TCP connect.
     pub path: Option<String>,
+    /// The name that it is asked by, as `Host`; None: the domain's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
     /// How long it may take to come up, in seconds.
     pub timeout_sec: u32,
     /// Fields of a newer version.
@@ -361,10 +364,20 @@ impl Service {
     }
 
     /// What of the entry decides how it is asked whether it is well: the port, and the path with the host's name.
-    pub fn probe(&self) -> Option<(u16, Option<(&str, &str)>)> {
+    pub fn probe(&self) -> Option<(u16, Option<(&str, String)>)> {
         let http = self.http.as_ref()?;
         let path = self.health.as_ref().and_then(|h| h.path.as_deref());
-        Some((http.internal_port, path.map(|path| (path, http.domain.as_str()))))
+        Some((http.internal_port, path.map(|path| (path, self.probed_as(http)))))
+    }
+
+    /// The name by which it is asked: `health.host`, else its domain, or where that is a wildcard `www` below it. A
+    /// pattern is no name, and frameworks that look at names refuse it.
+    fn probed_as(&self, http: &Http) -> String {
+        let set = self.health.as_ref().and_then(|h| h.host.clone());
+        set.unwrap_or_else(|| match http.domain.strip_prefix("*.") {
+            Some(below) => format!("www.{below}"),
+            None => http.domain.clone(),
+        })
     }
 
     /// The port on which it is reached, if it is.

@@ -87,7 +87,7 @@ pub(super) const SERVICE_FIELDS: &[&str] = &[
 pub(super) const ARTIFACT_FIELDS: &[&str] = &["type", "storePath"];
 pub(super) const EXEC_FIELDS: &[&str] = &["command", "user", "group"];
 pub(super) const HTTP_FIELDS: &[&str] = &["domain", "path", "internalPort", "portEnv", "drainSec"];
-pub(super) const HEALTH_FIELDS: &[&str] = &["path", "timeoutSec"];
+pub(super) const HEALTH_FIELDS: &[&str] = &["path", "host", "timeoutSec"];
 pub(super) const SYSTEMD_FIELDS: &[&str] = &[
     "after",
     "requires",
@@ -398,9 +398,15 @@ fn http(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Http> {
 fn health(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Health> {
     let mut fields = Fields::open(value, at, mode, HEALTH_FIELDS, "how it shows that it is well")?;
     let path = fields.optional_text("path", rules::probe_path)?;
+    let host = fields.optional_text("host", rules::host)?;
+    if let (None, Some(host)) = (&path, &host) {
+        let reason =
+            format!("{} needs health.path: without it nobody is asked by name", shown(&host[..].into()));
+        return Err(At::Field(at, "host").error(reason));
+    }
     let default = Some(u64::from(DEFAULT_TIMEOUT_SEC));
     let timeout = fields.number("timeoutSec", default, 1..=3600, "a number of seconds")?;
-    Ok(Health { path, timeout_sec: timeout as u32, extra: fields.rest() })
+    Ok(Health { path, host, timeout_sec: timeout as u32, extra: fields.rest() })
 }
 
 fn systemd(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Systemd> {
@@ -877,6 +883,11 @@ mod tests {
             ("/services/0/http/path", json!("/{x}"), "services[0].http.path: \"/{x}\" has '{'"),
             ("/services/0/http/path", json!("api"), "services[0].http.path: \"api\" does not begin with '/'"),
             ("/services/0/health/path", json!("/a b"), "services[0].health.path: \"/a b\" has ' '"),
+            (
+                "/services/0/health/host",
+                json!("*.example.com"),
+                "services[0].health.host: \"*.example.com\" is a pattern; one name is meant, such as www.example.com",
+            ),
             (
                 "/services/0/health/timeoutSec",
                 json!(0),

@@ -182,6 +182,16 @@ pub(super) fn domain(text: &str) -> Result<String, String> {
     Ok(text)
 }
 
+/// A name that a service is asked by: a domain, and no pattern of domains.
+pub(super) fn host(text: &str) -> Result<String, String> {
+    match domain(text)? {
+        name if name.starts_with("*.") => {
+            Err(format!("is a pattern; one name is meant, such as www.{}", &name[2..]))
+        }
+        name => Ok(name),
+    }
+}
+
 /// A path of a URL that Caddy matches as it stands: none of its wildcards, placeholders or escapes. A trailing
 /// slash is taken off.
 pub(super) fn url_path(text: &str) -> Result<String, String> {
@@ -328,7 +338,7 @@ mod tests {
     fn each_rule_passes_what_is_meant_and_refuses_what_is_not() {
         let long = "a".repeat(64);
         let name_of_256 = format!("/a/{}", "n".repeat(256));
-        let table: [(&str, Rule, &[&str], &[&str]); 11] = [
+        let table: [(&str, Rule, &[&str], &[&str]); 12] = [
             (
                 "user",
                 user,
@@ -375,6 +385,12 @@ mod tests {
                 below_state,
                 &["ava", "a/b", "privately", "a/private"],
                 &["", ".", "/a", "..", "a/../b", "a b", "a:b", "%S", "private", "private/a", "./private"],
+            ),
+            (
+                "host",
+                host,
+                &["ava.example.com", "localhost"],
+                &["", "*.example.com", "a:80", "a b", "a\nb", "a\u{202e}b", "bücher.de"],
             ),
             (
                 "domain",

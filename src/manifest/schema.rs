@@ -184,6 +184,7 @@ mod tests {
             ("/services/0/http", json!({"domain": "a.b", "internalPort": 65536})),
             ("/services/0/http", json!({"domain": "a.b", "internalPort": "80"})),
             ("/services/0/http", json!({"domain": "a.b", "internalPort": 80, "port": 80})),
+            ("/services/0/health", json!({"path": "/", "host": 80})),
             ("/services/0/health", json!({"timeoutSec": 0})),
             ("/services/0/health", json!({"timeoutSec": 3601})),
             ("/services/0/rollout", json!("replace")),

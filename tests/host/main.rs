@@ -36,6 +36,7 @@ mod runbook;
 mod secrets;
 mod seen;
 mod solo;
+mod stops;
 mod trust;
 mod units;
 #[cfg(feature = "campaign")]

@@ -255,7 +255,7 @@ fn without_caddy_services_are_deployed_and_the_route_follows_when_it_is_back() {
 }
 
 #[test]
-fn of_two_passes_at_once_the_second_says_who_is_at_it() {
+fn of_two_passes_at_once_the_second_says_who_is_at_it_and_a_persons_waits() {
     let host = solo();
     host.deploys_web();
     // One that takes its time, because the release never answers.
@@ -265,17 +265,58 @@ fn of_two_passes_at_once_the_second_says_who_is_at_it() {
          until id=$(systemctl show --property=InvocationID --value deployer)
              grep -q starting <<<\"$(journalctl -o cat _SYSTEMD_INVOCATION_ID=$id)\"; do sleep 0.05; done
          pid=$(systemctl show --property=MainPID --value deployer)
-         code=0; deployer run 2>/tmp/by-hand || code=$?
          deployer run --timer 2>/tmp/by-timer
          [[ $(systemctl is-active deployer) == activating ]]
-         echo $code $pid; cat /tmp/by-hand /tmp/by-timer");
+         code=0; deployer run 2>/tmp/by-hand || code=$?
+         [[ $(systemctl is-active deployer) != activating ]]
+         echo $code $pid; head -n1 /tmp/by-hand; cat /tmp/by-timer");
     let lines: Vec<&str> = said.lines().collect();
     let (code, pid) = lines[0].split_once(' ').unwrap();
-    assert_eq!((code, lines.len()), ("1", 3), "{said}");
-    for line in &lines[1..] {
-        assert!(line.contains(&format!("a pass is under way on this host (process {pid} since ")), "{line}");
+    assert_eq!((code, lines.len()), ("3", 3), "{said}");
+    for (line, says) in lines[1..].iter().zip(["waiting for the pass under way on", "a pass is under way on"])
+    {
+        assert!(line.contains(&format!("{says} this host (process {pid} since ")), "{line}");
     }
     host.passes_with(3);
+}
+
+#[test]
+fn what_a_person_decides_waits_for_the_pass_under_way_and_is_then_done() {
+    let host = solo();
+    host.deploys_web();
+    host.update("web", &host.closure("web", "two", ""));
+    host.good_pass();
+    let lock = "/run/omni-deploy/lock";
+    let held = |command: &str| {
+        host.sh(&format!(
+            "rm -f /tmp/until; mkfifo /tmp/until; flock {lock} sh -c \"echo process $$ since noon >{lock}; cat /tmp/until >/dev/null\" &
+             until ! flock -n {lock} true; do sleep 0.05; done
+             {command} 2>/tmp/said & pid=$!
+             until grep -q 'waiting for the pass under way' /tmp/said; do sleep 0.05; done
+             sleep 0.5; kill -0 $pid; echo >/tmp/until; wait $pid
+             grep -c 'since noon' /tmp/said"
+        ))
+    };
+    for (command, page) in [
+        ("deployer rollback web", Some("one")),
+        ("deployer pause web", None),
+        ("deployer resume web", Some("one")),
+        ("deployer rollback web --unpin", Some("two")),
+        ("deployer run --retry web", Some("two")),
+    ] {
+        assert_eq!(held(command), "1", "{command}");
+        assert_eq!(host.page("web.example.com").ok().as_deref(), page, "{command}");
+    }
+    // Who gives up has decided nothing, and who is killed holds nothing.
+    host.sh(&format!("flock {lock} timeout --signal=INT 1 deployer pause web && exit 1; [[ ! -e /var/lib/deployer/overrides.json ]]"));
+    host.update("web", &host.closure("web", "deaf", "port 8999"));
+    host.sh("systemctl start --no-block deployer
+             until [[ $(cat /run/omni-deploy/lock) == \"process $(systemctl show --property=MainPID --value deployer) \"* ]]; do
+                 sleep 0.05
+             done
+             systemctl kill --signal=KILL deployer");
+    let run = host.try_sh("deployer run");
+    assert!(run.status == Status::Exit(3) && !run.stderr.contains("waiting"), "{}", run.stderr);
 }
 
 #[test]

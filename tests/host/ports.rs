@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// A web server of few words. It has its page from `PAGE`, shares its port if there is `SHARE`, and stays without
 /// one if there is `STAY`.
-const SERVER: &str = r#"#!/usr/bin/perl
+pub const SERVER: &str = r#"#!/usr/bin/perl
 use IO::Socket::INET;
 $| = 1; $SIG{PIPE} = 'IGNORE';
 my ($port, $page) = ($ENV{PORT}, "$ENV{PAGE}\n");
@@ -24,7 +24,7 @@ while (my $client = $socket->accept) {
 "#;
 
 /// Puts a program of one text into the host's store, as `bin/web`.
-fn program(host: &Solo, text: &str) -> String {
+pub fn program(host: &Solo, text: &str) -> String {
     let text = text.replace('\'', r"'\''");
     host.sh(&format!(
         "dir=$(mktemp -d)/web-{}; mkdir -p $dir/bin; printf %s '{text}' >$dir/bin/web; chmod 755 $dir/bin/web
@@ -281,4 +281,28 @@ fn a_service_that_stops_listening_is_not_left_as_running() {
     assert_eq!(host.service("web")["status"], "failed");
     host.good_pass();
     host.serves("web", "ours");
+}
+
+#[test]
+fn a_health_check_asks_by_a_name_that_exists() {
+    let host = solo();
+    // As frameworks do that look at the name they are asked by: any other than one below the domain is refused.
+    let strict = SERVER.replace(
+        "while (<$client>) { last",
+        "my $by = ''; while (<$client>) { $by = $1 if /^Host: (.*?)\\r?\\n/i; last",
+    );
+    let strict = strict.replace("    print $client", "    $page = \"$by\\n\"; $by =~ /^[a-z]+\\.example\\.com$/ or do { print $client \"HTTP/1.1 400 Bad Request\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n\"; close $client; next };\n    print $client");
+    let mut service = web("web", 8001, &program(&host, &strict));
+    service["http"]["domain"] = "*.example.com".into();
+    host.add(&service);
+    host.good_pass();
+    assert_eq!(host.page("shop.example.com").as_deref(), Ok("shop.example.com"));
+    let invocation = host.invocation("web");
+    host.sh("deploy-manifest set web health.host=shop.example.org");
+    host.passes_with(3);
+    assert!(host.reason("web").contains("answers 400"), "{}", host.reason("web"));
+    host.sh("deploy-manifest set web health.host=Health.example.com");
+    host.good_pass();
+    assert_eq!(host.invocation("web"), invocation);
+    assert!(host.sh("cat /var/lib/deployer/applied/web.json").contains("\"health.example.com\""));
 }
