@@ -146,9 +146,7 @@ fn every_command_of_the_runbook_works_as_written() {
     assert!(versions.iter().take(8).all(|v| day.stderr.contains(v)), "{}", day.stderr);
 
     // Secrets; the editor is a person at the keyboard.
-    host.sh(
-        "printf '#!/bin/sh\\nsed -i s/one/two/ \"$1\"\\n' >/usr/local/bin/vim; chmod 755 /usr/local/bin/vim",
-    );
+    host.sh("printf '#!/bin/sh\\nsed -i s/one/two/ \"$1\"\\n' >/usr/bin/vim; chmod 755 /usr/bin/vim");
     assert_eq!(developer.types("ssh biz sudo cat /var/lib/deployer-secrets/ava.env"), "TOKEN=one\n");
     developer.types("ssh biz sudo vim /var/lib/deployer-secrets/ava.env");
     developer.types("ssh biz sudo systemctl restart ava");

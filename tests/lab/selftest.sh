@@ -279,7 +279,8 @@ can "write a unit" bash -c 'printf "[Service]\nType=exec\nDynamicUser=yes\nEnvir
 can "verify it" silent systemd-analyze verify --man=no --recursive-errors=no /etc/systemd/system/hello.service
 can "write a transient unit" bash -c 'mkdir -p /run/systemd/system && echo >/run/systemd/system/hello-next.service'
 can "reload systemd" systemctl daemon-reload
-can "restart a service" systemctl restart hello.service
+# As a deployer does, or a quick machine meets the start limit.
+can "restart a service" bash -c '{ systemctl reset-failed hello.service || true; } 2>/dev/null; systemctl restart hello.service'
 can "enable it" systemctl enable deployer.timer
 can "see another user's executable" readlink "/proc/$(systemctl show --property=MainPID --value caddy)/exe"
 can "probe a service" curl -sSf --retry 20 --retry-connrefused --retry-delay 1 localhost:8123
