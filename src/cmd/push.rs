@@ -5,7 +5,7 @@ use crate::config::Settings;
 use crate::error::Result;
 use crate::names::{HostName, ServiceName};
 use crate::push::wait::{self, Newer, Outcome};
-use crate::push::{self, Pushed};
+use crate::push::{self, Pushed, What};
 use crate::say;
 use argh::FromArgs;
 use std::time::Duration;
@@ -15,8 +15,8 @@ use std::time::Duration;
 #[argh(
     example = "Push a namespace, whose service is named by its ': out' header or its path:\n  {command_name} Biz/PodcastItLater/Web.py\n\nPush a closure that is built already, and follow the hosts:\n  {command_name} --wait --service ava /nix/store/…-ava",
     note = "A TARGET is a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file,\nor a store path. Several are published together, in one version. On stdout: NAME STOREPATH serial N.",
-    error_code(1, "nothing was published; or, with --wait, a host did not answer in time"),
-    error_code(3, "with --wait: a host refused a service, and its previous version runs"),
+    error_code(1, "nothing was published; or, with --wait, a host has not taken it up, or cannot tell"),
+    error_code(3, "with --wait: a service does not run what was pushed, and another version runs"),
     error_code(4, "with --wait: a service is down")
 )]
 struct Push {
@@ -28,7 +28,11 @@ struct Push {
     #[argh(option, arg_name = "name")]
     service: Option<String>,
 
-    /// start the deployer on the hosts and follow each until it runs the new version or has refused it
+    /// refuse what does not come from a commit alone
+    #[argh(switch)]
+    require_clean: bool,
+
+    /// start the deployer on the hosts and follow each until it runs the new version or has rejected it
     #[argh(switch)]
     wait: bool,
 
@@ -37,13 +41,13 @@ struct Push {
     timeout: u64,
 }
 
-/// Push, then start the deployer on the hosts and follow each until it runs the new version or has refused it.
+/// Push, then start the deployer on the hosts and follow each until it runs the new version or has rejected it.
 #[derive(FromArgs)]
 #[argh(
     example = "Make a finished program live now:\n  {command_name} Omni/Ava.hs",
-    note = "A TARGET is a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file,\nor a store path. On stdout: NAME STOREPATH serial N, then NAME HOST OUTCOME for each host.",
-    error_code(1, "nothing was published, or a host did not answer in time"),
-    error_code(3, "a host refused a service, and its previous version runs"),
+    note = "A TARGET is a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file,\nor a store path. On stdout: NAME STOREPATH serial N, then NAME HOST OUTCOME for each host,\nwhere OUTCOME is a word of 'omni-deploy status', or superseded.",
+    error_code(1, "nothing was published, or a host has not taken it up, or cannot tell"),
+    error_code(3, "a service does not run what was pushed, and another version runs"),
     error_code(4, "a service is down")
 )]
 struct Ship {
@@ -55,6 +59,10 @@ struct Ship {
     #[argh(option, arg_name = "name")]
     service: Option<String>,
 
+    /// refuse what does not come from a commit alone
+    #[argh(switch)]
+    require_clean: bool,
+
     /// how long to follow the hosts, in seconds (300)
     #[argh(option, arg_name = "seconds", default = "300")]
     timeout: u64,
@@ -63,8 +71,8 @@ struct Ship {
 /// Runs the command; `live` is `ship`.
 pub fn run(call: &Call, live: bool) -> Result<u8> {
     let args = if live {
-        let Ship { targets, service, timeout } = call.parse()?;
-        Push { targets, service, wait: true, timeout }
+        let Ship { targets, service, require_clean, timeout } = call.parse()?;
+        Push { targets, service, require_clean, wait: true, timeout }
     } else {
         call.parse::<Push>()?
     };
@@ -77,7 +85,9 @@ pub fn run(call: &Call, live: bool) -> Result<u8> {
     let settings = call.settings()?;
     let cwd = std::env::current_dir()
         .map_err(|e| crate::error::Error::new(format!("cannot tell the current folder: {e}; cd to one")))?;
-    let pushed = push::push(&settings, &args.targets, args.service.as_deref(), &cwd)?;
+    let (targets, service) = (args.targets.as_slice(), args.service.as_deref());
+    let what = What { targets, service, require_clean: args.require_clean };
+    let pushed = push::push(&settings, what, &cwd)?;
     for (name, path) in &pushed.services {
         super::print(&format!("{name} {path} serial {}", pushed.serial))?;
     }

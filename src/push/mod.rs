@@ -15,7 +15,7 @@ use crate::nix::{self, Published};
 use crate::runner::{Run, Stream, tail};
 use crate::say;
 use crate::store::{self, Store};
-use namespace::{How, Target};
+use namespace::{DIRTY, How, Target};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Instant;
@@ -50,8 +50,20 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// Pushes all targets, seen from the folder `cwd`; `service` names the only one.
-pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd: &Path) -> Result<Pushed> {
+/// What is pushed.
+#[derive(Debug, Clone, Copy)]
+pub struct What<'a> {
+    /// As they were typed.
+    pub targets: &'a [String],
+    /// The name of the only one.
+    pub service: Option<&'a str>,
+    /// Only what comes from a commit, with nothing changed since.
+    pub require_clean: bool,
+}
+
+/// Pushes all targets, seen from the folder `cwd`.
+pub fn push(settings: &Settings, what: What<'_>, cwd: &Path) -> Result<Pushed> {
+    let What { targets, service, require_clean } = what;
     if targets.len() > 1 && service.is_some() {
         return Err(Error::usage(
             "--service names one service, and there are several targets; push them apart",
@@ -72,6 +84,9 @@ pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd:
     let manifest = edit::believed(store.as_ref(), &author)?;
     for target in &resolved {
         known(&manifest, target)?;
+        if require_clean {
+            clean(target, revision(target)?.as_deref())?;
+        }
     }
     store::before_writing(store.as_ref(), Timestamp::now())?;
 
@@ -79,7 +94,12 @@ pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd:
     for target in &resolved {
         let path =
             build(settings, target).map_err(|e| e.context(format!("build of {} failed", target.shown)))?;
-        let revision = target.repository.as_deref().map(namespace::revision).transpose()?.flatten();
+        let revision = revision(target)?;
+        if require_clean {
+            // Also what the build itself changed.
+            clean(target, revision.as_deref())?;
+        }
+        tell_revision(&manifest, target, revision.as_deref())?;
         built.push(Update { name: target.service.clone(), path, revision });
     }
     let paths: Vec<StorePath> = built.iter().map(|u| u.path.clone()).collect();
@@ -110,6 +130,53 @@ pub fn push(settings: &Settings, targets: &[String], service: Option<&str>, cwd:
         say::info(format!("nothing to publish: serial {serial} in {url} says so already"));
     }
     Ok(Pushed { serial, services: built.into_iter().map(|u| (u.name, u.path)).collect(), hosts })
+}
+
+/// The commit that a target comes from.
+fn revision(target: &Target) -> Result<Option<String>> {
+    Ok(target.repository.as_deref().map(namespace::revision).transpose()?.flatten())
+}
+
+/// Refuses what does not come from a commit alone.
+fn clean(target: &Target, revision: Option<&str>) -> Result<()> {
+    let why = match (revision, &target.repository) {
+        (Some(revision), _) if !revision.ends_with(DIRTY) => return Ok(()),
+        (Some(_), Some(repository)) => {
+            format!("{} has changes that are not committed; commit or stash them", repository.display())
+        }
+        _ => "it comes from no commit that is known; name it as the repository does".to_string(),
+    };
+    Err(Error::new(format!(
+        "{}: {why}, or push it without --require-clean; nothing was published",
+        target.shown
+    )))
+}
+
+/// Says what people will see as the commit and should know of it: that it is not all, or that it is older than what
+/// the manifest has.
+fn tell_revision(manifest: &Manifest, target: &Target, revision: Option<&str>) -> Result<()> {
+    let (Some(revision), Some(repository)) = (revision, target.repository.as_deref()) else { return Ok(()) };
+    let name = &target.service;
+    let short = |revision: &str| revision.chars().take(10).collect::<String>();
+    if revision.ends_with(DIRTY) {
+        say::warning(format!(
+            "{name} is built from {} with changes that are not committed, and will be shown as {}{DIRTY}",
+            short(revision),
+            short(revision)
+        ));
+    }
+    let before = manifest.service(name.as_str()).and_then(|s| s.revision.as_deref());
+    let Some(before) = before else { return Ok(()) };
+    if let Some((count, apart)) = namespace::left_out(repository, before, revision)? {
+        let commits = if count == 1 { "commit" } else { "commits" };
+        let how = if apart { "leaves out" } else { "is behind by" };
+        say::warning(format!(
+            "{name}: {} {how} {count} {commits} of {}, which the manifest has",
+            short(revision),
+            short(before)
+        ));
+    }
+    Ok(())
 }
 
 /// The digests of a version's entries, as hosts make them from its text. Empty where that is not there any more.

@@ -244,6 +244,38 @@ pub fn revision(repository: &Path) -> Result<Option<String>> {
     Ok(Some(if dirty { format!("{commit}{DIRTY}") } else { commit }))
 }
 
+/// A revision of a manifest as a commit that may be given to git: what a person wrote there may be anything.
+fn commit_of(revision: &str) -> Option<&str> {
+    let commit = revision.strip_suffix(DIRTY).unwrap_or(revision);
+    let hex = commit.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    (hex && matches!(commit.len(), 40 | 64)).then_some(commit)
+}
+
+/// What of `before` is not in `after`, both commits of this repository: how many commits, and whether `after` has
+/// some of its own. None when `after` comes after `before`, or one of them is not known here.
+pub fn left_out(repository: &Path, before: &str, after: &str) -> Result<Option<(u64, bool)>> {
+    let (Some(before), Some(after)) = (commit_of(before), commit_of(after)) else { return Ok(None) };
+    if before == after {
+        return Ok(None);
+    }
+    let range = format!("{before}...{after}");
+    let run = Run::new("git").args(["rev-list", "--left-right", "--count", &range, "--"]).dir(repository);
+    let output = match run.env("LC_ALL", "C").output() {
+        Ok(output) => output,
+        Err(RunError::NotFound { .. }) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    // One of them is in no clone of this machine.
+    if !output.status.ok() {
+        return Ok(None);
+    }
+    let counts: Vec<u64> = output.text().split_whitespace().filter_map(|w| w.parse().ok()).collect();
+    Ok(match counts[..] {
+        [left, right] if left > 0 => Some((left, right > 0)),
+        _ => None,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -377,5 +409,35 @@ mod tests {
         assert_eq!(revision(&root).unwrap().unwrap(), clean);
         fs_err::write(root.join("Biz/Named.py"), "changed").unwrap();
         assert_eq!(revision(&root).unwrap().unwrap(), format!("{clean}-dirty"));
+    }
+
+    #[test]
+    fn what_a_commit_leaves_out_of_another_is_counted() {
+        let (_dir, root) = repo();
+        run_git(&root, &["init", "-q", "-b", "main"]);
+        run_git(&root, &["add", "-A"]);
+        let mut commits = Vec::new();
+        let mut commit = |message: &str| {
+            run_git(&root, &["commit", "-q", "--allow-empty", "-m", message]);
+            commits.push(revision(&root).unwrap().unwrap());
+        };
+        ["a", "b", "c"].iter().for_each(|m| commit(m));
+        run_git(&root, &["checkout", "-q", "-b", "side", "HEAD~1"]);
+        run_git(&root, &["commit", "-q", "--allow-empty", "-m", "d"]);
+        let side = revision(&root).unwrap().unwrap();
+        let [a, b, c] = &commits[..] else { panic!("three commits") };
+        let unknown = "0".repeat(40);
+        for (before, after, want) in [
+            (c, a, Some((2, false))),
+            (&format!("{c}{DIRTY}"), a, Some((2, false))),
+            (a, c, None),
+            (b, b, None),
+            (b, &format!("{b}{DIRTY}"), None),
+            (c, &side, Some((1, true))),
+            (&unknown, c, None),
+            (&"--all".to_string(), c, None),
+        ] {
+            assert_eq!(left_out(&root, before, after).unwrap(), want, "{before} {after}");
+        }
     }
 }

@@ -393,6 +393,35 @@ fn several_targets_are_one_version_with_their_commit() {
     assert_eq!(printed, format!("one {} serial 4\ntwo {} serial 4\n", one.app, two.app));
     assert_eq!(desk.manifest()["services"][1]["revision"], git(&["rev-parse", "HEAD"]).trim());
     assert_eq!(desk.manifest()["change"]["action"], "update one, two");
+
+    // A commit that is not all of it, and one that is older than what the manifest has, are said.
+    let [first, changed] = [Closure::build("first", 10), Closure::build("changed", 10)];
+    desk.script("bild", &format!("echo {}", changed.app));
+    let commit = |text: &str| {
+        fs_err::write(desk.path("Biz/One.py"), text).unwrap();
+        git(&["commit", "-qam", text]);
+    };
+    ["2", "3", "4"].iter().for_each(|text| commit(text));
+    desk.ok(&["push", "--require-clean", "Biz/One.py"]);
+    let head = git(&["rev-parse", "HEAD"]).trim().to_string();
+    let before = desk.manifest();
+    fs_err::write(desk.path("Biz/One.py"), "changed").unwrap();
+    for command in ["push", "ship"] {
+        let refused = desk.run(&[command, "--require-clean", "Biz/One.py"]);
+        assert_eq!(refused.status.to_string(), "exit code 1", "{}", refused.stderr);
+        assert!(refused.stderr.contains("changes that are not committed") && desk.manifest() == before);
+    }
+    let of_no_commit = desk.run(&["push", "--require-clean", "--service", "one", first.app.as_str()]);
+    assert!(of_no_commit.stderr.contains("no commit that is known"), "{}", of_no_commit.stderr);
+    let dirty = desk.run(&["push", "Biz/One.py"]);
+    let says = format!("will be shown as {}-dirty", &head[..10]);
+    assert!(dirty.status.ok() && dirty.stderr.contains(&says), "{}", dirty.stderr);
+    let shown = desk.run(&["status"]).text();
+    assert!(shown.contains(&format!("({}-dirty)", &head[..10])), "{shown}");
+    git(&["checkout", "-q", "-f", "HEAD~3"]);
+    let older = desk.run(&["push", "Biz/One.py"]);
+    let says = format!("is behind by 3 commits of {}", &head[..10]);
+    assert!(older.status.ok() && older.stderr.contains(&says), "{}", older.stderr);
 }
 
 #[test]
