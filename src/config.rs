@@ -248,6 +248,8 @@ fn resolve(
     let get = |name: &str| sources.get(name).and_then(|s| s.value.clone());
     let wrong = |name: &str, value: &str, why: &str| {
         let source = sources.get(name).map_or("default", |s| s.source.as_str());
+        // What cannot be used is said in places that everybody reads.
+        let value = crate::store::url::without_secrets(value);
         Error::new(format!("{name} '{value}' ({source}) {why}"))
     };
 
