@@ -191,7 +191,7 @@ fn a_hosts_key_to_the_bucket_publishes_nothing() {
     let biz = biz();
     let Biz { host, bucket, developer } = &*biz;
     developer.types(
-        r#"deploy-manifest add-service '{"name": "evil", "hosts": ["biz"], "artifact": {"storePath": "/nix/store/placeholder"}}'"#,
+        r#"deploy-manifest add-service '{"name": "evil", "hosts": ["biz", "web1"], "artifact": {"storePath": "/nix/store/placeholder"}}'"#,
     );
     let before = bucket.get("manifest.json");
     // Somebody with the host's credentials, who signs with a key that they made and trust.
