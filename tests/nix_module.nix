@@ -39,7 +39,7 @@ let
       a // builtins.mapAttrs (name: value: if a ? ${name} then merge a.${name} value else value) b
     else b;
 
-  evaluate = { caddy ? false, enableReload ? true, ... }@values:
+  evaluate = { caddy ? false, enableReload ? true, overlay ? { }, ... }@values:
     let
       module = import ../contrib/nix/module.nix {
         inherit lib;
@@ -50,9 +50,10 @@ let
           writeShellScript = _: text: text;
         };
         config = {
+          system.etc = { inherit overlay; };
           services.caddy = { enable = caddy; inherit enableReload; configFile = "/nix/store/caddyfile"; };
           services.omni-deploy = builtins.mapAttrs (_: option: option.default) module.options.services.omni-deploy
-            // { enable = true; } // removeAttrs values [ "caddy" "enableReload" ];
+            // { enable = true; } // removeAttrs values [ "caddy" "enableReload" "overlay" ];
           nix.package = "/nix/store/nix";
           systemd.package = "/nix/store/systemd";
         };
@@ -89,6 +90,8 @@ let
     };
     "systemd is told of a mutable folder" =
       plain.config.boot.extraSystemdUnitPaths == [ "/etc/systemd-mutable/system" ];
+    "which is elsewhere where /etc is immutable" =
+      (evaluate { overlay.mutable = false; }).config.boot.extraSystemdUnitPaths == [ "/var/lib/omni-deploy-units" ];
     "but not of its own" = full.config.boot.extraSystemdUnitPaths == [ ];
     "the service runs the package" =
       plain.config.systemd.services.deployer.serviceConfig.ExecStart == "/nix/store/omni-deploy/bin/deployer run --timer";

@@ -36,7 +36,11 @@ let
     caddyServer = setting types.str "srv0" "Which of Caddy's servers gets the route.";
     unitDir = mkOption {
       type = types.str;
-      default = "/etc/systemd-mutable/system";
+      # Where /etc is immutable, nothing can be made there.
+      default =
+        if config.system.etc.overlay.mutable or true then "/etc/systemd-mutable/system"
+        else "/var/lib/omni-deploy-units";
+      defaultText = lib.literalExpression ''"/etc/systemd-mutable/system", or "/var/lib/omni-deploy-units" where /etc is immutable'';
       example = "/run/systemd/system";
       description = "Where units of deployed services are written. Below /run they are made anew at every boot.";
     };
