@@ -103,9 +103,12 @@ pub fn of_host(host: &HostName, manifest: &Manifest, state: Option<&State>, cadd
     visit(&serving, caddy)
 }
 
-/// A name that the domain covers.
-fn concrete(domain: &str) -> String {
-    domain.strip_prefix("*.").map_or_else(|| domain.to_string(), |rest| format!("www.{rest}"))
+/// A name that the domain covers: of a wildcard the one by which a service is asked (`health.host`), or `www`.
+fn concrete(domain: &str, services: &[&Service]) -> String {
+    let Some(below) = domain.strip_prefix("*.") else { return domain.to_string() };
+    let covered = |host: &&str| host.strip_suffix(below).is_some_and(|label| label.ends_with('.'));
+    let set = services.iter().filter_map(|s| s.health.as_ref()?.host.as_deref()).find(covered);
+    set.map_or_else(|| format!("www.{below}"), String::from)
 }
 
 /// Where a name leads.
@@ -170,7 +173,7 @@ impl Seen {
 }
 
 fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) -> Seen {
-    let name = concrete(domain);
+    let name = concrete(domain, services);
     let resolving = resolve(&name);
     let door = door(domain, caddy);
     let mut asked = vec![];
@@ -720,7 +723,7 @@ mod tests {
         assert_eq!(at(json!(["192.0.2.1:8080"])), ["-", "-", "192.0.2.1:8080"]);
         assert_eq!(at(json!([])), ["-", "-", "-"]);
         assert_eq!(door("example.com", &caddy(json!([":443"]))), Door::NoRoute);
-        assert_eq!(concrete("*.example.com"), "www.example.com");
+        assert_eq!(concrete("*.example.com", &[]), "www.example.com");
     }
 
     #[test]

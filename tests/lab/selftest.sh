@@ -226,7 +226,7 @@ test_lab() {
 
 test_sources() {
   local script unit root
-  for script in "$top"/contrib/*.sh "$top"/contrib/example/*.sh "$top"/tests/*.sh "$top"/tests/lab/*.sh; do
+  for script in "$top"/contrib/*.sh "$top"/contrib/systemd/*.sh "$top"/contrib/example/*.sh "$top"/tests/*.sh "$top"/tests/lab/*.sh; do
     check "shellcheck ${script#"$top"/}" shellcheck "$script"
   done
   "$lab" up verify
