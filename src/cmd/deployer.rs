@@ -22,7 +22,7 @@ use std::path::Path;
 sudo {command_name} plan
 {command_name} state",
     note = "Exit codes: 0 done or nothing to do, 1 nothing could be done, 3 a service failed and its previous \
-            version runs, 4 a service is down."
+            version runs, or it needs attention, 4 a service is down."
 )]
 struct Args {
     #[argh(subcommand)]

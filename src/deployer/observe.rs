@@ -262,7 +262,10 @@ struct Folders<'a> {
 impl<'a> Folders<'a> {
     /// Each once: they are many, and hold few of ours.
     fn look(root: &'a Root) -> Result<Self> {
-        let others = UNIT_PATH.iter().map(Path::new).filter(|dir| *dir != root.unit_dir);
+        // Nearly everywhere /lib is a link to /usr/lib, which has hundreds of units.
+        let merged = fs_err::read_link("/lib").is_ok();
+        let others = UNIT_PATH.iter().map(Path::new);
+        let others = others.filter(|dir| *dir != root.unit_dir && !(merged && dir.starts_with("/lib")));
         let all = std::iter::once(root.unit_dir.as_path()).chain(others);
         Ok(Folders { units: all.map(|dir| Ok((dir, names_in(dir)?))).collect::<Result<_>>()? })
     }

@@ -1194,6 +1194,74 @@ mod tests {
     }
 
     #[test]
+    fn a_drop_in_is_named_and_nothing_is_started_that_it_replaces() {
+        let mut world = World::new();
+        let ava = entry("ava", 1);
+        world.pass(&[&ava]);
+        let unit = |world: &mut World, replaced: bool, shows: u8| {
+            let unit = world.observed.units.get_mut(&name("ava")).unwrap();
+            unit.drop_ins = vec!["/etc/systemd/system/ava.service.d/x.conf".into()];
+            unit.replaced = replaced.then(|| "its unit starts something else".into());
+            unit.shows = Some(path(shows));
+        };
+        // Beside the program: deploys go on.
+        unit(&mut world, false, 1);
+        let plan = world.pass(&[&ava]);
+        assert!(plan.services[0].trouble.is_none() && plan.services[0].drop_ins.len() == 1);
+        let next = entry("ava", 2);
+        world.pass(&[&next]);
+        assert!(world.runs("ava", 2));
+        // Another program, which nobody has started yet: it runs, and is not restarted.
+        unit(&mut world, true, 2);
+        let plan = world.plan(&[&next]).unwrap();
+        assert!(
+            plan.services[0].trouble.is_none() && plan.services[0].steps.is_empty(),
+            "{:?}",
+            plan.services
+        );
+        // It runs: what was proved stays so, and what runs is kept.
+        unit(&mut world, true, 9);
+        let latest = entry("ava", 3);
+        let plan = world.plan(&[&latest]).unwrap();
+        let ServicePlan { goal, trouble, instead, steps, .. } = &plan.services[0];
+        assert_eq!((steps.as_slice(), instead), (&[Step::Root(path(9))][..], &Some(Some(path(9)))));
+        assert_eq!(goal.as_ref().map(|g| &g.path), Some(&path(2)), "its route stays");
+        assert!(!trouble.as_ref().unwrap().rejected);
+        world.pass(&[&latest]);
+        assert!(world.memory.applied[&name("ava")].path == path(2) && world.held("ava").len() == 3);
+        // Gone: what it started, and what a pass saw it with, is restarted.
+        let gone = world.observed.units.get_mut(&name("ava")).unwrap();
+        (gone.drop_ins, gone.replaced) = (Vec::new(), None);
+        let plan = world.plan(&[&next]).unwrap();
+        let why = "it was started with a drop-in that is gone";
+        assert!(plan.services[0].steps.contains(&Step::Restart(why)), "{:?}", plan.services[0].steps);
+        world.observed.units.get_mut(&name("ava")).unwrap().verified = true;
+        let plan = world.plan(&[&next]).unwrap();
+        assert!(!plan.services[0].steps.iter().any(|s| matches!(s, Step::Restart(_))), "once");
+    }
+
+    #[test]
+    fn nothing_overlaps_where_the_candidates_name_is_taken() {
+        let mut world = World::new();
+        let mut old = entry("ava", 1);
+        old.rollout = Rollout::Overlap;
+        old.env.insert("PORT".into(), "8080".into());
+        world.pass(&[&old]);
+        let mut new = old.clone();
+        new.artifact.store_path = Target::Path(path(2));
+        world.observed.foreign_next.insert(name("ava"), "/etc/systemd/system/ava-next.service".into());
+        let plan = world.plan(&[&new]).unwrap();
+        let service = &plan.services[0];
+        assert!(service.steps.contains(&Step::Restart("another version")), "{:?}", service.steps);
+        assert!(!service.steps.iter().any(|s| matches!(s, Step::Overlap(_))), "{:?}", service.steps);
+        assert!(
+            service.remark.as_ref().is_some_and(|r| r.contains("ava-next.service")),
+            "{:?}",
+            service.remark
+        );
+    }
+
+    #[test]
     fn a_service_that_died_is_started_but_never_rejected() {
         let mut world = World::new();
         let ava = entry("ava", 1);

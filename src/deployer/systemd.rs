@@ -640,6 +640,44 @@ mod tests {
     }
 
     #[test]
+    fn what_is_loaded_in_place_of_a_unit_is_told_by_its_file_and_its_program() {
+        let shown = |fragment: &str, command: &str| Shown {
+            fragment: Some(fragment.into()),
+            command: command.into(),
+            ..running()
+        };
+        let start =
+            |program: &str| format!("{{ path={program} ; argv[]={program} --x ; ignore_errors=no ; pid=0 }}");
+        let (file, program) = (Path::new("/u/ava.service"), Path::new("/nix/store/a b/bin/ava"));
+        let ours = start("/nix/store/a b/bin/ava");
+        assert_eq!(shown("/u/ava.service", &ours).replaced(file, program), None);
+        for (fragment, command, word) in [
+            ("/u/ava.service", start("/usr/bin/strace"), "starts /usr/bin/strace"),
+            ("/run/systemd/generator.early/ava.service", ours.clone(), "generator.early"),
+            ("/u/ava.service", String::new(), "starts nothing"),
+        ] {
+            let why = shown(fragment, &command).replaced(file, program).unwrap();
+            assert!(why.contains(word), "{why}");
+        }
+        let absent = Shown { load: "not-found".into(), ..shown("/u/ava.service", "") };
+        assert_eq!(absent.replaced(file, program), None);
+    }
+
+    #[test]
+    fn only_drop_ins_for_all_services_that_no_administrator_wrote_are_the_hosts_own() {
+        for (path, own) in [
+            ("/usr/lib/systemd/system/service.d/10-timeout-abort.conf", true),
+            ("/run/systemd/system/service.d/zzz-lxc-service.conf", true),
+            ("/etc/systemd/system/service.d/all.conf", false),
+            ("/usr/local/lib/systemd/system/service.d/all.conf", false),
+            ("/usr/lib/systemd/system/ava.service.d/x.conf", false),
+            ("/run/systemd/system.control/ava.service.d/50-CPUQuota.conf", false),
+        ] {
+            assert_eq!(is_vendor_drop_in(Path::new(path)), own, "{path}");
+        }
+    }
+
+    #[test]
     fn the_lists_of_systemctl_are_read() {
         let list = parse_list(
             "ava.service loaded active running ava (deployed)\nx.service not-found inactive dead x\n",

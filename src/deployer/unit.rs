@@ -254,6 +254,16 @@ mod tests {
     }
 
     #[test]
+    fn the_program_of_a_unit_is_read_back_as_it_was_written() {
+        for command in ["bin/ava", "bin/a%c --x", "/usr/bin/env $x", "'bin/a b' d"] {
+            let (service, text) = rendered(serde_json::json!({"exec": {"command": command}}));
+            let (program, _) = command::program(&service, service.artifact.store_path.path().unwrap());
+            assert_eq!(program_of(&text).as_deref(), program.to_str(), "{text}");
+        }
+        assert_eq!(program_of("[Service]\nExecStart=/bin/true\n"), None);
+    }
+
+    #[test]
     fn an_entry_without_a_profile_has_the_bytes_it_always_had() {
         let (_, text) = rendered(serde_json::json!({
             "env": {"PORT": "8080"}, "envFile": "/var/lib/deployer-secrets/ava.env"}));

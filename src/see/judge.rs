@@ -754,6 +754,32 @@ mod tests {
     }
 
     #[test]
+    fn somebodys_drop_in_needs_attention_and_is_named_with_what_to_type() {
+        for (status, file, words) in [
+            (
+                Status::Running,
+                "/etc/systemd/system/ava.service.d/override.conf",
+                "ssh biz 'sudo systemctl revert ava && sudo systemctl start deployer'",
+            ),
+            (
+                Status::Failed,
+                "/etc/systemd/system.control/ava.service.d/50-CPUQuota.conf",
+                "ssh biz 'sudo systemctl revert ava && sudo systemctl start deployer'",
+            ),
+            (Status::Running, "/etc/systemd/system/service.d/all.conf", "remove that on biz"),
+            (Status::Running, "/run/systemd/generator/ava.service.d/x.conf", "remove that on biz"),
+        ] {
+            let mut state = state(7, &[("ava", status, Some('1'))]);
+            state.services.get_mut(&name("ava")).unwrap().drop_ins = vec![file.into()];
+            assert_eq!(state.exit_code(), 3, "{file}");
+            let picture = judged(&manifest(Some('1'), 60), state);
+            let row = &picture.rows[0];
+            let problem = row.problem.as_deref().unwrap_or_default();
+            assert!(row.off && problem.contains(file) && problem.contains(words), "{row:?}");
+        }
+    }
+
+    #[test]
     fn each_standing_follows_from_manifest_and_report() {
         use Status::*;
         let ava = |status, runs| vec![("ava", status, runs)];
