@@ -268,6 +268,10 @@ impl Host<'_> {
         let mut reload = false;
         let mut starts: Vec<Start> = Vec::new();
         for service in &plan.services {
+            if service.steps.contains(&Step::Reload) {
+                say::notice(format!("{}: systemd had read another unit", service.name));
+                reload = true;
+            }
             let Some(goal) = &service.goal else { continue };
             let mut failed = None;
             if let Some(remark) = &service.remark {
@@ -278,10 +282,6 @@ impl Host<'_> {
                     Step::Write(_) => {
                         reload = true;
                         failed = self.write_unit(&service.name, &goal.unit).err();
-                    }
-                    Step::Reload => {
-                        say::notice(format!("{}: systemd had read another unit", service.name));
-                        reload = true;
                     }
                     Step::Enable if failed.is_none() => failed = self.enable(&service.name).err(),
                     Step::Restart(why) if failed.is_none() => {

@@ -67,6 +67,11 @@ fn entry(text: &str, version: u8) -> Service {
     parse::service(value, Mode::Tolerant, None).unwrap()
 }
 
+/// The version that a unit starts.
+fn program(text: &str) -> Option<StorePath> {
+    (1..=VERSIONS).map(path).find(|p| text.contains(p.base()))
+}
+
 #[derive(Debug, Clone, PartialEq)]
 enum File {
     Ours(String),
@@ -75,10 +80,21 @@ enum File {
     Mask,
 }
 
+/// What somebody put beside a unit's file.
+#[derive(Debug, Clone, PartialEq)]
+enum DropIn {
+    /// It has another program started.
+    Starts(StorePath),
+    /// It changes anything else.
+    Other,
+}
+
 #[derive(Debug, Clone, PartialEq)]
 struct Process {
     /// The unit it was started from.
     text: String,
+    /// And the drop-in.
+    with: Option<DropIn>,
     path: StorePath,
     started: u64,
 }
@@ -89,6 +105,9 @@ struct Unit {
     written: u64,
     /// What systemd has read.
     loaded: Option<File>,
+    drop_in: Option<DropIn>,
+    loaded_drop_in: Option<DropIn>,
+    had_drop_in: bool,
     wanted: bool,
     process: Option<Process>,
 }
@@ -189,6 +208,7 @@ impl Machine {
     fn reload(&mut self) {
         for unit in self.units.values_mut() {
             unit.loaded = unit.file.clone();
+            unit.loaded_drop_in = unit.drop_in.clone();
         }
     }
 
@@ -199,11 +219,15 @@ impl Machine {
         let Some(unit) = self.units.get_mut(name) else { return };
         // A unit that systemd does not have cannot be restarted: what ran goes on.
         let Some(File::Ours(text)) = unit.loaded.clone() else { return };
-        let path = (1..=VERSIONS).map(path).find(|p| text.contains(p.base()));
+        let with = unit.loaded_drop_in.clone();
+        let path = match &with {
+            Some(DropIn::Starts(path)) => Some(path.clone()),
+            _ => program(&text),
+        };
         let secrets_missing = text.contains("EnvironmentFile") && !self.secrets.contains_key(name);
         unit.process = path
             .filter(|p| !bad(p) && !ill.contains(p) && store.contains(p) && !secrets_missing)
-            .map(|path| Process { text: text.clone(), path, started: clock });
+            .map(|path| Process { text: text.clone(), with, path, started: clock });
         if text.contains("Requires=db.service") {
             self.others.insert("db.service".into());
         }
@@ -242,11 +266,8 @@ impl Machine {
         manifest.iter().map(|s| overrides.apply(s)).collect()
     }
 
-    fn units_seen(
-        &self,
-        desired: &[&Service],
-        applied: &BTreeMap<ServiceName, Applied>,
-    ) -> BTreeMap<ServiceName, UnitSeen> {
+    fn units_seen(&self, desired: &[&Service], memory: &Memory) -> BTreeMap<ServiceName, UnitSeen> {
+        let applied = &memory.applied;
         let named = desired.iter().map(|s| &s.name).chain(applied.keys());
         let ours = self.units.iter().filter(|(_, u)| matches!(u.file, Some(File::Ours(_)))).map(|(n, _)| n);
         let none = Unit::default();
@@ -269,20 +290,44 @@ impl Machine {
                     if unit.process.is_some() { ("active", "running") } else { ("inactive", "dead") };
                 let listed = Listed { load: load.into(), active: active.into(), sub: sub.into() };
                 let current = unit.process.as_ref().is_some_and(|p| unit.written <= p.started);
-                let older = unit.process.is_some() && !current;
-                let astray = match (&unit.process, &unit.file) {
-                    (Some(p), Some(File::Ours(text))) => older && !text.contains(p.path.base()),
+                let running = unit.process.is_some();
+                let older = running && !current;
+                let theirs = matches!(file, UnitFile::Foreign(_));
+                let drop_in = unit.drop_in.as_ref().filter(|_| !theirs);
+                let ours = if let UnitFile::Ours(text) = &file { Some(text.clone()) } else { None };
+                let invocation = unit.process.as_ref().map(|p| p.started.to_string());
+                let verified = ours.is_some()
+                    && invocation.is_some()
+                    && invocation.as_ref() == memory.verified.get(name);
+                // Only then is a unit looked at closely.
+                let suspect = ours.is_some() && (older || running && !verified || drop_in.is_some());
+                let stale = unit.loaded != unit.file || unit.loaded_drop_in != unit.drop_in;
+                let replaced = match &unit.loaded_drop_in {
+                    Some(DropIn::Starts(other))
+                        if suspect && load == "loaded" && (!stale || drop_in.is_some()) =>
+                    {
+                        ours.as_ref().is_some_and(|text| program(text).as_ref() != Some(other))
+                    }
                     _ => false,
                 };
+                let astray = match (&unit.process, &ours) {
+                    (Some(p), Some(text)) => suspect && !replaced && !text.contains(p.path.base()),
+                    _ => false,
+                };
+                let unread = running && (load != "loaded" || suspect && stale) || replaced && stale;
                 let seen = UnitSeen {
                     file,
                     wanted: unit.wanted,
                     listed,
                     current,
                     astray,
-                    unread: unit.process.is_some() && (load != "loaded" || older && unit.loaded != unit.file),
-                    shadowed: false,
-                    secrets_changed: false,
+                    unread,
+                    drop_ins: drop_in.map(|_| "/drop/in.conf".into()).into_iter().collect(),
+                    replaced: replaced.then(|| "it starts something else".into()),
+                    shows: unit.process.as_ref().filter(|_| suspect).map(|p| p.path.clone()),
+                    invocation,
+                    verified,
+                    clean: suspect && running && !unread && !astray && !replaced && drop_in.is_none(),
                     ..UnitSeen::default()
                 };
                 (name.clone(), seen)
@@ -290,13 +335,14 @@ impl Machine {
             .collect()
     }
 
-    fn observe(&self, desired: &[&Service], applied: &BTreeMap<ServiceName, Applied>) -> Observed {
+    fn observe(&self, desired: &[&Service], memory: &Memory) -> Observed {
+        let applied = &memory.applied;
         let asked = desired
             .iter()
             .filter_map(|s| s.artifact.store_path.path())
             .chain(applied.values().flat_map(|a| [&a.path].into_iter().chain(&a.previous)));
         Observed {
-            units: self.units_seen(desired, applied),
+            units: self.units_seen(desired, memory),
             present: asked.filter(|p| self.store.contains(p)).cloned().collect(),
             roots: self.roots.clone(),
             secrets: desired
@@ -332,7 +378,12 @@ impl Machine {
             readable: true,
             interrupted: self.disk.intent.clone().unwrap_or_default(),
             overrides: self.disk.overrides.clone(),
-            verified: BTreeMap::new(),
+            verified: self
+                .disk
+                .services
+                .iter()
+                .filter_map(|(n, s)| Some((n.clone(), s.invocation.clone()?)))
+                .collect(),
         };
         if self.bucket_up {
             self.effect()?;
@@ -345,7 +396,7 @@ impl Machine {
         }
         let entries = self.desired(&manifest, &memory.overrides);
         let desired: Vec<&Service> = entries.iter().collect();
-        let mut observed = self.observe(&desired, &memory.applied);
+        let mut observed = self.observe(&desired, &memory);
         let mut learned = Learned::default();
         let Ok(mut plan) = plan::plan(&desired, &observed, &memory, &learned, options, now) else {
             return Ok(None);
@@ -355,7 +406,7 @@ impl Machine {
                 break;
             }
             self.round(&plan, &mut observed, &mut memory, &mut learned)?;
-            observed.units = self.units_seen(&desired, &memory.applied);
+            observed.units = self.units_seen(&desired, &memory);
             plan = plan::plan(&desired, &observed, &memory, &learned, options, now)
                 .unwrap_or_else(|e| panic!("would empty the host in the middle: {e:?}"));
         }
@@ -368,9 +419,10 @@ impl Machine {
         self.remove(&plan.gone, &mut memory, &observed)?;
         self.unroot(&plan.gone, &mut observed)?;
         observed.active = self.active();
+        observed.units = self.units_seen(&desired, &memory);
         plan::settle_inputs(&mut plan, &desired, &observed, &learned);
         self.effect()?;
-        self.disk.services = plan.services.iter().map(|p| (p.name.clone(), state_of(p, self))).collect();
+        self.disk.services = plan.services.iter().map(|p| (p.name.clone(), state_of(p, &observed))).collect();
         self.effect()?;
         self.disk.intent = None;
         Ok(Some(plan))
@@ -440,6 +492,7 @@ impl Machine {
         let mut starts: Vec<(&ServicePlan, &Goal, bool)> = Vec::new();
         let mut reload = !memory.interrupted.is_empty();
         for service in &plan.services {
+            reload |= service.steps.contains(&Step::Reload);
             let Some(goal) = &service.goal else { continue };
             for step in &service.steps {
                 match step {
@@ -448,7 +501,6 @@ impl Machine {
                         self.write_file(&service.name, Some(File::Ours(goal.unit.clone())));
                         reload = true;
                     }
-                    Step::Reload => reload = true,
                     Step::Enable => {
                         self.effect()?;
                         self.units.entry(service.name.clone()).or_default().wanted = true;
@@ -466,6 +518,24 @@ impl Machine {
             self.effect()?;
             self.reload();
         }
+        let replaced = |m: &Machine, service: &ServicePlan, goal: &Goal| match m.units.get(&service.name) {
+            Some(Unit { loaded_drop_in: Some(DropIn::Starts(other)), .. }) => *other != goal.path,
+            _ => false,
+        };
+        let (left, starts): (Vec<_>, Vec<_>) =
+            starts.into_iter().partition(|(service, goal, _)| replaced(self, service, goal));
+        for (service, goal, _) in left {
+            let failure = Failure {
+                reason: "it starts something else".into(),
+                attempted: Some(goal.path.clone()),
+                at: self.now(),
+                journal: Vec::new(),
+                attempts: 0,
+                inputs: None,
+            };
+            let key = (service.name.clone(), goal.inputs.clone());
+            learned.troubles.insert(key, Trouble { rejected: false, failure });
+        }
         for (service, _, restart) in &starts {
             if *restart {
                 self.effect()?;
@@ -477,8 +547,12 @@ impl Machine {
             if restart {
                 memory.interrupted.remove(&service.name);
             }
-            let up = self.units[&service.name].process.is_some();
-            if up {
+            let unit = &self.units[&service.name];
+            if let Some(process) = &unit.process {
+                match unit.loaded_drop_in {
+                    None => memory.verified.insert(service.name.clone(), process.started.to_string()),
+                    Some(_) => memory.verified.remove(&service.name),
+                };
                 self.proved(&service.name, goal, memory)?;
                 continue;
             }
@@ -597,8 +671,9 @@ fn blank(name: &ServiceName, status: Status) -> ServiceState {
     ServiceState::new(name.clone(), status, Timestamp(0))
 }
 
-fn state_of(plan: &ServicePlan, machine: &Machine) -> ServiceState {
-    let runs = machine.units.get(&plan.name).is_some_and(|u| u.process.is_some());
+fn state_of(plan: &ServicePlan, observed: &Observed) -> ServiceState {
+    let seen = &observed.units[&plan.name];
+    let runs = seen.listed.running();
     let status = match &plan.trouble {
         _ if plan.paused => Status::Stopped,
         Some(t) if t.rejected => Status::Rejected,
@@ -608,7 +683,9 @@ fn state_of(plan: &ServicePlan, machine: &Machine) -> ServiceState {
         None => Status::Failed,
     };
     let failure = plan.trouble.as_ref().map(|t| t.failure.clone());
-    ServiceState { failure, ..blank(&plan.name, status) }
+    let known = runs && (seen.verified || seen.clean && plan.drop_ins.is_empty());
+    let invocation = seen.invocation.clone().filter(|_| known);
+    ServiceState { failure, invocation, drop_ins: plan.drop_ins.clone(), ..blank(&plan.name, status) }
 }
 
 /// What happens between passes; returns what it was, for people.
@@ -621,7 +698,7 @@ fn happens(m: &mut Machine, r: &mut Random) -> String {
         Some(File::Ours(text)) => Some(text.clone()),
         _ => None,
     };
-    match r.below(34) {
+    match r.below(40) {
         0 | 1 => {
             m.manifest.retain(|s| s.name != who);
             m.manifest.push(entry(who.as_str(), version));
@@ -840,6 +917,35 @@ fn happens(m: &mut Machine, r: &mut Random) -> String {
             m.write_file(&who, Some(File::Ours(text)));
             format!("hand: {who}'s unit deleted and put back")
         }
+        33..=35 => {
+            // Somebody's drop-in comes, and perhaps is read, and perhaps the service restarted.
+            if !m.units.contains_key(&who) {
+                return String::new();
+            }
+            let drop_in =
+                if r.one_in(2) { DropIn::Starts(path(1 + r.below(3) as u8)) } else { DropIn::Other };
+            if let DropIn::Starts(path) = &drop_in {
+                m.store.insert(path.clone());
+            }
+            let told = format!("hand: {who} has a drop-in {drop_in:?}");
+            let unit = m.units.get_mut(&who).unwrap();
+            (unit.drop_in, unit.had_drop_in) = (Some(drop_in), true);
+            if r.one_in(2) {
+                m.reload();
+            }
+            if running && r.one_in(2) {
+                m.start(&who);
+            }
+            told
+        }
+        36..=38 => {
+            let Some(unit) = m.units.get_mut(&who) else { return String::new() };
+            unit.drop_in = None;
+            if r.one_in(2) {
+                m.reload();
+            }
+            format!("hand: {who}'s drop-in gone")
+        }
         _ => {
             m.disk.services.clear();
             "the state file is lost".into()
@@ -867,6 +973,8 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
     }
     let mut routed: Vec<&Http> = Vec::new();
     let mut claimed = BTreeSet::new();
+    // The route of what a drop-in replaces is that of what was proved, whatever that is by now.
+    let mut unroutable = false;
     for entry in &entries {
         let name = &entry.name;
         let none = Unit::default();
@@ -907,6 +1015,43 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
             routed.extend(m.disk.applied.get(name).map_or(entry.http.as_ref(), |a| a.service.http.as_ref()));
             continue;
         }
+        if let Some(drop_in) = before.units.get(name).and_then(|u| u.drop_in.as_ref()) {
+            if state.drop_ins.is_empty() {
+                say(format!("{name} has a drop-in, and nothing is said"));
+            }
+            if let Some(process) = &unit.process
+                && !held.contains(process.path.base())
+            {
+                say(format!("{name} runs {} without a root", process.path));
+            }
+            // Whether what it would start is what the manifest names, or the version before it, is for what follows.
+            if let DropIn::Starts(_) = drop_in {
+                let intact = unit.process.as_ref().is_some_and(|p| p.path == *target)
+                    && unit.file == Some(File::Ours(unit::render(entry, target)));
+                if state.status == Status::Running && !intact {
+                    say(format!("{name} counts as running, but {unit:?}"));
+                }
+                unroutable = true;
+                continue;
+            }
+        } else if let Some(process) = &unit.process
+            && let Some(with) = &process.with
+        {
+            // Of what came and went while no pass looked, only a program shows; a lost state has forgotten the rest.
+            let started = process.started.to_string();
+            let was_seen = before
+                .disk
+                .services
+                .get(name)
+                .is_some_and(|s| !s.drop_ins.is_empty() && s.invocation.as_ref() != Some(&started));
+            let shows = match (with, &unit.file) {
+                (DropIn::Starts(other), Some(File::Ours(text))) => program(text).as_ref() != Some(other),
+                _ => false,
+            };
+            if was_seen || shows {
+                say(format!("{name} still runs with {with:?}, which is gone"));
+            }
+        }
         let is_proved = |s: &Service, p: &StorePath| {
             proved.is_some_and(|a| unit::render(&a.service, &a.path) == unit::render(s, p))
         };
@@ -938,7 +1083,10 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
                 if !unit.wanted {
                     say(format!("{name} does not start at boot"));
                 }
-                let applied = &m.disk.applied[name];
+                let Some(applied) = m.disk.applied.get(name) else {
+                    say(format!("{name} was not taken down as proved: {unit:?}, {state:?}"));
+                    continue;
+                };
                 let kept: BTreeSet<String> = [path]
                     .into_iter()
                     .chain(&applied.previous)
@@ -960,14 +1108,17 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
     let found: Vec<&Value> =
         m.servers.values().flat_map(|s| s["routes"].as_array().unwrap()).filter(ours).collect();
     let wanted = caddy::route(&routed, &BTreeSet::new());
-    if found != wanted.iter().collect::<Vec<_>>()
-        || (wanted.is_some() && !ours(&&m.servers["srv0"]["routes"][0]))
-    {
+    let unlike = !unroutable && found != wanted.iter().collect::<Vec<_>>();
+    if unlike || (wanted.is_some() && !ours(&&m.servers["srv0"]["routes"][0])) {
         say(format!("the route should be {wanted:?}, is {found:?}"));
     }
     let strange = |n: &ServiceName| entries.iter().all(|e| e.name != *n);
     for (name, unit) in m.units.iter().filter(|(n, _)| strange(n)) {
         let theirs = matches!(unit.file, Some(File::Theirs | File::Mask));
+        // What a drop-in replaced was never proved: where its unit was deleted, nothing tells that it was ours.
+        if unit.file.is_none() && unit.had_drop_in && !before.disk.applied.contains_key(name) {
+            continue;
+        }
         if (unit.file.is_some() && !theirs) || unit.process.is_some() || (unit.wanted && !theirs) {
             say(format!("{name} is not in the manifest, but there: {unit:?}"));
         }
@@ -990,6 +1141,11 @@ fn needless(m: &Machine, before: &Machine) -> Vec<String> {
         let ran_well = old.text == *now
             && was.file == Some(File::Ours(now.clone()))
             && was.loaded == was.file
+            && old.with.is_none()
+            && was.drop_in.is_none()
+            && was.loaded_drop_in.is_none()
+            // Whether it was started before or after what a pass had seen was gone, nobody can tell.
+            && before.disk.services.get(name).is_none_or(|s| s.drop_ins.is_empty())
             && was.written <= old.started;
         // A new attempt that was refused, and the way back.
         let manifest = m.disk.manifest.as_deref().unwrap_or_default();
