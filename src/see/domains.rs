@@ -20,17 +20,17 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use visitor::{Answer, Certificate, Fault, Met, NoAnswer, Request, Trust};
 
-/// How many domains are visited at most; the others are said not to have been.
+/// How many domains are visited at most, at the same time; the others are said not to have been.
 pub const MOST: usize = 64;
-
-/// How many are visited at once.
-const AT_ONCE: usize = 16;
 
 /// How long the look at DNS may take.
 const RESOLVE: Duration = Duration::from_secs(4);
 
 /// How long one request may take.
 const ANSWER: Duration = Duration::from_secs(4);
+
+/// How long all requests of one domain may take together.
+const DOMAIN: Duration = Duration::from_secs(12);
 
 /// How long DNS's addresses are tried, which may be anybody's.
 const THERE: Duration = Duration::from_secs(2);
@@ -62,15 +62,15 @@ pub fn visit(services: &[&Service], caddy: &Observed) -> Vec<Visit> {
     }
     let all: Vec<(&str, Vec<&Service>)> = domains.into_iter().collect();
     let trust = Trust::of_the_system();
-    let mut seen: Vec<(&(&str, Vec<&Service>), Seen)> = vec![];
-    for some in all[..all.len().min(MOST)].chunks(AT_ONCE) {
-        seen.extend(std::thread::scope(|scope| {
-            let looks: Vec<_> =
-                some.iter().map(|one| (one, scope.spawn(|| look(one.0, &one.1, caddy, &trust)))).collect();
-            let joined = looks.into_iter().filter_map(|(one, look)| Some((one, look.join().ok()?)));
-            joined.collect::<Vec<_>>()
-        }));
-    }
+    let some = &all[..all.len().min(MOST)];
+    let seen: Vec<(&(&str, Vec<&Service>), Seen)> = std::thread::scope(|scope| {
+        let looks: Vec<_> =
+            some.iter().map(|one| (one, scope.spawn(|| look(one.0, &one.1, caddy, &trust)))).collect();
+        let joined = |look: std::thread::ScopedJoinHandle<'_, Seen>| {
+            look.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        looks.into_iter().map(|(one, look)| (one, joined(look))).collect()
+    });
     // Caddy is only asked for its reasons where something is missing.
     let log = if seen.iter().any(|(_, s)| s.lacks_a_certificate()) { systemd::caddy_log() } else { vec![] };
     let mut visits: Vec<Visit> = seen
@@ -175,6 +175,8 @@ impl Seen {
 fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) -> Seen {
     let name = concrete(domain, services);
     let resolving = resolve(&name);
+    let until = within(DOMAIN);
+    let soon = || within(ANSWER).min(until);
     let door = door(domain, caddy);
     let mut asked = vec![];
     let mut plain = None;
@@ -183,12 +185,12 @@ fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) ->
             let Some(route) = &service.http else { continue };
             let path = path(service);
             let met = match (https, http, other) {
-                (Some(to), ..) => visitor::https(plainly(*to, &name, &path), trust, within(ANSWER)),
-                (None, Some(to), _) => visitor::http(plainly(*to, &name, &path), within(ANSWER)),
+                (Some(to), ..) => visitor::https(plainly(*to, &name, &path), trust, soon()),
+                (None, Some(to), _) => visitor::http(plainly(*to, &name, &path), soon()),
                 (None, None, Some(to)) => {
-                    let met = visitor::https(plainly(*to, &name, &path), trust, within(ANSWER));
+                    let met = visitor::https(plainly(*to, &name, &path), trust, soon());
                     match met.answer {
-                        Err(NoAnswer::NotTls) => visitor::http(plainly(*to, &name, &path), within(ANSWER)),
+                        Err(NoAnswer::NotTls) => visitor::http(plainly(*to, &name, &path), soon()),
                         _ => met,
                     }
                 }
@@ -202,7 +204,7 @@ fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) ->
             let request = Request { to, host: &name, path: &path, forwarded: &forwarded };
             asked.push(Asked {
                 service: service.name.clone(),
-                direct: visitor::http(request, within(ANSWER)).answer,
+                direct: visitor::http(request, soon()).answer,
                 port: route.internal_port,
                 visitor: met,
                 path,
@@ -210,7 +212,7 @@ fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) ->
         }
         if let Some(https) = https {
             let to = SocketAddr::new(http.map_or(https.ip(), |http| http.ip()), 80);
-            plain = Some(visitor::http(plainly(to, &name, "/"), within(ANSWER)).answer);
+            plain = Some(visitor::http(plainly(to, &name, "/"), soon()).answer);
         }
     }
     let dns = resolving.recv_timeout(RESOLVE).unwrap_or(Dns::Late);
@@ -450,6 +452,10 @@ fn answers(seen: &Seen, found: &mut Findings) {
         match (&visitor.answer, direct) {
             // Said already, with its reason.
             (Err(NoAnswer::NoCertificate), _) => {}
+            (Err(NoAnswer::Late) | Ok(_), Err(NoAnswer::Late)) => found.warn(format!(
+                "{service} takes longer than {} s to answer {url}: 'omni-deploy logs {service}' may say why",
+                ANSWER.as_secs()
+            )),
             (_, Err(why)) => found.fail(format!(
                 "{service} does not answer on 127.0.0.1:{port} ({why}): 'omni-deploy status {service}' has the reason"
             )),
@@ -614,7 +620,11 @@ mod tests {
 
     #[test]
     fn whatever_keeps_visitors_away_is_named_with_its_cause() {
-        let rows: [Row; 19] = [
+        let rows: [Row; 20] = [
+            ("slow", Verdict::Warn, &["shop takes longer than 4 s"], |s| {
+                s.asked[0].visitor.answer = Err(NoAnswer::Late);
+                s.asked[0].direct = Err(NoAnswer::Late);
+            }),
             (
                 "well",
                 Verdict::Ok,
