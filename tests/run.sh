@@ -147,11 +147,11 @@ prepare() {
 
 # host_tests SUITE [TEST]...: the storey of booted hosts on that suite, or only these tests of it.
 host_tests() {
-  local suite=$1 program unknown
+  local suite=$1 built program unknown
   shift
-  program=$(cargo test --locked --features campaign --test host --no-run 2>&1 | tee /dev/stderr |
-    sed -nE 's/^ *Executable .*\((.*)\)$/\1/p')
-  [[ -x $program ]] || die "cargo names no program of the host storey"
+  built=$(cargo test --locked --features campaign --test host --no-run 2>&1) || die "$built"
+  program=$(sed -nE 's/^ *Executable .*\((.*)\)$/\1/p' <<<"$built")
+  [[ -x $program ]] || die "cargo names no program of the host storey: $built"
   unknown=$("$program" --list | sed -n 's/: test$//p' | sort | comm -13 - <(printf '%s\n' "$@" | sort) | grep . || true)
   [[ -z $unknown ]] || die "tests/host/stories names tests that are not there: $unknown"
   # Booted hosts mostly wait, and many tests for one host: more at a time than there are cores.
@@ -230,7 +230,9 @@ main() {
 finish() {
   printf '\n=== %d min %d s, on %d cores\n' $((SECONDS / 60)) $((SECONDS % 60)) "$(nproc)"
   printf '%s\n' "${summary[@]}"
-  printf 'suites: %s; order of tests: OMNI_TEST_SEED=%s\n' "${suites[*]}" "$OMNI_TEST_SEED"
+  printf 'hosts of %s; order of tests: OMNI_TEST_SEED=%s\n' "${suites[*]}" "$OMNI_TEST_SEED"
+  comm -23 <("$lab" suites --all | sort) <(printf '%s\n' "${suites[@]}" | sort) |
+    sed 's/.*/no host of &: its C library is older than the one that things are built with here/'
   printf '%d passed, %d failed\n' "$passed" "$failed"
   ((failed == 0))
 }

@@ -22,8 +22,9 @@ if [[ -z ${OMNI_TEST_S3:-} ]]; then
   cargo build --quiet --locked --manifest-path tests/s3-server/Cargo.toml --target-dir tests/s3-server/target
   export OMNI_TEST_S3=$top/tests/s3-server/target/debug/omni-test-s3
 fi
-mapfile -t programs < <(cargo test --locked --no-run 2>&1 | tee /dev/stderr | sed -nE 's/^ *Executable .*\((.*)\)$/\1/p')
-((${#programs[@]})) || die 'cargo names no test programs'
+built=$(cargo test --locked --no-run 2>&1) || die "$built"
+mapfile -t programs < <(sed -nE 's/^ *Executable .*\((.*)\)$/\1/p' <<<"$built")
+((${#programs[@]})) || die "cargo names no test programs: $built"
 # Libtest shuffles for whoever says that they know this for an unstable option. Cargo must not see it: some crates are
 # built otherwise then.
 if [[ -n ${OMNI_TEST_SEED:-} ]]; then

@@ -20,7 +20,7 @@ usage() {
 usage: lab.sh COMMAND [NAME] [ARGUMENTS]        (as root)
 
   packages                install the Debian packages that the lab and the tests need here, if any is missing
-  suites                  the suites that what is built here runs on; the first is the default
+  suites [--all]          the suites that what is built here runs on; the first is the default
   base SUITE              make the base tree of a suite unless it is there, and print where it is
   up NAME [--suite S] [--hostname H] [--caddyfile FILE]
                           boot a fresh host; a leftover of that name is removed first
@@ -118,6 +118,7 @@ RECIPE=1
 cmd_suites() {
   local ours entry found=
   ours=$(getconf GNU_LIBC_VERSION 2>/dev/null) || ours='glibc 0'
+  [[ ${1:-} != --all ]] || ours='glibc 0'
   for entry in "${SUITES[@]}"; do
     [[ $(printf '%s\n' "${ours#* }" "${entry#*:}" | sort -V | tail -n 1) == "${entry#*:}" ]] || continue
     printf '%s\n' "${entry%%:*}"
@@ -716,7 +717,7 @@ main() {
   case $command in
     -h | --help | help) usage; return 0 ;;
   esac
-  if [[ $command == suites ]]; then cmd_suites; return; fi
+  if [[ $command == suites ]]; then cmd_suites "$@"; return; fi
   ((EUID == 0)) || die "$command: hosts are booted as root; use sudo"
   case $command in
     packages) cmd_packages ;;
