@@ -50,7 +50,9 @@ pub struct Asks {
 /// The manifest a pass works from.
 struct Current {
     manifest: Manifest,
-    /// The digest of each entry ([`entry`]).
+    /// The hash of its text.
+    hash: String,
+    /// The digest of each entry of this host's ([`entry`]).
     entries: BTreeMap<ServiceName, String>,
     /// Why it is the last good one rather than the bucket's.
     error: Option<String>,
@@ -120,7 +122,14 @@ fn keep_manifest(root: &Root, bytes: &[u8], origin: &Origin) -> Result<()> {
 
 /// Reads the manifest, from the bucket if it has a good one, else the last good one. `keep`: a new one is kept
 /// on disk for the day the bucket cannot be reached.
-fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Result<Current, Ended> {
+/// `known`: the state that the pass before left.
+fn current(
+    root: &Root,
+    store: &dyn Store,
+    belief: &Belief,
+    known: &State,
+    keep: bool,
+) -> Result<Current, Ended> {
     let mut unreachable = false;
     let cached = last_good(root, store);
     let url = store.url();
@@ -130,14 +139,16 @@ fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Resul
         Ok(Got::Found { bytes, etag }) => match parse::manifest(&bytes, Mode::Tolerant) {
             Ok(manifest) => {
                 let kept = cached.as_ref().map(|(kept, _)| kept.as_slice());
-                let origin = Origin { store: url.clone(), etag: etag.0, sha256: sha256(&bytes) };
+                let hash = sha256(&bytes);
+                let origin = Origin { store: url.clone(), etag: etag.0, sha256: hash.clone() };
                 if let Some(why) = belief.objection(&bytes, &manifest, store, kept) {
                     Some(format!("the manifest in {url} is refused: {why}"))
                 } else if let Err(e) = if keep { keep_manifest(root, &bytes, &origin) } else { Ok(()) } {
                     // What runs here must be known when the bucket is not, so it is not taken up.
                     Some(format!("the new manifest cannot be kept on this host: {e}"))
                 } else {
-                    return Ok(Current { manifest, entries: entry::digests(&bytes), error: None });
+                    let entries = entries(&bytes, &hash, belief, known);
+                    return Ok(Current { manifest, hash, entries, error: None });
                 }
             }
             Err(e) if e.is_newer_version() => Some(format!("the manifest in {url} cannot be used: {e}")),
@@ -170,8 +181,22 @@ fn current(root: &Root, store: &dyn Store, belief: &Belief, keep: bool) -> Resul
     // It may have been kept before this host was told whom to trust.
     match belief.doubt(&bytes, &manifest, store) {
         Some(why) => Err(Ended { unreachable, ..unusable(&why).into() }),
-        None => Ok(Current { manifest, entries: entry::digests(&bytes), error }),
+        None => {
+            let hash = sha256(&bytes);
+            let entries = entries(&bytes, &hash, belief, known);
+            Ok(Current { manifest, hash, entries, error })
+        }
     }
+}
+
+/// The digests of a manifest's entries. An idle pass has them from the pass before, of the same text.
+fn entries(bytes: &[u8], hash: &str, belief: &Belief, known: &State) -> BTreeMap<ServiceName, String> {
+    let known = Some(known).filter(|k| k.manifest_hash.as_deref() == Some(hash) && k.host == belief.host);
+    let kept = known.map(|k| {
+        let placed = k.services.values().filter(|s| !s.removing);
+        placed.map(|s| Some((s.name.clone(), s.entry.clone()?))).collect::<Option<BTreeMap<_, _>>>()
+    });
+    kept.flatten().unwrap_or_else(|| entry::digests(bytes))
 }
 
 /// Why there is none, and what brings one there: on a developer's machine, so that is where the commands are typed.
@@ -347,7 +372,8 @@ pub fn preview(settings: &Settings, asks: &Asks) -> Result<Preview> {
     let store = store::open(&settings.store)?;
     let mut memory = load_memory(settings, &root, now)?;
     let belief = Belief::new(settings, store.as_ref(), &memory, asks)?;
-    let current = current(&root, store.as_ref(), &belief, false).map_err(|ended| ended.error)?;
+    let current =
+        current(&root, store.as_ref(), &belief, &memory.state, false).map_err(|ended| ended.error)?;
     let (desired, _) = mine(&current.manifest, settings, &mut memory, now);
     let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)?;
@@ -545,7 +571,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     let mut memory = load_memory(settings, root, now)?;
     let before = memory.state.clone();
     let belief = Belief::new(settings, store.as_ref(), &memory, asks)?;
-    let current = current(root, store.as_ref(), &belief, true)?;
+    let current = current(root, store.as_ref(), &belief, &before, true)?;
     if let Some(error) = &current.error {
         say::warning(format!(
             "{error}; working from the last good manifest, serial {}",
@@ -687,6 +713,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         route,
         reported: true,
         store: Some(store.identity()),
+        manifest_hash: Some(current.hash),
         machine: machine::this(),
         other_machine: before.other_machine.clone(),
         last_error: None,

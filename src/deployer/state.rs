@@ -44,6 +44,9 @@ pub struct State {
     /// say.
     #[serde(default)]
     pub store: Option<String>,
+    /// The hash of the text of the manifest that the last pass worked from.
+    #[serde(default)]
+    pub manifest_hash: Option<String>,
     /// Which machine wrote this.
     #[serde(default)]
     pub machine: Option<Machine>,
@@ -349,6 +352,7 @@ impl State {
             route: RouteState::default(),
             reported: false,
             store: None,
+            manifest_hash: None,
             machine: None,
             other_machine: None,
             last_error: None,

@@ -6,6 +6,7 @@
 //! does not know count like all others. What cannot matter is left out: the order of fields, white space, and
 //! members that are null, which is how a newer program writes a field of its own that nobody set.
 
+use super::json;
 use crate::names::ServiceName;
 use ring::digest::{SHA256, digest};
 use serde_json::Value;
@@ -16,13 +17,18 @@ const BYTES: usize = 12;
 
 /// The digest of every entry of a stored manifest, by service. Empty where the bytes are no manifest.
 pub fn digests(bytes: &[u8]) -> BTreeMap<ServiceName, String> {
-    let Ok(Value::Object(mut root)) = serde_json::from_slice::<Value>(bytes) else { return BTreeMap::new() };
-    let Some(Value::Array(services)) = root.remove("services") else { return BTreeMap::new() };
-    let one = |entry: Value| {
-        let name = ServiceName::parse(entry.get("name")?.as_str()?).ok()?;
-        Some((name, digest_of(entry)))
+    let mut all = BTreeMap::new();
+    let mut take = |_, entry: Value| {
+        let name = entry.get("name").and_then(Value::as_str).and_then(|name| ServiceName::parse(name).ok());
+        if let Some(name) = name {
+            all.insert(name, digest_of(entry));
+        }
     };
-    services.into_iter().filter_map(one).collect()
+    // One after the other: a large manifest is never held as a tree.
+    match json::read(bytes, Some(("services", &mut take))) {
+        Ok(_) => all,
+        Err(_) => BTreeMap::new(),
+    }
 }
 
 fn digest_of(mut entry: Value) -> String {

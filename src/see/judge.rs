@@ -598,6 +598,7 @@ fn host_row(wanted: &Wanted<'_>, host: &HostName, report: &Report, now: Timestam
         route,
         reported: _,
         store,
+        manifest_hash: _,
         machine,
         other_machine,
         last_error,
