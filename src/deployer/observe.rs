@@ -99,8 +99,10 @@ pub fn units(
     for name in without {
         let was_ours = applied.contains_key(name);
         let mut file = folders.foreign(name, was_ours)?;
-        if let Some(owner) =
-            shown.get(&name.unit()).and_then(|shown| owner(root, &name.unit(), was_ours, shown))
+        // What systemd still has of a unit that is gone may be left of an attempt that was never proved: it has roots.
+        let was_ours = was_ours || root.roots(name).is_dir();
+        if let Some(shown) = shown.get(&name.unit())
+            && let Some(owner) = owner(root, &name.unit(), was_ours, shown)
         {
             file = UnitFile::Foreign(owner);
         }

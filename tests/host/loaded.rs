@@ -282,6 +282,20 @@ fn a_unit_that_something_else_made_is_never_touched() {
 }
 
 #[test]
+fn what_is_left_of_an_attempt_that_was_never_proved_is_ours() {
+    let host = bare();
+    let one = host.deploys_web();
+    // As a pass leaves it that died while its first version came up, and a person who then deleted the unit.
+    host.sh("rm /var/lib/deployer/applied/web.json /etc/systemd/system/web.service");
+    assert_eq!(host.sh("systemctl show --property=ActiveState --value web"), "active");
+    host.good_pass();
+    assert_eq!(host.executable(), format!("{one}/bin/web"));
+    host.sh("rm /var/lib/deployer/applied/web.json /etc/systemd/system/web.service; systemctl daemon-reload");
+    host.good_pass();
+    host.serves("web", "one");
+}
+
+#[test]
 fn a_candidates_name_that_is_somebody_elses_is_never_taken() {
     let host = bare();
     let one = host.closure("web", "one", "");
