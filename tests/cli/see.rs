@@ -6,6 +6,7 @@ mod common;
 use common::{DEVELOPER, HOST, KEY, S3Server, SECRET};
 use omni_deploy::clock::Timestamp;
 use omni_deploy::cmd::completions::COMMANDS;
+use omni_deploy::deployer::live::Answer;
 use omni_deploy::deployer::state::State;
 use omni_deploy::dispatch::APPLETS;
 use omni_deploy::manifest::parse::{self, Mode};
@@ -120,6 +121,16 @@ fn a_state_of_version_1_is_still_read_whole() {
     let fixture: Value = serde_json::from_str(STATE).unwrap();
     kept(&fixture, &again);
     assert_eq!(state.exit_code(), 3);
+}
+
+#[test]
+fn an_answer_of_version_1_is_still_read_whole() {
+    let fixture: Value = serde_json::from_str(include_str!("../fixtures/live-v1.json")).unwrap();
+    let answer = Answer::parse(fixture.to_string().as_bytes()).unwrap();
+    kept(&fixture, &serde_json::to_value(&answer).unwrap());
+    let mut newer = fixture;
+    newer["version"] = json!(2);
+    assert!(Answer::parse(newer.to_string().as_bytes()).unwrap_err().contains("version 2"));
 }
 
 /// Everything of `old` is in `new`; fields may have come since.
