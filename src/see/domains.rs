@@ -154,7 +154,9 @@ struct Seen {
     own: Option<IpAddr>,
     door: Door,
     asked: Vec<Asked>,
-    /// What :80 answers where :443 is the door.
+    /// For these no time was left.
+    not_asked: Vec<ServiceName>,
+    /// What :80 answers where :443 is the door and time was left.
     plain: Option<Result<Answer, NoAnswer>>,
     /// Who else shows the same certificate: DNS leads there, and from there to here.
     forwarded: bool,
@@ -178,11 +180,15 @@ fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) ->
     let until = within(DOMAIN);
     let soon = || within(ANSWER).min(until);
     let door = door(domain, caddy);
-    let mut asked = vec![];
+    let (mut asked, mut not_asked) = (vec![], vec![]);
     let mut plain = None;
     if let Door::Server { https, http, other, .. } = &door {
         for service in services {
             let Some(route) = &service.http else { continue };
+            if Instant::now() + ANSWER > until {
+                not_asked.push(service.name.clone());
+                continue;
+            }
             let path = path(service);
             let met = match (https, http, other) {
                 (Some(to), ..) => visitor::https(plainly(*to, &name, &path), trust, soon()),
@@ -210,7 +216,9 @@ fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) ->
                 path,
             });
         }
-        if let Some(https) = https {
+        if let Some(https) = https
+            && Instant::now() < until
+        {
             let to = SocketAddr::new(http.map_or(https.ip(), |http| http.ip()), 80);
             plain = Some(visitor::http(plainly(to, &name, "/"), soon()).answer);
         }
@@ -230,7 +238,7 @@ fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) ->
     let forwarded = shown.is_some_and(|ours| theirs.is_some_and(|theirs| theirs.der == ours.der));
     let own = source_towards(Ipv4Addr::new(192, 0, 2, 1).into());
     let now = crate::clock::Timestamp::now();
-    Seen { own, forwarded, elsewhere, name, dns, door, asked, plain, now }
+    Seen { own, forwarded, elsewhere, name, dns, door, asked, not_asked, plain, now }
 }
 
 /// A request as a visitor makes it.
@@ -446,6 +454,11 @@ fn certificate(seen: &Seen, reason: Option<String>, found: &mut Findings) {
 }
 
 fn answers(seen: &Seen, found: &mut Findings) {
+    if !seen.not_asked.is_empty() {
+        let names: Vec<&str> = seen.not_asked.iter().map(ServiceName::as_str).collect();
+        let names = names.join(", ");
+        found.warn(format!("not asked, because what was asked before took too long: {names}"));
+    }
     for Asked { service, path, port, visitor, direct } in &seen.asked {
         let scheme = if visitor.certificate.is_some() { "https" } else { "http" };
         let url = format!("{scheme}://{}{path}", seen.name);
@@ -494,8 +507,8 @@ fn on_port_80(plain: &Result<Answer, NoAnswer>, found: &mut Findings) {
             answer.status
         )),
         Err(NoAnswer::Refused) => found.warn(
-            "nothing listens on :80: whoever types the name without https:// gets no answer, and certificates that are \
-             proved over http are not had",
+            "nothing listens on :80: whoever types the name without https:// gets no answer, and no \
+             certificate can be had by the HTTP challenge",
         ),
         Err(why) => found.warn(format!("http:// gives no answer: {why}")),
     }
@@ -608,6 +621,7 @@ mod tests {
                 visitor: Met { certificate: Some(certificate(None)), answer: Ok(answer(200)) },
                 direct: Ok(answer(204)),
             }],
+            not_asked: vec![],
             plain: Some(Ok(Answer { location: Some("https://shop.example.com/".into()), ..answer(308) })),
             forwarded: false,
             elsewhere: None,
@@ -620,7 +634,10 @@ mod tests {
 
     #[test]
     fn whatever_keeps_visitors_away_is_named_with_its_cause() {
-        let rows: [Row; 20] = [
+        let rows: [Row; 21] = [
+            ("no time left", Verdict::Warn, &["not asked", "took too long: cart"], |s| {
+                s.not_asked.push(ServiceName::parse("cart").unwrap());
+            }),
             ("slow", Verdict::Warn, &["shop takes longer than 4 s"], |s| {
                 s.asked[0].visitor.answer = Err(NoAnswer::Late);
                 s.asked[0].direct = Err(NoAnswer::Late);
