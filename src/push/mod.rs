@@ -169,12 +169,11 @@ fn tell_revision(manifest: &Manifest, target: &Target, revision: Option<&str>) -
     let Some(before) = before else { return Ok(()) };
     if let Some((count, apart)) = namespace::left_out(repository, before, revision)? {
         let commits = if count == 1 { "commit" } else { "commits" };
-        let how = if apart { "leaves out" } else { "is behind by" };
-        say::warning(format!(
-            "{name}: {} {how} {count} {commits} of {}, which the manifest has",
-            short(revision),
-            short(before)
-        ));
+        let how = match apart {
+            true => format!("leaves out {count} {commits} of"),
+            false => format!("is {count} {commits} behind"),
+        };
+        say::warning(format!("{name}: {} {how} {}, which the manifest has", short(revision), short(before)));
     }
     Ok(())
 }

@@ -420,7 +420,7 @@ fn several_targets_are_one_version_with_their_commit() {
     assert!(shown.contains(&format!("({}-dirty)", &head[..10])), "{shown}");
     git(&["checkout", "-q", "-f", "HEAD~3"]);
     let older = desk.run(&["push", "Biz/One.py"]);
-    let says = format!("is behind by 3 commits of {}", &head[..10]);
+    let says = format!("is 3 commits behind {}", &head[..10]);
     assert!(older.status.ok() && older.stderr.contains(&says), "{}", older.stderr);
 }
 
