@@ -31,8 +31,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(150);
 /// How long everybody waits for units to stop or start; what takes longer is waited for when nothing else is left
 /// to do, or left to the next pass.
 pub const EVERYBODY_WAITS: Duration = Duration::from_secs(20);
-/// How long a stop that nothing ends (`TimeoutStopSec=infinity`) is waited for by one pass.
-const ENDLESS: Duration = Duration::from_secs(600);
+/// How long one pass waits at most, whatever systemd's own limit for a stop is: what was published meanwhile waits with
+/// it, and `deployer.service` has a limit too (TimeoutStartSec=). The next pass goes on with what is left.
+const ONE_PASS_WAITS: Duration = Duration::from_secs(600);
 /// What a start may take after a stop that took as long as it may.
 const START_AFTER: Duration = Duration::from_secs(60);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -580,10 +581,7 @@ impl Host<'_> {
             learned.pending.iter().filter(|(_, p)| p.awaited).map(|(n, p)| (n.clone(), p.clone())).collect();
         let units: Vec<String> = awaited.values().map(|p| p.unit.clone()).collect();
         let timeouts = systemd::stop_timeouts(&units)?;
-        let limit = |pending: &Pending| {
-            let stop = timeouts.get(&pending.unit).copied().flatten();
-            stop.map_or(ENDLESS, |stop| stop + START_AFTER)
-        };
+        let limit = |pending: &Pending| waits_for(timeouts.get(&pending.unit).copied().flatten());
         for (name, pending) in &awaited {
             let seconds = limit(pending).as_secs();
             say::notice(format!("{name}: waiting for {}, for at most {seconds} s", pending.unit));
@@ -615,6 +613,11 @@ impl Host<'_> {
             learned.disk(Err(error.clone()));
         }
     }
+}
+
+/// How long one pass waits for a unit that systemd lets take so long to stop.
+fn waits_for(stop: Option<Duration>) -> Duration {
+    stop.map_or(ONE_PASS_WAITS, |stop| ONE_PASS_WAITS.min(stop.saturating_add(START_AFTER)))
 }
 
 fn still_stopping(name: &ServiceName) -> String {
@@ -890,4 +893,22 @@ pub fn would_empty(host: &str, names: &[ServiceName]) -> Error {
          run 'deployer run --allow-empty', else check 'hosts' in the manifest and 'host' in the configuration",
         names.join(", ")
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pass_waits_as_long_as_systemd_lets_a_stop_take_but_ends_before_its_own_unit_is_ended() {
+        let seconds = |stop: Option<u64>| waits_for(stop.map(Duration::from_secs)).as_secs();
+        for (stop, waits) in [(Some(5), 65), (Some(420), 480), (Some(3600), 600), (None, 600)] {
+            assert_eq!(seconds(stop), waits, "{stop:?}");
+        }
+        let unit = include_str!("../../contrib/systemd/deployer.service");
+        let limit =
+            unit.lines().find_map(|l| l.strip_prefix("TimeoutStartSec=")?.strip_suffix("min")).unwrap();
+        // The rest is for what else a pass does.
+        assert!(seconds(None) * 2 <= limit.parse::<u64>().unwrap() * 60, "{limit}");
+    }
 }
