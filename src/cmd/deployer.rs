@@ -252,7 +252,7 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
         if let Some(trouble) = &service.trouble {
             text.push_str(&format!("{}: {}\n", service.name, say::printable(&trouble.failure.reason)));
         }
-        if let Some(attention) = attention(&service.name, &service.drop_ins, None) {
+        if let Some(attention) = attention(&service.name, &service.drop_ins) {
             text.push_str(&format!("{}: {}\n", service.name, say::printable(&attention)));
         }
         if let Some(remark) = &service.remark {
@@ -399,7 +399,7 @@ fn state(json: bool) -> Result<u8> {
                 text.push_str(&format!("    | {}\n", say::printable(line)));
             }
         }
-        if let Some(attention) = service.attention(None) {
+        if let Some(attention) = service.attention() {
             text.push_str(&format!("    {}\n", say::printable(&attention)));
         }
     }

@@ -720,7 +720,7 @@ impl Watched<'_> {
         let (program, _) = command::program(self.service, path);
         let why = shown.replaced(&root.unit_dir.join(&self.unit), &program)?;
         let drop_ins: Vec<String> = shown.drop_ins.iter().map(|p| p.display().to_string()).collect();
-        let because = state::attention(self.name, &drop_ins, None);
+        let because = state::attention(self.name, &drop_ins);
         Some(why + &because.map_or(String::new(), |text| format!("; {text}")))
     }
 }

@@ -204,8 +204,8 @@ fn no_manifest(url: &str, kept: Option<&[u8]>, belief: &Belief) -> String {
     let kept = kept.and_then(|bytes| parse::manifest(bytes, Mode::Tolerant).ok());
     match kept {
         Some(kept) => format!(
-            "there is no manifest in {url} any more; this host obeys its copy of serial {}, and who may publish puts \
-             it back with '{}'",
+            "there is no manifest in {url} any more; this host obeys its copy of serial {}, which a developer \
+             puts back with '{}'",
             kept.serial,
             COPY_BACK.replace("HOST", belief.host.as_str())
         ),
@@ -281,7 +281,7 @@ impl Belief {
         // A store that was made anew has no history above what is in force; one that was put back into has.
         let newest = versions::archived(store).map(|archived| archived.into_iter().next());
         let below = format!("its serial {serial} is below {highest}, which this host obeyed before");
-        let accept = format!("'deployer run --accept-serial {serial}' on this host");
+        let accept = format!("'deployer run --accept-serial {serial}'");
         Some(match newest {
             Ok(Some(newest)) if newest.serial >= serial => format!(
                 "{below}, and the store has the history of that: an old version was put back; publish the right one \
@@ -906,7 +906,7 @@ fn tell(before: &State, after: &State, learned: &Learned) {
             let reason = if said { String::new() } else { format!(": {}", failure.reason) };
             say::error(format!("{name}: {status}, {runs}{reason}"));
         }
-        if let Some(attention) = service.attention(None) {
+        if let Some(attention) = service.attention() {
             say::warning(format!("{name}: {attention}"));
         }
         if service.failure.is_some() {

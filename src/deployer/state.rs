@@ -170,15 +170,14 @@ pub struct ServiceState {
 }
 
 impl ServiceState {
-    /// What a person should look at though it may run what the manifest names, and what to type: on the host itself,
-    /// or for `host` from elsewhere.
-    pub fn attention(&self, host: Option<&HostName>) -> Option<String> {
-        attention(&self.name, &self.drop_ins, host)
+    /// What a person should look at though it may run what the manifest names, and what to type on the host.
+    pub fn attention(&self) -> Option<String> {
+        attention(&self.name, &self.drop_ins)
     }
 }
 
 /// The same, for a service that has these drop-ins.
-pub fn attention(name: &ServiceName, drop_ins: &[String], host: Option<&HostName>) -> Option<String> {
+pub fn attention(name: &ServiceName, drop_ins: &[String]) -> Option<String> {
     if drop_ins.is_empty() {
         return None;
     }
@@ -190,15 +189,11 @@ pub fn attention(name: &ServiceName, drop_ins: &[String], host: Option<&HostName
     };
     let files = drop_ins.join(", ");
     let start = "sudo systemctl start deployer";
-    let (first, then) = match (drop_ins.iter().all(edited), host) {
-        (true, None) => (format!("'sudo systemctl revert {name} && {start}' takes that back"), String::new()),
-        (true, Some(host)) => {
-            (format!("ssh {host} 'sudo systemctl revert {name} && {start}' takes that back"), String::new())
-        }
-        (false, None) => ("remove that".into(), format!(", then '{start}'")),
-        (false, Some(host)) => (format!("remove that on {host}"), format!(", then 'ssh {host} {start}'")),
+    let next = match drop_ins.iter().all(edited) {
+        true => format!("'sudo systemctl revert {name} && {start}' takes that back"),
+        false => format!("remove that, then '{start}'"),
     };
-    Some(format!("needs attention: its unit is changed by {files}; {first}{then}"))
+    Some(format!("needs attention: its unit is changed by {files}; {next}"))
 }
 
 /// The overall exposure level of a unit, in tenths: 0.0 has nothing to attack, 10.0 everything

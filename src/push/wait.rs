@@ -132,7 +132,7 @@ pub fn judge(state: &State, shipped: &Shipped, serial: u64, store: &str) -> Opti
     let ServiceState { store_path, status, failure, .. } = found;
     let attempted = failure.as_ref().and_then(|f| f.attempted.as_ref());
     let runs = store_path.as_ref();
-    let attention = found.attention(Some(&state.host)).map_or(String::new(), |text| format!("; {text}"));
+    let attention = found.attention().map_or(String::new(), |text| format!("; {text}"));
     let off = |status: Standing, otherwise: String| {
         let reason = failure.as_ref().map_or(otherwise, |f| f.reason.clone()) + &attention;
         let reason = if runs.is_none() && status != Standing::Stopped {

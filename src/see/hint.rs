@@ -29,7 +29,13 @@ pub fn translated(text: &str, host: &HostName, here: Option<&HostName>) -> Strin
         let program = command.split([' ', '\'']).next().unwrap_or_default();
         // Only where a quotation begins: "Ann's" is none.
         let begins = before[..at].chars().next_back().is_none_or(|c| !c.is_alphanumeric());
-        if begins && ON_HOST.contains(&program) {
+        let ours = begins && ON_HOST.contains(&program);
+        if ours && quoted.split('\'').next().is_some_and(|whole| whole.contains(" && ")) {
+            // All of it is for the host, so that the quotes stay around it for ssh.
+            out.pop();
+            out.push_str(&format!("ssh {host} '"));
+            rest = quoted;
+        } else if ours {
             out.push_str(&format!("ssh {host} sudo "));
             rest = command;
         } else {
@@ -57,6 +63,10 @@ mod tests {
                 "see 'ssh biz sudo journalctl -u shop', or 'ssh biz sudo deployer'",
             ),
             ("run 'sudo deployer' there", "run 'ssh biz sudo deployer' there"),
+            (
+                "'sudo systemctl revert shop && sudo systemctl start deployer' takes that back",
+                "ssh biz 'sudo systemctl revert shop && sudo systemctl start deployer' takes that back",
+            ),
             (
                 "it's the deployer 'shop' of 'deploy-manifest'",
                 "it's the deployer 'shop' of 'deploy-manifest'",

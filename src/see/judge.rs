@@ -410,7 +410,8 @@ fn row(wanted: &Wanted<'_>, service: &Service, host: &HostName, report: &Report,
         now_row(&mut row, live, here);
         visited(&mut row, live, here);
     }
-    if let Some(attention) = entry.attention(Some(host)) {
+    if let Some(attention) = entry.attention() {
+        let attention = hint::translated(&attention, host, here);
         row.off = true;
         row.problem =
             Some(row.problem.map_or(attention.clone(), |problem| format!("{problem}; {attention}")));
@@ -767,8 +768,16 @@ mod tests {
                 "/etc/systemd/system.control/ava.service.d/50-CPUQuota.conf",
                 "ssh biz 'sudo systemctl revert ava && sudo systemctl start deployer'",
             ),
-            (Status::Running, "/etc/systemd/system/service.d/all.conf", "remove that on biz"),
-            (Status::Running, "/run/systemd/generator/ava.service.d/x.conf", "remove that on biz"),
+            (
+                Status::Running,
+                "/etc/systemd/system/service.d/all.conf",
+                "remove that, then 'ssh biz sudo systemctl start deployer'",
+            ),
+            (
+                Status::Running,
+                "/run/systemd/generator/ava.service.d/x.conf",
+                "remove that, then 'ssh biz sudo systemctl start deployer'",
+            ),
         ] {
             let mut state = state(7, &[("ava", status, Some('1'))]);
             state.services.get_mut(&name("ava")).unwrap().drop_ins = vec![file.into()];

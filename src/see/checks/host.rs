@@ -188,7 +188,7 @@ fn environment() -> Check {
 fn drop_ins(state: &State) -> Check {
     const NAME: &str = "drop-ins";
     let changed: Vec<String> =
-        state.services.values().filter_map(|s| Some(format!("{} {}", s.name, s.attention(None)?))).collect();
+        state.services.values().filter_map(|s| Some(format!("{} {}", s.name, s.attention()?))).collect();
     let units: Vec<String> = state.services.keys().map(ServiceName::unit).take(1).collect();
     let shown = systemd::show(&units).unwrap_or_default();
     let all = shown.values().flat_map(|s| &s.drop_ins).filter(|path| systemd::is_vendor_drop_in(path));
