@@ -42,11 +42,11 @@ restore() {
   journalctl --lines 0 --show-cursor --quiet | sed -n 's/^-- cursor: //p' >"$start/cursor"
 }
 
-# What the host is like, without times.
+# What the host is like, without times and what systemd makes up at every start.
 facts() {
   local unit pid times
   # shellcheck disable=SC2016
-  times='del(.checkedAt, .changedAt) | .services[] |= (del(.since) | .pinnedSince |= (. != null)
+  times='del(.checkedAt, .changedAt) | .services[] |= (del(.since, .invocation) | .pinnedSince |= (. != null)
     | .failure |= if . then {attempted, remembered: (.inputs != null)} else . end)'
   cd /etc/systemd/system || return
   find . -type f -exec sha256sum {} + -o -type l -printf '%p -> %l\n' | sort

@@ -4,13 +4,13 @@ use crate::lab::soon;
 use crate::runbook::{Biz, biz};
 use std::time::Duration;
 
-/// Stands in the secrets, and may stand nowhere else.
-const MARK: &str = "hunter2-4z26c4q7wrivs2ahhnlm2pai59lib54x";
-/// Finds it, without being it: journald notes the arguments of whoever logs.
-const PATTERN: &str = "hunter[2]-4z26c4q7wrivs2ahhnlm2pai59lib54x";
-
 #[test]
 fn a_developer_edits_secrets_on_a_host_and_they_pass_through_nothing_else() {
+    // Stands in the secrets, and may stand nowhere else. Of this run alone: others may be at it on this machine.
+    let id = std::process::id();
+    let mark = format!("hunter2-4z26c4q7wrivs2ahhnlm2pai59lib54x{id}x");
+    // Finds it, without being it: journald notes the arguments of whoever logs.
+    let pattern = format!("hunter[2]-4z26c4q7wrivs2ahhnlm2pai59lib54x{id}x");
     let mut biz = biz();
     let Biz { host, developer, .. } = &mut *biz;
     host.sh("rm -rf /var/lib/deployer-secrets");
@@ -47,7 +47,7 @@ fn a_developer_edits_secrets_on_a_host_and_they_pass_through_nothing_else() {
     // the write, everybody's arguments and environment are looked at, there and here.
     let started = host.invocation("ava");
     developer.write("editor", "trap got=1 INT\ntouch open\nwhile [ -z \"$got\" ]; do sleep 0.05; done\nsed -i s/one/$(cat mark)/ \"$1\"\n");
-    developer.write("mark", MARK);
+    developer.write("mark", &mark);
     host.sh("systemd-run --quiet --unit=hold flock /var/lib/deployer-secrets sleep 60
          until [[ $(flock --nonblock /var/lib/deployer-secrets true; echo $?) == 1 ]]; do sleep 0.1; done");
     developer.types(
@@ -61,14 +61,14 @@ fn a_developer_edits_secrets_on_a_host_and_they_pass_through_nothing_else() {
         let there = host.try_sh("pgrep -f 'on-host writ[e]'");
         if there.status.ok() { Ok(()) } else { Err(there.stderr) }
     });
-    let look = format!("grep -lsa {PATTERN} /proc/[0-9]*/cmdline /proc/[0-9]*/environ || true");
+    let look = format!("grep -lsa {pattern} /proc/[0-9]*/cmdline /proc/[0-9]*/environ || true");
     assert_eq!(host.sh(&look), "");
     assert_eq!(developer.types(&look), "");
     assert!(host.sh("cat /var/lib/deployer-secrets/ava.env").contains("TOKEN=one"));
     host.sh("systemctl stop hold");
     soon("the service was restarted with it", Duration::from_secs(60), || {
         let environment = host.try_sh("curl -sSf localhost:8002/env | tr '\\0' '\\n'").text();
-        if environment.contains(MARK) { Ok(()) } else { Err(developer.tries("cat typescript").text()) }
+        if environment.contains(&mark) { Ok(()) } else { Err(developer.tries("cat typescript").text()) }
     });
     assert_ne!(host.invocation("ava"), started);
     soon("it ended", Duration::from_secs(30), || {
@@ -76,17 +76,17 @@ fn a_developer_edits_secrets_on_a_host_and_they_pass_through_nothing_else() {
         if said.contains("restarted ava") { Ok(()) } else { Err(said) }
     });
     let said = developer.types("cat typescript");
-    assert!(said.contains("restart ava on biz now? [y/N]") && !said.contains(MARK), "{said}");
+    assert!(said.contains("restart ava on biz now? [y/N]") && !said.contains(&mark), "{said}");
 
     // It is nowhere else: no log, no history, no place in memory or on a disk, on either side.
     assert_eq!(
         host.sh(&format!(
-            "journalctl --sync; journalctl --no-pager -o export | grep -a {PATTERN} || true
-             grep -rlsa {PATTERN} /var/lib /etc /run /tmp /var/tmp /dev/shm /root /home || true"
+            "journalctl --sync; journalctl --no-pager -o export | grep -a {pattern} || true
+             grep -rlsa {pattern} /var/lib /etc /run /tmp /var/tmp /dev/shm /root /home || true"
         )),
         "/var/lib/deployer-secrets/ava.env"
     );
-    assert_eq!(developer.types(&format!("rm mark; cd ~; grep -rlsa {PATTERN} . /dev/shm || true")), "");
+    assert_eq!(developer.types(&format!("rm mark; cd ~; grep -rlsa {pattern} . /dev/shm || true")), "");
     host.sh("journalctl --no-pager | grep 'secrets on-host write ava environment /var/lib/deployer-secrets/ava.env' >/dev/null");
 
     // What the next start needs to be told.
