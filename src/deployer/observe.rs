@@ -52,10 +52,12 @@ pub fn observe(root: &Root, caddy_admin: &str, desired: &[&Service], memory: &Me
         // Caddy answers while files are read. The thread only waits: what it allocated would be taken from the
         // kernel page by page.
         let caddy = scope.spawn(|| caddy::ask(caddy_admin));
+        // While systemd answers, for which `units` waits.
+        let listening = scope.spawn(|| ports(desired, &memory.applied));
         let (units, active) = units(root, desired, memory)?;
         let (roots, understudies) = (roots(root)?, understudies(root)?);
         let foreign_next = foreign_next(root, desired, memory, &units, &understudies)?;
-        let ports = ports(desired, &memory.applied);
+        let ports = joined(listening);
         let caddy = caddy::read(caddy_admin, joined(caddy));
         Ok(Observed { units, active, ports, present, roots, secrets, understudies, foreign_next, caddy })
     })

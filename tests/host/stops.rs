@@ -71,6 +71,8 @@ fn a_service_that_is_removed_and_slow_to_stop_keeps_its_unit_until_it_has_stoppe
     let pass = host.pass();
     assert!(pass.said.contains("still stopping"), "{}", pass.said);
     host.serves("web", "two");
+    let status = host.try_sh("omni-deploy status");
+    assert!(status.text().contains("slow") && !status.status.ok(), "{}", status.text());
     host.sh(&format!(
         "[[ $(systemctl is-active slow) == deactivating && -e /etc/systemd/system/slow.service ]]
          [[ $(ls /nix/var/nix/gcroots/omni-deploy/slow) == '{root}' ]]
