@@ -8,8 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fmt;
 use std::io::{BufRead, BufReader, ErrorKind, Result};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a connection to this machine itself may take.
+const CONNECT: Duration = Duration::from_millis(500);
 
 /// Where systemd's cgroups of services are: in the unified hierarchy, in a hybrid one, in the old one.
 const SLICES: [&str; 3] = [
@@ -60,7 +64,8 @@ enum Reach {
     Loopback,
     LoopbackMapped,
     Everything,
-    /// Also one that is for IPv6 alone, which the tables do not tell; then it is not the nearest, or the only one.
+    /// Also one that is for IPv6 alone, which the tables do not tell: then it is not the nearest, or the only one, and
+    /// nobody answers ([`is_refused`]).
     EverythingV6,
 }
 
@@ -122,6 +127,10 @@ impl Listeners {
         if left.is_empty() {
             return Answers::Unit;
         }
+        let is_v6 = |s: &Socket| s.reach == Reach::EverythingV6 && left.contains(&s.inode);
+        if self.sockets.iter().any(is_v6) && is_refused(port) {
+            return Answers::Nobody;
+        }
         // Rare: a process of another slice or of a cgroup of the unit's own making, or really a stranger.
         let owners = self.owners.get_or_init(|| self.all_owners());
         let mut others = BTreeSet::new();
@@ -170,6 +179,12 @@ impl Listeners {
         }
         owners
     }
+}
+
+/// Whether nobody answers at a port of 127.0.0.1. Asked only of one where something listens.
+fn is_refused(port: u16) -> bool {
+    let address = (Ipv4Addr::LOCALHOST, port).into();
+    TcpStream::connect_timeout(&address, CONNECT).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
 }
 
 /// Which of these sockets the processes of a unit's cgroup hold.

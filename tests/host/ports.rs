@@ -96,6 +96,18 @@ fn a_port_that_a_stranger_holds_is_the_hosts_trouble_and_no_visitor_gets_the_str
 }
 
 #[test]
+fn a_stranger_that_listens_for_ipv6_alone_is_in_nobodys_way() {
+    let host = solo();
+    host.sh("systemd-run --quiet --unit stranger --socket-property=ListenStream=[::]:8001 \
+           --socket-property=BindIPv6Only=ipv6-only sleep 86400
+         ss -ltn | grep -F '[::]:8001'");
+    host.add(&web("web", 8001, &host.closure("web", "one", "")));
+    host.good_pass();
+    host.serves("web", "one");
+    host.try_sh("systemctl stop stranger.socket");
+}
+
+#[test]
 fn a_release_that_ends_because_a_stranger_takes_its_port_is_not_rejected() {
     let host = solo();
     let one = host.deploys_web();
