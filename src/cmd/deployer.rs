@@ -155,7 +155,8 @@ pub fn run(call: &Call) -> Result<u8> {
             };
             // Whoever looks from afar sees it, as far as that goes without a configuration.
             let settings = call.settings().inspect_err(|e| {
-                if crate::ssh::is_root() {
+                // Of what was typed for this call nobody else need hear.
+                if crate::ssh::is_root() && call.flags.is_empty() {
                     pass::could_not_begin(e);
                 }
             })?;
@@ -177,6 +178,7 @@ pub fn run(call: &Call) -> Result<u8> {
             Ok(0)
         }
         Command::State(a) if a.live => live(&call, &a),
+        Command::State(a) if a.domains => Err(Error::usage("--domains goes with --live --json")),
         Command::State(a) => state(a.json),
         Command::Pause(a) => {
             let length = a.duration.as_deref().map(seconds).transpose()?;

@@ -715,6 +715,9 @@ fn rollback_target<'a>(versions: &'a [Version], word: &str) -> Result<&'a Versio
 const SEARCHED: usize = 200;
 
 fn rollback_service(settings: &Settings, store: &dyn Store, word: Option<&str>, name: &str) -> Result<()> {
+    if word.is_some_and(|w| w == STDIN || w.starts_with('@')) {
+        return Err(Error::usage("a copy from a file or stdin is put back whole; leave --service out"));
+    }
     let versions = versions::all(store)?;
     let (version, old) = match word {
         Some(word) => {

@@ -39,7 +39,8 @@ struct Args {
     /// show it again every two seconds; on a pipe, when something changed
     #[argh(switch)]
     watch: bool,
-    /// ask the hosts over ssh what runs there now, instead of reading their reports
+    /// ask the hosts over ssh what runs there now and what visitors of their domains meet, instead of reading their
+    /// reports
     #[argh(switch)]
     live: bool,
 }

@@ -752,6 +752,8 @@ fn a_manifest_that_was_lost_is_put_back_from_the_copy_a_host_kept() {
     let now: Value = serde_json::from_slice(&bucket.object("manifest.json").unwrap()).unwrap();
     assert_eq!((&now["serial"], &now["services"][0]["env"]["X"]), (&json!(3), &json!("1")), "{now}");
     let copy = format!("@{}", copy.display());
+    let part = bucket.run(&["rollback", &copy, "--service", "ava"]);
+    assert_eq!(part.status, Status::Exit(2), "{}", part.stderr);
     let again = bucket.ok(&["rollback", &copy]);
     assert!(again.stderr.contains("unchanged"), "{}", again.stderr);
 }
