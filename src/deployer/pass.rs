@@ -478,7 +478,9 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
         true => match lock::take(&root, Timestamp::now())? {
             Asked::Taken(lock) => lock,
             Asked::Held(who) => {
-                say::info(format!("a pass is under way on this host ({who}); nothing is left to this one"));
+                say::info(format!(
+                    "a pass is under way on this host ({who}); this one leaves the work to it"
+                ));
                 return Ok(0);
             }
         },
@@ -491,7 +493,7 @@ fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: T
         if !ended.mistyped
             && let Err(e) = leave_reason(settings, root, &ended, now)
         {
-            say::error(format!("why this pass failed could not be taken down: {e}"));
+            say::error(format!("why this pass failed could not be recorded: {e}"));
         }
         ended.error
     })
@@ -560,7 +562,7 @@ pub fn could_not_begin(why: &Error) {
         Ok(())
     };
     if let Err(e) = note() {
-        say::error(format!("why this pass failed could not be taken down: {e}"));
+        say::error(format!("why this pass failed could not be recorded: {e}"));
     }
 }
 

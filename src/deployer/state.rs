@@ -100,7 +100,7 @@ impl OtherMachine {
         let next = match came_back {
             true => "give one of them another name ('host' in its /etc/omni-deploy/config.json)",
             false => {
-                "if the one took the other's place, that is all, and the next report says so no more; else give one of \
+                "if one of them replaced the other, all is well, and the next report does not say so any more; else give one of \
                  them another name ('host' in its /etc/omni-deploy/config.json)"
             }
         };

@@ -459,7 +459,7 @@ fn now_row(row: &mut Row, live: &Live, here: Option<&HostName>) {
                 ),
                 ("loaded", "failed", _) => format!("it has failed{ended}; {starts}, {logs} shows why"),
                 ("loaded", "inactive", _) => {
-                    format!("it is stopped now, by somebody's hand or because it ended{ended}; {starts}")
+                    format!("it is stopped now: somebody stopped it, or it ended by itself{ended}; {starts}")
                 }
                 ("loaded", ..) => format!("it is {does} now; {logs} shows why"),
                 (load, ..) => format!("systemd has no unit of it ({load}); {starts}"),
