@@ -244,6 +244,22 @@ impl Host<'_> {
 
     /// The host's trouble, not the release's: taken down for this pass, and tried again by the next.
     pub fn hindered(&self, name: &ServiceName, goal: &Goal, why: &Error, learned: &mut Learned) {
+        self.not_the_release(name, goal, why, None, learned);
+    }
+
+    /// The same, where only a try tells, and a try ends what runs: tried again when nobody has the port any more.
+    fn kept_out(&self, name: &ServiceName, goal: &Goal, why: &Error, learned: &mut Learned) {
+        self.not_the_release(name, goal, why, Some(goal.inputs.clone()), learned);
+    }
+
+    fn not_the_release(
+        &self,
+        name: &ServiceName,
+        goal: &Goal,
+        why: &Error,
+        inputs: Option<String>,
+        learned: &mut Learned,
+    ) {
         let reason = why.to_string();
         say::error(format!("{name}: {reason}"));
         let failure = Failure {
@@ -252,7 +268,7 @@ impl Host<'_> {
             at: Timestamp::now(),
             journal: Vec::new(),
             attempts: 0,
-            inputs: None,
+            inputs,
         };
         let key = (name.clone(), goal.inputs.clone());
         learned.troubles.insert(key, Trouble { rejected: false, failure });
@@ -406,7 +422,12 @@ impl Host<'_> {
                 (None, None) => said(complaint.as_deref()),
             };
             let journal = systemd::journal(&start.name.unit(), begun, JOURNAL_LINES);
-            self.refuse(start.name, start.goal, why, journal, learned);
+            match taken(start.name, &start.goal.service, &journal) {
+                Some(other) => {
+                    self.kept_out(start.name, start.goal, &Error::new(format!("{other} ({why})")), learned)
+                }
+                None => self.refuse(start.name, start.goal, why, journal, learned),
+            }
         }
         Ok(true)
     }
@@ -676,6 +697,17 @@ fn legible(service: &Service) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Who has the port of a service that did not come up and says that it is in use: somebody at another address, which
+/// keeps a program from all addresses, and which nobody asks by 127.0.0.1.
+fn taken(name: &ServiceName, service: &Service, journal: &[String]) -> Option<String> {
+    let port = service.port()?;
+    if !listeners::says_in_use(journal) {
+        return None;
+    }
+    let owners = Listeners::read().ok()?.anywhere(port, &name.unit());
+    (!owners.is_empty()).then(|| listeners::in_the_way(port, name.as_str(), &owners))
 }
 
 /// Whether the program of a service is there and may be executed.

@@ -67,6 +67,8 @@ enum Reach {
     /// Also one that is for IPv6 alone, which the tables do not tell: then it is not the nearest, or the only one, and
     /// nobody answers ([`is_refused`]).
     EverythingV6,
+    /// Another address, which keeps a program from listening at all addresses.
+    Elsewhere,
 }
 
 /// A socket that listens.
@@ -111,7 +113,7 @@ impl Listeners {
 
     /// The inodes of the sockets of which one would get a connection to 127.0.0.1.
     fn nearest(&self, port: u16) -> Vec<u64> {
-        let here = || self.sockets.iter().filter(|s| s.port == port);
+        let here = || self.sockets.iter().filter(|s| s.port == port && s.reach != Reach::Elsewhere);
         let nearest = here().map(|s| s.reach).min();
         here().filter(|s| Some(s.reach) == nearest).map(|s| s.inode).collect()
     }
@@ -147,6 +149,21 @@ impl Listeners {
             }
         }
         if others.is_empty() { Answers::Unit } else { Answers::Others(others.into_iter().collect()) }
+    }
+
+    /// Who else than the unit has this port at any address: a program that wants all addresses does not get it then.
+    pub fn anywhere(&self, port: u16, unit: &str) -> Vec<Owner> {
+        let inodes: Vec<u64> = self.sockets.iter().filter(|s| s.port == port).map(|s| s.inode).collect();
+        if inodes.is_empty() {
+            return Vec::new();
+        }
+        let owners = self.owners.get_or_init(|| self.all_owners());
+        let all = inodes.iter().filter_map(|inode| owners.by_inode.get(inode)?.first());
+        all.filter(|o| o.unit.as_deref() != Some(unit))
+            .cloned()
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect()
     }
 
     fn all_owners(&self) -> Owners {
@@ -256,7 +273,7 @@ fn add_listening(table: impl BufRead, v6: bool, sockets: &mut Vec<Socket>) -> Re
             true if address.strip_prefix(&mapped) == Some(&loopback) => Reach::LoopbackMapped,
             true if address.strip_prefix(&mapped) == Some(&any) => Reach::EverythingV6,
             true if address.bytes().all(|b| b == b'0') => Reach::EverythingV6,
-            _ => continue,
+            _ => Reach::Elsewhere,
         };
         let inode = columns.nth(5).and_then(|inode| inode.parse().ok());
         if let (Ok(port), Some(inode)) = (u16::from_str_radix(port, 16), inode) {
@@ -266,11 +283,26 @@ fn add_listening(table: impl BufRead, v6: bool, sockets: &mut Vec<Socket>) -> Re
     Ok(())
 }
 
+/// Whether a log says that a port was not to be had (EADDRINUSE), in the words that every language's library has.
+pub fn says_in_use(log: &[String]) -> bool {
+    log.iter().any(|line| line.to_ascii_lowercase().contains("address already in use"))
+}
+
+fn held_text(port: u16) -> String {
+    format!("port {port} is held by ")
+}
+
+/// Whether a service failed by what [`in_the_way`] says of this port.
+pub fn was_in_the_way(port: u16, reason: &str) -> bool {
+    reason.starts_with(&held_text(port))
+}
+
 /// Why a port that others hold is in a service's way, with the next move.
 pub fn in_the_way(port: u16, service: &str, owners: &[Owner]) -> String {
     let who: Vec<String> = owners.iter().map(Owner::to_string).collect();
+    let held = held_text(port);
     format!(
-        "port {port} is held by {}, not by {service}; stop that, or give {service} another port (http.internalPort); \
+        "{held}{}, not by {service}; stop that, or give {service} another port (http.internalPort); \
          the next pass tries again",
         who.join(" and ")
     )
@@ -306,7 +338,10 @@ mod tests {
         assert_eq!(Listeners::read().unwrap().nearest(port), [inode(&v4)]);
         drop(v4);
         assert_eq!(Listeners::read().unwrap().nearest(port), [0u64; 0]);
+        let in_the_way = Listeners::read().unwrap().anywhere(port, "nobody-of-this-name.service");
+        assert_eq!(in_the_way.iter().map(|o| o.pid).collect::<Vec<_>>(), [Some(std::process::id())]);
         drop(_other_address);
+        assert_eq!(Listeners::read().unwrap().anywhere(port, "nobody-of-this-name.service"), []);
         if let Ok(any) = TcpListener::bind("[::]:0") {
             let port = any.local_addr().unwrap().port();
             assert_eq!(Listeners::read().unwrap().nearest(port), [inode(&any)]);

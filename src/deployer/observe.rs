@@ -2,7 +2,7 @@
 //! to do costs one `systemctl list-units`, one request to Caddy, and a few file reads a service.
 
 use super::caddy;
-use super::listeners::{Answers, Listeners};
+use super::listeners::{self, Answers, Listeners};
 use super::plan::{Memory, Observed, UnitFile, UnitSeen};
 use super::root::Root;
 use super::systemd::{self, Shown, UNIT_PATH, same_file};
@@ -58,8 +58,20 @@ pub fn observe(root: &Root, caddy_admin: &str, desired: &[&Service], memory: &Me
         let (roots, understudies) = (roots(root)?, understudies(root)?);
         let foreign_next = foreign_next(root, desired, memory, &units, &understudies)?;
         let ports = joined(listening);
+        let kept_out = kept_out(desired, memory);
         let caddy = caddy::read(caddy_admin, joined(caddy));
-        Ok(Observed { units, active, ports, present, roots, secrets, understudies, foreign_next, caddy })
+        Ok(Observed {
+            units,
+            active,
+            ports,
+            kept_out,
+            present,
+            roots,
+            secrets,
+            understudies,
+            foreign_next,
+            caddy,
+        })
     })
 }
 
@@ -184,6 +196,26 @@ pub fn ports(
         }
     }
     ports
+}
+
+/// Services whose last try found the port in use, where somebody else still has it at whatever address. Rare: asked
+/// only of those.
+fn kept_out(desired: &[&Service], memory: &Memory) -> BTreeSet<ServiceName> {
+    let asked: Vec<(&ServiceName, u16)> = desired
+        .iter()
+        .filter_map(|service| {
+            let port = service.port()?;
+            let failure = memory.state.services.get(&service.name)?.failure.as_ref()?;
+            let kept = failure.inputs.is_some() && listeners::was_in_the_way(port, &failure.reason);
+            kept.then_some((&service.name, port))
+        })
+        .collect();
+    if asked.is_empty() {
+        return BTreeSet::new();
+    }
+    let Ok(listeners) = Listeners::read() else { return BTreeSet::new() };
+    let still = asked.into_iter().filter(|(name, port)| !listeners.anywhere(*port, &name.unit()).is_empty());
+    still.map(|(name, _)| name.clone()).collect()
 }
 
 /// What systemd has loaded for a unit of ours, and what its process shows, held against its file.

@@ -35,6 +35,9 @@ pub struct Observed {
     pub active: BTreeSet<String>,
     /// Who would answer at the ports of the services that should be here; what is not here is not known.
     pub ports: BTreeMap<(ServiceName, u16), Answers>,
+    /// Services that found their port in use at another address than 127.0.0.1 when they were tried last, where
+    /// somebody still has it.
+    pub kept_out: BTreeSet<ServiceName>,
     /// Services that have an understudy: one that an earlier pass left, or this one started.
     pub understudies: BTreeSet<ServiceName>,
     /// Services about to change whose `NAME-next` is somebody else's unit, there.
@@ -529,8 +532,10 @@ fn service(
     };
     let remembered = || {
         let failure = before.filter(|_| !options.retry.contains(name))?.failure.as_ref()?;
-        (failure.inputs.as_deref() == Some(candidate.inputs.as_str()))
-            .then(|| Trouble { rejected: true, failure: failure.clone() })
+        let same = failure.inputs.as_deref() == Some(candidate.inputs.as_str());
+        let by_others = entry.port().is_some_and(|port| listeners::was_in_the_way(port, &failure.reason));
+        (same && (!by_others || observed.kept_out.contains(name)))
+            .then(|| Trouble { rejected: !by_others, failure: failure.clone() })
     };
 
     if memory.overrides.is_paused(name, now) {
@@ -721,7 +726,8 @@ fn stamp(entry: &Service, secrets: Option<&Result<String, String>>, observed: &O
 pub fn settle_inputs(plan: &mut Plan, desired: &[&Service], observed: &Observed, learned: &Learned) {
     for (plan, entry) in plan.services.iter_mut().zip(desired) {
         let stamp = stamp(entry, observed.secrets.get(&plan.name), observed);
-        if let (Some(path), Some(Trouble { rejected: true, failure })) = (&plan.target, &mut plan.trouble)
+        if let (Some(path), Some(Trouble { failure, .. })) = (&plan.target, &mut plan.trouble)
+            && failure.inputs.is_some()
             && failure.attempted.as_ref() == Some(path)
             && learned.troubles.values().any(|t| t.failure == *failure)
         {
@@ -874,6 +880,7 @@ mod tests {
                     secrets: BTreeMap::new(),
                     active: BTreeSet::new(),
                     ports: BTreeMap::new(),
+                    kept_out: BTreeSet::new(),
                     understudies: BTreeSet::new(),
                     foreign_next: BTreeMap::new(),
                     caddy: caddy::Observed::Servers(

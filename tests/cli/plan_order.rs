@@ -354,6 +354,7 @@ impl Machine {
                 .collect(),
             active: self.active(),
             ports: BTreeMap::new(),
+            kept_out: BTreeSet::new(),
             understudies: BTreeSet::new(),
             foreign_next: BTreeMap::new(),
             caddy: if self.caddy_up {

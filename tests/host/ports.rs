@@ -272,6 +272,52 @@ fn an_entry_that_changes_the_port_or_the_health_check_alone_is_proved_before_the
 }
 
 #[test]
+fn a_release_that_a_stranger_keeps_from_all_addresses_is_not_rejected_and_tried_when_the_stranger_is_gone() {
+    let host = solo();
+    let at = |address: &str| SERVER.replace("'127.0.0.1'", &format!("'{address}'"));
+    let (everywhere, elsewhere) = (program(&host, &at("0.0.0.0")), program(&host, &at("127.0.0.22")));
+    let comes = || {
+        host.sh(&format!(
+            "systemd-run --quiet --unit stranger -E PAGE=stranger -E PORT=8001 {elsewhere}/bin/web
+             until curl -sf 127.0.0.22:8001 >/dev/null; do sleep 0.05; done"
+        ));
+        Stranger(&host)
+    };
+    let blamed = |code: i32| {
+        let pass = host.passes_with(code);
+        let pid = host.sh("systemctl show --property=MainPID --value stranger");
+        let reason = host.reason("web");
+        for part in ["port 8001", "stranger.service", pid.as_str()] {
+            assert!(reason.contains(part), "no {part}: {reason}\n{}", pass.said);
+        }
+        assert_eq!(host.service("web")["status"], "failed");
+    };
+    let stranger = comes();
+    let mut service = server(&host, json!({"PORT": "8001", "PAGE": "everywhere"}));
+    service["artifact"]["storePath"] = everywhere.clone().into();
+    host.add(&service);
+    blamed(4);
+    blamed(4);
+    drop(stranger);
+    host.good_pass();
+    host.serves("web", "everywhere");
+    // What ran before runs on, and is not ended by a try of every pass.
+    host.update("web", &program(&host, SERVER));
+    host.good_pass();
+    let stranger = comes();
+    host.update("web", &everywhere);
+    blamed(3);
+    host.serves("web", "everywhere");
+    let invocation = host.invocation("web");
+    blamed(3);
+    assert_eq!(host.invocation("web"), invocation);
+    drop(stranger);
+    host.good_pass();
+    assert_ne!(host.invocation("web"), invocation);
+    assert_eq!(host.service("web")["storePath"], everywhere);
+}
+
+#[test]
 fn a_service_that_stops_listening_is_not_left_as_running() {
     let host = solo();
     // It closes its socket when it is told to, and lives on.
