@@ -377,7 +377,12 @@ impl Host<'_> {
         let watched: Vec<Watched> = starts
             .iter()
             .filter(|s| !not_begun.contains_key(s.name))
-            .map(|s| Watched { name: s.name, unit: s.name.unit(), service: &s.goal.service })
+            .map(|s| Watched {
+                name: s.name,
+                unit: s.name.unit(),
+                service: &s.goal.service,
+                was_up: !s.restart && (s.goal.proved || s.goal.unit_proved),
+            })
             .collect();
         // Done for those: a clock that was set back must not make them look older than their units for ever.
         for start in restarts() {
@@ -445,7 +450,7 @@ impl Host<'_> {
         let shown = systemd::show(&units)?;
         starts.retain(|start| {
             let unit = start.name.unit();
-            let watched = Watched { name: start.name, service: &start.goal.service, unit };
+            let watched = Watched { name: start.name, service: &start.goal.service, unit, was_up: false };
             let why = shown.get(&watched.unit).and_then(|shown| watched.replaced(self.root, shown));
             if let Some(why) = &why {
                 self.hindered(start.name, start.goal, &Error::new(why), learned);
@@ -734,6 +739,8 @@ pub struct Watched<'a> {
     pub unit: String,
     /// How it is probed, and how long it may take.
     pub service: &'a Service,
+    /// It ran as it is before, and was not started now: that it once crashed tells nothing of what is proved.
+    pub was_up: bool,
 }
 
 impl Watched<'_> {
@@ -780,13 +787,17 @@ pub fn watch(root: &Root, watched: &[Watched]) -> Result<BTreeMap<ServiceName, R
     struct Pending<'a> {
         watched: &'a Watched<'a>,
         first: Option<Shown>,
+        /// How often systemd had restarted it before.
+        restarts: u32,
         well_since: Option<Instant>,
     }
     let begun = Instant::now();
     let settle = effect::shortened(SETTLE);
     let mut outcomes = BTreeMap::new();
-    let mut pending: Vec<Pending> =
-        watched.iter().map(|watched| Pending { watched, first: None, well_since: None }).collect();
+    let mut pending: Vec<Pending> = watched
+        .iter()
+        .map(|watched| Pending { watched, first: None, restarts: 0, well_since: None })
+        .collect();
     while !pending.is_empty() {
         // One time for all, so that all have settled at the same look.
         let looked = Instant::now();
@@ -810,7 +821,13 @@ pub fn watch(root: &Root, watched: &[Watched]) -> Result<BTreeMap<ServiceName, R
         for ((mut one, probe), unchanged) in pending.into_iter().zip(probes).zip(unchanged) {
             let now = match &one.first {
                 Some(first) if unchanged => first.clone(),
-                _ => shown.remove(&one.watched.unit).unwrap_or_default(),
+                _ => {
+                    let shown = shown.remove(&one.watched.unit).unwrap_or_default();
+                    if one.watched.was_up && one.first.is_none() {
+                        one.restarts = shown.restarts;
+                    }
+                    Shown { restarts: shown.restarts.saturating_sub(one.restarts), ..shown }
+                }
             };
             let name = one.watched.name.clone();
             let deadline = Duration::from_secs(one.watched.service.timeout_sec().into());

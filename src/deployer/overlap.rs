@@ -97,7 +97,7 @@ impl Host<'_> {
         let watched: Vec<Watched> = understudies
             .iter()
             .filter(|u| !busy.contains(&u.name.next_unit()))
-            .map(|u| Watched { name: u.name, unit: u.name.next_unit(), service: &u.service })
+            .map(|u| Watched { name: u.name, unit: u.name.next_unit(), service: &u.service, was_up: false })
             .collect();
         let outcomes = watch(self.root, &watched)?;
         let mut ports: BTreeMap<ServiceName, &Http> = BTreeMap::new();
