@@ -61,7 +61,8 @@ impl Bare {
         let status = self.try_sh("omni-deploy status");
         assert_eq!(status.status, Status::Exit(3), "{}", status.text());
         let text = status.text();
-        assert!(text.contains(file) && text.contains("ssh solo"), "{text}");
+        // Read on the host itself, it is typed there.
+        assert!(text.contains(file) && text.contains("'sudo systemctl ") && !text.contains("ssh"), "{text}");
         let plan = self.sh("deployer plan");
         assert!(plan.contains(file), "{plan}");
         let service = self.service("web");
