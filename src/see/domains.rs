@@ -153,6 +153,8 @@ struct Seen {
     /// The address that this host uses towards the outside.
     own: Option<IpAddr>,
     door: Door,
+    /// Somebody else's route answers before ours.
+    behind: bool,
     asked: Vec<Asked>,
     /// For these no time was left.
     not_asked: Vec<ServiceName>,
@@ -179,7 +181,7 @@ fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) ->
     let resolving = resolve(&name);
     let until = within(DOMAIN);
     let soon = || within(ANSWER).min(until);
-    let door = door(domain, caddy);
+    let (door, behind) = (door(domain, caddy), behind(domain, caddy));
     let (mut asked, mut not_asked) = (vec![], vec![]);
     let mut plain = None;
     if let Door::Server { https, http, other, .. } = &door {
@@ -238,7 +240,7 @@ fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) ->
     let forwarded = shown.is_some_and(|ours| theirs.is_some_and(|theirs| theirs.der == ours.der));
     let own = source_towards(Ipv4Addr::new(192, 0, 2, 1).into());
     let now = crate::clock::Timestamp::now();
-    Seen { own, forwarded, elsewhere, name, dns, door, asked, not_asked, plain, now }
+    Seen { own, forwarded, elsewhere, name, dns, door, behind, asked, not_asked, plain, now }
 }
 
 /// A request as a visitor makes it.
@@ -301,16 +303,8 @@ fn door(domain: &str, caddy: &Observed) -> Door {
         Observed::Unavailable(why) => return Door::Unknown(why.clone()),
         Observed::Servers(servers) => servers,
     };
-    let list =
-        |value: &Value, key: &str| value.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
-    let leads = |route: &Value| {
-        route.get("@id").and_then(Value::as_str) == Some(ROUTE_ID)
-            && list(route, "match")
-                .iter()
-                .any(|matcher| list(matcher, "host").iter().any(|host| host.as_str() == Some(domain)))
-    };
-    let Some((name, server)) = servers.iter().find(|(_, server)| list(server, "routes").iter().any(leads))
-    else {
+    let ours = |server: &Value| list(server, "routes").iter().any(|route| leads(route, domain));
+    let Some((name, server)) = servers.iter().find(|(_, server)| ours(server)) else {
         return Door::NoRoute;
     };
     let listens: Vec<(IpAddr, u16, u16)> =
@@ -321,6 +315,46 @@ fn door(domain: &str, caddy: &Observed) -> Door {
     };
     let other = listens.first().map(|(address, first, _)| SocketAddr::new(*address, *first));
     Door::Server { name: name.clone(), https: at(443), http: at(80), other }
+}
+
+fn list(value: &Value, key: &str) -> Vec<Value> {
+    value.get(key).and_then(Value::as_array).cloned().unwrap_or_default()
+}
+
+/// Whether a route is ours, with this domain.
+fn leads(route: &Value, domain: &str) -> bool {
+    let named = |matcher: &Value| list(matcher, "host").iter().any(|host| host.as_str() == Some(domain));
+    route.get("@id").and_then(Value::as_str) == Some(ROUTE_ID) && list(route, "match").iter().any(named)
+}
+
+/// Whether somebody else's route stands before ours and answers all visitors of the domain. What only adds to an answer
+/// lets requests go on to ours.
+fn behind(domain: &str, caddy: &Observed) -> bool {
+    let Observed::Servers(servers) = caddy else { return false };
+    let covers = |host: &str| {
+        let below = host.strip_prefix('*').filter(|rest| rest.starts_with('.'));
+        host == domain
+            || below.is_some_and(|rest| domain.split_once('.').is_some_and(|(_, d)| d == &rest[1..]))
+    };
+    let takes = |route: &Value| {
+        let matchers = list(route, "match");
+        let all = |matcher: &Value| {
+            let hosts = list(matcher, "host");
+            let named = hosts.iter().filter_map(Value::as_str).any(covers);
+            matcher.as_object().is_some_and(|m| m.keys().all(|key| key == "host"))
+                && (hosts.is_empty() || named)
+        };
+        let answers = list(route, "handle").iter().any(|handler| {
+            let handler = handler.get("handler").and_then(Value::as_str).unwrap_or_default();
+            matches!(handler, "static_response" | "reverse_proxy" | "file_server")
+        });
+        let ends = answers || route.get("terminal").and_then(Value::as_bool) == Some(true);
+        ends && (matchers.is_empty() || matchers.iter().any(all))
+    };
+    servers.values().map(|server| list(server, "routes")).any(|routes| {
+        let ours = routes.iter().position(|route| leads(route, domain));
+        ours.is_some_and(|at| routes[..at].iter().any(takes))
+    })
 }
 
 /// `[NETWORK/]HOST:PORT[-LAST]` as an address to connect to, and the first and last port.
@@ -394,6 +428,12 @@ fn judge(seen: &Seen, reason: Option<String>) -> (Verdict, String) {
         Door::Server { name, https, http, .. } => {
             certificate(seen, reason, &mut found);
             answers(seen, &mut found);
+            if seen.behind {
+                found.fail(format!(
+                    "somebody else's route in Caddy's server '{name}' stands before ours and answers its visitors: run \
+                     'sudo systemctl start deployer' here, which puts ours first"
+                ));
+            }
             match (https, http, &seen.plain) {
                 (Some(_), _, Some(plain)) => on_port_80(plain, &mut found),
                 (None, Some(_), _) => found.well(format!(
@@ -608,6 +648,7 @@ mod tests {
             name: "shop.example.com".into(),
             dns: Dns::To(vec![(address, true)]),
             own: Some(address),
+            behind: false,
             door: Door::Server {
                 name: "srv0".into(),
                 https: Some("127.0.0.1:443".parse().unwrap()),
@@ -751,6 +792,30 @@ mod tests {
         assert_eq!(at(json!([])), ["-", "-", "-"]);
         assert_eq!(door("example.com", &caddy(json!([":443"]))), Door::NoRoute);
         assert_eq!(concrete("*.example.com", &[]), "www.example.com");
+    }
+
+    #[test]
+    fn a_route_that_stands_before_ours_and_answers_is_found() {
+        let ours = json!({"@id": ROUTE_ID, "match": [{"host": ["shop.example.com"]}]});
+        let says = json!([{"handler": "static_response"}]);
+        let behind = |first: Value| {
+            let servers = json!({"a": {"listen": [":443"], "routes": [first, ours]}});
+            super::behind("shop.example.com", &Observed::Servers(servers.as_object().unwrap().clone()))
+        };
+        for host in ["shop.example.com", "*.example.com"] {
+            assert!(behind(json!({"match": [{"host": [host]}], "handle": says})), "{host}");
+        }
+        assert!(behind(json!({"handle": says})));
+        assert!(behind(json!({"match": [{"host": ["shop.example.com"]}], "terminal": true})));
+        for other in [
+            json!({"match": [{"host": ["example.com"]}], "handle": says}),
+            json!({"match": [{"host": ["*.com"]}], "handle": says}),
+            json!({"match": [{"host": ["shop.example.com"], "path": ["/x"]}], "handle": says}),
+            json!({"match": [{"path": ["/.well-known/*"]}], "handle": says}),
+            json!({"handle": [{"handler": "headers"}]}),
+        ] {
+            assert!(!behind(other.clone()), "{other}");
+        }
     }
 
     #[test]

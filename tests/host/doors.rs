@@ -94,6 +94,18 @@ fn doctor_tries_a_domain_as_a_visitor_does_and_names_what_dns_says_of_it() {
     comes_to_say(&host, "fail", &["web does not answer on 127.0.0.1:8001"]);
     host.good_pass();
     comes_to_say(&host, "ok", &[]);
+    // Somebody's route takes its visitors, with an answer that looks well.
+    host.sh(
+        "curl -sSf -X PUT -H 'Content-Type: application/json' localhost:2019/config/apps/http/servers/srv0/routes/0 \
+         -d '{\"@id\": \"theirs\", \"match\": [{\"host\": [\"web.example.com\"]}], \"handle\": [{\"handler\": \
+         \"static_response\", \"body\": \"theirs\"}]}'",
+    );
+    assert_eq!(host.page("web.example.com").as_deref(), Ok("theirs"));
+    comes_to_say(&host, "fail", &["somebody else's route in Caddy's server 'srv0' stands before ours"]);
+    host.good_pass();
+    assert_eq!(host.page("web.example.com").as_deref(), Ok("one"));
+    comes_to_say(&host, "ok", &[]);
+    host.sh("curl -sSf -X DELETE localhost:2019/id/theirs");
     // 'status --live' asks the same, and wants a timer besides.
     host.sh("systemctl start deployer.timer");
     let live = host.try_sh("omni-deploy status --live");
