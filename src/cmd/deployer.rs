@@ -9,6 +9,7 @@ use crate::deployer::pass::{self, Asks, Decision, Preview};
 use crate::deployer::plan::{ServicePlan, Step};
 use crate::deployer::root::STATE_FILE;
 use crate::deployer::state::{LastError, RouteStatus, State, Status, attention};
+use crate::deployer::systemd;
 use crate::error::{Error, Result};
 use crate::say;
 use argh::FromArgs;
@@ -370,6 +371,9 @@ fn state(json: bool) -> Result<u8> {
     }
     if let (Some(other), Some(this)) = (&state.other_machine, &state.machine) {
         text.push_str(&format!("{}\n", say::printable(&other.text(&state.host, this))));
+    }
+    if !state.manager_environment.is_empty() {
+        text.push_str(&format!("{}\n", say::printable(&systemd::given_text(&state.manager_environment))));
     }
     for service in state.services.values() {
         let path = service.store_path.as_ref().map_or("nothing runs".to_string(), ToString::to_string);

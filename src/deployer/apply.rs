@@ -238,6 +238,7 @@ impl Host<'_> {
             attempts: 0,
             // What has been up before may be started again at any time: only a refusal is remembered.
             inputs: rejected.then(|| goal.inputs.clone()),
+            kept_out: false,
         };
         learned.troubles.insert((name.clone(), goal.inputs.clone()), Trouble { rejected, failure });
     }
@@ -268,6 +269,7 @@ impl Host<'_> {
             at: Timestamp::now(),
             journal: Vec::new(),
             attempts: 0,
+            kept_out: inputs.is_some(),
             inputs,
         };
         let key = (name.clone(), goal.inputs.clone());
@@ -389,16 +391,10 @@ impl Host<'_> {
             memory.interrupted.remove(start.name);
         }
         // What it says is known before the watch has settled: it costs the pass no time.
-        let (outcomes, exposures, given) = std::thread::scope(|scope| {
+        let (outcomes, exposures) = std::thread::scope(|scope| {
             let exposures = scope.spawn(systemd::exposures);
-            let given = scope.spawn(systemd::given_to_all);
-            (watch(self.root, &watched), exposures.join(), given.join())
+            (watch(self.root, &watched), exposures.join())
         });
-        match given.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
-            Ok(names) if names.is_empty() => {}
-            Ok(names) => say::warning(systemd::given_text(&names)),
-            Err(e) => say::info(format!("what systemd gives every service is not known: {e}")),
-        }
         learned.started.extend(starts.iter().map(|s| s.name.clone()));
         match exposures.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
             Ok(exposures) => learned.exposures = exposures,

@@ -288,21 +288,11 @@ pub fn says_in_use(log: &[String]) -> bool {
     log.iter().any(|line| line.to_ascii_lowercase().contains("address already in use"))
 }
 
-fn held_text(port: u16) -> String {
-    format!("port {port} is held by ")
-}
-
-/// Whether a service failed by what [`in_the_way`] says of this port.
-pub fn was_in_the_way(port: u16, reason: &str) -> bool {
-    reason.starts_with(&held_text(port))
-}
-
 /// Why a port that others hold is in a service's way, with the next move.
 pub fn in_the_way(port: u16, service: &str, owners: &[Owner]) -> String {
     let who: Vec<String> = owners.iter().map(Owner::to_string).collect();
-    let held = held_text(port);
     format!(
-        "{held}{}, not by {service}; stop that, or give {service} another port (http.internalPort); \
+        "port {port} is held by {}, not by {service}; stop that, or give {service} another port (http.internalPort); \
          the next pass tries again",
         who.join(" and ")
     )

@@ -2,7 +2,7 @@
 //! to do costs one `systemctl list-units`, one request to Caddy, and a few file reads a service.
 
 use super::caddy;
-use super::listeners::{self, Answers, Listeners};
+use super::listeners::{Answers, Listeners};
 use super::plan::{Memory, Observed, UnitFile, UnitSeen};
 use super::root::Root;
 use super::systemd::{self, Shown, UNIT_PATH, same_file};
@@ -206,8 +206,7 @@ fn kept_out(desired: &[&Service], memory: &Memory) -> BTreeSet<ServiceName> {
         .filter_map(|service| {
             let port = service.port()?;
             let failure = memory.state.services.get(&service.name)?.failure.as_ref()?;
-            let kept = failure.inputs.is_some() && listeners::was_in_the_way(port, &failure.reason);
-            kept.then_some((&service.name, port))
+            failure.kept_out.then_some((&service.name, port))
         })
         .collect();
     if asked.is_empty() {

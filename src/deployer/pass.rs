@@ -718,6 +718,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         manifest_hash: Some(current.hash),
         machine: machine::this(),
         other_machine: before.other_machine.clone(),
+        manager_environment: manager_environment(&before, &observed, &learned),
         last_error: None,
         services,
     };
@@ -732,6 +733,27 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     }
     // The intent stays with what is not on the disk: the next pass looks at it all again.
     Ok(if learned.unwritten.is_empty() { code } else { code.max(crate::error::EXIT_FAILED) })
+}
+
+/// What somebody has systemd give every service. It reaches what is started after that, so it is asked for when
+/// something was started since an earlier pass looked, and while it was there when last asked.
+fn manager_environment(before: &State, observed: &Observed, learned: &Learned) -> Vec<String> {
+    let started = observed.units.values().any(|u| u.invocation.is_some() && !u.verified);
+    if !started && learned.started.is_empty() && before.manager_environment.is_empty() {
+        return Vec::new();
+    }
+    match systemd::given_to_all() {
+        Ok(names) => {
+            if !names.is_empty() && (names != before.manager_environment || !learned.started.is_empty()) {
+                say::warning(systemd::given_text(&names));
+            }
+            names
+        }
+        Err(e) => {
+            say::info(format!("what systemd gives every service is not known: {e}"));
+            before.manager_environment.clone()
+        }
+    }
 }
 
 /// Gives Caddy the route of a plan; how it stands then.
@@ -828,6 +850,7 @@ fn service_state(
             journal: Vec::new(),
             attempts: 0,
             inputs: None,
+            kept_out: false,
         })
     });
     let before = memory.state.services.get(&plan.name);
@@ -882,8 +905,15 @@ fn going(
     );
     let before = memory.state.services.get(name);
     let up = listed.is_some_and(|l| matches!(l.active.as_str(), "active" | "deactivating"));
-    let failure =
-        Failure { reason, attempted: None, at: now, journal: Vec::new(), attempts: 0, inputs: None };
+    let failure = Failure {
+        reason,
+        attempted: None,
+        at: now,
+        journal: Vec::new(),
+        attempts: 0,
+        inputs: None,
+        kept_out: false,
+    };
     Some(ServiceState {
         store_path: applied.filter(|_| up).map(|a| a.path.clone()),
         failure: Some(failure),

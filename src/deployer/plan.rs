@@ -470,6 +470,7 @@ fn service(
             reason,
             attempted: target.cloned(),
             inputs: None,
+            kept_out: false,
         };
         Trouble { rejected: false, failure }
     };
@@ -533,9 +534,8 @@ fn service(
     let remembered = || {
         let failure = before.filter(|_| !options.retry.contains(name))?.failure.as_ref()?;
         let same = failure.inputs.as_deref() == Some(candidate.inputs.as_str());
-        let by_others = entry.port().is_some_and(|port| listeners::was_in_the_way(port, &failure.reason));
-        (same && (!by_others || observed.kept_out.contains(name)))
-            .then(|| Trouble { rejected: !by_others, failure: failure.clone() })
+        (same && (!failure.kept_out || observed.kept_out.contains(name)))
+            .then(|| Trouble { rejected: !failure.kept_out, failure: failure.clone() })
     };
 
     if memory.overrides.is_paused(name, now) {
@@ -646,7 +646,7 @@ fn service(
     } else if memory.interrupted.contains(name) && !seen.current {
         steps.push(Step::Restart("an earlier pass was interrupted before it restarted it"));
     } else if goal.unit_proved && !goal.proved {
-        steps.push(Step::Prove("its port or its health check changed"));
+        steps.push(Step::Prove("how it is asked for its health changed"));
     } else if goal.proved
         && !learned.started.contains(name)
         && answers(&goal.service) == Some(&Answers::Nobody)
@@ -946,6 +946,7 @@ mod tests {
                                 journal: Vec::new(),
                                 attempts: 0,
                                 inputs: (!goal.proved).then(|| goal.inputs.clone()),
+                                kept_out: false,
                             };
                             let trouble = Trouble { rejected: !goal.proved, failure };
                             self.learned

@@ -53,6 +53,10 @@ pub struct State {
     /// Another machine that reports under the same name.
     #[serde(default)]
     pub other_machine: Option<OtherMachine>,
+    /// The names of the variables that somebody gave to every service that systemd starts (`systemctl
+    /// set-environment`), as they were when something was last found to be started.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub manager_environment: Vec<String>,
     /// Why the last pass ended without having done its work; null: it did. What else is in here is then what the
     /// pass before left.
     #[serde(default)]
@@ -284,6 +288,9 @@ pub struct Failure {
     /// What was refused, as a hash of everything that went into the attempt: another hash is a new attempt.
     #[serde(default)]
     pub inputs: Option<String>,
+    /// Not the release was at fault: somebody else had its port. It is tried again when nobody has it any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kept_out: bool,
 }
 
 /// How Caddy's route stands.
@@ -350,6 +357,7 @@ impl State {
             manifest_hash: None,
             machine: None,
             other_machine: None,
+            manager_environment: Vec::new(),
             last_error: None,
             services: BTreeMap::new(),
         }
@@ -379,7 +387,9 @@ impl State {
         let looked_at = |s: &ServiceState| s.removing || !s.drop_ins.is_empty();
         if self.services.values().filter(off).any(|s| s.store_path.is_none() && !s.removing) {
             crate::error::EXIT_DOWN
-        } else if self.services.values().any(|s| off(&s) || looked_at(s)) {
+        } else if self.services.values().any(|s| off(&s) || looked_at(s))
+            || !self.manager_environment.is_empty()
+        {
             crate::error::EXIT_DEGRADED
         } else {
             0

@@ -286,14 +286,28 @@ pub fn given_to_all() -> Result<Vec<String>> {
         !matches!(*name, "PATH" | "LANG" | "LANGUAGE" | "TZ" | "TZDIR" | "LOCALE_ARCHIVE")
             && !name.starts_with("LC_")
     };
-    Ok(names.filter(usual).map(String::from).collect())
+    let mut names: Vec<String> = names.filter(usual).map(String::from).collect();
+    if !names.is_empty() {
+        // What the system's configuration names is meant, and comes again with the next boot.
+        let run = Run::new("systemd-analyze").args(["cat-config", "systemd/system.conf"]).deadline(QUICK);
+        let configured = run.success().map(|output| output.text()).unwrap_or_default();
+        names.retain(|name| !configures(&configured, name));
+    }
+    Ok(names)
+}
+
+/// Whether a system.conf has a variable in its ManagerEnvironment= (systemd-system.conf(5)).
+fn configures(text: &str, name: &str) -> bool {
+    let lines = text.lines().filter_map(|line| line.trim_start().strip_prefix("ManagerEnvironment="));
+    let words = lines.flat_map(str::split_whitespace);
+    words.filter_map(|word| word.trim_start_matches(['"', '\'']).split_once('=')).any(|(key, _)| key == name)
 }
 
 /// What is said of them. Never a value.
 pub fn given_text(names: &[String]) -> String {
     format!(
-        "systemd gives every service it starts {}, which no manifest names; unless the system's configuration sets \
-         that (ManagerEnvironment=), 'sudo systemctl unset-environment {}' takes it back for the next start of each",
+        "systemd gives every service it starts {}, which no manifest names; 'sudo systemctl unset-environment {}' takes \
+         it back for the next start of each; to keep it, name it in ManagerEnvironment= of /etc/systemd/system.conf",
         names.join(", "),
         names.join(" ")
     )
@@ -519,7 +533,7 @@ pub fn caddy_log() -> Vec<String> {
     let output = Run::new("journalctl")
         .args(["--no-pager", "--output=cat", "--quiet", "--unit=caddy.service", "--unit=caddy-api.service"])
         .args(["--since=-2days", "--lines=3000"])
-        .deadline(Duration::from_secs(10))
+        .deadline(Duration::from_secs(5))
         .output();
     output.map(|output| output.text().lines().map(String::from).collect()).unwrap_or_default()
 }
@@ -530,7 +544,7 @@ pub fn last_line(unit: &str) -> Option<String> {
         .args(["--no-pager", "--output=cat", "--quiet", "--lines=1"])
         // What systemd itself says of the unit says less than the unit did.
         .arg(format!("_SYSTEMD_UNIT={unit}"))
-        .deadline(Duration::from_secs(20))
+        .deadline(Duration::from_secs(5))
         .output();
     output.ok()?.text().lines().last().map(clip)
 }

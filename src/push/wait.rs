@@ -150,7 +150,13 @@ pub fn judge(state: &State, shipped: &Shipped, serial: u64, store: &str) -> Opti
         Status::Running if runs == Some(path) && another_entry => {
             Outcome::Unknown("it works from another entry of that version; run it again".into())
         }
-        Status::Running if runs == Some(path) => Outcome::Running,
+        // As in `status`: it runs, and not as its unit says.
+        Status::Running if runs == Some(path) => match found.attention() {
+            Some(reason) => {
+                Outcome::Off(Off { status: Standing::Running, down: false, reason, journal: Vec::new() })
+            }
+            None => Outcome::Running,
+        },
         // Somebody pushed in between: what the host says is about their version.
         _ if seen > serial && attempted.is_none_or(|a| a != path) && runs != Some(path) => superseded(),
         Status::Running if found.pinned_since.is_some() => off(
@@ -436,6 +442,7 @@ mod tests {
             at: Timestamp(0),
             journal: vec!["boom".into()],
             inputs: None,
+            kept_out: false,
         });
         let service = ServiceState {
             store_path: runs.map(path),
@@ -509,6 +516,13 @@ mod tests {
             state.services.values_mut().for_each(|s| s.entry = Some(entry.into()));
             assert_eq!(word(&state), Some(want), "{serial} {entry}");
         }
+        // A drop-in beside it: the program is the pushed one, and what it runs with is not the manifest's.
+        let mut changed = well(42);
+        let drop_in = "/etc/systemd/system/ava.service.d/x.conf";
+        changed.services.values_mut().for_each(|s| s.drop_ins = vec![drop_in.into()]);
+        let Some(Outcome::Off(off)) = judge(&changed, &shipped("ava"), 42, STORE) else { panic!("believed") };
+        assert_eq!((off.status, off.down), (Standing::Running, false));
+        assert!(off.reason.contains(drop_in), "{}", off.reason);
         for (serial, want) in [(41, "pending"), (42, "unknown"), (43, "unknown")] {
             let mut failed = well(serial);
             failed.last_error = Some(LastError { reason: "wrong key".into(), since: Timestamp(0) });

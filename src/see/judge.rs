@@ -5,6 +5,7 @@ use super::hint;
 use crate::clock::{Timestamp, human_seconds};
 use crate::deployer::live::{Live, Unit};
 use crate::deployer::state::{Exposure, Failure, RouteStatus, SILENT_SEC, ServiceState, State, Status};
+use crate::deployer::systemd;
 use crate::manifest::{Manifest, Service, Target};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::see::checks::Verdict;
@@ -452,6 +453,9 @@ fn now_row(row: &mut Row, live: &Live, here: Option<&HostName>) {
             let starts =
                 format!("the next pass starts it again, '{}' now", hint::typed(&row.host, here, "deployer"));
             row.problem = Some(match (unit.load.as_str(), unit.active.as_str(), unit.sub.as_str()) {
+                ("loaded", _, "auto-restart") if unit.restarts == 0 => {
+                    format!("its process ended{ended}, and systemd is about to restart it; {logs} shows why")
+                }
                 ("loaded", _, "auto-restart") => format!(
                     "its process keeps ending{ended}: systemd has restarted it {} time(s) and is about to again; {logs} \
                      shows why",
@@ -503,7 +507,7 @@ fn explain(row: &mut Row, failure: Option<&Failure>, here: Option<&HostName>) {
         row.problem = Some("the host gives no reason; see 'omni-deploy logs deployer'".into());
         return;
     };
-    let Failure { reason, attempted, at: _, journal, attempts: _, inputs: _ } = failure;
+    let Failure { reason, attempted, at: _, journal, attempts: _, inputs: _, kept_out: _ } = failure;
     let reason = hint::translated(reason, &row.host, here);
     row.problem = Some(if attempted.is_some() && *attempted != row.wanted {
         format!("{reason} (the manifest names another version by now)")
@@ -602,6 +606,7 @@ fn host_row(wanted: &Wanted<'_>, host: &HostName, report: &Report, now: Timestam
         manifest_hash: _,
         machine,
         other_machine,
+        manager_environment,
         last_error,
         services: _,
     } = state.as_ref();
@@ -619,6 +624,9 @@ fn host_row(wanted: &Wanted<'_>, host: &HostName, report: &Report, now: Timestam
         row.last_error = Some(error.reason.clone());
         let age = error.since.age(now);
         row.problems.push(format!("last pass failed: {} (for {age})", said(&error.reason)));
+    }
+    if !manager_environment.is_empty() {
+        row.problems.push(said(&systemd::given_text(manager_environment)));
     }
     if let (Some(other), Some(this)) = (other_machine, machine) {
         row.problems.push(other.text(host, this));
@@ -672,12 +680,13 @@ fn now_host(row: &mut HostRow, live: &Live, told: bool, here: Option<&HostName>)
         && !(deployer.result == "exit-code" && matches!(deployer.exit_status, 3 | 4))
     {
         let line = last_line.as_ref().map(|l| format!(": {}", hint::translated(l, &host, here)));
-        row.problems.push(format!(
-            "last pass failed ({}, {}){}; see {logs}",
-            deployer.result,
-            deployer.exit_status,
-            line.unwrap_or_default()
-        ));
+        // With 0 it was not the pass that ended so, but what its unit runs before or after it.
+        let status = match deployer.exit_status {
+            0 => String::new(),
+            status => format!(", {status}"),
+        };
+        let line = line.unwrap_or_default();
+        row.problems.push(format!("last pass failed ({}{status}){line}; see {logs}", deployer.result));
     }
     if let Some(timer) = timer.as_ref().filter(|t| t.active != "active") {
         row.problems.push(format!(
@@ -878,6 +887,7 @@ mod tests {
             at: NOW,
             journal: vec!["boom".into()],
             inputs: None,
+            kept_out: false,
         };
         let with = |status| {
             let mut state = state(7, &[("ava", status, Some('1'))]);

@@ -165,7 +165,8 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
     };
     if let Ok(state) = State::parse(&output.stdout) {
         let problems = vec![
-            "its omni-deploy is too old to say what runs now, this is what its last pass left; upgrade it"
+            "its omni-deploy is too old to say what runs now, or is not on the PATH of a login by ssh; this is what its \
+             last pass left; upgrade it, or install it with contrib/install.sh"
                 .into(),
         ];
         let live = Live { at: Timestamp::now(), problems, ..Live::default() };

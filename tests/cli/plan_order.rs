@@ -533,6 +533,7 @@ impl Machine {
                 journal: Vec::new(),
                 attempts: 0,
                 inputs: None,
+                kept_out: false,
             };
             let key = (service.name.clone(), goal.inputs.clone());
             learned.troubles.insert(key, Trouble { rejected: false, failure });
@@ -564,6 +565,7 @@ impl Machine {
                 journal: Vec::new(),
                 attempts: 0,
                 inputs: (!goal.proved).then(|| goal.inputs.clone()),
+                kept_out: false,
             };
             let key = (service.name.clone(), goal.inputs.clone());
             learned.troubles.insert(key, Trouble { rejected: !goal.proved, failure: failure.clone() });

@@ -501,6 +501,7 @@ fn state(serial: u64, status: Status, runs: &StorePath, attempted: Option<&Store
         journal: vec!["panic: no database".into()],
         attempts: 0,
         inputs: None,
+        kept_out: false,
     });
     let service = ServiceState {
         store_path: Some(runs.clone()),

@@ -336,8 +336,33 @@ fn a_variable_that_the_manager_gives_every_service_is_named() {
     let said = doctor();
     assert!(said.contains("OMNI_TEST") && said.contains("systemctl unset-environment OMNI_TEST"), "{said}");
     assert!(!said.contains("hunter2"), "{said}");
+    // Nobody was started with it yet, and an idle pass does not ask.
+    host.good_pass();
+    host.sh("systemctl restart web");
+    let runs = "tr '\\0' '\\n' </proc/$(systemctl show --property=MainPID --value web)/environ";
+    assert!(host.sh(runs).contains("OMNI_TEST=hunter2"));
+    let pass = host.pass();
+    assert_eq!(pass.code, 3, "{}", pass.said);
+    assert!(pass.said.contains("OMNI_TEST") && !pass.said.contains("hunter2"), "{}", pass.said);
+    let status = host.try_sh("omni-deploy status");
+    assert_eq!(status.status, Status::Exit(3), "{}", status.text());
+    assert!(status.text().contains("systemctl unset-environment OMNI_TEST"), "{}", status.text());
+    assert_eq!(host.state()["managerEnvironment"], serde_json::json!(["OMNI_TEST"]));
+    // The system's own configuration may name it: then it is meant.
+    let configured = "/etc/systemd/system.conf.d/test.conf";
+    host.sh(&format!(
+        "mkdir -p $(dirname {configured}); printf '[Manager]\nManagerEnvironment=OMNI_TEST=\"x y\"\n' >{configured}"
+    ));
+    host.good_pass();
+    assert_eq!(host.state()["managerEnvironment"], serde_json::Value::Null);
+    host.sh(&format!("rm {configured}"));
+    // What a pass starts is started with it as well.
     let two = host.closure("web", "two", "");
     host.update("web", &two);
-    let said = host.good_pass();
-    assert!(said.contains("OMNI_TEST") && !said.contains("hunter2"), "{said}");
+    let pass = host.pass();
+    assert_eq!(pass.code, 3, "{}", pass.said);
+    assert!(pass.said.contains("OMNI_TEST") && !pass.said.contains("hunter2"), "{}", pass.said);
+    host.sh("systemctl unset-environment OMNI_TEST");
+    host.good_pass();
+    assert_eq!(host.try_sh("omni-deploy status").status, Status::Exit(0));
 }
