@@ -127,6 +127,10 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
     for pair in query.split('&').filter(|p| !p.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         let value = percent_decode(value)?;
+        // Written back as they are: these would be read otherwise, or steer whatever shows them.
+        if let Some(c) = value.chars().find(|c| c.is_control() || c.is_whitespace() || "&%".contains(*c)) {
+            return Err(format!("has {c:?} in the parameter '{name}'; expected the plain value"));
+        }
         if value.is_empty() {
             continue;
         }
@@ -243,7 +247,10 @@ impl S3Location {
             return Ok(());
         }
         match url.split_once("://") {
-            Some((scheme @ ("http" | "https"), host)) if !host.trim_matches('/').is_empty() => {
+            Some((scheme @ ("http" | "https"), host))
+                if !host.trim_matches('/').is_empty()
+                    && !host.contains(|c: char| c.is_control() || c.is_whitespace() || "&%".contains(c)) =>
+            {
                 self.scheme = scheme.into();
                 self.endpoint = Some(host.trim_end_matches('/').into());
                 self.endpoint_from = Some(from.into());
@@ -383,6 +390,8 @@ mod tests {
             "s3://bucket?addressing-style=host",
             "file:///a/../b",
             "s3://bucket?region=%zz",
+            "s3://bucket?region=eu%1a1",
+            "s3://bucket?profile=a%26region=b",
         ] {
             assert!(StoreUrl::parse(bad).is_err(), "{bad:?} passed");
         }
