@@ -234,7 +234,7 @@ impl Host<'_> {
         let stopping = systemd::stop(&units, EVERYBODY_WAITS)?;
         for name in names {
             if stopping.contains(&name.next_unit()) {
-                say::warning(format!("{name}: the understudy is still stopping; the next pass removes it"));
+                say::warning(format!("{name}: the candidate is still stopping; the next pass removes it"));
                 continue;
             }
             durable::remove(&self.root.next_unit(name))?;

@@ -10,7 +10,7 @@ use crate::{config, durable, say};
 use ring::digest::{SHA256, digest};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// For how long a store that was found to keep its conditions is not asked again, in seconds.
 const REMEMBERED_SEC: i64 = 7 * 24 * 3600;
@@ -36,31 +36,34 @@ pub fn probe(store: &dyn Store) -> Result<Probe, StoreError> {
 /// Refuses a store that breaks its conditions, before anything is written to it. What is known to be well on this
 /// machine costs no request.
 pub fn before_writing(store: &dyn Store, now: Timestamp) -> Result<(), StoreError> {
-    if !store.is_foreign() || remembered(store, now) || !first(store) {
+    if !store.is_foreign() || tried().contains(&store.identity()) || remembered(store, now) {
         return Ok(());
     }
     match probe(store) {
+        // Not taken for tried: the next write of this process is refused as well.
         Ok(Probe { complaint: Some(why), .. }) => Err(StoreError::Refused(why)),
         Ok(Probe { complaint: None, leftover }) => {
             if let Some(leftover) = leftover {
                 say::warning(leftover);
             }
+            tried().insert(store.identity());
             remember(store, now);
             Ok(())
         }
         // Who may write the manifest and not here works on, as before there was a trial.
         Err(StoreError::Denied(why)) => {
             say::warning(format!("whether the store honours conditional writes was not tried: {why}"));
+            tried().insert(store.identity());
             Ok(())
         }
         Err(e) => Err(e),
     }
 }
 
-/// Whether this process has not tried this store yet: one that cannot be remembered is tried once, too.
-fn first(store: &dyn Store) -> bool {
+/// The stores that this process need not try again: one that cannot be remembered is tried once, too.
+fn tried() -> MutexGuard<'static, BTreeSet<String>> {
     static TRIED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-    TRIED.lock().unwrap_or_else(PoisonError::into_inner).insert(store.identity())
+    TRIED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Notes that the store was found to keep its conditions. Where that cannot be written, the next one asks again.
