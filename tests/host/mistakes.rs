@@ -289,8 +289,9 @@ fn what_a_person_decides_waits_for_the_pass_under_way_and_is_then_done() {
     let lock = "/run/omni-deploy/lock";
     let held = |command: &str| {
         host.sh(&format!(
-            "rm -f /tmp/until; mkfifo /tmp/until; flock {lock} sh -c \"echo process $$ since noon >{lock}; cat /tmp/until >/dev/null\" &
-             until ! flock -n {lock} true; do sleep 0.05; done
+            "rm -f /tmp/until /tmp/held; mkfifo /tmp/until
+             flock {lock} sh -c \"echo process $$ since noon >{lock}; touch /tmp/held; cat /tmp/until >/dev/null\" &
+             until [[ -e /tmp/held ]]; do sleep 0.05; done
              {command} 2>/tmp/said & pid=$!
              until grep -q 'waiting for the pass under way' /tmp/said; do sleep 0.05; done
              sleep 0.5; kill -0 $pid; echo >/tmp/until; wait $pid

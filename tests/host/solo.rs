@@ -23,15 +23,14 @@ impl Deref for Solo {
 static SOLO: LazyLock<Mutex<Host>> = LazyLock::new(|| {
     let host = Host::boot("solo");
     host.sh("echo '{\"caddyServer\": \"srv0\"}' >/etc/omni-deploy/config.json
-         deploy-manifest init
-         # Passes are made by the tests.
-         systemctl stop deployer.timer");
+         deploy-manifest init");
     Mutex::new(host)
 });
 
 /// The host as every test finds it.
 pub fn solo() -> Solo {
     let host = Solo(lock(&SOLO));
+    host.only_our_passes();
     host.sh("systemctl start caddy
          while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done
          if ! names=$(deploy-manifest show | jq -r '.services[].name'); then
