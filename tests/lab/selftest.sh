@@ -76,24 +76,27 @@ in_host() { local host=$1; shift; "$lab" run "$host" bash -euo pipefail -c "$@";
 
 # --- properties of the lab -----------------------------------------------------------------------------------
 
-# Remembers what must be gone after `down`: recorded while the host runs.
+# Remembers what must be gone after `down`: recorded while the host runs. Its network device and cgroup are known by
+# their kernel's numbers, because another lab's host may get the same names at once.
 belongings() {
   local host=$1 leader number
   leader=$("$lab" leader "$host")
   number=$(<"$OMNI_LAB_DIR/$host/number")
-  printf '%s %s %s %s\n' "$host" "$number" "$(stat -Lc %i "/proc/$leader/ns/net")" "$(stat -Lc %i "/proc/$leader/ns/pid")"
+  printf '%s %s %s %s %s %s\n' "$host" "$number" "$(</sys/class/net/olab"$number"/ifindex)" \
+    "$(find /sys/fs/cgroup -maxdepth 2 -name "omni-deploy-lab-$number" -printf '%i\n' | head -n 1)" \
+    "$(stat -Lc %i "/proc/$leader/ns/net")" "$(stat -Lc %i "/proc/$leader/ns/pid")"
 }
 
 # What is mounted on the machine, but for other labs' hosts, which come and go.
 mounts() { mount | grep -vE ' on /run/[^ ]+/disk[/ ]' | sort; }
 
-# nothing_is_left "HOST NUMBER NETNS PIDNS"
+# nothing_is_left "HOST NUMBER DEVICE CGROUP NETNS PIDNS"
 nothing_is_left() {
-  local host number netns pidns state kept=0
-  read -r host number netns pidns <<<"$1"
+  local host number device cgroup netns pidns state kept=0
+  read -r host number device cgroup netns pidns <<<"$1"
   ! grep -F "$OMNI_LAB_DIR/$host/" /proc/self/mountinfo || kept=1
-  ! find /sys/fs/cgroup -maxdepth 2 -name "omni-deploy-lab-$number" | grep . || kept=1
-  [[ ! -e /sys/class/net/olab$number ]] || { echo "device olab$number"; kept=1; }
+  ! find /sys/fs/cgroup -maxdepth 2 -name "omni-deploy-lab-$number" -inum "$cgroup" | grep . || kept=1
+  ! grep -lx "$device" /sys/class/net/olab*/ifindex 2>/dev/null || kept=1
   [[ ! -e $OMNI_LAB_DIR/$host ]] || { echo "folder $OMNI_LAB_DIR/$host"; kept=1; }
   ! lsns --noheadings --output NS --type net | grep -w "$netns" || { echo "network namespace"; kept=1; }
   # Not lsns: a dead process that the machine's init has yet to reap is still in its pid namespace.
@@ -304,8 +307,10 @@ TEXT
 
 # asks_for_a_pass HOST SCRIPT: a pass begins that was not under way before.
 asks_for_a_pass() {
+  # One that is asked for while another is under way is that one: none may be, nor be about to.
   in_host "$1" 'invocation() { systemctl show --property=InvocationID --value deployer; }
-    while [[ $(systemctl is-active deployer) == activating ]]; do sleep 0.1; done
+    until [[ $(systemctl is-active caddy) == active ]] && [[ -z $(systemctl list-jobs --no-legend) ]]; do sleep 0.1; done
+    while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.1; done
     old=$(invocation)
     '"$2"'
     for i in $(seq 600); do [[ $(invocation) == "$old" ]] || exit 0; sleep 0.1; done; exit 1'
