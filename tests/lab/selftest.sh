@@ -79,23 +79,29 @@ in_host() { local host=$1; shift; "$lab" run "$host" bash -euo pipefail -c "$@";
 # Remembers what must be gone after `down`: recorded while the host runs. Its network device and cgroup are known by
 # their kernel's numbers, because another lab's host may get the same names at once.
 belongings() {
-  local host=$1 leader number
+  local host=$1 leader number device cgroups
   leader=$("$lab" leader "$host")
   number=$(<"$OMNI_LAB_DIR/$host/number")
-  printf '%s %s %s %s %s %s\n' "$host" "$number" "$(</sys/class/net/olab"$number"/ifindex)" \
-    "$(find /sys/fs/cgroup -maxdepth 2 -name "omni-deploy-lab-$number" -printf '%i\n' | head -n 1)" \
-    "$(stat -Lc %i "/proc/$leader/ns/net")" "$(stat -Lc %i "/proc/$leader/ns/pid")"
+  device=$(<"/sys/class/net/olab$number/ifindex")
+  cgroups=$(cgroups_of "$number" | paste -sd,)
+  # What is not found now could not be missed later.
+  [[ -n $device && -n $cgroups ]] || { echo "no device or no cgroup of host '$host'" >&2; return 1; }
+  printf '%s %s %s %s %s %s\n' "$host" "$number" "$device" "$cgroups" "$(stat -Lc %i "/proc/$leader/ns/net")" \
+    "$(stat -Lc %i "/proc/$leader/ns/pid")"
 }
+
+# Of the host with that number, one in each hierarchy.
+cgroups_of() { find /sys/fs/cgroup -maxdepth 2 -name "omni-deploy-lab-$1" -printf '%i\n'; }
 
 # What is mounted on the machine, but for other labs' hosts, which come and go.
 mounts() { mount | grep -vE ' on /run/[^ ]+/disk[/ ]' | sort; }
 
-# nothing_is_left "HOST NUMBER DEVICE CGROUP NETNS PIDNS"
+# nothing_is_left "HOST NUMBER DEVICE CGROUPS NETNS PIDNS"
 nothing_is_left() {
-  local host number device cgroup netns pidns state kept=0
-  read -r host number device cgroup netns pidns <<<"$1"
+  local host number device cgroups netns pidns state kept=0
+  read -r host number device cgroups netns pidns <<<"$1"
   ! grep -F "$OMNI_LAB_DIR/$host/" /proc/self/mountinfo || kept=1
-  ! find /sys/fs/cgroup -maxdepth 2 -name "omni-deploy-lab-$number" -inum "$cgroup" | grep . || kept=1
+  ! cgroups_of "$number" | grep -xF -e "${cgroups//,/$'\n'}" || { echo "cgroup of $number"; kept=1; }
   ! grep -lx "$device" /sys/class/net/olab*/ifindex 2>/dev/null || kept=1
   [[ ! -e $OMNI_LAB_DIR/$host ]] || { echo "folder $OMNI_LAB_DIR/$host"; kept=1; }
   ! lsns --noheadings --output NS --type net | grep -w "$netns" || { echo "network namespace"; kept=1; }
