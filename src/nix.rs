@@ -4,6 +4,9 @@
 //! week's otherwise.
 
 pub mod cache;
+pub mod hash;
+pub mod narinfo;
+pub mod spool;
 
 use crate::bridge::{Access, Bridge};
 use crate::config::Settings;

@@ -1,0 +1,262 @@
+//! The spool: a private folder between Nix and a cache, which Nix knows as a `file://` binary cache. Only this user gets
+//! in (mode 0700, owner checked, no link followed on the way into it), and only one piece of work at a time (a lock in
+//! it, which nobody else can open). What lies in it is a copy of something else: it may be lost or damaged at any time,
+//! and whoever uses it checks again what an earlier run left. Never reads or judges what it keeps.
+
+use crate::durable;
+use crate::error::{Error, Result};
+use fs_err::os::unix::fs::OpenOptionsExt;
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// What a cache says of itself that has nothing to say (Nix writes the same into a new one).
+const CACHE_INFO: &str = "StoreDir: /nix/store\n";
+/// Held by who uses the spool.
+const LOCK: &str = "lock";
+/// The folder of NARs.
+pub const NARS: &str = "nar";
+/// How many pieces of work of one kind can go on at a time, each with a folder of its own.
+const PLACES: u32 = 16;
+
+/// A spool that is ours until the value is dropped.
+#[derive(Debug)]
+pub struct Spool {
+    dir: PathBuf,
+    _lock: fs_err::File,
+}
+
+/// Where this user's spools are: below `XDG_CACHE_HOME`, else `~/.cache`, else (a unit without a home)
+/// `/var/cache/omni-deploy` for root and the folder of temporary files for others.
+pub fn home() -> PathBuf {
+    let absolute = |name: &str| {
+        std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute() && path.as_os_str() != "/")
+    };
+    let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
+    match cache {
+        Some(cache) => cache.join("omni-deploy"),
+        None if uid() == 0 => PathBuf::from("/var/cache/omni-deploy"),
+        None => std::env::temp_dir().join(format!("omni-deploy-{}", uid())),
+    }
+}
+
+fn uid() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+impl Spool {
+    /// Takes the first free spool for such work (`push`, `fetch`) below `home`; what an earlier run left in it is still
+    /// there. The folders are made as needed.
+    pub fn open(home: &Path, work: &str) -> Result<Self> {
+        private_folder(home)?;
+        for place in 1..=PLACES {
+            let name = if place == 1 { work.to_string() } else { format!("{work}-{place}") };
+            if let Some(spool) = Spool::take(&home.join(name))? {
+                return Ok(spool);
+            }
+        }
+        Err(Error::new(format!(
+            "{PLACES} processes of this user use the spools in {} already; wait for them, or end those that hang \
+             ('fuser -v {0}/*/{LOCK}' shows them)",
+            home.display()
+        )))
+    }
+
+    /// The spool in this folder; None while another process uses it.
+    fn take(dir: &Path) -> Result<Option<Self>> {
+        private_folder(dir)?;
+        let path = dir.join(LOCK);
+        let lock = fs_err::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
+            .open(&path)?;
+        match lock.file().try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => return Ok(None),
+            Err(std::fs::TryLockError::Error(e)) => {
+                return Err(Error::new(format!("cannot lock {}: {e}", path.display())));
+            }
+        }
+        let spool = Spool { dir: dir.to_path_buf(), _lock: lock };
+        private_folder(&dir.join(NARS))?;
+        durable::sweep(dir)?;
+        let info = dir.join("nix-cache-info");
+        if fs_err::read(&info).ok().as_deref() != Some(CACHE_INFO.as_bytes()) {
+            durable::write(&info, CACHE_INFO.as_bytes(), 0o600)?;
+        }
+        Ok(Some(spool))
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The file of a key (`HASH.narinfo`, `nar/…`). Keys come checked: [`super::narinfo::is_nar_key`].
+    pub fn file(&self, key: &str) -> PathBuf {
+        self.dir.join(key)
+    }
+
+    /// The spool as Nix knows it.
+    pub fn url(&self) -> String {
+        format!("file://{}", super::encoded(&self.dir.to_string_lossy()))
+    }
+
+    /// The files of the spool, without its lock and its `nix-cache-info`: keys, with sizes.
+    pub fn files(&self) -> io::Result<Vec<(String, u64)>> {
+        let mut files = Vec::new();
+        for (dir, prefix) in [(self.dir.clone(), ""), (self.dir.join(NARS), "nar/")] {
+            for entry in fs_err::read_dir(dir)? {
+                let entry = entry?;
+                let Ok(name) = entry.file_name().into_string() else { continue };
+                let meta = entry.metadata()?;
+                if meta.is_file() && !(prefix.is_empty() && (name == LOCK || name == "nix-cache-info")) {
+                    files.push((format!("{prefix}{name}"), meta.len()));
+                }
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+
+    /// Removes a file; one that is not there is no error.
+    pub fn remove(&self, key: &str) -> io::Result<()> {
+        match fs_err::remove_file(self.file(key)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes all files but those that are to be kept.
+    pub fn clear(&self, keep: impl Fn(&str) -> bool) -> io::Result<()> {
+        for (key, _) in self.files()? {
+            if !keep(&key) {
+                self.remove(&key)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes that are free for us where the spool is; None when the kernel does not say.
+    pub fn free_bytes(&self) -> Option<u64> {
+        rustix::fs::statvfs(&self.dir).ok().map(|v| v.f_bavail.saturating_mul(v.f_frsize))
+    }
+
+    /// The file system the spool is on.
+    pub fn device(&self) -> Option<u64> {
+        fs_err::metadata(&self.dir).ok().map(|meta| meta.dev())
+    }
+}
+
+/// Makes a folder for this user alone, with those above it, or refuses one that others made or can write to.
+fn private_folder(dir: &Path) -> Result<()> {
+    let refused = |why: &str| {
+        Error::new(format!(
+            "{} {why}, and would have closures put into it; remove it, or set XDG_CACHE_HOME to a folder of this user",
+            dir.display()
+        ))
+    };
+    let made = match fs_err::symlink_metadata(dir) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            if let Some(above) = dir.parent() {
+                fs_err::create_dir_all(above)?;
+            }
+            match DirBuilder::new().mode(0o700).create(dir) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(Error::new(format!(
+                        "cannot make {}: {}",
+                        dir.display(),
+                        crate::error::io_text(&e)
+                    )));
+                }
+                _ => fs_err::symlink_metadata(dir)?,
+            }
+        }
+        Err(e) => return Err(e.into()),
+    };
+    if !made.is_dir() {
+        return Err(refused("is not a folder"));
+    }
+    if made.uid() != uid() {
+        return Err(refused(&format!("belongs to another user (number {})", made.uid())));
+    }
+    if made.permissions().mode() & 0o077 != 0 {
+        // Ours, so that nobody can have put another in its place while we look.
+        fs_err::set_permissions(dir, std::fs::Permissions::from_mode(0o700))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs_err::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    #[test]
+    fn a_spool_is_for_one_user_and_one_piece_of_work() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = dir.path().join("above/cache");
+        let first = Spool::open(&home, "fetch").unwrap();
+        assert!([&home, first.dir(), &first.file(NARS)].iter().all(|path| mode(path) == 0o700));
+        assert_eq!(mode(&first.file(LOCK)), 0o600);
+        assert_eq!(fs_err::read_to_string(first.file("nix-cache-info")).unwrap(), CACHE_INFO);
+        let second = Spool::open(&home, "fetch").unwrap();
+        assert_ne!(first.dir(), second.dir());
+        let taken = first.dir().to_path_buf();
+        drop(first);
+        assert_eq!(Spool::open(&home, "fetch").unwrap().dir(), taken);
+        assert_ne!(Spool::open(&home, "push").unwrap().dir(), taken);
+    }
+
+    #[test]
+    fn what_an_earlier_run_left_is_there_and_can_be_cleared() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::open(dir.path(), "push").unwrap();
+        fs_err::write(spool.file("a.narinfo"), "a").unwrap();
+        fs_err::write(spool.file("nar/b"), "bb").unwrap();
+        fs_err::write(spool.file(".omni-deploy-x"), "half").unwrap();
+        drop(spool);
+        let spool = Spool::open(dir.path(), "push").unwrap();
+        assert_eq!(spool.files().unwrap(), [("a.narinfo".to_string(), 1), ("nar/b".to_string(), 2)]);
+        spool.clear(|key| key.starts_with("nar/")).unwrap();
+        assert_eq!(spool.files().unwrap(), [("nar/b".to_string(), 2)]);
+        spool.remove("nar/b").unwrap();
+        spool.remove("nar/b").unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_others_prepared_is_refused_or_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |name: &str| Spool::open(dir.path(), name).map(|spool| spool.dir().to_path_buf());
+        fs_err::create_dir(dir.path().join("elsewhere")).unwrap();
+        fs_err::os::unix::fs::symlink(dir.path().join("elsewhere"), dir.path().join("linked")).unwrap();
+        fs_err::write(dir.path().join("file"), "").unwrap();
+        for name in ["linked", "file"] {
+            let error = open(name).unwrap_err().to_string();
+            assert!(error.contains("is not a folder") && error.contains(name), "{error}");
+        }
+        fs_err::create_dir(dir.path().join("loose")).unwrap();
+        fs_err::set_permissions(dir.path().join("loose"), std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(mode(&open("loose").unwrap()), 0o700);
+        // Only root can make a folder of somebody else's.
+        if uid() == 0 {
+            let theirs = dir.path().join("theirs");
+            fs_err::create_dir(&theirs).unwrap();
+            std::os::unix::fs::chown(&theirs, Some(65534), None).unwrap();
+            assert!(open("theirs").unwrap_err().to_string().contains("another user"));
+        }
+        // A lock that leads elsewhere is not followed.
+        fs_err::create_dir(dir.path().join("trap")).unwrap();
+        fs_err::os::unix::fs::symlink(dir.path().join("victim"), dir.path().join("trap/lock")).unwrap();
+        assert!(open("trap").is_err() && !dir.path().join("victim").exists());
+    }
+}
