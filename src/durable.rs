@@ -3,7 +3,7 @@
 //! a killed process are known as ours; [`sweep`] removes them.
 
 use crate::effect;
-use std::io::{self, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -27,13 +27,17 @@ fn named(error: io::Error, what: &str, path: &Path) -> io::Error {
     io::Error::new(error.kind(), format!("cannot {what} {}: {cause}", path.display()))
 }
 
-fn temp_with(path: &Path, bytes: &[u8], mode: u32) -> io::Result<tempfile::NamedTempFile> {
+fn temp_with(path: &Path, mut bytes: &[u8], mode: u32) -> io::Result<tempfile::NamedTempFile> {
+    temp_from(path, &mut bytes, mode)
+}
+
+fn temp_from(path: &Path, source: &mut dyn Read, mode: u32) -> io::Result<tempfile::NamedTempFile> {
     let mut temp = tempfile::Builder::new()
         .prefix(TEMP_PREFIX)
         .permissions(std::fs::Permissions::from_mode(0o600))
         .tempfile_in(parent(path)?)
         .map_err(|e| named(e, "write", path))?;
-    temp.write_all(bytes).map_err(|e| named(e, "write", path))?;
+    io::copy(source, &mut temp).map_err(|e| named(e, "write", path))?;
     temp.as_file()
         .set_permissions(std::fs::Permissions::from_mode(mode))
         .map_err(|e| named(e, "set the mode of", path))?;
@@ -50,7 +54,14 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     sync_dir(parent(path)?)
 }
 
-/// The same, for a file that belongs to this user and group.
+/// The same with what a reader gives, which may be more than fits into memory.
+pub fn write_from(path: &Path, source: &mut dyn Read, mode: u32) -> io::Result<()> {
+    let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
+    temp_from(path, source, mode)?.persist(path).map_err(|e| named(e.error, "write", path))?;
+    sync_dir(parent(path)?)
+}
+
+/// The same as [`write`], for a file that belongs to this user and group.
 pub fn write_owned(path: &Path, bytes: &[u8], mode: u32, (user, group): (u32, u32)) -> io::Result<()> {
     let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
     let temp = temp_with(path, bytes, 0o600)?;

@@ -28,6 +28,9 @@ pub struct Limits {
     pub stall: Duration,
 }
 
+/// How many connections to one server are kept. More threads than this have no use for one agent.
+pub const CONNECTIONS: usize = 64;
+
 /// An agent for one server. Statuses are answers, redirects are not followed; connections are kept and used
 /// again. Errors name the variable of the environment that is wrong.
 pub fn agent(env: Env, scheme: &str, host: &str, limits: Limits) -> Result<ureq::Agent, String> {
@@ -42,8 +45,11 @@ pub fn agent(env: Env, scheme: &str, host: &str, limits: Limits) -> Result<ureq:
         .timeout_per_read(Some(limits.stall))
         .timeout_per_write(Some(limits.stall))
         .timeout_global(limits.total)
-        .max_idle_connections_per_host(16)
-        .max_idle_connections(16)
+        // Each connection has both for as long as it is kept; the head of an answer must fit.
+        .input_buffer_size(64 << 10)
+        .output_buffer_size(64 << 10)
+        .max_idle_connections_per_host(CONNECTIONS)
+        .max_idle_connections(CONNECTIONS)
         .proxy(proxy(env, scheme, host)?)
         .tls_config(TlsConfig::builder().root_certs(roots).build())
         .build()

@@ -3,13 +3,14 @@
 //! is a hash of the content. It never touches a file outside its directory, and its own files (the lock,
 //! temporary ones) are never keys.
 
+use super::objects::{Download, Exact, Objects, Opened, Upload};
 use super::{ARCHIVE_PREFIX, Etag, Got, HOSTS_PREFIX, Store, StoreError, When};
 use crate::durable;
 use crate::effect;
 use crate::error::io_text;
 use fs_err::os::unix::fs::OpenOptionsExt;
 use std::fs::TryLockError;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -345,6 +346,38 @@ impl Store for DirStore {
         }
         keys.sort();
         Ok(keys)
+    }
+}
+
+impl Objects for DirStore {
+    fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {
+        let failed = |e: io::Error| self.failed("read", key, &e);
+        let Some((mut file, size)) = self.open(key)? else { return Ok(Opened::Missing) };
+        let meta = file.metadata().map_err(failed)?;
+        // A write puts another file in the place of this one.
+        let etag = Etag(format!("\"{:x}-{size:x}-{:x}.{:x}\"", meta.ino(), meta.mtime(), meta.mtime_nsec()));
+        if only.is_some_and(|only| *only != etag) || offset > 0 && offset >= size {
+            return Ok(Opened::Changed);
+        }
+        file.seek(SeekFrom::Start(offset)).map_err(failed)?;
+        let length = size - offset;
+        let body = Box::new(Exact::new(file, length).map_err(failed)?);
+        Ok(Opened::Found(Download { length, etag, body }))
+    }
+
+    /// Where a killed writer's halves are swept, the lock is held while it is written, as by every other write.
+    /// Elsewhere it is not: large files come many at a time, and a rename needs no lock.
+    fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
+        let path = self.path(key)?;
+        let failed = |e: io::Error| self.failed("write", key, &e);
+        let source = (upload.open)().map_err(failed)?;
+        let mut source = Exact::new(source.take(upload.length), upload.length).map_err(failed)?;
+        self.folders(&self.root).map_err(failed)?;
+        let folder = key.rsplit_once('/').map_or("", |(folder, _)| folder);
+        let swept = ["", HOSTS_PREFIX, ARCHIVE_PREFIX].iter().any(|f| f.trim_end_matches('/') == folder);
+        let _lock = if swept { Some(self.lock("write", key)?) } else { None };
+        self.folders(path.parent().unwrap_or(&self.root)).map_err(failed)?;
+        durable::write_from(&path, &mut source, 0o644).map_err(failed)
     }
 }
 

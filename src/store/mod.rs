@@ -5,6 +5,7 @@
 pub mod codes;
 pub mod credentials;
 pub mod dir;
+pub mod objects;
 pub mod probe;
 pub mod s3;
 pub mod url;
@@ -12,7 +13,9 @@ pub mod xml;
 
 use crate::error::Error;
 use std::fmt;
+use std::sync::Arc;
 
+pub use objects::{Download, Objects, Opened, Upload};
 pub use probe::{Probe, before_writing, probe};
 pub use url::{CacheUrl, StoreUrl};
 
@@ -128,5 +131,13 @@ pub fn open(url: &StoreUrl) -> Result<Box<dyn Store>, StoreError> {
     match url {
         StoreUrl::Dir(path) => Ok(Box::new(dir::DirStore::new(path))),
         StoreUrl::S3(location) => Ok(Box::new(s3::S3Store::open(location)?)),
+    }
+}
+
+/// The same for several threads, whose streams share its connections.
+pub fn open_shared(url: &StoreUrl) -> Result<Arc<dyn Objects>, StoreError> {
+    match url {
+        StoreUrl::Dir(path) => Ok(Arc::new(dir::DirStore::new(path))),
+        StoreUrl::S3(location) => Ok(Arc::new(s3::S3Store::open(location)?)),
     }
 }

@@ -6,6 +6,8 @@
 //! right for buckets with dots) unless the URL or the store wants the bucket in the host's name. What a store turns
 //! out to want of us is noted as long as this value lives ([`Wants`]).
 
+mod objects;
+
 use super::codes::{self, Meaning};
 use super::credentials::{Credentials, Env, Provider};
 use super::url::{Addressing, S3Location};
@@ -138,6 +140,19 @@ impl Answer {
             let kind = self.header("content-type").unwrap_or_else(|| "nothing S3 would send".into());
             Fault::Garbage(format!("{} with {kind} and no ETag", self.status))
         })
+    }
+
+    /// The version of what was written.
+    fn written(self) -> Result<Etag, Fault> {
+        let etag = self.etag()?;
+        self.finish();
+        Ok(etag)
+    }
+
+    /// Reads what nobody wants to know, so that the connection can be used again.
+    fn finish(self) {
+        // What is cut off now was an answer before; a connection that is broken is not kept.
+        drop(io::copy(&mut self.body.take(ERROR_LIMIT), &mut io::sink()));
     }
 
     /// At most `limit` bytes of the body, and whether that was all of it.
@@ -569,7 +584,7 @@ impl S3Store {
                 request.maybe_set_content_md5_header();
             }
             self.sign(&mut request, wants)?;
-            exchange(&self.agent, &request, &[], bytes, Patience::within(left))?.etag()
+            exchange(&self.agent, &request, &[], bytes, Patience::within(left))?.written()
         })
     }
 
@@ -649,14 +664,10 @@ impl S3Store {
         body: &mut dyn Read,
     ) -> Result<(), StoreError> {
         if length > MAX_SINGLE_PUT {
-            return Err(StoreError::Refused(format!(
-                "cannot write {key} to {}: it has {length} bytes and one PUT carries {MAX_SINGLE_PUT}; split the \
-                 store path's content over several, or use a cache that is not s3://",
-                self.url()
-            )));
+            return Err(self.too_large_to_write(key, length));
         }
         let content_type = content_type.unwrap_or("application/octet-stream");
-        let mut source = Source { inner: body, left: length, taken: false, failed: None };
+        let mut source = Source::new(body, length);
         let result = if length <= SMALL {
             let mut bytes = Vec::with_capacity(length as usize);
             match source.read_to_end(&mut bytes) {
@@ -669,6 +680,14 @@ impl S3Store {
             self.write_large(key, content_type, &mut source)
         };
         result.map_err(|gave_up| self.told(Verb::Write, key, gave_up))
+    }
+
+    fn too_large_to_write(&self, key: &str, length: u64) -> StoreError {
+        StoreError::Refused(format!(
+            "cannot write {key} to {}: it has {length} bytes and one PUT carries {MAX_SINGLE_PUT}; split the \
+             store path's content over several, or use a cache that is not s3://",
+            self.url()
+        ))
     }
 
     fn write_large(
@@ -711,7 +730,7 @@ impl S3Store {
                 }
             };
             taken.set(source.taken && spooled.is_none());
-            match (sent.and_then(|answer| answer.etag()), source.failed.take()) {
+            match (sent.and_then(Answer::written), source.failed.take()) {
                 (Err(_), Some(why)) => Err(Fault::Source(why)),
                 (Err(fault), None) if taken.get() && self.learns(&fault, wants) => {
                     Err(Fault::Late(Box::new(fault)))
@@ -917,6 +936,12 @@ struct Source<'a> {
     failed: Option<String>,
 }
 
+impl<'a> Source<'a> {
+    fn new(inner: &'a mut dyn Read, length: u64) -> Self {
+        Source { inner, left: length, taken: false, failed: None }
+    }
+}
+
 impl Read for Source<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.left == 0 || buffer.is_empty() {
@@ -1082,7 +1107,10 @@ impl Store for S3Store {
             Some(kind) if answer.status == 200 && kind.starts_with("text/html") => {
                 Err(Fault::Garbage("with a web page".into()))
             }
-            _ => Ok(()),
+            _ => {
+                answer.finish();
+                Ok(())
+            }
         };
         match self.typed(Patience::within, call, read) {
             Err(gave_up) if gave_up.error.meaning() != Some(Meaning::NoObject) => {

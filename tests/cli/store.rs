@@ -6,10 +6,11 @@ mod common;
 use common::{BUCKET, DEVELOPER, HOST, KEY, S3Server, SECRET};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::s3::{MAX_SINGLE_PUT, S3Store};
-use omni_deploy::store::{Etag, Got, Store, StoreError, StoreUrl, When, probe};
+use omni_deploy::store::{Etag, Got, Objects, Opened, Store, StoreError, StoreUrl, Upload, When, probe};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 const LIMIT: u64 = 1 << 20;
@@ -540,6 +541,132 @@ fn a_refused_stream_is_refused_before_its_bytes_are_taken() {
     server.faults(r#"{"reset": {"count": 2}}"#);
     store.write_stream("nar/x", 5_000_000, None, &mut body).unwrap();
     assert_eq!(store.size("nar/x"), Ok(Some(5_000_000)));
+}
+
+type Content = Box<dyn Read + Send>;
+
+fn write(store: &dyn Objects, key: &str, bytes: &'static [u8]) -> Result<(), StoreError> {
+    let open = || -> std::io::Result<Content> { Ok(Box::new(bytes)) };
+    let kind = "application/x-nix-nar";
+    store.write_from(key, &Upload { length: bytes.len() as u64, content_type: kind, open: &open })
+}
+
+/// What comes from an offset on, with the version.
+fn rest(store: &dyn Objects, key: &str, offset: u64, only: Option<&Etag>) -> (Vec<u8>, Etag) {
+    let Opened::Found(mut download) = store.read_from(key, offset, only).unwrap() else {
+        panic!("{key} from {offset} is not there")
+    };
+    let mut bytes = Vec::new();
+    download.body.read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes.len() as u64, download.length);
+    (bytes, download.etag)
+}
+
+#[test]
+fn a_read_goes_on_where_it_was_cut_unless_the_object_is_another_now() {
+    let server = S3Server::start();
+    let store = open(&server.url("cache"));
+    assert!(matches!(store.read_from("nar/x", 0, None), Ok(Opened::Missing)));
+    let bytes: &'static [u8] = pattern(3_000_000).leak();
+    write(&store, "nar/x", bytes).unwrap();
+    assert_eq!(store.head("nar/x").unwrap().unwrap().content_type.as_deref(), Some("application/x-nix-nar"));
+    server.faults(r#"{"cut": {"bytes": 1000000, "count": 1}}"#);
+    let Ok(Opened::Found(mut cut)) = store.read_from("nar/x", 0, None) else { panic!("nothing there") };
+    assert_eq!(cut.length, 3_000_000);
+    let mut got = Vec::new();
+    cut.body.read_to_end(&mut got).unwrap_err();
+    assert!(!got.is_empty() && got.len() <= 1_000_000, "{}", got.len());
+    got.extend(rest(&store, "nar/x", got.len() as u64, Some(&cut.etag)).0);
+    assert!(got == bytes, "the two parts are not the whole");
+    assert!(matches!(store.read_from("nar/x", 3_000_000, None), Ok(Opened::Changed)));
+    write(&store, "nar/x", pattern(2_000_000).leak()).unwrap();
+    assert!(matches!(store.read_from("nar/x", 1_000_000, Some(&cut.etag)), Ok(Opened::Changed)));
+    assert!(matches!(store.read_from("nar/x", 2_500_000, Some(&cut.etag)), Ok(Opened::Changed)));
+    write(&store, "empty", b"").unwrap();
+    assert_eq!(rest(&store, "empty", 0, None).0, b"");
+}
+
+#[test]
+fn a_write_is_made_again_from_its_beginning() {
+    let server = S3Server::start();
+    let store = open(&server.url(""));
+    for (number, faults) in [
+        r#"{"reset": {"count": 2, "after": true}}"#,
+        r#"{"fail": {"status": 503, "code": "SlowDown", "count": 3, "methods": ["PUT"]}}"#,
+        r#"{"refuse_expect": true}"#,
+        r#"{"require_checksum": true}"#,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        server.faults(faults);
+        for length in [10, 200_000, 3_000_000] {
+            let key = format!("nar/{number}-{length}");
+            let bytes: &'static [u8] = pattern(length).leak();
+            write(&store, &key, bytes).unwrap_or_else(|e| panic!("{faults}: {e}"));
+            server.faults("{}");
+            assert!(rest(&store, &key, 0, None).0 == bytes, "{faults} {length}");
+            server.faults(faults);
+        }
+    }
+    server.faults("{}");
+    let short = || -> std::io::Result<Content> { Ok(Box::new(std::io::repeat(7).take(199_999))) };
+    let error = store
+        .write_from("nar/x", &Upload { length: 200_000, content_type: "text/plain", open: &short })
+        .unwrap_err();
+    one_line(&error, &["nar/x", "1 bytes fewer than promised"]);
+    assert_eq!(store.size("nar/x"), Ok(None));
+    let none = || -> std::io::Result<Content> { panic!("opened") };
+    let upload = Upload { length: MAX_SINGLE_PUT + 1, content_type: "text/plain", open: &none };
+    one_line(&store.write_from("nar/x", &upload).unwrap_err(), &["nar/x", "5368709121"]);
+    let wrong = open_as(&server.url(""), KEY, "wrong");
+    one_line(&write(&wrong, "nar/x", pattern(5_000_000).leak()).unwrap_err(), &["secret key"]);
+}
+
+/// Leads connections to a server and counts them.
+fn counted(address: &str) -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let here = listener.local_addr().unwrap().to_string();
+    let count = Arc::new(AtomicUsize::new(0));
+    let (counter, address) = (count.clone(), address.to_string());
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            counter.fetch_add(1, Ordering::Relaxed);
+            let (client, server) = (client.unwrap(), TcpStream::connect(&address).unwrap());
+            for (mut from, mut to) in
+                [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)]
+            {
+                std::thread::spawn(move || {
+                    drop(std::io::copy(&mut from, &mut to));
+                    drop(to.shutdown(std::net::Shutdown::Write));
+                });
+            }
+        }
+    });
+    (here, count)
+}
+
+#[test]
+fn a_connection_is_used_again_after_whatever_was_asked() {
+    let server = S3Server::start();
+    let (address, connections) = counted(&server.address);
+    let store = open(&format!("s3://{BUCKET}?endpoint={address}&scheme=http"));
+    for round in 0..20 {
+        for length in [0, 10, 300_000, 1_500_000] {
+            write(&store, "nar/x", pattern(length).leak()).unwrap();
+            assert_eq!(rest(&store, "nar/x", 0, None).0.len(), length);
+            assert_eq!(store.size("nar/x"), Ok(Some(length as u64)));
+        }
+        let etag = store.put("k", format!("{round}").as_bytes(), &When::Always).unwrap();
+        assert_eq!(store.get("k", Some(&etag), LIMIT), Ok(Got::NotModified));
+        assert!(matches!(store.get("k", None, LIMIT), Ok(Got::Found { .. })));
+        assert!(matches!(store.get("missing", None, LIMIT), Ok(Got::Missing)));
+        assert!(matches!(store.read_from("missing", 0, None), Ok(Opened::Missing)));
+        assert!(matches!(store.put("k", b"no", &When::Absent), Err(StoreError::Changed(_))));
+        store.list("").unwrap();
+        store.delete("k").unwrap();
+    }
+    assert_eq!(connections.load(Ordering::Relaxed), 1);
 }
 
 #[test]
