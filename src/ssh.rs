@@ -39,6 +39,24 @@ pub fn output_on(
     answer_of(settings, host, words, run_on(settings, host, sudo, words).deadline(deadline))
 }
 
+/// The same for a command that a host need not have, or need not let us run as root: of what it did not do no remedy is
+/// said, only of a host that was not reached.
+pub fn attempt_on(
+    settings: &Settings,
+    host: &HostName,
+    sudo: bool,
+    words: &[&str],
+    deadline: Duration,
+) -> Result<Output> {
+    answer_or(
+        settings,
+        host,
+        words,
+        run_on(settings, host, sudo, words).deadline(deadline),
+        Refusals::Allowed,
+    )
+}
+
 /// The same for a script of the shell.
 pub fn script_on(settings: &Settings, host: &HostName, script: &str, deadline: Duration) -> Result<Output> {
     output_on(settings, host, false, &["sh", "-c", script], deadline)
@@ -46,13 +64,30 @@ pub fn script_on(settings: &Settings, host: &HostName, script: &str, deadline: D
 
 /// What a run of `words` on `host` ([`run_on`], maybe with a stdin) left, as [`output_on`] has it.
 pub fn answer_of(settings: &Settings, host: &HostName, words: &[&str], run: Run) -> Result<Output> {
+    answer_or(settings, host, words, run, Refusals::AreErrors)
+}
+
+/// What a sudo that asks for a password is to whoever asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refusals {
+    AreErrors,
+    Allowed,
+}
+
+fn answer_or(
+    settings: &Settings,
+    host: &HostName,
+    words: &[&str],
+    run: Run,
+    refusals: Refusals,
+) -> Result<Output> {
     let over_ssh = !is_here(settings, host);
     match run.output() {
         Ok(output) if over_ssh => {
             let output = without_greeting(output);
             match trouble(settings, host, output.status, &output.stderr) {
-                Some(e) => Err(e),
-                None => Ok(output),
+                Some(e) if output.status == SSH_FAILED || refusals == Refusals::AreErrors => Err(e),
+                _ => Ok(output),
             }
         }
         Ok(output) => Ok(output),

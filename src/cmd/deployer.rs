@@ -4,7 +4,8 @@ use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::caddy::RoutePlan;
-use crate::deployer::live;
+use crate::deployer::follow;
+use crate::deployer::live::{self, Answer};
 use crate::deployer::pass::{self, Asks, Decision, Preview};
 use crate::deployer::plan::{ServicePlan, Step};
 use crate::deployer::root::STATE_FILE;
@@ -36,6 +37,7 @@ enum Command {
     Run(RunArgs),
     Plan(PlanArgs),
     State(StateArgs),
+    Watch(WatchArgs),
     Pause(PauseArgs),
     Resume(ResumeArgs),
     Rollback(RollbackArgs),
@@ -95,6 +97,16 @@ struct StateArgs {
     #[argh(switch)]
     /// with --live: also what visitors of this host's domains meet
     domains: bool,
+}
+
+#[derive(FromArgs)]
+/// Start the deployer's unit and print the answer of 'state --live --json', with what came of the start, as soon as
+/// its pass has a result: for 'omni-deploy ship'.
+#[argh(subcommand, name = "watch", example = "sudo {command_name} --serial 42 | jq .start")]
+struct WatchArgs {
+    #[argh(option, arg_name = "serial")]
+    /// the manifest's serial that a result is awaited for
+    serial: u64,
 }
 
 #[derive(FromArgs)]
@@ -181,6 +193,7 @@ pub fn run(call: &Call) -> Result<u8> {
         Command::State(a) if a.live => live(&call, &a),
         Command::State(a) if a.domains => Err(Error::usage("--domains goes with --live --json")),
         Command::State(a) => state(a.json),
+        Command::Watch(a) => watch(&call, a.serial),
         Command::Pause(a) => {
             let length = a.duration.as_deref().map(seconds).transpose()?;
             pass::decide(&call.settings()?, &a.name, Decision::Pause(length))
@@ -324,15 +337,25 @@ fn live(call: &Call, args: &StateArgs) -> Result<u8> {
     if !args.json {
         return Err(Error::usage("--live goes with --json; for people there is 'omni-deploy status --live'"));
     }
+    answered(call, |settings, unit_dir| match settings {
+        Some(settings) if args.domains => live::look_with_domains(settings, Timestamp::now()),
+        _ => live::look(unit_dir, Timestamp::now()),
+    })
+}
+
+fn watch(call: &Call, serial: u64) -> Result<u8> {
+    answered(call, |_, unit_dir| {
+        follow::watch(unit_dir, serial, || systemd::start_without_waiting(live::DEPLOYER))
+    })
+}
+
+/// Prints an answer, for which a configuration that cannot be used is no reason to be silent.
+fn answered(call: &Call, look: impl FnOnce(Option<&Settings>, &Path) -> Result<Answer>) -> Result<u8> {
     let settings = call.settings();
     let unit_dir = settings.as_ref().map_or(Path::new("/etc/systemd/system"), |s| s.unit_dir.as_path());
-    let mut answer = match &settings {
-        Ok(settings) if args.domains => live::look_with_domains(settings, Timestamp::now())?,
-        _ => live::look(unit_dir, Timestamp::now())?,
-    };
-    match &settings {
-        Ok(_) => {}
-        Err(e) => answer.live.problems.push(e.to_string()),
+    let mut answer = look(settings.as_ref().ok(), unit_dir)?;
+    if let Err(e) = &settings {
+        answer.live.problems.push(e.to_string());
     }
     let text = serde_json::to_string(&answer);
     print(&text.map_err(|e| Error::new(format!("cannot write the answer: {e}")))?)?;
@@ -374,6 +397,9 @@ fn state(json: bool) -> Result<u8> {
     }
     if !state.manager_environment.is_empty() {
         text.push_str(&format!("{}\n", say::printable(&systemd::given_text(&state.manager_environment))));
+    }
+    for name in &state.draining {
+        text.push_str(&format!("{name}: the last connections to its candidate are ending\n"));
     }
     for service in state.services.values() {
         let path = service.store_path.as_ref().map_or("nothing runs".to_string(), ToString::to_string);

@@ -26,6 +26,9 @@ use std::time::{Duration, Instant};
 
 /// How long a service must stay up and well before it counts as up.
 pub const SETTLE: Duration = Duration::from_secs(3);
+/// The same for one that has just been proved beside the version before, by the same inputs, and goes on answering there:
+/// nobody is led to the second process before it has settled as well.
+const SETTLE_AGAIN: Duration = Duration::from_secs(1);
 /// How often services that are coming up are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(150);
 /// How long everybody waits for units to stop or start; what takes longer is waited for when nothing else is left
@@ -112,7 +115,7 @@ impl Host<'_> {
         }
         let paused = self.pause(&plan.services, learned)?;
         let removed = self.remove(&plan.services, memory, observed, learned)?;
-        let started = self.write_and_start(plan, observed, memory, learned)?;
+        let started = self.write_and_start(plan, desired, observed, memory, learned)?;
         self.record(plan, memory, learned);
         let unrooted = self.unroot(&plan.services, observed, learned);
         learned.disk(unrooted);
@@ -280,7 +283,8 @@ impl Host<'_> {
     fn write_and_start(
         &self,
         plan: &Plan,
-        observed: &Observed,
+        desired: &[&Service],
+        observed: &mut Observed,
         memory: &mut Memory,
         learned: &mut Learned,
     ) -> Result<bool> {
@@ -384,16 +388,32 @@ impl Host<'_> {
                 unit: s.name.unit(),
                 service: &s.goal.service,
                 was_up: !s.restart && (s.goal.proved || s.goal.unit_proved),
+                settle: match learned.led.get(s.name) {
+                    Some((_, inputs)) if *inputs == s.goal.inputs => SETTLE_AGAIN,
+                    _ => SETTLE,
+                },
             })
             .collect();
         // Done for those: a clock that was set back must not make them look older than their units for ever.
         for start in restarts() {
             memory.interrupted.remove(start.name);
         }
+        // Those that were never up: there is nothing older to be put back, and nobody else to answer meanwhile.
+        let first = |name: &ServiceName| {
+            let new = |s: &Start| *s.name == *name && s.goal.desired && s.goal.service.http.is_some();
+            !memory.applied.contains_key(name) && starts.iter().any(new)
+        };
+        let mut led = false;
+        let mut well = |name: &ServiceName| {
+            if !led && first(name) {
+                led = true;
+                self.lead_to_first(desired, memory, learned, observed);
+            }
+        };
         // What it says is known before the watch has settled: it costs the pass no time.
         let (outcomes, exposures) = std::thread::scope(|scope| {
             let exposures = scope.spawn(systemd::exposures);
-            (watch(self.root, &watched), exposures.join())
+            (watch(self.root, &watched, &mut well), exposures.join())
         });
         learned.started.extend(starts.iter().map(|s| s.name.clone()));
         match exposures.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
@@ -446,7 +466,13 @@ impl Host<'_> {
         let shown = systemd::show(&units)?;
         starts.retain(|start| {
             let unit = start.name.unit();
-            let watched = Watched { name: start.name, service: &start.goal.service, unit, was_up: false };
+            let watched = Watched {
+                name: start.name,
+                service: &start.goal.service,
+                unit,
+                was_up: false,
+                settle: SETTLE,
+            };
             let why = shown.get(&watched.unit).and_then(|shown| watched.replaced(self.root, shown));
             if let Some(why) = &why {
                 self.hindered(start.name, start.goal, &Error::new(why), learned);
@@ -737,6 +763,8 @@ pub struct Watched<'a> {
     pub service: &'a Service,
     /// It ran as it is before, and was not started now: that it once crashed tells nothing of what is proved.
     pub was_up: bool,
+    /// How long it must stay up and well.
+    pub settle: Duration,
 }
 
 impl Watched<'_> {
@@ -778,8 +806,13 @@ pub struct Up {
     pub verified: Option<String>,
 }
 
-/// Watches units come up: each until it has been well for the settle time, cannot recover, or is out of time.
-pub fn watch(root: &Root, watched: &[Watched]) -> Result<BTreeMap<ServiceName, Result<Up, NotUp>>> {
+/// Watches units come up: each until it has been well for its settle time, cannot recover, or is out of time. `well` is
+/// told when one begins to be.
+pub fn watch(
+    root: &Root,
+    watched: &[Watched],
+    mut well: impl FnMut(&ServiceName),
+) -> Result<BTreeMap<ServiceName, Result<Up, NotUp>>> {
     struct Pending<'a> {
         watched: &'a Watched<'a>,
         first: Option<Shown>,
@@ -788,7 +821,6 @@ pub fn watch(root: &Root, watched: &[Watched]) -> Result<BTreeMap<ServiceName, R
         well_since: Option<Instant>,
     }
     let begun = Instant::now();
-    let settle = effect::shortened(SETTLE);
     let mut outcomes = BTreeMap::new();
     let mut pending: Vec<Pending> = watched
         .iter()
@@ -856,8 +888,11 @@ pub fn watch(root: &Root, watched: &[Watched]) -> Result<BTreeMap<ServiceName, R
                     }
                 }
                 (CameUp::Well, None) => {
+                    if one.well_since.is_none() {
+                        well(one.watched.name);
+                    }
                     let since = *one.well_since.get_or_insert(looked);
-                    if looked.duration_since(since) >= settle {
+                    if looked.duration_since(since) >= effect::shortened(one.watched.settle) {
                         let clean = now.drop_ins.iter().all(|path| systemd::is_vendor_drop_in(path));
                         let verified = clean.then(|| now.invocation.clone());
                         outcomes.insert(name, Ok(Up { after: since.duration_since(begun), verified }));
@@ -877,8 +912,9 @@ pub fn watch(root: &Root, watched: &[Watched]) -> Result<BTreeMap<ServiceName, R
             still.push(one);
         }
         pending = still;
-        let next_end =
-            pending.iter().filter_map(|p| Some(settle.saturating_sub(p.well_since?.elapsed()))).min();
+        let end =
+            |p: &Pending| Some(effect::shortened(p.watched.settle).saturating_sub(p.well_since?.elapsed()));
+        let next_end = pending.iter().filter_map(end).min();
         if !pending.is_empty() {
             let look_every = effect::shortened(LOOK_EVERY);
             std::thread::sleep(next_end.map_or(look_every, |end| end.min(look_every)));

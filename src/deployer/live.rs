@@ -18,7 +18,8 @@ use std::path::Path;
 /// The version of the answer's form.
 pub const LIVE_VERSION: u64 = 1;
 
-const DEPLOYER: &str = "deployer.service";
+/// The unit that makes the passes.
+pub const DEPLOYER: &str = "deployer.service";
 const TIMER: &str = "deployer.timer";
 
 /// The answer.
@@ -34,6 +35,20 @@ pub struct Answer {
     pub state_error: Option<String>,
     /// What is now.
     pub live: Live,
+    /// What came of starting the deployer, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Start>,
+}
+
+/// What came of starting the deployer and waiting for its pass.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Start {
+    /// What `systemctl start` ends with: 0 also when the pass has come to its result and only lets connections end; 5:
+    /// there is no such unit (systemctl(1)).
+    pub code: i32,
+    /// What was said of a failure.
+    #[serde(default)]
+    pub said: String,
 }
 
 /// What is now.
@@ -161,5 +176,5 @@ pub fn look(unit_dir: &Path, now: Timestamp) -> Result<Answer> {
     let (deployer, timer) = (Some(deployer), Some(timer));
     let live =
         Live { at: now, services, deployer, timer, last_line, domains: Vec::new(), problems: Vec::new() };
-    Ok(Answer { version: LIVE_VERSION, state, state_error, live })
+    Ok(Answer { version: LIVE_VERSION, state, state_error, live, start: None })
 }

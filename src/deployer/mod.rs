@@ -4,6 +4,7 @@
 pub mod applied;
 pub mod apply;
 pub mod caddy;
+pub mod follow;
 pub mod intent;
 pub mod listeners;
 pub mod live;

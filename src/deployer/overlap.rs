@@ -3,7 +3,7 @@
 //! Several services go through every phase together. Nothing here is remembered: what an interruption leaves
 //! (an understudy, a route to it) is seen by the next pass and undone or finished by it.
 
-use super::apply::{EVERYBODY_WAITS, Host, NotUp, Watched, watch};
+use super::apply::{EVERYBODY_WAITS, Host, NotUp, SETTLE, Watched, watch};
 use super::caddy::{self, RoutePlan};
 use super::plan::{self, Goal, Learned, Memory, Observed, Plan, Step};
 use super::systemd::{self, Restarted};
@@ -97,9 +97,12 @@ impl Host<'_> {
         let watched: Vec<Watched> = understudies
             .iter()
             .filter(|u| !busy.contains(&u.name.next_unit()))
-            .map(|u| Watched { name: u.name, unit: u.name.next_unit(), service: &u.service, was_up: false })
+            .map(|u| {
+                let unit = u.name.next_unit();
+                Watched { name: u.name, unit, service: &u.service, was_up: false, settle: SETTLE }
+            })
             .collect();
-        let outcomes = watch(self.root, &watched)?;
+        let outcomes = watch(self.root, &watched, |_| {})?;
         let mut ports: BTreeMap<ServiceName, &Http> = BTreeMap::new();
         let mut refused = Vec::new();
         for u in &understudies {
@@ -147,6 +150,10 @@ impl Host<'_> {
             say::error(format!("route: {why}; the new versions take over by a plain restart"));
             return Ok(true);
         }
+        let led = understudies
+            .iter()
+            .filter_map(|u| Some((u.name.clone(), ((*ports.get(u.name)?).clone(), u.goal.inputs.clone()))));
+        learned.led.extend(led);
         let old: Vec<(&ServiceName, u16, u32)> = ports
             .keys()
             .filter_map(|name| {
@@ -179,6 +186,25 @@ impl Host<'_> {
         }
         observed.caddy = caddy::observe(admin);
         Ok(())
+    }
+
+    /// Leads requests to services that have never been up, in one change for all of them: there is nothing older that
+    /// could answer. Candidates keep what they have. What Caddy does not take now, the end of the pass tries again.
+    pub fn lead_to_first(
+        &self,
+        desired: &[&Service],
+        memory: &Memory,
+        learned: &Learned,
+        observed: &mut Observed,
+    ) {
+        if !matches!(observed.caddy, caddy::Observed::Servers(_)) {
+            return;
+        }
+        let led = learned.led.iter().map(|(name, (http, _))| (name.clone(), http)).collect();
+        let closed = plan::closed(desired, observed, memory);
+        if let Err(why) = self.lead(&interim_route(desired, memory, &led), &closed, observed) {
+            say::warning(format!("route: {why}"));
+        }
     }
 
     /// Leads requests back to versions that are still as they were proved, and removes the understudies that an

@@ -27,7 +27,7 @@ use crate::say;
 use crate::see::reports::MAX_REPORT;
 use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError, When};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// How often a round of effects may be followed by another: fetch and check, deploy, put back, and one more
@@ -517,11 +517,11 @@ fn leave_reason(settings: &Settings, root: &Root, ended: &Ended, now: Timestamp)
     let known = before.last_error == state.last_error;
     state.reported = if known { before.reported } else { true };
     match store {
-        Some(store) if !ended.unreachable => publish(root, store.as_ref(), &before, state),
+        Some(store) if !ended.unreachable => publish(root, store.as_ref(), &before, &mut state),
         _ => {
             state.reported = false;
             if news(root, &before, &state) {
-                durable::write(&root.state_file(), &to_bytes(&state)?, 0o644)?;
+                write_state(root, &state)?;
             }
             Ok(())
         }
@@ -557,7 +557,7 @@ pub fn could_not_begin(why: &Error) {
         let state = State { reported: false, ..failed_state(&before, why.to_string(), now) };
         if news(&root, &before, &state) {
             durable::folder(&root.state_dir, 0o755)?;
-            durable::write(&root.state_file(), &to_bytes(&state)?, 0o644)?;
+            write_state(&root, &state)?;
         }
         Ok(())
     };
@@ -672,11 +672,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     // The route before what is gone: no request is led to a service that is being stopped.
     changed |= matches!(plan.route, RoutePlan::Write(_));
     let route = write_route(settings, &plan, &desired);
-    if !plan.understudies.is_empty() {
-        changed = true;
-        host.drain_understudies(&plan.understudies, &memory, &observed)?;
-        host.remove_understudies(&plan.understudies, &mut observed)?;
-    }
+    changed |= !plan.understudies.is_empty();
     let mut not_gone = None;
     if !plan.gone.is_empty() {
         let gone = intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())
@@ -720,6 +716,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         other_machine: before.other_machine.clone(),
         manager_environment: manager_environment(&before, &observed, &learned),
         last_error: None,
+        draining: plan.understudies.iter().cloned().collect(),
         services,
     };
     if news(root, &before, &state) {
@@ -727,8 +724,15 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     }
     tell(&before, &state, &learned);
     let code = state.exit_code();
-    let published = publish(root, store.as_ref(), &before, state);
-    if !learned.disk(published) && learned.unwritten.is_empty() && root.intent().exists() {
+    // Before the last connections of the candidates end: whoever waits for the release need not wait for those.
+    let mut unwritten = learned.disk(publish(root, store.as_ref(), &before, &mut state));
+    if !plan.understudies.is_empty() {
+        host.drain_understudies(&plan.understudies, &memory, &observed)?;
+        host.remove_understudies(&plan.understudies, &mut observed)?;
+        state.draining.clear();
+        unwritten |= learned.disk(write_state(root, &state));
+    }
+    if !unwritten && learned.unwritten.is_empty() && root.intent().exists() {
         intent::clear(root)?;
     }
     // The intent stays with what is not on the disk: the next pass looks at it all again.
@@ -813,7 +817,7 @@ fn remember(root: &Root, memory: &mut Memory, learned: &Learned) -> Result<()> {
     if new {
         // Not what the bucket has: the pass that finishes reports it.
         memory.state.reported = false;
-        durable::write(&root.state_file(), &to_bytes(&memory.state)?, 0o644)?;
+        write_state(root, &memory.state)?;
     }
     Ok(())
 }
@@ -982,26 +986,29 @@ fn news(root: &Root, before: &State, state: &State) -> bool {
 }
 
 /// Writes the state and puts the report, if there is anything new in them or the last ones are old.
-fn publish(root: &Root, store: &dyn Store, before: &State, mut state: State) -> Result<()> {
-    if !news(root, before, &state) {
+fn publish(root: &Root, store: &dyn Store, before: &State, state: &mut State) -> Result<()> {
+    if !news(root, before, state) {
         return Ok(());
     }
     let key = format!("{HOSTS_PREFIX}{}.json", state.host);
-    state.other_machine = other_machine(store, &key, before, &state);
+    state.other_machine = other_machine(store, &key, before, state);
     // The report first: a pass that dies between the two finds its old state, and reports again.
     let reported = {
         let _effect = effect::mark("put", &key);
-        store.put(&key, &to_bytes(&state)?, &When::Always)
+        // What drains is of this moment, and a report stands for long.
+        let report = to_bytes(&State { draining: BTreeSet::new(), ..state.clone() })?;
+        store.put(&key, &report, &When::Always)
     };
     state.reported = reported.is_ok();
     if let Err(e) = reported {
         say::warning(format!("the report was not written: {e}; the next pass tries again"));
     }
     // A store that goes on refusing is asked again by every pass, and the disk is spared.
-    if news(root, before, &state) {
-        durable::write(&root.state_file(), &to_bytes(&state)?, 0o644)?;
-    }
-    Ok(())
+    if news(root, before, state) { write_state(root, state) } else { Ok(()) }
+}
+
+fn write_state(root: &Root, state: &State) -> Result<()> {
+    Ok(durable::write(&root.state_file(), &to_bytes(state)?, 0o644)?)
 }
 
 /// Whether the report that is about to be replaced is another machine's: asked only where one is written, so that

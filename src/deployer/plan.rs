@@ -140,6 +140,8 @@ pub struct Learned {
     pub started: BTreeSet<ServiceName>,
     /// The exposure of units after the last start, by name; none where systemd did not say.
     pub exposures: BTreeMap<String, Exposure>,
+    /// Candidates that have the requests of their services, proved with these inputs: where they are asked.
+    pub led: BTreeMap<ServiceName, (Http, String)>,
     /// Services whose units systemd is not through with.
     pub pending: BTreeMap<ServiceName, Pending>,
     /// What this host's disk did not take, where the pass went on all the same.

@@ -5,7 +5,7 @@
 use crate::clock::Timestamp;
 use crate::names::{HostName, ServiceName, StorePath};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 /// The version of the format that this program writes.
@@ -61,6 +61,10 @@ pub struct State {
     /// pass before left.
     #[serde(default)]
     pub last_error: Option<LastError>,
+    /// Services whose candidate still ends its last connections: the pass is under way, and all that is in here is
+    /// settled but for that. Of a pass that was ended there, the next removes them.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub draining: BTreeSet<ServiceName>,
     /// The services of this host, by name.
     pub services: BTreeMap<ServiceName, ServiceState>,
 }
@@ -359,6 +363,7 @@ impl State {
             other_machine: None,
             manager_environment: Vec::new(),
             last_error: None,
+            draining: BTreeSet::new(),
             services: BTreeMap::new(),
         }
     }

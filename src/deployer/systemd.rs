@@ -5,7 +5,7 @@ use super::state::Exposure;
 use crate::effect;
 use crate::error::{Error, Result};
 use crate::names::ServiceName;
-use crate::runner::{Run, RunError};
+use crate::runner::{Output, Run, RunError};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
@@ -385,6 +385,22 @@ pub fn busy(units: &[String]) -> Result<BTreeSet<String>> {
     let listed = list_units()?;
     busy.extend(listed.iter().filter(|(_, l)| l.active == "deactivating").map(|(unit, _)| unit.as_str()));
     Ok(units.iter().filter(|unit| busy.contains(unit.as_str())).cloned().collect())
+}
+
+/// Starts a unit without waiting for it.
+pub fn start_without_waiting(unit: &str) -> Result<Output> {
+    Ok(systemctl().args(["start", "--no-block", unit]).deadline(QUICK).output()?)
+}
+
+/// Whether systemd has something to do for a unit, or is at it.
+pub fn under_way(unit: &str) -> Result<bool> {
+    let shown =
+        systemctl().args(["show", "--property=ActiveState,Job", "--", unit]).deadline(QUICK).success()?;
+    Ok(shown.text().lines().any(|line| match line.split_once('=') {
+        Some(("Job", job)) => !matches!(job, "" | "0"),
+        Some(("ActiveState", state)) => matches!(state, "activating" | "reloading" | "deactivating"),
+        _ => false,
+    }))
 }
 
 /// How long systemd lets units take to stop, by what it has loaded (`TimeoutStopSec=`, or the manager's

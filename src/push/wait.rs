@@ -3,9 +3,9 @@
 //! else, and never believes that a start which returned was a pass that saw this push.
 
 use crate::config::Settings;
-use crate::deployer::live::Unit;
+use crate::deployer::live::{Answer, Start, Unit};
 use crate::deployer::state::{ServiceState, State, Status};
-use crate::error::{EXIT_DEGRADED, EXIT_DOWN, EXIT_FAILED, Result};
+use crate::error::{EXIT_DEGRADED, EXIT_DOWN, EXIT_FAILED, Error, Result};
 use crate::manifest::versions;
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::runner::{Status as Ended, tail};
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 /// How often a host may fail to answer, or to get anywhere, before it is given up.
 const TRIES: u32 = 3;
 /// What systemctl exits with when there is no such unit (systemctl(1)).
-const NO_UNIT: Ended = Ended::Exit(5);
+const NO_UNIT: i32 = 5;
 /// How long a host may take to say how its deployer ended.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
@@ -317,21 +317,20 @@ impl Follower<'_> {
     fn step(&self, host: &HostName, shipped: &[Shipped]) -> Step {
         let Follower { settings, store, serial, until } = self;
         let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
-        // `start` waits for the pass to end, and fails when a service did: the state says which.
-        let started = match ssh::output_on(settings, host, true, &["systemctl", "start", "deployer"], left())
-        {
-            Ok(output) => output,
+        let (started, answer) = match self.start(host, left) {
+            Ok(both) => both,
             Err(e) => return Step::Trouble(e.to_string()),
         };
-        if started.status == NO_UNIT {
+        if started.code == NO_UNIT {
             return Step::Hopeless(format!(
                 "it has no deployer ({}); install it with contrib/install.sh",
-                tail(&started.stderr)
+                started.said
             ));
         }
-        let answer = match reports::ask(settings, host, left()) {
+        let well = started.code == 0;
+        let answer = match answer {
             Ok(answer) => answer,
-            Err(e) if started.status.ok() => return Step::Trouble(e.to_string()),
+            Err(e) if well => return Step::Trouble(e.to_string()),
             Err(e) => {
                 return match self.last_words(host) {
                     Some(why) => Step::Failed(format!("its pass failed: {why}")),
@@ -341,7 +340,7 @@ impl Follower<'_> {
         };
         let Some(mut state) = answer.state else {
             let why = answer.state_error.unwrap_or_else(|| "it has no state".into());
-            return match (started.status.ok(), answer.live.last_line.or_else(|| self.last_words(host))) {
+            return match (well, answer.live.last_line.or_else(|| self.last_words(host))) {
                 (false, Some(line)) => Step::Failed(format!("its pass failed: {line}")),
                 _ => Step::Trouble(why),
             };
@@ -351,7 +350,7 @@ impl Follower<'_> {
         let judged: Option<Vec<Outcome>> =
             shipped.iter().map(|service| judge(&state, service, *serial, &identity)).collect();
         // A pass that ended without leaving a reason: killed, out of time, or of an older program.
-        if !started.status.ok()
+        if !well
             && state.last_error.is_none()
             && let Some(why) = self.broke_off(host, answer.live.deployer.as_ref(), answer.live.last_line)
         {
@@ -367,11 +366,32 @@ impl Follower<'_> {
             Some(why) => {
                 Step::Stuck(format!("{behind}: {}", hint::translated(why, host, Some(&settings.host))))
             }
-            None if !started.status.ok() => {
-                Step::Stuck(format!("{behind} (start: {})", tail(&started.stderr)))
-            }
+            None if !well => Step::Stuck(format!("{behind} (start: {})", started.said)),
             None => Step::Behind(format!("{behind}; starting another")),
         }
+    }
+
+    /// Starts the deployer, and asks the host for its state when there is a result: by one command where the host knows
+    /// how. The plain way waits for the pass to end, and fails when a service did: the state says which.
+    fn start(&self, host: &HostName, left: impl Fn() -> Duration) -> Result<(Start, Result<Answer>)> {
+        let Follower { settings, serial, .. } = self;
+        if let Some(mut answer) = reports::watch(settings, host, *serial, left())?
+            && let Some(start) = answer.start.take()
+        {
+            return Ok((start, Ok(answer)));
+        }
+        let started = ssh::output_on(settings, host, true, &["systemctl", "start", "deployer"], left())?;
+        let code = match started.status {
+            Ended::Exit(code) => code,
+            Ended::Signal(_) => -1,
+        };
+        let start = Start { code, said: tail(&started.stderr) };
+        let answer = if code == NO_UNIT {
+            Err(Error::new(start.said.clone()))
+        } else {
+            reports::ask(settings, host, left())
+        };
+        Ok((start, answer))
     }
 
     /// How a start of the deployer failed, unless it was for a service (exit 3 and 4), of which the state tells.

@@ -608,6 +608,7 @@ fn host_row(wanted: &Wanted<'_>, host: &HostName, report: &Report, now: Timestam
         other_machine,
         manager_environment,
         last_error,
+        draining: _,
         services: _,
     } = state.as_ref();
     row.reported_at = Some(*checked_at);

@@ -5,6 +5,7 @@ use super::hint;
 use super::judge::Report;
 use crate::clock::Timestamp;
 use crate::config::Settings;
+use crate::deployer::follow;
 use crate::deployer::live::{self, Answer, LIVE_VERSION, Live};
 use crate::deployer::root::STATE_FILE;
 use crate::deployer::state::State;
@@ -125,6 +126,28 @@ pub fn ask(settings: &Settings, host: &HostName, deadline: Duration) -> Result<A
     ask_for(settings, host, With::Units, deadline)
 }
 
+/// Starts a host's deployer and waits until its pass has ended, or has come to a result for version `serial`: by one
+/// command of the host's own program. None where the host has none that knows how, or does not let us run it as root.
+pub fn watch(
+    settings: &Settings,
+    host: &HostName,
+    serial: u64,
+    deadline: Duration,
+) -> Result<Option<Answer>> {
+    if ssh::is_here(settings, host) {
+        let words = ["systemctl", "start", "--no-block", "deployer"];
+        let start = || ssh::output_on(settings, host, true, &words, LIVE_DEADLINE);
+        return follow::watch(&settings.unit_dir, serial, start).map(Some);
+    }
+    let serial = serial.to_string();
+    let words = ["omni-deploy", "deployer", "watch", "--serial", &serial];
+    let output = ssh::attempt_on(settings, host, true, &words, deadline)?;
+    if !output.status.ok() || output.stdout.len() as u64 > MAX_REPORT {
+        return Ok(None);
+    }
+    Ok(Answer::parse(&output.stdout).ok())
+}
+
 /// What is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum With {
@@ -170,7 +193,13 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
                 .into(),
         ];
         let live = Live { at: Timestamp::now(), problems, ..Live::default() };
-        return Ok(Answer { version: LIVE_VERSION, state: Some(state), state_error: None, live });
+        return Ok(Answer {
+            version: LIVE_VERSION,
+            state: Some(state),
+            state_error: None,
+            live,
+            start: None,
+        });
     }
     Answer::parse(&output.stdout).map_err(unusable)
 }

@@ -528,6 +528,7 @@ fn shipping_ends_with_the_truth_about_every_host() {
          echo Welcome; echo --omni-deploy-answer--\n\
          host=$1; shift; eval \"set -- $*\"; case $3 in *'exec sudo '*) s='sudo ';; *) s=;; esac; shift 4\n\
          case \"$host $s$*\" in\n\
+         'biz sudo omni-deploy deployer watch '*) [ -e answer ] || exit 2; echo watch >> starts; cat answer;;\n\
          'biz sudo systemctl start deployer') echo start >> starts; n=$(wc -l < starts); \
          [ -e \"state.$n\" ] && mv \"state.$n\" state; echo 'a unit failed' >&2; exit 1;;\n\
          'biz systemctl show '*) printf 'Result=exit-code\\nExecMainStatus=%s\\n' $(cat code || echo 3);;\n\
@@ -563,6 +564,29 @@ fn shipping_ends_with_the_truth_about_every_host() {
     assert_eq!(output.text(), format!("{line}ava biz unknown\n"));
     assert_eq!(output.status.to_string(), "exit code 1");
     assert!(output.stderr.contains("biz does not answer"), "{}", output.stderr);
+
+    // A host that knows how answers once, while its candidate still drains; what came of the start is in the answer.
+    let answers = |state: &str, start: serde_json::Value| {
+        drop(fs_err::remove_dir_all(desk.path("host")));
+        fs_err::create_dir(desk.path("host")).unwrap();
+        let mut state: serde_json::Value = serde_json::from_str(state).unwrap();
+        state["draining"] = serde_json::json!(["ava"]);
+        let answer = serde_json::json!({"version": 1, "state": state, "live": {}, "start": start});
+        fs_err::write(desk.path("host/answer"), answer.to_string()).unwrap();
+        let output = desk.run(&["ship", "--timeout", "30", "--service", "ava", closure.app.as_str()]);
+        (output, fs_err::read_to_string(desk.path("host/starts")).unwrap())
+    };
+    let well = state(3, Status::Running, &closure.app, None);
+    let (output, starts_made) = answers(&well, serde_json::json!({"code": 0}));
+    assert_eq!(output.text(), format!("{line}ava biz running\n"), "{}", output.stderr);
+    assert!(output.status.ok() && starts_made == "watch\n", "{starts_made}: {}", output.stderr);
+    let (output, starts_made) = answers(&well, serde_json::json!({"code": 5, "said": "not loaded"}));
+    assert_eq!(output.text(), format!("{line}ava biz unknown\n"), "{}", output.stderr);
+    assert!(
+        starts_made == "watch\n" && output.stderr.contains("it has no deployer (not loaded); install it"),
+        "{starts_made}: {}",
+        output.stderr
+    );
 
     // It runs, as an earlier pass left it, and this pass failed: of an older program the journal tells why.
     let well = state(3, Status::Running, &closure.app, None);
