@@ -90,7 +90,11 @@ pub fn run(call: &Call) -> Result<u8> {
             ));
         }
     }
-    let author = Author { by: edit::whoami(), trust: Trust { signer: Some(key), trusted: Vec::new() } };
+    let author = Author {
+        by: edit::whoami(),
+        trust: Trust { signer: Some(key), trusted: Vec::new() },
+        ..Author::default()
+    };
     let published = edit::init(store.as_ref(), &Timestamp::now, &author)?;
     match published.written {
         true => say::notice(format!("manifest: made in {}", store.url())),

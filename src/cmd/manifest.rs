@@ -6,8 +6,10 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
 use crate::error::{Error, Result, did_you_mean, io_text};
-use crate::manifest::diff::diff;
-use crate::manifest::edit::{self, Author, Published, Start};
+use crate::manifest::belief::{self, Objection};
+use crate::manifest::diff::{Difference, diff};
+use crate::manifest::edit::{self, Author, Current, Published, Start};
+use crate::manifest::lineage::{self, Digest};
 use crate::manifest::model::Manifest;
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::signature::{self, Trust};
@@ -17,7 +19,7 @@ use crate::names::{ServiceName, StorePath};
 use crate::say;
 use crate::store::{MANIFEST_KEY, Store};
 use argh::FromArgs;
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -171,7 +173,11 @@ struct Set {
 /// changed meanwhile stays. serial, generation and change are written by the program.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "edit", example = "  EDITOR=vim {command_name}")]
-struct Edit {}
+struct Edit {
+    /// publish a text that an earlier edit kept, which was corrected since
+    #[argh(option, arg_name = "file")]
+    draft: Option<String>,
+}
 
 /// Print what differs between two versions, by service and field.
 #[derive(FromArgs)]
@@ -211,15 +217,29 @@ struct Validate {
     file: Option<String>,
 }
 
-/// Add this machine's signature to the manifest as it is: the word that it is right.
+/// Add this machine's signature to the manifest as it is: the word that it is right. What no trusted key has signed
+/// yet is shown first, compared with the newest version that one has, and signed if you say so.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "sign", example = "  {command_name}")]
-struct Sign {}
+struct Sign {
+    /// without asking: the hash that 'sign' told of what you have looked at, or its first 12 digits
+    #[argh(option, arg_name = "hash")]
+    hash: Option<String>,
+}
 
-/// Check that the manifest is signed by a trusted key, for this store; print the names of the keys.
+/// Check that the manifest is signed by a trusted key, for this store, and not older than what this machine has
+/// seen; print the names of the keys.
 #[derive(FromArgs)]
-#[argh(subcommand, name = "verify", example = "  {command_name}\n  {command_name} 41")]
+#[argh(
+    subcommand,
+    name = "verify",
+    example = "  {command_name}\n  {command_name} 41\n  {command_name} --accept-version 1"
+)]
 struct Verify {
+    /// believe the version in force, of this number, although this machine has seen a newer one: the store was made
+    /// anew or restored on purpose
+    #[argh(option, arg_name = "number")]
+    accept_version: Option<u64>,
     /// the version: a name of the list, its beginning, or its serial (default: the one in force)
     #[argh(positional)]
     version: Option<String>,
@@ -291,7 +311,8 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
             })?;
         }
         Command::Set(Set { name, fields }) => set(settings, store, &name, &fields)?,
-        Command::Edit(Edit {}) => edit_text(settings, store)?,
+        Command::Edit(Edit { draft: None }) => edit_text(settings, store)?,
+        Command::Edit(Edit { draft: Some(draft) }) => publish_draft(settings, store, Path::new(&draft))?,
         Command::Diff(Diff { versions }) => print_diff(store, &versions)?,
         Command::Rollback(Rollback { version, service: None }) => {
             rollback(settings, store, version.as_deref())?
@@ -300,11 +321,16 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
             rollback_service(settings, store, version.as_deref(), &name)?;
         }
         Command::Validate(_) => validate_store(store)?,
-        Command::Sign(Sign {}) => match edit::add_signature(store, &Author::of(settings)?)? {
-            true => say::notice(format!("signed ({})", store.url())),
-            false => say::info(format!("unchanged: it has this key's signature already ({})", store.url())),
-        },
-        Command::Verify(Verify { version }) => verify(settings, store, version.as_deref())?,
+        Command::Sign(Sign { hash }) => sign(settings, store, hash.as_deref())?,
+        Command::Verify(Verify { version: None, accept_version: Some(number) }) => {
+            accept(settings, store, number)?
+        }
+        Command::Verify(Verify { version: Some(_), accept_version: Some(_) }) => {
+            return Err(Error::usage("only the version in force can be accepted; leave the other one out"));
+        }
+        Command::Verify(Verify { version, accept_version: None }) => {
+            verify(settings, store, version.as_deref())?
+        }
         Command::Schema(_) => {}
     }
     Ok(())
@@ -331,11 +357,15 @@ fn show(store: &dyn Store, version: Option<&str>, service: Option<&str>) -> Resu
         }
         Some(word) => {
             let versions = versions::all(store)?;
-            let version = versions::resolve(&versions, word)?;
+            let version = versions::find(store, &versions, word)?;
             let bytes = versions::bytes(store, version)?;
-            let unusable = parse::manifest(&bytes, Mode::Tolerant)
-                .err()
-                .map(|e| Error::new(format!("{} in {} cannot be used: {e}", version.name, store.url())));
+            let unusable = match parse::manifest(&bytes, Mode::Tolerant) {
+                Ok(_) => versions::mismatch(version, versions::head_of(&bytes).as_ref())
+                    .map(|why| Error::new(format!("{} in {} is {why}", version.name, store.url()))),
+                Err(e) => {
+                    Some(Error::new(format!("{} in {} cannot be used: {e}", version.name, store.url())))
+                }
+            };
             (version.name.clone(), bytes, unusable)
         }
     };
@@ -371,7 +401,7 @@ fn print_bytes(bytes: &[u8]) -> Result<()> {
 }
 
 fn list(store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
-    let versions = versions::all(store)?;
+    let (versions, others) = versions::all_and_others(store)?;
     if !versions.iter().any(|v| v.current) {
         match edit::load(store)? {
             None if versions.is_empty() => return Err(edit::missing(store)),
@@ -390,15 +420,20 @@ fn list(store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
             .iter()
             .zip(&heads)
             .map(|(version, head)| {
-                let text = |f: fn(&Head) -> String| head.as_ref().map(f);
-                serde_json::json!({
+                let problem = versions::mismatch(version, head.as_ref());
+                let text = |f: fn(&Head) -> String| head.as_ref().filter(|_| problem.is_none()).map(f);
+                let mut row = serde_json::json!({
                     "name": version.name,
                     "serial": version.serial,
                     "current": version.current,
                     "generation": text(|h| h.generation.to_string()),
                     "action": text(|h| h.change.action.clone()),
                     "by": text(|h| h.change.by.clone()),
-                })
+                });
+                if let Some(problem) = problem {
+                    row["problem"] = problem.into();
+                }
+                row
             })
             .collect();
         let document = serde_json::json!({"version": 1, "versions": rows});
@@ -406,13 +441,18 @@ fn list(store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
     }
     let mut rows = vec![["", "NAME", "SERIAL", "WHEN", "BY", "ACTION"].map(String::from)];
     for (version, head) in shown.iter().zip(heads) {
-        let unreadable = || Head {
+        let problem = |action: String| Head {
             serial: version.serial,
             generation: Timestamp::default(),
-            change: crate::manifest::Change { action: "(cannot be read)".into(), ..Default::default() },
+            change: crate::manifest::Change { action, ..Default::default() },
         };
-        let known = head.is_some();
-        let head = head.unwrap_or_else(unreadable);
+        let mismatch = versions::mismatch(version, head.as_ref());
+        let known = head.is_some() && mismatch.is_none();
+        let head = match (mismatch, head) {
+            (Some(why), _) => problem(why),
+            (None, Some(head)) => head,
+            (None, None) => problem("(cannot be read)".into()),
+        };
         rows.push([
             if version.current { "*" } else { "" }.into(),
             version.name.clone(),
@@ -425,6 +465,12 @@ fn list(store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
     print(&table(&rows))?;
     if shown.len() < versions.len() {
         say::info(format!("{} older ones: 'deploy-manifest list --all'", versions.len() - shown.len()));
+    }
+    for name in others.iter().take(10) {
+        say::warning(format!("not a version: {}", say::printable(&versions::archive_key(name))));
+    }
+    if others.len() > 10 {
+        say::warning(format!("not a version: {} more objects beside them", others.len() - 10));
     }
     Ok(())
 }
@@ -544,71 +590,137 @@ fn some_of(names: &[&ServiceName]) -> String {
     }
 }
 
+/// The name beside a kept draft of the text that it was made from.
+const BASE: &str = "base.json";
+
 fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
-    let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
-    let (text, base) = match current.manifest {
-        Ok(base) => (json::pretty(&current.bytes), Some(base)),
-        Err(e) if e.is_newer_version() => return Err(edit::unusable(store, &e)),
-        Err(e) => {
-            say::warning(format!("warning: the manifest in {} cannot be used: {e}", store.url()));
-            (current.bytes.clone(), None)
+    let author = Author::of(settings)?;
+    let current = edit::load(store)?.ok_or_else(|| edit::lost(store, &author))?;
+    let (text, next) = match edit_base(store, &author, &current)? {
+        EditBase::InForce => (json::pretty(&current.bytes), ""),
+        EditBase::Broken => (current.bytes, ""),
+        EditBase::Believed(base) => {
+            (json::pretty(&base), "; 'deploy-manifest rollback' publishes it as it was")
         }
     };
     let folder = durable::scratch(&std::env::temp_dir())?;
     let file = folder.path().join("manifest.json");
     durable::write(&file, &text, 0o600)?;
-    let result = edit_file(settings, store, &file, &text, base.as_ref(), &current.bytes);
+    let result = match editor::edit(&file) {
+        Ok(bytes) if bytes == text => {
+            say::info(format!("unchanged: nothing was published{next}"));
+            return Ok(());
+        }
+        Ok(bytes) => publish_edited(settings, store, &bytes, &text),
+        Err(e) => Err(e),
+    };
     if result.is_err() && fs_err::read(&file).is_ok_and(|edited| edited != text) {
+        durable::write(&folder.path().join(BASE), &text, 0o600)?;
         let kept = folder.keep().join("manifest.json");
         return result.map_err(|e| {
             let kept = kept.display();
             Error::new(format!(
-                "{e}; your text is kept in {kept}: correct it there, then VISUAL='cp {kept}' deploy-manifest edit"
+                "{e}; your text is kept in {kept}: correct it there, then 'deploy-manifest edit --draft {kept}'"
             ))
         });
     }
     result
 }
 
-fn edit_file(
-    settings: &Settings,
-    store: &dyn Store,
-    file: &Path,
-    text: &[u8],
-    base: Option<&Manifest>,
-    stored: &[u8],
-) -> Result<()> {
-    let bytes = editor::edit(file)?;
-    if bytes == text {
-        say::info("unchanged: nothing was published");
-        return Ok(());
+/// What an edit starts from.
+enum EditBase {
+    /// The version in force.
+    InForce,
+    /// The text in force, which is no manifest; without trusted keys there is nothing to tell a better one by.
+    Broken,
+    /// The newest version that is believed, since what is in force is not.
+    Believed(Vec<u8>),
+}
+
+/// Says what is in force besides, where that is not what the edit starts from.
+fn edit_base(store: &dyn Store, author: &Author, current: &Current) -> Result<EditBase> {
+    let url = store.url();
+    let trusting = !author.trust.trusted.is_empty();
+    let why = match &current.manifest {
+        Err(e) if e.is_newer_version() => return Err(edit::unusable(store, e)),
+        Err(e) if !trusting => {
+            say::warning(format!("warning: the manifest in {url} cannot be used: {e}"));
+            return Ok(EditBase::Broken);
+        }
+        Err(e) => format!("the manifest in {url} cannot be used: {e}"),
+        Ok(there) => match author.objection(store, current)? {
+            None => return Ok(EditBase::InForce),
+            Some(Objection::Unsigned(why)) => format!("the manifest in {url} is not to be trusted: {why}"),
+            Some(objection) => return Err(objection.error(store, there)),
+        },
+    };
+    let Some(newest) = author.newest_believed(store)? else {
+        return Err(Error::new(format!(
+            "{why}, and no version before it is signed by a key in 'trustedPublicKeys'; look at what is there \
+             ('deploy-manifest show'), then publish a text of your own with 'deploy-manifest edit \
+             --trusted-public-keys=' or take over what is right with 'deploy-manifest sign'"
+        )));
+    };
+    say::warning(format!("warning: {why}; you edit {}, the newest that is believed", newest.words()));
+    match &current.manifest {
+        Ok(there) => {
+            say::warning("what is in force differs from it in this, which nobody trusted has signed:");
+            for difference in diff(&newest.manifest, there) {
+                say::warning(format!("  {difference}"));
+            }
+        }
+        Err(_) => say::warning("what is in force can be looked at with 'deploy-manifest show'"),
     }
-    let edited = parse::manifest_with(&bytes, Mode::Tolerant, settings.default_hosts.as_deref())?;
-    if let Some(unknown) = parse::new_unknown(&edited, base) {
+    Ok(EditBase::Believed(newest.bytes))
+}
+
+/// Publishes a draft that an earlier edit kept, on the text that it was made from.
+fn publish_draft(settings: &Settings, store: &dyn Store, draft: &Path) -> Result<()> {
+    let bytes = fs_err::read(draft)?;
+    let beside = draft.with_file_name(BASE);
+    let base = fs_err::read(&beside).map_err(|e| {
+        Error::new(format!(
+            "which version {} was made from is not known: {}; open 'deploy-manifest edit' and make the changes there",
+            draft.display(),
+            io_text(&e)
+        ))
+    })?;
+    publish_edited(settings, store, &bytes, &base)
+}
+
+/// Publishes what a person made of the text `base`: its changes, in what is believed now.
+fn publish_edited(settings: &Settings, store: &dyn Store, bytes: &[u8], base: &[u8]) -> Result<()> {
+    let edited = parse::manifest_with(bytes, Mode::Tolerant, settings.default_hosts.as_deref())?;
+    let trusted = signature::trusted(settings)?;
+    let made_from = parse::manifest(base, Mode::Tolerant).ok();
+    if !trusted.is_empty() {
+        let check = made_from.as_ref().map(|m| signature::check(base, m, &store.identity(), &trusted));
+        if let Some(Err(why)) = check.or(Some(Err("it cannot be read".into()))) {
+            return Err(Error::new(format!(
+                "the text was made from a version that is not to be trusted: {why}; open 'deploy-manifest edit' and \
+                 make the changes there"
+            )));
+        }
+    }
+    if let Some(unknown) = parse::new_unknown(&edited, made_from.as_ref()) {
         return Err(unknown.into());
     }
-    let start = if base.is_some() { Start::Existing } else { Start::Repair };
-    change(settings, store, start, |manifest| {
-        let action = match base {
-            Some(base) => {
-                if !changes::merge(manifest, base, &edited)? {
-                    return Ok(None);
-                }
-                let differences = diff(base, &edited);
-                let mut names: Vec<&ServiceName> = differences.iter().filter_map(|d| d.service()).collect();
-                names.dedup();
-                format!("edit {}", some_of(&names)).trim_end().to_string()
+    change(settings, store, Start::Repair, |manifest| {
+        let Some(base) = &made_from else {
+            // What could not be read cannot be merged with: only what was edited may be replaced.
+            if edit::load(store)?.is_none_or(|c| c.bytes != base) {
+                return Err(Error::new("the manifest was changed meanwhile"));
             }
-            None => {
-                // What could not be read cannot be merged with: only what was edited may be replaced.
-                if edit::load(store)?.is_none_or(|c| c.bytes != stored) {
-                    return Err(Error::new("the manifest was changed meanwhile"));
-                }
-                changes::restore(manifest, &edited);
-                "edit".into()
-            }
+            changes::restore(manifest, &edited);
+            return Ok(Some("edit".into()));
         };
-        Ok(Some(action))
+        if !changes::merge(manifest, base, &edited)? {
+            return Ok(None);
+        }
+        let differences = diff(base, &edited);
+        let mut names: Vec<&ServiceName> = differences.iter().filter_map(|d| d.service()).collect();
+        names.dedup();
+        Ok(Some(format!("edit {}", some_of(&names)).trim_end().to_string()))
     })?;
     Ok(())
 }
@@ -621,12 +733,12 @@ fn print_diff(store: &dyn Store, words: &[String]) -> Result<()> {
     let versions = versions::all(store)?;
     let current = || versions.iter().find(|v| v.current).ok_or_else(|| edit::missing(store));
     let new = match new {
-        Some(word) => versions::resolve(&versions, word)?,
+        Some(word) => versions::find(store, &versions, word)?,
         None => current()?,
     };
     let old = match old {
-        Some(word) => versions::resolve(&versions, word)?,
-        None => versions::previous(&versions).ok_or_else(|| only_version(store))?,
+        Some(word) => versions::find(store, &versions, word)?,
+        None => versions::previous(store, &versions)?.ok_or_else(|| only_version(store))?,
     };
     let mut lines = String::new();
     for difference in diff(&versions::read(store, old)?, &versions::read(store, new)?) {
@@ -647,31 +759,65 @@ fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Resul
     if let Some(word) = word.filter(|w| *w == STDIN || w.starts_with('@')) {
         return rollback_to_copy(settings, store, &input(word)?);
     }
+    let author = Author::of(settings)?;
+    let current = match edit::load(store) {
+        Ok(current) => current,
+        // Too large to be read: what is wrong is said where nothing can be found that is better.
+        Err(e) if word.is_none() && versions::archived(store)?.is_empty() => return Err(e),
+        Err(_) => None,
+    };
+    let objection = current.as_ref().map(|c| author.objection(store, c)).transpose()?.flatten();
     let versions = versions::all(store)?;
     // An old one that was put back is left behind also when it says the same: hosts do not obey it.
     let outrun = |serial: u64| versions.iter().any(|v| v.serial > serial);
-    let outrun = versions.iter().find(|v| v.current).is_some_and(|v| outrun(v.serial));
-    let version = match word {
-        Some(word) => rollback_target(&versions, word)?,
-        // With nothing readable in force, the newest that was replaced is the one before.
-        None => match versions.iter().any(|v| v.current) {
-            true => versions::previous(&versions),
-            false => versions.first(),
+    let outrun = objection.is_some() || versions.iter().find(|v| v.current).is_some_and(|v| outrun(v.serial));
+    let (old, name) = match word {
+        Some(word) => {
+            let version = rollback_target(store, &versions, word)?;
+            (believed(settings, store, version)?, version.name.clone())
         }
-        .ok_or_else(|| match edit::load(store) {
-            Ok(None) => edit::missing(store),
-            Ok(Some(_)) => only_version(store),
-            Err(e) => e,
-        })?,
+        None => version_before(&author, store, &versions, current.as_ref(), objection)?,
     };
-    let old = believed(settings, store, version)?;
     change(settings, store, Start::Replace, |manifest| {
         // A repair starts from nothing, and restoring nothing is a change there.
         let repaired = manifest.change.by.is_empty();
         let changed = changes::restore(manifest, &old) || repaired || outrun;
-        Ok(changed.then(|| format!("rollback to {} (serial {})", version.name, version.serial)))
+        Ok(changed.then(|| format!("rollback to {name} (serial {})", old.serial)))
     })?;
     Ok(())
+}
+
+/// What a rollback goes to when nothing was named, and its name: the version before the one in force; where that is
+/// not believed or is lost, the newest that is.
+fn version_before(
+    author: &Author,
+    store: &dyn Store,
+    versions: &[Version],
+    current: Option<&Current>,
+    objection: Option<Objection>,
+) -> Result<(Manifest, String)> {
+    let trusted = &author.trust.trusted;
+    let read = |version: &Version| Ok((versions::believed(store, version, trusted)?.0, version.name.clone()));
+    let none = || match current {
+        None => edit::missing(store),
+        Some(_) => only_version(store),
+    };
+    match (current.map(|c| &c.manifest), objection) {
+        (Some(Ok(there)), None) => {
+            let before = versions::before(store, versions, there.serial)?;
+            read(before.ok_or_else(|| only_version(store))?)
+        }
+        (Some(Ok(there)), Some(objection @ (Objection::PutBack(_) | Objection::Fork(_)))) => {
+            Err(objection.error(store, there))
+        }
+        (_, _) => match author.newest_believed(store)? {
+            Some(newest) => Ok((newest.manifest.clone(), newest.name())),
+            None => {
+                let newest = versions::before(store, versions, u64::MAX)?;
+                read(newest.filter(|v| !v.current).ok_or_else(none)?)
+            }
+        },
+    }
 }
 
 /// Publishes a copy of a version from somewhere else, above every serial that it shows to have been there.
@@ -686,8 +832,12 @@ fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8]) -> Res
             store.url()
         )));
     }
+    let line = signature::digest(bytes).map(|digest| lineage::line(&copy, digest)).unwrap_or_default();
     change(settings, store, Start::Replace, |manifest| {
-        let behind = manifest.serial < copy.serial;
+        // Whoever has obeyed the copy knows that the new version comes after it.
+        let behind = manifest.serial < copy.serial
+            || !trusted.is_empty() && line.first().is_some_and(|copy| !manifest.previous.contains(copy));
+        manifest.previous.extend_from_slice(&line);
         manifest.serial = manifest.serial.max(copy.serial);
         let changed = changes::restore(manifest, &copy) || behind || manifest.change.by.is_empty();
         Ok(changed.then(|| format!("rollback to a copy of serial {}", copy.serial)))
@@ -701,13 +851,13 @@ fn believed(settings: &Settings, store: &dyn Store, version: &Version) -> Result
 }
 
 /// The version in force is what one rolls back from: it does not make a beginning ambiguous.
-fn rollback_target<'a>(versions: &'a [Version], word: &str) -> Result<&'a Version> {
+fn rollback_target<'a>(store: &dyn Store, versions: &'a [Version], word: &str) -> Result<&'a Version> {
     let older: Vec<Version> = versions.iter().filter(|v| !v.current).cloned().collect();
-    let found = versions::resolve(&older, word).or_else(|e| {
+    let name = match versions::find(store, &older, word) {
+        Ok(found) => found.name.clone(),
         // Only the current one fits: then there is nothing to do, which is said later.
-        versions::resolve(versions, word).map_err(|_| e)
-    })?;
-    let name = found.name.clone();
+        Err(e) => versions::find(store, versions, word).map_err(|_| e)?.name.clone(),
+    };
     versions.iter().find(|v| v.name == name).ok_or_else(|| Error::new(format!("no version '{word}'")))
 }
 
@@ -721,11 +871,11 @@ fn rollback_service(settings: &Settings, store: &dyn Store, word: Option<&str>, 
     let versions = versions::all(store)?;
     let (version, old) = match word {
         Some(word) => {
-            let version = rollback_target(&versions, word)?;
+            let version = rollback_target(store, &versions, word)?;
             (version, believed(settings, store, version)?)
         }
         None => {
-            let now = edit::read(store)?;
+            let now = edit::believed(store, &Author::of(settings)?)?;
             let entry = now.service(name).ok_or_else(|| changes::unknown_service(name, &now))?;
             let older = versions.iter().filter(|v| !v.current && v.serial < now.serial);
             let mut found = None;
@@ -757,13 +907,132 @@ fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<
     }
     let versions = versions::all(store)?;
     let version = match word {
-        Some(word) => versions::resolve(&versions, word)?,
+        Some(word) => versions::find(store, &versions, word)?,
         None => versions.iter().find(|v| v.current).ok_or_else(|| edit::missing(store))?,
     };
+    if version.current {
+        edit::believed(store, &Author::of(settings)?)?;
+    }
     let (_, mut names) = versions::believed(store, version, &trusted)?;
     names.sort();
     names.dedup();
     print(&names.join("\n"))
+}
+
+/// Believes the version in force, of this number, from now on.
+fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Result<()> {
+    let author = Author::of(settings)?;
+    if author.trust.trusted.is_empty() {
+        return Err(Error::new(
+            "nothing is remembered without 'trustedPublicKeys': there is nothing to accept",
+        ));
+    }
+    let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
+    let there = current.manifest.as_ref().map_err(|e| edit::unusable(store, e))?;
+    match author.objection(store, &current)? {
+        Some(objection @ Objection::Unsigned(_)) => return Err(objection.error(store, there)),
+        Some(Objection::PutBack(_) | Objection::Fork(_)) | None => {}
+    }
+    if there.serial != number {
+        return Err(Error::new(format!(
+            "the manifest in {} is {}, not version {number}; nothing was accepted",
+            store.url(),
+            belief::words(there)
+        )));
+    }
+    author.remember(store, &current.bytes);
+    say::notice(format!(
+        "accepted: this machine believes {} from now on ({})",
+        belief::words(there),
+        store.url()
+    ));
+    Ok(())
+}
+
+/// Signs what is in force: at once if it is believed, else after a person has seen what it is.
+fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -> Result<()> {
+    let author = Author::of(settings)?;
+    let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
+    let there = current.manifest.as_ref().map_err(|e| edit::unusable(store, e))?;
+    let shown = match author.objection(store, &current)? {
+        None => None,
+        Some(Objection::Unsigned(why)) => {
+            let digest = signature::digest(&current.bytes).map_err(Error::new)?;
+            match hash {
+                Some(hash) if hash.len() >= 12 && digest.as_str().starts_with(hash) => {}
+                Some(hash) => {
+                    return Err(Error::new(format!(
+                        "the manifest in {} has the hash {digest}, not {hash}; look at it again with 'deploy-manifest \
+                         sign'",
+                        store.url()
+                    )));
+                }
+                None => show_unsigned(store, &author, there, &why)?,
+            }
+            if let Some(Objection::PutBack(seen) | Objection::Fork(seen)) =
+                author.contradiction(store, &current)?
+            {
+                return Err(Error::new(format!(
+                    "no host that obeyed {} takes this one, whoever signs it; go back with 'deploy-manifest \
+                     rollback', then make the changes that are right again",
+                    seen.words()
+                )));
+            }
+            if hash.is_none() {
+                confirm(&digest)?;
+            }
+            Some(digest)
+        }
+        Some(objection) => return Err(objection.error(store, there)),
+    };
+    match edit::add_signature(store, &author, shown.as_ref())? {
+        true => say::notice(format!("signed ({})", store.url())),
+        false => say::info(format!("unchanged: it has this key's signature already ({})", store.url())),
+    }
+    Ok(())
+}
+
+/// Shows what differs from the newest version that is believed.
+fn show_unsigned(store: &dyn Store, author: &Author, there: &Manifest, why: &str) -> Result<()> {
+    let url = store.url();
+    say::warning(format!("{} in {url} is not to be trusted: {why}", belief::words(there)));
+    let empty = Manifest::empty(there.generation, "");
+    let newest = author.newest_believed(store)?;
+    match &newest {
+        Some(newest) => {
+            say::warning(format!("it differs from {}, the newest that is believed, in:", newest.words()))
+        }
+        None => say::warning("no version here is signed by a trusted key, so all of it is new:"),
+    }
+    for difference in diff(newest.as_ref().map_or(&empty, |n| &n.manifest), there) {
+        say::warning(format!("  {difference}"));
+        if let (Difference::Added(_), Some(service)) =
+            (&difference, difference.service().and_then(|n| there.service(n.as_str())))
+        {
+            let entry = serde_json::to_string_pretty(service).unwrap_or_default();
+            entry.lines().for_each(|line| say::warning(format!("    {}", say::printable(line))));
+        }
+    }
+    Ok(())
+}
+
+/// Has a person say that what was shown is right.
+fn confirm(digest: &Digest) -> Result<()> {
+    if !std::io::stdin().is_terminal() {
+        let short = &digest.as_str()[..12];
+        return Err(Error::new(format!(
+            "nothing was signed; if all of it is right, 'deploy-manifest sign --hash {short}'"
+        )));
+    }
+    say::notice("Is all of it right, and shall it be signed? [y/N]");
+    let mut answer = String::new();
+    std::io::stdin()
+        .read_line(&mut answer)
+        .map_err(|e| Error::new(format!("cannot read the answer: {e}")))?;
+    match answer.trim() {
+        "y" | "Y" | "yes" => Ok(()),
+        _ => Err(Error::new("nothing was signed")),
+    }
 }
 
 fn validate_file(settings: &Settings, file: &str) -> Result<()> {

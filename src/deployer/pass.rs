@@ -19,6 +19,7 @@ use crate::effect;
 use crate::error::{Error, Result};
 use crate::keys::PublicKey;
 use crate::manifest::edit::COPY_BACK;
+use crate::manifest::lineage::{self, Relation};
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::{Manifest, Service, entry, signature, versions};
@@ -265,17 +266,24 @@ impl Belief {
         store: &dyn Store,
         kept: Option<&[u8]>,
     ) -> Option<String> {
-        if self.trusted.is_empty() {
-            return None;
-        }
         if let Some(why) = self.doubt(bytes, manifest, store) {
             return Some(why);
         }
-        let kept = kept.and_then(|bytes| parse::manifest(bytes, Mode::Tolerant).ok());
-        let highest = kept.map_or(0, |m| m.serial).max(self.highest);
         let serial = manifest.serial;
-        let old = serial < highest && self.accept != Some(serial);
-        if !old {
+        if self.accept == Some(serial) {
+            return None;
+        }
+        let kept = kept.and_then(|bytes| Some((bytes, parse::manifest(bytes, Mode::Tolerant).ok()?)));
+        let highest = kept.as_ref().map_or(0, |(_, m)| m.serial).max(self.highest);
+        // One that was kept before this host was told whom to trust, or that a key has signed which was taken out
+        // since, says nothing of what comes after it.
+        if let Some((kept, obeyed)) =
+            kept.filter(|(b, m)| m.serial <= serial && self.doubt(b, m, store).is_none())
+            && let Some(why) = self.fork(bytes, manifest, kept, &obeyed)
+        {
+            return Some(why);
+        }
+        if self.trusted.is_empty() || serial >= highest {
             return None;
         }
         // A store that was made anew has no history above what is in force; one that was put back into has.
@@ -299,6 +307,31 @@ impl Belief {
                  the second 'deploy-manifest rollback'"
             ),
         })
+    }
+}
+
+impl Belief {
+    /// Why a manifest of the same number as the last good one, or a higher one, does not come after it. Without
+    /// trusted keys anybody may write any number: then only the same number with another content is refused.
+    fn fork(&self, bytes: &[u8], manifest: &Manifest, kept: &[u8], obeyed: &Manifest) -> Option<String> {
+        let digest = |bytes: &[u8]| signature::digest(bytes).ok();
+        let (new, seen) = (digest(bytes)?, digest(kept)?);
+        match lineage::relation(manifest, &new, obeyed.serial, &seen) {
+            Relation::Same | Relation::Later | Relation::Older => return None,
+            Relation::Fork if self.trusted.is_empty() && manifest.serial != obeyed.serial => return None,
+            Relation::Fork => {}
+        }
+        let (serial, last) = (manifest.serial, obeyed.serial);
+        let what = match serial == last {
+            true => format!("it is another version {serial} than the one that this host obeyed"),
+            false => format!("version {serial} was made without the version {last} that this host obeyed"),
+        };
+        Some(format!(
+            "{what}: somebody published on an older version that had been put back, or the store was made anew or \
+             restored; a developer puts this host's copy back with '{}' and makes the lost changes again; if the \
+             store's is right, run 'deployer run --accept-serial {serial}'",
+            COPY_BACK.replace("HOST", self.host.as_str())
+        ))
     }
 }
 

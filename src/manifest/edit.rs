@@ -1,9 +1,12 @@
 //! Writing the manifest: every write is a compare-and-swap that archives what it replaces, so that two people
 //! publishing at once lose nothing and history only grows. What is changed is the caller's ([`super::changes`]).
 
+use super::belief::{self, Objection};
 use super::changes;
+use super::lineage::{self, Ancestor, Digest};
 use super::model::{Change, FORMAT_VERSION, MAX_BYTES, Manifest};
 use super::parse::{self, FieldError, MAX_SERIAL, Mode};
+use super::seen::Seen;
 use super::signature::{self, Trust};
 use super::validate::clashes;
 use super::versions::{self, Version, archive_key, archive_name};
@@ -19,14 +22,17 @@ use std::time::{Duration, Instant};
 /// What a change may start from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
-    /// A manifest that can be read; anything else is an error.
+    /// A manifest that can be read and is believed; anything else is an error.
     Existing,
-    /// The same, or an empty one where there is none.
+    /// The same, or an empty one where there never was one.
     OrEmpty,
-    /// As `Repair`, and nothing of what is there is kept: it need not be signed either.
+    /// The same, or an empty one where there is none, also if there was one.
+    Begin,
+    /// Whatever is there, also what cannot be read or is not believed (it is archived like any other), or nothing:
+    /// the change brings the content. Not a manifest of a newer version.
     Replace,
-    /// Whatever is there, also what cannot be read (it is archived like any other), or nothing: the change
-    /// brings the content. Not a manifest of a newer version.
+    /// As `Replace`, and where what is there cannot be read or is not believed, the change is made to the newest
+    /// version that is.
     Repair,
 }
 
@@ -57,27 +63,21 @@ pub struct Author {
     pub by: String,
     /// The key that signs, and those that are believed.
     pub trust: Trust,
+    /// What this machine remembers of the store.
+    pub seen: Seen,
 }
 
 impl Author {
     /// The one who runs this, with the keys of the configuration.
     pub fn of(settings: &Settings) -> Result<Self> {
-        Ok(Author { by: whoami(), trust: Trust::of(settings)? })
+        Ok(Author { by: whoami(), trust: Trust::of(settings)?, seen: Seen::of_user() })
     }
 
-    /// Refuses to build upon what nobody trusted has signed: a signature on it would be given by the way.
+    /// Refuses to build upon what is not believed: a signature on it would be given by the way.
     fn believes(&self, store: &dyn Store, current: &Current) -> Result<()> {
-        let Ok(manifest) = &current.manifest else { return Ok(()) };
-        if self.trust.trusted.is_empty() {
-            return Ok(());
-        }
-        match signature::check(&current.bytes, manifest, &store.identity(), &self.trust.trusted) {
-            Ok(_) => Ok(()),
-            Err(why) => Err(Error::new(format!(
-                "the manifest in {} is not to be trusted: {why}; look at it ('deploy-manifest show'), and if it is \
-                 right, 'deploy-manifest sign'",
-                store.url()
-            ))),
+        match (self.objection(store, current)?, &current.manifest) {
+            (Some(objection), Ok(manifest)) => Err(objection.error(store, manifest)),
+            (_, _) => Ok(()),
         }
     }
 
@@ -141,8 +141,11 @@ pub fn read(store: &dyn Store) -> Result<Manifest> {
 
 /// As [`read`], and that nobody trusted has signed it is an error too.
 pub fn believed(store: &dyn Store, author: &Author) -> Result<Manifest> {
-    let current = load(store)?.ok_or_else(|| missing(store))?;
+    let current = load(store)?.ok_or_else(|| lost(store, author))?;
     author.believes(store, &current)?;
+    if current.manifest.is_ok() {
+        author.remember(store, &current.bytes);
+    }
     current.manifest.map_err(|e| unusable(store, &e))
 }
 
@@ -175,6 +178,21 @@ pub fn missing(store: &dyn Store) -> Error {
     Error::new(format!("no manifest in {url} yet; run 'deploy-manifest init'"))
 }
 
+/// As [`missing`], of a store in which this machine has seen one: that is put back from here.
+pub fn lost(store: &dyn Store, author: &Author) -> Error {
+    match author.remembered(store) {
+        Ok(Some(seen)) => Error::new(format!(
+            "no manifest in {} any more, and this machine has seen {} there; put it back with 'deploy-manifest rollback \
+             @{}', or begin anew with 'deploy-manifest init'",
+            store.url(),
+            seen.words(),
+            seen.kept.unwrap_or_default().display()
+        )),
+        Ok(None) => missing(store),
+        Err(e) => e,
+    }
+}
+
 /// How the copy that a host keeps is published again.
 pub const COPY_BACK: &str = "ssh HOST cat /var/lib/deployer/manifest.json | deploy-manifest rollback -";
 
@@ -189,7 +207,7 @@ pub fn unusable(store: &dyn Store, why: &FieldError) -> Error {
 
 /// Creates an empty manifest where there is none.
 pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<Published> {
-    swap(store, now, author, Start::OrEmpty, |_, current| Ok(current.is_none().then(|| "init".into())))
+    swap(store, now, author, Start::Begin, |_, current| Ok(current.is_none().then(|| "init".into())))
 }
 
 /// One service's new closure.
@@ -245,7 +263,7 @@ fn swap(
     let mut tried: Option<(Vec<u8>, Manifest)> = None;
     let limit = match start {
         Start::Repair | Start::Replace => MAX_REPLACED,
-        Start::Existing | Start::OrEmpty => MAX_BYTES,
+        Start::Existing | Start::OrEmpty | Start::Begin => MAX_BYTES,
     };
     loop {
         let began = Instant::now();
@@ -253,17 +271,22 @@ fn swap(
         if let Some((bytes, manifest)) = tried.take()
             && landed(store, current.as_ref(), &bytes, &manifest)?
         {
+            author.remember(store, &bytes);
             return Ok(Published { manifest, written: true });
         }
-        if let Some(current) = current.as_ref().filter(|_| start != Start::Replace) {
-            author.believes(store, current)?;
-        }
-        let (mut manifest, replaced) = base(store, author, current.as_ref(), start, now)?;
+        let Base { mut manifest, replaced, known, believed } =
+            base(store, author, current.as_ref(), start, now)?;
+        manifest.previous = known;
         let Some(action) = change(&mut manifest, current.as_ref())? else {
-            return Ok(Published { manifest, written: false });
+            let found = current.and_then(|c| Some((c.bytes, c.manifest.ok()?)));
+            if let (Some((bytes, _)), true) = (&found, believed) {
+                author.remember(store, bytes);
+            }
+            return Ok(Published { manifest: found.map_or(manifest, |(_, m)| m), written: false });
         };
         manifest.version = FORMAT_VERSION;
         manifest.serial += 1;
+        manifest.previous = lineage::before(manifest.serial, std::mem::take(&mut manifest.previous));
         manifest.generation = manifest.generation.max(now());
         manifest.change =
             Change { action, by: author.by.clone(), extra: std::mem::take(&mut manifest.change.extra) };
@@ -280,7 +303,10 @@ fn swap(
             }
         };
         match store.put(MANIFEST_KEY, &bytes, &when) {
-            Ok(_) => return Ok(Published { manifest, written: true }),
+            Ok(_) => {
+                author.remember(store, &bytes);
+                return Ok(Published { manifest, written: true });
+            }
             Err(StoreError::Changed(_)) => {
                 tried = Some((bytes, manifest));
                 contention.wait(began.elapsed(), current.map(|c| c.etag), store)?;
@@ -301,90 +327,139 @@ fn swap(
     }
 }
 
-/// What the change starts from, and the name that what is there is archived under.
+/// What a change starts from.
+struct Base {
+    manifest: Manifest,
+    /// The name that what is there is archived under.
+    replaced: String,
+    /// The versions that the next one comes after, as far as they are known.
+    known: Vec<Ancestor>,
+    /// Whether it is what is in force.
+    believed: bool,
+}
+
 fn base(
     store: &dyn Store,
     author: &Author,
     current: Option<&Current>,
     start: Start,
     now: &dyn Fn() -> Timestamp,
-) -> Result<(Manifest, String)> {
-    match (current, start) {
-        (Some(Current { manifest: Ok(manifest), .. }), Start::Existing | Start::OrEmpty | Start::Repair) => {
-            room_after(store, manifest.serial, MANIFEST_KEY)?;
-            Ok((manifest.clone(), archive_name(manifest.serial, manifest.generation)))
-        }
-        // Of what nobody trusted has signed, or nobody has published, a replacement takes not even the serial.
-        (Some(found @ Current { manifest: Ok(manifest), .. }), Start::Replace)
-            if manifest.serial < LAST_SERIAL && author.believes(store, found).is_ok() =>
-        {
+) -> Result<Base> {
+    let objection = current.map(|c| author.objection(store, c)).transpose()?.flatten();
+    let repairs = matches!(start, Start::Replace | Start::Repair);
+    match (current, objection) {
+        (Some(Current { manifest: Ok(manifest), bytes, .. }), None) => {
             let replaced = archive_name(manifest.serial, manifest.generation);
-            let mut manifest = manifest.clone();
-            if !author.trust.trusted.is_empty() {
-                // An old one that was put back: hosts have obeyed what it took the place of.
-                let highest = highest(store, author)?;
-                manifest.serial = manifest.serial.max(if highest == 0 { 0 } else { highest + 1 });
+            // With keys a number is what somebody trusted gave it.
+            if start != Start::Replace || manifest.serial < LAST_SERIAL {
+                let mut known = line_of(manifest, bytes);
+                let mut serial = manifest.serial;
+                if start == Start::Replace {
+                    after_archived(store, author, &mut serial, &mut known)?;
+                }
+                room_after(store, serial, MANIFEST_KEY)?;
+                let manifest = Manifest { serial, ..manifest.clone() };
+                return Ok(Base { manifest, replaced, known, believed: true });
             }
-            Ok((manifest, replaced))
+            rebuilt(store, author, current, start, now)
         }
-        (Some(Current { manifest: Err(why), .. }), Start::Existing | Start::OrEmpty) => {
+        (Some(Current { manifest: Ok(manifest), .. }), Some(objection)) if !repairs => {
+            Err(objection.error(store, manifest))
+        }
+        // Signed, and hosts have obeyed what it took the place of: the new version comes after both.
+        (
+            Some(Current { manifest: Ok(manifest), bytes, .. }),
+            Some(Objection::PutBack(seen) | Objection::Fork(seen)),
+        ) if manifest.serial < LAST_SERIAL => {
+            let mut known = seen.line();
+            known.extend(line_of(manifest, bytes));
+            let mut serial = manifest.serial.max(seen.manifest.serial);
+            after_archived(store, author, &mut serial, &mut known)?;
+            room_after(store, serial, MANIFEST_KEY)?;
+            let replaced = archive_name(manifest.serial, manifest.generation);
+            let from = if start == Start::Repair { &seen.manifest } else { manifest };
+            Ok(Base { manifest: Manifest { serial, ..from.clone() }, replaced, known, believed: false })
+        }
+        (Some(Current { manifest: Err(why), .. }), _) if !repairs || why.is_newer_version() => {
             Err(unusable(store, why))
         }
-        (Some(Current { manifest: Err(why), .. }), Start::Repair | Start::Replace)
-            if why.is_newer_version() =>
-        {
-            Err(unusable(store, why))
+        (None, _) if start == Start::Existing => Err(lost(store, author)),
+        (None, _) if start == Start::OrEmpty && author.remembered(store)?.is_some() => {
+            Err(lost(store, author))
         }
-        (None, Start::Existing) => Err(missing(store)),
-        (found, Start::OrEmpty | Start::Repair | Start::Replace) => {
-            // The serial goes on from the highest there was: a host may have seen it.
-            let highest = highest(store, author)?;
-            // What is lost or cannot be read was the one after that.
-            let lost = if highest == 0 { 0 } else { highest + 1 };
-            let head = found.and_then(|c| versions::head_of(&c.bytes));
-            let trusting = !author.trust.trusted.is_empty();
-            let said = head.as_ref().map(|h| h.serial).filter(|said| !trusting && *said < LAST_SERIAL);
-            let mut manifest = Manifest::empty(now(), "");
-            manifest.serial = match (found, said) {
-                (None, _) => lost,
-                (Some(_), None) => highest + 1,
-                (Some(_), Some(serial)) => highest.max(serial),
-            };
-            let generation = head.map_or(manifest.generation, |h| h.generation);
-            let name = archive_name(manifest.serial, generation);
-            Ok((manifest, name))
-        }
+        (found, _) => rebuilt(store, author, found, start, now),
     }
+}
+
+/// Moves the number behind the newest archived version that is believed: where an old one was put back, hosts have
+/// obeyed what it took the place of, which is not in the archive.
+fn after_archived(
+    store: &dyn Store,
+    author: &Author,
+    serial: &mut u64,
+    known: &mut Vec<Ancestor>,
+) -> Result<()> {
+    if author.trust.trusted.is_empty() {
+        return Ok(());
+    }
+    if let Some(newest) = belief::newest_archived(store, author)? {
+        *serial = (*serial).max(newest.manifest.serial + 1);
+        known.extend(newest.line());
+    }
+    Ok(())
+}
+
+/// What a version says of itself and those before it; nothing where it has no canonical form.
+fn line_of(manifest: &Manifest, bytes: &[u8]) -> Vec<Ancestor> {
+    signature::digest(bytes).map(|digest| lineage::line(manifest, digest)).unwrap_or_default()
+}
+
+/// Where nothing is in force that could be built on: the number goes on from the highest there was, since a host
+/// may have obeyed it. Of what nobody trusted has signed, or nobody has published, not even the number is taken.
+fn rebuilt(
+    store: &dyn Store,
+    author: &Author,
+    found: Option<&Current>,
+    start: Start,
+    now: &dyn Fn() -> Timestamp,
+) -> Result<Base> {
+    let trusting = !author.trust.trusted.is_empty();
+    let remembered = author.remembered(store)?;
+    let archived = if trusting { belief::newest_archived(store, author)? } else { None };
+    let highest = match &archived {
+        Some(newest) => newest.manifest.serial,
+        None => newest_name(store)?,
+    };
+    // What is lost or cannot be read was the one after that.
+    let lost = if highest == 0 { 0 } else { highest + 1 };
+    let head = found.and_then(|c| versions::head_of(&c.bytes));
+    let said = head.as_ref().map(|h| h.serial).filter(|said| !trusting && *said < LAST_SERIAL);
+    let serial = match (found, said) {
+        (None, _) => lost,
+        (Some(_), None) => highest + 1,
+        (Some(_), Some(serial)) => highest.max(serial),
+    };
+    let serial = serial.max(remembered.as_ref().map_or(0, |r| r.manifest.serial));
+    room_after(store, serial, MANIFEST_KEY)?;
+    let mut known: Vec<Ancestor> = remembered.iter().flat_map(|r| r.line()).collect();
+    known.extend(archived.iter().flat_map(|a| a.line()));
+    let generation = head.map_or_else(now, |h| h.generation);
+    let mut manifest = Manifest::empty(now(), "");
+    if start == Start::Repair
+        && let Some(newest) = belief::newer(remembered, archived)
+    {
+        manifest = newest.manifest;
+    }
+    manifest.serial = serial;
+    Ok(Base { manifest, replaced: archive_name(serial, generation), known, believed: false })
 }
 
 /// The first serial that leaves no room for what is lost after it and the version that is written then.
 const LAST_SERIAL: u64 = MAX_SERIAL - 1;
 
-/// How many archived versions are read at most in search of one that somebody trusted has signed.
-const SEARCHED: usize = 200;
-
-/// The highest serial of a store whose own manifest does not tell it; 0 when there is none. Names of objects are
-/// what anybody who can write the store makes of them, so that with trusted keys the newest version counts that one
-/// of them has signed. Where there is none, the history is older than the keys.
-fn highest(store: &dyn Store, author: &Author) -> Result<u64> {
+/// The highest number among the names of the archived versions; 0 when there is none.
+fn newest_name(store: &dyn Store) -> Result<u64> {
     let archived = versions::archived(store)?;
-    let trusted = &author.trust.trusted;
-    if !trusted.is_empty() {
-        for version in archived.iter().take(SEARCHED) {
-            match versions::believed(store, version, trusted) {
-                Ok((manifest, _)) => return Ok(manifest.serial),
-                Err(_) => continue,
-            }
-        }
-        if let Some(newest) = archived.first().filter(|_| archived.len() > SEARCHED) {
-            return Err(Error::new(format!(
-                "the {SEARCHED} newest versions in {}, from {} on, are signed by nobody in 'trustedPublicKeys': \
-                 remove what nobody published, and run it again",
-                store.url(),
-                archive_key(&newest.name)
-            )));
-        }
-    }
     let Some(newest) = archived.first() else { return Ok(0) };
     room_after(store, newest.serial, &archive_key(&newest.name))?;
     Ok(newest.serial)
@@ -502,8 +577,9 @@ fn random() -> f64 {
 }
 
 /// Adds this machine's signature to the manifest as it is, whoever signed it before: the word that it is right.
-/// Its serial stays, so nothing is archived. Returns false when it was there already.
-pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
+/// Its number stays, so nothing is archived. `shown` is what a person looked at before they said so; None: what is
+/// believed already needs no look. Returns false when it was there already.
+pub fn add_signature(store: &dyn Store, author: &Author, shown: Option<&Digest>) -> Result<bool> {
     let Some(key) = &author.trust.signer else {
         return Err(Error::new(
             "there is no key to sign with; set 'secretKeyFile' ('omni-deploy keygen' makes one)",
@@ -514,6 +590,16 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
         let began = Instant::now();
         let current = load(store)?.ok_or_else(|| missing(store))?;
         let manifest = current.manifest.as_ref().map_err(|e| unusable(store, e))?;
+        match shown {
+            None => author.believes(store, &current)?,
+            Some(shown) if signature::digest(&current.bytes).as_ref() == Ok(shown) => {}
+            Some(_) => {
+                return Err(Error::new(format!(
+                    "the manifest in {} was changed meanwhile, and nothing was signed; run it again",
+                    store.url()
+                )));
+            }
+        }
         if signature::check(&current.bytes, manifest, &store.identity(), &[key.public()]).is_ok() {
             return Ok(false);
         }
@@ -527,8 +613,12 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
         });
         signature::sign(&mut signed, &store.identity(), key)?;
         store::before_writing(store, Timestamp::now())?;
-        match store.put(MANIFEST_KEY, &signed.to_bytes(), &When::Still(current.etag.clone())) {
-            Ok(_) => return Ok(true),
+        let bytes = signed.to_bytes();
+        match store.put(MANIFEST_KEY, &bytes, &When::Still(current.etag.clone())) {
+            Ok(_) => {
+                author.remember(store, &bytes);
+                return Ok(true);
+            }
             Err(StoreError::Changed(_)) => contention.wait(began.elapsed(), Some(current.etag), store)?,
             Err(e) => return Err(e.into()),
         }
@@ -573,7 +663,7 @@ mod tests {
     }
 
     fn ann() -> Author {
-        Author { by: "ann@laptop".into(), trust: Trust::default() }
+        Author { by: "ann@laptop".into(), trust: Trust::default(), seen: Seen::default() }
     }
 
     fn etag(bytes: &[u8]) -> Etag {
@@ -788,7 +878,7 @@ mod tests {
     fn with_key() -> Author {
         let key = SecretKey::generate("ann-1").unwrap();
         let trust = Trust { trusted: vec![key.public()], signer: Some(key) };
-        Author { by: "ann@laptop".into(), trust }
+        Author { by: "ann@laptop".into(), trust, seen: Seen::default() }
     }
 
     #[test]

@@ -1,18 +1,22 @@
 //! The manifest: what should run where. [`model`] has the types, [`parse`] reads them from JSON with the path
 //! of every mistake, [`validate`] checks what spans services, [`changes`] are what people do to it, [`edit`]
 //! publishes a version, [`versions`] finds the replaced ones, [`diff`] compares two, [`schema`] describes the form to other
-//! programs, [`command`] splits command lines, [`entry`] tells whether an entry is still the same.
+//! programs, [`belief`] tells what may be
+//! built on, [`seen`] remembers it, [`lineage`] tells which version comes after which, [`command`] splits command lines, [`entry`] tells whether an entry is still the same.
 
+pub mod belief;
 pub mod changes;
 pub mod command;
 pub mod diff;
 pub mod edit;
 pub mod entry;
 pub mod json;
+pub mod lineage;
 pub mod model;
 pub mod parse;
 mod rules;
 pub mod schema;
+pub mod seen;
 pub mod signature;
 pub mod validate;
 pub mod versions;

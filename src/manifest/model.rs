@@ -2,6 +2,7 @@
 //! services in [`super::validate`]. Serializing writes every field in the order a person reads them; fields
 //! this version does not know are kept in `extra` and written back.
 
+use super::lineage::Ancestor;
 use super::rules;
 use crate::clock::Timestamp;
 use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
@@ -27,6 +28,9 @@ pub struct Manifest {
     pub generation: Timestamp,
     /// What this version changed, and who did.
     pub change: Change,
+    /// The versions before it, newest first; see [`super::lineage`].
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub previous: Vec<Ancestor>,
     /// The store it was signed for; see [`super::signature`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store: Option<String>,
@@ -336,6 +340,7 @@ impl Manifest {
             serial: 1,
             generation: now,
             change: Change { action: "init".into(), by: by.into(), extra: Map::new() },
+            previous: Vec::new(),
             store: None,
             signatures: Vec::new(),
             services: Vec::new(),

@@ -3,6 +3,7 @@
 //! Never reads a file and never guesses: what cannot be is refused.
 
 use super::json::{self, At, shown};
+use super::lineage::Ancestor;
 use super::model::{
     Artifact, Change, DEFAULT_TIMEOUT_SEC, Exec, FORMAT_VERSION, Hardening, Health, Http, Manifest, Profile,
     Rollout, Service, Systemd, Target,
@@ -67,7 +68,7 @@ type Parsed<T> = Result<T, FieldError>;
 pub const MAX_SERIAL: u64 = (1 << 53) - 1;
 
 pub(super) const MANIFEST_FIELDS: &[&str] =
-    &["version", "serial", "generation", "change", "store", "signatures", "services"];
+    &["version", "serial", "generation", "change", "previous", "store", "signatures", "services"];
 pub(super) const CHANGE_FIELDS: &[&str] = &["action", "by"];
 pub(super) const SERVICE_FIELDS: &[&str] = &[
     "name",
@@ -135,6 +136,8 @@ pub fn manifest_with(bytes: &[u8], mode: Mode, default_hosts: Option<&[HostName]
         None => Change::default(),
         Some(value) => change(value, &fields.at("change"), mode)?,
     };
+    let previous =
+        fields.texts("previous", Vec::new(), |text| Ancestor::parse(text).map(|a| a.to_string()))?;
     let store = fields.optional_text("store", rules::words)?;
     let signatures = fields.texts("signatures", Vec::new(), rules::words)?;
     match fields.required("services", "an array of services is meant")? {
@@ -149,6 +152,7 @@ pub fn manifest_with(bytes: &[u8], mode: Mode, default_hosts: Option<&[HostName]
         serial,
         generation: Timestamp::parse(&generation).unwrap_or_default(),
         change,
+        previous: previous.iter().filter_map(|text| Ancestor::parse(text).ok()).collect(),
         store,
         signatures,
         services,
@@ -638,8 +642,17 @@ pub(super) fn unknown_in_service(at: &At<'_>, name: &str) -> FieldError {
 /// The first field that this version does not know in `manifest` and that `before` did not have at the same
 /// place (services are told apart by name): what a person typed, as against what a newer version wrote.
 pub fn new_unknown(manifest: &Manifest, before: Option<&Manifest>) -> Option<FieldError> {
-    let Manifest { version: _, serial: _, generation: _, change, store: _, signatures: _, services, extra } =
-        manifest;
+    let Manifest {
+        version: _,
+        serial: _,
+        generation: _,
+        change,
+        previous: _,
+        store: _,
+        signatures: _,
+        services,
+        extra,
+    } = manifest;
     let root = At::Root;
     new_in(&root, extra, before.map(|b| &b.extra), MANIFEST_FIELDS)
         .or_else(|| {

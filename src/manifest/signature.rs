@@ -6,6 +6,7 @@
 //! `{`, what Nix signs of closures with `1;`, so that neither can stand for the other.
 
 use super::json;
+use super::lineage::Digest;
 use super::model::Manifest;
 use crate::config::Settings;
 use crate::error::{Error, Result};
@@ -50,6 +51,14 @@ fn canonical_of(mut document: Value) -> Result<Vec<u8>, String> {
     members.remove("signatures");
     // serde_json keeps members sorted by the bytes of their names and escapes as little as it may.
     serde_json::to_vec(&document).map_err(|e| e.to_string())
+}
+
+/// The digest of a manifest's content, from its stored bytes: of the canonical form without `store`, so that signing
+/// what was unsigned leaves it the same version.
+pub fn digest(bytes: &[u8]) -> Result<Digest, String> {
+    let mut document = json::read(bytes, None).map_err(|e| e.to_string())?;
+    document.as_object_mut().map(|members| members.remove("store"));
+    canonical_of(document).map(|canonical| Digest::of(&canonical))
 }
 
 /// Binds a manifest to its store and adds a signature by `key` (or replaces the one of that key's name).
@@ -131,6 +140,38 @@ mod tests {
             check(text("manifest").as_bytes(), &manifest, text("store"), &[key]),
             Ok(vec!["test-1".into()])
         );
+    }
+
+    #[test]
+    fn the_frozen_version_after_it_names_it() {
+        use crate::manifest::lineage::{Relation, relation};
+        let first: Value =
+            serde_json::from_str(include_str!("../../tests/fixtures/signature-v1.json")).unwrap();
+        let vectors: Value =
+            serde_json::from_str(include_str!("../../tests/fixtures/signature-v1-previous.json")).unwrap();
+        let text = |name: &str| vectors[name].as_str().unwrap();
+        let next = parse::manifest(text("manifest").as_bytes(), Mode::Strict).unwrap();
+        let key = PublicKey::parse(text("publicKey")).unwrap();
+        assert!(check(text("manifest").as_bytes(), &next, text("store"), &[key]).is_ok());
+        let before = digest(first["manifest"].as_str().unwrap().as_bytes()).unwrap();
+        let after = digest(text("manifest").as_bytes()).unwrap();
+        assert_eq!((before.as_str(), after.as_str()), (text("previousDigest"), text("digest")));
+        assert_eq!(relation(&next, &after, 7, &before), Relation::Later);
+        assert_eq!(relation(&next, &after, 7, &after), Relation::Fork);
+        assert_eq!(next.previous[1].to_string(), "6:lost");
+        // A text of an older program, without the list, is the same as it was.
+        let old = parse::manifest(first["manifest"].as_str().unwrap().as_bytes(), Mode::Strict).unwrap();
+        assert!(old.previous.is_empty() && !String::from_utf8(old.to_bytes()).unwrap().contains("previous"));
+    }
+
+    #[test]
+    fn signing_leaves_it_the_same_version() {
+        let mut manifest = Manifest::empty(Timestamp(1_795_372_265), "ann@laptop");
+        let unsigned = digest(&manifest.to_bytes());
+        sign(&mut manifest, STORE, &SecretKey::generate("ann-1").unwrap()).unwrap();
+        assert_eq!(digest(&manifest.to_bytes()), unsigned);
+        manifest.serial += 1;
+        assert_ne!(digest(&manifest.to_bytes()), unsigned);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The versions of the manifest in a store: the current one and those it replaced, which are kept byte for
-//! byte under `manifests/`. Finds and reads them; writing is [`super::edit`]'s.
+//! byte under `manifests/`. Finds and reads them; writing is [`super::edit`]'s. A name is what anybody who can
+//! write the store makes of it: an object counts as a version only if what it holds has that name.
 
 use super::model::{Change, MAX_BYTES, Manifest};
 use super::parse::{self, MAX_SERIAL, Mode};
@@ -47,30 +48,45 @@ pub fn archive_key(name: &str) -> String {
     format!("{ARCHIVE_PREFIX}{name}")
 }
 
+/// The number in a name that has exactly the form of [`archive_name`].
 fn serial_in(name: &str) -> Option<u64> {
-    let (_, serial) = name.strip_prefix("manifest-")?.strip_suffix(".json")?.rsplit_once('-')?;
-    serial.parse().ok().filter(|serial| *serial <= MAX_SERIAL)
+    let (time, serial) = name.strip_prefix("manifest-")?.strip_suffix(".json")?.split_once('-')?;
+    let (date, clock) = time.strip_suffix('Z')?.split_once('T')?;
+    let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+    let plain = date.len() == 8 && clock.len() == 6 && digits(date) && digits(clock) && digits(serial);
+    let number: u64 = serial.parse().ok().filter(|n| plain && *n <= MAX_SERIAL)?;
+    (serial == format!("{number:08}")).then_some(number)
 }
 
-/// The archived versions, newest first; objects of other names are left out.
+/// The archived versions, newest first, by their names; objects of other names are left out.
 pub fn archived(store: &dyn Store) -> Result<Vec<Version>> {
-    let mut versions: Vec<Version> = store
-        .list(ARCHIVE_PREFIX)?
-        .iter()
-        .filter_map(|key| key.strip_prefix(ARCHIVE_PREFIX))
-        .filter_map(|name| {
-            serial_in(name).map(|serial| Version { name: name.into(), serial, current: false })
-        })
-        .collect();
+    Ok(listing(store)?.0)
+}
+
+/// The archived versions, newest first, and the names of what else is there.
+fn listing(store: &dyn Store) -> Result<(Vec<Version>, Vec<String>)> {
+    let (mut versions, mut others) = (Vec::new(), Vec::new());
+    for key in store.list(ARCHIVE_PREFIX)? {
+        let name = key.strip_prefix(ARCHIVE_PREFIX).unwrap_or(&key).to_string();
+        match serial_in(&name) {
+            Some(serial) => versions.push(Version { name, serial, current: false }),
+            None => others.push(name),
+        }
+    }
     versions
         .sort_by(|a, b| (Reverse(a.serial), Reverse(&a.name)).cmp(&(Reverse(b.serial), Reverse(&b.name))));
-    Ok(versions)
+    Ok((versions, others))
 }
 
 /// All versions, newest first. A current one that is missing, or whose beginning cannot be read, is not
 /// among them.
 pub fn all(store: &dyn Store) -> Result<Vec<Version>> {
-    let mut versions = archived(store)?;
+    Ok(all_and_others(store)?.0)
+}
+
+/// As [`all`], with the names of what is among the archived versions and has no version's name.
+pub fn all_and_others(store: &dyn Store) -> Result<(Vec<Version>, Vec<String>)> {
+    let (mut versions, others) = listing(store)?;
     if let Some(head) = head(store, MANIFEST_KEY)? {
         let name = archive_name(head.serial, head.generation);
         // A writer that was ended between archiving and replacing leaves the current one in both places.
@@ -78,38 +94,101 @@ pub fn all(store: &dyn Store) -> Result<Vec<Version>> {
         let at = versions.partition_point(|v| v.serial > head.serial);
         versions.insert(at, Version { name, serial: head.serial, current: true });
     }
-    Ok(versions)
+    Ok((versions, others))
+}
+
+/// Why an object that has the name of a version is none: what it holds has another name. None for a version.
+pub fn mismatch(version: &Version, head: Option<&Head>) -> Option<String> {
+    if version.current {
+        return None;
+    }
+    let Some(Head { serial, generation, .. }) = head else {
+        return Some("not a version: it cannot be read".into());
+    };
+    let named = archive_name(*serial, *generation) == version.name;
+    (!named).then(|| format!("not a version: it holds version {serial} of {generation}"))
+}
+
+/// Whether what it holds has its name; one request.
+fn is_version(store: &dyn Store, version: &Version) -> Result<bool> {
+    Ok(version.current || mismatch(version, head(store, &archive_key(&version.name))?.as_ref()).is_none())
+}
+
+/// How many objects are looked at in search of one that is a version.
+const LOOKED_AT: usize = 200;
+
+/// The newest of these with a number below `serial` that is a version.
+pub fn before<'a>(store: &dyn Store, versions: &'a [Version], serial: u64) -> Result<Option<&'a Version>> {
+    for version in versions.iter().filter(|v| v.serial < serial).take(LOOKED_AT) {
+        if is_version(store, version)? {
+            return Ok(Some(version));
+        }
+    }
+    Ok(None)
 }
 
 /// The version before the current one.
-pub fn previous(versions: &[Version]) -> Option<&Version> {
-    let current = versions.iter().find(|v| v.current)?;
-    versions.iter().find(|v| v.serial < current.serial)
+pub fn previous<'a>(store: &dyn Store, versions: &'a [Version]) -> Result<Option<&'a Version>> {
+    match versions.iter().find(|v| v.current) {
+        Some(current) => before(store, versions, current.serial),
+        None => Ok(None),
+    }
 }
 
-/// The version that `word` means: a name, an unambiguous beginning of one (`.json` may follow), or a serial.
-pub fn resolve<'a>(versions: &'a [Version], word: &str) -> Result<&'a Version> {
+/// The version that `word` means: a name, an unambiguous beginning of one (`.json` may follow), or a number. Where
+/// it fits several objects, those that are no versions do not count.
+pub fn find<'a>(store: &dyn Store, versions: &'a [Version], word: &str) -> Result<&'a Version> {
+    let mut fitting = fitting(versions, word);
+    if (2..=COMPARED).contains(&fitting.len()) {
+        let mut real = Vec::new();
+        for version in &fitting {
+            if is_version(store, version)? {
+                real.push(*version);
+            }
+        }
+        if !real.is_empty() {
+            fitting = real;
+        }
+    }
+    one_of(versions, &fitting, word)
+}
+
+/// How many objects that a word fits are looked at for whether they are versions.
+const COMPARED: usize = 20;
+
+/// All that `word` fits.
+fn fitting<'a>(versions: &'a [Version], word: &str) -> Vec<&'a Version> {
     let stem = word.strip_prefix(ARCHIVE_PREFIX).unwrap_or(word);
     let stem = stem.strip_suffix(".json").unwrap_or(stem);
     if let Some(exact) = versions.iter().find(|v| v.name.strip_suffix(".json") == Some(stem)) {
-        return Ok(exact);
+        return vec![exact];
     }
-    let by_serial = stem.parse::<u64>().ok().and_then(|serial| versions.iter().find(|v| v.serial == serial));
-    if let Some(version) = by_serial {
-        return Ok(version);
+    if let Ok(serial) = stem.parse::<u64>() {
+        let numbered: Vec<&Version> = versions.iter().filter(|v| v.serial == serial).collect();
+        if !numbered.is_empty() {
+            return numbered;
+        }
     }
     let begins = |v: &&Version| {
         !stem.is_empty()
             && (v.name.starts_with(stem)
                 || v.name.strip_prefix("manifest-").is_some_and(|n| n.starts_with(stem)))
     };
-    let fitting: Vec<&Version> = versions.iter().filter(begins).collect();
-    match fitting[..] {
+    versions.iter().filter(begins).collect()
+}
+
+/// The one that is meant of those that `word` fits.
+fn one_of<'a>(versions: &[Version], fitting: &[&'a Version], word: &str) -> Result<&'a Version> {
+    let same_number =
+        |v: &Version| fitting.iter().all(|o| o.serial == v.serial) && word.parse() == Ok(v.serial);
+    match *fitting {
         [] => {
             let near = did_you_mean(word, versions.iter().map(|v| v.name.as_str()));
             Err(Error::new(format!("no version '{word}'{near}; 'deploy-manifest list --all' shows them")))
         }
         [one] => Ok(one),
+        // Two histories that were joined have the number twice; the newest by name is meant, the others have names.
+        [first, ..] if same_number(first) => Ok(first),
         _ => {
             let mut names: Vec<&str> = fitting.iter().take(10).map(|v| v.name.as_str()).collect();
             let more = format!("and {} more", fitting.len().saturating_sub(10));
@@ -145,8 +224,17 @@ pub fn read(store: &dyn Store, version: &Version) -> Result<Manifest> {
 }
 
 fn parsed(store: &dyn Store, version: &Version, bytes: &[u8]) -> Result<Manifest> {
-    parse::manifest(bytes, Mode::Tolerant)
-        .map_err(|e| Error::new(format!("{} in {}: {e}{ANOTHER}", version.name, store.url())))
+    let manifest = parse::manifest(bytes, Mode::Tolerant)
+        .map_err(|e| Error::new(format!("{} in {}: {e}{ANOTHER}", version.name, store.url())))?;
+    let head = Head { serial: manifest.serial, generation: manifest.generation, change: Change::default() };
+    match mismatch(version, Some(&head)) {
+        None => Ok(manifest),
+        Some(why) => Err(Error::new(format!(
+            "{} in {} is {why}, which nobody published under this name{ANOTHER}",
+            version.name,
+            store.url()
+        ))),
+    }
 }
 
 /// As [`read`], if it is signed by one of these keys (with none: as it is): whoever can write the store can put
@@ -258,6 +346,10 @@ mod tests {
         ]
     }
 
+    fn resolve<'a>(versions: &'a [Version], word: &str) -> Result<&'a Version> {
+        one_of(versions, &fitting(versions, word), word)
+    }
+
     #[test]
     fn a_version_is_found_by_name_beginning_or_serial() {
         for (word, serial) in [
@@ -307,9 +399,25 @@ mod tests {
     }
 
     #[test]
-    fn the_version_before_the_current_one_is_by_serial() {
-        assert_eq!(previous(&versions()).map(|v| v.serial), Some(3));
-        assert_eq!(previous(&versions()[..1]), None);
+    fn only_a_name_of_the_exact_form_is_a_versions() {
+        assert_eq!(serial_in("manifest-20261122T183105Z-00000042.json"), Some(42));
+        assert_eq!(serial_in("manifest-20261122T183105Z-123456789.json"), Some(123_456_789));
+        for name in [
+            "manifest-20261122T183105Z-42.json",
+            "manifest-20261122T183105Z-0000000042.json",
+            "manifest-20261122T183105Z-+0000042.json",
+            "manifest-20261122T18310\u{9b}-00000042.json",
+            "manifest-\u{9b}20261122T183105Z-00000042.json",
+            "manifest-20261122T183105Z-x-00000042.json",
+            "manifest-2026112T183105Z-00000042.json",
+            "manifest-20261122T183105Z-99999999999999999.json",
+        ] {
+            assert_eq!(serial_in(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn an_archived_version_has_the_name_that_its_content_makes() {
         assert_eq!(archive_name(42, Timestamp(1_795_372_265)), "manifest-20261122T183105Z-00000042.json");
     }
 }

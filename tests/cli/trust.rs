@@ -58,6 +58,80 @@ impl World {
         assert_eq!(fs_err::read(self.file("prod")).unwrap(), before, "{args:?}");
     }
 
+    /// The command between the quotes of `'deploy-manifest …'` in a message, as somebody types it.
+    fn types(&self, who: &str, message: &str, begins: &str) -> Output {
+        let quoted = message
+            .split('\'')
+            .find_map(|part| part.strip_prefix("deploy-manifest ").filter(|p| p.starts_with(begins)));
+        let words: Vec<&str> =
+            quoted.unwrap_or_else(|| panic!("no '{begins}' in {message}")).split(' ').collect();
+        self.call_in("prod", who, &[&["manifest"], &words[..]].concat())
+    }
+
+    /// As [`World::refused`], with what was said.
+    fn says(&self, who: &str, args: &[&str], reason: &str) -> String {
+        self.refused(who, args, reason);
+        self.call_in("prod", who, args).stderr
+    }
+
+    /// An edit whose editor does this with the text, `$1`.
+    fn edits(&self, who: &str, script: &str) -> Output {
+        let editor = self.dir.path().join("editor");
+        fs_err::write(&editor, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs_err::set_permissions(&editor, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let home = self.dir.path().join(who);
+        Run::new(env!("CARGO_BIN_EXE_omni-deploy"))
+            .args(["manifest", "edit"])
+            .env("OMNI_DEPLOY_STORE", format!("file://{}", self.dir.path().join("prod").display()))
+            .env("HOME", &home)
+            .env("USER", who)
+            .env("EDITOR", &editor)
+            .env("TMPDIR", self.dir.path())
+            .without_env("VISUAL")
+            .without_env("XDG_CONFIG_HOME")
+            .without_env("XDG_STATE_HOME")
+            .without_env("JOURNAL_STREAM")
+            .output()
+            .unwrap()
+    }
+
+    fn archive(&self) -> PathBuf {
+        self.dir.path().join("prod/manifests")
+    }
+
+    /// The archived version of this number.
+    fn archived(&self, serial: u64) -> PathBuf {
+        let end = format!("-{serial:08}.json");
+        let mut names = fs_err::read_dir(self.archive()).unwrap().map(|e| e.unwrap().path());
+        names.find(|p| p.to_str().unwrap().ends_with(&end)).unwrap()
+    }
+
+    /// Bob's machine, which trusts Ann's key and his own, and whose key Ann's machine trusts.
+    fn with_bob(&self) {
+        self.ok("bob", &["keygen", "bob-1"]);
+        let of = |who: &str| self.dir.path().join(who).join(".config/omni-deploy");
+        let key = |who: &str| {
+            let keys = fs_err::read_dir(of(who).join("keys")).unwrap().map(|e| e.unwrap().path());
+            let public = keys.into_iter().find(|p| p.extension().unwrap() == "pub").unwrap();
+            fs_err::read_to_string(public).unwrap().trim().to_string()
+        };
+        let keys = json!([key("ann"), key("bob")]);
+        for who in ["ann", "bob"] {
+            let file = of(who).join("config.json");
+            let text = fs_err::read_to_string(&file).unwrap_or_else(|_| "{}".into());
+            let mut config: Value = serde_json::from_str(&text).unwrap();
+            config["trustedPublicKeys"] = keys.clone();
+            if who == "bob" {
+                config["secretKeyFile"] = of("bob").join("keys/bob-1.secret").display().to_string().into();
+            }
+            fs_err::write(file, config.to_string()).unwrap();
+        }
+    }
+
+    fn env(&self) -> Value {
+        self.manifest()["services"][0]["env"].clone()
+    }
+
     fn manifest(&self) -> Value {
         serde_json::from_slice(&fs_err::read(self.file("prod")).unwrap()).unwrap()
     }
@@ -203,4 +277,264 @@ fn keygen_makes_a_private_file_and_never_overwrites_it() {
     let before = fs_err::read(keys.join("release.secret")).unwrap();
     world.refused("ann", &["keygen", "release"], "exists and is kept");
     assert_eq!(fs_err::read(keys.join("release.secret")).unwrap(), before);
+}
+
+#[test]
+fn an_old_version_put_back_is_not_built_upon_and_what_it_took_the_place_of_is_published_again() {
+    let world = World::new();
+    world.ok("ann", &["manifest", "set", "ava", "env.AUTH=none"]);
+    world.ok("ann", &["manifest", "set", "ava", "env.AUTH=required"]);
+    let fixed = world.manifest();
+    assert_eq!(fixed["serial"], 4);
+    // Somebody who can write the store undoes the fix.
+    fs_err::copy(world.archived(3), world.file("prod")).unwrap();
+    for args in [
+        &["manifest", "set", "ava", "env.COLOUR=blue"][..],
+        &["manifest", "update", "ava", OTHER],
+        &["manifest", "rollback"],
+        &["manifest", "sign"],
+        &["manifest", "verify"],
+    ] {
+        world.refused("ann", args, "an older version was put back");
+    }
+    let out = world.edits("ann", "echo >>$1");
+    assert!(out.status == Status::Exit(1) && out.stderr.contains("was put back"), "{}", out.stderr);
+    // She does what she is told.
+    let said = world.says("ann", &["manifest", "set", "ava", "env.COLOUR=blue"], "has seen version 4");
+    let out = world.types("ann", &said, "rollback @");
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    world.ok("ann", &["manifest", "set", "ava", "env.COLOUR=blue"]);
+    assert_eq!(world.env(), json!({"AUTH": "required", "COLOUR": "blue"}));
+    assert_eq!(world.manifest()["serial"], 6);
+    let previous = world.manifest()["previous"].clone();
+    for (at, begins) in ["5:", "4:", "3:", "2:", "1:"].iter().enumerate() {
+        assert!(previous[at].as_str().unwrap().starts_with(begins), "{previous}");
+    }
+    // And what is older on purpose is a new version.
+    fs_err::copy(world.archived(3), world.file("prod")).unwrap();
+    let said = world.says("ann", &["manifest", "set", "ava", "env.COLOUR=blue"], "has seen version 6");
+    let out = world.types("ann", &said, "rollback 3");
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "none"}), &json!(7)));
+    world.ok("ann", &["manifest", "verify"]);
+}
+
+#[test]
+fn what_somebody_published_upon_an_old_version_is_noticed_by_everybody_else_and_both_go_on() {
+    let world = World::new();
+    world.with_bob();
+    world.ok("bob", &["manifest", "set", "ava", "env.AUTH=none"]);
+    world.ok("ann", &["manifest", "set", "ava", "env.AUTH=required"]);
+    fs_err::copy(world.archived(3), world.file("prod")).unwrap();
+    // Bob's machine has not seen version 4.
+    world.ok("bob", &["manifest", "set", "ava", "env.COLOUR=blue"]);
+    assert_eq!(world.manifest()["serial"], 4);
+    let said = world.says("ann", &["manifest", "set", "ava", "env.A=1"], "does not come after version 4");
+    world.ok("bob", &["manifest", "set", "ava", "env.COLOUR=red"]);
+    world.refused("ann", &["manifest", "set", "ava", "env.A=1"], "does not come after version 4");
+    let out = world.types("ann", &said, "rollback @");
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "required"}), &json!(6)));
+    world.ok("bob", &["manifest", "set", "ava", "env.COLOUR=red"]);
+    world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
+    assert_eq!(world.env(), json!({"A": "1", "AUTH": "required", "COLOUR": "red"}));
+}
+
+#[test]
+fn a_store_that_was_made_anew_or_restored_on_purpose_is_accepted_by_its_number() {
+    let world = World::new();
+    world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
+    let backup = fs_err::read(world.archived(2)).unwrap();
+    fs_err::write(world.file("prod"), &backup).unwrap();
+    let said = world.says("ann", &["manifest", "set", "ava", "env.B=1"], "verify --accept-version 2");
+    world.refused("ann", &["manifest", "verify", "--accept-version", "3"], "not version 3");
+    let out = world.types("ann", &said, "verify --accept-version");
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    world.ok("ann", &["manifest", "set", "ava", "env.B=1"]);
+    assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"B": "1"}), &json!(3)));
+    // Emptied: what was seen is put back as it is said, or the number goes on.
+    for words in [&["rollback", "@"][..], &["init"]] {
+        fs_err::remove_dir_all(world.dir.path().join("prod")).unwrap();
+        let set = world.call_in("prod", "ann", &["manifest", "set", "ava", "env.C=1"]);
+        assert!(set.stderr.contains("any more, and this machine has seen version"), "{}", set.stderr);
+        let ava = json!({"name": "b", "artifact": {"storePath": PATH}, "hosts": ["biz"]}).to_string();
+        let add = world.call_in("prod", "ann", &["manifest", "add-service", &ava]);
+        assert_eq!(add.status, Status::Exit(1), "nothing else is lost by the way: {}", add.stderr);
+        let out = world.types("ann", &set.stderr, &words.join(" "));
+        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    }
+    assert_eq!((&world.manifest()["serial"], &world.manifest()["services"]), (&json!(5), &json!([])));
+}
+
+#[test]
+fn without_a_home_it_is_said_that_nothing_is_remembered_and_the_work_goes_on() {
+    let world = World::new();
+    let key = world.dir.path().join("ann/.config/omni-deploy/config.json");
+    let config: Value = serde_json::from_slice(&fs_err::read(key).unwrap()).unwrap();
+    let out = Run::new(env!("CARGO_BIN_EXE_omni-deploy"))
+        .args(["manifest", "set", "ava", "env.A=1"])
+        .env("OMNI_DEPLOY_STORE", format!("file://{}", world.dir.path().join("prod").display()))
+        .env("OMNI_DEPLOY_SECRET_KEY_FILE", config["secretKeyFile"].as_str().unwrap())
+        .env("OMNI_DEPLOY_TRUSTED_PUBLIC_KEYS", config["trustedPublicKeys"][0].as_str().unwrap())
+        .env("HOME", "/proc/nowhere")
+        .without_env("XDG_CONFIG_HOME")
+        .without_env("XDG_STATE_HOME")
+        .without_env("JOURNAL_STREAM")
+        .output()
+        .unwrap();
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.stderr.matches("will not remember").count(), 1, "{}", out.stderr);
+    assert_eq!(world.env(), json!({"A": "1"}));
+}
+
+#[test]
+fn an_edit_of_a_damaged_or_forged_manifest_starts_from_the_newest_that_is_believed() {
+    let forged = |world: &World| {
+        let text = fs_err::read_to_string(world.file("prod")).unwrap();
+        text.replace("\"command\": null", "\"command\": \"/bin/sh -c id\"")
+    };
+    let mend = |world: &World| {
+        // The developer takes the stray comma out, if there is one.
+        let seen = world.dir.path().join("seen.json");
+        let script =
+            format!("cp $1 {}; sed -i 's/,,/,/; s/\"restartSec\": 5/\"restartSec\": 7/' $1", seen.display());
+        let out = world.edits("ann", &script);
+        (out, fs_err::read_to_string(seen).unwrap())
+    };
+    for (damage, said) in [(true, "cannot be used"), (false, "was changed after it was signed")] {
+        for forgets in [false, true] {
+            let world = World::new();
+            world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
+            let mut text = forged(&world);
+            if damage {
+                text = text.replacen("\"serial\": 3,", "\"serial\": 3,,", 1);
+            }
+            fs_err::write(world.file("prod"), text).unwrap();
+            if forgets {
+                fs_err::remove_dir_all(world.dir.path().join("ann/.local/state")).unwrap();
+            }
+            let (out, seen) = mend(&world);
+            assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+            assert!(out.stderr.contains(said) && !seen.contains("/bin/sh"), "{}{seen}", out.stderr);
+            let base = if forgets { "you edit version 2" } else { "you edit version 3" };
+            assert!(out.stderr.contains(base), "{}", out.stderr);
+            assert_eq!(out.stderr.contains("exec.command"), !damage, "{}", out.stderr);
+            let manifest = world.manifest();
+            assert_eq!(manifest["services"][0]["exec"]["command"], Value::Null);
+            assert_eq!(manifest["services"][0]["systemd"]["restartSec"], 7);
+            assert_eq!(manifest["services"][0]["env"], if forgets { json!({}) } else { json!({"A": "1"}) });
+            assert_eq!(manifest["serial"], 4);
+            world.ok("ann", &["manifest", "verify"]);
+            world.ok("ann", &["manifest", "set", "ava", "env.B=1"]);
+        }
+    }
+}
+
+#[test]
+fn a_kept_draft_is_published_upon_what_it_was_made_from_and_nothing_else() {
+    let world = World::new();
+    let kept = |out: &Output| {
+        assert_eq!(out.status, Status::Exit(1), "{}", out.stderr);
+        PathBuf::from(out.stderr.split("kept in ").nth(1).unwrap().split(": correct").next().unwrap())
+    };
+    let out = world.edits("ann", "sed -i 's/\"restartSec\": 5/\"restartSec\": -7/' $1");
+    let draft = kept(&out);
+    let text = fs_err::read_to_string(&draft).unwrap().replace("-7", "7");
+    fs_err::write(&draft, text).unwrap();
+    // Meanwhile somebody else changes another service.
+    let web = json!({"name": "web", "artifact": {"storePath": PATH}, "hosts": ["biz"]}).to_string();
+    world.ok("ann", &["manifest", "add-service", &web]);
+    let out = world.types("ann", &out.stderr, "edit --draft");
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    let manifest = world.manifest();
+    assert_eq!(manifest["services"][0]["systemd"]["restartSec"], 7);
+    assert_eq!(manifest["services"][1]["name"], "web");
+    // A text whose base is not known, or was signed by nobody, is not taken.
+    let at = draft.display().to_string();
+    let base = draft.with_file_name("base.json");
+    let text = fs_err::read_to_string(&base).unwrap();
+    fs_err::write(&base, text.replace("\"command\": null", "\"command\": \"/bin/sh\"")).unwrap();
+    world.refused(
+        "ann",
+        &["manifest", "edit", "--draft", &at],
+        "made from a version that is not to be trusted",
+    );
+    fs_err::remove_file(base).unwrap();
+    world.refused("ann", &["manifest", "edit", "--draft", &at], "open 'deploy-manifest edit'");
+}
+
+#[test]
+fn an_archived_version_counts_only_under_the_name_that_its_content_makes() {
+    let world = World::new();
+    for n in 1..=3 {
+        world.ok("ann", &["manifest", "set", "ava", &format!("env.N={n}")]);
+    }
+    // The signed bytes of version 2 under other names, one of which no terminal should see.
+    let old = fs_err::read(world.archived(2)).unwrap();
+    for name in [
+        "manifest-20991231T235959Z-00000004.json",
+        "manifest-20991231T235959Z-00000900.json",
+        "manifest-2099\u{9b}31T235959Z-00000004.json",
+    ] {
+        fs_err::write(world.archive().join(name), &old).unwrap();
+    }
+    let list = world.call_in("prod", "ann", &["manifest", "list"]);
+    assert_eq!(list.status, Status::Exit(0), "{}", list.stderr);
+    assert_eq!(list.text().matches("not a version: it holds version 2").count(), 2, "{}", list.text());
+    assert!(list.stderr.contains("not a version: manifests/manifest-2099\\u{9b}"), "{}", list.stderr);
+    assert!(!(list.text() + &list.stderr).contains('\u{9b}'));
+    for args in
+        [&["manifest", "rollback", "900"][..], &["manifest", "verify", "900"], &["manifest", "diff", "900"]]
+    {
+        world.refused("ann", args, "not a version: it holds version 2");
+    }
+    // A number means the version that has it.
+    world.ok("ann", &["manifest", "verify", "4"]);
+    world.ok("ann", &["manifest", "rollback"]);
+    assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"N": "2"}), &json!(6)));
+    assert!(!world.manifest()["change"].to_string().contains("2099"));
+    world.ok("ann", &["manifest", "rollback", "4"]);
+    // Nor does the number go down, or up.
+    world.tamper(|m| m["serial"] = 3.into());
+    let seen = world.dir.path().join("ann/.local/state");
+    fs_err::remove_dir_all(seen).unwrap();
+    world.ok("ann", &["manifest", "rollback", "5"]);
+    assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"N": "3"}), &json!(8)));
+    world.ok("ann", &["manifest", "verify"]);
+}
+
+#[test]
+fn sign_shows_what_nobody_trusted_has_signed_and_signs_only_what_was_looked_at() {
+    let world = World::new();
+    // In the place of what hosts have obeyed, nothing else is signed.
+    let good = fs_err::read(world.file("prod")).unwrap();
+    world.tamper(|m| m["services"][0]["env"] = json!({"A": "1"}));
+    let out = world.call_in("prod", "ann", &["manifest", "sign"]);
+    assert!(out.status == Status::Exit(1) && out.stderr.contains("ava: env.A (none) → 1"), "{}", out.stderr);
+    assert!(out.stderr.contains("no host that obeyed version 2"), "{}", out.stderr);
+    fs_err::write(world.file("prod"), good).unwrap();
+    world.tamper(|m| {
+        m["serial"] = 3.into();
+        m["services"][0]["exec"]["command"] = "/bin/sh -c id".into();
+        m["services"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"name": "evil", "artifact": {"storePath": OTHER}, "hosts": ["biz"]}));
+    });
+    let before = fs_err::read(world.file("prod")).unwrap();
+    let shown = world.call_in("prod", "ann", &["manifest", "sign"]);
+    assert_eq!(shown.status, Status::Exit(1), "{}", shown.stderr);
+    for part in ["ava: exec.command null → /bin/sh -c id", "+ service evil", OTHER, "nothing was signed"] {
+        assert!(shown.stderr.contains(part), "{part}: {}", shown.stderr);
+    }
+    assert_eq!(fs_err::read(world.file("prod")).unwrap(), before);
+    world.refused("ann", &["manifest", "sign", "--hash", "0123456789ab"], "look at it again");
+    // What is signed is what was shown.
+    world.tamper(|m| m["services"][0]["env"] = json!({"LATER": "1"}));
+    let late = world.types("ann", &shown.stderr, "sign --hash");
+    assert!(late.status == Status::Exit(1) && late.stderr.contains("look at it again"), "{}", late.stderr);
+    fs_err::write(world.file("prod"), before).unwrap();
+    let out = world.types("ann", &shown.stderr, "sign --hash");
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    world.ok("ann", &["manifest", "verify"]);
 }

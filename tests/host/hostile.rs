@@ -507,7 +507,8 @@ seen() {
 whole() {
     find $places \( -type d -printf 'd %p %m %u %g\n' \) -o -printf '%y %p %m %u %g %s %T@ %i %l\n' | sort
 }
-pass() { timeout -k 1 20 deployer run >out 2>&1; }
+# Every case has the number of the one before, which is no version that anybody published.
+pass() { timeout -k 1 20 deployer run --accept-serial 50 >out 2>&1; }
 back() {
     cp good $store; pass || { echo "the good manifest is not obeyed: $?"; cat out; exit 1; }
 }

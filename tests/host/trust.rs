@@ -11,14 +11,15 @@ struct Trusting<'a>(&'a Solo);
 
 impl<'a> Trusting<'a> {
     fn new(host: &'a Solo) -> Self {
-        host.sh("omni-deploy init >/dev/null; deploy-manifest sign");
+        host.sh("omni-deploy init >/dev/null
+             hash=$(deploy-manifest sign 2>&1 | grep -o '[-]-hash [0-9a-f]*'); deploy-manifest sign $hash");
         Trusting(host)
     }
 }
 
 impl Drop for Trusting<'_> {
     fn drop(&mut self) {
-        self.0.sh("rm -rf /root/.config/omni-deploy /var/lib/omni-deploy /var/lib/deployer/manifest*
+        self.0.sh("rm -rf /root/.config/omni-deploy /root/.local/state/omni-deploy /var/lib/omni-deploy /var/lib/deployer/manifest*
              deploy-manifest init");
     }
 }
@@ -136,6 +137,7 @@ fn a_store_that_was_emptied_or_made_anew_is_told_from_an_old_manifest_and_each_r
     let obeyed = stored(&host)["serial"].as_u64().unwrap();
 
     // An old version put back: the newest that the store remembers is named, and publishing it is enough.
+    host.sh("rm -r /root/.local/state/omni-deploy");
     put(&host, &old);
     let said = host.passes_with(0).said;
     let newest = format!("deploy-manifest rollback {}", obeyed - 1);
@@ -157,14 +159,54 @@ fn a_store_that_was_emptied_or_made_anew_is_told_from_an_old_manifest_and_each_r
     assert!(host.state()["manifestError"].is_null());
     assert_eq!(host.sh("deploy-manifest show --service web"), lost);
 
-    // Made anew: nobody is accused, and who did it says so to the host.
-    host.sh("rm -r /var/lib/omni-deploy/manifest*; deploy-manifest init");
+    // Made anew by somebody who has not seen it: nobody is accused, and who did it says so to the host.
+    host.sh("rm -r /var/lib/omni-deploy/manifest* /root/.local/state/omni-deploy; deploy-manifest init");
     let said = host.passes_with(0).said;
     assert!(said.contains("made anew") && !said.contains("put back;"), "{said}");
     assert!(said.contains("deployer run --accept-serial 1"), "{said}");
     host.serves("web", "two");
     host.sh("deployer run --accept-serial 1 --allow-empty");
     assert_eq!((host.state()["serial"].as_u64(), host.state()["services"].get("web")), (Some(1), None));
+}
+
+#[test]
+fn a_version_made_without_the_one_that_was_obeyed_is_refused_and_what_is_said_mends_it() {
+    let host = solo();
+    host.deploys_web();
+    let _trusting = Trusting::new(&host);
+    let old = host.sh("deploy-manifest set web env.AUTH=none >&2; cat /var/lib/omni-deploy/manifest.json");
+    host.sh("deploy-manifest set web env.AUTH=required");
+    host.good_pass();
+    let obeyed = stored(&host)["serial"].as_u64().unwrap();
+    let unit = || host.sh("systemctl show --value --property=Environment web");
+    assert!(unit().contains("AUTH=required"));
+    // The store's writer puts the version before back; a developer who has not seen the last one publishes on it.
+    put(&host, &old);
+    host.sh("rm -r /root/.local/state/omni-deploy; deploy-manifest set web env.COLOUR=blue");
+    assert_eq!(stored(&host)["serial"].as_u64(), Some(obeyed));
+    let said = host.passes_with(0).said;
+    assert!(said.contains(&format!("another version {obeyed} than the one")), "{said}");
+    assert!(said.contains(&format!("--accept-serial {obeyed}")), "{said}");
+    host.sh("deploy-manifest set web env.COLOUR=red");
+    let said = host.passes_with(0).said;
+    let without = format!("version {} was made without the version {obeyed}", obeyed + 1);
+    assert!(said.contains(&without), "{said}");
+    assert!(unit().contains("AUTH=required") && !unit().contains("COLOUR"));
+    let back = "cat /var/lib/deployer/manifest.json | deploy-manifest rollback -";
+    assert!(said.contains(back), "{said}");
+    host.sh(back);
+    host.good_pass();
+    host.sh("deploy-manifest set web env.COLOUR=red");
+    host.good_pass();
+    assert!(host.state()["manifestError"].is_null());
+    assert!(unit().contains("AUTH=required") && unit().contains("COLOUR=red"));
+    // One more signature is no other version.
+    host.sh("omni-deploy keygen more >/dev/null
+         OMNI_DEPLOY_SECRET_KEY_FILE=/root/.config/omni-deploy/keys/more.secret deploy-manifest sign
+         rm /root/.config/omni-deploy/keys/more.*");
+    assert_eq!(stored(&host)["signatures"].as_array().map(Vec::len), Some(2));
+    host.good_pass();
+    assert!(host.state()["manifestError"].is_null());
 }
 
 #[test]

@@ -1,0 +1,100 @@
+//! What this user's calls have seen of each store: the newest version that they believed, one file per store below
+//! `~/.local/state/omni-deploy/seen`, byte for byte as the store had it. It is what tells an old version that was
+//! put back from the newest, and the copy from which the newest can be published again. Never decides: what is
+//! kept here counts only while a trusted key's signature on it holds ([`super::belief`]).
+
+use super::lineage::Digest;
+use super::model::MAX_BYTES;
+use crate::config;
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::say;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// Where it is kept. The default remembers nothing.
+#[derive(Debug, Default)]
+pub struct Seen {
+    folder: Option<PathBuf>,
+}
+
+impl Seen {
+    /// Of whoever runs this.
+    pub fn of_user() -> Self {
+        Seen { folder: Some(config::state_dir().join("seen")) }
+    }
+
+    /// Below a folder.
+    pub fn below(folder: &Path) -> Self {
+        Seen { folder: Some(folder.to_path_buf()) }
+    }
+
+    /// The file of the store of this identity.
+    pub fn file(&self, identity: &str) -> Option<PathBuf> {
+        let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
+        let readable: String = identity.chars().take(60).map(plain).collect();
+        let digest = Digest::of(identity.as_bytes());
+        Some(self.folder.as_ref()?.join(format!("{readable}-{}.json", &digest.as_str()[..16])))
+    }
+
+    /// What was kept of a store.
+    pub fn read(&self, identity: &str) -> Result<Option<Vec<u8>>> {
+        let Some(file) = self.file(identity) else { return Ok(None) };
+        let read = || -> std::io::Result<Vec<u8>> {
+            let mut bytes = Vec::new();
+            fs_err::File::open(&file)?.take(MAX_BYTES).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        match read() {
+            Ok(bytes) => Ok(Some(bytes)),
+            // A home that is none remembers nothing.
+            Err(e)
+                if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
+            {
+                Ok(None)
+            }
+            Err(e) => Err(Error::new(format!(
+                "which version of this store was seen last is not known: {e}; make the file readable, or remove it to \
+                 believe what the store has now"
+            ))),
+        }
+    }
+
+    /// Keeps a version in the place of the one before. Where that cannot be, it is said, and no more: what was
+    /// asked for is done.
+    pub fn keep(&self, identity: &str, bytes: &[u8]) {
+        let Some(file) = self.file(identity) else { return };
+        let write = || -> std::io::Result<()> {
+            durable::folder(file.parent().unwrap_or(&file), 0o700)?;
+            durable::write(&file, bytes, 0o600)
+        };
+        if let Err(e) = write() {
+            say::warning(format!(
+                "warning: this machine will not remember which version it has seen, and would not notice an old one put \
+                 back: {e}; set HOME or XDG_STATE_HOME to a folder that can be written"
+            ));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn each_store_has_a_file_of_its_own_that_only_its_owner_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        let seen = Seen::below(&dir.path().join("state/seen"));
+        assert_eq!(seen.read("s3://a").unwrap(), None);
+        seen.keep("s3://a/b", b"one");
+        seen.keep("s3://a-b", b"two");
+        assert_eq!(seen.read("s3://a/b").unwrap().as_deref(), Some(&b"one"[..]));
+        assert_eq!(seen.read("s3://a-b").unwrap().as_deref(), Some(&b"two"[..]));
+        let file = seen.file("s3://a/b").unwrap();
+        assert_eq!(fs_err::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs_err::metadata(file.parent().unwrap()).unwrap().permissions().mode() & 0o777, 0o700);
+        assert!(file.file_name().unwrap().to_str().unwrap().starts_with("s3---a-b-"));
+        assert_eq!(Seen::default().file("s3://a"), None);
+    }
+}
