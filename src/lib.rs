@@ -16,6 +16,7 @@ pub mod keys;
 pub mod manifest;
 pub mod names;
 pub mod nix;
+pub mod parallel;
 pub mod push;
 pub mod runner;
 pub mod say;

@@ -57,7 +57,7 @@ pub fn run(call: &Call) -> Result<u8> {
     if let Some(leftover) = probe.leftover {
         say::warning(leftover);
     }
-    crate::store::probe::remember(store.as_ref(), Timestamp::now());
+    crate::store::probe::remember(store.as_ref(), probe.etags, Timestamp::now());
 
     let mut new = old.clone();
     for (name, value) in &flags {

@@ -57,6 +57,25 @@ pub enum When {
     Still(Etag),
 }
 
+/// How a store wants a version written in the condition of a write.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum EtagForm {
+    /// As it gave it, in quotes (RFC 9110, 8.8.3).
+    #[default]
+    Quoted,
+    /// Without the quotes: Ceph before 20 takes them for a part of it, and never finds the two equal.
+    Bare,
+}
+
+/// A part of a listing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Keys {
+    /// In the order of their bytes.
+    pub keys: Vec<String>,
+    /// Whether there are more behind the last of them.
+    pub more: bool,
+}
+
 /// Why the store did not do what it was asked. The text names the object, the cause and the next move.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreError {
@@ -117,6 +136,17 @@ pub trait Store: Send + Sync {
 
     /// All keys that begin with `prefix`, sorted; pages are followed to the end.
     fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError>;
+
+    /// The first keys that begin with `prefix` and sort after `after`: as many as the store gives at once, at least one
+    /// if there is one.
+    fn list_after(&self, prefix: &str, after: &str) -> Result<Keys, StoreError> {
+        let mut keys = self.list(prefix)?;
+        keys.retain(|key| key.as_str() > after);
+        Ok(Keys { keys, more: false })
+    }
+
+    /// From now on, versions are written like this in conditions; what matters only where [`Store::is_foreign`].
+    fn send_etags(&self, _: EtagForm) {}
 
     /// Whether other people's software decides what becomes of the condition of a write, so that it is to be found
     /// out ([`probe::before_writing`]).

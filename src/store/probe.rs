@@ -1,14 +1,15 @@
 //! Finds out whether a store keeps its word: some answer a conditional write with success whatever its
-//! condition, and then people who push at the same time overwrite each other. Writes one object of its own
+//! condition, and then people who push at the same time overwrite each other; and in which form it takes a version
+//! ([`EtagForm`]), which the store that was asked then uses. Writes one object of its own
 //! below `probe/` and removes it; never touches another. Whoever is about to write the manifest asks
 //! [`before_writing`], which remembers what was found on this machine for a week: a store behind an address may be
 //! replaced by another.
 
-use super::{Etag, Store, StoreError, When};
+use super::{Etag, EtagForm, Got, Store, StoreError, When};
 use crate::clock::Timestamp;
 use crate::{config, durable, say};
 use ring::digest::{SHA256, digest};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -20,6 +21,8 @@ const REMEMBERED_SEC: i64 = 7 * 24 * 3600;
 pub struct Probe {
     /// How the store breaks its conditions, with the remedy; None: it honours them.
     pub complaint: Option<String>,
+    /// How it takes versions in conditions, if it honours them.
+    pub etags: EtagForm,
     /// Why the probe's own object is still there, if it is.
     pub leftover: Option<String>,
 }
@@ -30,30 +33,40 @@ pub fn probe(store: &dyn Store) -> Result<Probe, StoreError> {
     let key = format!("probe/{random}");
     let tested = conditions(store, &key);
     let removed = store.delete(&key);
-    Ok(Probe { complaint: tested?, leftover: removed.err().map(|e| e.to_string()) })
+    let (etags, complaint) = match tested? {
+        Ok(etags) => (etags, None),
+        Err(complaint) => (EtagForm::default(), Some(complaint)),
+    };
+    store.send_etags(etags);
+    Ok(Probe { complaint, etags, leftover: removed.err().map(|e| e.to_string()) })
 }
 
 /// Refuses a store that breaks its conditions, before anything is written to it. What is known to be well on this
 /// machine costs no request.
 pub fn before_writing(store: &dyn Store, now: Timestamp) -> Result<(), StoreError> {
-    if !store.is_foreign() || tried().contains(&store.identity()) || remembered(store, now) {
+    if !store.is_foreign() {
+        return Ok(());
+    }
+    let known = tried().get(&store.identity()).copied();
+    if let Some(etags) = known.or_else(|| remembered(store, now)) {
+        store.send_etags(etags);
         return Ok(());
     }
     match probe(store) {
         // Not taken for tried: the next write of this process is refused as well.
         Ok(Probe { complaint: Some(why), .. }) => Err(StoreError::Refused(why)),
-        Ok(Probe { complaint: None, leftover }) => {
+        Ok(Probe { complaint: None, etags, leftover }) => {
             if let Some(leftover) = leftover {
                 say::warning(leftover);
             }
-            tried().insert(store.identity());
-            remember(store, now);
+            tried().insert(store.identity(), etags);
+            remember(store, etags, now);
             Ok(())
         }
         // Who may write the manifest and not here works on, as before there was a trial.
         Err(StoreError::Denied(why)) => {
             say::warning(format!("whether the store honours conditional writes was not tried: {why}"));
-            tried().insert(store.identity());
+            tried().insert(store.identity(), EtagForm::default());
             Ok(())
         }
         Err(e) => Err(e),
@@ -61,15 +74,22 @@ pub fn before_writing(store: &dyn Store, now: Timestamp) -> Result<(), StoreErro
 }
 
 /// The stores that this process need not try again: one that cannot be remembered is tried once, too.
-fn tried() -> MutexGuard<'static, BTreeSet<String>> {
-    static TRIED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+fn tried() -> MutexGuard<'static, BTreeMap<String, EtagForm>> {
+    static TRIED: Mutex<BTreeMap<String, EtagForm>> = Mutex::new(BTreeMap::new());
     TRIED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What follows the time in the note of a store that takes bare versions.
+const BARE: &str = " bare";
+
 /// Notes that the store was found to keep its conditions. Where that cannot be written, the next one asks again.
-pub fn remember(store: &dyn Store, now: Timestamp) {
+pub fn remember(store: &dyn Store, etags: EtagForm, now: Timestamp) {
     let note = note(store);
-    let text = format!("{} {now}\n", store.identity());
+    let form = match etags {
+        EtagForm::Quoted => "",
+        EtagForm::Bare => BARE,
+    };
+    let text = format!("{} {now}{form}\n", store.identity());
     if store.is_foreign()
         && let Some(folder) = note.parent()
         && fs_err::create_dir_all(folder).is_ok()
@@ -86,12 +106,15 @@ pub fn forget(store: &dyn Store) {
     }
 }
 
-fn remembered(store: &dyn Store, now: Timestamp) -> bool {
-    let Ok(text) = fs_err::read_to_string(note(store)) else { return false };
-    text.trim_end().rsplit_once(' ').is_some_and(|(identity, at)| {
-        let age = Timestamp::parse(at).map(|at| now.0.saturating_sub(at.0));
-        identity == store.identity() && age.is_some_and(|age| (0..REMEMBERED_SEC).contains(&age))
-    })
+fn remembered(store: &dyn Store, now: Timestamp) -> Option<EtagForm> {
+    let text = fs_err::read_to_string(note(store)).ok()?;
+    let (text, etags) = match text.trim_end().strip_suffix(BARE) {
+        Some(text) => (text, EtagForm::Bare),
+        None => (text.trim_end(), EtagForm::Quoted),
+    };
+    let (identity, at) = text.rsplit_once(' ')?;
+    let age = now.0.saturating_sub(Timestamp::parse(at)?.0);
+    (identity == store.identity() && (0..REMEMBERED_SEC).contains(&age)).then_some(etags)
 }
 
 /// Where it is noted: one file for each store.
@@ -101,17 +124,18 @@ fn note(store: &dyn Store) -> PathBuf {
     config::state_dir().join("conditional-writes").join(hex)
 }
 
-fn conditions(store: &dyn Store, key: &str) -> Result<Option<String>, StoreError> {
+/// The form in which it takes versions, or what is wrong with it.
+fn conditions(store: &dyn Store, key: &str) -> Result<Result<EtagForm, String>, StoreError> {
     let ignores = |condition: &str| {
-        Ok(Some(format!(
+        Ok(Err(format!(
             "{} ignores {condition}: people who push at the same time would overwrite each other's changes; use a \
-             store that honours it (AWS S3, MinIO, SeaweedFS, Ceph 20, or a directory)",
+             store that honours it (AWS S3, MinIO, SeaweedFS, Ceph, or a directory)",
             store.url()
         )))
     };
     let etag = match store.put(key, b"first", &When::Absent) {
         Ok(etag) => etag,
-        Err(StoreError::Changed(_)) => return Ok(Some(refuses(store))),
+        Err(StoreError::Changed(_)) => return Ok(Err(refuses(store))),
         Err(e) => return Err(e),
     };
     match store.put(key, b"second", &When::Absent) {
@@ -120,16 +144,25 @@ fn conditions(store: &dyn Store, key: &str) -> Result<Option<String>, StoreError
         Err(e) => return Err(e),
     }
     let wrong = Etag("\"00000000000000000000000000000000\"".into());
-    match store.put(key, b"third", &When::Still(wrong)) {
-        Err(StoreError::Changed(_)) => {}
-        Ok(_) => return ignores("If-Match"),
-        Err(e) => return Err(e),
+    for form in [EtagForm::Quoted, EtagForm::Bare] {
+        store.send_etags(form);
+        // One that compares nothing would take the right one as well.
+        match store.put(key, b"third", &When::Still(wrong.clone())) {
+            Err(StoreError::Changed(_)) => {}
+            Ok(_) => return ignores("If-Match"),
+            Err(e) => return Err(e),
+        }
+        match store.put(key, b"fourth", &When::Still(etag.clone())) {
+            Ok(_) => return Ok(Ok(form)),
+            Err(StoreError::Changed(_)) => {}
+            Err(e) => return Err(e),
+        }
+        // A write whose answer was lost is made again, and finds its own work.
+        if matches!(store.get(key, None, 16)?, Got::Found { bytes, .. } if bytes == b"fourth") {
+            return Ok(Ok(form));
+        }
     }
-    match store.put(key, b"fourth", &When::Still(etag)) {
-        Ok(_) => Ok(None),
-        Err(StoreError::Changed(_)) => Ok(Some(refuses(store))),
-        Err(e) => Err(e),
-    }
+    Ok(Err(refuses(store)))
 }
 
 fn refuses(store: &dyn Store) -> String {
@@ -137,4 +170,87 @@ fn refuses(store: &dyn Store) -> String {
         "{} refuses conditional writes whose condition holds: nothing could ever be published; use another store",
         store.url()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::dir::DirStore;
+    use std::cell::Cell;
+
+    /// A directory that takes versions in one form alone, and loses answers.
+    struct Picky {
+        dir: DirStore,
+        takes: &'static [EtagForm],
+        sent: Mutex<EtagForm>,
+        loses: Mutex<Cell<u32>>,
+    }
+
+    impl Store for Picky {
+        fn url(&self) -> String {
+            "s3://picky".into()
+        }
+        fn identity(&self) -> String {
+            self.url()
+        }
+        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+            self.dir.get(key, unless, limit)
+        }
+        fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
+            self.dir.get_start(key, count)
+        }
+        fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
+            self.dir.size(key)
+        }
+        fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+            let form = *self.sent.lock().unwrap();
+            if matches!(when, When::Still(_)) && !self.takes.contains(&form) {
+                return Err(StoreError::Changed("412".into()));
+            }
+            let written = self.dir.put(key, bytes, when)?;
+            let loses = self.loses.lock().unwrap();
+            if bytes == b"fourth" && loses.get() > 0 {
+                loses.set(loses.get() - 1);
+                return self.dir.put(key, bytes, when);
+            }
+            Ok(written)
+        }
+        fn delete(&self, key: &str) -> Result<(), StoreError> {
+            self.dir.delete(key)
+        }
+        fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+            self.dir.list(prefix)
+        }
+        fn send_etags(&self, form: EtagForm) {
+            *self.sent.lock().unwrap() = form;
+        }
+        fn is_foreign(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn the_form_that_a_store_takes_is_found_out_and_used() {
+        use EtagForm::{Bare, Quoted};
+        let dir = tempfile::tempdir().unwrap();
+        for (takes, loses, found) in [
+            (&[Quoted, Bare][..], 0, Some(Quoted)),
+            (&[Quoted], 0, Some(Quoted)),
+            (&[Bare], 0, Some(Bare)),
+            (&[Bare], 1, Some(Bare)),
+            (&[Quoted, Bare], 1, Some(Quoted)),
+            (&[], 0, None),
+        ] {
+            let dir = DirStore::new(dir.path());
+            let store = Picky { dir, takes, sent: Mutex::default(), loses: Mutex::new(Cell::new(loses)) };
+            let probe = probe(&store).unwrap();
+            assert_eq!((probe.complaint.is_none(), probe.leftover), (found.is_some(), None), "{takes:?}");
+            assert_eq!(*store.sent.lock().unwrap(), found.unwrap_or_default(), "{takes:?} {loses}");
+            if let Some(found) = found {
+                assert_eq!(probe.etags, found);
+                let one = store.put("k", b"one", &When::Always).unwrap();
+                store.put("k", b"two", &When::Still(one)).unwrap();
+            }
+        }
+    }
 }

@@ -12,7 +12,7 @@ use super::codes::{self, Meaning};
 use super::credentials::{Credentials, Env, Provider};
 use super::url::{Addressing, S3Location};
 use super::xml;
-use super::{Etag, Got, Store, StoreError, When};
+use super::{Etag, EtagForm, Got, Keys, Store, StoreError, When};
 use crate::clock::{Timestamp, human_seconds};
 use crate::http::{self, Again, GaveUp, Limits, RealPace, Retry, Trouble};
 use crate::say::printable;
@@ -110,6 +110,10 @@ struct Wants {
     checksum: bool,
     /// No `Expect`.
     no_expect: bool,
+    /// How it reads the version in the condition of a write; found by the probe.
+    etags: EtagForm,
+    /// Listings from their beginning: it does not know `start-after`.
+    whole_listings: bool,
 }
 
 impl fmt::Debug for S3Store {
@@ -900,6 +904,16 @@ impl S3Store {
     }
 }
 
+/// The header of a condition.
+fn condition(when: &When, form: EtagForm) -> Option<(&'static str, &str)> {
+    match (when, form) {
+        (When::Always, _) => None,
+        (When::Absent, _) => Some(("if-none-match", "*")),
+        (When::Still(Etag(etag)), EtagForm::Quoted) => Some(("if-match", etag)),
+        (When::Still(Etag(etag)), EtagForm::Bare) => Some(("if-match", etag.trim_matches('"'))),
+    }
+}
+
 /// What rusoto signs with.
 fn signing(c: &Credentials) -> AwsCredentials {
     AwsCredentials::new(c.id.clone(), c.secret.clone(), c.token.clone(), None)
@@ -1067,11 +1081,7 @@ impl Store for S3Store {
     /// [`StoreError::Changed`] may then be the echo of our own success. Who gets it and reads again must
     /// compare what is there with what was to be written before writing anew.
     fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
-        let condition = match when {
-            When::Always => None,
-            When::Absent => Some(("if-none-match", "*")),
-            When::Still(etag) => Some(("if-match", etag.0.as_str())),
-        };
+        let condition = condition(when, self.wants().etags);
         let content_type =
             if key.ends_with(".json") { "application/json" } else { "application/octet-stream" };
         let gave_up = match self.put_bytes(key, content_type, bytes, condition) {
@@ -1121,43 +1131,72 @@ impl Store for S3Store {
     }
 
     fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        let full = self.full_key(prefix);
         let mut keys = Vec::new();
         let mut token: Option<String> = None;
         loop {
-            let call = |client: S3Client| {
-                let request = ListObjectsV2Request {
-                    bucket: self.location.bucket.clone(),
-                    prefix: Some(full.clone()).filter(|p| !p.is_empty()),
-                    continuation_token: token.clone(),
-                    ..ListObjectsV2Request::default()
-                };
-                async move { client.list_objects_v2(request).await.err().map(|e| e.to_string()) }
-            };
-            let read = |answer: Answer| {
-                let (bytes, whole) = answer.read(PAGE_LIMIT)?;
-                if !whole {
-                    return Err(Fault::TooLarge(PAGE_LIMIT));
-                }
-                let text =
-                    String::from_utf8(bytes).map_err(|_| Fault::Garbage("bytes that are no text".into()))?;
-                let page = page(&text).map_err(Fault::Garbage)?;
-                if page.next.is_some() && page.next == token {
-                    return Err(Fault::Garbage("the same part of a listing again and again".into()));
-                }
-                Ok(page)
-            };
-            let page = self
-                .typed(Patience::within, call, read)
-                .map_err(|gave_up| self.told(Verb::List, prefix, gave_up))?;
-            let own = |key: String| Some(key.strip_prefix(&self.location.prefix)?.to_string());
-            keys.extend(page.keys.into_iter().filter_map(own));
+            let page = self.page(prefix, None, token.as_deref())?;
+            keys.extend(page.keys);
             token = page.next;
             if token.is_none() {
                 keys.sort();
                 return Ok(keys);
             }
         }
+    }
+
+    fn list_after(&self, prefix: &str, after: &str) -> Result<Keys, StoreError> {
+        if !self.wants().whole_listings {
+            let page = self.page(prefix, Some(after).filter(|a| !a.is_empty()), None)?;
+            // Some stores give their keys in no order, and some know no such beginning.
+            let ordered =
+                page.keys.is_sorted() && page.keys.first().is_none_or(|first| first.as_str() > after);
+            if ordered {
+                return Ok(Keys { keys: page.keys, more: page.next.is_some() });
+            }
+            self.wants.lock().unwrap_or_else(PoisonError::into_inner).whole_listings = true;
+        }
+        let mut keys = self.list(prefix)?;
+        keys.retain(|key| key.as_str() > after);
+        Ok(Keys { keys, more: false })
+    }
+
+    fn send_etags(&self, form: EtagForm) {
+        self.wants.lock().unwrap_or_else(PoisonError::into_inner).etags = form;
+    }
+}
+
+impl S3Store {
+    /// One answer to a listing, from `token` on or else behind `after`; its keys without the prefix of the store.
+    fn page(&self, prefix: &str, after: Option<&str>, token: Option<&str>) -> Result<Page, StoreError> {
+        let full = self.full_key(prefix);
+        let call = |client: S3Client| {
+            let request = ListObjectsV2Request {
+                bucket: self.location.bucket.clone(),
+                prefix: Some(full.clone()).filter(|p| !p.is_empty()),
+                start_after: after.map(|after| self.full_key(after)),
+                continuation_token: token.map(str::to_string),
+                ..ListObjectsV2Request::default()
+            };
+            async move { client.list_objects_v2(request).await.err().map(|e| e.to_string()) }
+        };
+        let read = |answer: Answer| {
+            let (bytes, whole) = answer.read(PAGE_LIMIT)?;
+            if !whole {
+                return Err(Fault::TooLarge(PAGE_LIMIT));
+            }
+            let text =
+                String::from_utf8(bytes).map_err(|_| Fault::Garbage("bytes that are no text".into()))?;
+            let page = page(&text).map_err(Fault::Garbage)?;
+            if page.next.is_some() && page.next.as_deref() == token {
+                return Err(Fault::Garbage("the same part of a listing again and again".into()));
+            }
+            Ok(page)
+        };
+        let page = self
+            .typed(Patience::within, call, read)
+            .map_err(|gave_up| self.told(Verb::List, prefix, gave_up))?;
+        let own = |key: String| Some(key.strip_prefix(&self.location.prefix)?.to_string());
+        Ok(Page { keys: page.keys.into_iter().filter_map(own).collect(), next: page.next })
     }
 }
 
@@ -1199,6 +1238,17 @@ mod tests {
         ] {
             let store = store(url, vars);
             assert_eq!((store.region.name(), store.place.as_str()), (region, place));
+        }
+    }
+
+    #[test]
+    fn a_condition_names_the_version_as_the_store_reads_it() {
+        let still = When::Still(Etag("\"abc-2\"".into()));
+        assert_eq!(condition(&still, EtagForm::Quoted), Some(("if-match", "\"abc-2\"")));
+        assert_eq!(condition(&still, EtagForm::Bare), Some(("if-match", "abc-2")));
+        for form in [EtagForm::Quoted, EtagForm::Bare] {
+            assert_eq!(condition(&When::Absent, form), Some(("if-none-match", "*")));
+            assert_eq!(condition(&When::Always, form), None);
         }
     }
 

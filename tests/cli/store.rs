@@ -543,6 +543,55 @@ fn a_refused_stream_is_refused_before_its_bytes_are_taken() {
     assert_eq!(store.size("nar/x"), Ok(Some(5_000_000)));
 }
 
+/// A server that others have written, which tests/lab/vendors.sh starts: OMNI_TEST_STORE is its URL, and the
+/// credentials are those of the environment.
+#[test]
+#[ignore = "needs a server of another vendor: tests/lab/vendors.sh"]
+fn a_store_of_another_vendor_keeps_the_contract() {
+    let url = std::env::var("OMNI_TEST_STORE").unwrap();
+    let var = |name: &str| std::env::var(name).unwrap();
+    let below = |prefix: &str| {
+        let (bucket, query) = url.split_once('?').unwrap();
+        let url = format!("{bucket}/{prefix}?{query}");
+        open_as(&url, &var("AWS_ACCESS_KEY_ID"), &var("AWS_SECRET_ACCESS_KEY"))
+    };
+    let store = below("contract");
+    // Finds out in which form it takes versions.
+    assert_eq!(probe(&store).unwrap().complaint, None);
+    keeps_the_contract(&store);
+    assert!(matches!(
+        store.put("missing", b"no", &When::Still(Etag("\"0123456789abcdef0123456789abcdef\"".into()))),
+        Err(StoreError::Changed(_))
+    ));
+    let store = below("writers");
+    store.put("count", b"0", &When::Absent).unwrap();
+    assert_eq!(probe(&store).unwrap().complaint, None);
+    std::thread::scope(|scope| {
+        (0..8).for_each(|_| drop(scope.spawn(|| (0..5).for_each(|_| count_up(&store)))));
+    });
+    assert_eq!(found(&store, "count").0, b"40");
+    // As a push and a fetch do: many at once, read again from where they were cut.
+    let store = below("cache");
+    let sizes: Vec<usize> = (0..64).map(|n| [0, 500, 200_000, 3_000_000][n % 4] + n / 4).collect();
+    let moved = omni_deploy::parallel::map(&sizes, 16, |size| {
+        let key = format!("nar/{size}");
+        let bytes: &'static [u8] = pattern(*size).leak();
+        write(&store, &key, bytes).unwrap();
+        let (all, etag) = rest(&store, &key, 0, None);
+        let half = size / 2;
+        all == bytes && (half == 0 || rest(&store, &key, half as u64, Some(&etag)).0 == bytes[half..])
+    });
+    assert!(moved.into_iter().all(|well| well));
+    let Opened::Found(download) = store.read_from("nar/3000000", 0, None).unwrap() else { panic!("gone") };
+    write(&store, "nar/3000000", b"another").unwrap();
+    assert!(matches!(store.read_from("nar/3000000", 3, Some(&download.etag)), Ok(Opened::Changed)));
+    assert!(matches!(store.read_from("nar/3000000", 7, None), Ok(Opened::Changed)));
+    let keys = store.list("nar/").unwrap();
+    assert_eq!(keys.len(), 64);
+    let after = store.list_after("nar/", &keys[40]).unwrap();
+    assert_eq!((after.keys, after.more), (keys[41..].to_vec(), false));
+}
+
 type Content = Box<dyn Read + Send>;
 
 fn write(store: &dyn Objects, key: &str, bytes: &'static [u8]) -> Result<(), StoreError> {

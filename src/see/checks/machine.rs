@@ -37,10 +37,10 @@ pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
             crate::store::probe::forget(store);
             Check::fail(WRITES, why)
         }
-        Ok(Probe { complaint: None, leftover: Some(why) }) => {
+        Ok(Probe { complaint: None, leftover: Some(why), .. }) => {
             Check::warn(WRITES, format!("honoured, but {why}"))
         }
-        Ok(Probe { complaint: None, leftover: None }) => {
+        Ok(Probe { complaint: None, leftover: None, .. }) => {
             Check::ok(WRITES, "honoured: two pushes at once lose nothing")
         }
         Err(StoreError::Denied(_)) if on_host => return vec![reached],

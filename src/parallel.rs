@@ -1,0 +1,42 @@
+//! Many requests at a time: a few threads that take one item after the other. It knows nothing of what is asked.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The answers to all items, in their order, asked for by at most `at_once` threads.
+pub fn map<T: Sync, R: Send>(items: &[T], at_once: usize, ask: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut answers = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(at) else { return answers };
+            answers.push((at, ask(item)));
+        }
+    };
+    let mut answers: Vec<(usize, R)> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..items.len().min(at_once)).map(|_| scope.spawn(worker)).collect();
+        let done =
+            workers.into_iter().map(|w| w.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        done.flatten().collect()
+    });
+    answers.sort_by_key(|(at, _)| *at);
+    answers.into_iter().map(|(_, answer)| answer).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_is_asked_once_and_answers_keep_their_order() {
+        let items: Vec<usize> = (0..100).collect();
+        let asked = AtomicUsize::new(0);
+        let answers = map(&items, 7, |n| {
+            asked.fetch_add(1, Ordering::Relaxed);
+            n * 2
+        });
+        assert_eq!(answers, (0..100).map(|n| n * 2).collect::<Vec<_>>());
+        assert_eq!(asked.load(Ordering::Relaxed), 100);
+        assert_eq!(map(&[] as &[u8], 7, |n| *n), [] as [u8; 0]);
+    }
+}
