@@ -10,13 +10,13 @@ export LC_ALL=C
 
 top=$(dirname "$(dirname "$(readlink -f "$0")")")
 lab=$top/tests/lab/lab.sh
-GROUPS_OF_ROWS=(binary show writers large push idle hundred)
+GROUPS_OF_ROWS=(binary show writers large push network idle hundred)
 
 usage() {
   cat <<TEXT
 usage: run.sh [GROUP...]        (as root)
 
-groups: ${GROUPS_OF_ROWS[*]}; without one: all of them, which takes about ten minutes after the build
+groups: ${GROUPS_OF_ROWS[*]}; without one: all of them, which takes about a quarter of an hour after the build
 The table goes to stdout, progress to stderr.
 
 example: benches/run.sh show large >table.md
@@ -73,12 +73,12 @@ isolate() {
   printf '[default]\naws_access_key_id = bench\naws_secret_access_key = bench-secret\n' >"$HOME/.aws/credentials"
 }
 
-# serve ADDRESS: an S3 server with the bucket 'box'; sets $endpoint and $requests, its log.
+# serve ADDRESS: an S3 server with the bucket 'box'; sets $endpoint, $requests, its log, and $control, its control file.
 serve() {
   local said=$work/server-$1 deadline=$((SECONDS + 20))
-  requests=$work/requests-$1
+  requests=$work/requests-$1 control=$work/control-$1
   "$release/omni-test-s3" --root "$work/s3-$1" --listen "$1:0" --bucket box --user bench:bench-secret \
-    --log "$requests" >"$said" &
+    --log "$requests" --control "$control" >"$said" &
   servers+=($!)
   until grep -q ^listening "$said"; do
     ((SECONDS < deadline)) || die "the S3 server on $1 did not start"
