@@ -31,6 +31,12 @@ impl Timestamp {
         self.utc().format("%Y%m%dT%H%M%SZ").to_string()
     }
 
+    /// Reads the form of [`Timestamp::compact`].
+    pub fn parse_compact(text: &str) -> Option<Self> {
+        let time = chrono::NaiveDateTime::parse_from_str(text, "%Y%m%dT%H%M%SZ").ok()?.and_utc();
+        Some(Timestamp(time.timestamp())).filter(|time| time.compact() == text)
+    }
+
     /// How long before `now` this was, for people: `12s`, `5m`, `3h`, `2d`; `0s` when it lies ahead.
     pub fn age(self, now: Timestamp) -> String {
         human_seconds(now.0.saturating_sub(self.0).max(0))
@@ -82,6 +88,10 @@ mod tests {
         assert_eq!(t.to_string(), "2026-11-22T18:31:05Z");
         assert_eq!(Timestamp::parse(&t.to_string()), Some(t));
         assert_eq!(t.compact(), "20261122T183105Z");
+        assert_eq!(Timestamp::parse_compact("20261122T183105Z"), Some(t));
+        for odd in ["", "20261122T183105", "20261322T183105Z", "2026-11-22T18:31:05Z", "20261122T183105Z "] {
+            assert_eq!(Timestamp::parse_compact(odd), None, "{odd:?}");
+        }
         assert_eq!(Timestamp::parse("yesterday"), None);
         for edge in ["0000-01-01T00:00:00Z", "9999-12-31T23:59:59Z"] {
             assert_eq!(Timestamp::parse(edge).map(|t| t.to_string()).as_deref(), Some(edge));

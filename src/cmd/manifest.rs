@@ -11,11 +11,13 @@ use crate::manifest::diff::{Difference, diff};
 use crate::manifest::edit::{self, Author, Current, Published, Start};
 use crate::manifest::lineage::{self, Digest};
 use crate::manifest::model::Manifest;
+use crate::manifest::newest::{Newest, enough_for, newest};
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::signature::{self, Trust};
 use crate::manifest::versions::{self, Head, Version};
 use crate::manifest::{changes, json, schema};
 use crate::names::{ServiceName, StorePath};
+use crate::parallel;
 use crate::say;
 use crate::store::{MANIFEST_KEY, Store};
 use argh::FromArgs;
@@ -356,7 +358,7 @@ fn show(store: &dyn Store, version: Option<&str>, service: Option<&str>) -> Resu
             ("the manifest".to_string(), current.bytes, unusable)
         }
         Some(word) => {
-            let versions = versions::all(store)?;
+            let versions = enough_for(store, &[word])?;
             let version = versions::find(store, &versions, word)?;
             let bytes = versions::bytes(store, version)?;
             let unusable = match parse::manifest(&bytes, Mode::Tolerant) {
@@ -401,7 +403,7 @@ fn print_bytes(bytes: &[u8]) -> Result<()> {
 }
 
 fn list(store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
-    let (versions, others) = versions::all_and_others(store)?;
+    let Newest { versions, others, complete } = newest(store, number)?;
     if !versions.iter().any(|v| v.current) {
         match edit::load(store)? {
             None if versions.is_empty() => return Err(edit::missing(store)),
@@ -463,7 +465,9 @@ fn list(store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
         ]);
     }
     print(&table(&rows))?;
-    if shown.len() < versions.len() {
+    if !complete {
+        say::info("older ones: 'deploy-manifest list --all'");
+    } else if shown.len() < versions.len() {
         say::info(format!("{} older ones: 'deploy-manifest list --all'", versions.len() - shown.len()));
     }
     for name in others.iter().take(10) {
@@ -730,7 +734,7 @@ fn print_diff(store: &dyn Store, words: &[String]) -> Result<()> {
         return Err(Error::usage("diff compares two versions; more were named"));
     }
     let (old, new) = (words.first(), words.get(1));
-    let versions = versions::all(store)?;
+    let versions = enough_for(store, &words.iter().map(String::as_str).collect::<Vec<_>>())?;
     let current = || versions.iter().find(|v| v.current).ok_or_else(|| edit::missing(store));
     let new = match new {
         Some(word) => versions::find(store, &versions, word)?,
@@ -767,7 +771,11 @@ fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Resul
         Err(_) => None,
     };
     let objection = current.as_ref().map(|c| author.objection(store, c)).transpose()?.flatten();
-    let versions = versions::all(store)?;
+    // What is off is looked for among all of them.
+    let versions = match (&current, &objection) {
+        (Some(_), None) => enough_for(store, word.as_slice())?,
+        _ => versions::all(store)?,
+    };
     // An old one that was put back is left behind also when it says the same: hosts do not obey it.
     let outrun = |serial: u64| versions.iter().any(|v| v.serial > serial);
     let outrun = objection.is_some() || versions.iter().find(|v| v.current).is_some_and(|v| outrun(v.serial));
@@ -864,11 +872,17 @@ fn rollback_target<'a>(store: &dyn Store, versions: &'a [Version], word: &str) -
 /// How many versions are read in search of a service's last change.
 const SEARCHED: usize = 200;
 
+/// How many of them at once: whole manifests.
+const READ_AT_ONCE: usize = 16;
+
 fn rollback_service(settings: &Settings, store: &dyn Store, word: Option<&str>, name: &str) -> Result<()> {
     if word.is_some_and(|w| w == STDIN || w.starts_with('@')) {
         return Err(Error::usage("a copy from a file or stdin is put back whole; leave --service out"));
     }
-    let versions = versions::all(store)?;
+    let versions = match word {
+        Some(word) => enough_for(store, &[word])?,
+        None => newest(store, SEARCHED)?.versions,
+    };
     let (version, old) = match word {
         Some(word) => {
             let version = rollback_target(store, &versions, word)?;
@@ -878,12 +892,16 @@ fn rollback_service(settings: &Settings, store: &dyn Store, word: Option<&str>, 
             let now = edit::believed(store, &Author::of(settings)?)?;
             let entry = now.service(name).ok_or_else(|| changes::unknown_service(name, &now))?;
             let older = versions.iter().filter(|v| !v.current && v.serial < now.serial);
+            let older: Vec<&Version> = older.take(SEARCHED).collect();
             let mut found = None;
-            for version in older.take(SEARCHED) {
-                let old = believed(settings, store, version)?;
-                if old.service(name).is_some_and(|o| o != entry) {
-                    found = Some((version, old));
-                    break;
+            'search: for some in older.chunks(READ_AT_ONCE) {
+                let read = parallel::map(some, READ_AT_ONCE, |version| believed(settings, store, version));
+                for (version, old) in some.iter().zip(read) {
+                    let old = old?;
+                    if old.service(name).is_some_and(|o| o != entry) {
+                        found = Some((*version, old));
+                        break 'search;
+                    }
                 }
             }
             found.ok_or_else(|| {
@@ -905,7 +923,7 @@ fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<
     if trusted.is_empty() {
         return Err(Error::new("there is no key to verify with; set 'trustedPublicKeys' or 'secretKeyFile'"));
     }
-    let versions = versions::all(store)?;
+    let versions = enough_for(store, word.as_slice())?;
     let version = match word {
         Some(word) => versions::find(store, &versions, word)?,
         None => versions.iter().find(|v| v.current).ok_or_else(|| edit::missing(store))?,

@@ -74,16 +74,28 @@ pub fn run(call: &Call) -> Result<u8> {
 
 fn look(settings: &Settings, args: &Args) -> Result<Picture> {
     let store = crate::store::open(&settings.store)?;
-    let current = edit::load(store.as_ref())?.ok_or_else(|| edit::missing(store.as_ref()))?;
+    let (current, listed) = std::thread::scope(|scope| {
+        // Which reports there are is asked for beside the manifest: both answers are waited for.
+        let listed = (!args.live).then(|| scope.spawn(|| reports::listed(store.as_ref())));
+        let current = edit::load(store.as_ref());
+        let joined = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        (current, listed.map(joined))
+    });
+    let current = current?.ok_or_else(|| edit::missing(store.as_ref()))?;
     let manifest = current.manifest.map_err(|e| edit::unusable(store.as_ref(), &e))?;
     let mut hosts = reports::hosts(&manifest);
     if let Some(name) = &args.service {
         let service = manifest.service(name).ok_or_else(|| changes::unknown_service(name, &manifest))?;
         hosts.retain(|h| service.hosts.contains(h));
     }
-    let reports = match args.live {
-        false => reports::stored(store.as_ref(), &hosts)?,
-        true => {
+    let reports = match listed {
+        Some(listed) => {
+            hosts.extend(listed?);
+            reports::stored(store.as_ref(), &hosts)?
+        }
+        None => {
             hosts.retain(|h| args.host.as_deref().is_none_or(|only| only == h.as_str()));
             reports::live(settings, store.as_ref(), &hosts)?
         }

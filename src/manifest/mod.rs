@@ -1,8 +1,9 @@
 //! The manifest: what should run where. [`model`] has the types, [`parse`] reads them from JSON with the path
 //! of every mistake, [`validate`] checks what spans services, [`changes`] are what people do to it, [`edit`]
-//! publishes a version, [`versions`] finds the replaced ones, [`diff`] compares two, [`schema`] describes the form to other
-//! programs, [`belief`] tells what may be
-//! built on, [`seen`] remembers it, [`lineage`] tells which version comes after which, [`command`] splits command lines, [`entry`] tells whether an entry is still the same.
+//! publishes a version, [`versions`] finds the replaced ones, [`newest`] the last of them, [`diff`] compares two,
+//! [`belief`] tells what may be built on, [`seen`] remembers it, [`lineage`] tells which version comes after which,
+//! [`schema`] describes the form to other programs, [`command`] splits command lines, [`entry`] tells whether an entry
+//! is still the same.
 
 pub mod belief;
 pub mod changes;
@@ -13,6 +14,7 @@ pub mod entry;
 pub mod json;
 pub mod lineage;
 pub mod model;
+pub mod newest;
 pub mod parse;
 mod rules;
 pub mod schema;

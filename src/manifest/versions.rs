@@ -49,7 +49,7 @@ pub fn archive_key(name: &str) -> String {
 }
 
 /// The number in a name that has exactly the form of [`archive_name`].
-fn serial_in(name: &str) -> Option<u64> {
+pub(super) fn serial_in(name: &str) -> Option<u64> {
     let (time, serial) = name.strip_prefix("manifest-")?.strip_suffix(".json")?.split_once('-')?;
     let (date, clock) = time.strip_suffix('Z')?.split_once('T')?;
     let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
@@ -157,7 +157,7 @@ pub fn find<'a>(store: &dyn Store, versions: &'a [Version], word: &str) -> Resul
 const COMPARED: usize = 20;
 
 /// All that `word` fits.
-fn fitting<'a>(versions: &'a [Version], word: &str) -> Vec<&'a Version> {
+pub(super) fn fitting<'a>(versions: &'a [Version], word: &str) -> Vec<&'a Version> {
     let stem = word.strip_prefix(ARCHIVE_PREFIX).unwrap_or(word);
     let stem = stem.strip_suffix(".json").unwrap_or(stem);
     if let Some(exact) = versions.iter().find(|v| v.name.strip_suffix(".json") == Some(stem)) {

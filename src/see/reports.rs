@@ -24,25 +24,27 @@ pub const MAX_REPORT: u64 = 4 << 20;
 /// How long a host may take to answer, in all.
 const LIVE_DEADLINE: Duration = Duration::from_secs(30);
 
-/// How many hosts or reports are asked at once.
-const AT_ONCE: usize = 16;
+/// How many hosts are asked at once, each by an ssh of its own.
+const HOSTS_AT_ONCE: usize = 16;
+
+/// How many reports are read at once.
+const REPORTS_AT_ONCE: usize = crate::http::CONNECTIONS;
 
 /// The hosts that the manifest names.
 pub fn hosts(manifest: &Manifest) -> BTreeSet<HostName> {
     manifest.services.iter().flat_map(|s| s.hosts.iter().cloned()).collect()
 }
 
-/// The reports in the store: of `hosts`, and of all others that have one.
+/// The hosts that have a report in the store.
+pub fn listed(store: &dyn Store) -> Result<BTreeSet<HostName>> {
+    let host = |key: &String| HostName::parse(key.strip_prefix(HOSTS_PREFIX)?.strip_suffix(".json")?).ok();
+    Ok(store.list(HOSTS_PREFIX)?.iter().filter_map(host).collect())
+}
+
+/// The reports of these hosts in the store.
 pub fn stored(store: &dyn Store, hosts: &BTreeSet<HostName>) -> Result<BTreeMap<HostName, Report>> {
-    let mut all = hosts.clone();
-    all.extend(
-        store
-            .list(HOSTS_PREFIX)?
-            .iter()
-            .filter_map(|key| HostName::parse(key.strip_prefix(HOSTS_PREFIX)?.strip_suffix(".json")?).ok()),
-    );
     let identity = store.identity();
-    each(&all, |host| {
+    each(hosts, REPORTS_AT_ONCE, |host| {
         Ok(match store.get(&key(host), None, MAX_REPORT) {
             Ok(Got::Found { bytes, .. }) => match read(host, &bytes) {
                 // It is in this store: its host reaches it, by whatever address.
@@ -97,7 +99,7 @@ pub fn live(
     store: &dyn Store,
     hosts: &BTreeSet<HostName>,
 ) -> Result<BTreeMap<HostName, Report>> {
-    each(hosts, |host| {
+    each(hosts, HOSTS_AT_ONCE, |host| {
         Ok(match ask_for(settings, host, With::Domains, LIVE_DEADLINE) {
             Err(e) => Report::Silent(e.to_string()),
             Ok(Answer { state: Some(mut state), live, .. }) if state.host == *host => {
@@ -215,6 +217,7 @@ fn read(host: &HostName, bytes: &[u8]) -> Report {
 /// Asks for every host in parallel; the first error ends it.
 fn each(
     hosts: &BTreeSet<HostName>,
+    at_once: usize,
     ask: impl Fn(&HostName) -> Result<Report> + Sync,
 ) -> Result<BTreeMap<HostName, Report>> {
     let queue = Mutex::new(hosts.iter());
@@ -224,7 +227,7 @@ fn each(
     };
     let mut reports = BTreeMap::new();
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..hosts.len().min(AT_ONCE)).map(|_| scope.spawn(worker)).collect();
+        let workers: Vec<_> = (0..hosts.len().min(at_once)).map(|_| scope.spawn(worker)).collect();
         for worker in workers {
             let part = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             reports.extend(part);
@@ -262,13 +265,13 @@ mod tests {
         let hosts: BTreeSet<HostName> =
             (0..100).map(|i| HostName::parse(&format!("h{i}")).unwrap()).collect();
         let asked = Mutex::new(Vec::new());
-        let reports = each(&hosts, |host| {
+        let reports = each(&hosts, 7, |host| {
             asked.lock().unwrap().push(host.clone());
             Ok(Report::Missing)
         });
         assert_eq!(reports.unwrap().len(), 100);
         assert_eq!(asked.lock().unwrap().len(), 100);
-        let failing = each(&hosts, |host| match host.as_str() {
+        let failing = each(&hosts, 7, |host| match host.as_str() {
             "h50" => Err(Error::new("down")),
             _ => Ok(Report::Missing),
         });

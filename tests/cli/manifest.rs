@@ -4,6 +4,7 @@
 mod common;
 
 use common::{DEVELOPER, S3Server};
+use omni_deploy::clock::Timestamp;
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::runner::{Output, Run, Status};
 use omni_deploy::store::dir::DirStore;
@@ -756,4 +757,84 @@ fn a_manifest_that_was_lost_is_put_back_from_the_copy_a_host_kept() {
     assert_eq!(part.status, Status::Exit(2), "{}", part.stderr);
     let again = bucket.ok(&["rollback", &copy]);
     assert!(again.stderr.contains("unchanged"), "{}", again.stderr);
+}
+
+/// A bucket with so many versions of two services, so many seconds apart: `bob` differs in each, `ava` never.
+fn bucket_with_versions(count: i64, apart: i64) -> Bucket {
+    let bucket = Bucket::new();
+    let root = bucket.server.dir.path().join("root/box");
+    fs_err::create_dir_all(root.join("manifests")).unwrap();
+    for serial in 1..=count {
+        let time = Timestamp(1_700_000_000 + serial * apart);
+        let service = |name: &str, n: i64| json!({"name": name, "artifact": {"storePath": path(name)}, "hosts": ["biz"], "env": {"N": n.to_string()}});
+        let text = json!({
+            "version": 1, "serial": serial, "generation": time.to_string(),
+            "change": {"action": "update bob", "by": "ann"},
+            "services": [service("ava", 0), service("bob", serial)]
+        });
+        let name = match serial == count {
+            true => "manifest.json".to_string(),
+            false => format!("manifests/manifest-{}-{serial:08}.json", time.compact()),
+        };
+        fs_err::write(root.join(name), text.to_string()).unwrap();
+    }
+    bucket
+}
+
+/// The requests of a command: those that list, and those that read an archived version.
+fn requests_of(bucket: &Bucket, args: &[&str]) -> (Output, usize, usize) {
+    let before = bucket.server.log().len();
+    let output = bucket.run(args);
+    let log = bucket.server.log().split_off(before);
+    let path = |line: &String| line.split(' ').nth(1).unwrap().trim_end_matches('/').to_string();
+    let listings = log.iter().filter(|l| l.starts_with("GET ") && path(l) == "/box").count();
+    let read = log.iter().filter(|l| l.starts_with("GET /box/manifests/manifest-")).count();
+    (output, listings, read)
+}
+
+#[test]
+fn the_newest_of_thousands_of_versions_cost_two_listings() {
+    for apart in [1, 1_000] {
+        let bucket = bucket_with_versions(2_500, apart);
+        for (args, said, most) in [
+            (&["list"][..], "2481", 2),
+            (&["diff"], "2499", 2),
+            (&["diff", "2490", "2499"], "2490", 2),
+            (&["show", "2400"], "2400", 2),
+            (&["rollback", "2450"], "2450", 2),
+            // The one in force is years younger now than those before it.
+            (&["rollback"], "2500", 4),
+        ] {
+            let (output, listings, _) = requests_of(&bucket, args);
+            let text = format!("{}{}", output.text(), output.stderr);
+            assert_eq!(output.status, Status::Exit(0), "{args:?}: {text}");
+            assert!(text.contains(said), "{args:?}: {text}");
+            assert!((1..=most).contains(&listings), "{args:?}: {listings} listings");
+        }
+        // One of the oldest is found as well.
+        let (output, _, _) = requests_of(&bucket, &["show", "3"]);
+        assert!(output.text().contains("\"serial\": 3"), "{}", output.stderr);
+    }
+}
+
+#[test]
+fn a_services_last_change_is_searched_without_reading_a_version_twice() {
+    let bucket = bucket_with_versions(260, 60);
+    let (output, listings, read) = requests_of(&bucket, &["rollback", "--service", "ava"]);
+    assert_eq!(output.status, Status::Exit(1), "{}", output.text());
+    assert!(
+        output.stderr.contains("no version before the current one has 'ava' otherwise"),
+        "{}",
+        output.stderr
+    );
+    assert_eq!((listings, read), (1, 200));
+    // What is found at once is not searched for among all.
+    let (output, _, read) = requests_of(&bucket, &["rollback", "--service", "bob"]);
+    assert_eq!(output.status, Status::Exit(0), "{}", output.stderr);
+    assert!(
+        output.stderr.contains("rollback bob to manifest-") && output.stderr.contains("259"),
+        "{}",
+        output.stderr
+    );
+    assert!((1..=16).contains(&read), "{read}");
 }

@@ -768,6 +768,27 @@ fn doctor_takes_a_manifest_for_well_only_if_a_host_would() {
 }
 
 #[test]
+fn status_asks_for_each_report_once_and_for_what_there_is_once() {
+    let server = S3Server::start();
+    let hosts: Vec<String> = (0..150).map(|n| format!("h{n}")).collect();
+    let machine = Machine::with_ava(&hosts.iter().map(String::as_str).collect::<Vec<_>>());
+    let root = server.dir.path().join("root/box");
+    fs_err::remove_dir(&root).unwrap();
+    fs_err::rename(machine.path("store"), &root).unwrap();
+    let before = server.log().len();
+    let status = over(&machine, &server.url(""), (KEY, SECRET), &["status", "--json"]);
+    assert_eq!(exit(&status), 0, "{}", status.stderr);
+    assert_eq!(json_of(&status)["rows"].as_array().unwrap().len(), 150);
+    let log = server.log().split_off(before);
+    let count = |begins: &str| log.iter().filter(|l| l.starts_with(begins)).count();
+    assert_eq!(
+        (count("GET /box/hosts/"), count("GET /box/manifest.json"), log.len()),
+        (150, 1, 152),
+        "{log:?}"
+    );
+}
+
+#[test]
 fn where_nothing_is_configured_that_is_what_is_said() {
     if ["/etc/omni-deploy/config.json", "/var/lib/omni-deploy"].iter().any(|p| Path::new(p).exists()) {
         eprintln!("left out: this machine is configured");
