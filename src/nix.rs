@@ -4,33 +4,34 @@
 //! week's otherwise.
 
 pub mod cache;
+pub mod download;
+pub mod fetch;
 pub mod hash;
 pub mod narinfo;
 pub mod spool;
+pub mod unpack;
+pub mod walk;
 
 use crate::bridge::{Access, Bridge};
 use crate::config::Settings;
 use crate::durable;
-use crate::effect;
 use crate::error::{Error, Result};
 use crate::names::StorePath;
 use crate::runner::{Output, Run, RunError, Stream, tail};
 use crate::say;
 use crate::store::s3::S3Store;
 use crate::store::url::without_secrets;
-use crate::store::{self, CacheUrl, Store, StoreError, StoreUrl};
+use crate::store::{self, CacheUrl, Store, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+pub use fetch::{fetch, fetch_within};
 
 /// Where roots against the garbage collector are kept, ours in a folder of our own below.
 pub const GCROOTS: &str = "/nix/var/nix/gcroots/omni-deploy";
 
-/// How long all copies of one [`fetch`] may take together.
-const FETCH_WITHIN: Duration = Duration::from_secs(15 * 60);
-/// What must stay free in the store's file system after a fetch, in bytes: Nix's database needs some.
-const SPARE_BYTES: u64 = 16 << 20;
 /// How long a question to the local store's database may take.
 const ASK_WITHIN: Duration = Duration::from_secs(120);
 /// How often an upload that the network broke is taken up again, the first time included.
@@ -376,171 +377,11 @@ fn key_name(settings: &Settings) -> Result<Option<String>> {
     }
 }
 
-/// Copies closures from the cache into this machine's store: all of them in one `nix copy`. If that fails, the
-/// closures that are not whole in the cache are left out and the rest is tried again, at last one by one.
-/// Returns the reason for each path that could not be had; an error means that nothing could be tried.
-pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<BTreeMap<StorePath, FetchError>> {
-    fetch_within(settings, paths, &std::env::temp_dir())
-}
-
-/// The same, with Nix's private cache below `scratch`.
-pub fn fetch_within(
-    settings: &Settings,
-    paths: &[StorePath],
-    scratch: &Path,
-) -> Result<BTreeMap<StorePath, FetchError>> {
-    let mut left = missing(paths)?;
-    let mut reasons = BTreeMap::new();
-    if left.is_empty() {
-        return Ok(reasons);
-    }
-    let until = Instant::now() + FETCH_WITHIN;
-    let all = |left: &[StorePath], e: &FetchError| left.iter().map(|p| (p.clone(), e.clone())).collect();
-    let cache = match Cache::open(settings, Access::Read) {
-        Ok(cache) => Cache { scratch: scratch.to_path_buf(), ..cache },
-        Err(e) => return Ok(all(&left, &FetchError::Unreachable(format!("cache {}: {e}", settings.cache)))),
-    };
-    let too_large = match too_large(&cache, &left, free_bytes(Path::new(crate::names::STORE_DIR))) {
-        Ok(too_large) => too_large,
-        Err(e) => return Ok(all(&left, &FetchError::Unreachable(e.to_string()))),
-    };
-    left.retain(|path| !too_large.contains_key(path));
-    reasons.extend(too_large);
-    if left.is_empty() {
-        return Ok(reasons);
-    }
-    match fetch_some(settings, &cache, &left, until) {
-        Ok(()) => return Ok(reasons),
-        Err(RunError::NotFound { program }) => return Err(RunError::NotFound { program }.into()),
-        Err(_) => left = missing(&left)?,
-    }
-    if let Some(direct) = &cache.direct {
-        let found = match cache::inspect(direct.as_ref(), &left) {
-            Ok(found) => found,
-            Err(e) => return Ok(all(&left, &FetchError::Unreachable(e.to_string()))),
-        };
-        // What this machine has already need not be in the cache.
-        let faulty: Vec<StorePath> = found.faults.keys().cloned().collect();
-        let needed: BTreeSet<StorePath> = missing(&faulty)?.into_iter().collect();
-        let before = left.len();
-        left.retain(|top| match found.fault_below(top, &|p| needed.contains(p)) {
-            None => true,
-            Some((path, fault)) => {
-                reasons
-                    .insert(top.clone(), FetchError::NotInCache(not_whole(top, path, fault, &cache.shown)));
-                false
-            }
-        });
-        if left.len() < before && left.len() > 1 && fetch_some(settings, &cache, &left, until).is_ok() {
-            return Ok(reasons);
-        }
-        left = missing(&left)?;
-    }
-    for path in left {
-        if let Err(e) = fetch_some(settings, &cache, std::slice::from_ref(&path), until) {
-            let reason = why_not(&cache, &path, &e);
-            reasons.insert(path, reason);
-        }
-    }
-    Ok(reasons)
-}
-
 /// The bytes that are free for us where the store is; None when the kernel does not say.
 fn free_bytes(store: &Path) -> Option<u64> {
     let of = |path: &Path| rustix::fs::statvfs(path).ok().map(|v| v.f_bavail.saturating_mul(v.f_frsize));
     // A store that is still to be made will be where the folder above it is.
     of(store).or_else(|| of(Path::new("/nix"))).or_else(|| of(Path::new("/")))
-}
-
-/// Which of the closures do not fit into `free` bytes, each with the reason. In order: a small one that fits is
-/// not held up by a large one after it. What the cache does not say is left for the copy to find out.
-fn too_large(
-    cache: &Cache,
-    tops: &[StorePath],
-    free: Option<u64>,
-) -> Result<BTreeMap<StorePath, FetchError>, StoreError> {
-    let mut refused = BTreeMap::new();
-    let (Some(direct), Some(free)) = (&cache.direct, free) else { return Ok(refused) };
-    let is_here = |path: &StorePath| Path::new(path.as_str()).exists();
-    let fits = |bytes: u64| bytes.saturating_add(SPARE_BYTES) <= free;
-    if fits(cache::lacking(direct.as_ref(), tops, &is_here)?) {
-        return Ok(refused);
-    }
-    let mut used = 0u64;
-    for top in tops {
-        let Ok(bytes) = cache::lacking(direct.as_ref(), std::slice::from_ref(top), &is_here) else {
-            continue;
-        };
-        if fits(used.saturating_add(bytes)) {
-            used += bytes;
-            continue;
-        }
-        let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
-        let reason = format!(
-            "{top} takes {} in {}, which has {} free; 'nix-collect-garbage -d' frees what no root holds, or give \
-             it more disk",
-            mib(bytes),
-            crate::names::STORE_DIR,
-            mib(free)
-        );
-        refused.insert(top.clone(), FetchError::Failed(reason));
-    }
-    Ok(refused)
-}
-
-fn fetch_some(
-    settings: &Settings,
-    cache: &Cache,
-    paths: &[StorePath],
-    until: Instant,
-) -> Result<(), RunError> {
-    let spawn = |e: Error| RunError::Spawn { program: "nix".into(), cause: e.to_string() };
-    for some in paths.chunks(PER_CALL) {
-        let (run, _scratch) = cache.nix(settings, Side::From, &["copy"]).map_err(spawn)?;
-        let within = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
-        let _effect = effect::mark("nix copy", &cache.shown);
-        run.args(some).deadline(within).success()?;
-    }
-    Ok(())
-}
-
-fn why_not(cache: &Cache, path: &StorePath, e: &RunError) -> FetchError {
-    let RunError::Failed { stderr, .. } = e else {
-        return match e {
-            RunError::Deadline { .. } => {
-                FetchError::Unreachable(format!("cache {}: {}", cache.shown, cache.cause(e)))
-            }
-            e => FetchError::Failed(format!("cannot copy {path}: {}", cache.cause(e))),
-        };
-    };
-    let cause = cache.cause(e);
-    let has = |words: &[&str]| words.iter().any(|w| stderr.contains(w));
-    if cache.bridge.as_ref().is_some_and(|b| !b.troubles().is_empty()) {
-        FetchError::Unreachable(format!("cache {}: {cause}", cache.shown))
-    } else if store_trouble(stderr).is_some() {
-        FetchError::Failed(format!("cannot copy {path}: {cause}"))
-    } else if has(&["signature"]) {
-        FetchError::Refused(format!(
-            "nix refuses what {} has of {path}: {cause}; push it with a key that is trusted here, or trust the \
-             key that signed it ('trustedPublicKeys')",
-            cache.shown
-        ))
-    } else if has(&["hash mismatch", "NAR", "compress", "archive", "unexpected end"]) {
-        FetchError::Refused(format!(
-            "what {} has of {path} is damaged: {cause}; take that path's narinfo and NAR out of the cache and push \
-             it again",
-            cache.shown
-        ))
-    } else if has(&["does not exist in", "is not valid", "don't know how to build"]) {
-        FetchError::NotInCache(format!(
-            "{path} is not in the cache {}; push it with 'omni-deploy push'",
-            cache.shown
-        ))
-    } else if has(&["unable to download", "HTTP error", "cannot connect", "failed to start SSH"]) {
-        FetchError::Unreachable(format!("cache {}: {cause}", cache.shown))
-    } else {
-        FetchError::Failed(format!("cannot copy {path}: {cause}"))
-    }
 }
 
 fn not_whole(top: &StorePath, path: &StorePath, fault: &cache::Fault, shown: &str) -> String {

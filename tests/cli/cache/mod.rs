@@ -77,6 +77,13 @@ impl Closure {
     }
 }
 
+impl Closure {
+    /// Takes what was fetched out of this machine's store again, after [`Closure::forget`].
+    pub fn forget_paths(&self) {
+        ask("nix-store", &["--delete", self.app.as_str(), self.lib.as_str()]);
+    }
+}
+
 impl Drop for Closure {
     fn drop(&mut self) {
         // Nix leaves the lock of a path that it refused.

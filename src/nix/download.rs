@@ -1,0 +1,551 @@
+//! Brings NARs from a cache into a spool: many at a time, the largest first, each unpacked and compared with what was
+//! vouched for before it counts. What was transferred survives a process that dies: the next one goes on where it was
+//! cut, and checks the whole again. Believes nothing that lies in the spool, and gives nothing to Nix.
+
+use super::hash::Sha256;
+use super::narinfo::{Compression, NarInfo, Warrant};
+use super::spool::{NARS, Spool};
+use super::unpack::{self, Expected, unpack};
+use super::walk::{Fault, Found};
+use crate::effect;
+use crate::error::io_text;
+use crate::names::StorePath;
+use crate::store::{Etag, Objects, Opened, StoreError};
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{self, BufReader, Read, Seek, Write};
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::time::Instant;
+
+/// Transfers at a time, each on a connection of its own.
+const TRANSFERS: usize = 32;
+/// NARs that are unpacked at a time: each takes a window of memory and most of a core.
+const UNPACKERS: usize = 4;
+/// How often a transfer is taken up again without a byte having come.
+const TRIES: u32 = 4;
+const BUFFER: usize = 64 << 10;
+
+/// Why a NAR did not come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// What the cache has of it is missing or wrong.
+    Fault(Fault),
+    /// The cache did not answer or refused us.
+    Cache(StoreError),
+    /// The time for it was over.
+    Late,
+    /// This machine could not take it.
+    Here(String),
+}
+
+/// The files of one path in the spool.
+struct Files {
+    /// As the cache has it, still growing.
+    part: PathBuf,
+    /// Which version of the cache's file that is.
+    etag: PathBuf,
+    /// As the cache has it, whole.
+    packed: PathBuf,
+    /// Unpacked, still growing.
+    growing: PathBuf,
+    /// Unpacked and compared.
+    nar: PathBuf,
+}
+
+/// The key of a path's NAR in the spool.
+pub fn nar_key(path: &StorePath) -> String {
+    format!("{NARS}/{}.nar", path.hash())
+}
+
+/// Whose file of the spool a key is: the 32 digits of a store path.
+pub fn hash_of(key: &str) -> &str {
+    key.strip_prefix("nar/").unwrap_or(key).split('.').next().unwrap_or_default()
+}
+
+impl Files {
+    fn of(spool: &Spool, path: &StorePath) -> Self {
+        let file = |ending: &str| spool.file(&format!("{NARS}/{}.{ending}", path.hash()));
+        Files {
+            part: file("part"),
+            etag: file("etag"),
+            packed: file("packed"),
+            growing: file("growing"),
+            nar: file("nar"),
+        }
+    }
+
+    fn forget(&self) -> io::Result<()> {
+        [&self.part, &self.etag, &self.packed, &self.growing, &self.nar].into_iter().try_for_each(remove)
+    }
+}
+
+fn remove(path: &PathBuf) -> io::Result<()> {
+    match fs_err::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+fn here(e: io::Error) -> Failure {
+    Failure::Here(io_text(&e))
+}
+
+/// What lies in the spool of a path, before or after a transfer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// All of it came now.
+    Fresh,
+    /// Some of it was left by an earlier run, and may be damaged.
+    Left,
+}
+
+/// Brings the NARs of these paths into the spool, with a narinfo for each, made from what was vouched for. Returns why
+/// for each that did not come.
+pub fn download<'a>(
+    cache: &dyn Objects,
+    spool: &Spool,
+    wanted: &[&'a Found],
+    until: Instant,
+) -> BTreeMap<StorePath, Failure> {
+    let mut queue: Vec<&'a Found> = wanted.to_vec();
+    queue.sort_by_key(|found| std::cmp::Reverse(found.info.file_size.unwrap_or(found.info.nar_size)));
+    let queue = Mutex::new(VecDeque::from(queue));
+    let failures = Mutex::new(BTreeMap::new());
+    let stopped: Mutex<Option<Failure>> = Mutex::new(None);
+    let (sender, receiver) = mpsc::channel::<(&'a Found, Origin)>();
+    let receiver = Mutex::new(receiver);
+    let fail = |found: &Found, failure: Failure| {
+        // A cache that does not answer for one will not for the others; each waiting for itself, they would take
+        // as long as there are paths.
+        if matches!(failure, Failure::Cache(_) | Failure::Late) {
+            *locked(&stopped) = Some(failure.clone());
+        }
+        locked(&failures).insert(found.info.path.clone(), failure);
+    };
+    let transfer = |sender: mpsc::Sender<(&'a Found, Origin)>| {
+        while let Some(found) = next(&queue) {
+            let stop = locked(&stopped).clone();
+            match stop.map_or_else(|| bring(cache, spool, &found.info, until), Err) {
+                Ok(origin) => drop(sender.send((found, origin))),
+                Err(failure) => {
+                    // On a full disk, what cannot be finished makes way.
+                    if matches!(failure, Failure::Here(_)) {
+                        drop(Files::of(spool, &found.info.path).forget());
+                    }
+                    fail(found, failure);
+                }
+            }
+        }
+    };
+    let finish = || {
+        loop {
+            let received = locked(&receiver).recv();
+            let Ok((found, origin)) = received else { return };
+            let mut done = settle(spool, found, origin);
+            if let (Err(Failure::Fault(_)), Origin::Left) = (&done, origin) {
+                // What an earlier run left may be what is wrong: once more, from nothing.
+                let again = Files::of(spool, &found.info.path).forget().map_err(here);
+                let brought = again.and_then(|()| bring(cache, spool, &found.info, until));
+                done = brought.and_then(|origin| settle(spool, found, origin));
+            }
+            if let Err(failure) = done {
+                drop(Files::of(spool, &found.info.path).forget());
+                fail(found, failure);
+            }
+        }
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..wanted.len().min(TRANSFERS) {
+            let sender = sender.clone();
+            scope.spawn(|| transfer(sender));
+        }
+        drop(sender);
+        for _ in 0..wanted.len().min(UNPACKERS).min(cores) {
+            scope.spawn(finish);
+        }
+    });
+    failures.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn next<'a>(queue: &Mutex<VecDeque<&'a Found>>) -> Option<&'a Found> {
+    locked(queue).pop_front()
+}
+
+/// The most bytes that a file of such a NAR can have: no compression makes anything much larger than it was. What the
+/// narinfo says of the file's size nobody vouches for.
+fn most(info: &NarInfo) -> u64 {
+    info.nar_size.saturating_add(info.nar_size / 16).saturating_add(1 << 20)
+}
+
+/// Transfers the file of a NAR, or what is missing of it.
+fn bring(cache: &dyn Objects, spool: &Spool, info: &NarInfo, until: Instant) -> Result<Origin, Failure> {
+    let files = Files::of(spool, &info.path);
+    if files.nar.exists() || files.packed.exists() {
+        return Ok(Origin::Left);
+    }
+    let _effect = effect::mark("fetch", &info.url);
+    let mut origin = Origin::Fresh;
+    let mut tries = 0;
+    let mut part = fs_err::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&files.part)
+        .map_err(here)?;
+    loop {
+        let mut offset = part.seek(io::SeekFrom::End(0)).map_err(here)?;
+        let known = if offset > 0 { fs_err::read_to_string(&files.etag).ok().map(Etag) } else { None };
+        if offset > 0 && (known.is_none() || offset > most(info)) {
+            begin_anew(&mut part).map_err(here)?;
+            continue;
+        }
+        if offset > 0 && tries == 0 {
+            origin = Origin::Left;
+        }
+        let mut download = match cache.read_from(&info.url, offset, known.as_ref()).map_err(Failure::Cache)? {
+            Opened::Missing => {
+                files.forget().map_err(here)?;
+                return Err(Failure::Fault(Fault::Lost(info.url.clone())));
+            }
+            Opened::Changed if offset == 0 => return Err(Failure::Fault(Fault::Lost(info.url.clone()))),
+            Opened::Changed => {
+                begin_anew(&mut part).map_err(here)?;
+                origin = Origin::Fresh;
+                continue;
+            }
+            Opened::Found(download) => download,
+        };
+        let size = offset.saturating_add(download.length);
+        if size > most(info) {
+            files.forget().map_err(here)?;
+            let why = format!("comes in a file of {size} bytes, and unpacked has {}", info.nar_size);
+            return Err(Failure::Fault(Fault::Altered(why)));
+        }
+        if offset == 0 {
+            let mut etag = fs_err::File::create(&files.etag).map_err(here)?;
+            etag.write_all(download.etag.0.as_bytes()).map_err(here)?;
+        }
+        let began = offset;
+        let cut = loop {
+            let mut buffer = [0; BUFFER];
+            match download.body.read(&mut buffer) {
+                Ok(0) => break None,
+                Ok(count) => {
+                    part.write_all(&buffer[..count]).map_err(here)?;
+                    offset += count as u64;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => break Some(e),
+            }
+            if Instant::now() >= until {
+                return Err(Failure::Late);
+            }
+        };
+        let Some(e) = cut else { break };
+        tries = if offset > began { 1 } else { tries + 1 };
+        if tries > TRIES {
+            let why = format!("cannot read {} in {}: {}", info.url, cache.url(), io_text(&e));
+            return Err(Failure::Cache(StoreError::Unreachable(why)));
+        }
+    }
+    drop(part);
+    fs_err::rename(&files.part, &files.packed).map_err(here)?;
+    remove(&files.etag).map_err(here)?;
+    Ok(origin)
+}
+
+fn begin_anew(part: &mut fs_err::File) -> io::Result<()> {
+    part.set_len(0)?;
+    part.rewind()
+}
+
+/// Unpacks what was transferred, compares it, and writes the narinfo that Nix reads: made from what was vouched for.
+fn settle(spool: &Spool, found: &Found, origin: Origin) -> Result<(), Failure> {
+    let Found { info, warrant } = found;
+    let files = Files::of(spool, &info.path);
+    let expected = Expected { size: info.nar_size, hash: info.nar_hash };
+    let left = origin == Origin::Left && files.nar.exists();
+    let compared = if left {
+        let nar = fs_err::File::open(&files.nar).map_err(here)?;
+        unpack(nar, Compression::None, expected, &mut io::sink())
+    } else {
+        let packed = fs_err::File::open(&files.packed).map_err(here)?;
+        let mut growing = fs_err::File::create(&files.growing).map_err(here)?;
+        unpack(BufReader::with_capacity(BUFFER, packed), info.compression, expected, &mut growing)
+    };
+    compared.map_err(|fault| match fault {
+        unpack::Fault::Altered(why) => Failure::Fault(Fault::Altered(why)),
+        unpack::Fault::Unknown(why) => Failure::Fault(Fault::Unknown(why)),
+        unpack::Fault::Here(e) => here(e),
+    })?;
+    let nar = if left { &files.nar } else { &files.growing };
+    if let Some(Warrant::File(hash)) = warrant {
+        is_file(nar, *hash)?;
+    }
+    if !left {
+        fs_err::rename(&files.growing, &files.nar).map_err(here)?;
+        remove(&files.packed).map_err(here)?;
+    }
+    let plain = NarInfo {
+        url: nar_key(&info.path),
+        compression: Compression::None,
+        file_hash: Some(info.nar_hash),
+        file_size: Some(info.nar_size),
+        ..info.clone()
+    };
+    let mut file = fs_err::File::create(spool.file(&NarInfo::key(&info.path))).map_err(here)?;
+    file.write_all(plain.render().as_bytes()).map_err(here)
+}
+
+/// Of a path named after a file's content, the NAR must hold that file: its hash nobody vouched for.
+fn is_file(nar: &PathBuf, hash: Sha256) -> Result<(), Failure> {
+    let nar = fs_err::File::open(nar).map_err(here)?;
+    match unpack::plain_file(BufReader::with_capacity(BUFFER, nar)).map_err(here)? {
+        Some(found) if found == hash => Ok(()),
+        Some(found) => {
+            let why = format!("holds a file of the hash {found} instead of {hash}");
+            Err(Failure::Fault(Fault::Altered(why)))
+        }
+        None => Err(Failure::Fault(Fault::Altered("does not hold a plain file".into()))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::dir::DirStore;
+    use crate::store::objects::{Download, Upload};
+    use crate::store::{Got, Store, When};
+    use std::time::Duration;
+
+    /// A cache whose transfers break after so many bytes, and which knows what it was asked for.
+    struct Cache {
+        inner: DirStore,
+        breaks_after: Mutex<Option<u64>>,
+        gone: Mutex<bool>,
+        asked: Mutex<Vec<u64>>,
+    }
+
+    struct Breaking(Box<dyn Read + Send>, u64);
+
+    impl Read for Breaking {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            if self.1 == 0 {
+                return Err(io::Error::from(io::ErrorKind::ConnectionReset));
+            }
+            let most = buffer.len().min(self.1 as usize);
+            let count = self.0.read(&mut buffer[..most])?;
+            self.1 -= count as u64;
+            Ok(count)
+        }
+    }
+
+    impl Store for Cache {
+        fn url(&self) -> String {
+            "s3://box".into()
+        }
+        fn identity(&self) -> String {
+            self.url()
+        }
+        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+            self.inner.get(key, unless, limit)
+        }
+        fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
+            self.inner.get_start(key, count)
+        }
+        fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
+            self.inner.size(key)
+        }
+        fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+            self.inner.put(key, bytes, when)
+        }
+        fn delete(&self, key: &str) -> Result<(), StoreError> {
+            self.inner.delete(key)
+        }
+        fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+            self.inner.list(prefix)
+        }
+    }
+
+    impl Objects for Cache {
+        fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {
+            if *locked(&self.gone) {
+                return Err(StoreError::Unreachable("the network is gone".into()));
+            }
+            locked(&self.asked).push(offset);
+            let opened = self.inner.read_from(key, offset, only)?;
+            let (Some(after), Opened::Found(download)) = (*locked(&self.breaks_after), &opened) else {
+                return Ok(opened);
+            };
+            let (length, etag) = (download.length, download.etag.clone());
+            let Opened::Found(download) = opened else { unreachable!() };
+            Ok(Opened::Found(Download { length, etag, body: Box::new(Breaking(download.body, after)) }))
+        }
+        fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
+            self.inner.write_from(key, upload)
+        }
+    }
+
+    struct Scene {
+        dir: tempfile::TempDir,
+        cache: Cache,
+        nar: Vec<u8>,
+        found: Found,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let nar: Vec<u8> = (0..100_000u32).flat_map(|n| n.to_le_bytes()).collect();
+            let info = NarInfo {
+                path: StorePath::parse("/nix/store/3037rf1n52a6y74sx0qhg518wsyfsmny-b").unwrap(),
+                url: "nar/b.nar".into(),
+                compression: Compression::None,
+                file_hash: None,
+                file_size: None,
+                nar_hash: Sha256::of(&nar),
+                nar_size: nar.len() as u64,
+                references: Default::default(),
+                deriver: None,
+                signatures: Vec::new(),
+                ca: None,
+            };
+            let cache = Cache {
+                inner: DirStore::new(&dir.path().join("cache")),
+                breaks_after: Mutex::default(),
+                gone: Mutex::default(),
+                asked: Mutex::default(),
+            };
+            cache.put("nar/b.nar", &nar, &When::Always).unwrap();
+            Scene { cache, nar, found: Found { info, warrant: Some(Warrant::Signature) }, dir }
+        }
+
+        fn spool(&self) -> Spool {
+            Spool::open(&self.dir.path().join("spool"), "fetch").unwrap()
+        }
+
+        fn fetch(&self) -> Option<Failure> {
+            let until = Instant::now() + Duration::from_secs(600);
+            download(&self.cache, &self.spool(), &[&self.found], until).into_values().next()
+        }
+
+        fn arrived(&self) {
+            let spool = self.spool();
+            let key = nar_key(&self.found.info.path);
+            assert_eq!(fs_err::read(spool.file(&key)).unwrap(), self.nar);
+            let keys: Vec<String> = spool.files().unwrap().into_iter().map(|(key, _)| key).collect();
+            assert_eq!(keys, [NarInfo::key(&self.found.info.path), key.clone()]);
+            let info = NarInfo::parse(&fs_err::read(spool.file(&keys[0])).unwrap()).unwrap();
+            assert_eq!((info.url, info.compression), (key, Compression::None));
+        }
+
+        fn asked(&self) -> Vec<u64> {
+            std::mem::take(&mut locked(&self.cache.asked))
+        }
+    }
+
+    #[test]
+    fn a_transfer_that_breaks_goes_on_where_it_was() {
+        let scene = Scene::new();
+        *locked(&scene.cache.breaks_after) = Some(150_000);
+        assert_eq!(scene.fetch(), None);
+        scene.arrived();
+        assert_eq!(scene.asked(), [0, 150_000, 300_000]);
+        // Once there, it is compared again and not asked for.
+        assert_eq!(scene.fetch(), None);
+        assert!(scene.asked().is_empty());
+    }
+
+    #[test]
+    fn a_cache_that_gives_nothing_any_more_is_given_up_and_what_came_is_kept() {
+        let scene = Scene::new();
+        let files = Files::of(&scene.spool(), &scene.found.info.path);
+        fs_err::write(&files.part, &scene.nar[..1000]).unwrap();
+        let Ok(Opened::Found(whole)) = scene.cache.inner.read_from("nar/b.nar", 0, None) else { panic!() };
+        fs_err::write(&files.etag, &whole.etag.0).unwrap();
+        *locked(&scene.cache.breaks_after) = Some(0);
+        assert!(
+            matches!(scene.fetch(), Some(Failure::Cache(StoreError::Unreachable(why))) if why.contains("nar/b.nar"))
+        );
+        assert_eq!(scene.asked(), [1000; TRIES as usize + 1]);
+        *locked(&scene.cache.gone) = true;
+        assert!(matches!(scene.fetch(), Some(Failure::Cache(_))));
+        assert_eq!(fs_err::metadata(&files.part).unwrap().len(), 1000);
+        (*locked(&scene.cache.gone), *locked(&scene.cache.breaks_after)) = (false, None);
+        assert_eq!(scene.fetch(), None);
+        scene.arrived();
+        assert_eq!(scene.asked(), [1000]);
+    }
+
+    #[test]
+    fn what_an_earlier_run_left_damaged_comes_anew_before_the_cache_is_blamed() {
+        for left in ["part", "packed", "nar"] {
+            let scene = Scene::new();
+            let files = Files::of(&scene.spool(), &scene.found.info.path);
+            let Ok(Opened::Found(whole)) = scene.cache.inner.read_from("nar/b.nar", 0, None) else {
+                panic!()
+            };
+            let mut damaged = scene.nar.clone();
+            damaged[5] ^= 1;
+            match left {
+                "part" => {
+                    fs_err::write(&files.part, &damaged[..1000]).unwrap();
+                    fs_err::write(&files.etag, &whole.etag.0).unwrap();
+                }
+                "packed" => fs_err::write(&files.packed, &damaged).unwrap(),
+                _ => fs_err::write(&files.nar, &damaged[..77]).unwrap(),
+            }
+            assert_eq!(scene.fetch(), None, "{left}");
+            scene.arrived();
+            assert_eq!(scene.asked().last(), Some(&0), "{left}");
+        }
+    }
+
+    #[test]
+    fn another_object_under_the_same_name_is_not_joined_to_what_came_before() {
+        let scene = Scene::new();
+        let files = Files::of(&scene.spool(), &scene.found.info.path);
+        fs_err::write(&files.part, &scene.nar[..1000]).unwrap();
+        fs_err::write(&files.etag, "of another").unwrap();
+        assert_eq!(scene.fetch(), None);
+        scene.arrived();
+        assert_eq!(scene.asked(), [1000, 0]);
+    }
+
+    #[test]
+    fn what_is_not_what_was_vouched_for_is_named_and_nothing_of_it_is_left() {
+        let mut other = Scene::new().nar;
+        other[5] ^= 1;
+        for (object, word) in [
+            (Some(other), "hash"),
+            (Some(vec![0; 100]), "fewer"),
+            (Some(vec![0; 3 << 20]), "comes in a file of 3145728 bytes"),
+            (None, "nar/b.nar"),
+        ] {
+            let scene = Scene::new();
+            match &object {
+                Some(bytes) => drop(scene.cache.put("nar/b.nar", bytes, &When::Always).unwrap()),
+                None => scene.cache.delete("nar/b.nar").unwrap(),
+            }
+            let Some(Failure::Fault(fault)) = scene.fetch() else { panic!("{word}") };
+            assert!(fault.text().contains(word), "{}", fault.text());
+            assert_eq!(fault.is_absence(), object.is_none());
+            assert_eq!(scene.spool().files().unwrap(), []);
+        }
+    }
+
+    #[test]
+    fn a_path_named_after_a_file_must_hold_that_file() {
+        let mut scene = Scene::new();
+        scene.found.warrant = Some(Warrant::File(Sha256::of(b"hello\n")));
+        let Some(Failure::Fault(Fault::Altered(why))) = scene.fetch() else { panic!() };
+        assert!(why.contains("plain file"), "{why}");
+        assert_eq!(scene.spool().files().unwrap(), []);
+    }
+}

@@ -1,0 +1,431 @@
+//! Closures from the cache into this machine's store: the walk ([`super::walk`]), the transfer into a spool
+//! ([`super::download`]), and one `nix copy` of what was missing, out of the spool. Nix is given nothing but NARs whose
+//! hash was compared, and checks signatures again by its own settings. Other caches than buckets and folders go to Nix
+//! as they are. One closure that cannot be had keeps no other from coming.
+
+use super::download::{self, Failure, download};
+use super::spool::{self, Spool};
+use super::walk::{Ended, Fault, Found, Limits, Walked, walk};
+use super::{Cache, FetchError, PER_CALL, Side, errors_of, missing, nix, store_trouble};
+use crate::config::Settings;
+use crate::effect;
+use crate::error::{Error, Result};
+use crate::keys::PublicKey;
+use crate::names::{STORE_DIR, StorePath};
+use crate::runner::{RunError, tail};
+use crate::store::{self, CacheUrl, Objects, StoreUrl};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long all of one fetch may take.
+const FETCH_WITHIN: Duration = Duration::from_secs(15 * 60);
+/// How long the walks of one fetch may take.
+const WALK_WITHIN: Duration = Duration::from_secs(60);
+/// What must stay free in the store's file system after a fetch, in bytes: Nix's database needs some.
+const SPARE_BYTES: u64 = 16 << 20;
+/// So many bytes of NARs are in the spool at a time, or one path that is larger.
+const GROUP: u64 = 256 << 20;
+
+/// The reason for each closure that could not be had.
+pub type Reasons = BTreeMap<StorePath, FetchError>;
+
+/// Copies closures from the cache into this machine's store. Returns the reason for each path that could not be had; an
+/// error means that nothing could be tried.
+pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<Reasons> {
+    fetch_within(settings, paths, &std::env::temp_dir())
+}
+
+/// The same, with Nix's private cache below `scratch`.
+pub fn fetch_within(settings: &Settings, paths: &[StorePath], scratch: &Path) -> Result<Reasons> {
+    let left = missing(paths)?;
+    if left.is_empty() {
+        return Ok(Reasons::new());
+    }
+    let until = Instant::now() + FETCH_WITHIN;
+    let url = match &settings.cache {
+        CacheUrl::Nix(_) => return through_nix(settings, left, scratch, until),
+        CacheUrl::Dir(path) => StoreUrl::Dir(path.clone()),
+        CacheUrl::S3(location) => StoreUrl::S3(location.clone()),
+    };
+    let shown = settings.cache.to_string();
+    let unreachable = |why: String| {
+        let e = FetchError::Unreachable(format!("cache {shown}: {why}"));
+        Ok(left.iter().map(|path| (path.clone(), e.clone())).collect())
+    };
+    if let StoreUrl::Dir(path) = &url
+        && !path.is_dir()
+    {
+        return unreachable(format!("no folder {}; mount it, or push something there first", path.display()));
+    }
+    let cache = match store::open_shared(&url) {
+        Ok(cache) => cache,
+        Err(e) => return unreachable(e.to_string()),
+    };
+    let keys = settings.trusted_public_keys.iter().map(|key| PublicKey::parse(key));
+    let keys: Vec<PublicKey> = keys.collect::<Result<_, _>>().map_err(|why| {
+        Error::new(format!("a key of 'trustedPublicKeys' {why}; correct it in the configuration"))
+    })?;
+    let spool = Spool::open(&spool::home(), "fetch")?;
+    let mut fetch = Fetch { settings, cache, keys, spool, scratch, until, shown, reasons: Reasons::new() };
+    fetch.run(left)?;
+    Ok(fetch.reasons)
+}
+
+/// One fetch under way.
+struct Fetch<'a> {
+    settings: &'a Settings,
+    cache: Arc<dyn Objects>,
+    keys: Vec<PublicKey>,
+    spool: Spool,
+    scratch: &'a Path,
+    until: Instant,
+    /// The cache's URL for people.
+    shown: String,
+    reasons: Reasons,
+}
+
+impl Fetch<'_> {
+    fn run(&mut self, tops: Vec<StorePath>) -> Result<()> {
+        let mut closures = self.closures(tops);
+        self.keep_what_fits(&mut closures);
+        // Each path once, after what it refers to.
+        let mut wanted: Vec<Found> = Vec::new();
+        let mut seen = BTreeSet::new();
+        for found in closures.values().flatten() {
+            if seen.insert(found.info.path.clone()) {
+                wanted.push(found.clone());
+            }
+        }
+        // What lies there of fetches that nobody wants any more, so that the spool does not grow for ever; but not while
+        // the cache does not say what is wanted.
+        if !self.reasons.values().any(|reason| matches!(reason, FetchError::Unreachable(_))) {
+            let hashes: BTreeSet<&str> = seen.iter().map(StorePath::hash).collect();
+            self.spool.clear(|key| hashes.contains(download::hash_of(key)))?;
+        }
+        for group in groups(&wanted) {
+            let copied = self.bring(group, &mut closures)?;
+            let copied: BTreeSet<&str> = copied.iter().map(StorePath::hash).collect();
+            self.spool.clear(|key| !copied.contains(download::hash_of(key)))?;
+        }
+        Ok(())
+    }
+
+    /// What must come for each closure that can be had, in order of references.
+    fn closures(&mut self, tops: Vec<StorePath>) -> BTreeMap<StorePath, Vec<Found>> {
+        let mut closures = BTreeMap::new();
+        match self.walk(&tops, WALK_WITHIN) {
+            Ok(walked) => tops.iter().for_each(|top| self.take(&walked, top, &mut closures)),
+            // One closure without end keeps no other from coming.
+            Err(Ended::Endless(_)) if tops.len() > 1 => {
+                let share = WALK_WITHIN / u32::try_from(tops.len()).unwrap_or(u32::MAX);
+                for top in &tops {
+                    match self.walk(std::slice::from_ref(top), share.max(Duration::from_secs(2))) {
+                        Ok(walked) => self.take(&walked, top, &mut closures),
+                        Err(ended) => self.ended(top, &ended),
+                    }
+                }
+            }
+            Err(ended) => tops.iter().for_each(|top| self.ended(top, &ended)),
+        }
+        closures
+    }
+
+    fn walk(&self, tops: &[StorePath], within: Duration) -> Result<Walked, Ended> {
+        let mut lacking = |paths: &[StorePath]| {
+            // What is not even on the disk is not valid: mostly nobody needs to be asked.
+            let (there, mut lacking): (Vec<_>, Vec<_>) =
+                paths.iter().cloned().partition(|path| fs_err::symlink_metadata(path).is_ok());
+            if !there.is_empty() {
+                lacking.extend(missing(&there).map_err(|e| e.to_string())?);
+            }
+            Ok(lacking)
+        };
+        walk(self.cache.as_ref(), tops, &self.keys, &mut lacking, Limits::within(within))
+    }
+
+    fn take(&mut self, walked: &Walked, top: &StorePath, closures: &mut BTreeMap<StorePath, Vec<Found>>) {
+        match walked.closure(top) {
+            Ok(found) => drop(closures.insert(top.clone(), found.into_iter().cloned().collect())),
+            Err((path, fault)) => drop(self.reasons.insert(top.clone(), self.faulty(top, &path, &fault))),
+        }
+    }
+
+    fn ended(&mut self, top: &StorePath, ended: &Ended) {
+        let reason = match ended {
+            Ended::Cache(e) => FetchError::Unreachable(e.to_string()),
+            Ended::Endless(why) => FetchError::Refused(format!(
+                "the closure of {top} has no end in the cache {}: {why}; push it again with 'omni-deploy push', which \
+                 writes anew what differs from the pushing machine's store",
+                self.shown
+            )),
+            Ended::Here(why) => FetchError::Failed(format!("cannot copy {top}: {why}")),
+        };
+        self.reasons.insert(top.clone(), reason);
+    }
+
+    /// Leaves out the closures that the disk has no room for, in order: a small one that fits is not held up by a large
+    /// one after it. Sizes are those that were vouched for.
+    fn keep_what_fits(&mut self, closures: &mut BTreeMap<StorePath, Vec<Found>>) {
+        let Some(free) = super::free_bytes(Path::new(STORE_DIR)) else { return };
+        let device = |path: &Path| {
+            use std::os::unix::fs::MetadataExt;
+            fs_err::metadata(path).ok().map(|meta| meta.dev())
+        };
+        let shared = device(Path::new(STORE_DIR)) == self.spool.device();
+        let spool_free = if shared { None } else { self.spool.free_bytes() };
+        let mut counted = BTreeSet::new();
+        let (mut used, mut largest) = (0u64, 0u64);
+        let reasons = &mut self.reasons;
+        let spool = self.spool.dir();
+        closures.retain(|top, found| {
+            let new = found.iter().filter(|found| !counted.contains(&found.info.path));
+            let sizes: Vec<u64> = new.map(|found| found.info.nar_size).collect();
+            let bytes = sizes.iter().fold(0u64, |sum, size| sum.saturating_add(*size));
+            let total = used.saturating_add(bytes);
+            let one = sizes.iter().copied().fold(largest, u64::max);
+            // On the way there is a group of NARs in the spool, of each first the packed file beside the NAR and then
+            // the NAR beside the path.
+            let group = total.min(GROUP.max(one));
+            let here = if shared { total.saturating_add(group) } else { total }.saturating_add(SPARE_BYTES);
+            let there = group.saturating_mul(2);
+            let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
+            let (place, takes, has) = if here > free {
+                (STORE_DIR.to_string(), here - used.min(here), free - used.min(free))
+            } else if let Some(has) = spool_free.filter(|has| there > *has) {
+                (spool.display().to_string(), there, has)
+            } else {
+                counted.extend(found.iter().map(|found| found.info.path.clone()));
+                (used, largest) = (total, one);
+                return true;
+            };
+            let reason = format!(
+                "{top} takes {} in {place}, which has {} free; 'nix-collect-garbage -d' frees what no root holds, or \
+                 give it more disk",
+                mib(takes),
+                mib(has)
+            );
+            reasons.insert(top.clone(), FetchError::Failed(reason));
+            false
+        });
+    }
+
+    /// Brings one group of paths into the store; those that are there now.
+    fn bring(
+        &mut self,
+        group: &[Found],
+        closures: &mut BTreeMap<StorePath, Vec<Found>>,
+    ) -> Result<Vec<StorePath>> {
+        let needed = |closures: &BTreeMap<StorePath, Vec<Found>>| -> BTreeSet<StorePath> {
+            closures.values().flatten().map(|found| found.info.path.clone()).collect()
+        };
+        let wanted = needed(closures);
+        let wanted: Vec<&Found> = group.iter().filter(|found| wanted.contains(&found.info.path)).collect();
+        let failures = download(self.cache.as_ref(), &self.spool, &wanted, self.until);
+        closures.retain(|top, found| {
+            let failed = found.iter().find_map(|found| failures.get_key_value(&found.info.path));
+            let Some((path, failure)) = failed else { return true };
+            let reason = self.failed(top, path, failure);
+            self.reasons.insert(top.clone(), reason);
+            false
+        });
+        let wanted = needed(closures);
+        let ready = group.iter().map(|found| &found.info.path).filter(|path| wanted.contains(path));
+        let ready: Vec<StorePath> = ready.cloned().collect();
+        match self.copy(&ready) {
+            Ok(()) => return Ok(ready),
+            Err(RunError::NotFound { program }) => return Err(RunError::NotFound { program }.into()),
+            Err(_) => {}
+        }
+        // Which of them it is that Nix does not take.
+        let tops: Vec<StorePath> = closures.keys().cloned().collect();
+        for top in tops {
+            let own: BTreeSet<&StorePath> = closures[&top].iter().map(|found| &found.info.path).collect();
+            let own: Vec<StorePath> = ready.iter().filter(|path| own.contains(path)).cloned().collect();
+            // In order of references, which the answer is not.
+            let lacking: BTreeSet<StorePath> = missing(&own)?.into_iter().collect();
+            let own: Vec<StorePath> = own.into_iter().filter(|path| lacking.contains(path)).collect();
+            if let Err(e) = self.copy(&own) {
+                let reason = self.why_not(&top, &e);
+                self.reasons.insert(top.clone(), reason);
+                closures.remove(&top);
+            }
+        }
+        let lacking: BTreeSet<StorePath> = missing(&ready)?.into_iter().collect();
+        Ok(ready.into_iter().filter(|path| !lacking.contains(path)).collect())
+    }
+
+    /// Lets Nix copy these paths, which are in the spool, and nothing else.
+    fn copy(&self, paths: &[StorePath]) -> Result<(), RunError> {
+        let spawn = |e: Error| RunError::Spawn { program: "nix".into(), cause: e.to_string() };
+        for some in paths.chunks(PER_CALL) {
+            let (run, _scratch) = nix(&["nix-command"], self.scratch).map_err(spawn)?;
+            let mut run = run.args(["copy", "--no-recursive", "--from"]).arg(self.spool.url());
+            if !self.settings.trusted_public_keys.is_empty() {
+                let keys = self.settings.trusted_public_keys.join(" ");
+                run =
+                    run.args(["--option", "require-sigs", "true", "--option", "trusted-public-keys", &keys]);
+            }
+            let within = self.until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+            let _effect = effect::mark("nix copy", &self.shown);
+            run.args(some).deadline(within).success()?;
+        }
+        Ok(())
+    }
+
+    /// The reason when a part of a closure is missing or wrong in the cache. What it advises is safe to follow: a push
+    /// believes nothing that the cache says.
+    fn faulty(&self, top: &StorePath, path: &StorePath, fault: &Fault) -> FetchError {
+        let (shown, text) = (&self.shown, fault.text());
+        let what = if top == path {
+            format!("{path} in the cache {shown}")
+        } else {
+            format!("the closure of {top} in the cache {shown} cannot be used: {path}")
+        };
+        match fault {
+            Fault::Absent if top == path => FetchError::NotInCache(format!(
+                "{top} is not in the cache {shown}; push it with 'omni-deploy push'"
+            )),
+            Fault::Absent | Fault::Lost(_) => FetchError::NotInCache(format!(
+                "the closure of {top} is not whole in the cache {shown}: {path} {text}; push it again with \
+                 'omni-deploy push'"
+            )),
+            Fault::Unsigned => FetchError::Refused(format!(
+                "{what} {text}; push it again from a machine whose key is among 'trustedPublicKeys' here"
+            )),
+            Fault::Unreadable(_) => FetchError::Refused(format!(
+                "{what} {text}; push it again with 'omni-deploy push', which writes it anew"
+            )),
+            Fault::Altered(_) | Fault::Unknown(_) => FetchError::Refused(format!(
+                "{what} {text}; 'omni-deploy push --rewrite' writes it anew from the pushing machine's store"
+            )),
+        }
+    }
+
+    fn failed(&self, top: &StorePath, path: &StorePath, failure: &Failure) -> FetchError {
+        match failure {
+            Failure::Fault(fault) => self.faulty(top, path, fault),
+            Failure::Cache(e) => FetchError::Unreachable(e.to_string()),
+            Failure::Late => FetchError::Unreachable(format!(
+                "cache {}: {path} had not come after {} min; what came is kept, and the next pass goes on there",
+                self.shown,
+                FETCH_WITHIN.as_secs() / 60
+            )),
+            Failure::Here(why) => FetchError::Failed(format!("cannot copy {path}: {why}")),
+        }
+    }
+
+    fn why_not(&self, top: &StorePath, e: &RunError) -> FetchError {
+        let RunError::Failed { stderr, .. } = e else {
+            return FetchError::Failed(format!("cannot copy {top}: {e}"));
+        };
+        let cause = store_trouble(stderr).unwrap_or_else(|| tail(&errors_of(stderr)));
+        if store_trouble(stderr).is_none() && stderr.contains("signature") {
+            return FetchError::Refused(format!(
+                "nix refuses what {} has of the closure of {top}: {cause}; push it again from a machine whose key \
+                 this host trusts ('trustedPublicKeys', or Nix's trusted-public-keys)",
+                self.shown
+            ));
+        }
+        FetchError::Failed(format!("cannot copy {top}: {cause}"))
+    }
+}
+
+/// Cuts a list into parts of about [`GROUP`] bytes.
+fn groups(wanted: &[Found]) -> impl Iterator<Item = &[Found]> {
+    let mut left = wanted;
+    std::iter::from_fn(move || {
+        let mut bytes = 0u64;
+        let fits = |found: &Found| {
+            bytes = bytes.saturating_add(found.info.nar_size);
+            bytes <= GROUP
+        };
+        let count = left.iter().map(fits).take_while(|fits| *fits).count().max(1);
+        let (group, rest) = left.split_at_checked(count)?;
+        left = rest;
+        Some(group)
+    })
+}
+
+/// Closures of a cache that Nix itself speaks with: all in one `nix copy`, and if that fails, one by one.
+fn through_nix(
+    settings: &Settings,
+    mut left: Vec<StorePath>,
+    scratch: &Path,
+    until: Instant,
+) -> Result<Reasons> {
+    let cache = match Cache::open(settings, super::Access::Read) {
+        Ok(cache) => Cache { scratch: scratch.to_path_buf(), ..cache },
+        Err(e) => {
+            let e = FetchError::Unreachable(format!("cache {}: {e}", settings.cache));
+            return Ok(left.into_iter().map(|path| (path, e.clone())).collect());
+        }
+    };
+    match copy_through_nix(settings, &cache, &left, until) {
+        Ok(()) => return Ok(Reasons::new()),
+        Err(RunError::NotFound { program }) => return Err(RunError::NotFound { program }.into()),
+        Err(_) => left = missing(&left)?,
+    }
+    let mut reasons = Reasons::new();
+    for path in left {
+        if let Err(e) = copy_through_nix(settings, &cache, std::slice::from_ref(&path), until) {
+            let reason = why_not_through_nix(&cache, &path, &e);
+            reasons.insert(path, reason);
+        }
+    }
+    Ok(reasons)
+}
+
+fn copy_through_nix(
+    settings: &Settings,
+    cache: &Cache,
+    paths: &[StorePath],
+    until: Instant,
+) -> Result<(), RunError> {
+    let spawn = |e: Error| RunError::Spawn { program: "nix".into(), cause: e.to_string() };
+    for some in paths.chunks(PER_CALL) {
+        let (run, _scratch) = cache.nix(settings, Side::From, &["copy"]).map_err(spawn)?;
+        let within = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+        let _effect = effect::mark("nix copy", &cache.shown);
+        run.args(some).deadline(within).success()?;
+    }
+    Ok(())
+}
+
+fn why_not_through_nix(cache: &Cache, path: &StorePath, e: &RunError) -> FetchError {
+    let RunError::Failed { stderr, .. } = e else {
+        return match e {
+            RunError::Deadline { .. } => {
+                FetchError::Unreachable(format!("cache {}: {}", cache.shown, cache.cause(e)))
+            }
+            e => FetchError::Failed(format!("cannot copy {path}: {}", cache.cause(e))),
+        };
+    };
+    let cause = cache.cause(e);
+    let has = |words: &[&str]| words.iter().any(|w| stderr.contains(w));
+    if store_trouble(stderr).is_some() {
+        FetchError::Failed(format!("cannot copy {path}: {cause}"))
+    } else if has(&["signature"]) {
+        FetchError::Refused(format!(
+            "nix refuses what {} has of {path}: {cause}; push it again from a machine whose key is trusted here \
+             ('trustedPublicKeys')",
+            cache.shown
+        ))
+    } else if has(&["hash mismatch", "NAR", "compress", "archive", "unexpected end"]) {
+        FetchError::Refused(format!(
+            "what {} has of {path} is damaged: {cause}; take that path's narinfo and NAR out of the cache and push \
+             it again",
+            cache.shown
+        ))
+    } else if has(&["does not exist in", "is not valid", "don't know how to build"]) {
+        FetchError::NotInCache(format!(
+            "{path} is not in the cache {}; push it with 'omni-deploy push'",
+            cache.shown
+        ))
+    } else if has(&["unable to download", "HTTP error", "cannot connect", "failed to start SSH"]) {
+        FetchError::Unreachable(format!("cache {}: {cause}", cache.shown))
+    } else {
+        FetchError::Failed(format!("cannot copy {path}: {cause}"))
+    }
+}

@@ -1,0 +1,399 @@
+//! Unpacks the file of a NAR and compares it with what was vouched for, before Nix sees a byte of it: it is cut at the
+//! size, and its hash is taken on the way. Memory is bounded by the window of what unpacks it, whatever the file says of
+//! itself. Knows zstd (what `push` writes; `docs/adr/0011-…` says why in Rust) and no compression at all.
+
+use super::hash::{Hasher, Sha256};
+use super::narinfo::Compression;
+use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
+use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+use std::io::{self, Read, Write};
+
+/// The largest window that is unpacked, in bytes: what RFC 8878 (section 3.1.1.1.2) asks of every decoder. zstd needs
+/// less up to level 19, and Nix's default a quarter.
+pub const MAX_WINDOW: u64 = 8 << 20;
+const BUFFER: usize = 64 << 10;
+
+/// Why the file was not accepted. The text is a clause after the path's name.
+#[derive(Debug)]
+pub enum Fault {
+    /// It is not what was vouched for.
+    Altered(String),
+    /// It is compressed in a way that is not read here.
+    Unknown(String),
+    /// This machine could not read or write it.
+    Here(io::Error),
+}
+
+/// What the NAR must be.
+#[derive(Debug, Clone, Copy)]
+pub struct Expected {
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its hash.
+    pub hash: Sha256,
+}
+
+/// Unpacks `packed` into `nar`: exactly what is expected, or an error. What was written before an error is worth
+/// nothing.
+pub fn unpack(
+    packed: impl Read,
+    compression: Compression,
+    expected: Expected,
+    nar: &mut dyn Write,
+) -> Result<(), Fault> {
+    match compression {
+        Compression::None => copy(packed, expected, nar),
+        Compression::Zstd => copy(Frames::new(packed), expected, nar),
+        Compression::Xz | Compression::Other => {
+            let how = if compression == Compression::Xz { "xz" } else { "something else than zstd" };
+            Err(Fault::Unknown(format!("is compressed with {how}")))
+        }
+    }
+}
+
+fn copy(mut from: impl Read, expected: Expected, nar: &mut dyn Write) -> Result<(), Fault> {
+    let mut buffer = vec![0; BUFFER];
+    let mut left = expected.size;
+    let mut hasher = Hasher::default();
+    loop {
+        let count = from.read(&mut buffer).map_err(fault)?;
+        if count == 0 {
+            break;
+        }
+        if count as u64 > left {
+            return Err(Fault::Altered(format!("unpacks to more than its {} bytes", expected.size)));
+        }
+        left -= count as u64;
+        hasher.update(&buffer[..count]);
+        nar.write_all(&buffer[..count]).map_err(Fault::Here)?;
+    }
+    if left > 0 {
+        return Err(Fault::Altered(format!("unpacks to {left} bytes fewer than its {}", expected.size)));
+    }
+    let hash = hasher.finish();
+    if hash != expected.hash {
+        return Err(Fault::Altered(format!(
+            "unpacks to a NAR of the hash {hash} instead of {}",
+            expected.hash
+        )));
+    }
+    Ok(())
+}
+
+/// What failed while unpacking: the file's own fault, or this machine's.
+fn fault(e: io::Error) -> Fault {
+    match e.kind() {
+        io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+            Fault::Altered(format!("does not unpack ({e})"))
+        }
+        io::ErrorKind::Unsupported => Fault::Unknown(e.to_string()),
+        _ => Fault::Here(e),
+    }
+}
+
+/// The content of a zstd file: any number of frames one after the other, with skippable ones between, as the format has
+/// it (RFC 8878, section 3.1).
+struct Frames<R> {
+    source: Source<R>,
+    decoder: FrameDecoder,
+    open: bool,
+    any: bool,
+}
+
+/// A source whose own errors are told from those of what it contains.
+struct Source<R> {
+    inner: R,
+    failed: Option<io::Error>,
+}
+
+impl<R: Read> Read for Source<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buffer).inspect_err(|e| {
+            if e.kind() != io::ErrorKind::Interrupted {
+                self.failed = Some(io::Error::new(e.kind(), e.to_string()));
+            }
+        })
+    }
+}
+
+impl<R: Read> Frames<R> {
+    fn new(inner: R) -> Self {
+        let mut decoder = FrameDecoder::new();
+        decoder.set_max_window_size(MAX_WINDOW);
+        Frames { source: Source { inner, failed: None }, decoder, open: false, any: false }
+    }
+
+    /// Begins the next frame; false at the end of the file.
+    fn next(&mut self) -> io::Result<bool> {
+        let mut first = [0];
+        while self.source.read(&mut first)? == 1 {
+            match self.decoder.reset((&first[..]).chain(&mut self.source)) {
+                Ok(()) => {
+                    (self.open, self.any) = (true, true);
+                    return Ok(true);
+                }
+                Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
+                    length,
+                    ..
+                })) => {
+                    let skipped = io::copy(&mut (&mut self.source).take(length.into()), &mut io::sink())?;
+                    if skipped < length.into() {
+                        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it ends within a frame"));
+                    }
+                }
+                Err(e) => return Err(self.failure(&e)),
+            }
+        }
+        if !self.any {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it is empty"));
+        }
+        Ok(false)
+    }
+
+    fn failure(&mut self, e: &FrameDecoderError) -> io::Error {
+        match (self.source.failed.take(), e) {
+            (Some(own), _) => own,
+            (None, FrameDecoderError::WindowSizeTooBig { requested, .. }) => io::Error::new(
+                io::ErrorKind::Unsupported,
+                format!("needs a window of {} MiB, more than {} MiB", requested >> 20, MAX_WINDOW >> 20),
+            ),
+            (None, FrameDecoderError::DictNotProvided { .. }) => {
+                io::Error::new(io::ErrorKind::Unsupported, "needs a dictionary")
+            }
+            (None, e) => io::Error::new(io::ErrorKind::InvalidData, e.to_string()),
+        }
+    }
+}
+
+impl<R: Read> Read for Frames<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if self.open && self.decoder.can_collect() > 0 {
+                return self.decoder.read(buffer);
+            }
+            if !self.open || self.decoder.is_finished() {
+                self.open = false;
+                if !self.next()? {
+                    return Ok(0);
+                }
+                continue;
+            }
+            let one = BlockDecodingStrategy::UptoBlocks(1);
+            if let Err(e) = self.decoder.decode_blocks(&mut self.source, one) {
+                return Err(self.failure(&e));
+            }
+        }
+    }
+}
+
+/// The hash of the content, where a NAR holds a plain file and nothing else; None where it holds anything else.
+pub fn plain_file(mut nar: impl Read) -> io::Result<Option<Sha256>> {
+    let mut start = Words(&mut nar);
+    let words: [&[u8]; 4] = [b"nix-archive-1", b"(", b"type", b"regular"];
+    for expected in words {
+        if start.next()?.as_deref() != Some(expected) {
+            return Ok(None);
+        }
+    }
+    let mut word = start.next()?;
+    if word.as_deref() == Some(b"executable") {
+        if start.next()?.as_deref() != Some(b"") {
+            return Ok(None);
+        }
+        word = start.next()?;
+    }
+    if word.as_deref() != Some(b"contents") {
+        return Ok(None);
+    }
+    let Some(length) = start.length()? else { return Ok(None) };
+    let mut hasher = Hasher::default();
+    let mut content = nar.by_ref().take(length);
+    let mut buffer = vec![0; BUFFER];
+    let mut left = length;
+    while left > 0 {
+        let count = content.read(&mut buffer)?;
+        if count == 0 {
+            return Ok(None);
+        }
+        left -= count as u64;
+        hasher.update(&buffer[..count]);
+    }
+    let mut end = Words(&mut nar);
+    if !end.padding(length)? || end.next()?.as_deref() != Some(b")") || nar.read(&mut [0])? != 0 {
+        return Ok(None);
+    }
+    Ok(Some(hasher.finish()))
+}
+
+/// The short words of a NAR's frame: a length, the bytes, zeros up to a multiple of eight.
+struct Words<'a>(&'a mut dyn Read);
+
+impl Words<'_> {
+    fn bytes<const N: usize>(&mut self) -> io::Result<Option<[u8; N]>> {
+        let mut bytes = [0; N];
+        match self.0.read_exact(&mut bytes) {
+            Ok(()) => Ok(Some(bytes)),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn length(&mut self) -> io::Result<Option<u64>> {
+        Ok(self.bytes()?.map(u64::from_le_bytes))
+    }
+
+    fn padding(&mut self, length: u64) -> io::Result<bool> {
+        for _ in 0..(8 - length % 8) % 8 {
+            if self.bytes()? != Some([0u8]) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let Some(length) = self.length()?.filter(|length| *length <= 16) else { return Ok(None) };
+        let mut word = Vec::new();
+        for _ in 0..length {
+            let Some([byte]) = self.bytes::<1>()? else { return Ok(None) };
+            word.push(byte);
+        }
+        Ok(self.padding(length)?.then_some(word))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ruzstd::encoding::{CompressionLevel, compress_to_vec};
+
+    fn expected(bytes: &[u8]) -> Expected {
+        Expected { size: bytes.len() as u64, hash: Sha256::of(bytes) }
+    }
+
+    fn zstd(bytes: &[u8]) -> Vec<u8> {
+        compress_to_vec(bytes, CompressionLevel::Fastest)
+    }
+
+    fn unpacked(packed: &[u8], compression: Compression, expected: Expected) -> Result<Vec<u8>, Fault> {
+        let mut nar = Vec::new();
+        unpack(packed, compression, expected, &mut nar).map(|()| nar)
+    }
+
+    fn skippable(bytes: &[u8]) -> Vec<u8> {
+        [&0x184D_2A53u32.to_le_bytes()[..], &(bytes.len() as u32).to_le_bytes(), bytes].concat()
+    }
+
+    #[test]
+    fn what_was_packed_comes_out_however_it_was_cut_into_frames() {
+        let nar: Vec<u8> = (0..300_000u32).flat_map(|n| (n / 7).to_le_bytes()).collect();
+        let (first, second) = nar.split_at(500_000);
+        for packed in [
+            zstd(&nar),
+            [zstd(first), zstd(second)].concat(),
+            [skippable(b"hello"), zstd(first), skippable(b""), zstd(b""), zstd(second), skippable(&nar)]
+                .concat(),
+        ] {
+            assert_eq!(unpacked(&packed, Compression::Zstd, expected(&nar)).unwrap(), nar);
+        }
+        assert_eq!(unpacked(&nar, Compression::None, expected(&nar)).unwrap(), nar);
+        assert_eq!(unpacked(b"", Compression::None, expected(b"")).unwrap(), b"");
+    }
+
+    #[test]
+    fn what_is_not_what_was_vouched_for_is_refused_and_cut_at_its_size() {
+        let nar = b"a NAR of some length".repeat(1000);
+        let altered = |packed: &[u8], compression| match unpacked(packed, compression, expected(&nar)) {
+            Err(Fault::Altered(why)) => why,
+            other => panic!("{other:?}"),
+        };
+        let mut other = nar.clone();
+        other[77] ^= 1;
+        assert!(altered(&zstd(&other), Compression::Zstd).contains("hash"));
+        assert!(altered(&zstd(&nar[1..]), Compression::Zstd).contains("1 bytes fewer"));
+        assert!(altered(&[&nar[..], b"x"].concat(), Compression::None).contains("more than"));
+        let packed = zstd(&nar);
+        for bad in [&b""[..], b"garbage and more", &packed[..packed.len() / 2], &skippable(b"only")] {
+            assert!(altered(bad, Compression::Zstd).contains("does not unpack"));
+        }
+        let trailing = [&packed[..], b"tail"].concat();
+        assert!(altered(&trailing, Compression::Zstd).contains("does not unpack"));
+    }
+
+    /// Counts what it gets.
+    struct Counter(u64);
+
+    impl Write for Counter {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += bytes.len() as u64;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_bomb_is_cut_where_its_size_ends() {
+        // 64 MiB of zeros in RLE blocks of 128 KiB: 4 bytes each.
+        let mut bomb = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x58];
+        for n in 0..512u32 {
+            let header = u32::from(n == 511) | 1 << 1 | (128 << 10) << 3;
+            bomb.extend(&header.to_le_bytes()[..3]);
+            bomb.push(0);
+        }
+        let mut whole = Counter(0);
+        let all = Expected { size: 64 << 20, hash: Sha256::of(&vec![0; 64 << 20]) };
+        unpack(&bomb[..], Compression::Zstd, all, &mut whole).unwrap();
+        let mut counter = Counter(0);
+        let small = Expected { size: 300_000, hash: Sha256::of(b"") };
+        let cut = unpack(&bomb[..], Compression::Zstd, small, &mut counter);
+        assert!(matches!(cut, Err(Fault::Altered(why)) if why.contains("300000")));
+        assert!(counter.0 <= 300_000);
+    }
+
+    #[test]
+    fn what_cannot_be_unpacked_here_is_told_from_what_is_damaged() {
+        let large_window = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x70, 0x01, 0, 0];
+        for (packed, compression, word) in [
+            (&large_window[..], Compression::Zstd, "window of 16 MiB"),
+            (b"", Compression::Xz, "xz"),
+            (b"", Compression::Other, "zstd"),
+        ] {
+            let refused = unpacked(packed, compression, expected(b""));
+            assert!(matches!(&refused, Err(Fault::Unknown(why)) if why.contains(word)), "{refused:?}");
+        }
+        struct Broken;
+        impl Read for Broken {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::Error::from_raw_os_error(5))
+            }
+        }
+        for compression in [Compression::None, Compression::Zstd] {
+            let refused = unpack(Broken, compression, expected(b""), &mut Vec::new());
+            assert!(matches!(refused, Err(Fault::Here(_))), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn of_a_nar_the_plain_file_is_found() {
+        let word = |bytes: &[u8]| {
+            let mut word = (bytes.len() as u64).to_le_bytes().to_vec();
+            word.extend(bytes);
+            word.resize(word.len().div_ceil(8) * 8, 0);
+            word
+        };
+        let nar = |words: &[&[u8]]| words.iter().flat_map(|bytes| word(bytes)).collect::<Vec<u8>>();
+        let head: [&[u8]; 4] = [b"nix-archive-1", b"(", b"type", b"regular"];
+        let plain = nar(&[&head[..], &[b"contents", b"hello\n", b")"]].concat());
+        let hash = Some(Sha256::of(b"hello\n"));
+        assert_eq!(plain_file(&plain[..]).unwrap(), hash);
+        let executable = nar(&[&head[..], &[b"executable", b"", b"contents", b"hello\n", b")"]].concat());
+        assert_eq!(plain_file(&executable[..]).unwrap(), hash);
+        let folder = nar(&[b"nix-archive-1", b"(", b"type", b"directory", b")"]);
+        for bad in [&folder[..], &plain[..plain.len() - 1], &[&plain[..], b"x"].concat(), b""] {
+            assert_eq!(plain_file(bad).unwrap(), None);
+        }
+    }
+}

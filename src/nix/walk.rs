@@ -1,0 +1,396 @@
+//! The walk through a cache: from the top of a closure down its narinfos, as far as this machine lacks paths. What a
+//! narinfo refers to is asked for only when somebody vouches for that narinfo; bounded in paths, in bytes and in time.
+//! Reads narinfos and nothing else, and changes nothing.
+
+use super::narinfo::{MAX_BYTES, NarInfo, Warrant};
+use crate::keys::PublicKey;
+use crate::names::StorePath;
+use crate::store::{Got, Store, StoreError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Requests at a time.
+const REQUESTS: usize = 64;
+
+/// How far a walk goes.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// The most paths.
+    pub paths: usize,
+    /// The most bytes of narinfos.
+    pub bytes: u64,
+    /// Until when.
+    pub until: Instant,
+}
+
+impl Limits {
+    /// Room for ten times the largest closures, and so long for it.
+    pub fn within(time: Duration) -> Self {
+        Limits { paths: 50_000, bytes: 48 << 20, until: Instant::now() + time }
+    }
+}
+
+/// What is wrong with one path in a cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// There is no narinfo.
+    Absent,
+    /// There is one, and it cannot be read: the reason.
+    Unreadable(String),
+    /// Nobody whom this machine trusts vouches for it.
+    Unsigned,
+    /// Its NAR's file is not there.
+    Lost(String),
+    /// Its NAR is not what was vouched for: the reason.
+    Altered(String),
+    /// Its NAR is compressed in a way that is not read here: the reason.
+    Unknown(String),
+}
+
+impl Fault {
+    /// The fault as a clause after the path's name.
+    pub fn text(&self) -> String {
+        match self {
+            Fault::Absent => "is not there".into(),
+            Fault::Unreadable(why) => format!("has a broken narinfo (it {why})"),
+            Fault::Unsigned => "has no signature by a key that is trusted here".into(),
+            Fault::Lost(url) => format!("has lost its file {url}"),
+            Fault::Altered(why) => format!("has a NAR that was altered or damaged (it {why})"),
+            Fault::Unknown(why) => format!("has a NAR that {why}"),
+        }
+    }
+
+    /// Whether something is missing, rather than wrong.
+    pub fn is_absence(&self) -> bool {
+        matches!(self, Fault::Absent | Fault::Lost(_))
+    }
+}
+
+/// A narinfo that may be followed.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// What it says.
+    pub info: NarInfo,
+    /// Who vouches for it; None where that is left to Nix's own settings.
+    pub warrant: Option<Warrant>,
+}
+
+/// What was found below some top paths, as far as it is not here.
+#[derive(Debug, Default)]
+pub struct Walked {
+    /// The narinfos that may be followed.
+    pub found: BTreeMap<StorePath, Found>,
+    /// What is wrong.
+    pub faults: BTreeMap<StorePath, Fault>,
+}
+
+/// Why a walk ended early.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    /// The cache did not answer or refused us.
+    Cache(StoreError),
+    /// It went on and on: the reason.
+    Endless(String),
+    /// This machine's store did not say what it has: the reason.
+    Here(String),
+}
+
+impl Walked {
+    /// What of the closure of `top` is to be had: paths after what they refer to. The error is the first that is
+    /// missing or wrong.
+    pub fn closure(&self, top: &StorePath) -> Result<Vec<&Found>, (StorePath, Fault)> {
+        let mut order = Vec::new();
+        let mut seen = BTreeSet::new();
+        // With each path, whether what it refers to was put before it.
+        let mut next = vec![(top, false)];
+        while let Some((path, ready)) = next.pop() {
+            if let Some(fault) = self.faults.get(path) {
+                return Err((path.clone(), fault.clone()));
+            }
+            // What was not asked for is here.
+            let Some(found) = self.found.get(path) else { continue };
+            if ready {
+                order.push(found);
+            } else if seen.insert(path) {
+                next.push((path, true));
+                next.extend(found.info.references.iter().filter(|r| !seen.contains(r)).map(|r| (r, false)));
+            }
+        }
+        Ok(order)
+    }
+}
+
+/// Says which of some paths this machine does not have; the error is the reason why it cannot.
+pub type Lacking<'a> = dyn FnMut(&[StorePath]) -> Result<Vec<StorePath>, String> + 'a;
+
+/// Walks the closures of `tops`, none of which is here. With `keys`, only narinfos that one of them signed, or that are
+/// about a path named after its content, are followed; without, all.
+pub fn walk(
+    cache: &dyn Store,
+    tops: &[StorePath],
+    keys: &[PublicKey],
+    lacking: &mut Lacking<'_>,
+    limits: Limits,
+) -> Result<Walked, Ended> {
+    let mut walked = Walked::default();
+    let mut seen: BTreeSet<StorePath> = tops.iter().cloned().collect();
+    let mut next: Vec<StorePath> = seen.iter().cloned().collect();
+    let mut bytes = 0u64;
+    while !next.is_empty() {
+        if seen.len() > limits.paths {
+            let path = &next[0];
+            return Err(Ended::Endless(format!(
+                "at {path} the walk has come to {} paths, and no closure has more than {}",
+                seen.len(),
+                limits.paths
+            )));
+        }
+        let mut references = BTreeSet::new();
+        for (path, judged) in level(cache, &next, keys, limits, &mut bytes)? {
+            match judged {
+                Ok(found) => {
+                    references.extend(found.info.references.iter().filter(|r| !seen.contains(r)).cloned());
+                    walked.found.insert(path, found);
+                }
+                Err(fault) => drop(walked.faults.insert(path, fault)),
+            }
+        }
+        let references: Vec<StorePath> = references.into_iter().collect();
+        seen.extend(references.iter().cloned());
+        next = if references.is_empty() { references } else { lacking(&references).map_err(Ended::Here)? };
+    }
+    Ok(walked)
+}
+
+type Judged = (StorePath, Result<Found, Fault>);
+
+/// Asks for the narinfos of these paths, many at a time.
+fn level(
+    cache: &dyn Store,
+    paths: &[StorePath],
+    keys: &[PublicKey],
+    limits: Limits,
+    bytes: &mut u64,
+) -> Result<Vec<Judged>, Ended> {
+    struct Level<'a> {
+        left: std::slice::Iter<'a, StorePath>,
+        bytes: u64,
+        judged: Vec<Judged>,
+        ended: Option<Ended>,
+    }
+    let state = Mutex::new(Level { left: paths.iter(), bytes: *bytes, judged: Vec::new(), ended: None });
+    let lock = || state.lock().unwrap_or_else(PoisonError::into_inner);
+    let work = || {
+        loop {
+            let path = {
+                let mut state = lock();
+                if state.ended.is_some() {
+                    return;
+                }
+                let Some(path) = state.left.next() else { return };
+                if Instant::now() >= limits.until {
+                    state.ended = Some(Ended::Endless(format!("at {path} the time for the walk was over")));
+                    return;
+                }
+                path
+            };
+            let asked = ask(cache, path, keys);
+            let mut state = lock();
+            match asked {
+                Ok((judged, size)) => {
+                    state.bytes += size;
+                    state.judged.push((path.clone(), judged));
+                    if state.bytes > limits.bytes {
+                        state.ended = Some(Ended::Endless(format!(
+                            "at {path} the walk has read more than {} MiB of narinfos",
+                            limits.bytes >> 20
+                        )));
+                    }
+                }
+                Err(e) => state.ended = Some(Ended::Cache(e)),
+            }
+        }
+    };
+    match paths.len().min(REQUESTS) {
+        1 => work(),
+        threads => std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work)))),
+    }
+    let state = state.into_inner().unwrap_or_else(PoisonError::into_inner);
+    *bytes = state.bytes;
+    match state.ended {
+        Some(ended) => Err(ended),
+        None => Ok(state.judged),
+    }
+}
+
+/// Asks for one narinfo and judges it; with its size.
+fn ask(
+    cache: &dyn Store,
+    path: &StorePath,
+    keys: &[PublicKey],
+) -> Result<(Result<Found, Fault>, u64), StoreError> {
+    let bytes = match cache.get(&NarInfo::key(path), None, MAX_BYTES) {
+        Ok(Got::Found { bytes, .. }) => bytes,
+        Ok(Got::Missing | Got::NotModified) => return Ok((Err(Fault::Absent), 0)),
+        Err(StoreError::TooLarge(_)) => {
+            let why = format!("has more than {} MiB", MAX_BYTES >> 20);
+            return Ok((Err(Fault::Unreadable(why)), MAX_BYTES));
+        }
+        Err(e) => return Err(e),
+    };
+    Ok((judge(path, &bytes, keys), bytes.len() as u64))
+}
+
+/// What a narinfo that was asked for under the name of `path` is worth. Pure.
+pub fn judge(path: &StorePath, bytes: &[u8], keys: &[PublicKey]) -> Result<Found, Fault> {
+    let info = NarInfo::parse(bytes).map_err(Fault::Unreadable)?;
+    if info.path != *path {
+        return Err(Fault::Unreadable(format!("is about {}", info.path)));
+    }
+    let warrant = info.warrant(keys);
+    if warrant.is_none() && !keys.is_empty() {
+        return Err(Fault::Unsigned);
+    }
+    Ok(Found { info, warrant })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::SecretKey;
+    use crate::nix::hash::Sha256;
+    use crate::nix::narinfo::Compression;
+    use crate::store::When;
+    use crate::store::dir::DirStore;
+
+    fn path(n: usize) -> StorePath {
+        StorePath::parse(&format!("/nix/store/{n:032}-p{n}")).unwrap()
+    }
+
+    fn put(cache: &dyn Store, n: usize, references: &[usize], key: Option<&SecretKey>) {
+        let mut info = NarInfo {
+            path: path(n),
+            url: format!("nar/{n}.nar.zst"),
+            compression: Compression::Zstd,
+            file_hash: None,
+            file_size: None,
+            nar_hash: Sha256::of(b""),
+            nar_size: 100,
+            references: references.iter().map(|n| path(*n)).collect(),
+            deriver: None,
+            signatures: Vec::new(),
+            ca: None,
+        };
+        if let Some(key) = key {
+            info.sign(key).unwrap();
+        }
+        cache.put(&NarInfo::key(&path(n)), info.render().as_bytes(), &When::Always).unwrap();
+    }
+
+    fn limits() -> Limits {
+        Limits::within(Duration::from_secs(600))
+    }
+
+    fn all(paths: &[StorePath]) -> Result<Vec<StorePath>, String> {
+        Ok(paths.to_vec())
+    }
+
+    #[test]
+    fn only_what_is_missing_here_is_asked_for_and_each_comes_after_what_it_refers_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = DirStore::new(dir.path());
+        put(&cache, 1, &[2, 3, 1], None);
+        put(&cache, 2, &[3, 4], None);
+        put(&cache, 3, &[5], None);
+        // 4 is here, and what is below it is not looked at; 5 is a leaf.
+        put(&cache, 5, &[], None);
+        let mut asked = Vec::new();
+        let walked = walk(
+            &cache,
+            &[path(1)],
+            &[],
+            &mut |paths| {
+                asked.extend(paths.to_vec());
+                Ok(paths.iter().filter(|p| **p != path(4)).cloned().collect())
+            },
+            limits(),
+        )
+        .unwrap();
+        let order: Vec<_> = walked.closure(&path(1)).unwrap().iter().map(|f| f.info.path.clone()).collect();
+        assert_eq!(order.len(), 4);
+        let at = |n| order.iter().position(|p| *p == path(n)).unwrap();
+        assert!(at(5) < at(3) && at(3) < at(2) && at(2) < at(1), "{order:?}");
+        asked.sort();
+        assert_eq!(asked, [path(2), path(3), path(4), path(5)]);
+    }
+
+    #[test]
+    fn what_two_paths_refer_to_comes_before_both_whichever_is_met_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = DirStore::new(dir.path());
+        // One of the two refers to the other, once forwards and once backwards.
+        for (top, first, second) in [(10, 11, 12), (20, 22, 21)] {
+            put(&cache, top, &[first, second], None);
+            put(&cache, first, &[second], None);
+            put(&cache, second, &[], None);
+            let walked = walk(&cache, &[path(top)], &[], &mut all, limits()).unwrap();
+            let order: Vec<_> =
+                walked.closure(&path(top)).unwrap().iter().map(|f| f.info.path.clone()).collect();
+            assert_eq!(order, [path(second), path(first), path(top)]);
+        }
+    }
+
+    #[test]
+    fn nothing_below_a_narinfo_that_nobody_vouches_for_is_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = DirStore::new(dir.path());
+        let key = SecretKey::generate("here-1").unwrap();
+        put(&cache, 1, &[2, 3], Some(&key));
+        put(&cache, 2, &[4], None);
+        put(&cache, 3, &[], Some(&key));
+        let walked = walk(&cache, &[path(1)], &[key.public()], &mut all, limits()).unwrap();
+        assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(2), Fault::Unsigned));
+        assert_eq!(walked.closure(&path(3)).unwrap().len(), 1);
+        assert!(!walked.faults.contains_key(&path(4)) && !walked.found.contains_key(&path(4)));
+        // The same cache for who has no keys: Nix's own settings decide later.
+        let walked = walk(&cache, &[path(1)], &[], &mut all, limits()).unwrap();
+        assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(4), Fault::Absent));
+    }
+
+    #[test]
+    fn a_walk_without_end_ends_at_its_bounds_and_names_where() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = DirStore::new(dir.path());
+        for n in 0..50 {
+            put(&cache, n, &[n + 1, n + 100], None);
+        }
+        let few = Limits { paths: 20, ..limits() };
+        let small = Limits { bytes: 2000, ..limits() };
+        let over = Limits { until: Instant::now(), ..limits() };
+        for limits in [few, small, over] {
+            let ended = walk(&cache, &[path(0)], &[], &mut all, limits).unwrap_err();
+            assert!(matches!(&ended, Ended::Endless(why) if why.contains("/nix/store/")), "{ended:?}");
+        }
+        // Two that refer to each other are no walk without end.
+        put(&cache, 200, &[201], None);
+        put(&cache, 201, &[200], None);
+        let walked = walk(&cache, &[path(200)], &[], &mut all, limits()).unwrap();
+        assert_eq!(walked.closure(&path(200)).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_narinfo_under_a_wrong_name_or_of_any_size_is_a_fault_of_that_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = DirStore::new(dir.path());
+        put(&cache, 1, &[2, 3], None);
+        put(&cache, 3, &[], None);
+        let other = fs_err::read(dir.path().join(NarInfo::key(&path(3)))).unwrap();
+        cache.put(&NarInfo::key(&path(2)), &other, &When::Always).unwrap();
+        let huge = vec![b'x'; MAX_BYTES as usize + 1];
+        cache.put(&NarInfo::key(&path(3)), &huge, &When::Always).unwrap();
+        let walked = walk(&cache, &[path(1)], &[], &mut all, limits()).unwrap();
+        let texts: Vec<String> = walked.faults.values().map(Fault::text).collect();
+        assert!(texts[0].contains("is about") && texts[1].contains("1 MiB"), "{texts:?}");
+    }
+}
