@@ -7,9 +7,13 @@ pub mod cache;
 pub mod download;
 pub mod fetch;
 pub mod hash;
+pub mod local;
 pub mod narinfo;
+pub mod present;
+pub mod publish;
 pub mod spool;
 pub mod unpack;
+pub mod upload;
 pub mod walk;
 
 use crate::bridge::{Access, Bridge};
@@ -28,6 +32,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use fetch::{fetch, fetch_within};
+pub use publish::{Published, Scope, publish};
 
 /// Where roots against the garbage collector are kept, ours in a folder of our own below.
 pub const GCROOTS: &str = "/nix/var/nix/gcroots/omni-deploy";
@@ -70,15 +75,6 @@ pub struct Figures {
     pub paths: usize,
     /// Its files together, compressed; None where only Nix can look.
     pub bytes: Option<u64>,
-}
-
-/// What [`publish`] had to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Published {
-    /// Nothing: the whole closure was there, signed. It was looked at path by path.
-    Already(Figures),
-    /// Nix copied or signed; whether all arrived is for [`verify_closure`] to say.
-    Copied,
 }
 
 /// Of `paths`, those that are not valid in this machine's store (asks the store's database, not only the
@@ -359,70 +355,11 @@ fn with_params(url: &str, params: &[(&str, String)]) -> String {
     if pairs.is_empty() { base.to_string() } else { format!("{base}?{}", pairs.join("&")) }
 }
 
-/// The name of the configured key, under which its signatures stand in narinfos.
-fn key_name(settings: &Settings) -> Result<Option<String>> {
-    let Some(file) = &settings.secret_key_file else { return Ok(None) };
-    let text = fs_err::read_to_string(file).map_err(|e| {
-        Error::new(format!(
-            "{}; 'omni-deploy init' makes a key, or correct 'secretKeyFile'",
-            crate::error::io_text(&e)
-        ))
-    })?;
-    match text.trim().split_once(':') {
-        Some((name, key)) if !name.is_empty() && !key.is_empty() => Ok(Some(name.to_string())),
-        _ => Err(Error::new(format!(
-            "{} is no secret key (NAME:BASE64, as Nix writes it); correct 'secretKeyFile'",
-            file.display()
-        ))),
-    }
-}
-
 /// The bytes that are free for us where the store is; None when the kernel does not say.
 fn free_bytes(store: &Path) -> Option<u64> {
     let of = |path: &Path| rustix::fs::statvfs(path).ok().map(|v| v.f_bavail.saturating_mul(v.f_frsize));
     // A store that is still to be made will be where the folder above it is.
     of(store).or_else(|| of(Path::new("/nix"))).or_else(|| of(Path::new("/")))
-}
-
-fn not_whole(top: &StorePath, path: &StorePath, fault: &cache::Fault, shown: &str) -> String {
-    if top == path && *fault == cache::Fault::Absent {
-        return format!("{top} is not in the cache {shown}; push it with 'omni-deploy push'");
-    }
-    format!(
-        "the closure of {top} is not whole in the cache {shown}: {path} {}; push it again with 'omni-deploy push'",
-        fault.text()
-    )
-}
-
-/// Copies closures to the cache, signed if there is a key, unless they are there already. Entries that are
-/// broken are taken out first, so that they are written anew, and entries without our signature get it.
-/// `on_line` gets Nix's lines as they come.
-pub fn publish(settings: &Settings, paths: &[StorePath], on_line: &mut dyn FnMut(&str)) -> Result<Published> {
-    let key = key_name(settings)?;
-    let cache = Cache::open(settings, Access::Write)?;
-    let mut unsigned = Vec::new();
-    let mut whole = false;
-    if let Some(direct) = &cache.direct {
-        let found = cache::inspect(direct.as_ref(), paths)?;
-        unsigned = key.map(|key| found.unsigned_by(&key)).unwrap_or_default();
-        whole = found.faults.is_empty();
-        if whole && unsigned.is_empty() {
-            return Ok(Published::Already(figures(&found)));
-        }
-        for (path, fault) in found.faults.iter().filter(|(_, fault)| **fault != cache::Fault::Absent) {
-            say::warning(format!("{path} {} in {}; writing it anew", fault.text(), cache.shown));
-        }
-        cache::forget(direct.as_ref(), &found.faults)?;
-        unsigned.retain(|p| !found.faults.contains_key(p));
-    }
-    if !whole {
-        cache.write(settings, Side::To, &["copy"], paths, on_line)?;
-    }
-    if let (false, Some(file)) = (unsigned.is_empty(), &settings.secret_key_file) {
-        let sign = ["store", "sign", "--key-file", &file.to_string_lossy()];
-        cache.write(settings, Side::Store, &sign, &unsigned, on_line)?;
-    }
-    Ok(Published::Copied)
 }
 
 /// A status other than 0 as an error.
@@ -434,37 +371,14 @@ fn check(output: Result<Output, RunError>, command: &str) -> Result<Output, RunE
     Err(RunError::Failed { command: command.to_string(), status: output.status, stderr: output.stderr })
 }
 
-fn figures(found: &cache::Inspection) -> Figures {
-    Figures { paths: found.infos.len(), bytes: Some(found.bytes()) }
-}
-
-/// Walks the closures in the cache itself, from narinfo to narinfo, and looks for every NAR file. The error
-/// names the first part that is missing, and says when a path lacks our signature.
-pub fn verify_closure(settings: &Settings, paths: &[StorePath]) -> Result<Figures> {
-    let shown = settings.cache.to_string();
-    let url = match &settings.cache {
-        CacheUrl::Nix(_) => return verify_through_nix(settings, paths),
-        CacheUrl::Dir(path) => StoreUrl::Dir(path.clone()),
-        CacheUrl::S3(location) => StoreUrl::S3(location.clone()),
-    };
-    let found = cache::inspect(store::open(&url)?.as_ref(), paths)?;
-    for top in paths {
-        if let Some((path, fault)) = found.fault_below(top, &|_| true) {
-            return Err(Error::new(not_whole(top, path, fault, &shown)));
-        }
-    }
-    if let Some(key) = key_name(settings)?
-        && let Some(path) = found.unsigned_by(&key).first()
-    {
-        return Err(Error::new(format!(
-            "{path} in the cache {shown} has no signature by the key {key}; push it again with 'omni-deploy push'"
-        )));
-    }
-    Ok(figures(&found))
-}
-
-fn verify_through_nix(settings: &Settings, paths: &[StorePath]) -> Result<Figures> {
-    let cache = Cache::open(settings, Access::Read)?;
+/// Has Nix copy to a cache that only it knows, and then look whether the whole closure is there.
+fn publish_through_nix(
+    settings: &Settings,
+    paths: &[StorePath],
+    on_line: &mut dyn FnMut(&str),
+) -> Result<Published> {
+    let cache = Cache::open(settings, Access::Write)?;
+    cache.write(settings, Side::To, &["copy"], paths, on_line)?;
     let mut found = BTreeSet::new();
     for some in paths.chunks(PER_CALL) {
         let (run, _scratch) = cache.nix(settings, Side::Store, &["path-info", "--recursive"])?;
@@ -477,7 +391,7 @@ fn verify_through_nix(settings: &Settings, paths: &[StorePath]) -> Result<Figure
         })?;
         found.extend(output.text().lines().map(String::from));
     }
-    Ok(Figures { paths: found.len(), bytes: None })
+    Ok(Published { figures: Figures { paths: found.len(), bytes: None }, written: None })
 }
 
 /// Builds a flake reference in `dir`; its output's path. Nix's progress is handed over line by line.

@@ -9,7 +9,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 #[allow(clippy::disallowed_types, reason = "this is the one runner")]
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 /// How a program ended.
@@ -87,6 +88,11 @@ pub enum RunError {
         after: Duration,
         /// Its stderr so far.
         stderr: String,
+    },
+    /// It was told to stop ([`Run::stop`]) and was killed.
+    Stopped {
+        /// The program with its arguments, for people.
+        command: String,
     },
 }
 
@@ -167,6 +173,7 @@ impl fmt::Display for RunError {
                 write!(f, "{command} was still running after {} s and was ended", after.as_secs())?;
                 if stderr.trim().is_empty() { Ok(()) } else { write!(f, ": {}", tail(stderr)) }
             }
+            RunError::Stopped { command } => write!(f, "{command} was stopped"),
         }
     }
 }
@@ -191,6 +198,7 @@ pub struct Run {
     keep: bool,
     interruptible: bool,
     chosen: bool,
+    stop: Option<Arc<AtomicBool>>,
 }
 
 /// Which of a program's streams a line came from.
@@ -216,6 +224,7 @@ impl Run {
             deadline: None,
             keep: true,
             interruptible: false,
+            stop: None,
         }
     }
 
@@ -264,6 +273,12 @@ impl Run {
     /// Ends it (SIGKILL) when it runs longer than this.
     pub fn deadline(mut self, after: Duration) -> Self {
         self.deadline = Some(after);
+        self
+    }
+
+    /// Ends it (SIGKILL) when this becomes true: what it makes is not needed any more.
+    pub fn stop(mut self, flag: &Arc<AtomicBool>) -> Self {
+        self.stop = Some(Arc::clone(flag));
         self
     }
 
@@ -404,7 +419,8 @@ impl Run {
         let mut stdout = Vec::new();
         let mut stderr = Vec::new();
         let started = Instant::now();
-        let mut late = false;
+        let (mut late, mut stopped) = (false, false);
+        let told_to_stop = || self.stop.as_ref().is_some_and(|flag| flag.load(Ordering::SeqCst));
         // Readers that outlive the program (a grandchild holds the pipe) must not hold us: they are plain
         // threads, and the channel is left when the program has ended and a short grace has passed.
         if let Some(out) = out {
@@ -450,9 +466,9 @@ impl Run {
                 }
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
                     if ended.is_none() {
-                        let status = match self.deadline {
-                            None => child.wait().ok(),
-                            Some(_) => child.try_wait().ok().flatten(),
+                        let status = match (self.deadline, &self.stop) {
+                            (None, None) => child.wait().ok(),
+                            _ => child.try_wait().ok().flatten(),
                         };
                         if let Some(status) = status {
                             ended = Some((status, Instant::now()));
@@ -470,10 +486,12 @@ impl Run {
                 Some((_, at)) if at.elapsed() > Duration::from_secs(1) => break,
                 Some(_) => {}
                 None => {
+                    let is_late = !late && self.deadline.is_some_and(|d| started.elapsed() >= d);
+                    let is_unwanted = !stopped && told_to_stop();
                     if let Ok(Some(status)) = child.try_wait() {
                         ended = Some((status, Instant::now()));
-                    } else if !late && self.deadline.is_some_and(|d| started.elapsed() >= d) {
-                        late = true;
+                    } else if is_late || is_unwanted {
+                        (late, stopped) = (late || is_late, stopped || is_unwanted);
                         child.kill().map_err(|e| RunError::Spawn {
                             program: self.program.clone(),
                             cause: format!("cannot end it: {e}"),
@@ -485,6 +503,7 @@ impl Run {
         let stderr = String::from_utf8_lossy(&stderr).into_owned();
         let after = self.deadline.unwrap_or_default();
         match ended {
+            _ if stopped => Err(RunError::Stopped { command: self.shown() }),
             Some((status, _)) if !late => Ok(Output { status: told(status), stdout, stderr }),
             _ => Err(RunError::Deadline { command: self.shown(), after, stderr }),
         }
@@ -546,6 +565,20 @@ fn read_lines(stream: impl Read, which: Stream, sender: &mpsc::SyncSender<(Strea
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_needed_any_more_is_ended() {
+        let flag = Arc::new(AtomicBool::new(false));
+        let run = Run::new("sh").args(["-c", "echo begun; exec sleep 1000"]).stop(&flag);
+        let ended = run.each_line(|_, _| flag.store(true, Ordering::SeqCst));
+        assert!(
+            matches!(&ended, Err(RunError::Stopped { command }) if command.contains("sleep")),
+            "{ended:?}"
+        );
+        // One that ends by itself before is what it is.
+        let flag = Arc::new(AtomicBool::new(false));
+        assert!(Run::new("true").stop(&flag).output().unwrap().status.ok());
+    }
 
     #[test]
     fn exit_signal_and_failure_to_start_are_told_apart() {

@@ -115,8 +115,16 @@ pub const COMMANDS: &[Command] = &[
     command("deployer pause", &[option("--for", "", Kind::Free)], &[Kind::Service]),
     command("deployer resume", &[], &[Kind::Service]),
     command("deployer rollback", &[switch("--unpin", "")], &[Kind::Service]),
-    command("push", &[SERVICE, switch("--require-clean", ""), switch("--wait", ""), TIMEOUT], &[Kind::File]),
-    command("ship", &[SERVICE, switch("--require-clean", ""), TIMEOUT], &[Kind::File]),
+    command(
+        "push",
+        &[SERVICE, switch("--require-clean", ""), switch("--rewrite", ""), switch("--wait", ""), TIMEOUT],
+        &[Kind::File],
+    ),
+    command(
+        "ship",
+        &[SERVICE, switch("--require-clean", ""), switch("--rewrite", ""), TIMEOUT],
+        &[Kind::File],
+    ),
     command("status", &[HOST, JSON, switch("--watch", ""), switch("--live", "")], &[Kind::Service]),
     command(
         "logs",

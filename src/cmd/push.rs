@@ -4,13 +4,14 @@ use super::Call;
 use crate::config::Settings;
 use crate::error::Result;
 use crate::names::{HostName, ServiceName};
+use crate::nix::Scope;
 use crate::push::wait::{self, Newer, Outcome};
 use crate::push::{self, Pushed, What};
 use crate::say;
 use argh::FromArgs;
 use std::time::Duration;
 
-/// Build, copy the closure to the cache, verify that all of it is there, publish.
+/// Build, copy what the cache lacks of the closure, publish.
 #[derive(FromArgs)]
 #[argh(
     example = "Push a namespace, whose service is named by its ': out' header or its path:\n  {command_name} Biz/PodcastItLater/Web.py\n\nPush a closure that is built already, and follow the hosts:\n  {command_name} --wait --service ava /nix/store/…-ava",
@@ -31,6 +32,10 @@ struct Push {
     /// refuse what does not come from a commit alone
     #[argh(switch)]
     require_clean: bool,
+
+    /// write all of the closure to the cache anew, whatever is there: mends what is damaged
+    #[argh(switch)]
+    rewrite: bool,
 
     /// start the deployer on the hosts and follow each until it runs the new version or has rejected it
     #[argh(switch)]
@@ -63,6 +68,10 @@ struct Ship {
     #[argh(switch)]
     require_clean: bool,
 
+    /// write all of the closure to the cache anew, whatever is there: mends what is damaged
+    #[argh(switch)]
+    rewrite: bool,
+
     /// how long to follow the hosts, in seconds (300)
     #[argh(option, arg_name = "seconds", default = "300")]
     timeout: u64,
@@ -71,8 +80,8 @@ struct Ship {
 /// Runs the command; `live` is `ship`.
 pub fn run(call: &Call, live: bool) -> Result<u8> {
     let args = if live {
-        let Ship { targets, service, require_clean, timeout } = call.parse()?;
-        Push { targets, service, require_clean, wait: true, timeout }
+        let Ship { targets, service, require_clean, rewrite, timeout } = call.parse()?;
+        Push { targets, service, require_clean, rewrite, wait: true, timeout }
     } else {
         call.parse::<Push>()?
     };
@@ -86,7 +95,8 @@ pub fn run(call: &Call, live: bool) -> Result<u8> {
     let cwd = std::env::current_dir()
         .map_err(|e| crate::error::Error::new(format!("cannot tell the current folder: {e}; cd to one")))?;
     let (targets, service) = (args.targets.as_slice(), args.service.as_deref());
-    let what = What { targets, service, require_clean: args.require_clean };
+    let scope = if args.rewrite { Scope::Everything } else { Scope::Missing };
+    let what = What { targets, service, require_clean: args.require_clean, scope };
     let pushed = push::push(&settings, what, &cwd)?;
     for (name, path) in &pushed.services {
         super::print(&format!("{name} {path} serial {}", pushed.serial))?;

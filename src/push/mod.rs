@@ -11,13 +11,14 @@ use crate::error::{Error, Result, did_you_mean};
 use crate::manifest::edit::{self, Author, Update};
 use crate::manifest::{Manifest, entry};
 use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
-use crate::nix::{self, Published};
+use crate::nix::{self, Scope};
 use crate::runner::{Run, Stream, tail};
 use crate::say;
-use crate::store::{self, Store};
+use crate::store::{self, Objects, Store};
 use namespace::{DIRTY, How, Target};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 use wait::Shipped;
 
@@ -59,11 +60,13 @@ pub struct What<'a> {
     pub service: Option<&'a str>,
     /// Only what comes from a commit, with nothing changed since.
     pub require_clean: bool,
+    /// What of the closures is written to the cache.
+    pub scope: Scope,
 }
 
 /// Pushes all targets, seen from the folder `cwd`.
 pub fn push(settings: &Settings, what: What<'_>, cwd: &Path) -> Result<Pushed> {
-    let What { targets, service, require_clean } = what;
+    let What { targets, service, require_clean, scope } = what;
     if targets.len() > 1 && service.is_some() {
         return Err(Error::usage(
             "--service names one service, and there are several targets; push them apart",
@@ -78,7 +81,8 @@ pub fn push(settings: &Settings, what: What<'_>, cwd: &Path) -> Result<Pushed> {
         }
         resolved.push(target);
     }
-    let store = store::open(&settings.store)?;
+    // One client for the manifest and the closures, if they are in one bucket.
+    let store = store::open_shared(&settings.store)?;
     // Before anything is built: a key that cannot be read, or a manifest that is not to be trusted.
     let author = Author::of(settings)?;
     let manifest = edit::believed(store.as_ref(), &author)?;
@@ -107,7 +111,7 @@ pub fn push(settings: &Settings, what: What<'_>, cwd: &Path) -> Result<Pushed> {
         warn_without_program(&manifest, update);
     }
 
-    copy(settings, &paths)
+    copy(settings, &paths, scope, &store)
         .map_err(|e| Error::new(format!("copy to the cache failed: {e}; nothing was published")))?;
 
     let since = Instant::now();
@@ -275,24 +279,23 @@ fn warn_without_program(manifest: &Manifest, Update { name, path, .. }: &Update)
     }
 }
 
-/// Copies and looks whether everything is there.
-fn copy(settings: &Settings, paths: &[StorePath]) -> Result<()> {
+/// Brings the closures into the cache, and says what that took.
+fn copy(settings: &Settings, paths: &[StorePath], scope: Scope, store: &Arc<dyn Objects>) -> Result<()> {
     let url = settings.cache.to_string();
     let cache = url.split('?').next().unwrap_or(&url);
     let since = Instant::now();
-    let published = nix::publish(settings, paths, &mut |line| say::info(line.replace(&url, cache)))?;
-    let (figures, done) = match published {
-        Published::Already(figures) => (figures, format!("is in {cache} already ({})", took(since))),
-        Published::Copied => {
-            let copied = took(since);
-            let since = Instant::now();
-            let figures = nix::verify_closure(settings, paths)?;
-            (figures, format!("copied to {cache} in {copied}, found whole in {}", took(since)))
+    let on_line = &mut |line: &str| say::info(line.replace(&url, cache));
+    let published = nix::publish(settings, paths, scope, Some(store), on_line)?;
+    let counted = |count: usize| format!("{count} {}", if count == 1 { "path" } else { "paths" });
+    let bytes = published.figures.bytes.map(|b| format!(", {}", size(b))).unwrap_or_default();
+    let done = match published.written {
+        Some(0) => format!("is in {cache} already ({})", took(since)),
+        Some(count) if count < published.figures.paths => {
+            format!("is in {cache}: {} of it written in {}, the rest was there", counted(count), took(since))
         }
+        Some(_) | None => format!("copied to {cache} in {}", took(since)),
     };
-    let bytes = figures.bytes.map(|b| format!(", {}", size(b))).unwrap_or_default();
-    let paths = if figures.paths == 1 { "path" } else { "paths" };
-    say::info(format!("closure of {} {paths}{bytes} {done}", figures.paths));
+    say::info(format!("closure of {}{bytes} {done}", counted(published.figures.paths)));
     Ok(())
 }
 

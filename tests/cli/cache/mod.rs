@@ -16,7 +16,16 @@ pub const NIX_CONFIG: &str =
 
 /// A server's bucket below `cache/`, opened with this user's key.
 pub fn bucket_as(s3: &S3Server, id: &'static str, secret: &'static str) -> S3Store {
-    let StoreUrl::S3(location) = StoreUrl::parse(&s3.url("cache")).unwrap() else { panic!("no s3:// URL") };
+    opened(&s3.url("cache"), id, secret)
+}
+
+/// All of a server's bucket, for somebody who may do everything there.
+pub fn whole_bucket(s3: &S3Server) -> S3Store {
+    opened(&s3.url(""), KEY, SECRET)
+}
+
+fn opened(url: &str, id: &'static str, secret: &'static str) -> S3Store {
+    let StoreUrl::S3(location) = StoreUrl::parse(url).unwrap() else { panic!("no s3:// URL") };
     let env = move |name: &str| match name {
         "AWS_ACCESS_KEY_ID" => Some(id.to_string()),
         "AWS_SECRET_ACCESS_KEY" => Some(secret.to_string()),
@@ -72,7 +81,7 @@ impl Closure {
     /// Takes the closure out of this machine's store.
     pub fn forget(&self) {
         let mut words = vec!["--delete", self.app.as_str(), self.lib.as_str()];
-        words.extend(self.drvs.iter().map(String::as_str));
+        words.extend(self.drvs.iter().map(String::as_str).filter(|drv| fs_err::metadata(drv).is_ok()));
         ask("nix-store", &words);
     }
 }
@@ -96,6 +105,53 @@ impl Drop for Closure {
             all.into_iter().chain(self.drvs.iter().map(String::as_str)).filter(there).collect();
         if !words.is_empty() && !std::thread::panicking() {
             ask("nix-store", &[&["--delete"], &words[..]].concat());
+        }
+    }
+}
+
+/// Input-addressed paths, each of which refers to all below it.
+pub struct Chain {
+    /// From the bottom up.
+    pub paths: Vec<StorePath>,
+    pub top: StorePath,
+    drvs: Vec<String>,
+}
+
+impl Chain {
+    pub fn build(length: usize) -> Chain {
+        let unique = tempfile::tempdir().unwrap();
+        let links: String = (0..length)
+            .map(|n| {
+                let below: String = (0..n).map(|n| format!("${{p{n}}} ")).collect();
+                format!("p{n} = make \"link-{n}\" \"mkdir -p $out/bin; echo {n} {below} > $out/bin/deep\";\n")
+            })
+            .collect();
+        let expression = format!(
+            "let make = name: script: derivation {{ inherit name; system = builtins.currentSystem; \
+             builder = \"/bin/sh\"; args = [ \"-ec\" script ]; PATH = \"/usr/bin:/bin\"; salt = \"{}\"; }};\n\
+             {links} in p{}\n",
+            unique.path().display(),
+            length - 1
+        );
+        let file = unique.path().join("chain.nix");
+        fs_err::write(&file, expression).unwrap();
+        let drv = ask("nix-instantiate", &[file.to_str().unwrap()]).trim().to_string();
+        let top = StorePath::parse(ask("nix-store", &["--realise", &drv]).trim()).unwrap();
+        let paths = ask("nix-store", &["--query", "--requisites", top.as_str()]);
+        let mut paths: Vec<StorePath> = paths.lines().map(|line| StorePath::parse(line).unwrap()).collect();
+        paths.sort_by_key(|path| path.base()[33..].to_string());
+        let drvs = ask("nix-store", &["--query", "--requisites", &drv]);
+        let drvs = drvs.lines().filter(|l| l.ends_with(".drv")).map(String::from).collect();
+        Chain { paths, top, drvs }
+    }
+}
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let paths = self.paths.iter().map(StorePath::as_str);
+            let all: Vec<&str> = paths.chain(self.drvs.iter().map(String::as_str)).collect();
+            ask("nix-store", &[&["--delete"], &all[..]].concat());
         }
     }
 }
