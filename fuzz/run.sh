@@ -5,7 +5,7 @@ set -euo pipefail
 
 fuzz=$(dirname "$(readlink -f "$0")")
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$fuzz/target}
-targets=(manifest unit keys bridge answers)
+targets=(manifest unit keys answers)
 runs=20000
 seed=1
 keep=
@@ -15,7 +15,7 @@ usage() {
 usage: run.sh [--runs N] [--seed N] [--keep DIR] [TARGET]
        run.sh TARGET FILE...
 
-Gives each target (manifest, unit, keys, bridge, answers; or the one named) its corpus, and then N inputs made
+Gives each target (manifest, unit, keys, answers; or the one named) its corpus, and then N inputs made
 from it (20,000); the same seed (1) makes the same ones. What is found is a file below fuzz/artifacts/, and
 `run.sh TARGET FILE` runs that alone. New inputs that reach new code are thrown away, unless DIR is to keep them.
 

@@ -1,9 +1,8 @@
-//! Nix: closures in, closures out, and builds. Every call of a nix program is in this file. A bucket is reached
-//! through the [`crate::bridge`], whose URL goes to Nix through the environment, which other users cannot
-//! read, and never as an argument. Each call has a cache of narinfos of its own: Nix would believe last
+//! Nix: closures in, closures out, and builds. Every call of a nix program is here or below. Buckets and folders are
+//! reached through a [`spool`]; Nix itself speaks with other caches, and what authenticates in the URL of one goes to it
+//! through the environment, which other users cannot read, and never as an argument. Each call has a cache of narinfos of its own: Nix would believe last
 //! week's otherwise.
 
-pub mod cache;
 pub mod download;
 pub mod fetch;
 pub mod hash;
@@ -16,16 +15,12 @@ pub mod unpack;
 pub mod upload;
 pub mod walk;
 
-use crate::bridge::{Access, Bridge};
 use crate::config::Settings;
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::names::StorePath;
 use crate::runner::{Output, Run, RunError, Stream, tail};
-use crate::say;
-use crate::store::s3::S3Store;
 use crate::store::url::without_secrets;
-use crate::store::{self, CacheUrl, Store, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -39,8 +34,6 @@ pub const GCROOTS: &str = "/nix/var/nix/gcroots/omni-deploy";
 
 /// How long a question to the local store's database may take.
 const ASK_WITHIN: Duration = Duration::from_secs(120);
-/// How often an upload that the network broke is taken up again, the first time included.
-const WRITE_TRIES: u32 = 3;
 /// Paths per command line; each has up to 255 bytes, a command line 2 MiB.
 const PER_CALL: usize = 2000;
 
@@ -103,56 +96,34 @@ fn query(words: &[&str], paths: &[StorePath]) -> Result<Vec<StorePath>> {
     Ok(found.into_iter().collect())
 }
 
-/// The cache as it is opened for one piece of work.
+/// A cache that Nix itself speaks with, for one piece of work.
 struct Cache {
     /// The URL for people.
     shown: String,
     /// The URL for Nix, with our parameters.
     url: String,
-    /// What authenticates in the URL, or is the bridge's: never an argument of a program, never printed.
+    /// What authenticates in the URL: never an argument of a program, never printed.
     secret: Option<String>,
-    bridge: Option<Bridge>,
-    /// What can be read without Nix.
-    direct: Option<Box<dyn Store>>,
     /// Where Nix's private cache is put.
     scratch: PathBuf,
 }
 
 impl Cache {
-    fn open(settings: &Settings, access: Access) -> Result<Self> {
-        let shown = settings.cache.to_string();
-        let (base, bridge, direct) = match &settings.cache {
-            CacheUrl::Nix(url) => (url.clone(), None, None),
-            CacheUrl::Dir(path) => {
-                if access == Access::Read && !path.is_dir() {
-                    return Err(Error::new(format!(
-                        "no folder {}; mount it, or push something there first",
-                        path.display()
-                    )));
-                }
-                (
-                    format!("file://{}", encoded(&path.to_string_lossy())),
-                    None,
-                    Some(StoreUrl::Dir(path.clone())),
-                )
-            }
-            CacheUrl::S3(location) => {
-                let bridge = Bridge::open(S3Store::open(location)?, access)?;
-                (bridge.url(), Some(bridge), Some(StoreUrl::S3(location.clone())))
-            }
-        };
+    fn new(url: &str, settings: &Settings, side: Side) -> Self {
         let mut params = Vec::new();
-        if access == Access::Write && is_binary_cache(&base) {
+        if side == Side::To && is_binary_cache(url) {
             params.push(("compression", "zstd".to_string()));
             if let Some(file) = &settings.secret_key_file {
                 params.push(("secret-key", encoded(&file.to_string_lossy())));
             }
         }
-        let direct = direct.map(|url| store::open(&url)).transpose()?;
-        let secret = bridge.is_some() || without_secrets(&base) != base;
-        let secret = secret.then(|| base.split('?').next().unwrap_or(&base).to_string());
-        let scratch = std::env::temp_dir();
-        Ok(Cache { shown, url: with_params(&base, &params), secret, bridge, direct, scratch })
+        let secret = without_secrets(url) != url;
+        Cache {
+            shown: settings.cache.to_string(),
+            url: with_params(url, &params),
+            secret: secret.then(|| url.split('?').next().unwrap_or(url).to_string()),
+            scratch: std::env::temp_dir(),
+        }
     }
 
     /// A call of `nix` with this cache on one side and this machine's store on the other; `side` is the
@@ -181,45 +152,23 @@ impl Cache {
         Ok((run, scratch))
     }
 
-    /// Calls nix to write to this cache. What the network broke is taken up again: what was copied stays
-    /// copied, and the next call goes on from there.
-    fn write(
-        &self,
-        settings: &Settings,
-        side: Side,
-        words: &[&str],
-        paths: &[StorePath],
-        on_line: &mut dyn FnMut(&str),
-    ) -> Result<()> {
+    /// Copies to this cache.
+    fn write(&self, settings: &Settings, paths: &[StorePath], on_line: &mut dyn FnMut(&str)) -> Result<()> {
         for some in paths.chunks(PER_CALL) {
-            let mut tries = 1;
-            loop {
-                let (run, _scratch) = self.nix(settings, side, words)?;
-                let output = run.args(some).each_line(|_, line| {
-                    if is_news(line) {
-                        on_line(&self.clean(line));
-                    }
-                });
-                let Err(e) = check(output, "nix") else { break };
-                let cause = self.cause(&e);
-                let bridge = self.bridge.as_ref().filter(|b| b.may_pass() && tries < WRITE_TRIES);
-                let Some(bridge) = bridge else {
-                    return Err(Error::new(format!("nix {} to {} failed: {cause}", words[0], self.shown)));
-                };
-                say::warning(format!("{cause}; going on"));
-                bridge.forgive();
-                tries += 1;
-            }
+            let (run, _scratch) = self.nix(settings, Side::To, &["copy"])?;
+            let output = run.args(some).each_line(|_, line| {
+                if is_news(line) {
+                    on_line(&self.clean(line));
+                }
+            });
+            check(output, "nix")
+                .map_err(|e| Error::new(format!("nix copy to {} failed: {}", self.shown, self.cause(&e))))?;
         }
         Ok(())
     }
 
-    /// Why a call of nix failed, in the bucket's words if it said something.
+    /// Why a call of nix failed.
     fn cause(&self, e: &RunError) -> String {
-        let troubles = self.bridge.as_ref().map(Bridge::troubles).unwrap_or_default();
-        if !troubles.is_empty() {
-            return troubles.join("; ");
-        }
         match e {
             RunError::Failed { stderr, .. } if !stderr.trim().is_empty() => {
                 store_trouble(stderr).unwrap_or_else(|| self.clean(&tail(&errors_of(stderr))))
@@ -373,12 +322,13 @@ fn check(output: Result<Output, RunError>, command: &str) -> Result<Output, RunE
 
 /// Has Nix copy to a cache that only it knows, and then look whether the whole closure is there.
 fn publish_through_nix(
+    url: &str,
     settings: &Settings,
     paths: &[StorePath],
     on_line: &mut dyn FnMut(&str),
 ) -> Result<Published> {
-    let cache = Cache::open(settings, Access::Write)?;
-    cache.write(settings, Side::To, &["copy"], paths, on_line)?;
+    let cache = Cache::new(url, settings, Side::To);
+    cache.write(settings, paths, on_line)?;
     let mut found = BTreeSet::new();
     for some in paths.chunks(PER_CALL) {
         let (run, _scratch) = cache.nix(settings, Side::Store, &["path-info", "--recursive"])?;
@@ -475,12 +425,14 @@ pub fn ping(store: Option<&str>) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::CacheUrl;
 
     #[test]
     fn a_password_in_the_url_is_no_argument_and_in_no_message() {
         let url = "https://ann:hush@cache.example.com/x?priority=5";
         let settings = crate::config::load(&[("cache", url.to_string())].into()).unwrap();
-        let cache = Cache::open(&settings, Access::Write).unwrap();
+        let CacheUrl::Nix(url) = &settings.cache else { panic!("{}", settings.cache) };
+        let cache = Cache::new(url, &settings, Side::To);
         for (side, words) in [(Side::From, ["copy"]), (Side::To, ["copy"]), (Side::Store, ["path-info"])] {
             let (run, _scratch) = cache.nix(&settings, side, &words).unwrap();
             assert!(!run.shown().contains("hush"), "{}", run.shown());

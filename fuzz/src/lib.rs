@@ -3,7 +3,6 @@
 //! them. Never touches a file, the network or a clock.
 
 pub mod answers;
-pub mod bridge;
 pub mod entries;
 pub mod keys;
 pub mod manifest;

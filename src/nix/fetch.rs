@@ -45,7 +45,7 @@ pub fn fetch_within(settings: &Settings, paths: &[StorePath], scratch: &Path) ->
     }
     let until = Instant::now() + FETCH_WITHIN;
     let url = match &settings.cache {
-        CacheUrl::Nix(_) => return through_nix(settings, left, scratch, until),
+        CacheUrl::Nix(url) => return through_nix(url, settings, left, scratch, until),
         CacheUrl::Dir(path) => StoreUrl::Dir(path.clone()),
         CacheUrl::S3(location) => StoreUrl::S3(location.clone()),
     };
@@ -350,18 +350,13 @@ fn groups(wanted: &[Found]) -> impl Iterator<Item = &[Found]> {
 
 /// Closures of a cache that Nix itself speaks with: all in one `nix copy`, and if that fails, one by one.
 fn through_nix(
+    url: &str,
     settings: &Settings,
     mut left: Vec<StorePath>,
     scratch: &Path,
     until: Instant,
 ) -> Result<Reasons> {
-    let cache = match Cache::open(settings, super::Access::Read) {
-        Ok(cache) => Cache { scratch: scratch.to_path_buf(), ..cache },
-        Err(e) => {
-            let e = FetchError::Unreachable(format!("cache {}: {e}", settings.cache));
-            return Ok(left.into_iter().map(|path| (path, e.clone())).collect());
-        }
-    };
+    let cache = Cache { scratch: scratch.to_path_buf(), ..Cache::new(url, settings, Side::From) };
     match copy_through_nix(settings, &cache, &left, until) {
         Ok(()) => return Ok(Reasons::new()),
         Err(RunError::NotFound { program }) => return Err(RunError::NotFound { program }.into()),

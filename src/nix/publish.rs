@@ -49,15 +49,6 @@ pub struct Published {
     pub written: Option<usize>,
 }
 
-/// Where a cache is, if omni-deploy itself moves its objects.
-pub fn direct(cache: &CacheUrl) -> Option<StoreUrl> {
-    match cache {
-        CacheUrl::Nix(_) => None,
-        CacheUrl::Dir(path) => Some(StoreUrl::Dir(path.clone())),
-        CacheUrl::S3(location) => Some(StoreUrl::S3(location.clone())),
-    }
-}
-
 /// Brings the closures of `tops` into the configured cache, signed if there is a key. `shared` is the store of the
 /// manifest, whose connections are used where it is the cache too. `on_line` gets Nix's lines as they come.
 pub fn publish(
@@ -67,8 +58,10 @@ pub fn publish(
     shared: Option<&Arc<dyn Objects>>,
     on_line: &mut dyn FnMut(&str),
 ) -> Result<Published> {
-    let Some(url) = direct(&settings.cache) else {
-        return super::publish_through_nix(settings, tops, on_line);
+    let url = match &settings.cache {
+        CacheUrl::Nix(url) => return super::publish_through_nix(url, settings, tops, on_line),
+        CacheUrl::Dir(path) => StoreUrl::Dir(path.clone()),
+        CacheUrl::S3(location) => StoreUrl::S3(location.clone()),
     };
     let cache = match shared.filter(|_| url == settings.store) {
         Some(shared) => Arc::clone(shared),

@@ -51,7 +51,7 @@ pub enum StoreUrl {
 pub enum CacheUrl {
     /// A directory; Nix reads and writes it itself.
     Dir(PathBuf),
-    /// A bucket, through the bridge.
+    /// A bucket.
     S3(S3Location),
     /// Whatever else Nix understands, given to it as it is.
     Nix(String),
