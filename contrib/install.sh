@@ -15,6 +15,7 @@ NAMES=(omni-deploy deploy-manifest deployer)
 UNITS=/etc/systemd/system
 DROPIN=$UNITS/caddy.service.d/omni-deploy.conf
 CADDY_START=/usr/local/lib/omni-deploy/caddy-start
+ADMIN=/run/caddy/admin.sock
 SYSCTL=/etc/sysctl.d/90-omni-deploy.conf
 MIGRATE=/proc/sys/net/ipv4/tcp_migrate_req
 changes=0
@@ -134,8 +135,25 @@ install_dropin() {
     warn "caddy: left alone, because $vendor starts it in an unknown way; $advice"
     return 0
   fi
+  if [[ -e $vendor ]] && ! grep -qx 'ExecReload=/usr/bin/caddy reload --config /etc/caddy/Caddyfile --force' "$vendor"; then
+    warn "caddy: left alone, because $vendor reloads it in an unknown way; $advice"
+    return 0
+  fi
   place "$here/systemd/caddy-start.sh" "$CADDY_START" 755
   place_marked "$here/systemd/caddy.service.d/omni-deploy.conf" "$DROPIN"
+}
+
+# Every user of this host can change a Caddy that listens on its port. It has its socket from its next start on, which
+# cuts its visitors' connections: that is for a person to choose.
+say_admin() {
+  local caddy
+  [[ -e $DROPIN && ! -S $ADMIN ]] && caddy=$(command -v caddy) || return 0
+  if ! grep -qF CADDY_ADMIN "$caddy"; then
+    warn "caddy: this version has a socket for its changes only if the Caddyfile begins with { admin unix/$ADMIN }"
+    warn "caddy: until then every user of this host can change it; afterwards run: systemctl restart caddy"
+  elif systemd_runs && systemctl is-active --quiet caddy; then
+    warn "caddy: until its next start every user of this host can change it; run: systemctl restart caddy"
+  fi
 }
 
 # Says which of the packages that a pass needs are not here. A Nix of its own installer is not on root's PATH.
@@ -194,6 +212,7 @@ do_install() {
   fi
 
   packages_missing
+  say_admin
   if ((changes == 0)); then
     echo "nothing to change"
   elif [[ ! -e /etc/omni-deploy/config.json && ! -e /etc/omni-deploy/deployer.env ]]; then
@@ -246,6 +265,9 @@ do_uninstall() {
   fi
   if [[ -d ${DROPIN%/*} ]]; then rmdir --ignore-fail-on-non-empty "${DROPIN%/*}"; fi
   if systemd_runs && ((changes > before)); then systemctl daemon-reload; fi
+  if systemd_runs && [[ -S $ADMIN ]]; then
+    warn "caddy: has its changes at $ADMIN until its next start, so 'systemctl reload caddy' fails; run: systemctl restart caddy"
+  fi
   for name in "${NAMES[@]}"; do
     if [[ -L $SUDO_BIN/$name && $(readlink "$SUDO_BIN/$name") == "$BIN/$name" ]]; then
       rm "$SUDO_BIN/$name"

@@ -2,6 +2,7 @@
 //! `/etc/omni-deploy/config.json`, then the default. Every value knows where it came from. Nothing here is
 //! secret: keys are named by file, credentials are found elsewhere.
 
+use crate::deployer::admin::Address;
 use crate::error::{Error, Result, did_you_mean};
 use crate::http;
 use crate::names::HostName;
@@ -74,8 +75,8 @@ pub struct Settings {
     pub ssh: Vec<String>,
     /// The hosts of a service that names none; None: such a service is refused.
     pub default_hosts: Option<Vec<HostName>>,
-    /// Caddy's admin endpoint, without a trailing slash.
-    pub caddy_admin: String,
+    /// Caddy's admin endpoint.
+    pub caddy_admin: Address,
     /// Which of Caddy's servers gets our route; None: the one on :443, else one of our own there.
     pub caddy_server: Option<String>,
     /// Where units are written.
@@ -290,10 +291,10 @@ fn resolve(
         Some(text) => Some(text.split_whitespace().map(String::from).collect()),
         None => on_path("bild").then(|| vec!["bild".to_string()]),
     };
-    let caddy_admin = get("caddyAdmin").unwrap_or_else(|| "http://localhost:2019".into());
-    if !caddy_admin.starts_with("http://") && !caddy_admin.starts_with("https://") {
-        return Err(wrong("caddyAdmin", &caddy_admin, "is not an http:// URL"));
-    }
+    let caddy_admin = match get("caddyAdmin") {
+        None => Address::Usual,
+        Some(text) => Address::parse(&text).map_err(|why| wrong("caddyAdmin", &text, &why))?,
+    };
     let unit_dir = match get("unitDir") {
         Some(text) if !text.starts_with('/') => {
             return Err(wrong("unitDir", &text, "is not an absolute path"));
@@ -310,7 +311,7 @@ fn resolve(
         build,
         ssh: get("ssh").unwrap_or_else(|| "ssh".into()).split_whitespace().map(String::from).collect(),
         default_hosts,
-        caddy_admin: caddy_admin.trim_end_matches('/').to_string(),
+        caddy_admin,
         caddy_server: get("caddyServer"),
         unit_dir,
         sources: BTreeMap::new(),
@@ -328,7 +329,7 @@ fn with_defaults(mut settings: Settings, mut sources: BTreeMap<&'static str, Sou
         ("build", settings.build.as_ref().map(|b| b.join(" "))),
         ("ssh", Some(settings.ssh.join(" "))),
         ("defaultHosts", settings.default_hosts.as_ref().map(join)),
-        ("caddyAdmin", Some(settings.caddy_admin.clone())),
+        ("caddyAdmin", Some(settings.caddy_admin.to_string())),
         ("unitDir", Some(settings.unit_dir.display().to_string())),
     ] {
         if let Some(sourced) = sources.get_mut(name)

@@ -100,6 +100,9 @@ let
     "Caddy is left alone where there is none" = !(plain.config.systemd.services ? caddy);
     "and resumes where there is one" = full.config.services.caddy.resume
       && full.config.systemd.services.caddy.serviceConfig.Restart == "always";
+    "and is changed through a socket of its own" =
+      full.config.systemd.services.caddy.environment.CADDY_ADMIN == "unix/" + "/run/${(caddyOf full).RuntimeDirectory}/admin.sock"
+      && (caddyOf full).RuntimeDirectoryMode == "0750";
     "and starts from a configuration that is another one" =
       has "readlink -f /etc/caddy/caddy_config" (builtins.head (caddyOf full).ExecStartPre)
       && has "now=/nix/store/caddyfile" (builtins.head (caddyOf restarted).ExecStartPre);

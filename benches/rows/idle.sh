@@ -7,7 +7,9 @@
   printf '#!/bin/sh\nset -e\n'
   printf 'systemctl list-units --type=service --all --full --plain --no-legend >/dev/null\n'
   printf '%s -o /dev/null\n' "$(curl_words fleet/manifest.json | paste -sd ' ')"
-  printf 'curl --fail --silent --show-error -o /dev/null http://localhost:2019/config/\n'
+  # Where the deployer asks it.
+  printf 'if [ -S /run/caddy/admin.sock ]; then set -- --unix-socket /run/caddy/admin.sock -H "Host;"; fi\n'
+  printf 'curl --fail --silent --show-error -o /dev/null "$@" http://127.0.0.1:2019/config/\n'
 } >"$root/usr/local/bin/ask-by-hand"
 chmod 755 "$root/usr/local/bin/ask-by-hand"
 

@@ -32,7 +32,8 @@ let
     build = setting types.str "bild" "Command that builds a namespace.";
     ssh = setting types.str "ssh -F /etc/omni-deploy/ssh_config" "How a host is reached for logs and live status.";
     defaultHosts = setting (types.listOf types.str) [ "biz" ] "`hosts` of a service that names none.";
-    caddyAdmin = setting types.str "http://localhost:2019" "Caddy's admin endpoint.";
+    caddyAdmin = setting types.str "unix//run/caddy/admin.sock"
+      "Caddy's admin endpoint; that socket where it is there, else `http://127.0.0.1:2019`, if null.";
     caddyServer = setting types.str "srv0" "Which of Caddy's servers gets the route.";
     unitDir = mkOption {
       type = types.str;
@@ -187,7 +188,12 @@ in
       services.caddy.resume = lib.mkDefault true;
       systemd.services.caddy = {
         startLimitIntervalSec = lib.mkForce 0;
+        # Anybody may connect to Caddy's own port and change what it serves; a socket is its user's alone. Where the
+        # Caddyfile has an `admin` of its own, that decides.
+        environment.CADDY_ADMIN = lib.mkDefault "unix//run/caddy/admin.sock";
         serviceConfig = {
+          RuntimeDirectory = lib.mkDefault "caddy";
+          RuntimeDirectoryMode = lib.mkDefault "0750";
           Restart = lib.mkForce "always";
           RestartPreventExitStatus = lib.mkForce "";
           RestartSec = lib.mkForce "1s";

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Part of omni-deploy, installed by contrib/install.sh. Run as Caddy's user before Caddy starts, and after a reload.
+# Part of omni-deploy, installed by contrib/install.sh. Run as Caddy's user before Caddy starts, to reload its Caddyfile
+# ('reload'), and after that ('reloaded').
 #
 # With --resume Caddy starts with the configuration it had last, and would not see that the Caddyfile was edited
 # meanwhile. So what the Caddyfile says (as Caddy understands it, imports included) is remembered, and when it says
@@ -9,6 +10,12 @@ caddyfile=/etc/caddy/Caddyfile
 dir=${XDG_CONFIG_HOME:-$HOME/.config}/caddy
 record=$dir/omni-deploy.seen
 saved=$dir/autosave.json
+
+if [ "${1:-}" = reload ]; then
+  # A Caddy that has no socket is still asked at its port.
+  [ -S "${CADDY_ADMIN#unix/}" ] || unset CADDY_ADMIN
+  exec /usr/bin/caddy reload --config "$caddyfile" --force
+fi
 
 if ! said=$(/usr/bin/caddy adapt --config "$caddyfile"); then
   echo "$caddyfile cannot be used; going on with the configuration that Caddy had last, if there is one" >&2

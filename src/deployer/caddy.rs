@@ -1,18 +1,23 @@
-//! Caddy's one route. [`route`] and [`plan`] are pure: entries and Caddy's present servers in, the requests to
-//! make out. All services of the host are one route with the id `deployer` that matches all their domains
+//! Caddy's one route, and the server that shows its configuration. [`route`], [`plan`] and [`with_view`] are pure:
+//! entries and Caddy's present servers in, the requests to make out. All services of the host are one route with the id `deployer` that matches all their domains
 //! (Caddy manages certificates only for hosts matched by a server's own routes) and holds a subroute, longest
 //! path first. Other people's routes and servers are never changed.
 
+use super::admin::{self, Address};
 use crate::manifest::Http;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::path::Path;
 
 /// The id of our route in Caddy's configuration.
 pub const ROUTE_ID: &str = "deployer";
 /// The server we make where none listens on :443.
 pub const OWN_SERVER: &str = "deployer";
+/// The server that shows Caddy's configuration where it is changed through a socket.
+pub const VIEW_SERVER: &str = "deployer-view";
+/// Where that listens: where people look for Caddy's configuration.
+const VIEW_PORT: u16 = 2019;
 const SERVERS: &str = "/config/apps/http/servers";
 
 /// What Caddy has, as far as it concerns us.
@@ -247,95 +252,146 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) 
     if requests.is_empty() { RoutePlan::Current } else { RoutePlan::Write(requests) }
 }
 
-impl Observed {
-    /// The ports that its servers listen on: every address is `[NETWORK/]HOST:PORT[-LAST]`.
-    pub fn ports(&self) -> BTreeSet<u16> {
-        let Observed::Servers(servers) = self else { return BTreeSet::new() };
-        let addresses =
-            servers.values().filter_map(|s| s.get("listen")).filter_map(Value::as_array).flatten();
-        let mut ports = BTreeSet::new();
-        for range in addresses.filter_map(Value::as_str).filter_map(|a| a.rsplit(':').next()) {
-            let (first, last) = range.split_once('-').unwrap_or((range, range));
-            if let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) {
-                ports.extend(first..=last);
-            }
-        }
-        ports
+impl Request {
+    /// Whether it is about the server that shows the configuration, which no visitor meets.
+    pub fn is_view(&self) -> bool {
+        self.path == format!("{SERVERS}/{VIEW_SERVER}")
     }
 }
 
-fn agent() -> ureq::Agent {
-    // The admin endpoint is this machine's: a proxy of the environment has no business here.
-    ureq::Agent::config_builder()
-        .proxy(None)
-        .timeout_global(Some(Duration::from_secs(20)))
-        .timeout_connect(Some(Duration::from_secs(3)))
-        .http_status_as_error(false)
-        .build()
-        .into()
+/// A server that shows everybody on the host what Caddy's own endpoint shows everybody by default, and changes
+/// nothing: what is read there is asked for at the socket, and anything else refused.
+fn view(socket: &Path) -> Value {
+    let at = format!("unix/{}", socket.display());
+    let refusal = json!({"error": format!(
+        "this only shows Caddy's configuration; root changes it through {at}: 'systemctl reload caddy', or 'caddy reload \
+         --address {at}'"
+    )});
+    let marked = json!({"handler": "headers", "response": {"set": {admin::VIEW_HEADER: ["1"]}}});
+    json!({
+        "listen": [format!("127.0.0.1:{VIEW_PORT}"), format!("[::1]:{VIEW_PORT}")],
+        // Names of hosts would have it look for certificates.
+        "automatic_https": {"disable": true},
+        "routes": [
+            {
+                "match": [{
+                    "method": ["GET", "HEAD"],
+                    "path": ["/config/*", "/id/*", "/reverse_proxy/upstreams", "/metrics"],
+                    // As Caddy's own does: a page in somebody's browser shall not reach it by a name of its own.
+                    "host": ["localhost", "127.0.0.1", "::1"],
+                }],
+                "handle": [marked, {
+                    "handler": "reverse_proxy",
+                    "upstreams": [{"dial": at}],
+                    // On a socket Caddy takes requests that name no host; versions before 2.7 no others.
+                    "headers": {"request": {"set": {"Host": [""]}}},
+                }],
+                "terminal": true,
+            },
+            {"handle": [marked, {
+                "handler": "static_response",
+                "status_code": 403,
+                "headers": {"Content-Type": ["application/json"]},
+                "body": refusal.to_string(),
+            }]},
+        ],
+    })
 }
 
-/// Caddy's answer to the question for its servers, not looked into yet: its status and body.
-pub type Answer = Result<(u16, String), String>;
+/// Adds to a plan what the server that shows the configuration needs: that it is there while Caddy is changed through
+/// a socket, and is not while Caddy's own endpoint has that port, or another server does.
+pub fn with_view(plan: RoutePlan, socket: Option<&Path>, observed: &Observed) -> RoutePlan {
+    let Observed::Servers(servers) = observed else { return plan };
+    let taken =
+        servers.iter().any(|(name, server)| name != VIEW_SERVER && ports(server).contains(&VIEW_PORT));
+    let wanted = socket.filter(|_| !taken).map(view);
+    let (method, what) = match (servers.get(VIEW_SERVER), &wanted) {
+        (Some(there), Some(wanted)) if there == wanted => return plan,
+        (None, None) => return plan,
+        (Some(_), Some(_)) => ("PATCH", "mend"),
+        (None, Some(_)) => ("PUT", "make"),
+        (Some(_), None) => ("DELETE", "remove"),
+    };
+    let request = Request {
+        method,
+        path: format!("{SERVERS}/{VIEW_SERVER}"),
+        body: wanted,
+        what: format!("{what} server '{VIEW_SERVER}', which shows Caddy's configuration on port {VIEW_PORT}"),
+    };
+    match plan {
+        RoutePlan::Write(mut requests) => {
+            requests.push(request);
+            RoutePlan::Write(requests)
+        }
+        RoutePlan::None | RoutePlan::Current => RoutePlan::Write(vec![request]),
+        RoutePlan::Pending(_) => plan,
+    }
+}
+
+/// The ports that a server listens on: every address is `[NETWORK/]HOST:PORT[-LAST]`.
+fn ports(server: &Value) -> BTreeSet<u16> {
+    let addresses = server.get("listen").and_then(Value::as_array).into_iter().flatten();
+    let mut ports = BTreeSet::new();
+    for range in addresses.filter_map(Value::as_str).filter_map(|a| a.rsplit(':').next()) {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        if let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) {
+            ports.extend(first..=last);
+        }
+    }
+    ports
+}
+
+impl Observed {
+    /// The ports that its servers listen on.
+    pub fn ports(&self) -> BTreeSet<u16> {
+        match self {
+            Observed::Servers(servers) => servers.values().flat_map(ports).collect(),
+            Observed::Unavailable(_) => BTreeSet::new(),
+        }
+    }
+}
+
+/// Caddy's answer to the question for its servers, not looked into yet.
+pub type Asked = Result<admin::Answer, String>;
 
 /// Asks Caddy for its servers and reads the answer.
-pub fn observe(admin: &str) -> Observed {
-    read(admin, ask(admin))
+pub fn observe(at: &Address) -> Observed {
+    read(at, ask(at))
 }
 
 /// Asks Caddy for its servers; an error is the reason why there is no answer, with the next move.
-pub fn ask(admin: &str) -> Answer {
-    let url = format!("{admin}{SERVERS}");
-    let mut response = agent().get(&url).call().map_err(|e| {
-        format!(
-            "Caddy's admin endpoint {admin} does not answer ({e}); start Caddy ('systemctl start caddy') or set \
-             'caddyAdmin'"
-        )
-    })?;
-    let status = response.status().as_u16();
-    let body = response.body_mut().with_config().limit(64 << 20).read_to_string();
-    let body =
-        body.map_err(|e| format!("Caddy's answer at {url} broke off ({e}); the next pass asks again"))?;
-    Ok((status, body))
+pub fn ask(at: &Address) -> Asked {
+    admin::exchange(at, "GET", SERVERS, "")
 }
 
 /// What Caddy's answer says.
-pub fn read(admin: &str, answer: Answer) -> Observed {
-    let (status, body) = match answer {
+pub fn read(at: &Address, answer: Asked) -> Observed {
+    let answer = match answer {
         Ok(answer) => answer,
         Err(why) => return Observed::Unavailable(why),
     };
-    match (status, serde_json::from_str::<Value>(&body)) {
+    match (answer.status, serde_json::from_slice::<Value>(&answer.body)) {
         (200, Ok(Value::Object(servers))) => Observed::Servers(servers),
         (200, Ok(Value::Null)) | (400 | 404, _) => Observed::Unavailable(format!(
-            "Caddy at {admin} has no http app to put a route into; give it a configuration with one server"
+            "Caddy at {at} has no http app to put a route into; give it a configuration with one server"
         )),
-        _ => Observed::Unavailable(format!("Caddy at {admin} answered {status}: {}", first_line(&body))),
+        (200, Err(_)) => {
+            Observed::Unavailable(format!("Caddy's answer at {at} broke off; the next pass asks again"))
+        }
+        _ => Observed::Unavailable(format!("Caddy at {at} answered {}", answer.said())),
     }
 }
 
 /// Performs one request; the error is the reason.
-pub fn perform(admin: &str, request: &Request) -> Result<(), String> {
-    let url = format!("{admin}{}", request.path);
+pub fn perform(at: &Address, request: &Request) -> Result<(), String> {
     let body = request.body.as_ref().map(Value::to_string).unwrap_or_default();
-    let built = ureq::http::Request::builder()
-        .method(request.method)
-        .uri(&url)
-        .header("Content-Type", "application/json")
-        .body(body)
-        .map_err(|e| format!("cannot {}: {e}", request.what))?;
     let _effect = crate::effect::mark(request.method, &request.path);
-    let mut response = agent().run(built).map_err(|e| format!("cannot {}: {e}", request.what))?;
-    if response.status().is_success() {
-        return Ok(());
+    let answer = admin::exchange(at, request.method, &request.path, &body);
+    let answer = answer.map_err(|why| format!("cannot {}: {why}", request.what))?;
+    match answer.status {
+        200..=299 => Ok(()),
+        _ => Err(format!("cannot {}: Caddy answered {}", request.what, answer.said())),
     }
-    let status = response.status().as_u16();
-    let said = response.body_mut().read_to_string().unwrap_or_else(|e| e.to_string());
-    Err(format!("cannot {}: Caddy answered {status}: {}", request.what, first_line(&said)))
-}
-
-fn first_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().chars().take(300).collect()
 }
 
 /// The domains of a route with what they lead to, for people: `ava.example.com/api → 8080`.
@@ -461,6 +517,34 @@ mod tests {
             inner.iter().map(|r| r["handle"][0]["upstreams"][0]["dial"].as_str().unwrap()).collect();
         assert_eq!(dials, ["127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:1", "127.0.0.1:4"]);
         assert_eq!(inner[1]["match"][0]["path"], json!(["/api", "/api/*"]));
+    }
+
+    #[test]
+    fn the_configuration_is_shown_on_its_port_exactly_while_it_is_changed_through_a_socket() {
+        let socket = Path::new("/run/caddy/admin.sock");
+        let theirs = json!({"listen": [":443"]});
+        let start = servers(json!({"srv0": theirs}));
+        let RoutePlan::Write(first) = with_view(RoutePlan::Current, Some(socket), &start) else { panic!() };
+        assert!(first.len() == 1 && first[0].method == "PUT" && first[0].is_view(), "{first:?}");
+        let shown = servers(json!({"srv0": theirs, VIEW_SERVER: first[0].body}));
+        assert_eq!(with_view(RoutePlan::Current, Some(socket), &shown), RoutePlan::Current);
+        let gone = json!({"srv0": theirs, VIEW_SERVER: {"listen": ["127.0.0.1:2019"]}});
+        let taken = json!({"mine": {"listen": [":2000-2020"]}, VIEW_SERVER: first[0].body});
+        for (socket, observed, method) in [
+            (Some(socket), servers(gone), "PATCH"),
+            (Some(socket), servers(taken), "DELETE"),
+            (None, shown, "DELETE"),
+        ] {
+            let RoutePlan::Write(requests) = with_view(RoutePlan::None, socket, &observed) else { panic!() };
+            assert!(requests.len() == 1 && requests[0].method == method, "{requests:?}");
+        }
+        let down = Observed::Unavailable("down".into());
+        assert_eq!(with_view(RoutePlan::None, Some(socket), &down), RoutePlan::None);
+        assert_eq!(with_view(RoutePlan::None, None, &start), RoutePlan::None);
+        assert_eq!(
+            with_view(RoutePlan::None, Some(socket), &servers(json!({"a": {"listen": [":2019"]}}))),
+            RoutePlan::None
+        );
     }
 
     #[test]

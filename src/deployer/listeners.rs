@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fmt;
 use std::io::{BufRead, BufReader, ErrorKind, Result};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -22,6 +22,9 @@ const SLICES: [&str; 3] = [
     "/sys/fs/cgroup/systemd/system.slice",
 ];
 
+/// The units that Caddy's packages have.
+const CADDYS: [&str; 2] = ["caddy.service", "caddy-api.service"];
+
 /// Who would answer at a port of 127.0.0.1.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answers {
@@ -33,6 +36,28 @@ pub enum Answers {
     Others(Vec<Owner>),
     /// What would tell may not be read by this user.
     Unknown,
+}
+
+/// Who would answer at an address where Caddy is expected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CaddySeen {
+    /// No socket listens there.
+    Nobody,
+    /// Sockets of Caddy's unit or of root alone; their inodes.
+    Caddy(Vec<u64>),
+    /// Somebody else, or somebody else as well.
+    Others(Vec<Owner>),
+    /// What would tell may not be read by this user.
+    Unknown,
+}
+
+/// A socket that listens at an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listening {
+    /// Its inode.
+    pub inode: u64,
+    /// Who made it. The kernel remembers that, whatever became of the process.
+    pub uid: u32,
 }
 
 /// A process that listens.
@@ -169,7 +194,7 @@ impl Listeners {
     fn all_owners(&self) -> Owners {
         let mut owners = Owners::default();
         let listening: BTreeSet<u64> = self.sockets.iter().map(|s| s.inode).collect();
-        let above = cgroup_of(1).map(|at| at.trim_end_matches("/init.scope").to_string()).unwrap_or_default();
+        let above = above();
         let Ok(processes) = fs_err::read_dir("/proc") else {
             return Owners { partial: true, ..owners };
         };
@@ -187,14 +212,142 @@ impl Listeners {
             if inodes.is_empty() {
                 continue;
             }
-            let name = fs_err::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            let unit = cgroup_of(pid).and_then(|at| unit_of(at.strip_prefix(above.as_str()).unwrap_or(&at)));
-            let owner = Owner { pid: Some(pid), name: name.trim_end().to_string(), unit };
+            let owner = owner_below(pid, &above);
             for inode in inodes {
                 owners.by_inode.entry(inode).or_default().push(owner.clone());
             }
         }
         owners
+    }
+}
+
+/// Who would answer at an address of this machine, asked for Caddy: a unit of its name, or root. A name is what root
+/// gave a unit; what a process calls itself says nothing.
+pub fn caddy_at(address: SocketAddr) -> Result<CaddySeen> {
+    let sockets = listening_at(address)?;
+    if sockets.is_empty() {
+        return Ok(CaddySeen::Nobody);
+    }
+    let inodes: Vec<u64> = sockets.iter().map(|s| s.inode).collect();
+    let mut left: Vec<u64> = sockets.iter().filter(|s| s.uid != 0).map(|s| s.inode).collect();
+    let slice = SLICES.iter().map(Path::new).find(|dir| dir.is_dir()).unwrap_or(Path::new(SLICES[0]));
+    for unit in CADDYS {
+        if !left.is_empty() {
+            let held = held_by(&slice.join(unit), &left);
+            left.retain(|inode| !held.contains(inode));
+        }
+    }
+    if left.is_empty() {
+        return Ok(CaddySeen::Caddy(inodes));
+    }
+    // Rare: a unit with another name of Caddy's, or really a stranger.
+    let owners = Listeners::read()?.all_owners();
+    let mut others = BTreeSet::new();
+    for inode in left {
+        let all = owners.by_inode.get(&inode).map(Vec::as_slice).unwrap_or_default();
+        // Whoever may not look into other processes knows the user that Caddy runs as.
+        let its_user = || sockets.iter().any(|s| s.inode == inode && Some(s.uid) == caddys_user(slice));
+        match all.first() {
+            Some(_) if all.iter().any(Owner::is_caddys) => {}
+            Some(first) => drop(others.insert(first.clone())),
+            None if owners.partial && its_user() => {}
+            None if owners.partial => return Ok(CaddySeen::Unknown),
+            None => drop(others.insert(Owner { pid: None, name: String::new(), unit: None })),
+        }
+    }
+    let ours = others.is_empty();
+    Ok(if ours { CaddySeen::Caddy(inodes) } else { CaddySeen::Others(others.into_iter().collect()) })
+}
+
+/// The sockets of which one would get a connection to an address of this machine: those at this very address, else at
+/// all addresses, IPv4's before those that take both.
+pub fn listening_at(address: SocketAddr) -> Result<Vec<Listening>> {
+    let mut found: Vec<(u8, Listening)> = Vec::new();
+    for (table, v6) in [("/proc/net/tcp", false), ("/proc/net/tcp6", true)] {
+        let file = match fs_err::File::open(table) {
+            Ok(file) => BufReader::new(file),
+            Err(e) if e.kind() == ErrorKind::NotFound => continue,
+            Err(e) => return Err(e),
+        };
+        for line in file.lines().skip(1) {
+            let line = line?;
+            let columns: Vec<&str> = line.split_whitespace().take(10).collect();
+            let [_, local, _, state, _, _, _, uid, _, inode] = columns[..] else { continue };
+            if state != "0A" {
+                break;
+            }
+            let Some((ip, port)) = local.rsplit_once(':') else { continue };
+            if u16::from_str_radix(port, 16) != Ok(address.port()) {
+                continue;
+            }
+            let distance = match (address.ip(), words(ip)) {
+                (IpAddr::V4(wanted), Some(ip)) => match (v6, ip.to_ipv4_mapped()) {
+                    (_, Some(here)) if here == wanted => u8::from(v6),
+                    (_, Some(here)) if here.is_unspecified() => 2 + u8::from(v6),
+                    (true, None) if ip.is_unspecified() => 3,
+                    _ => continue,
+                },
+                (IpAddr::V6(wanted), Some(ip)) if v6 && ip == wanted => 0,
+                (IpAddr::V6(_), Some(ip)) if v6 && ip.is_unspecified() => 1,
+                _ => continue,
+            };
+            if let (Ok(uid), Ok(inode)) = (uid.parse(), inode.parse()) {
+                found.push((distance, Listening { inode, uid }));
+            }
+        }
+    }
+    let nearest = found.iter().map(|(distance, _)| *distance).min();
+    Ok(found.into_iter().filter(|(d, _)| Some(*d) == nearest).map(|(_, socket)| socket).collect())
+}
+
+/// An address of the kernel's tables: words of the machine's byte order, in hexadecimal. One of IPv4 as IPv6 has it.
+fn words(text: &str) -> Option<Ipv6Addr> {
+    let mut bytes = Vec::new();
+    for at in (0..text.len()).step_by(8) {
+        bytes.extend(u32::from_str_radix(text.get(at..at + 8)?, 16).ok()?.to_ne_bytes());
+    }
+    match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(|b| Ipv4Addr::from(b).to_ipv6_mapped()),
+        16 => <[u8; 16]>::try_from(bytes).ok().map(Ipv6Addr::from),
+        _ => None,
+    }
+}
+
+/// The user that Caddy's unit runs as.
+fn caddys_user(slice: &Path) -> Option<u32> {
+    let processes = |unit: &str| fs_err::read_to_string(slice.join(unit).join("cgroup.procs")).ok();
+    let all: String = CADDYS.into_iter().filter_map(processes).collect();
+    let status = fs_err::read_to_string(format!("/proc/{}/status", all.lines().next()?)).ok()?;
+    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    uids.split_whitespace().next()?.parse().ok()
+}
+
+/// Whether a process is one of Caddy's units.
+pub fn is_caddys(pid: u32) -> bool {
+    owner(pid).is_caddys()
+}
+
+/// A process, for people.
+pub fn owner(pid: u32) -> Owner {
+    owner_below(pid, &above())
+}
+
+fn owner_below(pid: u32, above: &str) -> Owner {
+    let name = fs_err::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let unit = cgroup_of(pid).and_then(|at| unit_of(at.strip_prefix(above).unwrap_or(&at)));
+    Owner { pid: Some(pid), name: name.trim_end().to_string(), unit }
+}
+
+/// Where systemd's hierarchy begins, as we see it: below that in a container.
+fn above() -> String {
+    cgroup_of(1).map(|at| at.trim_end_matches("/init.scope").to_string()).unwrap_or_default()
+}
+
+impl Owner {
+    /// `caddy.service`, `caddy-api.service`, `caddy@NAME.service` and the like.
+    fn is_caddys(&self) -> bool {
+        let rest = self.unit.as_deref().and_then(|unit| unit.strip_prefix("caddy"));
+        rest.is_some_and(|rest| rest.ends_with(".service") && rest.starts_with(['.', '-', '@']))
     }
 }
 
@@ -336,6 +489,62 @@ mod tests {
             let port = any.local_addr().unwrap().port();
             assert_eq!(Listeners::read().unwrap().nearest(port), [inode(&any)]);
         }
+    }
+
+    #[test]
+    fn an_address_is_answered_by_the_nearest_and_by_nobody_elses() {
+        let inodes = |address: SocketAddr| -> Vec<u64> {
+            listening_at(address).unwrap().into_iter().map(|s| s.inode).collect()
+        };
+        let inode = |l: &TcpListener| {
+            use std::os::fd::AsRawFd;
+            let link = fs_err::read_link(format!("/proc/self/fd/{}", l.as_raw_fd())).unwrap();
+            socket_inode(link.as_os_str()).unwrap()
+        };
+        let v4 = TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = v4.local_addr().unwrap();
+        assert_eq!(inodes(at), [inode(&v4)]);
+        let made_by = rustix::process::geteuid().as_raw();
+        assert_eq!(listening_at(at).unwrap()[0].uid, made_by);
+        assert_eq!(inodes((Ipv4Addr::new(127, 0, 0, 2), at.port()).into()), [0u64; 0]);
+        assert_eq!(inodes((Ipv6Addr::LOCALHOST, at.port()).into()), [0u64; 0]);
+        if let Ok(v6) = TcpListener::bind((Ipv6Addr::LOCALHOST, at.port())) {
+            assert_eq!(inodes((Ipv6Addr::LOCALHOST, at.port()).into()), [inode(&v6)]);
+            assert_eq!(inodes(at), [inode(&v4)]);
+        }
+        if let Ok(any) = TcpListener::bind("[::]:0") {
+            let port = any.local_addr().unwrap().port();
+            assert_eq!(inodes((Ipv4Addr::LOCALHOST, port).into()), [inode(&any)]);
+            assert_eq!(inodes((Ipv6Addr::LOCALHOST, port).into()), [inode(&any)]);
+        }
+        let any = TcpListener::bind("0.0.0.0:0").unwrap();
+        let port = any.local_addr().unwrap().port();
+        assert_eq!(inodes((Ipv4Addr::LOCALHOST, port).into()), [inode(&any)]);
+        drop(any);
+        assert_eq!(caddy_at((Ipv4Addr::LOCALHOST, port).into()).unwrap(), CaddySeen::Nobody);
+        // A test is no unit of Caddy's: it is root's, or a stranger that is named.
+        match (caddy_at(at).unwrap(), made_by) {
+            (CaddySeen::Caddy(found), 0) => assert_eq!(found, [inode(&v4)]),
+            (CaddySeen::Others(owners), _) => assert_eq!(owners[0].pid, Some(std::process::id())),
+            (seen, _) => panic!("{seen:?}"),
+        }
+    }
+
+    #[test]
+    fn caddys_units_are_those_that_root_has_named_so() {
+        for (unit, is) in [
+            ("caddy.service", true),
+            ("caddy-api.service", true),
+            ("caddy@edge.service", true),
+            ("caddyx.service", false),
+            ("web.service", false),
+            ("caddy.scope", false),
+            ("user@1000.service", false),
+        ] {
+            let owner = Owner { pid: Some(2), name: "caddy".into(), unit: Some(unit.into()) };
+            assert_eq!(owner.is_caddys(), is, "{unit}");
+        }
+        assert!(!Owner { pid: Some(2), name: "caddy".into(), unit: None }.is_caddys());
     }
 
     #[test]

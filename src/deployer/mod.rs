@@ -1,6 +1,7 @@
 //! The host's agent. One pass compares what is with what should be and changes the difference: [`pass`] runs
 //! it, [`observe`] looks, [`plan`] decides, [`apply`] acts, [`state`] is what remains.
 
+pub mod admin;
 pub mod applied;
 pub mod apply;
 pub mod caddy;

@@ -1,6 +1,7 @@
 //! What is: looks at units, links, store paths, roots, secrets and Caddy. Reads only. A pass that has nothing
 //! to do costs one `systemctl list-units`, one request to Caddy, and a few file reads a service.
 
+use super::admin::Address;
 use super::caddy;
 use super::listeners::{Answers, Listeners};
 use super::plan::{Memory, Observed, UnitFile, UnitSeen};
@@ -19,7 +20,12 @@ use std::path::{Path, PathBuf};
 use std::thread::ScopedJoinHandle;
 
 /// Looks at everything that concerns these services and whatever else is ours.
-pub fn observe(root: &Root, caddy_admin: &str, desired: &[&Service], memory: &Memory) -> Result<Observed> {
+pub fn observe(
+    root: &Root,
+    caddy_admin: &Address,
+    desired: &[&Service],
+    memory: &Memory,
+) -> Result<Observed> {
     let applied = &memory.applied;
     let mut present = BTreeSet::new();
     let mut unproved = BTreeSet::new();

@@ -1,6 +1,7 @@
 //! One pass: lock, load, fetch the manifest, observe, plan, apply, report. Data flows one way; a pass that dies
 //! anywhere is finished by the next, because each starts from what is.
 
+use super::admin::Endpoint;
 use super::apply::{Host, would_empty};
 use super::caddy::{self, RoutePlan};
 use super::lock::{self, Asked};
@@ -395,7 +396,12 @@ fn options(settings: &Settings, asks: &Asks, desired: &[&Service]) -> Result<Opt
     }
     // systemd tells a service that a timer started it (systemd.exec(5), since 252).
     let timer = asks.timer && std::env::var_os("TRIGGER_UNIT").is_some();
-    Ok(Options { retry, allow_empty: asks.allow_empty, timer, caddy_server: settings.caddy_server.clone() })
+    let caddy_socket = match settings.caddy_admin.now() {
+        Endpoint::Unix(path) => Some(path),
+        Endpoint::Tcp(..) => None,
+    };
+    let caddy_server = settings.caddy_server.clone();
+    Ok(Options { retry, allow_empty: asks.allow_empty, timer, caddy_server, caddy_socket })
 }
 
 /// Plans one pass without doing it.
@@ -807,6 +813,8 @@ fn write_route(settings: &Settings, plan: &Plan, desired: &[&Service]) -> RouteS
     for request in requests {
         match caddy::perform(&settings.caddy_admin, request) {
             Ok(()) => say::notice(format!("route: {}", request.what)),
+            // No visitor misses it.
+            Err(why) if request.is_view() => say::warning(why),
             Err(why) => {
                 say::error(format!("route: {why}; the next pass tries again"));
                 return RouteState { status: RouteStatus::Pending, reason: Some(why) };

@@ -172,6 +172,8 @@ pub struct Options {
     pub timer: bool,
     /// Which of Caddy's servers gets our route.
     pub caddy_server: Option<String>,
+    /// The socket that Caddy is changed through, if it is one.
+    pub caddy_socket: Option<PathBuf>,
 }
 
 /// What should run under a service's name.
@@ -321,6 +323,7 @@ pub fn plan(
     let closed = closed(desired, observed, memory);
     let route = caddy::route(&entries, &closed);
     let route = caddy::plan(options.caddy_server.as_deref(), route.as_ref(), &observed.caddy);
+    let route = caddy::with_view(route, options.caddy_socket.as_deref(), &observed.caddy);
     let understudies = observed.understudies.iter().cloned().collect();
     Ok(Plan { services, gone, route, understudies })
 }

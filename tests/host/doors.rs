@@ -95,7 +95,7 @@ fn doctor_tries_a_domain_as_a_visitor_does_and_names_what_dns_says_of_it() {
     comes_to_say(&host, "ok", &[]);
     // Somebody's route takes its visitors, with an answer that looks well.
     host.sh(
-        "curl -sSf -X PUT -H 'Content-Type: application/json' localhost:2019/config/apps/http/servers/srv0/routes/0 \
+        "caddy-api /config/apps/http/servers/srv0/routes/0 -X PUT -H 'Content-Type: application/json' \
          -d '{\"@id\": \"theirs\", \"match\": [{\"host\": [\"web.example.com\"]}], \"handle\": [{\"handler\": \
          \"static_response\", \"body\": \"theirs\"}]}'",
     );
@@ -104,7 +104,7 @@ fn doctor_tries_a_domain_as_a_visitor_does_and_names_what_dns_says_of_it() {
     host.good_pass();
     assert_eq!(host.page("web.example.com").as_deref(), Ok("one"));
     comes_to_say(&host, "ok", &[]);
-    host.sh("curl -sSf -X DELETE localhost:2019/id/theirs");
+    host.sh("caddy-api /id/theirs -X DELETE");
     // 'status --live' asks the same, and wants a timer besides.
     host.sh("systemctl start deployer.timer");
     let live = host.try_sh("omni-deploy status --live");
@@ -125,10 +125,8 @@ fn doctor_tries_a_domain_as_a_visitor_does_and_names_what_dns_says_of_it() {
     // The pass that Caddy's start asked for is over.
     host.good_pass();
     // Somebody else's route, or program, answers: here one that took our route's place in front of it.
-    host.sh(
-        "curl -sSf -X PUT -H 'Content-Type: application/json' localhost:2019/config/apps/http/servers/srv0/routes/0 \
-         -d '{\"handle\": [{\"handler\": \"static_response\", \"status_code\": 404}]}'",
-    );
+    host.sh("caddy-api /config/apps/http/servers/srv0/routes/0 -X PUT -H 'Content-Type: application/json' \
+         -d '{\"handle\": [{\"handler\": \"static_response\", \"status_code\": 404}]}'");
     comes_to_say(&host, "fail", &["answers 404", "something else answers visitors"]);
     host.good_pass();
     comes_to_say(&host, "ok", &[]);
@@ -240,7 +238,7 @@ fn a_restarted_caddy_takes_an_edited_caddyfile_and_our_route_is_back() {
     };
     both("at first", "welcome");
     // A restart by itself resumes both, without a pass: our route and what somebody else gave to Caddy's API.
-    let theirs = "curl -sSf -X POST -H 'Content-Type: application/json' localhost:2019/config/apps/http/servers/srv1 \
+    let theirs = "caddy-api /config/apps/http/servers/srv1 -X POST -H 'Content-Type: application/json' \
          -d '{\"listen\": [\":8070\"], \"routes\": [{\"handle\": [{\"handler\": \"static_response\", \"body\": \"theirs\"}]}]}'";
     host.sh(theirs);
     let begun = starts();

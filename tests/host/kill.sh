@@ -10,7 +10,7 @@ save() {
   rm -rf "$start"
   mkdir "$start"
   tar -C / -cf "$start/files.tar" --exclude=var/lib/omni-deploy/nar "${trees[@]}"
-  curl -sSf localhost:2019/config/ >"$start/caddy.json"
+  caddy-api /config/ >"$start/caddy.json"
   systemctl list-units --plain --no-legend --state=active 'web*.service' | awk '{ print $1 }' >"$start/units"
   printf '%s\n' "$@" >"$start/absent"
 }
@@ -32,8 +32,8 @@ restore() {
     # shellcheck disable=SC2016  # the inner shell's
     timeout 60 bash -c 'until curl -s --output /dev/null "localhost:$1/"; do sleep 0.02; done' - "${port#PORT=}"
   done <"$start/units"
-  if ! curl -sSf localhost:2019/config/ | cmp -s "$start/caddy.json"; then
-    curl -sSf -H 'Content-Type: application/json' --data-binary @"$start/caddy.json" localhost:2019/load
+  if ! caddy-api /config/ | cmp -s "$start/caddy.json"; then
+    caddy-api /load -H 'Content-Type: application/json' --data-binary @"$start/caddy.json"
   fi
   while read -r path; do
     if [[ -e $path ]]; then nix-store --quiet --delete "$path" >/dev/null 2>&1; fi
@@ -66,7 +66,7 @@ facts() {
       if [[ $pid != 0 ]]; then echo "$unit $reload runs $(readlink "/proc/$pid/exe")"; fi
     done
   ss -Hltn 'sport >= :20000 and sport < :32000' | awk '{ print "spare port", $4 }'
-  curl -sSf localhost:2019/config/ | jq -S .
+  caddy-api /config/ | jq -S .
   for unit in web web2 web3 other; do
     printf 'url = "localhost/"\nheader = "Host: %s.example.com"\nmax-time = 3\nsilent\nwrite-out = "\\n=%s\\n"\nnext\n' \
       "$unit" "$unit"

@@ -126,6 +126,12 @@ fn lab_ok(args: &[&str]) -> String {
     output.text().trim_end().to_string()
 }
 
+const CADDY_API: &str = r#"#!/bin/sh
+path=$1; shift
+if [ -S /run/caddy/admin.sock ]; then set -- --unix-socket /run/caddy/admin.sock -H 'Host;' "$@"; fi
+exec curl -sSf "$@" "http://127.0.0.1:2019$path"
+"#;
+
 /// A booted host with omni-deploy installed by contrib/install.sh.
 #[derive(Debug)]
 pub struct Host {
@@ -174,6 +180,9 @@ impl Host {
         Run::new("cp").args(["-r", &format!("{TOP}/contrib")]).arg(&opt).success().unwrap();
         fs_err::copy(&*BINARY, opt.join("omni-deploy")).unwrap();
         fs_err::copy(&*PAGE, opt.join("page")).unwrap();
+        // Caddy's admin API, wherever this Caddy has it: caddy-api PATH [OPTION OF CURL]...
+        fs_err::write(host.path("/usr/local/bin/caddy-api"), CADDY_API).unwrap();
+        host.sh("chmod 755 /usr/local/bin/caddy-api");
         // DNS, as far as visitors of the tests' services ask it: 'doctor' and 'status --live' try their domains.
         host.sh(&format!(
             "echo '{} web.example.com ava.example.com seen.example.com' >>/etc/hosts

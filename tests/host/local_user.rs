@@ -72,7 +72,7 @@ fn a_secret_is_nowhere_but_in_its_file_and_its_process() {
         "journalctl --no-pager -o export",
         "cat /var/lib/deployer/state.json /var/lib/deployer/applied/* /var/lib/omni-deploy/hosts/*",
         "cat /proc/*/cmdline /proc/*/environ | tr '\\0' '\\n'",
-        "curl -sSf localhost:2019/config/",
+        "caddy-api /config/",
         &format!(
             "grep -rsa {PATTERN} {OURS} /tmp /var/tmp /dev/shm /var/log /etc /run /home --exclude-dir=proc"
         ),
@@ -92,7 +92,7 @@ fn a_secret_is_nowhere_but_in_its_file_and_its_process() {
     ));
     assert_eq!(found, "/var/lib/deployer-secrets/web.env");
     in_no_log(&host);
-    assert!(!host.sh("curl -sSf localhost:2019/config/").contains(MARK));
+    assert!(!host.sh("caddy-api /config/").contains(MARK));
     let pid = host.sh("systemctl show --property=MainPID --value web");
     let processes =
         host.sh(&format!("grep -lsa {PATTERN} /proc/[0-9]*/environ /proc/[0-9]*/cmdline || true"));

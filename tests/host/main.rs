@@ -10,6 +10,7 @@
 //! `OMNI_TEST_BINARY` names the omni-deploy to test (default: this profile's); `OMNI_TEST_S3` the S3 server and
 //! `OMNI_TEST_LOAD` the load generator (default: built when first needed); `OMNI_LAB_DIR` where the hosts live.
 
+mod admin;
 mod bucket;
 #[path = "../cli/common/built.rs"]
 mod built;

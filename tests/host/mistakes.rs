@@ -242,7 +242,7 @@ fn without_caddy_services_are_deployed_and_the_route_follows_when_it_is_back() {
 
     let two = host.closure("web", "two", "");
     host.update("web", &two);
-    host.sh("curl -sSf -H 'Content-Type: application/json' -d '{}' localhost:2019/load");
+    host.sh("caddy-api /load -H 'Content-Type: application/json' -d '{}'");
     host.passes_with(0);
     assert_eq!(host.sh("curl -sSf localhost:8001/"), "two");
     let state = host.state();

@@ -253,10 +253,10 @@ impl Campaign<'_> {
             ),
             39 => {
                 let change = [
-                    "curl -sf -X DELETE localhost:2019/id/deployer",
-                    "curl -sf -X PATCH -H 'Content-Type: application/json' localhost:2019/id/deployer -d '{\"@id\": \"deployer\", \"handle\": []}'",
-                    "curl -sf localhost:2019/id/deployer | curl -sf -H 'Content-Type: application/json' -d @- localhost:2019/config/apps/http/servers/srv0/routes",
-                    "curl -sf -X PUT -H 'Content-Type: application/json' -d '{\"handle\": []}' localhost:2019/config/apps/http/servers/srv0/routes/0",
+                    "caddy-api /id/deployer -X DELETE",
+                    "caddy-api /id/deployer -X PATCH -H 'Content-Type: application/json' -d '{\"@id\": \"deployer\", \"handle\": []}'",
+                    "caddy-api /id/deployer | caddy-api /config/apps/http/servers/srv0/routes -H 'Content-Type: application/json' -d @-",
+                    "caddy-api /config/apps/http/servers/srv0/routes/0 -X PUT -H 'Content-Type: application/json' -d '{\"handle\": []}'",
                 ];
                 let which = self.random.below(change.len());
                 let told = ["deleted", "emptied", "doubled", "not the first"][which];

@@ -21,7 +21,7 @@ look() {
   section facts
   [[ ! -d /var/lib/omni-deploy ]] || echo "bucket up"
   [[ ! -e /var/lib/deployer/state.json ]] || echo state
-  if curl -sf -m 5 -o /tmp/caddy localhost:2019/config/apps/http/servers; then
+  if caddy-api /config/apps/http/servers -m 5 -o /tmp/caddy; then
     echo "caddy up"
     section caddy; cat /tmp/caddy
   fi

@@ -14,7 +14,7 @@ fn touches(host: &crate::lab::Host, script: &str) -> String {
         "facts() {{
              systemctl show --property=UnitsLoadTimestampMonotonic
              for unit in web caddy; do systemctl show --property=InvocationID,MainPID,NRestarts $unit; done
-             curl -sSf localhost:2019/config/ | sha256sum
+             caddy-api /config/ | sha256sum
          }}
          facts >/tmp/before
          touch /tmp/begun; sleep 0.05
@@ -85,9 +85,9 @@ fn what_was_changed_by_hand_is_repaired_and_said() {
         ("systemctl disable web".into(), "started at boot"),
         (format!("systemctl stop web; rm {unit}; systemctl mask web"), "the unit was gone"),
         ("systemctl mask --runtime web; systemctl stop web; systemctl unmask --runtime web".into(), "web"),
-        ("curl -sSf -X DELETE localhost:2019/id/deployer".into(), "add our route"),
+        ("caddy-api /id/deployer -X DELETE".into(), "add our route"),
         (
-            "curl -sSf -X PATCH -H 'Content-Type: application/json' localhost:2019/id/deployer \
+            "caddy-api /id/deployer -X PATCH -H 'Content-Type: application/json' \
              -d '{\"@id\": \"deployer\", \"handle\": []}'"
                 .into(),
             "replace our route",
@@ -127,7 +127,7 @@ fn a_service_that_is_taken_out_leaves_nothing_and_the_last_one_only_goes_when_as
     );
     assert!(host.try_sh("pgrep -f bin/other").text().is_empty());
     host.sh("[[ ! -e /nix/var/nix/gcroots/omni-deploy/other && ! -e /var/lib/deployer/applied/other.json ]]");
-    assert!(!host.sh("curl -sSf localhost:2019/config/").contains("other.example.com"));
+    assert!(!host.sh("caddy-api /config/").contains("other.example.com"));
     assert_eq!(host.invocation("web"), invocation);
     host.serves("web", "one");
 

@@ -101,7 +101,9 @@ fn a_host_that_loses_power_in_a_deploy_finds_back_with_and_without_the_bucket() 
 
     // A boot with nothing under way and nobody to ask: what ran runs again, and the route is there.
     bucket.down();
-    host.sh("curl -sSf -X DELETE localhost:2019/id/deployer; rm -rf /etc/systemd/system/multi-user.target.wants/other.service");
+    host.sh(
+        "caddy-api /id/deployer -X DELETE; rm -rf /etc/systemd/system/multi-user.target.wants/other.service",
+    );
     host.power_cut();
     host.start();
     let pass = host.pass();

@@ -255,6 +255,7 @@ test_sources() {
   check the_nixos_module_yields_what_it_should prints true \
     "$lab" run verify nix-instantiate --eval --strict /opt/tests/nix_module.nix
   in_host verify 'install -D /bin/true /usr/local/bin/deployer
+    install -D /bin/true /usr/local/lib/omni-deploy/caddy-start
     cp /opt/contrib/systemd/deployer.* /etc/systemd/system/
     cp -r /opt/contrib/systemd/caddy.service.d /etc/systemd/system/'
   for unit in deployer.service deployer.timer caddy.service; do
@@ -295,7 +296,11 @@ can "restart a service" bash -c '{ systemctl reset-failed hello.service || true;
 can "enable it" systemctl enable deployer.timer
 can "see another user's executable" readlink "/proc/$(systemctl show --property=MainPID --value caddy)/exe"
 can "probe a service" curl -sSf --retry 20 --retry-connrefused --retry-delay 1 localhost:8123
-can "talk to Caddy" curl -sSf localhost:2019/config/
+if [[ -S /run/caddy/admin.sock ]]; then
+  can "talk to Caddy" curl -sSf --unix-socket /run/caddy/admin.sock -H "Host;" localhost/config/
+else
+  can "talk to Caddy" curl -sSf localhost:2019/config/
+fi
 can "read a service's journal" bash -c 'journalctl --unit hello --lines 5 | grep hello'
 can "write its state" bash -c 'echo {} >/var/lib/deployer/state.json'
 can "write its report" bash -c 'mkdir -p /var/lib/omni-deploy/hosts && echo {} >/var/lib/omni-deploy/hosts/biz.json'
@@ -378,7 +383,8 @@ test_install() {
     in_host target 'systemctl mask --runtime --quiet deployer.timer' 2>/dev/null || true
     # Caddy: routes given over the API outlive a restart, a kill, and ask for a pass.
     check caddy_resumes_what_it_was_given in_host target 'systemctl restart caddy
-      curl -sSf -X PUT -H "Content-Type: application/json" localhost:2019/config/apps/http/servers/srv0/routes/0 \
+      at=(localhost:2019); [[ ! -S /run/caddy/admin.sock ]] || at=(--unix-socket /run/caddy/admin.sock -H "Host;" localhost)
+      curl -sSf -X PUT -H "Content-Type: application/json" "${at[@]}"/config/apps/http/servers/srv0/routes/0" \
         -d "{\"@id\":\"deployer\",\"match\":[{\"path\":[\"/given\"]}],\"handle\":[{\"handler\":\"static_response\",\"body\":\"given\"}]}"
       systemctl restart caddy; [[ $(curl -sSf localhost/given) == given ]]'
     check caddy_comes_back_when_killed in_host target 'old=$(systemctl show --property=MainPID --value caddy); kill -KILL "$old"

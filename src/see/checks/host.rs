@@ -4,6 +4,7 @@
 use super::{Check, said, writable};
 use crate::clock::Timestamp;
 use crate::config::Settings;
+use crate::deployer::admin::{self, Endpoint};
 use crate::deployer::caddy::{self, Observed, RoutePlan};
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
 use crate::deployer::state::{Exposure, OtherMachine, State};
@@ -304,7 +305,33 @@ fn route(observed: &Observed, settings: &Settings, needed: bool) -> Vec<Check> {
         }
         (RoutePlan::None | RoutePlan::Current, None) => Check::ok(SERVER, "nothing to route"),
     };
-    vec![Check::ok("caddy admin", format!("{} answers", settings.caddy_admin)), server]
+    vec![admin(&settings.caddy_admin.now()), server]
+}
+
+/// Who can change Caddy where it has just answered.
+fn admin(at: &Endpoint) -> Check {
+    const NAME: &str = "caddy admin";
+    match at {
+        Endpoint::Unix(path) => match admin::lets_in(path) {
+            None => Check::ok(NAME, format!("{at} answers, and root and Caddy's own user alone reach it")),
+            Some(who) => Check::warn(
+                NAME,
+                format!(
+                    "{at} answers, and {who} can change Caddy through it; have it in a folder that is closed to others \
+                     (RuntimeDirectory=caddy, RuntimeDirectoryMode=0750)"
+                ),
+            ),
+        },
+        Endpoint::Tcp(..) => Check::warn(
+            NAME,
+            format!(
+                "{at} answers, and every user and service of this host can change Caddy through it; 'systemctl restart \
+                 caddy' gives it the socket of contrib/install.sh; one before 2.7 wants 'admin unix/{}' in its \
+                 Caddyfile's global options first",
+                admin::SOCKET
+            ),
+        ),
+    }
 }
 
 /// What visitors of each domain meet.
