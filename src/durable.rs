@@ -2,7 +2,8 @@
 //! the old content or the new, never a part. Temporary files are named `.omni-deploy-*` so that leftovers of
 //! a killed process are known as ours; [`sweep`] removes them.
 
-use crate::effect;
+use crate::effect::{self, Effect};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -32,6 +33,13 @@ fn temp_with(path: &Path, mut bytes: &[u8], mode: u32) -> io::Result<tempfile::N
 }
 
 fn temp_from(path: &Path, source: &mut dyn Read, mode: u32) -> io::Result<tempfile::NamedTempFile> {
+    let temp = unsynced(path, source, mode)?;
+    temp.as_file().sync_all().map_err(|e| named(e, "sync", path))?;
+    effect::point("within write", path.display());
+    Ok(temp)
+}
+
+fn unsynced(path: &Path, source: &mut dyn Read, mode: u32) -> io::Result<tempfile::NamedTempFile> {
     let mut temp = tempfile::Builder::new()
         .prefix(TEMP_PREFIX)
         .permissions(std::fs::Permissions::from_mode(0o600))
@@ -41,8 +49,6 @@ fn temp_from(path: &Path, source: &mut dyn Read, mode: u32) -> io::Result<tempfi
     temp.as_file()
         .set_permissions(std::fs::Permissions::from_mode(mode))
         .map_err(|e| named(e, "set the mode of", path))?;
-    temp.as_file().sync_all().map_err(|e| named(e, "sync", path))?;
-    effect::point("within write", path.display());
     Ok(temp)
 }
 
@@ -86,10 +92,16 @@ pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
 
 /// Makes `link` a symbolic link to `target`, replacing what is there (a file or a link, not a folder).
 pub fn symlink(target: &Path, link: &Path) -> io::Result<()> {
+    let _effect = linked(target, link)?;
+    sync_dir(parent(link)?)
+}
+
+/// The same, before it is on the disk.
+fn linked(target: &Path, link: &Path) -> io::Result<Effect> {
     let dir = parent(link)?;
     let name = link.file_name().unwrap_or_default().to_string_lossy();
     let temp: PathBuf = dir.join(format!("{TEMP_PREFIX}{}-{name}", std::process::id()));
-    let _effect = effect::begin("link", link.display()).map_err(|e| named(e, "link", link))?;
+    let effect = effect::begin("link", link.display()).map_err(|e| named(e, "link", link))?;
     // Where nothing is in the way, there is nothing to leave behind either.
     match std::os::unix::fs::symlink(target, link) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
@@ -100,7 +112,7 @@ pub fn symlink(target: &Path, link: &Path) -> io::Result<()> {
         }
         made => made.map_err(|e| named(e, "link", link))?,
     }
-    sync_dir(dir)
+    Ok(effect)
 }
 
 /// Removes a file or link; one that is not there is no error. Returns whether there was one.
@@ -111,6 +123,119 @@ pub fn remove(path: &Path) -> io::Result<bool> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e),
     }
+}
+
+/// How many files of a batch are open, and how many are flushed side by side: the disk takes flushes that come together
+/// as one.
+const OPEN: usize = 256;
+const SIDE_BY_SIDE: usize = 16;
+
+/// What one phase writes, links and removes, for many services, flushed together: every file before the first of them is
+/// put in place, and then every folder once. Nothing of it is on the disk for certain before [`Batch::finish`] returns,
+/// so what must be there before something else belongs into a batch before that.
+#[derive(Debug, Default)]
+pub struct Batch {
+    open: Vec<(PathBuf, tempfile::NamedTempFile, Effect)>,
+    synced: Vec<(PathBuf, tempfile::TempPath, Effect)>,
+    done: Vec<(PathBuf, Effect)>,
+    failed: BTreeMap<PathBuf, io::Error>,
+}
+
+impl Batch {
+    /// As [`write`](write()) does.
+    pub fn write(&mut self, path: &Path, mut bytes: &[u8], mode: u32) {
+        let begun = effect::begin("write", path.display()).map_err(|e| named(e, "write", path));
+        match begun.and_then(|effect| Ok((unsynced(path, &mut bytes, mode)?, effect))) {
+            Ok((temp, effect)) => self.open.push((path.to_path_buf(), temp, effect)),
+            Err(e) => drop(self.failed.insert(path.to_path_buf(), e)),
+        }
+        if self.open.len() >= OPEN {
+            self.sync_files(&sync_file);
+        }
+    }
+
+    /// As [`symlink`] does.
+    pub fn symlink(&mut self, target: &Path, link: &Path) {
+        match linked(target, link) {
+            Ok(effect) => self.done.push((link.to_path_buf(), effect)),
+            Err(e) => drop(self.failed.insert(link.to_path_buf(), e)),
+        }
+    }
+
+    /// As [`remove`] does; what is not there is no error, nor is a folder that is not there.
+    pub fn remove(&mut self, path: &Path) {
+        let begun = effect::begin("remove", path.display()).map_err(|e| named(e, "remove", path));
+        match begun.and_then(|effect| fs_err::remove_file(path).map(|()| effect)) {
+            Ok(effect) => self.done.push((path.to_path_buf(), effect)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => drop(self.failed.insert(path.to_path_buf(), e)),
+        }
+    }
+
+    /// Puts all of it in place and returns when it is on the disk; what failed, by path. What did not fail is there.
+    pub fn finish(self) -> BTreeMap<PathBuf, io::Error> {
+        self.finish_by(&sync_file, &sync_dir)
+    }
+
+    fn finish_by(
+        mut self,
+        sync_file: &(impl Fn(&tempfile::NamedTempFile) -> io::Result<()> + Sync),
+        sync_dir: &(impl Fn(&Path) -> io::Result<()> + Sync),
+    ) -> BTreeMap<PathBuf, io::Error> {
+        self.sync_files(sync_file);
+        for (path, temp, effect) in std::mem::take(&mut self.synced) {
+            match temp.persist(&path) {
+                Ok(()) => self.done.push((path, effect)),
+                Err(e) => drop(self.failed.insert(path.clone(), named(e.error, "write", &path))),
+            }
+        }
+        let folders: BTreeSet<&Path> = self.done.iter().filter_map(|(path, _)| path.parent()).collect();
+        let folders: Vec<&Path> = folders.into_iter().collect();
+        let ended = side_by_side(&folders, |folder| sync_dir(folder));
+        for (folder, e) in
+            folders.iter().zip(ended).filter_map(|(folder, ended)| Some((folder, ended.err()?)))
+        {
+            for (path, _) in self.done.iter().filter(|(path, _)| path.parent() == Some(folder)) {
+                // One for each: an error of the kernel's cannot be copied.
+                let e = io::Error::new(e.kind(), e.to_string());
+                self.failed.insert(path.clone(), named(e, "sync the folder of", path));
+            }
+        }
+        self.failed
+    }
+
+    fn sync_files(&mut self, sync: &(impl Fn(&tempfile::NamedTempFile) -> io::Result<()> + Sync)) {
+        let ended = side_by_side(&self.open, |(_, temp, _)| sync(temp));
+        for ((path, temp, effect), ended) in std::mem::take(&mut self.open).into_iter().zip(ended) {
+            match ended {
+                Ok(()) => {
+                    effect::point("within write", path.display());
+                    self.synced.push((path, temp.into_temp_path(), effect));
+                }
+                Err(e) => drop(self.failed.insert(path.clone(), named(e, "sync", &path))),
+            }
+        }
+    }
+}
+
+fn sync_file(file: &tempfile::NamedTempFile) -> io::Result<()> {
+    file.as_file().sync_all()
+}
+
+/// Does one thing for each, several at a time; in their order.
+fn side_by_side<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    if all.len() < 2 {
+        return all.iter().map(work).collect();
+    }
+    let chunks = all.chunks(all.len().div_ceil(SIDE_BY_SIDE));
+    std::thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> =
+            chunks.map(|chunk| scope.spawn(move || chunk.iter().map(work).collect::<Vec<R>>())).collect();
+        let done =
+            threads.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        done.flatten().collect()
+    })
 }
 
 /// Removes a folder that is empty; one that is not, or is not there, is no error. Returns whether it was removed.
@@ -177,6 +302,58 @@ mod tests {
         assert_eq!(fs_err::read(&path).unwrap(), b"two");
         assert_eq!(fs_err::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_batch_is_flushed_before_any_of_it_is_in_place_and_each_folder_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        for folder in [&a, &b] {
+            fs_err::create_dir(folder).unwrap();
+            fs_err::write(folder.join("old"), "").unwrap();
+        }
+        let paths: Vec<PathBuf> = (0..100).map(|n| a.join(format!("f{n}"))).collect();
+        let mut batch = Batch::default();
+        paths.iter().for_each(|path| batch.write(path, b"new", 0o640));
+        batch.symlink(Path::new("/target"), &b.join("link"));
+        batch.remove(&b.join("old"));
+        batch.remove(&b.join("never there"));
+        batch.write(&dir.path().join("missing/f"), b"", 0o644);
+        let (files, folders) = (std::sync::Mutex::new(0), std::sync::Mutex::new(Vec::new()));
+        let in_place = || paths.iter().filter(|p| p.exists()).count();
+        let failed = batch.finish_by(
+            &|file| {
+                assert_eq!(in_place(), 0);
+                *files.lock().unwrap() += 1;
+                file.as_file().sync_all()
+            },
+            &|folder| {
+                assert_eq!(in_place(), 100);
+                folders.lock().unwrap().push(folder.to_path_buf());
+                if folder == b { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+            },
+        );
+        assert_eq!(*files.lock().unwrap(), 100);
+        let mut folders = folders.into_inner().unwrap();
+        folders.sort();
+        assert_eq!(folders, [a.clone(), b.clone()]);
+        let failed: Vec<PathBuf> = failed.into_keys().collect();
+        assert_eq!(failed, [b.join("link"), b.join("old"), dir.path().join("missing/f")]);
+        assert_eq!(fs_err::read(&paths[99]).unwrap(), b"new");
+        assert_eq!(fs_err::metadata(&paths[0]).unwrap().permissions().mode() & 0o777, 0o640);
+        assert_eq!(fs_err::read_dir(&a).unwrap().count(), 101);
+    }
+
+    #[test]
+    fn a_batch_of_more_files_than_may_be_open_is_written_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut batch = Batch::default();
+        for n in 0..2 * OPEN + 1 {
+            batch.write(&dir.path().join(n.to_string()), b"x", 0o644);
+            assert!(batch.open.len() < OPEN);
+        }
+        assert!(batch.finish().is_empty());
+        assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 2 * OPEN + 1);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use super::plan::Applied;
 use super::root::Root;
-use crate::durable;
+use crate::durable::{self, Batch};
 use crate::error::{Error, Result};
 use crate::manifest::parse::{self, Mode};
 use crate::names::{ServiceName, StorePath};
@@ -64,19 +64,31 @@ fn read(bytes: &[u8]) -> Result<Applied, String> {
     Ok(Applied { service, path, previous: read.previous })
 }
 
-/// Takes down what was proved.
-pub fn record(root: &Root, applied: &Applied) -> Result<()> {
-    durable::folder(&root.applied_dir(), 0o755)?;
+/// Takes down what was proved, all of it together; why some of it was not.
+pub fn record<'a>(root: &Root, all: impl IntoIterator<Item = &'a Applied>) -> Vec<Error> {
+    let mut batch = Batch::default();
+    let mut errors = Vec::new();
+    let mut all = all.into_iter().peekable();
+    if all.peek().is_none() {
+        return errors;
+    }
+    if let Err(e) = durable::folder(&root.applied_dir(), 0o755) {
+        return vec![e.into()];
+    }
+    for applied in all {
+        match text(applied) {
+            Ok(bytes) => batch.write(&root.applied(&applied.service.name), &bytes, 0o644),
+            Err(e) => errors.push(e),
+        }
+    }
+    errors.extend(batch.finish().into_values().map(Error::from));
+    errors
+}
+
+fn text(applied: &Applied) -> Result<Vec<u8>> {
     let written = Written { version: VERSION, previous: &applied.previous, service: &applied.service };
     let mut bytes = serde_json::to_vec_pretty(&written)
         .map_err(|e| Error::new(format!("cannot write the entry of {}: {e}", applied.service.name)))?;
     bytes.push(b'\n');
-    durable::write(&root.applied(&applied.service.name), &bytes, 0o644)?;
-    Ok(())
-}
-
-/// Forgets a service that is gone.
-pub fn forget(root: &Root, name: &ServiceName) -> Result<()> {
-    durable::remove(&root.applied(name))?;
-    Ok(())
+    Ok(bytes)
 }

@@ -12,7 +12,7 @@ use super::systemd::{self, CameUp, Listed, Restarted, Shown};
 use super::{applied, intent, observe};
 use crate::clock::{self, Timestamp};
 use crate::config::Settings;
-use crate::durable;
+use crate::durable::{self, Batch};
 use crate::effect;
 use crate::error::{Error, Result};
 use crate::manifest::{Service, command};
@@ -22,6 +22,7 @@ use crate::{nix, say};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How long a service must stay up and well before it counts as up.
@@ -125,24 +126,32 @@ impl Host<'_> {
     /// Roots first, so that no collection can come between; then all closures in one copy.
     fn root_and_fetch(&self, plan: &Plan, observed: &mut Observed, learned: &mut Learned) -> Result<()> {
         let mut wanted: BTreeMap<&StorePath, Vec<&ServiceName>> = BTreeMap::new();
+        let mut rooting = Vec::new();
+        let mut batch = Batch::default();
         for (service, step) in steps(&plan.services) {
             match step {
                 Step::Root(path) => {
                     let dir = self.root.roots(&service.name);
                     let link = dir.join(path.base());
-                    let rooted =
-                        durable::folder(&dir, 0o755).and_then(|()| durable::symlink(path.as_ref(), &link));
-                    if let (Err(e), Some(goal)) = (rooted, &service.goal) {
-                        self.hindered(&service.name, goal, &e.into(), learned);
-                        continue;
+                    let made = durable::folder(&dir, 0o755);
+                    if made.is_ok() {
+                        batch.symlink(path.as_ref(), &link);
                     }
-                    observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
-                    if service.goal.as_ref().is_none_or(|g| g.proved || g.path != *path) {
-                        say::notice(format!("{}: {path} had lost its root and has one again", service.name));
-                    }
+                    rooting.push((service, path, link, made.err()));
                 }
                 Step::Fetch(path) => wanted.entry(path).or_default().push(&service.name),
                 _ => {}
+            }
+        }
+        let mut failed = batch.finish();
+        for (service, path, link, not_made) in rooting {
+            if let (Some(e), Some(goal)) = (not_made.or_else(|| failed.remove(&link)), &service.goal) {
+                self.hindered(&service.name, goal, &e.into(), learned);
+                continue;
+            }
+            observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
+            if service.goal.as_ref().is_none_or(|g| g.proved || g.path != *path) {
+                say::notice(format!("{}: {path} had lost its root and has one again", service.name));
             }
         }
         if wanted.is_empty() {
@@ -290,34 +299,29 @@ impl Host<'_> {
     ) -> Result<bool> {
         let mut reload = false;
         let mut starts: Vec<Start> = Vec::new();
+        let mut failed = self.write_units(plan)?;
+        failed.extend(self.enable(plan, &failed)?);
         for service in &plan.services {
             if service.steps.contains(&Step::Reload) {
                 say::notice(format!("{}: systemd had read another unit", service.name));
                 reload = true;
             }
             let Some(goal) = &service.goal else { continue };
-            let mut failed = None;
             if let Some(remark) = &service.remark {
                 say::warning(format!("{}: {remark}", service.name));
             }
-            for step in &service.steps {
-                match step {
-                    Step::Write(_) => {
-                        reload = true;
-                        failed = self.write_unit(&service.name, &goal.unit).err();
-                    }
-                    Step::Enable if failed.is_none() => failed = self.enable(&service.name).err(),
-                    Step::Restart(why) if failed.is_none() => {
-                        starts.push(Start { name: &service.name, goal, why, restart: true });
-                    }
-                    Step::Prove(why) if failed.is_none() => {
-                        starts.push(Start { name: &service.name, goal, why, restart: false });
-                    }
-                    _ => {}
-                }
+            reload |= service.steps.iter().any(|step| matches!(step, Step::Write(_)));
+            if let Some(e) = failed.get(&service.name) {
+                self.hindered(&service.name, goal, e, learned);
+                continue;
             }
-            if let Some(e) = failed {
-                self.hindered(&service.name, goal, &e, learned);
+            for step in &service.steps {
+                let (why, restart) = match step {
+                    Step::Restart(why) => (why, true),
+                    Step::Prove(why) => (why, false),
+                    _ => continue,
+                };
+                starts.push(Start { name: &service.name, goal, why, restart });
             }
         }
         // A person who put a unit back leaves systemd with what it had read before, and that is what it would start.
@@ -424,11 +428,15 @@ impl Host<'_> {
             }
         }
         let outcomes = outcomes?;
+        let up = starts.iter().filter(|start| {
+            !not_begun.contains_key(start.name) && matches!(outcomes.get(start.name), Some(Ok(_)))
+        });
+        // What came up is taken down first: a pass that dies among the others' troubles leaves it proved.
+        self.proved(up.map(|start| (start.name, start.goal)), memory, learned);
         for start in &starts {
             let why = match (not_begun.get(start.name), outcomes.get(start.name)) {
                 (None, Some(Ok(up))) => {
                     say::info(format!("{}: up after {:.1} s", start.name, up.after.as_secs_f64()));
-                    self.proved(start.name, start.goal, memory, learned);
                     match &up.verified {
                         Some(id) => memory.verified.insert(start.name.clone(), id.clone()),
                         None => memory.verified.remove(start.name),
@@ -482,9 +490,25 @@ impl Host<'_> {
         Ok(())
     }
 
-    fn write_unit(&self, name: &ServiceName, text: &str) -> Result<()> {
+    /// Writes all units, and takes away what would stand in for them; which of them failed, and why.
+    fn write_units(&self, plan: &Plan) -> Result<BTreeMap<ServiceName, Error>> {
+        let write = |step: &Step| matches!(step, Step::Write(_));
+        let all: Vec<(&ServiceName, &Goal)> = with_goal(plan, write).collect();
+        if all.is_empty() {
+            return Ok(BTreeMap::new());
+        }
         fs_err::create_dir_all(&self.root.unit_dir)?;
-        durable::write(&self.root.unit(name), text.as_bytes(), 0o644)?;
+        let mut batch = Batch::default();
+        all.iter().for_each(|(name, goal)| batch.write(&self.root.unit(name), goal.unit.as_bytes(), 0o644));
+        let mut failed = batch.finish();
+        let written = all.into_iter().map(|(name, _)| {
+            let ended = failed.remove(&self.root.unit(name)).map_or(Ok(()), Err);
+            (name.clone(), ended.and_then(|()| self.remove_strays(name)))
+        });
+        Ok(written.filter_map(|(name, ended)| Some((name, ended.err()?.into()))).collect())
+    }
+
+    fn remove_strays(&self, name: &ServiceName) -> std::io::Result<()> {
         for stray in observe::strays(self.root, name) {
             say::notice(format!("{name}: removing {}, which would stand in for its unit", stray.display()));
             durable::remove(&stray)?;
@@ -492,30 +516,61 @@ impl Host<'_> {
         Ok(())
     }
 
-    fn enable(&self, name: &ServiceName) -> Result<()> {
-        let link = self.root.wanted(name);
-        durable::folder(link.parent().unwrap_or(&self.root.unit_dir), 0o755)?;
-        durable::symlink(&self.root.unit(name), &link)?;
-        say::info(format!("{name}: started at boot from now on"));
-        Ok(())
+    /// Makes the links that start services at boot, but of those whose units `failed`; which of them failed, and why.
+    fn enable(
+        &self,
+        plan: &Plan,
+        failed: &BTreeMap<ServiceName, Error>,
+    ) -> Result<BTreeMap<ServiceName, Error>> {
+        let enable = |step: &Step| matches!(step, Step::Enable);
+        let all = with_goal(plan, enable).map(|(name, _)| name).filter(|name| !failed.contains_key(*name));
+        let all: Vec<&ServiceName> = all.collect();
+        if all.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let mut batch = Batch::default();
+        match durable::folder(&self.root.wants_dir(), 0o755) {
+            Ok(()) => {
+                all.iter().for_each(|name| batch.symlink(&self.root.unit(name), &self.root.wanted(name)));
+            }
+            Err(e) => {
+                let e = Error::from(e);
+                return Ok(all.into_iter().map(|name| (name.clone(), e.clone())).collect());
+            }
+        }
+        let mut not = batch.finish();
+        let mut failed = BTreeMap::new();
+        for name in all {
+            match not.remove(&self.root.wanted(name)) {
+                None => say::info(format!("{name}: started at boot from now on")),
+                Some(e) => drop(failed.insert(name.clone(), e.into())),
+            }
+        }
+        Ok(failed)
     }
 
-    fn proved(&self, name: &ServiceName, goal: &Goal, memory: &mut Memory, learned: &mut Learned) {
-        let previous = previous_after(&goal.path, memory.applied.get(name));
-        let proved = Applied { service: goal.service.clone(), path: goal.path.clone(), previous };
-        if memory.applied.get(name) != Some(&proved) {
-            learned.disk(applied::record(self.root, &proved));
-            memory.applied.insert(name.clone(), proved);
+    fn proved<'g>(
+        &self,
+        goals: impl IntoIterator<Item = (&'g ServiceName, &'g Goal)>,
+        memory: &mut Memory,
+        learned: &mut Learned,
+    ) {
+        let proved = goals.into_iter().filter_map(|(name, goal)| {
+            let before = memory.applied.get(name);
+            let previous = previous_after(&goal.path, before);
+            let proved = Applied { service: goal.service.clone(), path: goal.path.clone(), previous };
+            (before != Some(&proved)).then(|| (name.clone(), proved))
+        });
+        let proved: Vec<(ServiceName, Applied)> = proved.collect();
+        for e in applied::record(self.root, proved.iter().map(|(_, applied)| applied)) {
+            learned.disk(Err(e));
         }
+        memory.applied.extend(proved);
     }
 
     /// Entries that changed without changing their unit (a route, a health path).
     fn record(&self, plan: &Plan, memory: &mut Memory, learned: &mut Learned) {
-        for (service, step) in steps(&plan.services) {
-            if let (Step::Record, Some(goal)) = (step, &service.goal) {
-                self.proved(&service.name, goal, memory, learned);
-            }
-        }
+        self.proved(with_goal(plan, |step| matches!(step, Step::Record)), memory, learned);
     }
 
     /// Stops what is paused and keeps it from starting at boot; its unit stays.
@@ -574,21 +629,20 @@ impl Host<'_> {
         }
         going.retain(|(name, _)| !stopping.contains(&name.unit()));
         marked.retain(|unit| !stopping.contains(unit));
-        for (name, _) in going.iter().filter(|(name, _)| marked.contains(&name.unit())) {
-            durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
-            durable::remove(&self.root.unit(name)).or_else(missing_folder)?;
-            for stray in observe::strays(self.root, name) {
-                durable::remove(&stray)?;
-            }
+        let ours = || going.iter().map(|(name, _)| *name).filter(|name| marked.contains(&name.unit()));
+        // What would start it, before what it is started from.
+        remove_all(ours().map(|name| self.root.wanted(name)))?;
+        remove_all(ours().map(|name| self.root.unit(name)))?;
+        for stray in ours().flat_map(|name| observe::strays(self.root, name)) {
+            durable::remove(&stray)?;
         }
         if !marked.is_empty() {
             systemd::daemon_reload()?;
             systemd::reset_failed(&marked)?;
         }
         // Last: while it is remembered as proved, an interrupted removal is begun anew.
+        remove_all(going.iter().map(|(name, _)| self.root.applied(name)))?;
         for (name, _) in &going {
-            applied::forget(self.root, name)
-                .or_else(|e| if self.root.applied_dir().is_dir() { Err(e) } else { Ok(()) })?;
             memory.applied.remove(*name);
         }
         Ok(true)
@@ -596,14 +650,18 @@ impl Host<'_> {
 
     /// Lets go of paths; a service's folder goes with its last one.
     pub fn unroot(&self, services: &[ServicePlan], observed: &mut Observed, learned: &Learned) -> Result<()> {
-        for (service, step) in steps(services) {
-            let Step::Unroot(base) = step else { continue };
-            // What still stops runs from there.
-            if learned.pending.contains_key(&service.name) {
-                continue;
-            }
-            durable::remove(&self.root.roots(&service.name).join(base))?;
-            if let Some(held) = observed.roots.get_mut(&service.name) {
+        let unrooted: Vec<(&ServiceName, &String)> = steps(services)
+            .filter_map(|(service, step)| match step {
+                // What still stops runs from there.
+                Step::Unroot(base) if !learned.pending.contains_key(&service.name) => {
+                    Some((&service.name, base))
+                }
+                _ => None,
+            })
+            .collect();
+        remove_all(unrooted.iter().map(|(name, base)| self.root.roots(name).join(base)))?;
+        for (name, base) in unrooted {
+            if let Some(held) = observed.roots.get_mut(name) {
                 held.remove(base);
             }
         }
@@ -683,12 +741,25 @@ fn said(complaint: Option<&str>) -> String {
     complaint.map_or_else(|| "systemd says nothing of it".into(), crate::runner::tail)
 }
 
+/// Removes files and links; the first that could not be is the error.
+fn remove_all(paths: impl Iterator<Item = PathBuf>) -> Result<()> {
+    let mut batch = Batch::default();
+    paths.for_each(|path| batch.remove(&path));
+    batch.finish().into_values().next().map_or(Ok(()), |e| Err(e.into()))
+}
+
 fn missing_folder(e: std::io::Error) -> std::io::Result<bool> {
     if e.kind() == std::io::ErrorKind::NotFound { Ok(false) } else { Err(e) }
 }
 
 fn steps(services: &[ServicePlan]) -> impl Iterator<Item = (&ServicePlan, &Step)> {
     services.iter().flat_map(|s| s.steps.iter().map(move |step| (s, step)))
+}
+
+/// The services that have such a step, with what should run.
+fn with_goal(plan: &Plan, is: impl Fn(&Step) -> bool) -> impl Iterator<Item = (&ServiceName, &Goal)> {
+    let such = plan.services.iter().filter(move |s| s.steps.iter().any(&is));
+    such.filter_map(|s| Some((&s.name, s.goal.as_ref()?)))
 }
 
 fn starts(plan: &Plan) -> impl Iterator<Item = Start<'_>> {

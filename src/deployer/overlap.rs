@@ -9,7 +9,7 @@ use super::plan::{self, Goal, Learned, Memory, Observed, Plan, Step};
 use super::systemd::{self, Restarted};
 use super::unit;
 use crate::clock;
-use crate::durable;
+use crate::durable::{self, Batch};
 use crate::effect;
 use crate::error::{Error, Result};
 use crate::manifest::model::DEFAULT_DRAIN_SEC;
@@ -71,15 +71,20 @@ impl Host<'_> {
         if understudies.is_empty() {
             return Ok(false);
         }
+        let mut batch = Batch::default();
         for u in &understudies {
             let port = u.service.http.as_ref().map_or(0, |h| h.internal_port);
             say::notice(format!(
                 "{}: proving {} beside the running version, on port {port}",
                 u.name, u.goal.path
             ));
-            match durable::write(&self.root.next_unit(u.name), u.text.as_bytes(), 0o644) {
-                Ok(()) => drop(observed.understudies.insert(u.name.clone())),
-                Err(e) => self.hindered(u.name, u.goal, &e.into(), learned),
+            batch.write(&self.root.next_unit(u.name), u.text.as_bytes(), 0o644);
+        }
+        let mut failed = batch.finish();
+        for u in &understudies {
+            match failed.remove(&self.root.next_unit(u.name)) {
+                None => drop(observed.understudies.insert(u.name.clone())),
+                Some(e) => self.hindered(u.name, u.goal, &e.into(), learned),
             }
         }
         understudies.retain(|u| observed.understudies.contains(u.name));
