@@ -73,6 +73,8 @@ pub struct Settings {
     pub build: Option<Vec<String>>,
     /// How a host is reached, split into words; the host and the command are appended.
     pub ssh: Vec<String>,
+    /// Hosts to which a connection of ours is being held, with its ControlPath; never from a configuration.
+    pub ssh_control: BTreeMap<HostName, PathBuf>,
     /// The hosts of a service that names none; None: such a service is refused.
     pub default_hosts: Option<Vec<HostName>>,
     /// Caddy's admin endpoint.
@@ -303,6 +305,7 @@ fn resolve(
         None => default_unit_dir(),
     };
     let settings = Settings {
+        ssh_control: BTreeMap::new(),
         store,
         cache,
         host,

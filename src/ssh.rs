@@ -201,16 +201,34 @@ fn argv_on(settings: &Settings, host: &HostName, sudo: bool, words: &[&str]) -> 
     if is_here(settings, host) {
         return sudo.then_some("sudo").into_iter().chain(words.iter().copied()).map(String::from).collect();
     }
-    let mut argv = if settings.ssh.is_empty() { vec!["ssh".to_string()] } else { settings.ssh.clone() };
-    if argv[0].rsplit('/').next() == Some("ssh") {
-        // Of an option given twice ssh takes the first: the configured words come before ours.
-        // A host that dies after it took the connection is given up after three unanswered questions.
-        let options = ["BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=15"];
-        argv.extend(options.iter().flat_map(|o| ["-o", *o]).chain(["--"]).map(String::from));
+    let mut argv = with_options(settings);
+    if is_ssh(settings) {
+        if let Some(path) = settings.ssh_control.get(host) {
+            let path = format!("ControlPath={}", path.display());
+            argv.extend(["-o", "ControlMaster=no", "-o", &path].map(String::from));
+        }
+        argv.push("--".into());
     }
     argv.push(host.to_string());
     let script = remote(sudo, words);
     argv.extend(["sh", "-c", &script, "sh"].iter().chain(words).map(|word| quote(word)));
+    argv
+}
+
+/// Whether hosts are reached by what is called ssh, with its options.
+pub fn is_ssh(settings: &Settings) -> bool {
+    settings.ssh.first().is_none_or(|program| program.rsplit('/').next() == Some("ssh"))
+}
+
+/// The words that reach a host, with our options where they are ssh's.
+pub fn with_options(settings: &Settings) -> Vec<String> {
+    let mut argv = if settings.ssh.is_empty() { vec!["ssh".to_string()] } else { settings.ssh.clone() };
+    if is_ssh(settings) {
+        // Of an option given twice ssh takes the first: the configured words come before ours.
+        // A host that dies after it took the connection is given up after three unanswered questions.
+        let options = ["BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=15"];
+        argv.extend(options.iter().flat_map(|o| ["-o", *o]).map(String::from));
+    }
     argv
 }
 

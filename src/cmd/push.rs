@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::names::{HostName, ServiceName};
 use crate::nix::Scope;
 use crate::push::wait::{self, Newer, Outcome};
-use crate::push::{self, Pushed, What};
+use crate::push::{self, Pushed, What, early};
 use crate::say;
 use argh::FromArgs;
 use std::time::Duration;
@@ -97,7 +97,10 @@ pub fn run(call: &Call, live: bool) -> Result<u8> {
     let (targets, service) = (args.targets.as_slice(), args.service.as_deref());
     let scope = if args.rewrite { Scope::Everything } else { Scope::Missing };
     let what = What { targets, service, require_clean: args.require_clean, scope };
-    let pushed = push::push(&settings, what, &cwd)?;
+    let mut opening = None;
+    let pushed = push::push(&settings, what, &cwd, |hosts| {
+        opening = args.wait.then(|| early::open(&settings, hosts));
+    })?;
     for (name, path) in &pushed.services {
         super::print(&format!("{name} {path} serial {}", pushed.serial))?;
     }
@@ -107,6 +110,10 @@ pub fn run(call: &Call, live: bool) -> Result<u8> {
         return Ok(0);
     }
     if args.wait {
+        let (settings, _connections) = match opening {
+            Some(opening) => opening.settings(&settings),
+            None => (settings, None),
+        };
         return follow(&settings, &pushed, Duration::from_secs(args.timeout));
     }
     say::info(format!(

@@ -426,8 +426,10 @@ fn goal_of(
     desired: bool,
 ) -> Goal {
     let unit = unit::render(service, path);
-    let unit_proved = applied.is_some_and(|a| unit::render(&a.service, &a.path) == unit);
-    let proved = unit_proved && applied.is_some_and(|a| a.service.probe() == service.probe());
+    // The same entry gives the same unit, and is asked for its health in the same way.
+    let same = applied.is_some_and(|a| a.service == *service && a.path == *path);
+    let unit_proved = same || applied.is_some_and(|a| unit::render(&a.service, &a.path) == unit);
+    let proved = same || unit_proved && applied.is_some_and(|a| a.service.probe() == service.probe());
     let inputs = inputs_hash(&unit, service, stamp);
     Goal { service: service.clone(), path: path.clone(), unit, inputs, proved, unit_proved, desired }
 }

@@ -2,6 +2,7 @@
 //! before the next begins, and the manifest is written once, at the end: a failure anywhere publishes nothing
 //! and says at which step.
 
+pub mod early;
 pub mod namespace;
 pub mod wait;
 
@@ -64,8 +65,14 @@ pub struct What<'a> {
     pub scope: Scope,
 }
 
-/// Pushes all targets, seen from the folder `cwd`.
-pub fn push(settings: &Settings, what: What<'_>, cwd: &Path) -> Result<Pushed> {
+/// Pushes all targets, seen from the folder `cwd`. `soon` is told the hosts that they run on as soon as it is known that
+/// there will be something to run.
+pub fn push(
+    settings: &Settings,
+    what: What<'_>,
+    cwd: &Path,
+    mut soon: impl FnMut(&BTreeSet<HostName>),
+) -> Result<Pushed> {
     let What { targets, service, require_clean, scope } = what;
     if targets.len() > 1 && service.is_some() {
         return Err(Error::usage(
@@ -111,6 +118,8 @@ pub fn push(settings: &Settings, what: What<'_>, cwd: &Path) -> Result<Pushed> {
         warn_without_program(&manifest, update);
     }
 
+    let names = built.iter().filter_map(|u| manifest.service(u.name.as_str()));
+    soon(&names.flat_map(|service| service.hosts.iter().cloned()).collect());
     copy(settings, &paths, scope, &store)
         .map_err(|e| Error::new(format!("copy to the cache failed: {e}; nothing was published")))?;
 

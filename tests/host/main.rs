@@ -16,6 +16,7 @@ mod bucket;
 mod built;
 mod developer;
 mod doors;
+mod early;
 mod hardening;
 mod hostile;
 #[cfg(feature = "campaign")]
