@@ -1,6 +1,7 @@
 //! omni-deploy: from a developer's machine to a running service on a plain host. See docs/ARCHITECTURE.md for
 //! how one manifest flows through these modules.
 
+pub mod bounds;
 pub mod clock;
 pub mod cmd;
 pub mod config;

@@ -35,12 +35,38 @@ pub fn colour_wanted() -> bool {
         && std::env::var_os("TERM").is_none_or(|t| t != "dumb")
 }
 
+/// Characters that show as nothing or turn the text around them (Unicode's bidirectional controls, zero-width
+/// characters, separators of lines, tags): what a person reads would not be what is there.
+pub fn is_invisible(c: char) -> bool {
+    matches!(c,
+        '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+fn odd(c: char) -> bool {
+    c.is_control() || is_invisible(c)
+}
+
+/// JSON as it may be sent to a terminal: what steers one, or shows as nothing, is written as the escapes that JSON
+/// has for it, so that whoever parses it finds what was there. Line breaks of the layout stay.
+pub fn printable_json(text: &str) -> Cow<'_, str> {
+    let odd = |c: char| c != '\n' && odd(c);
+    if !text.contains(odd) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 64);
+    for c in text.chars() {
+        if odd(c) {
+            out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
+        } else {
+            out.push(c);
+        }
+    }
+    Cow::Owned(out)
+}
+
 /// The text with every control character (but none of the printable ones) written as an escape.
 pub fn printable(text: &str) -> Cow<'_, str> {
-    let odd = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
     if !text.contains(odd) {
         return Cow::Borrowed(text);
     }
@@ -92,11 +118,22 @@ pub fn error(text: impl Display) {
 
 #[cfg(test)]
 mod tests {
-    use super::printable;
+    use super::{printable, printable_json};
 
     #[test]
     fn terminal_controls_are_shown_not_sent() {
         assert_eq!(printable("plain ü"), "plain ü");
         assert_eq!(printable("a\x1b[2Jb\u{202e}\r"), "a\\u{1b}[2Jb\\u{202e}\\r");
+        assert_eq!(printable("a\u{200b}b\u{2028}\u{e0041}"), "a\\u{200b}b\\u{2028}\\u{e0041}");
+    }
+
+    #[test]
+    fn json_says_the_same_in_escapes() {
+        let text = "{\n  \"a\u{7f}\u{9b}\": \"\u{202e}ü\u{e0041}\"\n}\n";
+        let shown = printable_json(text);
+        assert_eq!(shown, "{\n  \"a\\u007f\\u009b\": \"\\u202eü\\udb40\\udc41\"\n}\n");
+        let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        assert_eq!(value(&shown), value(text));
+        assert_eq!(printable_json("{}\n"), "{}\n");
     }
 }

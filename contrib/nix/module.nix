@@ -143,6 +143,8 @@ in
           KillMode = "control-group";
           UMask = "0022";
           LimitCORE = 0;
+          MemoryMax = "1G";
+          OOMPolicy = "continue";
           StateDirectory = "deployer";
           CacheDirectory = "deployer";
           RuntimeDirectory = "omni-deploy";

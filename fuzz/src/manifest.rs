@@ -2,6 +2,7 @@
 //! words that a terminal can be shown.
 
 use crate::entries::{self, Choices};
+use omni_deploy::bounds::{self, Bounds};
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::manifest::{Manifest, Service, diff, json, signature, versions};
 use serde_json::Value;
@@ -15,6 +16,7 @@ pub fn check(data: &[u8]) {
 }
 
 fn text(bytes: &[u8]) {
+    counted(bytes);
     let tolerant = parse::manifest(bytes, Mode::Tolerant);
     let strict = parse::manifest(bytes, Mode::Strict);
     for refusal in [&tolerant, &strict].into_iter().filter_map(|read| read.as_ref().err()) {
@@ -26,6 +28,31 @@ fn text(bytes: &[u8]) {
     }
     if let Ok(manifest) = tolerant {
         accepted(bytes, &manifest);
+    }
+}
+
+/// What is counted before anything is built is what the tree has then.
+fn counted(bytes: &[u8]) {
+    let Ok(tree) = serde_json::from_slice::<Value>(bytes) else { return };
+    let says_once = signature::canonical(bytes).is_ok();
+    let (values, depth) = size(&tree);
+    let fits = |values, depth| bounds::check(bytes, Bounds { values, depth }).is_ok();
+    // Of a name that stands twice the tree has one.
+    assert!(fits(values, depth) || !says_once, "more is counted than is there");
+    assert!(!fits(values - 1, depth), "values are not counted");
+    assert!(depth == 0 || !fits(values, depth - 1), "depth is not counted");
+}
+
+/// Values and depth of a tree.
+fn size(value: &Value) -> (usize, usize) {
+    let all = |inner: &mut dyn Iterator<Item = &Value>| {
+        let (values, depth) = inner.map(size).fold((0, 0), |(n, deep), (m, deeper)| (n + m, deep.max(deeper)));
+        (values + 1, depth + 1)
+    };
+    match value {
+        Value::Array(items) => all(&mut items.iter()),
+        Value::Object(members) => all(&mut members.values()),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => (1, 0),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::manifest::newest::{Newest, enough_for, newest};
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::signature::{self, Trust};
 use crate::manifest::versions::{self, Head, Version};
-use crate::manifest::{changes, json, schema};
+use crate::manifest::{changes, json, limits, schema};
 use crate::names::{ServiceName, StorePath};
 use crate::parallel;
 use crate::say;
@@ -293,7 +293,9 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
             }
             edit::report(store, &published);
         }
-        Command::Show(Show { version, service }) => show(store, version.as_deref(), service.as_deref())?,
+        Command::Show(Show { version, service }) => {
+            show(settings, store, version.as_deref(), service.as_deref())?;
+        }
         Command::List(List { json, number, all }) => {
             list(store, json, if all { usize::MAX } else { number })?
         }
@@ -350,7 +352,7 @@ fn change(
     Ok(published)
 }
 
-fn show(store: &dyn Store, version: Option<&str>, service: Option<&str>) -> Result<()> {
+fn show(settings: &Settings, store: &dyn Store, version: Option<&str>, service: Option<&str>) -> Result<()> {
     let (what, bytes, unusable) = match version {
         None => {
             let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
@@ -372,10 +374,20 @@ fn show(store: &dyn Store, version: Option<&str>, service: Option<&str>) -> Resu
         }
     };
     if let Some(why) = unusable {
-        if serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).is_err() {
+        // What is too much to be read is too much to be laid out.
+        if limits::manifest(&bytes).is_err()
+            || serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).is_err()
+        {
             return Err(why);
         }
         say::warning(format!("warning: {why}"));
+    }
+    // It is there to be looked at; nobody shall take it for what the hosts obey.
+    let trusted = signature::trusted(settings)?;
+    if !trusted.is_empty()
+        && let Some(Err(why)) = signature::verify(&bytes, &store.identity(), &trusted)
+    {
+        say::warning(format!("warning: {what} is not to be trusted, and no host obeys it: {why}"));
     }
     let Some(name) = service else {
         return print_bytes(&json::pretty(&bytes));
@@ -399,7 +411,9 @@ fn show(store: &dyn Store, version: Option<&str>, service: Option<&str>) -> Resu
 }
 
 fn print_bytes(bytes: &[u8]) -> Result<()> {
-    print(std::str::from_utf8(bytes).map_err(|e| Error::new(format!("the manifest is not UTF-8: {e}")))?)
+    let text =
+        std::str::from_utf8(bytes).map_err(|e| Error::new(format!("the manifest is not UTF-8: {e}")))?;
+    print(&say::printable_json(text))
 }
 
 fn list(store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
@@ -439,7 +453,7 @@ fn list(store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
             })
             .collect();
         let document = serde_json::json!({"version": 1, "versions": rows});
-        return print(&format!("{document:#}"));
+        return print(&say::printable_json(&format!("{document:#}")));
     }
     let mut rows = vec![["", "NAME", "SERIAL", "WHEN", "BY", "ACTION"].map(String::from)];
     for (version, head) in shown.iter().zip(heads) {
@@ -492,7 +506,7 @@ fn table(rows: &[[String; 6]]) -> String {
             w3 = widths[3],
             w4 = widths[4]
         );
-        out.push_str(line.trim_end());
+        out.push_str(&say::printable(line.trim_end()));
         out.push('\n');
     }
     out
@@ -746,7 +760,7 @@ fn print_diff(store: &dyn Store, words: &[String]) -> Result<()> {
     };
     let mut lines = String::new();
     for difference in diff(&versions::read(store, old)?, &versions::read(store, new)?) {
-        lines.push_str(&format!("{difference}\n"));
+        lines.push_str(&format!("{}\n", say::printable(&difference.to_string())));
     }
     if lines.is_empty() {
         say::info(format!("serials {} and {} do not differ", old.serial, new.serial));
@@ -934,7 +948,7 @@ fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<
     let (_, mut names) = versions::believed(store, version, &trusted)?;
     names.sort();
     names.dedup();
-    print(&names.join("\n"))
+    print(&names.iter().map(|name| format!("{}\n", say::printable(name))).collect::<String>())
 }
 
 /// Believes the version in force, of this number, from now on.

@@ -5,14 +5,14 @@ use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{EXIT_DEGRADED, Error, Result, did_you_mean};
-use crate::manifest::{changes, edit, entry};
+use crate::manifest::edit::{self, Author};
+use crate::manifest::{changes, entry};
 use crate::names::StorePath;
 use crate::push::namespace::DIRTY;
-use crate::say::{self, printable};
+use crate::say::{self, printable, printable_json};
 use crate::see::judge::{Only, Picture, Row, Standing, Wanted, judge};
 use crate::see::reports;
 use argh::FromArgs;
-use std::fmt::Write;
 use std::io::IsTerminal;
 use std::time::Duration;
 
@@ -74,17 +74,17 @@ pub fn run(call: &Call) -> Result<u8> {
 
 fn look(settings: &Settings, args: &Args) -> Result<Picture> {
     let store = crate::store::open(&settings.store)?;
+    let author = Author::reader(settings)?;
     let (current, listed) = std::thread::scope(|scope| {
         // Which reports there are is asked for beside the manifest: both answers are waited for.
         let listed = (!args.live).then(|| scope.spawn(|| reports::listed(store.as_ref())));
-        let current = edit::load(store.as_ref());
+        let current = edit::believed_text(store.as_ref(), &author);
         let joined = |thread: std::thread::ScopedJoinHandle<'_, _>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
         (current, listed.map(joined))
     });
-    let current = current?.ok_or_else(|| edit::missing(store.as_ref()))?;
-    let manifest = current.manifest.map_err(|e| edit::unusable(store.as_ref(), &e))?;
+    let (bytes, manifest) = current?;
     let mut hosts = reports::hosts(&manifest);
     if let Some(name) = &args.service {
         let service = manifest.service(name).ok_or_else(|| changes::unknown_service(name, &manifest))?;
@@ -110,7 +110,7 @@ fn look(settings: &Settings, args: &Args) -> Result<Picture> {
     let only = Only { service: args.service.as_deref(), host: args.host.as_deref() };
     let wanted = Wanted {
         manifest: &manifest,
-        entries: entry::digests(&current.bytes),
+        entries: entry::digests(&bytes),
         store: Some(store.identity()),
         here: Some(settings.host.clone()),
     };
@@ -160,15 +160,7 @@ fn watch(settings: &Settings, args: &Args) -> Result<u8> {
 fn json(picture: &Picture, pretty: bool) -> Result<String> {
     let text = if pretty { serde_json::to_string_pretty(picture) } else { serde_json::to_string(picture) };
     let text = text.map_err(|e| Error::new(format!("cannot write the status as JSON: {e}")))?;
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c != '\n' && matches!(printable(c.encode_utf8(&mut [0; 4])), std::borrow::Cow::Owned(_)) {
-            write!(out, "\\u{:04x}", u32::from(c)).map_err(|_| Error::new("cannot format a character"))?;
-        } else {
-            out.push(c);
-        }
-    }
-    Ok(out)
+    Ok(printable_json(&text).into_owned())
 }
 
 /// `HASH-NAME` with the hash cut to seven digits, as git does.

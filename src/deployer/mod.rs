@@ -16,6 +16,7 @@ pub mod overlap;
 pub mod overrides;
 pub mod pass;
 pub mod plan;
+mod reading;
 pub mod root;
 pub mod state;
 pub mod systemd;

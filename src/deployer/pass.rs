@@ -7,6 +7,7 @@ use super::caddy::{self, RoutePlan};
 use super::lock::{self, Asked};
 use super::overrides::{Pause, Pin};
 use super::plan::{self, Learned, Memory, Observed, Options, Plan, ServicePlan, UnitFile};
+use super::reading::{self, Reading};
 use super::root::Root;
 use super::state::{
     Failure, LastError, OtherMachine, REPORT_EVERY_SEC, RouteState, RouteStatus, SILENT_SEC, STATE_VERSION,
@@ -135,10 +136,12 @@ fn current(
     let mut unreachable = false;
     let cached = last_good(root, store);
     let url = store.url();
-    let error = match store.get(MANIFEST_KEY, cached.as_ref().and_then(|(_, etag)| etag.as_ref()), MAX_BYTES)
-    {
-        Ok(Got::NotModified) => None,
-        Ok(Got::Found { bytes, etag }) => match parse::manifest(&bytes, Mode::Tolerant) {
+    let known_etag = cached.as_ref().and_then(|(_, etag)| etag.as_ref());
+    let deadly = reading::deadly(root, &url).filter(|etag| Some(etag) != known_etag);
+    let error = match store.get(MANIFEST_KEY, deadly.as_ref().or(known_etag), MAX_BYTES) {
+        Ok(Got::NotModified) => deadly.map(|_| reading::refusal(root, &url)),
+        Ok(Got::Found { etag, .. }) if deadly.as_ref() == Some(&etag) => Some(reading::refusal(root, &url)),
+        Ok(Got::Found { bytes, etag }) => match belief.read(&bytes, store, keep.then_some((root, &etag))) {
             Ok(manifest) => {
                 let kept = cached.as_ref().map(|(kept, _)| kept.as_slice());
                 let hash = sha256(&bytes);
@@ -153,10 +156,7 @@ fn current(
                     return Ok(Current { manifest, hash, entries, error: None });
                 }
             }
-            Err(e) if e.is_newer_version() => Some(format!("the manifest in {url} cannot be used: {e}")),
-            Err(e) => Some(format!(
-                "the manifest in {url} cannot be used: {e}; publish a good one ('deploy-manifest rollback')"
-            )),
+            Err(why) => Some(why),
         },
         Ok(Got::Missing) => Some(no_manifest(&url, cached.as_ref().map(|(kept, _)| kept.as_slice()), belief)),
         Err(e) => {
@@ -224,6 +224,9 @@ fn no_manifest(url: &str, kept: Option<&[u8]>, belief: &Belief) -> String {
     }
 }
 
+/// What helps where a manifest lacks a signature.
+const SIGN: &str = "if it is right, whoever has a trusted key runs 'deploy-manifest sign'";
+
 /// What a manifest must show before this host obeys it.
 struct Belief {
     /// Who this is.
@@ -249,13 +252,36 @@ impl Belief {
         })
     }
 
+    /// Reads what is in the store: first who signed it, and only then what it says. `noted`: where it is taken down
+    /// that this version is being read.
+    fn read(
+        &self,
+        bytes: &[u8],
+        store: &dyn Store,
+        noted: Option<(&Root, &Etag)>,
+    ) -> Result<Manifest, String> {
+        let url = store.url();
+        let _note = noted.map(|(root, etag)| Reading::begin(root, &url, etag));
+        if !self.trusted.is_empty()
+            && let Some(Err(why)) = signature::verify(bytes, &store.identity(), &self.trusted)
+        {
+            return Err(format!("the manifest in {url} is refused: {why}; {SIGN}"));
+        }
+        parse::manifest(bytes, Mode::Tolerant).map_err(|e| match e.is_newer_version() {
+            true => format!("the manifest in {url} cannot be used: {e}"),
+            false => format!(
+                "the manifest in {url} cannot be used: {e}; publish a good one ('deploy-manifest rollback')"
+            ),
+        })
+    }
+
     /// Why its signature does not do.
     fn doubt(&self, bytes: &[u8], manifest: &Manifest, store: &dyn Store) -> Option<String> {
         if self.trusted.is_empty() {
             return None;
         }
         let why = signature::check(bytes, manifest, &store.identity(), &self.trusted).err()?;
-        Some(format!("{why}; if it is right, whoever has a trusted key runs 'deploy-manifest sign'"))
+        Some(format!("{why}; {SIGN}"))
     }
 
     /// Why it is not obeyed: its signature, or that it is an old one put back. `kept` is the last good one, which

@@ -61,6 +61,11 @@ impl Root {
         self.state_dir.join("intent.json")
     }
 
+    /// Which version of the manifest the pass under way reads.
+    pub fn reading(&self) -> PathBuf {
+        self.run_dir.join("reading.json")
+    }
+
     /// Held by the pass under way.
     pub fn lock(&self) -> PathBuf {
         self.run_dir.join("lock")

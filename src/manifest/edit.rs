@@ -3,6 +3,7 @@
 
 use super::belief::{self, Objection};
 use super::changes;
+use super::limits;
 use super::lineage::{self, Ancestor, Digest};
 use super::model::{Change, FORMAT_VERSION, MAX_BYTES, Manifest};
 use super::parse::{self, FieldError, MAX_SERIAL, Mode};
@@ -73,6 +74,12 @@ impl Author {
         Ok(Author { by: whoami(), trust: Trust::of(settings)?, seen: Seen::of_user() })
     }
 
+    /// The same for who only reads: no key that signs is looked for.
+    pub fn reader(settings: &Settings) -> Result<Self> {
+        let trust = Trust { signer: None, trusted: signature::trusted(settings)? };
+        Ok(Author { by: whoami(), trust, seen: Seen::of_user() })
+    }
+
     /// Refuses to build upon what is not believed: a signature on it would be given by the way.
     fn believes(&self, store: &dyn Store, current: &Current) -> Result<()> {
         match (self.objection(store, current)?, &current.manifest) {
@@ -141,12 +148,20 @@ pub fn read(store: &dyn Store) -> Result<Manifest> {
 
 /// As [`read`], and that nobody trusted has signed it is an error too.
 pub fn believed(store: &dyn Store, author: &Author) -> Result<Manifest> {
+    Ok(believed_text(store, author)?.1)
+}
+
+/// As [`believed`], with the text that it was read from.
+pub fn believed_text(store: &dyn Store, author: &Author) -> Result<(Vec<u8>, Manifest)> {
     let current = load(store)?.ok_or_else(|| lost(store, author))?;
     author.believes(store, &current)?;
-    if current.manifest.is_ok() {
-        author.remember(store, &current.bytes);
+    match current.manifest {
+        Ok(manifest) => {
+            author.remember(store, &current.bytes);
+            Ok((current.bytes, manifest))
+        }
+        Err(e) => Err(unusable(store, &e)),
     }
-    current.manifest.map_err(|e| unusable(store, &e))
 }
 
 /// There is no manifest: nothing is configured, it was lost, or there never was one.
@@ -293,7 +308,7 @@ fn swap(
         clashes(&manifest)?;
         author.sign(store, &mut manifest)?;
         let bytes = manifest.to_bytes();
-        check_size(&manifest, bytes.len() as u64)?;
+        check_size(&manifest, &bytes)?;
         store::before_writing(store, now())?;
         let when = match &current {
             None => When::Absent,
@@ -502,12 +517,14 @@ fn landed(store: &dyn Store, current: Option<&Current>, bytes: &[u8], manifest: 
     }
 }
 
-fn check_size(manifest: &Manifest, bytes: u64) -> Result<()> {
-    if bytes > MAX_BYTES {
+fn check_size(manifest: &Manifest, bytes: &[u8]) -> Result<()> {
+    if bytes.len() as u64 > MAX_BYTES {
         return Err(Error::new(format!(
-            "the manifest would have {bytes} bytes, at most {MAX_BYTES} are read; take services or variables out"
+            "the manifest would have {} bytes, at most {MAX_BYTES} are read; take services or variables out",
+            bytes.len()
         )));
     }
+    limits::manifest(bytes).map_err(|e| Error::from(e).context("the manifest would be too large"))?;
     if manifest.serial > MAX_SERIAL {
         return Err(Error::new(format!(
             "the serial would be {}, at most {MAX_SERIAL} is possible; begin a new store",

@@ -7,6 +7,7 @@
 //! members that are null, which is how a newer program writes a field of its own that nobody set.
 
 use super::json;
+use super::limits::Level;
 use crate::names::ServiceName;
 use ring::digest::{SHA256, digest};
 use serde_json::Value;
@@ -25,7 +26,7 @@ pub fn digests(bytes: &[u8]) -> BTreeMap<ServiceName, String> {
         }
     };
     // One after the other: a large manifest is never held as a tree.
-    match json::read(bytes, Some(("services", &mut take))) {
+    match json::read(bytes, Level::Manifest, Some(("services", &mut take))) {
         Ok(_) => all,
         Err(_) => BTreeMap::new(),
     }

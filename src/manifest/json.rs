@@ -1,7 +1,9 @@
 //! The manifest as text: reading JSON without losing what serde_json's own `Value` loses silently (a key that
 //! stands twice), laying it out again, and finding one entry in it. Knows nothing of what the fields mean.
 
+use super::limits::{self, Level};
 use super::parse::FieldError;
+use crate::bounds::string_end;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 use std::cell::RefCell;
@@ -47,25 +49,45 @@ impl At<'_> {
 
 /// A value for one line of an error: compact JSON, cut when it is long, nothing in it that a terminal obeys.
 pub(super) fn shown(value: &Value) -> String {
-    let text = value.to_string();
+    let mut start = Start(Vec::new());
+    // That it is longer is no error.
+    drop(serde_json::to_writer(&mut start, value));
+    let text = String::from_utf8_lossy(&start.0);
     let cut = match text.char_indices().nth(72) {
         Some((at, _)) => format!("{}…", &text[..at]),
-        None => text,
+        None => text.into_owned(),
     };
     crate::say::printable(&cut).into_owned()
+}
+
+/// Takes the beginning of what is written, and no more: a text of megabytes is not copied to be cut.
+struct Start(Vec<u8>);
+
+impl std::io::Write for Start {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let room = 512usize.saturating_sub(self.0.len()).min(bytes.len());
+        self.0.extend_from_slice(&bytes[..room]);
+        Ok(room)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Takes the elements of one top-level array as they are read, with their index.
 pub(super) type Sink<'a> = (&'a str, &'a mut dyn FnMut(usize, Value));
 
-/// Reads a document. Refused: what is no JSON, cut off, nested too deeply, or has a key twice in one object.
+/// Reads a document, `level` being what it should be. Refused: what is no JSON, cut off, beyond the bounds of
+/// [`limits`], or has a key twice in one object.
 /// With a `sink`, the elements of the top-level array of that name go there one by one and are left out of
 /// the result, so that a large document is never held as one tree.
-pub(super) fn read(bytes: &[u8], sink: Option<Sink<'_>>) -> Result<Value, FieldError> {
+pub(super) fn read(bytes: &[u8], level: Level, sink: Option<Sink<'_>>) -> Result<Value, FieldError> {
     let whole = |reason: String| FieldError { path: String::new(), reason };
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Err(whole("empty: there is nothing to read".into()));
     }
+    limits::check(bytes, level)?;
     let reading = Reading { failed: RefCell::new(None), sink: sink.map(RefCell::new) };
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let read = Node { at: At::Root, reading: &reading }
@@ -270,19 +292,6 @@ fn space_end(bytes: &[u8], from: usize) -> usize {
     from + rest.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(rest.len())
 }
 
-/// The end of the string that begins at `from`.
-fn string_end(bytes: &[u8], from: usize) -> usize {
-    let mut at = from + 1;
-    while let Some(&byte) = bytes.get(at) {
-        match byte {
-            b'\\' => at += 2,
-            b'"' => return at + 1,
-            _ => at += 1,
-        }
-    }
-    bytes.len()
-}
-
 fn value_end(bytes: &[u8], from: usize) -> usize {
     let mut depth = 0usize;
     let mut at = from;
@@ -319,16 +328,17 @@ mod tests {
             (b"{\"a\": \"\xff\"}", "not JSON"),
             (b"\0", "not JSON"),
         ] {
-            let e = read(bytes, None).unwrap_err();
+            let e = read(bytes, Level::Manifest, None).unwrap_err();
             assert!(e.path.is_empty() && e.reason.starts_with(reason), "{bytes:?}: {e}");
         }
         let deep = [vec![b'['; 10_000], vec![b']'; 10_000]].concat();
-        assert!(read(&deep, None).unwrap_err().reason.contains("recursion limit"));
+        assert!(read(&deep, Level::Manifest, None).unwrap_err().reason.contains("32 levels deep"));
     }
 
     #[test]
     fn a_key_that_stands_twice_is_named_with_its_path() {
-        let e = read(br#"{"services": [{}, {"http": {"a b": 1, "a b": 2}}]}"#, None).unwrap_err();
+        let e = read(br#"{"services": [{}, {"http": {"a b": 1, "a b": 2}}]}"#, Level::Manifest, None)
+            .unwrap_err();
         assert_eq!(e.to_string(), "services[1].http[\"a b\"]: stands twice in its object; keep one");
     }
 
@@ -337,9 +347,10 @@ mod tests {
         let text =
             r#"{"a": [1, -2, 1.5, true, null, "x\u00e9\n"], "b": {"c": {}}, "d": 18446744073709551615}"#;
         let expected: Value = serde_json::from_str(text).unwrap();
-        assert_eq!(read(text.as_bytes(), None).unwrap(), expected);
+        assert_eq!(read(text.as_bytes(), Level::Manifest, None).unwrap(), expected);
         let mut taken = Vec::new();
-        let rest = read(text.as_bytes(), Some(("a", &mut |i, v| taken.push((i, v))))).unwrap();
+        let rest =
+            read(text.as_bytes(), Level::Manifest, Some(("a", &mut |i, v| taken.push((i, v))))).unwrap();
         assert_eq!(taken.len(), 6);
         assert_eq!(rest["a"], Value::Array(Vec::new()));
     }

@@ -3,15 +3,17 @@
 //! publishes a version, [`versions`] finds the replaced ones, [`newest`] the last of them, [`diff`] compares two,
 //! [`belief`] tells what may be built on, [`seen`] remembers it, [`lineage`] tells which version comes after which,
 //! [`schema`] describes the form to other programs, [`command`] splits command lines, [`entry`] tells whether an entry
-//! is still the same.
+//! is still the same, [`limits`] bounds what is read.
 
 pub mod belief;
+mod canonical;
 pub mod changes;
 pub mod command;
 pub mod diff;
 pub mod edit;
 pub mod entry;
 pub mod json;
+pub mod limits;
 pub mod lineage;
 pub mod model;
 pub mod newest;

@@ -3,6 +3,7 @@
 //! Never reads a file and never guesses: what cannot be is refused.
 
 use super::json::{self, At, shown};
+use super::limits::Level;
 use super::lineage::Ancestor;
 use super::model::{
     Artifact, Change, DEFAULT_TIMEOUT_SEC, Exec, FORMAT_VERSION, Hardening, Health, Http, Manifest, Profile,
@@ -104,6 +105,16 @@ pub(super) const SYSTEMD_FIELDS: &[&str] = &[
 pub(super) const HARDENING_FIELDS: &[&str] =
     &["profile", "dynamicUser", "privateTmp", "protectSystem", "protectHome"];
 
+/// The objects of a service that have fields of their own.
+pub(super) const LEVELS: [(&str, &[&str]); 6] = [
+    ("artifact", ARTIFACT_FIELDS),
+    ("exec", EXEC_FIELDS),
+    ("http", HTTP_FIELDS),
+    ("health", HEALTH_FIELDS),
+    ("systemd", SYSTEMD_FIELDS),
+    ("hardening", HARDENING_FIELDS),
+];
+
 /// Reads and checks a whole manifest (each field, and what spans services).
 pub fn manifest(bytes: &[u8], mode: Mode) -> Parsed<Manifest> {
     manifest_with(bytes, mode, None)
@@ -122,7 +133,7 @@ pub fn manifest_with(bytes: &[u8], mode: Mode, default_hosts: Option<&[HostName]
             }
         }
     };
-    let root = json::read(bytes, Some(("services", &mut take)))?;
+    let root = json::read(bytes, Level::Manifest, Some(("services", &mut take)))?;
     // A newer format is said first: what is wrong by today's rules may be right by its own.
     if let Some(version) = root.get("version") {
         check_version(version)?;
@@ -169,7 +180,7 @@ pub fn service(value: Value, mode: Mode, default_hosts: Option<&[HostName]>) -> 
 
 /// As [`service`], from bytes, with every check of the text itself.
 pub fn service_from(bytes: &[u8], mode: Mode, default_hosts: Option<&[HostName]>) -> Parsed<Service> {
-    service(json::read(bytes, None)?, mode, default_hosts)
+    service(json::read(bytes, Level::Service, None)?, mode, default_hosts)
 }
 
 fn check_version(version: &Value) -> Parsed<()> {
@@ -620,14 +631,7 @@ impl<'a> Fields<'a> {
 fn unknown_field(at: &At<'_>, name: &str, known: &[&str]) -> FieldError {
     let mut candidates: Vec<String> = known.iter().map(|k| k.to_string()).collect();
     if known == SERVICE_FIELDS {
-        for (above, below) in [
-            ("artifact", ARTIFACT_FIELDS),
-            ("exec", EXEC_FIELDS),
-            ("http", HTTP_FIELDS),
-            ("health", HEALTH_FIELDS),
-            ("systemd", SYSTEMD_FIELDS),
-            ("hardening", HARDENING_FIELDS),
-        ] {
+        for (above, below) in LEVELS {
             candidates.extend(below.iter().map(|field| format!("{above}.{field}")));
         }
     }

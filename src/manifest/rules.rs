@@ -2,16 +2,10 @@
 //! or the reason why it cannot be, without the text itself. Pure. Whatever passes here may be put into a
 //! unit, into Caddy's configuration or into a path by whoever escapes for those.
 
+use crate::say::is_invisible;
+
 /// A rule: the text in its normal form, or the reason.
 pub(super) type Rule = fn(&str) -> Result<String, String>;
-
-/// Characters that show as nothing or turn the text around them (Unicode's bidirectional controls, zero-width
-/// characters, separators of lines, tags): what a person reads would not be what is there.
-fn is_invisible(c: char) -> bool {
-    matches!(c,
-        '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
-}
 
 /// Code points that Unicode keeps out of texts. systemd takes them for broken UTF-8 and leaves out the line.
 fn is_noncharacter(c: char) -> bool {

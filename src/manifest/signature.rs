@@ -5,13 +5,14 @@
 //! means nothing in another. Keys and signatures have Nix's form ([`crate::keys`]); a canonical form begins with
 //! `{`, what Nix signs of closures with `1;`, so that neither can stand for the other.
 
-use super::json;
+use super::canonical;
+use super::limits;
 use super::lineage::Digest;
 use super::model::Manifest;
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
-use serde_json::Value;
+use serde::Deserialize;
 
 /// The keys a machine works with.
 #[derive(Debug, Default)]
@@ -42,23 +43,18 @@ pub fn trusted(settings: &Settings) -> Result<Vec<PublicKey>> {
 
 /// The canonical form of a manifest, from its stored bytes.
 pub fn canonical(bytes: &[u8]) -> Result<Vec<u8>, String> {
-    let document = json::read(bytes, None).map_err(|e| e.to_string())?;
-    canonical_of(document)
+    canonical_without(bytes, &["signatures"])
 }
 
-fn canonical_of(mut document: Value) -> Result<Vec<u8>, String> {
-    let members = document.as_object_mut().ok_or("it is not a JSON object")?;
-    members.remove("signatures");
-    // serde_json keeps members sorted by the bytes of their names and escapes as little as it may.
-    serde_json::to_vec(&document).map_err(|e| e.to_string())
+fn canonical_without(bytes: &[u8], members: &[&str]) -> Result<Vec<u8>, String> {
+    limits::manifest(bytes).map_err(|e| e.to_string())?;
+    canonical::object(bytes, members)
 }
 
 /// The digest of a manifest's content, from its stored bytes: of the canonical form without `store`, so that signing
 /// what was unsigned leaves it the same version.
 pub fn digest(bytes: &[u8]) -> Result<Digest, String> {
-    let mut document = json::read(bytes, None).map_err(|e| e.to_string())?;
-    document.as_object_mut().map(|members| members.remove("store"));
-    canonical_of(document).map(|canonical| Digest::of(&canonical))
+    canonical_without(bytes, &["signatures", "store"]).map(|canonical| Digest::of(&canonical))
 }
 
 /// Binds a manifest to its store and adds a signature by `key` (or replaces the one of that key's name).
@@ -67,8 +63,8 @@ pub fn sign(manifest: &mut Manifest, identity: &str, key: &SecretKey) -> Result<
         manifest.store = Some(identity.to_string());
         manifest.signatures.clear();
     }
-    let document = serde_json::to_value(&*manifest).map_err(|e| Error::new(format!("cannot sign: {e}")))?;
-    let message = canonical_of(document).map_err(|e| Error::new(format!("cannot sign: {e}")))?;
+    let document = serde_json::to_vec(&*manifest).map_err(|e| Error::new(format!("cannot sign: {e}")))?;
+    let message = canonical(&document).map_err(|e| Error::new(format!("cannot sign: {e}")))?;
     let signature = key.sign(&message)?;
     let name = format!("{}:", key.public().name());
     manifest.signatures.retain(|s| !s.starts_with(&name));
@@ -83,23 +79,70 @@ pub fn check(
     identity: &str,
     trusted: &[PublicKey],
 ) -> Result<Vec<String>, String> {
-    if manifest.signatures.is_empty() {
+    signed_by(bytes, &manifest.signatures, manifest.store.as_deref(), identity, trusted)
+}
+
+/// How many signatures are looked at: for each, all of the document is hashed again.
+const MAX_SIGNATURES: usize = 32;
+
+/// The beginning of a text of somebody whom nobody trusts.
+fn brief(text: &str) -> String {
+    match text.char_indices().nth(200) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text.to_string(),
+    }
+}
+
+/// What of a manifest must be read to know who signed it.
+#[derive(Deserialize)]
+struct Signed {
+    #[serde(default)]
+    signatures: Vec<String>,
+    #[serde(default)]
+    store: Option<String>,
+}
+
+/// As [`check`], of bytes of which nothing else was read yet: what nobody trusted has signed need not be judged any
+/// further. None: these bytes are no manifest, which reading it says better.
+pub fn verify(bytes: &[u8], identity: &str, trusted: &[PublicKey]) -> Option<Result<Vec<String>, String>> {
+    limits::manifest(bytes).ok()?;
+    let Signed { signatures, store } = serde_json::from_slice(bytes).ok()?;
+    Some(signed_by(bytes, &signatures, store.as_deref(), identity, trusted))
+}
+
+fn signed_by(
+    bytes: &[u8],
+    signatures: &[String],
+    store: Option<&str>,
+    identity: &str,
+    trusted: &[PublicKey],
+) -> Result<Vec<String>, String> {
+    if signatures.is_empty() {
         return Err("it is not signed".into());
     }
+    if signatures.len() > MAX_SIGNATURES {
+        return Err(format!(
+            "it has {} signatures, at most {MAX_SIGNATURES} are looked at",
+            signatures.len()
+        ));
+    }
     let message = canonical(bytes)?;
-    let signed = |key: &&PublicKey| manifest.signatures.iter().any(|s| key.verify(&message, s));
+    let signed = |key: &&PublicKey| signatures.iter().any(|s| key.verify(&message, s));
     let names: Vec<String> = trusted.iter().filter(signed).map(|k| k.name().to_string()).collect();
     if names.is_empty() {
-        let by: Vec<&str> = manifest.signatures.iter().filter_map(|s| s.split(':').next()).collect();
-        let known = trusted.iter().any(|k| by.contains(&k.name()));
+        let by = || signatures.iter().filter_map(|s| s.split(':').next());
+        let known = trusted.iter().any(|k| by().any(|name| name == k.name()));
         return Err(match known {
             true => "it was changed after it was signed".into(),
-            false => format!("it is signed by {}, which 'trustedPublicKeys' does not have", by.join(", ")),
+            false => format!(
+                "it is signed by {}, which 'trustedPublicKeys' does not have",
+                by().map(brief).collect::<Vec<_>>().join(", ")
+            ),
         });
     }
-    match manifest.store.as_deref() {
+    match store {
         Some(store) if store == identity => Ok(names),
-        Some(store) => Err(format!("it was signed for the store {store}, this is {identity}")),
+        Some(store) => Err(format!("it was signed for the store {}, this is {identity}", brief(store))),
         None => Err("it does not say for which store it was signed".into()),
     }
 }
@@ -109,6 +152,7 @@ mod tests {
     use super::*;
     use crate::clock::Timestamp;
     use crate::manifest::parse::{self, Mode};
+    use serde_json::Value;
 
     const STORE: &str = "s3://releases";
 

@@ -38,6 +38,63 @@ pub struct Head {
 /// How much of a version is read for its [`Head`], in bytes.
 const HEAD_BYTES: u64 = 4096;
 
+/// How much of one that was written by hand, with its services first: several are read at a time.
+const WHOLE_BYTES: u64 = 4 << 20;
+
+/// A text, or nothing where something else stands: who sends a tree here does not have it built.
+#[derive(Default)]
+struct Text(String);
+
+impl<'de> serde::Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        d.deserialize_any(TextVisitor)
+    }
+}
+
+struct TextVisitor;
+
+impl<'de> Visitor<'de> for TextVisitor {
+    type Value = Text;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a text")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Text, E> {
+        Ok(Text(text.to_string()))
+    }
+
+    fn visit_unit<E>(self) -> Result<Text, E> {
+        Ok(Text::default())
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Text, E> {
+        Ok(Text::default())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Text, E> {
+        Ok(Text::default())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Text, E> {
+        Ok(Text::default())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Text, E> {
+        Ok(Text::default())
+    }
+
+    fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Text, A::Error> {
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Text::default())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Text, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Text::default())
+    }
+}
+
 /// The name a version is archived under; names sort by time, then serial.
 pub fn archive_name(serial: u64, generation: Timestamp) -> String {
     format!("manifest-{}-{serial:08}.json", generation.compact())
@@ -265,7 +322,7 @@ pub fn head(store: &dyn Store, key: &str) -> Result<Option<Head>> {
     if (start.len() as u64) < HEAD_BYTES {
         return Ok(None);
     }
-    match store.get(key, None, MAX_BYTES) {
+    match store.get(key, None, WHOLE_BYTES) {
         Ok(Got::Found { bytes, .. }) => Ok(head_of(&bytes)),
         Ok(Got::Missing | Got::NotModified) | Err(crate::store::StoreError::TooLarge(_)) => Ok(None),
         Err(e) => Err(e.into()),
@@ -315,9 +372,14 @@ impl<'de> Visitor<'de> for PartialSeed<'_> {
                 "serial" => *serial = Some(map.next_value()?),
                 "generation" => *generation = Some(map.next_value()?),
                 "change" => {
-                    let value: serde_json::Value = map.next_value()?;
-                    let text = |name: &str| value[name].as_str().unwrap_or_default().to_string();
-                    *change = Some(Change { action: text("action"), by: text("by"), ..Change::default() });
+                    #[derive(Default, serde::Deserialize)]
+                    #[serde(default)]
+                    struct Told {
+                        action: Text,
+                        by: Text,
+                    }
+                    let Told { action: Text(action), by: Text(by) } = map.next_value()?;
+                    *change = Some(Change { action, by, ..Change::default() });
                 }
                 _ => {
                     map.next_value::<IgnoredAny>()?;

@@ -3,6 +3,7 @@
 
 use super::hint;
 use super::judge::Report;
+use crate::bounds::{self, Bounds};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::follow;
@@ -20,6 +21,10 @@ use std::time::Duration;
 
 /// The largest report that is read, in bytes.
 pub const MAX_REPORT: u64 = 4 << 20;
+
+/// What a report or an answer may consist of: one of the largest size has at least so many bytes for each value, but
+/// for one that was made to cost memory. Many are read at once.
+const BOUNDS: Bounds = Bounds { values: MAX_REPORT as usize / 16, depth: 16 };
 
 /// How long a host may take to answer, in all.
 const LIVE_DEADLINE: Duration = Duration::from_secs(30);
@@ -85,7 +90,7 @@ pub fn same_store(store: &dyn Store, state: &mut State) {
         return;
     }
     if let Ok(Got::Found { bytes, .. }) = store.get(&key(&state.host), None, MAX_REPORT)
-        && let Ok(reported) = State::parse(&bytes)
+        && let Ok(reported) = parsed(&bytes)
         && (&reported.machine, &reported.store, reported.checked_at)
             == (&state.machine, &state.store, state.checked_at)
     {
@@ -188,6 +193,9 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
     let unusable = |why: String| {
         Error::new(format!("its state cannot be read: {why}; upgrade whichever omni-deploy is older"))
     };
+    bounds::check(&output.stdout, BOUNDS).map_err(|why| {
+        Error::new(format!("what it answers is not read: {why}; look at what runs as 'deployer' there"))
+    })?;
     if let Ok(state) = State::parse(&output.stdout) {
         let problems = vec![
             "its omni-deploy is too old to say what runs now, or is not on the PATH of a login by ssh; this is what its \
@@ -206,8 +214,13 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
     Answer::parse(&output.stdout).map_err(unusable)
 }
 
+fn parsed(bytes: &[u8]) -> Result<State, String> {
+    bounds::check(bytes, BOUNDS)?;
+    State::parse(bytes)
+}
+
 fn read(host: &HostName, bytes: &[u8]) -> Report {
-    match State::parse(bytes) {
+    match parsed(bytes) {
         Ok(state) if state.host == *host => Report::Read(Box::new(state)),
         Ok(state) => Report::Unreadable(format!("it is by a host that calls itself {}", state.host)),
         Err(why) => Report::Unreadable(why),
@@ -252,6 +265,8 @@ mod tests {
             (b"".to_vec(), "EOF"),
             (b"{\"version\": 99}".to_vec(), "version 99"),
             (bytes("biz")[..40].to_vec(), "EOF"),
+            (format!("{{\"version\": 1, \"x\": [{}0]}}", "0,".repeat(BOUNDS.values)).into_bytes(), "values"),
+            (format!("{{\"version\": 1, \"x\": {}", "[".repeat(100)).into_bytes(), "nested"),
         ] {
             match read(&biz, &bytes) {
                 Report::Unreadable(why) => assert!(why.contains(word), "{why}"),

@@ -838,3 +838,33 @@ fn a_services_last_change_is_searched_without_reading_a_version_twice() {
     );
     assert!((1..=16).contains(&read), "{read}");
 }
+
+#[test]
+fn nothing_of_a_manifest_steers_the_terminal_that_shows_it() {
+    let bench = Bench::with_ava();
+    bench.ok(&["set", "ava", "env.A=1"]);
+    let odd = "\u{9b}2J\u{7f}\u{202e}\u{200b}";
+    let mut manifest = bench.manifest();
+    manifest[odd] = odd.into();
+    manifest["services"][0]["note"] = json!({odd: [odd]});
+    fs_err::write(bench.store().join("manifest.json"), manifest.to_string()).unwrap();
+    let steers = |c: char| c != '\n' && c.is_control() || "\u{202e}\u{200b}".contains(c);
+    let clean = |args: &[&str]| {
+        let out = bench.run(args);
+        let said = format!("{}{}", out.text(), out.stderr);
+        assert!(!said.contains(steers), "{args:?}: {said:?}");
+        out
+    };
+    for args in [&["diff"][..], &["validate"], &["list"], &["list", "--json"]] {
+        assert_eq!(clean(args).status, Status::Exit(0), "{args:?}");
+    }
+    let read = |out: Output| serde_json::from_slice::<Value>(&out.stdout).unwrap();
+    assert_eq!(read(clean(&["show"])), manifest, "what parses it finds what is there");
+    assert_eq!(read(clean(&["show", "--service", "ava"])), manifest["services"][0]);
+    // Also where nothing can be used of it.
+    manifest["change"]["by"] = odd.into();
+    fs_err::write(bench.store().join("manifest.json"), manifest.to_string()).unwrap();
+    for args in [&["show"][..], &["list"], &["list", "--json"], &["validate"], &["set", "ava", "env.A=2"]] {
+        clean(args);
+    }
+}

@@ -28,11 +28,13 @@ impl World {
     }
 
     fn call_in(&self, store: &str, who: &str, args: &[&str]) -> Output {
+        self.run_in(store, who, Run::new(env!("CARGO_BIN_EXE_omni-deploy")).args(args))
+    }
+
+    fn run_in(&self, store: &str, who: &str, run: Run) -> Output {
         let home = self.dir.path().join(who);
         fs_err::create_dir_all(&home).unwrap();
-        Run::new(env!("CARGO_BIN_EXE_omni-deploy"))
-            .args(args)
-            .env("OMNI_DEPLOY_STORE", format!("file://{}", self.dir.path().join(store).display()))
+        run.env("OMNI_DEPLOY_STORE", format!("file://{}", self.dir.path().join(store).display()))
             .env("OMNI_DEPLOY_HOST", "biz")
             .env("HOME", &home)
             .env("USER", who)
@@ -537,4 +539,88 @@ fn sign_shows_what_nobody_trusted_has_signed_and_signs_only_what_was_looked_at()
     let out = world.types("ann", &shown.stderr, "sign --hash");
     assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
     world.ok("ann", &["manifest", "verify"]);
+}
+
+/// Ways in which somebody without a key fills the 32 MiB that a manifest may have, each around what is published.
+fn floods(good: &Value) -> Vec<(&'static str, Vec<u8>)> {
+    let room = (32 << 20) - 64 * 1024;
+    let filled = |before: &str, piece: &str, after: &str| {
+        let mut text = before.to_string();
+        text.push_str(&piece.repeat((room - before.len()) / piece.len()));
+        text.truncate(text.trim_end_matches(',').len());
+        text.push_str(after);
+        text.into_bytes()
+    };
+    let rest = &good.to_string()[1..];
+    let service = |more: &str| {
+        format!(r#"{{"name":"x","artifact":{{"storePath":"/nix/store/placeholder"}},"hosts":["biz"],{more}"#)
+    };
+    let head =
+        r#"{"version":1,"serial":9,"generation":"2026-11-22T18:31:05Z","signatures":["a:b"],"services":["#;
+    let pair = r#"{"":0},"#;
+    vec![
+        ("an unknown field", filled(r#"{"later":["#, pair, &format!("],{rest}"))),
+        ("unknown members", filled(r#"{"later":{"#, r#""":0,"#, &format!("}},{rest}"))),
+        (
+            "an unknown field of a service",
+            filled(&format!("{head}{}", service(r#""later":["#)), pair, "]}]}"),
+        ),
+        ("hosts", filled(&format!(r#"{head}{{"name":"x","hosts":["#), r#""","#, "]}]}")),
+        ("services", filled(head, &format!("{}}},", service(r#""env":{}"#)), "]}")),
+        ("a text", filled(&format!("{head}{}", service(r#""env":{"A":""#)), "x", r#""}}]}"#)),
+        ("what was changed", filled(r#"{"change":{"action":["#, pair, &format!("]}},{rest}"))),
+        ("signatures", filled(r#"{"signatures":["#, r#""a:b","#, &format!("],{rest}"))),
+        ("depth", filled(r#"{"later":"#, "[", "")),
+    ]
+}
+
+#[test]
+fn the_largest_manifest_of_a_stranger_costs_no_command_more_than_200_mib() {
+    let world = World::new();
+    let good = world.manifest();
+    let bin = env!("CARGO_BIN_EXE_omni-deploy");
+    for (what, bytes) in floods(&good) {
+        fs_err::write(world.file("prod"), bytes).unwrap();
+        for args in [
+            &["manifest", "verify"][..],
+            &["manifest", "set", "ava", "env.A=1"],
+            &["manifest", "show"],
+            &["manifest", "list"],
+            &["status"],
+        ] {
+            // The address space, of which the memory is a part: no measuring, and nothing depends on a clock.
+            let script = "ulimit -v 204800 && exec \"$@\"";
+            let out = world.run_in("prod", "ann", Run::new("sh").args(["-c", script, "sh", bin]).args(args));
+            let fine = match args[1..].first() {
+                Some(&"list" | &"show") => matches!(out.status, Status::Exit(0 | 1)),
+                _ => out.status == Status::Exit(1),
+            };
+            let said: String = out.stderr.chars().take(500).collect();
+            assert!(fine, "{what}, {args:?}: {} {said}", out.status);
+            assert!(out.stderr.len() < 4096, "{what}, {args:?}: {} bytes of an error", out.stderr.len());
+        }
+    }
+    // The way back is open.
+    world.ok("ann", &["manifest", "rollback", "1"]);
+    world.ok("ann", &["manifest", "verify"]);
+}
+
+#[test]
+fn whoever_only_reads_follows_nobody_who_is_not_trusted() {
+    let world = World::new();
+    world.tamper(|m| m["services"][0]["hosts"] = json!(["git.evil.example.com"]));
+    let asked = world.dir.path().join("asked");
+    let ssh = world.dir.path().join("ssh");
+    fs_err::write(&ssh, format!("echo \"$@\" >>{}\n", asked.display())).unwrap();
+    let ssh = format!("--ssh=sh {}", ssh.display());
+    for args in [&["logs", "ava"][..], &["logs", "deployer"], &["status"], &["status", "--live"]] {
+        world.refused("ann", &[args, &[&ssh]].concat(), "not to be trusted");
+    }
+    assert!(!asked.exists(), "somebody was asked");
+    let shown = world.call_in("prod", "ann", &["manifest", "show"]);
+    assert_eq!(shown.status, Status::Exit(0));
+    assert!(shown.text().contains("git.evil.example.com"), "it is there to be looked at");
+    assert!(shown.stderr.contains("not to be trusted"), "{}", shown.stderr);
+    let doctor = world.call_in("prod", "ann", &["doctor"]);
+    assert!(doctor.text().contains("no host that trusts these keys obeys it"), "{}", doctor.text());
 }

@@ -287,3 +287,37 @@ pub fn on_hosts(
 fn a_pass_killed_at_any_point_is_finished_or_undone_by_the_next() {
     on_hosts(&HOSTS, scenarios(), campaign);
 }
+
+#[test]
+fn a_manifest_that_ends_the_passes_which_read_it_is_left_alone() {
+    let host = boot("reading");
+    let scenario = scenarios().into_iter().find(|s| s.name == "upgrade").unwrap();
+    prepare(&host, &scenario);
+    let begin = format!("{QUICK}; restore; rm -f /tmp/effects");
+    let point = host.sh(&format!(
+        "{begin}; OMNI_DEPLOY_EFFECTS=/tmp/effects deployer run >&2
+         awk '/within reading/ {{ print $1; exit }}' /tmp/effects"
+    ));
+    let point = point.trim();
+    assert!(!point.is_empty(), "reading is no point of a pass");
+    // What ran is gone too: whoever keeps dying of the new manifest repairs nothing.
+    let said = host.sh(&format!(
+        "{begin}; systemctl stop web
+         for i in 1 2; do
+             code=0; OMNI_DEPLOY_KILL_AT={point} deployer run 2>&1 || code=$?; echo \"ended with $code\"
+         done
+         between; echo ----; deployer run 2>&1; between; jq -r .manifestError /var/lib/deployer/state.json
+         echo ----; deployer run 2>&1; between
+         deploy-manifest set other env.NEW=1 >&2; echo ----; deployer run 2>&1; between
+         jq -r .manifestError /var/lib/deployer/state.json; ls /run/omni-deploy"
+    ));
+    let parts: Vec<&str> = said.split("----\n").collect();
+    assert_eq!(parts[0].matches("ended with 137").count(), 2, "{said}");
+    assert!(!parts[0].contains("web serves one"), "{said}");
+    for part in &parts[1..3] {
+        assert!(part.contains("is left alone") && part.contains("web serves one"), "{said}");
+    }
+    // The next version is read, and with it what the last one brought.
+    assert!(parts[3].contains("web serves two") && parts[3].contains("null"), "{said}");
+    assert!(!parts[3].contains("reading.json"), "{said}");
+}

@@ -67,8 +67,8 @@ fn a_manifest_that_nobody_trusted_has_signed_changes_nothing() {
         (emptied.to_string(), "it is not signed"),
         (elsewhere.to_string(), "it was changed after it was signed"),
         (staging, "it was signed for the store file:///var/lib/staging, this is file:///var/lib/omni-deploy"),
-        (downgraded.to_string(), "0 is not a version"),
-        (newer.to_string(), "2 was written by a newer omni-deploy"),
+        (downgraded.to_string(), "it is not signed"),
+        (newer.to_string(), "it is not signed"),
         (text[..text.len() / 2].to_string(), "cut off"),
         (String::new(), "cannot be used"),
     ] {
