@@ -5,7 +5,7 @@ set -euo pipefail
 
 fuzz=$(dirname "$(readlink -f "$0")")
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$fuzz/target}
-targets=(manifest unit keys answers)
+targets=(manifest unit keys narinfo walk unpack answers)
 runs=20000
 seed=1
 keep=
@@ -15,9 +15,10 @@ usage() {
 usage: run.sh [--runs N] [--seed N] [--keep DIR] [TARGET]
        run.sh TARGET FILE...
 
-Gives each target (manifest, unit, keys, answers; or the one named) its corpus, and then N inputs made
-from it (20,000); the same seed (1) makes the same ones. What is found is a file below fuzz/artifacts/, and
-`run.sh TARGET FILE` runs that alone. New inputs that reach new code are thrown away, unless DIR is to keep them.
+Gives each target (manifest, unit, keys, narinfo, walk, unpack, answers; or the one named) its corpus, and then
+N inputs made from it (20,000); the same seed (1) makes the same ones. What is found is a file below
+fuzz/artifacts/, and `run.sh TARGET FILE` runs that alone. New inputs that reach new code are thrown away, unless
+DIR is to keep them.
 
 example: run.sh --runs 10000000 --seed 7 --keep /tmp/corpus unit
 TEXT

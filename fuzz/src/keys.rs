@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 /// Two keys of the same name.
 static KEYS: LazyLock<[SecretKey; 2]> = LazyLock::new(|| [key("ann-1", [1; 32]), key("ann-1", [2; 32])]);
 
-fn key(name: &str, seed: [u8; 32]) -> SecretKey {
+pub(crate) fn key(name: &str, seed: [u8; 32]) -> SecretKey {
     let pair = Ed25519KeyPair::from_seed_unchecked(&seed).expect("any 32 bytes are a seed");
     let bytes = [&seed[..], pair.public_key().as_ref()].concat();
     SecretKey::parse(&format!("{name}:{}", STANDARD.encode(bytes))).expect("it has the form of a key")

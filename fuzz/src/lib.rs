@@ -6,5 +6,8 @@ pub mod answers;
 pub mod entries;
 pub mod keys;
 pub mod manifest;
+pub mod narinfo;
 pub mod unit;
 pub mod units;
+pub mod unpack;
+pub mod walk;
