@@ -44,10 +44,21 @@ pub fn open(settings: &Settings, hosts: &BTreeSet<HostName>) -> Opening {
 
 impl Opening {
     /// Settings by which the hosts are reached over what was opened, for as long as the second is there.
-    pub fn settings(self, settings: &Settings) -> (Settings, Option<Connections>) {
-        let opened = self.0.and_then(|thread| thread.join().ok().flatten());
+    pub fn settings(mut self, settings: &Settings) -> (Settings, Option<Connections>) {
+        let opened = self.take();
         let ssh_control = opened.as_ref().map(|all| all.paths.clone()).unwrap_or_default();
         (Settings { ssh_control, ..settings.clone() }, opened)
+    }
+
+    fn take(&mut self) -> Option<Connections> {
+        self.0.take().and_then(|thread| thread.join().ok().flatten())
+    }
+}
+
+impl Drop for Opening {
+    /// Of a push that failed: what was opened goes with it, and its folder.
+    fn drop(&mut self) {
+        drop(self.take());
     }
 }
 
