@@ -4,7 +4,7 @@
 //! written here.
 
 use super::local::Closure;
-use super::narinfo::{Compression, MAX_BYTES, NarInfo};
+use super::narinfo::{Compression, MAX_BYTES, MAX_SIGNATURES, NarInfo};
 use crate::http::CONNECTIONS;
 use crate::keys::PublicKey;
 use crate::names::StorePath;
@@ -13,6 +13,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+
+/// The bytes of what a narinfo says beside the local store: signatures, a content address, where its file is.
+const OTHER_FIELDS: u64 = 4096 + 256 * MAX_SIGNATURES as u64;
 
 /// Why a path does not count as being in a cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,11 +124,13 @@ pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<
 /// The size of the path's NAR file, or what is wrong with it. Both are asked in turn, so that the second request finds
 /// the connection of the first.
 fn look_at(cache: &dyn Store, local: &NarInfo, keys: &[PublicKey]) -> Result<Result<u64, Fault>, StoreError> {
-    let bytes = match cache.get(&NarInfo::key(&local.path), None, MAX_BYTES) {
+    // Where it is known what it must say, it is known how long that is: many are read at a time.
+    let limit = (local.render().len() as u64).saturating_add(OTHER_FIELDS).min(MAX_BYTES);
+    let bytes = match cache.get(&NarInfo::key(&local.path), None, limit) {
         Ok(Got::Found { bytes, .. }) => bytes,
         Ok(Got::Missing | Got::NotModified) => return Ok(Err(Fault::Absent)),
         Err(StoreError::TooLarge(_)) => {
-            return Ok(Err(Fault::Unreadable(format!("has more than {MAX_BYTES} bytes"))));
+            return Ok(Err(Fault::Unreadable(format!("has more than {limit} bytes"))));
         }
         Err(e) => return Err(e),
     };
@@ -274,7 +279,7 @@ mod tests {
                 _ => drop(put(&info.url, b"good")),
             }
         }
-        put(&NarInfo::key(&paths[4]), &vec![b'x'; MAX_BYTES as usize + 1]);
+        put(&NarInfo::key(&paths[4]), &vec![b'x'; OTHER_FIELDS as usize + 512]);
         let found = look(&cache, &closure, &[key.public()]).unwrap();
         assert_eq!(found.present, BTreeMap::from([(paths[3].clone(), 4)]));
         assert_eq!(found.faults[&paths[0]], Fault::Absent);

@@ -147,7 +147,7 @@ fn name(cache: &dyn Objects) -> Result<(), StoreError> {
 fn tell(faults: &BTreeMap<StorePath, Fault>, shown: &str) {
     let wrong: Vec<_> = faults.iter().filter(|(_, fault)| **fault != Fault::Absent).collect();
     for (path, fault) in wrong.iter().take(TOLD) {
-        say::warning(format!("{path} {fault}, in {shown}; writing it anew"));
+        say::warning(format!("in {shown} {path} {fault}; writing it anew"));
     }
     if wrong.len() > TOLD {
         say::warning(format!("the same or the like of {} more paths", wrong.len() - TOLD));
@@ -155,7 +155,7 @@ fn tell(faults: &BTreeMap<StorePath, Fault>, shown: &str) {
     let forged = |fault: &Fault| matches!(fault, Fault::Differs { by: Voucher::Nobody, .. });
     if wrong.iter().any(|(_, fault)| forged(fault)) {
         say::warning(format!(
-            "look who can write to {shown}: hosts refuse what no trusted key has signed, and it should not be there"
+            "look who can write to {shown}: hosts refuse what no trusted key has signed, and nobody of yours writes that"
         ));
     }
 }
