@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The keys: name in the file, variable of the environment, flag.
-pub const KEYS: [Key; 11] = [
+pub const KEYS: [Key; 12] = [
     Key { name: "store", env: "OMNI_DEPLOY_STORE", flag: "--store", list: false },
     Key { name: "cache", env: "OMNI_DEPLOY_CACHE", flag: "--cache", list: false },
     Key { name: "host", env: "OMNI_DEPLOY_HOST", flag: "--this-host", list: false },
@@ -32,6 +32,7 @@ pub const KEYS: [Key; 11] = [
     Key { name: "caddyAdmin", env: "OMNI_DEPLOY_CADDY_ADMIN", flag: "--caddy-admin", list: false },
     Key { name: "caddyServer", env: "OMNI_DEPLOY_CADDY_SERVER", flag: "--caddy-server", list: false },
     Key { name: "unitDir", env: "OMNI_DEPLOY_UNIT_DIR", flag: "--unit-dir", list: false },
+    Key { name: "reportLines", env: "OMNI_DEPLOY_REPORT_LINES", flag: "--report-lines", list: false },
 ];
 
 /// One key of the configuration.
@@ -83,6 +84,8 @@ pub struct Settings {
     pub caddy_server: Option<String>,
     /// Where units are written.
     pub unit_dir: PathBuf,
+    /// Whether the report in the bucket has the last journal lines of what failed.
+    pub report_lines: bool,
     /// Every key as text with its source, for `omni-deploy config`.
     pub sources: BTreeMap<&'static str, Sourced>,
 }
@@ -212,6 +215,7 @@ fn parse_file(path: &Path, text: &str) -> Result<FileValues> {
         let text = match (&value, key.list) {
             (Value::Null, _) => continue,
             (Value::String(s), _) => s.clone(),
+            (Value::Bool(yes), _) if key.name == "reportLines" => yes.to_string(),
             (Value::Array(items), true) if items.iter().all(Value::is_string) => {
                 items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" ")
             }
@@ -304,6 +308,11 @@ fn resolve(
         Some(text) => PathBuf::from(text),
         None => default_unit_dir(),
     };
+    let report_lines = match get("reportLines").as_deref() {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(text) => return Err(wrong("reportLines", text, "is not 'true' or 'false'")),
+    };
     let settings = Settings {
         ssh_control: BTreeMap::new(),
         store,
@@ -317,6 +326,7 @@ fn resolve(
         caddy_admin,
         caddy_server: get("caddyServer"),
         unit_dir,
+        report_lines,
         sources: BTreeMap::new(),
     };
     Ok(with_defaults(settings, sources))
@@ -334,6 +344,7 @@ fn with_defaults(mut settings: Settings, mut sources: BTreeMap<&'static str, Sou
         ("defaultHosts", settings.default_hosts.as_ref().map(join)),
         ("caddyAdmin", Some(settings.caddy_admin.to_string())),
         ("unitDir", Some(settings.unit_dir.display().to_string())),
+        ("reportLines", Some(settings.report_lines.to_string())),
     ] {
         if let Some(sourced) = sources.get_mut(name)
             && sourced.value.is_none()
@@ -358,13 +369,16 @@ fn expand_home(text: &str) -> PathBuf {
 
 /// Whether a program of that name is on PATH.
 pub fn on_path(program: &str) -> bool {
+    found_on_path(program).is_some()
+}
+
+/// Where PATH has a program of that name.
+pub fn found_on_path(program: &str) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
-    std::env::var_os("PATH").is_some_and(|path| {
-        std::env::split_paths(&path).any(|dir| {
-            fs_err::metadata(dir.join(program))
-                .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
-        })
-    })
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|path| fs_err::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0))
 }
 
 /// `/etc/systemd/system`, or `/run/systemd/system` where the former cannot be written (NixOS links it into

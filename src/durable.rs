@@ -2,6 +2,8 @@
 //! the old content or the new, never a part. Temporary files are named `.omni-deploy-*` so that leftovers of
 //! a killed process are known as ours; [`sweep`] removes them.
 
+pub mod opened;
+
 use crate::effect::{self, Effect};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};

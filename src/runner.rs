@@ -80,6 +80,13 @@ pub enum RunError {
         /// Its stderr.
         stderr: String,
     },
+    /// It printed more than is taken of it, and was ended.
+    TooMuch {
+        /// The program with its arguments, for people.
+        command: String,
+        /// How many bytes are taken.
+        limit: u64,
+    },
     /// It was still running at its deadline and was killed.
     Deadline {
         /// The program with its arguments, for people.
@@ -169,6 +176,12 @@ impl fmt::Display for RunError {
             RunError::Failed { command, status, stderr } => {
                 write!(f, "{command} failed with {status}: {}", tail(stderr))
             }
+            RunError::TooMuch { command, limit } => {
+                write!(
+                    f,
+                    "{command} printed more than {limit} bytes and was ended; run it by hand to see what it says"
+                )
+            }
             RunError::Deadline { command, after, stderr } => {
                 write!(f, "{command} was still running after {} s and was ended", after.as_secs())?;
                 if stderr.trim().is_empty() { Ok(()) } else { write!(f, ": {}", tail(stderr)) }
@@ -186,7 +199,8 @@ impl From<RunError> for Error {
     }
 }
 
-/// A program about to run. Stdin is empty unless given; stdout and stderr are read whole.
+/// A program about to run. Stdin is empty unless given; stdout is read whole, up to a limit ([`Run::limit`]), and of
+/// stderr the end is kept: whoever is at the other end of a program must not fill our memory.
 #[derive(Debug, Clone)]
 pub struct Run {
     program: String,
@@ -195,10 +209,21 @@ pub struct Run {
     stdin: Vec<u8>,
     dir: Option<PathBuf>,
     deadline: Option<Duration>,
-    keep: bool,
+    keep: Keep,
     interruptible: bool,
     chosen: bool,
     stop: Option<Arc<AtomicBool>>,
+}
+
+/// What is kept of a program's stdout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// All of it; more bytes than these are an error.
+    AtMost(u64),
+    /// As much of its end as of stderr.
+    End,
+    /// Nothing.
+    Nothing,
 }
 
 /// Which of a program's streams a line came from.
@@ -222,7 +247,7 @@ impl Run {
             stdin: Vec::new(),
             dir: None,
             deadline: None,
-            keep: true,
+            keep: Keep::AtMost(MOST_STDOUT),
             interruptible: false,
             stop: None,
         }
@@ -284,7 +309,19 @@ impl Run {
 
     /// Does not keep its stdout: what runs for as long as a person watches must not fill the memory.
     pub fn unkept(mut self) -> Self {
-        self.keep = false;
+        self.keep = Keep::Nothing;
+        self
+    }
+
+    /// Keeps the end of its stdout, for whom its lines are handed over to: a build may talk for hours.
+    pub fn end_kept(mut self) -> Self {
+        self.keep = Keep::End;
+        self
+    }
+
+    /// Ends it when it prints more bytes than these, which is then an error. Everything has such a limit.
+    pub fn limit(mut self, bytes: u64) -> Self {
+        self.keep = Keep::AtMost(bytes);
         self
     }
 
@@ -404,7 +441,8 @@ impl Run {
         }
     }
 
-    /// Runs it and hands every line over as it comes (without its newline); returns the whole as well.
+    /// Runs it and hands every line over as it comes (without its newline); returns the whole as well. A line without
+    /// end comes in parts.
     pub fn each_line(self, mut on_line: impl FnMut(Stream, &str)) -> Result<Output, RunError> {
         let mut command = self.command();
         command
@@ -451,10 +489,19 @@ impl Run {
                 Ok((stream, line)) => {
                     let shown = line.strip_suffix(b"\n").unwrap_or(&line);
                     on_line(stream, &String::from_utf8_lossy(shown));
-                    match stream {
-                        Stream::Stdout if self.keep => stdout.extend_from_slice(&line),
-                        Stream::Stdout => {}
-                        Stream::Stderr => stderr.extend_from_slice(&line),
+                    match (stream, self.keep) {
+                        (Stream::Stdout, Keep::AtMost(limit)) => {
+                            if (stdout.len() + line.len()) as u64 > limit {
+                                // What it is worth is known; how it ends is not.
+                                drop(child.kill());
+                                drop(child.wait());
+                                return Err(RunError::TooMuch { command: self.shown(), limit });
+                            }
+                            stdout.extend_from_slice(&line);
+                        }
+                        (Stream::Stdout, Keep::Nothing) => {}
+                        (Stream::Stdout, Keep::End) => keep_end(&mut stdout, &line),
+                        (Stream::Stderr, _) => keep_end(&mut stderr, &line),
                     }
                     if ended.is_some() {
                         left_behind += 1;
@@ -533,8 +580,15 @@ impl Beside {
 }
 
 const POLL: Duration = Duration::from_millis(100);
+/// How many bytes of stdout are taken where nothing else is said. The closure of a large system, as `nix path-info --json`
+/// has it, takes a tenth of it.
+const MOST_STDOUT: u64 = 64 << 20;
+/// How much is kept where only the end is.
+const KEPT_END: usize = 256 << 10;
+/// The longest part of a line that is handed over at once.
+const LONGEST_PART: u64 = 64 << 10;
 /// How many lines a program may be ahead of who reads them.
-const CHANNEL_LINES: usize = 1024;
+const CHANNEL_LINES: usize = 256;
 /// More lines than a program can leave behind in the channel and in two pipes of 64 KiB with their readers'
 /// buffers: what comes after these is a grandchild's.
 const LEFT_BEHIND: usize = CHANNEL_LINES + (160 << 10);
@@ -547,11 +601,19 @@ fn told(status: ExitStatus) -> Status {
     }
 }
 
+/// Adds to what is kept, and lets go of the beginning.
+fn keep_end(kept: &mut Vec<u8>, more: &[u8]) {
+    kept.extend_from_slice(more);
+    if kept.len() > 2 * KEPT_END {
+        kept.drain(..kept.len() - KEPT_END);
+    }
+}
+
 fn read_lines(stream: impl Read, which: Stream, sender: &mpsc::SyncSender<(Stream, Vec<u8>)>) {
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = Vec::new();
-        match reader.read_until(b'\n', &mut line) {
+        match (&mut reader).take(LONGEST_PART).read_until(b'\n', &mut line) {
             Ok(0) | Err(_) => return,
             Ok(_) => {
                 if sender.send((which, line)).is_err() {
@@ -666,6 +728,26 @@ mod tests {
             }
         });
         assert_eq!((lines, out.unwrap().text().lines().last()), (30_000, Some("30000")));
+    }
+
+    #[test]
+    fn output_without_end_is_cut_at_a_limit_with_or_without_newlines() {
+        for script in ["yes", "cat /dev/zero"] {
+            let e = Run::new("sh").args(["-c", script]).limit(1 << 20).output().unwrap_err();
+            assert_eq!(e, RunError::TooMuch { command: format!("sh -c {}", quoted(script)), limit: 1 << 20 });
+            assert!(e.to_string().contains("sh -c") && e.to_string().contains("1048576 bytes"), "{e}");
+        }
+        let script = "head -c 4000000 /dev/zero >&2; echo boom >&2; exit 3";
+        let out = Run::new("sh").args(["-c", script]).output().unwrap();
+        assert!(out.status == Status::Exit(3) && out.stderr.ends_with("boom\n"));
+        assert!(out.stderr.len() <= 2 * KEPT_END, "{}", out.stderr.len());
+        let out =
+            Run::new("sh").args(["-c", "head -c 4000000 /dev/zero; echo end"]).end_kept().output().unwrap();
+        assert!(out.stdout.ends_with(b"end\n") && out.stdout.len() <= 2 * KEPT_END);
+    }
+
+    fn quoted(script: &str) -> String {
+        if script.contains(' ') { format!("{script:?}") } else { script.into() }
     }
 
     #[test]

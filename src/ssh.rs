@@ -17,6 +17,9 @@ const MARK: &str = "--omni-deploy-answer--";
 /// Where our program is on a host, besides the folders of the login's PATH.
 const OUR_FOLDERS: &str = "/usr/local/bin:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin";
 
+/// The largest answer that is taken of a host, in bytes: some times what any of ours has.
+const MAX_ANSWER: u64 = 16 << 20;
+
 const OUR_PROGRAM: &str = "omni-deploy";
 
 /// A run of `words` on `host`, as root if `sudo`. Over ssh it fails rather than asks for a password, and a
@@ -24,7 +27,7 @@ const OUR_PROGRAM: &str = "omni-deploy";
 /// minute; add a deadline for what must end sooner. What it prints is read by [`answer_of`] or [`lines_of`].
 pub fn run_on(settings: &Settings, host: &HostName, sudo: bool, words: &[&str]) -> Run {
     let argv = argv_on(settings, host, sudo && !(is_here(settings, host) && is_root()), words);
-    Run::new(&argv[0]).args(&argv[1..])
+    Run::new(&argv[0]).args(&argv[1..]).limit(MAX_ANSWER)
 }
 
 /// Runs `words` on `host` and returns what they left, whatever their exit status; an error when the host was
@@ -95,6 +98,11 @@ fn answer_or(
             "host {host} gave no answer to '{}' within {} s; look at it with '{} {host}'",
             words.join(" "),
             after.as_secs(),
+            settings.ssh.join(" ")
+        ))),
+        Err(RunError::TooMuch { limit, .. }) if over_ssh => Err(Error::new(format!(
+            "host {host} answers '{}' with more than {limit} bytes, which were not read; look at it with '{} {host}'",
+            words.join(" "),
             settings.ssh.join(" ")
         ))),
         Err(e) => Err(e.into()),

@@ -35,6 +35,8 @@ let
     caddyAdmin = setting types.str "unix//run/caddy/admin.sock"
       "Caddy's admin endpoint; that socket where it is there, else `http://127.0.0.1:2019`, if null.";
     caddyServer = setting types.str "srv0" "Which of Caddy's servers gets the route.";
+    reportLines = setting types.bool true
+      "Whether the report in the bucket has the last journal lines of what failed, without the values of secrets files.";
     unitDir = mkOption {
       type = types.str;
       # Where /etc is immutable, nothing can be made there.

@@ -5,10 +5,11 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::caddy::RoutePlan;
 use crate::deployer::follow;
+use crate::deployer::lines;
 use crate::deployer::live::{self, Answer};
 use crate::deployer::pass::{self, Asks, Decision, Preview};
 use crate::deployer::plan::{ServicePlan, Step};
-use crate::deployer::root::STATE_FILE;
+use crate::deployer::root::{Root, STATE_FILE};
 use crate::deployer::state::{LastError, RouteStatus, State, Status, attention};
 use crate::deployer::systemd;
 use crate::error::{Error, Result};
@@ -372,11 +373,23 @@ fn state(json: bool) -> Result<u8> {
         }
         Err(e) => return Err(e.into()),
     };
+    // It needs no configuration, which may be what is wrong.
+    let root = Root::system(Path::new("/etc/systemd/system"));
+    let lines = lines::load(&root);
+    let state = State::parse(&bytes).map(|mut state| {
+        lines.put_back(&mut state);
+        state
+    });
     if json {
+        let bytes = match &state {
+            Ok(state) if lines::any(state) => lines::to_bytes(state)?,
+            // As it is, whatever it is.
+            Ok(_) | Err(_) => bytes,
+        };
         print(&String::from_utf8_lossy(&bytes))?;
         return Ok(0);
     }
-    let state = State::parse(&bytes).map_err(|e| {
+    let state = state.map_err(|e| {
         Error::new(format!("{STATE_FILE} cannot be used: {e}; run 'deployer' to write it anew"))
     })?;
     let now = Timestamp::now();
@@ -429,6 +442,9 @@ fn state(json: bool) -> Result<u8> {
             text.push_str(&format!("    {}\n", say::printable(&failure.reason)));
             for line in &failure.journal {
                 text.push_str(&format!("    | {}\n", say::printable(line)));
+            }
+            if failure.journal.is_empty() && lines::hidden(&root.lines()) {
+                text.push_str("    its last lines are root's to see: sudo deployer state\n");
             }
         }
         if let Some(attention) = service.attention() {

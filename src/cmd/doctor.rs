@@ -4,7 +4,7 @@ use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::error::{EXIT_FAILED, Error, Result};
 use crate::say::{self, printable};
-use crate::see::checks::{Check, Verdict, host, machine};
+use crate::see::checks::{Check, Verdict, credentials, host, machine};
 use argh::FromArgs;
 use serde_json::json;
 use std::io::IsTerminal;
@@ -64,6 +64,7 @@ fn look(call: &Call, on_host: bool) -> Vec<Check> {
         }
     }
     checks.extend(machine::signing(&settings, on_host));
+    checks.extend(credentials::own(on_host));
     checks.push(machine::nix());
     checks.push(machine::cache(&settings, on_host));
     // A host with a key of its own is a developer's machine as well.

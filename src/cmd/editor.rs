@@ -2,10 +2,10 @@
 //! the terminal.
 
 use super::Call;
-use crate::config::KEYS;
+use crate::config::{self, KEYS};
 use crate::error::{Error, Result};
 use crate::runner::{Run, Status};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// In the environment of a process that ignores the terminal's signals.
 const DEAF: &str = "OMNI_DEPLOY_DEAF";
@@ -29,11 +29,35 @@ pub fn as_the_terminal_has_it(run: Run) -> Run {
     if std::env::var_os(DEAF).is_some() { run.interruptible() } else { run }
 }
 
+/// What an editor may remember of a draft.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Traces {
+    /// Whatever it likes.
+    Kept,
+    /// Nothing outside of the draft's folder, as far as we know how to tell it so.
+    None,
+}
+
+/// What keeps vim and nvim from writing parts of a text elsewhere: swap and undo files, backups, and the registers and
+/// searches that they keep for the next time. After the person's own settings, which may ask for any of them.
+const VIM_WITHOUT_TRACES: [&str; 5] =
+    ["-n", "-i", "NONE", "-c", "silent! set noundofile nobackup nowritebackup viminfo="];
+
+/// Whether a program is vim or nvim, by whatever name it is called (vi and editor are links to it on many machines).
+fn is_vim(program: &str) -> bool {
+    let path =
+        if program.contains('/') { Some(PathBuf::from(program)) } else { config::found_on_path(program) };
+    let path = path.and_then(|path| fs_err::canonicalize(path).ok());
+    let name = path.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    name.is_some_and(|name| name == "vim" || name == "nvim" || name.starts_with("vim."))
+}
+
 /// Has a person edit the file `draft`, and returns what is in it then.
-pub fn edit(draft: &Path) -> Result<Vec<u8>> {
+pub fn edit(draft: &Path, traces: Traces) -> Result<Vec<u8>> {
     let (shown, words) = words()?;
     let (program, args) = words.split_first().ok_or_else(|| Error::new("EDITOR is empty; set it"))?;
-    let run = Run::new(program).args(args).arg(draft).without_env(DEAF);
+    let quiet: &[&str] = if traces == Traces::None && is_vim(program) { &VIM_WITHOUT_TRACES } else { &[] };
+    let run = Run::new(program).args(quiet).args(args).arg(draft).without_env(DEAF);
     let status = as_the_terminal_has_it(run)
         .inherit()
         .map_err(|e| Error::new(format!("cannot edit: {e}; or set EDITOR to another editor")))?;

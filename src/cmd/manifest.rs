@@ -624,7 +624,7 @@ fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
     let folder = durable::scratch(&std::env::temp_dir())?;
     let file = folder.path().join("manifest.json");
     durable::write(&file, &text, 0o600)?;
-    let result = match editor::edit(&file) {
+    let result = match editor::edit(&file, editor::Traces::Kept) {
         Ok(bytes) if bytes == text => {
             say::info(format!("unchanged: nothing was published{next}"));
             return Ok(());

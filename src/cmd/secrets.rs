@@ -2,7 +2,7 @@
 //! host to a folder in memory, and back over stdin: never into an argument, a log, or a message. On the host the
 //! same program does the work, as root ([`crate::secrets`]).
 
-use super::editor::{self, as_the_terminal_has_it};
+use super::editor::{self, Traces, as_the_terminal_has_it};
 use super::{Call, print};
 use crate::config::Settings;
 use crate::deployer::root::Root;
@@ -67,7 +67,9 @@ struct Check {
     subcommand,
     name = "edit",
     example = "  {command_name} ava\n  {command_name} ava --host biz --restart",
-    note = "While you edit, the text is in a folder in memory (/dev/shm) that is yours alone."
+    note = "While you edit, the text is in a folder in memory (/dev/shm) that is yours alone; where there is none, it is \
+            said where it goes. vim and nvim are told to keep nothing of it elsewhere (-n -i NONE, noundofile, nobackup); \
+            another editor's histories are its own affair."
 )]
 struct Edit {
     /// the service
@@ -345,7 +347,15 @@ struct Desk {
 
 impl Desk {
     fn new() -> Result<Self> {
-        let folder = durable::scratch(&secrets::scratch_place())?.keep();
+        let place = secrets::scratch_place();
+        let folder = durable::scratch(&place.dir)?.keep();
+        if !place.in_memory {
+            say::warning(format!(
+                "this machine has no folder in memory for you (/dev/shm, XDG_RUNTIME_DIR): while you edit, the text is on \
+                 the disk, in {}",
+                folder.display()
+            ));
+        }
         let program = std::env::current_exe()?.to_string_lossy().into_owned();
         match Run::new(program).args(["secrets", SWEEP]).arg(&folder).beside() {
             Ok(sweeper) => Ok(Desk { folder, sweeper }),
@@ -383,7 +393,7 @@ fn edited(
     let draft = desk.folder.join(name);
     let before = old.clone().unwrap_or_default();
     let result = durable::write(&draft, &before, 0o600).map_err(Error::from).and_then(|()| {
-        let text = editor::edit(&draft)?;
+        let text = editor::edit(&draft, Traces::None)?;
         if text == before {
             return Ok(false);
         }

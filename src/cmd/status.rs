@@ -283,6 +283,10 @@ fn table(picture: &Picture, now: Timestamp, colour: bool, detail: bool) -> Strin
         for line in &row.journal[row.journal.len().saturating_sub(JOURNAL_LINES)..] {
             below.push_str(&format!("  | {}\n", clipped(line)));
         }
+        // They are in a host's report only where that was asked for.
+        if row.status == Standing::Rejected && row.journal.is_empty() && row.restarts.is_none() {
+            below.push_str(&format!("  its last lines: omni-deploy status {} --live\n", row.service));
+        }
     }
     for row in picture.rows.iter().filter(|_| detail) {
         if let Some(exposure) = row.exposure {

@@ -4,7 +4,7 @@
 
 use super::root::{Root, STATE_FILE};
 use super::state::State;
-use super::{caddy, observe, systemd};
+use super::{caddy, lines, observe, systemd};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::Result;
@@ -141,7 +141,10 @@ pub fn look(unit_dir: &Path, now: Timestamp) -> Result<Answer> {
     let root = Root::system(unit_dir);
     let (state, state_error) = match fs_err::read(root.state_file()) {
         Ok(bytes) => match State::parse(&bytes) {
-            Ok(state) => (Some(state), None),
+            Ok(mut state) => {
+                lines::for_whoever_asks(&root, &state).put_back(&mut state);
+                (Some(state), None)
+            }
             Err(why) => (None, Some(format!("{STATE_FILE} cannot be read: {why}"))),
         },
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {

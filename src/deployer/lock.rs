@@ -7,6 +7,7 @@ use crate::durable;
 use crate::error::{Error, Result};
 use fs_err::os::unix::fs::OpenOptionsExt;
 use std::io::{Read, Seek, Write};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Held while a pass runs.
@@ -49,6 +50,31 @@ pub fn take(root: &Root, now: Timestamp) -> Result<Asked> {
     file.rewind()?;
     write!(file, "process {} since {now}", std::process::id())?;
     Ok(Asked::Taken(Lock { _file: file }))
+}
+
+/// Takes the lock of what root does in a folder: a file of ours, named by the folder. A lock on the folder itself would
+/// be anybody's to hold who may look into it.
+pub fn of_folder(run_dir: &Path, folder: &Path, patience: Duration) -> Result<Lock> {
+    durable::folder(run_dir, 0o755)?;
+    let real = fs_err::canonicalize(folder)?;
+    let digest = ring::digest::digest(&ring::digest::SHA256, real.as_os_str().as_encoded_bytes());
+    let name: String = digest.as_ref()[..8].iter().map(|b| format!("{b:02x}")).collect();
+    let path = run_dir.join(format!("folder-{name}.lock"));
+    let mut options = fs_err::OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let file = options.open(&path)?;
+    let begun = Instant::now();
+    while let Err(e) = file.file().try_lock() {
+        if begun.elapsed() > patience {
+            return Err(Error::new(format!(
+                "cannot lock {} against others who write to {}: {e}; 'fuser -v {0}' shows who has it",
+                path.display(),
+                folder.display()
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(Lock { _file: file })
 }
 
 /// How often a lock that is held is asked for again.

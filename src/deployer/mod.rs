@@ -7,6 +7,7 @@ pub mod apply;
 pub mod caddy;
 pub mod follow;
 pub mod intent;
+pub mod lines;
 pub mod listeners;
 pub mod live;
 pub mod lock;

@@ -12,6 +12,7 @@ use crate::clock::Timestamp;
 use crate::error::Result;
 use crate::manifest::{Rollout, Service};
 use crate::names::{ServiceName, StorePath};
+use crate::secrets::folders;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -596,6 +597,9 @@ fn secrets_of(service: &Service) -> Result<String, String> {
 /// the command that mends it.
 pub fn secrets_file(name: &ServiceName, path: &Path) -> Result<String, String> {
     let shown = path.display();
+    if let Some(why) = path.parent().and_then(folders::trouble) {
+        return Err(format!("secrets file {shown} of {name}: {why}"));
+    }
     let meta = match fs_err::symlink_metadata(path) {
         Ok(meta) => meta,
         Err(e) if e.kind() == ErrorKind::NotFound => {
@@ -634,7 +638,7 @@ mod tests {
     #[test]
     #[ignore = "needs root: cargo test -- --ignored"]
     fn secrets_that_others_could_read_are_refused_with_the_line_to_type() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in("/root").unwrap();
         let name = ServiceName::parse("ava").unwrap();
         let file = dir.path().join("ava.env");
         assert!(secrets_file(&name, &file).unwrap_err().contains("install -m 600"));

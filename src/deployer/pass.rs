@@ -13,7 +13,7 @@ use super::state::{
     Failure, LastError, OtherMachine, REPORT_EVERY_SEC, RouteState, RouteStatus, SILENT_SEC, STATE_VERSION,
     ServiceState, State, Status,
 };
-use super::{applied, intent, machine, observe, overrides, systemd};
+use super::{applied, intent, lines, machine, observe, overrides, systemd};
 use crate::clock::Timestamp;
 use crate::config::{self, Settings};
 use crate::durable;
@@ -27,6 +27,8 @@ use crate::manifest::parse::{self, Mode};
 use crate::manifest::{Manifest, Service, entry, signature, versions};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
+use crate::secrets;
+use crate::secrets::mask::Mask;
 use crate::see::reports::MAX_REPORT;
 use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError, When};
 use serde::{Deserialize, Serialize};
@@ -362,13 +364,15 @@ impl Belief {
     }
 }
 
-fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<Memory> {
+/// What is remembered. Also whether the state, as an older program left it, has lines of the journal in it that everybody
+/// can read.
+fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<(Memory, bool)> {
     let mut readable = true;
     let mut complain = |text: String| {
         say::warning(format!("{text}; nothing is removed in this pass"));
         readable = false;
     };
-    let state = match fs_err::read(root.state_file()) {
+    let mut state = match fs_err::read(root.state_file()) {
         Ok(bytes) => State::parse(&bytes).unwrap_or_else(|e| {
             complain(format!("{} cannot be used: {e}", root.state_file().display()));
             State::new(settings.host.clone(), now)
@@ -376,13 +380,15 @@ fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<Memor
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => State::new(settings.host.clone(), now),
         Err(e) => return Err(e.into()),
     };
+    let exposed = lines::any(&state);
+    lines::load(root).put_back(&mut state);
     let (applied, complaints) = applied::load(root)?;
     complaints.into_iter().for_each(&mut complain);
     let interrupted = intent::load(root)?;
     let overrides = overrides::load(root)?;
     let verified =
         state.services.iter().filter_map(|(name, s)| Some((name.clone(), s.invocation.clone()?))).collect();
-    Ok(Memory { state, applied, readable, interrupted, overrides, verified })
+    Ok((Memory { state, applied, readable, interrupted, overrides, verified }, exposed))
 }
 
 /// What a pass would do, from the same values that [`run`] performs; touches nothing.
@@ -435,7 +441,7 @@ pub fn preview(settings: &Settings, asks: &Asks) -> Result<Preview> {
     let now = Timestamp::now();
     let root = Root::system(&settings.unit_dir);
     let store = store::open(&settings.store)?;
-    let mut memory = load_memory(settings, &root, now)?;
+    let (mut memory, _) = load_memory(settings, &root, now)?;
     let belief = Belief::new(settings, store.as_ref(), &memory, asks)?;
     let current =
         current(&root, store.as_ref(), &belief, &memory.state, false).map_err(|ended| ended.error)?;
@@ -471,7 +477,7 @@ pub fn decide(settings: &Settings, name: &str, decision: Decision) -> Result<u8>
     let root = Root::system(&settings.unit_dir);
     let lock = patient(&root)?;
     let now = Timestamp::now();
-    let memory = load_memory(settings, &root, now)?;
+    let (memory, _) = load_memory(settings, &root, now)?;
     let Some(applied) = memory.applied.values().find(|a| a.service.name.as_str() == name) else {
         let near = crate::error::did_you_mean(name, memory.applied.keys().map(|n| n.as_str()));
         return Err(Error::new(format!("no service '{name}' was ever up on host '{}'{near}", settings.host)));
@@ -582,7 +588,9 @@ fn leave_reason(settings: &Settings, root: &Root, ended: &Ended, now: Timestamp)
     let known = before.last_error == state.last_error;
     state.reported = if known { before.reported } else { true };
     match store {
-        Some(store) if !ended.unreachable => publish(root, store.as_ref(), &before, &mut state),
+        Some(store) if !ended.unreachable => {
+            publish(root, store.as_ref(), &before, &mut state, lines::without)
+        }
         _ => {
             state.reported = false;
             if news(root, &before, &state) {
@@ -603,7 +611,10 @@ fn failed_state(before: &State, reason: String, now: Timestamp) -> State {
 /// The state that the pass before left; None where it cannot be read, which the next good pass must still see.
 fn last_state(root: &Root, host: &HostName, now: Timestamp) -> Result<Option<State>> {
     match fs_err::read(root.state_file()) {
-        Ok(bytes) => Ok(State::parse(&bytes).ok()),
+        Ok(bytes) => Ok(State::parse(&bytes).ok().map(|mut state| {
+            lines::load(root).put_back(&mut state);
+            state
+        })),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Some(State::new(host.clone(), now))),
         Err(e) => Err(e.into()),
     }
@@ -635,7 +646,12 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     // Its unit has it made; a pass started by hand on a fresh host has not.
     durable::folder(&root.state_dir, 0o755)?;
     let store = store::open(&settings.store)?;
-    let mut memory = load_memory(settings, root, now)?;
+    let (mut memory, exposed) = load_memory(settings, root, now)?;
+    if exposed {
+        // In the bucket, too.
+        memory.state.reported = false;
+        lines::keep(root, &memory.state)?;
+    }
     let before = memory.state.clone();
     let belief = Belief::new(settings, store.as_ref(), &memory, asks)?;
     let current = current(root, store.as_ref(), &belief, &before, true)?;
@@ -790,7 +806,8 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     tell(&before, &state, &learned);
     let code = state.exit_code();
     // Before the last connections of the candidates end: whoever waits for the release need not wait for those.
-    let mut unwritten = learned.disk(publish(root, store.as_ref(), &before, &mut state));
+    let open = |state: &State| reported_lines(settings, state, &desired);
+    let mut unwritten = learned.disk(publish(root, store.as_ref(), &before, &mut state, open));
     if !plan.understudies.is_empty() {
         host.drain_understudies(&plan.understudies, &memory, &observed)?;
         host.remove_understudies(&plan.understudies, &mut observed)?;
@@ -1052,8 +1069,43 @@ fn news(root: &Root, before: &State, state: &State) -> bool {
     !(same && fresh && root.state_file().exists())
 }
 
-/// Writes the state and puts the report, if there is anything new in them or the last ones are old.
-fn publish(root: &Root, store: &dyn Store, before: &State, state: &mut State) -> Result<()> {
+/// The state as the bucket gets it: without the lines of the journal, or, where that was asked for, without what in them
+/// is in the services' secrets files. Lines that this cannot be said of stay here.
+fn reported_lines(settings: &Settings, state: &State, desired: &[&Service]) -> State {
+    let mut open = lines::without(state);
+    if !settings.report_lines {
+        return open;
+    }
+    for service in desired {
+        let lines_of = |state: &State| Some(state.services.get(&service.name)?.failure.clone()?.journal);
+        let Some(lines) = lines_of(state).filter(|lines| !lines.is_empty()) else { continue };
+        let mask = match Mask::of(&secrets::files(service)) {
+            Ok(mask) => mask,
+            Err(e) => {
+                say::info(format!(
+                    "{}: its last lines are not reported: {}",
+                    service.name,
+                    crate::error::io_text(&e)
+                ));
+                continue;
+            }
+        };
+        if let Some(failure) = open.services.get_mut(&service.name).and_then(|s| s.failure.as_mut()) {
+            failure.journal = lines.iter().map(|line| mask.hide(line)).collect();
+        }
+    }
+    open
+}
+
+/// Writes the state and puts the report, if there is anything new in them or the last ones are old. `open` is what of it
+/// is for the bucket.
+fn publish(
+    root: &Root,
+    store: &dyn Store,
+    before: &State,
+    state: &mut State,
+    open: impl Fn(&State) -> State,
+) -> Result<()> {
     if !news(root, before, state) {
         return Ok(());
     }
@@ -1063,7 +1115,7 @@ fn publish(root: &Root, store: &dyn Store, before: &State, state: &mut State) ->
     let reported = {
         let _effect = effect::mark("put", &key);
         // What drains is of this moment, and a report stands for long.
-        let report = to_bytes(&State { draining: BTreeSet::new(), ..state.clone() })?;
+        let report = lines::to_bytes(&State { draining: BTreeSet::new(), ..open(state) })?;
         store.put(&key, &report, &When::Always)
     };
     state.reported = reported.is_ok();
@@ -1074,8 +1126,9 @@ fn publish(root: &Root, store: &dyn Store, before: &State, state: &mut State) ->
     if news(root, before, state) { write_state(root, state) } else { Ok(()) }
 }
 
+/// The lines of the journal go where root alone reads them.
 fn write_state(root: &Root, state: &State) -> Result<()> {
-    Ok(durable::write(&root.state_file(), &to_bytes(state)?, 0o644)?)
+    lines::keep(root, state)
 }
 
 /// Whether the report that is about to be replaced is another machine's: asked only where one is written, so that
@@ -1109,11 +1162,4 @@ fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) ->
     let other = OtherMachine { machine: theirs, reported_at, came_back };
     say::warning(other.text(&state.host, this));
     Some(other)
-}
-
-fn to_bytes(state: &State) -> Result<Vec<u8>> {
-    let mut bytes =
-        serde_json::to_vec_pretty(state).map_err(|e| Error::new(format!("cannot write the state: {e}")))?;
-    bytes.push(b'\n');
-    Ok(bytes)
 }

@@ -41,6 +41,11 @@ impl Root {
         self.state_dir.join("state.json")
     }
 
+    /// The last journal lines of what failed, root's alone.
+    pub fn lines(&self) -> PathBuf {
+        self.state_dir.join("lines.json")
+    }
+
     /// The last manifest that was good, byte for byte.
     pub fn manifest(&self) -> PathBuf {
         self.state_dir.join("manifest.json")

@@ -283,7 +283,8 @@ pub struct Failure {
     pub attempted: Option<StorePath>,
     /// When it was refused, found, or last could not be fetched.
     pub at: Timestamp,
-    /// The last lines of its journal, oldest first.
+    /// The last lines of its journal, oldest first. Not in the file or the report, which are not root's alone
+    /// ([`super::lines`]).
     #[serde(default)]
     pub journal: Vec<String>,
     /// How many passes in a row could not fetch it.

@@ -436,7 +436,7 @@ fn systemd(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Systemd> {
         restart_sec: fields.number("restartSec", Some(default.restart_sec.into()), 0..=86_400, seconds)?
             as u32,
         state_directory: fields.optional_text("stateDirectory", rules::below_state)?,
-        read_write_paths: fields.texts("readWritePaths", Vec::new(), rules::absolute)?,
+        read_write_paths: fields.texts("readWritePaths", Vec::new(), rules::writable)?,
         memory_max: fields.optional_text("memoryMax", rules::memory)?,
         cpu_quota: fields.optional_text("cpuQuota", rules::quota)?,
         working_directory: fields.optional_text("workingDirectory", rules::directory)?,
@@ -937,6 +937,21 @@ mod tests {
                 "services[0].systemd.cpuQuota: \"1.5\" is no share",
             ),
             ("/services/0/systemd/stateDirectory", json!("../x"), "services[0].systemd.stateDirectory: "),
+            (
+                "/services/0/systemd/stateDirectory",
+                json!("./deployer"),
+                "services[0].systemd.stateDirectory: \"./deployer\" would give the deployer's state (/var/lib/deployer)",
+            ),
+            (
+                "/services/0/systemd/stateDirectory",
+                json!("deployer-secrets//ava"),
+                "services[0].systemd.stateDirectory: \"deployer-secrets//ava\" would give the services' secrets",
+            ),
+            (
+                "/services/0/systemd/readWritePaths",
+                json!(["/srv", "/run/./omni-deploy"]),
+                "services[0].systemd.readWritePaths[1]: \"/run/./omni-deploy\" would open the deployer's locks",
+            ),
             (
                 "/services/0/systemd/readWritePaths",
                 json!(["/"]),

@@ -128,7 +128,39 @@ pub(super) fn below_state(text: &str) -> Result<String, String> {
     if parts[0] == "private" {
         return Err("is below /var/lib/private, which systemd keeps for itself; another name is meant".into());
     }
+    // systemd gives a StateDirectory= to the service's user.
+    if let Some(whose) = reserved(&format!("/var/lib/{}", parts.join("/"))) {
+        return Err(format!("would give {whose} to this service; another name is meant"));
+    }
     Ok(parts.join("/"))
+}
+
+/// A path that a service may write to.
+pub(super) fn writable(text: &str) -> Result<String, String> {
+    let path = absolute(text)?;
+    match reserved(&path) {
+        Some(whose) => Err(format!("would open {whose} to this service; a folder of its own is meant")),
+        None => Ok(path),
+    }
+}
+
+/// What no service may be given: our own folders, and where Caddy keeps the keys of certificates.
+const RESERVED: [(&str, &str); 8] = [
+    ("/var/lib/deployer", "the deployer's state"),
+    ("/var/lib/deployer-secrets", "the services' secrets"),
+    ("/var/lib/omni-deploy", "the directory store"),
+    ("/var/lib/caddy", "Caddy's keys and certificates"),
+    ("/var/cache/deployer", "the deployer's cache"),
+    ("/run/omni-deploy", "the deployer's locks"),
+    ("/etc/omni-deploy", "the deployer's configuration"),
+    ("/nix/var/nix/gcroots/omni-deploy", "what keeps closures on the host"),
+];
+
+/// What a path in its normal form lies in, if that is reserved.
+fn reserved(path: &str) -> Option<String> {
+    let within =
+        |dir: &str| path.strip_prefix(dir).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    RESERVED.iter().find(|(dir, _)| within(dir)).map(|(dir, whose)| format!("{whose} ({dir})"))
 }
 
 /// The longest name of a file (NAME_MAX).

@@ -244,7 +244,7 @@ fn build_with_command(settings: &Settings, namespace: &str, dir: &Path) -> Resul
              flake reference, a .nix file or a store path",
         ));
     };
-    let run = Run::new(program).args(words).arg(namespace).dir(dir);
+    let run = Run::new(program).args(words).arg(namespace).dir(dir).end_kept();
     let mut found = None;
     let output = run.each_line(|stream, line| match path_in(stream, line) {
         Some(path) => found = Some(path.to_string()),
@@ -257,21 +257,30 @@ fn build_with_command(settings: &Settings, namespace: &str, dir: &Path) -> Resul
     match found {
         Some(text) => StorePath::parse(&text)
             .map_err(|why| Error::new(format!("{program} names {text:?} as its result, which {why}"))),
-        None => Err(Error::new(format!(
-            "{program} succeeded and printed no store path; it must print STORE_PATH=/nix/store/… on its output"
-        ))),
+        None => {
+            let elsewhere = output.stderr.lines().any(|line| line.trim().starts_with("STORE_PATH="));
+            let elsewhere =
+                if elsewhere { " (what it says on stderr is not believed: builds talk there)" } else { "" };
+            Err(Error::new(format!(
+                "{program} succeeded and printed no store path; it must print STORE_PATH=/nix/store/… on its standard \
+                 output{elsewhere}"
+            )))
+        }
     }
 }
 
-/// The path that a line of a build command's output names: `STORE_PATH=…` anywhere, or a line on stdout that is
-/// a path in the store and nothing else.
+/// The path that a line of a build command's stdout names: `STORE_PATH=…`, or a path in the store and nothing else.
+/// On stderr is the talk of everything that is built, dependencies included: none of it is believed.
 fn path_in(stream: Stream, line: &str) -> Option<&str> {
+    if stream != Stream::Stdout {
+        return None;
+    }
     let line = line.trim();
     match line.strip_prefix("STORE_PATH=") {
         Some(path) => Some(path.trim().trim_matches('"')),
         None => {
             let below = line.strip_prefix(STORE_DIR).and_then(|l| l.strip_prefix('/'))?;
-            (stream == Stream::Stdout && !below.contains(char::is_whitespace)).then_some(line)
+            (!below.contains(char::is_whitespace)).then_some(line)
         }
     }
 }
@@ -318,7 +327,9 @@ mod tests {
         let (out, err) = (Stream::Stdout, Stream::Stderr);
         for (stream, line, want) in [
             (out, format!("STORE_PATH={path}"), Some(path)),
-            (err, format!("STORE_PATH={path}\r"), Some(path)),
+            (out, format!("STORE_PATH={path}\r"), Some(path)),
+            // The log of a dependency's build, say.
+            (err, format!("STORE_PATH={path}"), None),
             (out, format!("  {path}  "), Some(path)),
             (out, format!("STORE_PATH=\"{path}\""), Some(path)),
             // nix lists on stderr what it is about to build.

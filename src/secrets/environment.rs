@@ -1,6 +1,7 @@
 //! The form of an EnvironmentFile, as systemd reads it (systemd.exec(5); the states are those of its
 //! `env-file.c`). Tells the names of the variables, and what systemd would refuse, drop or read otherwise than it
-//! is meant. It never tells a value, nor anything else that may be part of one.
+//! is meant. It never tells a value, nor anything else that may be part of one, but to [`super::mask`], which takes
+//! values out of texts.
 
 use std::fmt;
 
@@ -50,18 +51,26 @@ enum State {
 
 /// The names that are set, each once and in order, and all mistakes. Pure.
 pub fn read(bytes: &[u8]) -> (Vec<String>, Vec<Mistake>) {
+    let Reader { names, mistakes, .. } = read_all(bytes);
+    (names, mistakes)
+}
+
+/// The values, for [`super::mask`] alone.
+pub(super) fn values(bytes: &[u8]) -> Vec<String> {
+    read_all(bytes).values
+}
+
+fn read_all(bytes: &[u8]) -> Reader {
     let line_at = |at: usize| 1 + bytes[..at].iter().filter(|b| **b == b'\n').count();
     // Either of these makes systemd refuse the whole file, and the service with it.
     if let Some(at) = bytes.iter().position(|b| *b == 0) {
-        return (vec![], vec![Mistake { line: line_at(at), what: "has a NUL byte", grave: true }]);
+        return Reader::refused(Mistake { line: line_at(at), what: "has a NUL byte", grave: true });
     }
     let text = match std::str::from_utf8(bytes) {
         Ok(text) => text,
         Err(e) => {
-            return (
-                vec![],
-                vec![Mistake { line: line_at(e.valid_up_to()), what: "is not UTF-8", grave: true }],
-            );
+            let line = line_at(e.valid_up_to());
+            return Reader::refused(Mistake { line, what: "is not UTF-8", grave: true });
         }
     };
     let mut reader = Reader::default();
@@ -82,7 +91,7 @@ pub fn read(bytes: &[u8]) -> (Vec<String>, Vec<Mistake>) {
             reader.assigned();
         }
     }
-    (reader.names, reader.mistakes)
+    reader
 }
 
 #[derive(Default)]
@@ -92,16 +101,23 @@ struct Reader {
     /// The line that the assignment under way began in, counted as `line`.
     began: usize,
     name: String,
-    value: usize,
+    value: String,
     /// A quote was closed; whether white space came after it.
     after_quote: Option<bool>,
     /// The last character within double quotes was a quote that a backslash had made a part of the value.
     quoted_last: bool,
     names: Vec<String>,
+    /// One for each assignment.
+    values: Vec<String>,
     mistakes: Vec<Mistake>,
 }
 
 impl Reader {
+    /// Of a file that systemd takes nothing of.
+    fn refused(why: Mistake) -> Self {
+        Reader { mistakes: vec![why], ..Reader::default() }
+    }
+
     fn step(&mut self, state: State, c: char) -> State {
         let newline = matches!(c, '\n' | '\r');
         let white = newline || matches!(c, ' ' | '\t');
@@ -110,7 +126,8 @@ impl Reader {
                 '#' | ';' => State::Comment,
                 _ if white => State::Before,
                 _ => {
-                    (self.began, self.value, self.after_quote) = (self.line, 0, None);
+                    (self.began, self.after_quote) = (self.line, None);
+                    self.value.clear();
                     self.name = c.to_string();
                     // Also '=': for systemd it begins a name.
                     State::Name
@@ -168,6 +185,11 @@ impl Reader {
             // As a shell has it: quotes, '$', '`' and backslashes lose their backslash, a newline goes, others keep it.
             State::DoubleEscape => {
                 self.quoted_last = c == '"';
+                match c {
+                    '\n' => return State::Double,
+                    '"' | '\\' | '`' | '$' => {}
+                    _ => self.value.push('\\'),
+                }
                 self.more(c, State::Double)
             }
             State::Comment if newline => State::Before,
@@ -182,7 +204,7 @@ impl Reader {
     }
 
     fn more(&mut self, c: char, next: State) -> State {
-        self.value += c.len_utf8();
+        self.value.push(c);
         next
     }
 
@@ -206,6 +228,7 @@ impl Reader {
 
     fn assigned(&mut self) {
         let name = self.name.trim_end_matches([' ', '\t']).to_string();
+        self.values.push(self.value.clone());
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
         if name.starts_with(|c: char| c.is_ascii_digit()) || !name.chars().all(plain) {
             // Measured: with the value.
@@ -213,7 +236,7 @@ impl Reader {
                 "sets no name of a variable (ASCII letters, digits and '_', no digit first, no 'export'): systemd \
                  drops it and writes all of it to the journal",
             );
-        } else if name.len() + 1 + self.value > MAX_ASSIGNMENT {
+        } else if name.len() + 1 + self.value.len() > MAX_ASSIGNMENT {
             self.grave("sets a value that is longer than the kernel takes (131,071 bytes with its name)");
         } else if !self.names.contains(&name) {
             self.names.push(name);

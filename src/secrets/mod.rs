@@ -3,8 +3,11 @@
 //! it prints elsewhere never has a part of the content in it.
 
 pub mod environment;
+pub mod folders;
+pub mod mask;
 
-use crate::deployer::observe;
+use crate::deployer::root::RUN_DIR;
+use crate::deployer::{lock, observe};
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::manifest::Service;
@@ -17,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The largest file that is read, in bytes.
 pub const MAX_FILE: u64 = 1 << 20;
@@ -123,8 +126,10 @@ pub fn hash(bytes: &[u8]) -> String {
 
 /// On the host: looks at a file, and reads it if `content` is wanted.
 pub fn look(name: &ServiceName, path: &Path, form: Form, content: bool) -> Result<Found> {
-    let bytes = read(path)?;
     let mut problems: Vec<String> = observe::secrets_file(name, path).err().into_iter().collect();
+    // Where others could lead us to another file nothing is read, and that is all there is to be said.
+    let astray = !content && path.parent().is_some_and(|folder| folders::trouble(folder).is_some());
+    let bytes = if astray { None } else { read(path)? };
     problems.extend(path.parent().and_then(secret_dir));
     let (names, mistakes) = match (&bytes, form) {
         (Some((bytes, _)), Form::Environment) => environment::read(bytes),
@@ -144,20 +149,13 @@ pub fn look(name: &ServiceName, path: &Path, form: Form, content: bool) -> Resul
     })
 }
 
-/// What is wrong with a folder of secrets. One that others use as well (`/etc`) is judged by its files alone.
+/// What is wrong with a folder that is for secrets alone, besides what keeps a service from being started
+/// ([`folders::trouble`]). One that others use as well (`/etc`) is judged by its files.
 pub fn secret_dir(dir: &Path) -> Option<String> {
     let meta = fs_err::metadata(dir).ok()?;
     let ours = dir.file_name().is_some_and(|name| name.to_string_lossy().contains("secret"));
     let (mode, at) = (meta.mode() & 0o7777, dir.display());
-    if meta.uid() != 0 {
-        Some(format!("{at} belongs to user {}; chown root:root {at}", meta.uid()))
-    } else if ours && mode & 0o077 != 0 {
-        Some(format!("{at} has mode {mode:04o}; chmod 700 {at}"))
-    } else if mode & 0o022 != 0 && mode & 0o1000 == 0 {
-        Some(format!("{at} has mode {mode:04o}, others can put files there; chmod go-w {at}"))
-    } else {
-        None
-    }
+    (ours && mode & 0o077 != 0).then(|| format!("{at} has mode {mode:04o}; chmod 700 {at}"))
 }
 
 /// The first line of a file that keeps its service from being started, with the next move: systemd would refuse it, or
@@ -192,17 +190,7 @@ pub fn write(path: &Path, wanted: &Wanted) -> Result<Written> {
         durable::folder(folder, 0o700)?;
     }
     // Held against another write between the look and the rename; it ends with the process.
-    let lock = fs_err::File::open(folder)?;
-    let begun = Instant::now();
-    while let Err(e) = lock.file().try_lock() {
-        if begun.elapsed() > LOCK_WAIT {
-            return Err(Error::new(format!(
-                "cannot lock {}: {e}; 'fuser -v {0}' shows who has it",
-                folder.display()
-            )));
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let _lock = lock::of_folder(Path::new(RUN_DIR), folder, LOCK_WAIT)?;
     if fs_err::metadata(folder)?.mode() & 0o077 == 0 {
         // Of a write that was cut short; nobody else writes in a folder like this.
         durable::sweep(folder)?;
@@ -253,29 +241,33 @@ fn read(path: &Path) -> Result<Option<(Vec<u8>, std::fs::Metadata)>> {
 
 /// Refuses a folder through which somebody else than root could lead us to another file.
 fn guarded(folder: &Path) -> Result<()> {
-    for folder in folder.ancestors().filter(|f| f.is_absolute()) {
-        let at = folder.display();
-        let meta = match fs_err::metadata(folder) {
-            Ok(meta) => meta,
-            Err(e) if e.kind() == ErrorKind::NotFound => continue,
-            Err(e) => return Err(e.into()),
-        };
-        // In a sticky folder others can add files, not replace root's.
-        if meta.uid() != 0 || meta.mode() & 0o022 != 0 && meta.mode() & 0o1000 == 0 {
-            return Err(Error::new(format!(
-                "others than root can change what is in {at}; run: chown root:root {at}; chmod go-w {at}"
-            )));
-        }
-    }
-    Ok(())
+    folders::trouble(folder).map_or(Ok(()), |why| Err(Error::new(why)))
 }
 
-/// The path of a temporary folder that is in memory, if this machine has such a place for this user.
-pub fn scratch_place() -> PathBuf {
+/// Where a person's draft of secrets is while it is edited.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// A folder in which one of our own is made.
+    pub dir: PathBuf,
+    /// Whether it is in memory: it never reaches a disk, but for swap.
+    pub in_memory: bool,
+}
+
+/// The kernel's number for tmpfs (statfs(2)); ramfs is for root alone.
+const TMPFS: i128 = 0x0102_1994;
+
+/// A temporary folder that is in memory, if this machine has such a place for this user; else the usual one.
+pub fn scratch_place() -> Place {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|p| p.is_absolute());
-    let usable = |dir: &PathBuf| tempfile::tempfile_in(dir).is_ok();
-    let places = [Some(PathBuf::from("/dev/shm")), runtime];
-    places.into_iter().flatten().find(usable).unwrap_or_else(std::env::temp_dir)
+    let in_memory = |dir: &PathBuf| {
+        rustix::fs::statfs(dir).is_ok_and(|of| i128::from(of.f_type) == TMPFS)
+            && tempfile::tempfile_in(dir).is_ok()
+    };
+    let places = [Some(PathBuf::from("/dev/shm")), runtime, Some(std::env::temp_dir())];
+    match places.into_iter().flatten().find(in_memory) {
+        Some(dir) => Place { dir, in_memory: true },
+        None => Place { dir: std::env::temp_dir(), in_memory: false },
+    }
 }
 
 #[cfg(test)]
@@ -291,7 +283,7 @@ mod tests {
     #[test]
     #[ignore = "needs root: cargo test -- --ignored"]
     fn a_write_keeps_mode_and_owner_and_replaces_only_what_was_read() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in("/root").unwrap();
         let path = dir.path().join("new/ava.env");
         let mode = |p: &Path| fs_err::metadata(p).unwrap().mode() & 0o7777;
         assert_eq!(write(&path, &wanted(Some(b"x"), b"A=1")).unwrap(), Written::Changed);
@@ -310,7 +302,7 @@ mod tests {
     #[test]
     #[ignore = "needs root: cargo test -- --ignored"]
     fn nothing_is_read_or_written_through_a_link_or_a_folder_of_somebody_else() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in("/root").unwrap();
         let (secret, link) = (dir.path().join("s"), dir.path().join("link"));
         fs_err::write(&secret, "A=hunter2").unwrap();
         fs_err::os::unix::fs::symlink(&secret, &link).unwrap();
@@ -326,7 +318,7 @@ mod tests {
         let theirs = dir.path().join("theirs");
         fs_err::create_dir(&theirs).unwrap();
         std::os::unix::fs::chown(&theirs, Some(65534), None).unwrap();
-        refused(&theirs.join("ava.env"), "others than root");
+        refused(&theirs.join("ava.env"), "belongs to user 65534");
         assert_eq!(fs_err::read(&secret).unwrap(), b"A=hunter2");
     }
 }

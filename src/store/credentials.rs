@@ -70,6 +70,12 @@ impl fmt::Debug for Credentials {
     }
 }
 
+/// The files in which this user's credentials are looked for, whether they are there or not.
+pub fn files() -> [PathBuf; 2] {
+    let provider = Provider::new(Arc::new(crate::http::process_env), None);
+    [provider.credentials_file(), provider.config_file()]
+}
+
 /// Credentials that end within this time are looked up again.
 const REFRESH_SEC: i64 = 300;
 

@@ -1,14 +1,16 @@
 //! A directory as a bucket. Writes take a lock file, which gives compare-and-swap between processes, and go
 //! through [`crate::durable`], so that readers, who take no lock, see an object whole or not at all. A version
-//! is a hash of the content. It never touches a file outside its directory, and its own files (the lock,
-//! temporary ones) are never keys.
+//! is a hash of the content. It never touches a file outside its directory, whoever else may write there
+//! ([`beneath`]), and its own files (the lock, temporary ones) are never keys.
 
+use super::beneath::{self, Missing};
 use super::objects::{Download, Exact, Objects, Opened, Upload};
 use super::{ARCHIVE_PREFIX, Etag, Got, HOSTS_PREFIX, Store, StoreError, When};
-use crate::durable;
-use crate::effect;
+use crate::durable::opened::Folder;
 use crate::error::io_text;
-use fs_err::os::unix::fs::OpenOptionsExt;
+use crate::say::printable;
+use fs_err::File;
+use rustix::fs::FileType;
 use std::fs::TryLockError;
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -24,7 +26,7 @@ const LOCK_WAIT: Duration = Duration::from_secs(30);
 
 /// The lock, with a note in it of who has it: a hint for the person who waits.
 struct Held {
-    file: fs_err::File,
+    file: File,
     ours: bool,
 }
 
@@ -50,7 +52,8 @@ impl DirStore {
         DirStore { root: root.to_path_buf(), lock_wait: LOCK_WAIT }
     }
 
-    fn path(&self, key: &str) -> Result<PathBuf, StoreError> {
+    /// Refuses what cannot be a key.
+    fn checked(&self, key: &str) -> Result<(), StoreError> {
         let odd = |part: &str| part.is_empty() || part == "." || part == ".." || part.starts_with(OWN_PREFIX);
         if key.split('/').any(odd) || key.chars().any(char::is_control) {
             return Err(StoreError::Refused(format!(
@@ -58,7 +61,12 @@ impl DirStore {
                 self.url()
             )));
         }
-        Ok(self.root.join(key))
+        Ok(())
+    }
+
+    /// The store's folder; None when it is not there.
+    fn folder(&self) -> io::Result<Option<Folder>> {
+        missing_is_none(beneath::root(&self.root, Missing::Error))
     }
 
     fn failed(&self, verb: &str, key: &str, e: &io::Error) -> StoreError {
@@ -73,6 +81,8 @@ impl DirStore {
                     folder.display()
                 ))
             }
+            // Something stands there that is none of ours.
+            ErrorKind::InvalidData => StoreError::Refused(format!("{what}: {}", printable(&e.to_string()))),
             ErrorKind::StorageFull | ErrorKind::ReadOnlyFilesystem | ErrorKind::QuotaExceeded => {
                 StoreError::Refused(format!("{what}: {}", io_text(e)))
             }
@@ -92,20 +102,22 @@ impl DirStore {
     }
 
     /// The object's file with its size; None when there is none.
-    fn open(&self, key: &str) -> Result<Option<(fs_err::File, u64)>, StoreError> {
-        let path = self.path(key)?;
-        let opened = fs_err::File::open(&path).and_then(|file| {
-            let meta = file.metadata()?;
-            Ok((file, meta))
-        });
-        match opened {
-            Ok((file, meta)) if meta.is_file() => Ok(Some((file, meta.len()))),
-            // A folder is what the objects below it make of a key, no object.
-            Ok(_) => Ok(None),
-            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-            Err(e) if e.kind() == ErrorKind::NotADirectory && !self.root.is_file() => Ok(None),
-            Err(e) => Err(self.failed("read", key, &e)),
-        }
+    fn open(&self, key: &str) -> Result<Option<(File, u64)>, StoreError> {
+        self.checked(key)?;
+        let open = || -> io::Result<Option<(File, u64)>> {
+            let Some(root) = self.folder()? else { return Ok(None) };
+            let (folder, name) = match beneath::place(&root, key, Missing::Error) {
+                Ok(place) => place,
+                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                    return Ok(None);
+                }
+                Err(e) => return Err(e),
+            };
+            let Some(file) = beneath::object(&folder, name)? else { return Ok(None) };
+            let size = file.metadata()?.len();
+            Ok(Some((file, size)))
+        };
+        open().map_err(|e| self.failed("read", key, &e))
     }
 
     fn read(&self, key: &str, limit: u64) -> Result<Option<Vec<u8>>, StoreError> {
@@ -121,29 +133,13 @@ impl DirStore {
     }
 
     /// Takes the lock of all writers; dropping it gives it back.
-    fn lock(&self, verb: &str, key: &str) -> Result<Held, StoreError> {
+    fn lock(&self, root: &Folder, verb: &str, key: &str) -> Result<Held, StoreError> {
         let path = self.root.join(LOCK);
-        let opened = fs_err::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o664)
-            // Whoever else owns the folder could lead root to another file.
-            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
-            .open(&path);
-        if let Ok(file) = &opened {
+        let (file, ours) = beneath::lock(root, LOCK, 0o664).map_err(|e| self.failed(verb, key, &e))?;
+        if ours {
             // What cannot be changed stays as it was, and locks all the same.
-            drop(self.close_to_strangers(file));
+            drop(close_to_strangers(root, &file));
         }
-        let (file, ours) = match opened {
-            Ok(file) => (file, true),
-            // Another user made it; reading is all that flock(2) needs.
-            Err(e) if e.kind() == ErrorKind::PermissionDenied && path.exists() => {
-                (fs_err::File::open(&path).map_err(|e| self.failed(verb, key, &e))?, false)
-            }
-            Err(e) => return Err(self.failed(verb, key, &e)),
-        };
         // The kernel serves those who wait in their order, which asking again and again does not; the wait is
         // a thread's, so that it can be given up.
         let file = match file.file().try_lock() {
@@ -157,7 +153,7 @@ impl DirStore {
                     Ok(Ok(file)) => file,
                     Ok(Err(e)) => return Err(self.failed(verb, key, &e)),
                     Err(_) => {
-                        let holder = holder(&path);
+                        let holder = holder(root);
                         return Err(StoreError::Unreachable(format!(
                             "cannot {verb} {key} in {}: {} was held for {} s by {}; if that process hangs, end \
                              it ('fuser -v {1}' shows it)",
@@ -174,7 +170,12 @@ impl DirStore {
             // A note that is still there is of one who died with the lock, and maybe with half a write.
             if file.metadata().is_ok_and(|m| m.len() > 0) {
                 for folder in ["", HOSTS_PREFIX, ARCHIVE_PREFIX] {
-                    durable::sweep(&self.root.join(folder)).map_err(|e| self.failed(verb, key, &e))?;
+                    match beneath::folder_of(root, folder, Missing::Error).and_then(|folder| folder.sweep()) {
+                        Err(e) if !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                            return Err(self.failed(verb, key, &e));
+                        }
+                        Ok(()) | Err(_) => {}
+                    }
                 }
             }
             let program = std::env::args().next().unwrap_or_default();
@@ -184,52 +185,45 @@ impl DirStore {
         }
         Ok(Held { file, ours })
     }
+}
 
-    /// Whoever may open the lock may hold it: where only the folder's owner writes, nobody else opens it. A folder
-    /// that several users write to is theirs to share.
-    fn close_to_strangers(&self, lock: &fs_err::File) -> io::Result<()> {
-        let (folder, meta) = (fs_err::metadata(&self.root)?, lock.metadata()?);
-        if folder.mode() & 0o022 != 0 || !meta.is_file() || meta.nlink() != 1 {
-            return Ok(());
-        }
-        if meta.uid() != folder.uid() && rustix::process::geteuid().is_root() {
-            std::os::unix::fs::fchown(lock.file(), Some(folder.uid()), None)?;
-        }
-        if meta.mode() & 0o077 != 0 {
-            lock.file().set_permissions(std::fs::Permissions::from_mode(0o600))?;
-        }
-        Ok(())
-    }
-
-    /// Makes the folders above an object that are missing, the store's own included.
-    fn folders(&self, folder: &Path) -> io::Result<()> {
-        if folder.is_dir() {
-            return Ok(());
-        }
-        if let Some(above) = folder.parent() {
-            self.folders(above)?;
-            match fs_err::create_dir(folder) {
-                Ok(()) => {
-                    effect::point("made folder", folder.display());
-                    // Hosts read as users of their own, whatever the umask here.
-                    let mode = fs_err::metadata(folder)?.permissions().mode() | 0o755;
-                    fs_err::set_permissions(folder, std::fs::Permissions::from_mode(mode))?;
-                    fs_err::File::open(above)?.sync_all()?;
-                }
-                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
+fn missing_is_none<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
     }
 }
 
+/// Whoever may open the lock may hold it: nobody opens it who does not write to the folder. One that a group writes to is
+/// that group's to share, and one that everybody writes to is everybody's.
+fn close_to_strangers(root: &Folder, lock: &File) -> io::Result<()> {
+    let (folder, meta) = (rustix::fs::fstat(root)?, lock.metadata()?);
+    let mode = match folder.st_mode & 0o022 {
+        0 => 0o600,
+        0o020 => 0o660,
+        _ => 0o666,
+    };
+    if meta.uid() != folder.st_uid && rustix::process::geteuid().is_root() {
+        std::os::unix::fs::fchown(lock.file(), Some(folder.st_uid), None)?;
+    }
+    if mode == 0o660 && meta.gid() != folder.st_gid {
+        std::os::unix::fs::fchown(lock.file(), None, Some(folder.st_gid))?;
+    }
+    if meta.mode() & 0o777 != mode {
+        lock.set_permissions(std::fs::Permissions::from_mode(mode))?;
+    }
+    Ok(())
+}
+
 /// Who noted itself in a lock file, if it still runs: a process that is not ours may hold it without a note.
-fn holder(lock: &Path) -> Option<String> {
-    let note = fs_err::read_to_string(lock).ok()?;
+fn holder(root: &Folder) -> Option<String> {
+    const LONGEST_NOTE: u64 = 1000;
+    let mut note = String::new();
+    beneath::object(root, LOCK).ok()??.take(LONGEST_NOTE).read_to_string(&mut note).ok()?;
     let pid: u32 = note.strip_prefix("process ")?.split(' ').next()?.parse().ok()?;
     let runs = Path::new("/proc").join(pid.to_string()).exists();
-    runs.then(|| crate::say::printable(note.trim()).into_owned())
+    runs.then(|| printable(note.trim()).into_owned())
 }
 
 fn etag(bytes: &[u8]) -> Etag {
@@ -268,45 +262,56 @@ impl Store for DirStore {
     }
 
     fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
-        let path = self.path(key)?;
+        self.checked(key)?;
         let failed = |e: io::Error| self.failed("write", key, &e);
-        self.folders(&self.root).map_err(failed)?;
-        let _lock = self.lock("write", key)?;
+        let root = beneath::root(&self.root, Missing::Made).map_err(failed)?;
+        let _lock = self.lock(&root, "write", key)?;
         let holds = match when {
             // Nothing is made for a write that will not take place.
             When::Still(etag) => self.version(key)?.as_ref() == Some(etag),
-            When::Absent => !path.exists(),
+            When::Absent => {
+                match missing_is_none(beneath::place(&root, key, Missing::Error)).map_err(failed)? {
+                    Some((folder, name)) => folder.look(name).map_err(failed)?.is_none(),
+                    None => true,
+                }
+            }
             When::Always => true,
         };
         if !holds {
             return Err(self.changed(key));
         }
-        self.folders(path.parent().unwrap_or(&self.root)).map_err(failed)?;
+        let (folder, name) = beneath::place(&root, key, Missing::Made).map_err(failed)?;
         if *when == When::Absent {
             // Exact also where something writes here without the lock.
-            let made = durable::create_new(&path, bytes, 0o644).map_err(failed)?;
+            let made = folder.create_new(name, bytes, 0o644).map_err(failed)?;
             return if made { Ok(etag(bytes)) } else { Err(self.changed(key)) };
         }
-        durable::write(&path, bytes, 0o644).map_err(failed)?;
+        folder.write(name, bytes, 0o644).map_err(failed)?;
         Ok(etag(bytes))
     }
 
     fn delete(&self, key: &str) -> Result<(), StoreError> {
-        let path = self.path(key)?;
         // No folder, no lock, no object.
         if self.open(key)?.is_none() {
             return Ok(());
         }
-        let _lock = self.lock("delete", key)?;
         let failed = |e: io::Error| self.failed("delete", key, &e);
-        durable::remove(&path).map_err(failed)?;
+        let Some(root) = self.folder().map_err(failed)? else { return Ok(()) };
+        let _lock = self.lock(&root, "delete", key)?;
+        let Some((folder, name)) =
+            missing_is_none(beneath::place(&root, key, Missing::Error)).map_err(failed)?
+        else {
+            return Ok(());
+        };
+        folder.remove(name).map_err(failed)?;
         // A folder is there for what is in it; writers make theirs under the lock, too.
-        for folder in path.ancestors().skip(1).take_while(|p| *p != self.root) {
-            match fs_err::remove_dir(folder) {
-                Ok(()) => {}
-                Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::NotFound) => break,
-                Err(e) => return Err(failed(e)),
+        let mut above = key;
+        while let Some((folder, _)) = above.rsplit_once('/') {
+            let (parent, name) = beneath::place(&root, folder, Missing::Error).map_err(failed)?;
+            if !parent.remove_folder(name).map_err(failed)? {
+                break;
             }
+            above = folder;
         }
         Ok(())
     }
@@ -316,31 +321,31 @@ impl Store for DirStore {
         // Only the folder that the prefix names is walked.
         let folder = prefix.rsplit_once('/').map_or("", |(folder, _)| folder);
         if !folder.is_empty() {
-            self.path(folder)?;
+            self.checked(folder)?;
         }
         let mut folders = vec![folder.to_string()];
         let mut keys = Vec::new();
+        let Some(root) = self.folder().map_err(failed)? else { return Ok(keys) };
         while let Some(folder) = folders.pop() {
-            let entries = match fs_err::read_dir(self.root.join(&folder)) {
-                Ok(entries) => entries,
+            let opened = beneath::folder_of(&root, &folder, Missing::Error);
+            let (opened, names) = match opened.and_then(|opened| opened.names().map(|names| (opened, names)))
+            {
+                Ok(found) => found,
                 // Also one that went away while we walked.
                 Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => continue,
                 Err(e) => return Err(failed(e)),
             };
-            for entry in entries {
-                let entry = entry.map_err(failed)?;
-                // What is not UTF-8 was not written here.
-                let Ok(name) = entry.file_name().into_string() else { continue };
+            for name in names {
                 if name.starts_with(OWN_PREFIX) {
                     continue;
                 }
+                let Some(stat) = opened.look(&name).map_err(failed)? else { continue };
                 let key = if folder.is_empty() { name } else { format!("{folder}/{name}") };
-                match entry.path().metadata() {
-                    Ok(meta) if meta.is_dir() => folders.push(key),
-                    Ok(_) if key.starts_with(prefix) => keys.push(key),
-                    Ok(_) => {}
-                    Err(e) if e.kind() == ErrorKind::NotFound => {}
-                    Err(e) => return Err(failed(e)),
+                match FileType::from_raw_mode(stat.st_mode) {
+                    FileType::Directory => folders.push(key),
+                    FileType::RegularFile if key.starts_with(prefix) => keys.push(key),
+                    // What is neither is no object.
+                    _ => {}
                 }
             }
         }
@@ -368,16 +373,16 @@ impl Objects for DirStore {
     /// Where a killed writer's halves are swept, the lock is held while it is written, as by every other write.
     /// Elsewhere it is not: large files come many at a time, and a rename needs no lock.
     fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
-        let path = self.path(key)?;
+        self.checked(key)?;
         let failed = |e: io::Error| self.failed("write", key, &e);
         let source = (upload.open)().map_err(failed)?;
         let mut source = Exact::new(source.take(upload.length), upload.length).map_err(failed)?;
-        self.folders(&self.root).map_err(failed)?;
+        let root = beneath::root(&self.root, Missing::Made).map_err(failed)?;
         let folder = key.rsplit_once('/').map_or("", |(folder, _)| folder);
         let swept = ["", HOSTS_PREFIX, ARCHIVE_PREFIX].iter().any(|f| f.trim_end_matches('/') == folder);
-        let _lock = if swept { Some(self.lock("write", key)?) } else { None };
-        self.folders(path.parent().unwrap_or(&self.root)).map_err(failed)?;
-        durable::write_from(&path, &mut source, 0o644).map_err(failed)
+        let _lock = if swept { Some(self.lock(&root, "write", key)?) } else { None };
+        let (folder, name) = beneath::place(&root, key, Missing::Made).map_err(failed)?;
+        folder.write_from(name, &mut source, 0o644).map_err(failed)
     }
 }
 
@@ -472,7 +477,7 @@ mod tests {
         let (_dir, mut store) = store();
         store.put("k", b"one", &When::Always).unwrap();
         store.lock_wait = Duration::from_millis(30);
-        let held = store.lock("write", "k").unwrap();
+        let held = store.lock(&store.folder().unwrap().unwrap(), "write", "k").unwrap();
         let error = store.put("k", b"two", &When::Always).unwrap_err();
         assert!(matches!(error, StoreError::Unreachable(_)));
         let (text, pid) = (error.to_string(), format!("process {} ", std::process::id()));
@@ -499,7 +504,10 @@ mod tests {
         fs_err::remove_file(&lock).unwrap();
         folder(0o775);
         store.put("k", b"three", &When::Always).unwrap();
-        assert_eq!(mode(&lock) & 0o444, 0o444, "others who write here must be able to take it");
+        assert_eq!(mode(&lock), 0o660, "others who write here must be able to take it, and nobody else");
+        folder(0o777);
+        store.put("k", b"three", &When::Always).unwrap();
+        assert_eq!(mode(&lock), 0o666);
         // Its owner may put anything into a folder: a link leads nowhere.
         let victim = store.root.join("victim");
         fs_err::write(&victim, "precious").unwrap();

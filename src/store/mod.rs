@@ -2,6 +2,7 @@
 //! relative path (`manifest.json`, `manifests/…`, `hosts/HOST.json`). Every write can be conditional; that is
 //! all the coordination the product has.
 
+mod beneath;
 pub mod codes;
 pub mod credentials;
 pub mod dir;

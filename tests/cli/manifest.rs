@@ -276,6 +276,52 @@ fn every_mistake_is_one_line_and_changes_nothing() {
     }
 }
 
+/// Its folder may be somebody else's, who puts there what he likes, and root reads and writes it.
+#[test]
+fn what_is_no_regular_file_in_a_store_is_named_and_neither_waited_for_nor_followed() {
+    let bench = Bench::new();
+    bench.ok(&["init"]);
+    let elsewhere = bench.dir.path().join("elsewhere");
+    fs_err::create_dir(&elsewhere).unwrap();
+    fs_err::write(elsewhere.join(".omni-deploy-a1b2c3"), "precious").unwrap();
+    // A note of one who died holding the lock has the folders swept.
+    let add = [
+        "add-service",
+        r#"{"name": "ava", "artifact": {"storePath": "/nix/store/placeholder"}, "hosts": ["biz"]}"#,
+    ];
+    let refused = |said: &str| {
+        let output = bench.command(&add).deadline(std::time::Duration::from_secs(60)).output().unwrap();
+        assert_eq!(output.status, Status::Exit(1), "{}", output.stderr);
+        assert!(output.stderr.contains(said), "{said}: {}", output.stderr);
+        let left: Vec<_> = fs_err::read_dir(&elsewhere).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, [".omni-deploy-a1b2c3"]);
+    };
+    let archive = bench.store().join("manifests");
+    fs_err::write(bench.store().join(".omni-deploy.lock"), "process 4194305 (gone)\n").unwrap();
+    fs_err::os::unix::fs::symlink(&elsewhere, &archive).unwrap();
+    refused("/store/manifests is a symbolic link, where a folder should be");
+    fs_err::remove_file(&archive).unwrap();
+
+    let manifest = bench.store().join("manifest.json");
+    let good = fs_err::read(&manifest).unwrap();
+    fs_err::write(elsewhere.join(".omni-deploy-a1b2c3"), &good).unwrap();
+    fs_err::remove_file(&manifest).unwrap();
+    Run::new("mkfifo").arg(&manifest).success().unwrap();
+    refused("manifest.json is a pipe (FIFO), where a regular file should be; remove it: rm ");
+    fs_err::remove_file(&manifest).unwrap();
+    fs_err::os::unix::fs::symlink(elsewhere.join(".omni-deploy-a1b2c3"), &manifest).unwrap();
+    refused("manifest.json is a symbolic link");
+    fs_err::remove_file(&manifest).unwrap();
+    fs_err::write(&manifest, good).unwrap();
+
+    let lock = bench.store().join(".omni-deploy.lock");
+    fs_err::remove_file(&lock).unwrap();
+    Run::new("mkfifo").arg(&lock).success().unwrap();
+    refused(".omni-deploy.lock is");
+    fs_err::remove_file(&lock).unwrap();
+    bench.ok(&add);
+}
+
 #[test]
 fn a_service_without_hosts_needs_default_hosts() {
     let bench = Bench::new();

@@ -643,6 +643,7 @@ fn a_build_that_fails_publishes_nothing_and_says_so() {
     for (script, says) in [
         ("echo boom >&2; exit 7", "exit code 7: boom"),
         ("echo done", "printed no store path"),
+        (&format!("echo STORE_PATH={absent} >&2"), "what it says on stderr is not believed"),
         ("echo STORE_PATH=/nix/store/x", "is not a store path"),
         (&format!("echo STORE_PATH={absent}"), "is not valid in this machine's Nix store"),
         (&format!("echo {absent}/bin/ava"), "points below a store path"),

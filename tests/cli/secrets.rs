@@ -25,7 +25,10 @@ struct Machine {
 impl Machine {
     /// Ava on `hosts`, with a secrets file that is not there yet.
     fn new(hosts: &[&str]) -> Self {
-        let machine = Machine { dir: tempfile::tempdir().unwrap() };
+        // Secrets are root's all the way up, which what is below /tmp is not.
+        let root = rustix::process::geteuid().is_root();
+        let dir = if root { tempfile::tempdir_in("/var/lib") } else { tempfile::tempdir() };
+        let machine = Machine { dir: dir.unwrap() };
         let ava = json!({"name": "ava", "artifact": {"storePath": AVA}, "hosts": hosts, "envFile": machine.secrets()});
         let keyed = json!({"name": "keyed", "artifact": {"storePath": AVA}, "hosts": ["biz"],
             "envFile": machine.secrets(), "credentials": {"key": machine.path("secrets/keyed.key")}});
@@ -202,6 +205,18 @@ fn check_tells_names_and_remedies_and_never_a_value() {
     machine.has_secrets(&format!("A=1\nexport TOKEN={MARK}\n{MARK}\n"));
     let off = machine.bad(&["secrets", "check", "ava", "--host", "two"], 3, "line 2 ");
     assert!(off.text().contains("line 3 ") && !off.text().contains("TOKEN"), "{}", off.text());
+    // However well the file is kept, whoever may change a folder above it may put another in its place.
+    machine.has_secrets("A=1");
+    let above = machine.dir.path();
+    let folder = |mode| fs_err::set_permissions(above, std::fs::Permissions::from_mode(mode)).unwrap();
+    for (mode, remedy) in [(0o775, "run: chmod go-w"), (0o1777, "keep the file in /var/lib/deployer-secrets")]
+    {
+        folder(mode);
+        let told = machine.bad(&["secrets", "check", "ava", "--host", "biz"], 3, remedy).text();
+        assert!(told.contains(&format!("{} ", above.display())), "{told}");
+    }
+    folder(0o700);
+    machine.good(&["secrets", "check", "ava"]);
     fs_err::remove_file(&file).unwrap();
     machine.bad(&["secrets", "check", "ava"], 3, "is missing; make it: install -m 600");
     fs_err::os::unix::fs::symlink(machine.path("elsewhere"), &file).unwrap();
@@ -278,6 +293,39 @@ fn an_edit_goes_over_stdin_into_the_same_file_whole_and_leaves_nothing_behind() 
     machine.script("editor", "sed -i s/newer/newest/ $1");
     machine.good(&["secrets", "edit", "ava", "--restart"]);
     assert!(noted("systemctl").contains("start -- deployer.service\n"));
+}
+
+#[test]
+#[ignore = "needs root: cargo test -- --ignored"]
+fn vim_is_told_to_keep_nothing_of_a_secret_by_whatever_name_it_is_called() {
+    let machine = Machine::new(&["biz"]);
+    let dir = machine.dir.path().display();
+    let body = format!("printf '%s ' \"$@\" >{dir}/called; for draft; do :; done; echo B=2 >>\"$draft\"");
+    machine.has_secrets("A=1\n");
+    machine.script("vim.basic", &body);
+    fs_err::os::unix::fs::symlink(machine.path("vim.basic"), machine.path("vi")).unwrap();
+    machine.script("nano", &body);
+    for (editor, quiet) in [("vi", true), ("vim.basic", true), ("nano", false)] {
+        let run = machine.run(&["secrets", "edit", "ava"]).env("EDITOR", format!("{dir}/{editor} -R"));
+        let output = run.output().unwrap();
+        assert_eq!(exit(&output), 0, "{}", output.stderr);
+        let called = fs_err::read_to_string(machine.path("called")).unwrap();
+        let told =
+            called.starts_with("-n -i NONE -c silent! set noundofile nobackup nowritebackup viminfo= -R ");
+        assert_eq!(told, quiet, "{editor}: {called}");
+    }
+}
+
+#[test]
+#[ignore = "needs root: cargo test -- --ignored"]
+fn a_lock_on_the_folder_which_anybody_may_hold_keeps_nobody_from_an_edit() {
+    let machine = Machine::new(&["biz"]);
+    machine.has_secrets("A=1\n");
+    let folder = fs_err::File::open(machine.path("secrets")).unwrap();
+    folder.file().lock().unwrap();
+    machine.script("editor", "echo B=2 >>$1");
+    machine.good(&["secrets", "edit", "ava"]);
+    assert_eq!(machine.text(), "A=1\nB=2\n");
 }
 
 #[test]

@@ -247,6 +247,18 @@ fn live_asks_every_host_and_says_which_do_not_answer() {
 }
 
 /// What a host answers that is asked what runs now.
+#[test]
+fn a_host_that_never_stops_talking_is_cut_off_and_said() {
+    let machine = Machine::with_ava(&["biz"]);
+    for endless in ["yes", "cat /dev/zero"] {
+        let ssh = machine.ssh(&format!("exec {endless}"));
+        let output = machine.call(&["status", "--live", "--ssh", &ssh]);
+        assert_eq!(exit(&output), 3, "{}", output.stderr);
+        let told = output.text();
+        assert!(told.contains("more than 16777216 bytes, which were not read"), "{endless}: {told}");
+    }
+}
+
 fn answer(host: &str, unit: Value, deployer: Value, timer: &str) -> Value {
     let well = json!({"load": "loaded", "active": "active", "sub": "running", "result": "success", "exitStatus": 0,
         "restarts": 0, "mainPid": 7, "started": now(-3600)});

@@ -99,6 +99,73 @@ fn a_secret_is_nowhere_but_in_its_file_and_its_process() {
     assert_eq!(processes, format!("/proc/{pid}/environ"));
 }
 
+/// What a program says that cannot log in. Not MARK, which may be in no log.
+const SAID: &str = "tr0ub4dor-hq9kxr5rmq0p";
+
+#[test]
+fn the_last_words_of_a_release_that_fails_are_roots_to_read() {
+    let host = host();
+    host.sh(&format!("echo 'PASSWORD={SAID}' >>/var/lib/deployer-secrets/web.env"));
+    let leaky = host.sh("dir=$(mktemp -d)/web-leaky; mkdir -p $dir/bin; cat >$dir/bin/web <<'EOF'
+#!/bin/sh
+echo \"fatal: postgres://app:$PASSWORD@db does not answer\"; exit 3
+EOF
+         chmod 755 $dir/bin/web; nix-store --add $dir");
+    host.update("web", &leaky);
+    host.passes_with(3);
+    let report = "/var/lib/omni-deploy/hosts/solo.json";
+    let his = [
+        "journalctl --no-pager -u web; cat /var/lib/deployer/*.json".into(),
+        format!("cat {report}"),
+        "deployer state; deployer state --json; deployer state --live --json; omni-deploy status; omni-deploy status --live".into(),
+    ];
+    let he_learns_nothing = |when: &str| {
+        for script in &his {
+            let got = gets(&host, script);
+            assert!(!got.contains(SAID) && !got.trim().is_empty(), "{when}: {script}: {got}");
+        }
+        assert!(!host.sh(&format!("cat {report}")).contains(SAID), "{when}");
+    };
+    let root_reads = |when: &str| {
+        for command in [
+            "deployer state",
+            "deployer state --json",
+            "deployer state --live --json",
+            "omni-deploy status --live",
+        ] {
+            let told = host.try_sh(command).text();
+            assert!(told.contains(SAID), "{when}: {command}: {told}");
+        }
+        assert_eq!(host.sh("stat -c %a:%U /var/lib/deployer/lines.json"), "600:root", "{when}");
+    };
+    he_learns_nothing("after the release");
+    root_reads("after the release");
+    assert!(gets(&host, "deployer state").contains("sudo deployer state"));
+
+    // As a program before this one left it, everywhere.
+    let lines = format!("[\"password {SAID}\"]");
+    host.sh(&format!(
+        "cd /var/lib/deployer; rm lines.json; jq '.services.web.failure.journal = {lines}' state.json >/root/old
+         cat /root/old >state.json; cat /root/old >{report}"
+    ));
+    assert!(gets(&host, "cat /var/lib/deployer/state.json").contains(SAID));
+    host.passes_with(3);
+    he_learns_nothing("after the upgrade");
+    root_reads("after the upgrade");
+
+    // Who wants them in the bucket gets them without what is in the secrets file.
+    let config = "/etc/omni-deploy/config.json";
+    host.sh(&format!("cp {config} /root/config; jq '.reportLines = true' /root/config >{config}"));
+    assert!(host.try_sh("deployer run --retry web").status == omni_deploy::runner::Status::Exit(3));
+    let told = host.sh(&format!("cat {report}"));
+    assert!(told.contains("fatal: *** does not answer") || told.contains("postgres://app:***@db"), "{told}");
+    he_learns_nothing("with lines in the report");
+    host.sh(&format!("cp /root/config {config}"));
+    host.update("web", &host.closure("web", "two", ""));
+    host.good_pass();
+    host.sh("test ! -e /var/lib/deployer/lines.json");
+}
+
 #[test]
 fn a_line_that_systemd_would_write_to_the_journal_starts_nothing() {
     let host = host();
@@ -131,6 +198,7 @@ fn he_holds_nothing_up_and_plants_nothing() {
         let held = mallory(&host, &format!("flock --nonblock {lock} true"));
         assert!(!held.status.ok() && held.stderr.contains("Permission denied"), "{lock}: {}", held.stderr);
     }
+    assert_eq!(host.sh("find /run/omni-deploy -type f -name '*lock*' ! -perm 600"), "");
     // He holds whatever else he can open of ours, for as long as a pass, a push and an edit take.
     let mut holder = Background::start(
         "exec 3<&0; \"$@\" <&3 3<&-",

@@ -32,7 +32,8 @@ fn a_refused_version_is_tried_again_only_when_something_that_goes_into_it_change
             (&failure["attempted"], &host.service("web")["status"]),
             (&json!(two), &json!("rejected"))
         );
-        assert!(failure["journal"].to_string().contains("cannot open the database"), "{failure}");
+        let lines = host.sh("deployer state --json | jq .services.web.failure.journal");
+        assert!(lines.contains("cannot open the database"), "{failure}: {lines}");
         let pass = host.passes_with(3);
         assert!(!pass.said.contains("starting"), "after {when}: {}", pass.said);
     };

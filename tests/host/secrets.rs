@@ -48,8 +48,11 @@ fn a_developer_edits_secrets_on_a_host_and_they_pass_through_nothing_else() {
     let started = host.invocation("ava");
     developer.write("editor", "trap got=1 INT\ntouch open\nwhile [ -z \"$got\" ]; do sleep 0.05; done\nsed -i s/one/$(cat mark)/ \"$1\"\n");
     developer.write("mark", &mark);
-    host.sh("systemd-run --quiet --unit=hold flock /var/lib/deployer-secrets sleep 60
-         until [[ $(flock --nonblock /var/lib/deployer-secrets true; echo $?) == 1 ]]; do sleep 0.1; done");
+    host.sh(
+        "lock=/run/omni-deploy/folder-$(printf %s /var/lib/deployer-secrets | sha256sum | cut -c1-16).lock
+         systemd-run --quiet --unit=hold flock $lock sleep 60
+         until [[ $(flock --nonblock $lock true; echo $?) == 1 ]]; do sleep 0.1; done",
+    );
     developer.types(
         "rm -f open typescript; (until [ -e open ]; do sleep 0.1; done; printf '\\003'
               until grep -qs y/N typescript; do sleep 0.1; done; printf 'y\\n'

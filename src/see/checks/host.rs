@@ -600,7 +600,7 @@ mod tests {
     #[test]
     #[ignore = "needs root: cargo test -- --ignored"]
     fn a_secrets_file_that_others_reach_comes_with_the_line_to_type() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in("/root").unwrap();
         let file = dir.path().join("ava.env");
         let link = dir.path().join("link.env");
         let secret_file = |path: &Path, form| {

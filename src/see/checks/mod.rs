@@ -1,6 +1,7 @@
 //! The checks of `doctor`: each looks a fact up for real and says what to do when it is not as it must be.
-//! [`machine`] is for every machine, [`host`] for those that a deployer works on. Nothing is repaired here.
+//! [`machine`] and [`credentials`] are for every machine, [`host`] for those that a deployer works on. Nothing is repaired here.
 
+pub mod credentials;
 pub mod host;
 pub mod machine;
 
