@@ -264,12 +264,19 @@ impl Belief {
     ) -> Result<Manifest, String> {
         let url = store.url();
         let _note = noted.map(|(root, etag)| Reading::begin(root, &url, etag));
-        if !self.trusted.is_empty()
-            && let Some(Err(why)) = signature::verify(bytes, &store.identity(), &self.trusted)
-        {
-            return Err(format!("the manifest in {url} is refused: {why}; {SIGN}"));
+        let refused = |why: &str| format!("the manifest in {url} is refused: {why}; {SIGN}");
+        let signed = match self.trusted.is_empty() {
+            true => None,
+            false => Some(signature::verify(bytes, &store.identity(), &self.trusted)),
+        };
+        if let Some(Some(Err(why))) = &signed {
+            return Err(refused(why));
         }
-        parse::manifest(bytes, Mode::Tolerant).map_err(|e| match e.is_newer_version() {
+        let read = parse::manifest(bytes, Mode::Tolerant);
+        if let (Some(None), Ok(_)) = (&signed, &read) {
+            return Err(refused("it cannot be told who signed it"));
+        }
+        read.map_err(|e| match e.is_newer_version() {
             true => format!("the manifest in {url} cannot be used: {e}"),
             false => format!(
                 "the manifest in {url} cannot be used: {e}; publish a good one ('deploy-manifest rollback')"
@@ -286,7 +293,7 @@ impl Belief {
         Some(format!("{why}; {SIGN}"))
     }
 
-    /// Why it is not obeyed: its signature, or that it is an old one put back. `kept` is the last good one, which
+    /// Why one that [`Belief::read`] read is not obeyed: it is an old one put back. `kept` is the last good one, which
     /// remembers the serial when the state is lost.
     fn objection(
         &self,
@@ -295,9 +302,6 @@ impl Belief {
         store: &dyn Store,
         kept: Option<&[u8]>,
     ) -> Option<String> {
-        if let Some(why) = self.doubt(bytes, manifest, store) {
-            return Some(why);
-        }
         let serial = manifest.serial;
         if self.accept == Some(serial) {
             return None;
