@@ -64,6 +64,9 @@ network() {
 cat >"$dev_root/tmp/many.nix" <<'NIX'
 { salt, top }:
 let
+  # A list, so that each is made once.
+  parts = builtins.genList part 300;
+  named = map (builtins.elemAt parts);
   part = i: derivation {
     name = if i == 299 then "many" else "part-${toString i}";
     system = builtins.currentSystem;
@@ -71,12 +74,11 @@ let
     PATH = "/usr/bin:/bin";
     inherit salt;
     top = if i == 299 then top else "";
-    refs = if i == 299 then map part [ 298 297 296 295 250 200 150 100 50 ]
-      else if i < 25 then [ ] else map part [ (i - 24) (i - i / 25 - 24) ];
-    all = if i == 299 then builtins.genList part 299 else [ ];
-    args = [ "-c" "mkdir -p $out/bin; echo $salt $top $refs $all >$out/refs; seq 1 1000 >$out/data; if [ $name = many ]; then printf '#!/bin/sh\n# %s %s\nexec sleep 1000000\n' $salt $top >$out/bin/many; chmod 755 $out/bin/many; fi" ];
+    refs = if i == 299 then named (builtins.genList (n: n) 299)
+      else if i < 25 then [ ] else named [ (i - 24) (i - 24 - i / 25) ];
+    args = [ "-c" "mkdir -p $out/bin; echo $salt $top $refs >$out/refs; seq 1 1000 >$out/data; if [ $name = many ]; then printf '#!/bin/sh\n# %s %s\nexec sleep 1000000\n' $salt $top >$out/bin/many; chmod 755 $out/bin/many; fi" ];
   };
-in part 299
+in builtins.elemAt parts 299
 NIX
 cat >"$dev_root/tmp/large.nix" <<'NIX'
 { salt }:

@@ -16,9 +16,6 @@ use super::{Etag, EtagForm, Got, Keys, Store, StoreError, When};
 use crate::clock::{Timestamp, human_seconds};
 use crate::http::{self, Again, GaveUp, Limits, RealPace, Retry, Trouble};
 use crate::say::printable;
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
-use ring::digest::Context as Context256;
 use rusoto_core::credential::{AwsCredentials, StaticProvider};
 use rusoto_core::request::{DispatchSignedRequestFuture, HttpResponse};
 use rusoto_core::signature::SignedRequest;
@@ -29,19 +26,17 @@ use rusoto_s3::{
 use std::cell::Cell;
 use std::fmt;
 use std::future::Future;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
+use ureq::AsSendBody;
 use ureq::http::{HeaderMap, Request};
-use ureq::{AsSendBody, SendBody};
 
 /// The largest object that one PUT can carry, in bytes (S3's limit: 5 GiB).
 pub const MAX_SINGLE_PUT: u64 = 5 << 30;
 
-/// Up to this size a streamed write is read first and sent like any other, with retries.
-const SMALL: u64 = 1 << 20;
 const ERROR_LIMIT: u64 = 64 << 10;
 const PAGE_LIMIT: u64 = 16 << 20;
 
@@ -74,20 +69,6 @@ pub struct ObjectHead {
     pub content_type: Option<String>,
     /// Its version.
     pub etag: Option<Etag>,
-}
-
-/// An object, or a part of it, on its way.
-pub struct ObjectStream {
-    /// 200, 206 (a part) or 416 (no such part; the body is empty).
-    pub status: u16,
-    /// How many bytes come, if the store says so.
-    pub content_length: Option<u64>,
-    /// `Content-Range` as the store gave it.
-    pub content_range: Option<String>,
-    /// `Content-Type` as the store gave it.
-    pub content_type: Option<String>,
-    /// The bytes. An error of reading means that the rest is missing.
-    pub body: Box<dyn Read + Send>,
 }
 
 /// The store in a bucket. May be used by several threads at once; they share its connections.
@@ -199,8 +180,6 @@ enum Fault {
     TooLarge(u64),
     /// What was to be sent could not be read.
     Source(String),
-    /// What the store wants was learnt only when the bytes were gone: the next write has it.
-    Late(Box<Fault>),
 }
 
 impl Fault {
@@ -628,125 +607,12 @@ impl S3Store {
         }
     }
 
-    /// Reads an object as it comes; `range` is a `Range` header's value. None when it is missing.
-    pub fn read_stream(&self, key: &str, range: Option<&str>) -> Result<Option<ObjectStream>, StoreError> {
-        let request = GetObjectRequest { range: range.map(str::to_string), ..self.get_request(key) };
-        let read = |answer: Answer| {
-            answer.etag()?;
-            Ok(ObjectStream {
-                status: answer.status,
-                content_length: answer.length(),
-                content_range: answer.header("content-range"),
-                content_type: answer.header("content-type"),
-                body: Box::new(answer.body),
-            })
-        };
-        match self.object(&request, |_| Patience { answer: LIMITS.answer, ..Patience::STREAM }, read) {
-            Ok(stream) => Ok(Some(stream)),
-            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NoObject) => Ok(None),
-            Err(GaveUp { error: Fault::Refusal(refusal), .. }) if refusal.meaning() == Meaning::NoRange => {
-                Ok(Some(ObjectStream {
-                    status: 416,
-                    content_length: Some(0),
-                    content_range: header(&refusal.headers, "content-range"),
-                    content_type: None,
-                    body: Box::new(io::empty()),
-                }))
-            }
-            Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
-        }
-    }
-
-    /// Writes an object of exactly `length` bytes as it comes, whatever is there. A small one is read first
-    /// and retried like any write; of a larger one nothing is retried once a byte of `body` was taken, which
-    /// happens only when the store has said that it wants it (`Expect: 100-continue`).
-    pub fn write_stream(
-        &self,
-        key: &str,
-        length: u64,
-        content_type: Option<&str>,
-        body: &mut dyn Read,
-    ) -> Result<(), StoreError> {
-        if length > MAX_SINGLE_PUT {
-            return Err(self.too_large_to_write(key, length));
-        }
-        let content_type = content_type.unwrap_or("application/octet-stream");
-        let mut source = Source::new(body, length);
-        let result = if length <= SMALL {
-            let mut bytes = Vec::with_capacity(length as usize);
-            match source.read_to_end(&mut bytes) {
-                Ok(_) => self.put_bytes(key, content_type, &bytes, None).map(drop),
-                Err(e) => {
-                    Err(GaveUp { error: Fault::Source(e.to_string()), tries: 1, after: Duration::ZERO })
-                }
-            }
-        } else {
-            self.write_large(key, content_type, &mut source)
-        };
-        result.map_err(|gave_up| self.told(Verb::Write, key, gave_up))
-    }
-
     fn too_large_to_write(&self, key: &str, length: u64) -> StoreError {
         StoreError::Refused(format!(
             "cannot write {key} to {}: it has {length} bytes and one PUT carries {MAX_SINGLE_PUT}; split the \
              store path's content over several, or use a cache that is not s3://",
             self.url()
         ))
-    }
-
-    fn write_large(
-        &self,
-        key: &str,
-        content_type: &str,
-        source: &mut Source<'_>,
-    ) -> Result<(), GaveUp<Fault>> {
-        let length = source.left.to_string();
-        let taken = Cell::new(false);
-        let given = Cell::new(Wants::default());
-        let mut spooled: Option<Spooled> = None;
-        let attempt = |_| {
-            let wants = self.wants();
-            given.set(wants);
-            let mut request = self.put_request(key, content_type, None);
-            if wants.checksum {
-                // It goes ahead of the bytes, which therefore wait in a file.
-                let spooled = match &mut spooled {
-                    Some(spooled) => spooled,
-                    None => spooled.insert(Spooled::of(source).map_err(|e| Fault::Source(e.to_string()))?),
-                };
-                request.add_header("x-amz-sdk-checksum-algorithm", "SHA256");
-                request.add_header("x-amz-checksum-sha256", &spooled.sha256);
-            }
-            self.sign(&mut request, wants)?;
-            let mut extra = vec![("content-length", length.as_str())];
-            if !wants.no_expect {
-                extra.push(("expect", "100-continue"));
-            }
-            let sent = match &mut spooled {
-                Some(Spooled { file, .. }) => {
-                    file.rewind().map_err(|e| Fault::Source(e.to_string()))?;
-                    let body = SendBody::from_reader(file);
-                    exchange(&self.agent, &request, &extra, body, Patience::STREAM)
-                }
-                None => {
-                    let body = SendBody::from_reader(source);
-                    exchange(&self.agent, &request, &extra, body, Patience::STREAM)
-                }
-            };
-            taken.set(source.taken && spooled.is_none());
-            match (sent.and_then(Answer::written), source.failed.take()) {
-                (Err(_), Some(why)) => Err(Fault::Source(why)),
-                (Err(fault), None) if taken.get() && self.learns(&fault, wants) => {
-                    Err(Fault::Late(Box::new(fault)))
-                }
-                (sent, _) => sent.map(drop),
-            }
-        };
-        RETRY.run(&RealPace::default(), attempt, |fault| match taken.get() {
-            true => Again::No,
-            false if self.learns(fault, given.get()) => Again::Yes,
-            false => fault.again(),
-        })
     }
 
     /// The error of an operation, in one line.
@@ -765,15 +631,6 @@ impl S3Store {
             )),
             Fault::Source(why) => {
                 StoreError::Unreachable(format!("{what}: its content could not be read: {why}; run it again"))
-            }
-            Fault::Late(fault) => {
-                let said = match *fault {
-                    Fault::Refusal(refusal) => refusal.said(),
-                    _ => String::new(),
-                };
-                StoreError::Unreachable(format!(
-                    "{what}: {place} wants it sent in another way ({said}); send it again"
-                ))
             }
             Fault::Garbage(how) => StoreError::Refused(format!(
                 "{what}: {place} answers {how}, which is not S3; check the store's endpoint and the proxy"
@@ -919,40 +776,16 @@ fn signing(c: &Credentials) -> AwsCredentials {
     AwsCredentials::new(c.id.clone(), c.secret.clone(), c.token.clone(), None)
 }
 
-/// The bytes of a large write, held in a file without a name, and their SHA-256 in base64.
-struct Spooled {
-    file: tempfile::SpooledTempFile,
-    sha256: String,
-}
-
-impl Spooled {
-    fn of(source: &mut Source<'_>) -> io::Result<Self> {
-        let mut file = tempfile::spooled_tempfile(0);
-        let mut sum = Context256::new(&ring::digest::SHA256);
-        let mut buffer = vec![0; 1 << 16];
-        loop {
-            let read = source.read(&mut buffer)?;
-            if read == 0 {
-                break;
-            }
-            sum.update(&buffer[..read]);
-            file.write_all(&buffer[..read])?;
-        }
-        Ok(Spooled { file, sha256: BASE64.encode(sum.finish()) })
-    }
-}
-
 /// Exactly as many bytes as were promised, and what became of them.
 struct Source<'a> {
     inner: &'a mut dyn Read,
     left: u64,
-    taken: bool,
     failed: Option<String>,
 }
 
 impl<'a> Source<'a> {
     fn new(inner: &'a mut dyn Read, length: u64) -> Self {
-        Source { inner, left: length, taken: false, failed: None }
+        Source { inner, left: length, failed: None }
     }
 }
 
@@ -961,7 +794,6 @@ impl Read for Source<'_> {
         if self.left == 0 || buffer.is_empty() {
             return Ok(0);
         }
-        self.taken = true;
         let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
         let read = match self.inner.read(&mut buffer[..most]) {
             // Passed on as the end, it would be waited for until the store gives up.
@@ -1336,7 +1168,7 @@ mod tests {
     fn a_source_gives_what_was_promised_or_fails() {
         let source = |left, text: &'static str| {
             let mut inner = text.as_bytes();
-            let mut source = Source { inner: &mut inner, left, taken: false, failed: None };
+            let mut source = Source { inner: &mut inner, left, failed: None };
             let mut got = String::new();
             let result = source.read_to_string(&mut got).map(drop);
             (result.is_ok(), got, source.failed.is_some())

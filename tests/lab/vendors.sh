@@ -36,7 +36,19 @@ end_server() {
 }
 trap 'end_server; rm -rf --one-file-system "$WORK"' EXIT
 
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+# One that is free now, and the one 10000 above it, which SeaweedFS takes as well.
+free_port() {
+  python3 -c '
+import random, socket
+while True:
+    port = random.randrange(20000, 30000)
+    try:
+        for one in port, port + 10000:
+            with socket.socket() as s: s.bind(("127.0.0.1", one))
+        print(port)
+        break
+    except OSError: pass'
+}
 
 # make_bucket ADDRESS: once the server answers.
 make_bucket() {

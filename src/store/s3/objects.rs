@@ -1,15 +1,15 @@
 //! A bucket's objects as streams. Of a read only its beginning is tried again: who reads has what came before it was
 //! cut, and goes on from there. A write is tried again whole.
 
-use super::{
-    Answer, Cell, Context256, Fault, GaveUp, LIMITS, MAX_SINGLE_PUT, Meaning, Patience, S3Store, Source,
-    Verb, exchange, http,
-};
-use super::{BASE64, Engine, RealPace, Retry, Trouble};
+use super::{Answer, Fault, LIMITS, MAX_SINGLE_PUT, Patience, S3Store, Source, Verb, exchange};
+use crate::http::{Again, GaveUp, RealPace, Retry, Trouble};
+use crate::store::codes::Meaning;
 use crate::store::objects::{Download, Exact, Objects, Opened, Upload};
 use crate::store::{Etag, StoreError};
-use http::Again;
-use std::cell::OnceCell;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use ring::digest::{Context, SHA256};
+use std::cell::{Cell, OnceCell};
 use std::io::{self, Read};
 use std::time::Duration;
 use ureq::SendBody;
@@ -149,7 +149,7 @@ fn part(answer: &Answer, offset: u64) -> Result<u64, Fault> {
 }
 
 fn sha256(mut source: impl Read) -> io::Result<String> {
-    let mut sum = Context256::new(&ring::digest::SHA256);
+    let mut sum = Context::new(&SHA256);
     let mut buffer = vec![0; 1 << 16];
     loop {
         match source.read(&mut buffer)? {
