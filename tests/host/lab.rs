@@ -186,7 +186,9 @@ impl Host {
         // DNS, as far as visitors of the tests' services ask it: 'doctor' and 'status --live' try their domains.
         host.sh(&format!(
             "echo '{} web.example.com ava.example.com seen.example.com' >>/etc/hosts
-             /opt/omni/contrib/install.sh /opt/omni/omni-deploy",
+             /opt/omni/contrib/install.sh /opt/omni/omni-deploy
+             # As it says: where this Caddy can have one, its socket is there from its next start on.
+             if grep -qF CADDY_ADMIN /usr/bin/caddy; then systemctl restart caddy; fi",
             host.ip
         ));
         host

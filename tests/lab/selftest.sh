@@ -384,7 +384,7 @@ test_install() {
     # Caddy: routes given over the API outlive a restart, a kill, and ask for a pass.
     check caddy_resumes_what_it_was_given in_host target 'systemctl restart caddy
       at=(localhost:2019); [[ ! -S /run/caddy/admin.sock ]] || at=(--unix-socket /run/caddy/admin.sock -H "Host;" localhost)
-      curl -sSf -X PUT -H "Content-Type: application/json" "${at[@]}"/config/apps/http/servers/srv0/routes/0" \
+      curl -sSf -X PUT -H "Content-Type: application/json" "${at[@]}"/config/apps/http/servers/srv0/routes/0 \
         -d "{\"@id\":\"deployer\",\"match\":[{\"path\":[\"/given\"]}],\"handle\":[{\"handler\":\"static_response\",\"body\":\"given\"}]}"
       systemctl restart caddy; [[ $(curl -sSf localhost/given) == given ]]'
     check caddy_comes_back_when_killed in_host target 'old=$(systemctl show --property=MainPID --value caddy); kill -KILL "$old"
