@@ -31,11 +31,7 @@ fn named(error: io::Error, what: &str, path: &Path) -> io::Error {
 }
 
 fn temp_with(path: &Path, mut bytes: &[u8], mode: u32) -> io::Result<tempfile::NamedTempFile> {
-    temp_from(path, &mut bytes, mode)
-}
-
-fn temp_from(path: &Path, source: &mut dyn Read, mode: u32) -> io::Result<tempfile::NamedTempFile> {
-    let temp = unsynced(path, source, mode)?;
+    let temp = unsynced(path, &mut bytes, mode)?;
     temp.as_file().sync_all().map_err(|e| named(e, "sync", path))?;
     effect::point("within write", path.display());
     Ok(temp)
@@ -62,14 +58,7 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     sync_dir(parent(path)?)
 }
 
-/// The same with what a reader gives, which may be more than fits into memory.
-pub fn write_from(path: &Path, source: &mut dyn Read, mode: u32) -> io::Result<()> {
-    let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
-    temp_from(path, source, mode)?.persist(path).map_err(|e| named(e.error, "write", path))?;
-    sync_dir(parent(path)?)
-}
-
-/// The same as [`write`], for a file that belongs to this user and group.
+/// The same, for a file that belongs to this user and group.
 pub fn write_owned(path: &Path, bytes: &[u8], mode: u32, (user, group): (u32, u32)) -> io::Result<()> {
     let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
     let temp = temp_with(path, bytes, 0o600)?;

@@ -108,7 +108,7 @@ impl Folder {
         self.write_from(name, &mut bytes, mode)
     }
 
-    /// [`super::write_from`].
+    /// The same with what a reader gives, which may be more than fits into memory.
     pub fn write_from(&self, name: &str, source: &mut dyn Read, mode: u32) -> io::Result<()> {
         let path = self.shown.join(name);
         let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", &path))?;
