@@ -115,8 +115,12 @@ fn an_old_manifest_put_back_is_refused_and_a_deliberate_one_is_not() {
     }
     host.sh(&format!("deployer run --accept-serial {serial}"));
     host.serves("web", "one");
-    // From here on that one is the highest: an ordinary rollback is a new version.
+    // From here on that one is the highest, for the developer too: an ordinary rollback is a new version.
     host.good_pass();
+    let forgets = format!("deploy-manifest verify --accept-version {serial}");
+    let refused = host.try_sh("deploy-manifest set web env.A=1");
+    assert!(!refused.status.ok() && refused.stderr.contains(&forgets), "{}", refused.stderr);
+    host.sh(&forgets);
     host.update("web", &host.closure("web", "two", ""));
     host.good_pass();
     host.sh("deploy-manifest rollback");
