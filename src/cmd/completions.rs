@@ -112,6 +112,7 @@ pub const COMMANDS: &[Command] = &[
     command("deployer run", &[switch("--timer", ""), RETRY, ALLOW_EMPTY, ACCEPT_SERIAL], &[]),
     command("deployer plan", &[JSON, RETRY, ALLOW_EMPTY, ACCEPT_SERIAL], &[]),
     command("deployer state", &[JSON, switch("--live", ""), switch("--domains", "")], &[]),
+    command("deployer watch", &[option("--serial", "", Kind::Free)], &[]),
     command("deployer pause", &[option("--for", "", Kind::Free)], &[Kind::Service]),
     command("deployer resume", &[], &[Kind::Service]),
     command("deployer rollback", &[switch("--unpin", "")], &[Kind::Service]),

@@ -246,11 +246,11 @@ fn live_asks_every_host_and_says_which_do_not_answer() {
     assert_eq!(asked, ["biz", "dead", "empty"], "each once");
 }
 
-/// What a host answers that is asked what runs now.
 #[test]
 fn a_host_that_never_stops_talking_is_cut_off_and_said() {
     let machine = Machine::with_ava(&["biz"]);
-    for endless in ["yes", "cat /dev/zero"] {
+    // With lines, and without an end of any.
+    for endless in ["yes $(head -c 60000 /dev/zero | tr '\\0' x)", "cat /dev/zero"] {
         let ssh = machine.ssh(&format!("exec {endless}"));
         let output = machine.call(&["status", "--live", "--ssh", &ssh]);
         assert_eq!(exit(&output), 3, "{}", output.stderr);
@@ -259,6 +259,7 @@ fn a_host_that_never_stops_talking_is_cut_off_and_said() {
     }
 }
 
+/// What a host answers that is asked what runs now.
 fn answer(host: &str, unit: Value, deployer: Value, timer: &str) -> Value {
     let well = json!({"load": "loaded", "active": "active", "sub": "running", "result": "success", "exitStatus": 0,
         "restarts": 0, "mainPid": 7, "started": now(-3600)});
