@@ -9,7 +9,11 @@ use omni_deploy::nix::unpack::{Expected, plain_file, unpack};
 /// The most bytes that the unpacked may have here.
 const SIZE: usize = 1 << 20;
 
-/// The first byte says what the others are: a zstd file as it is, a NAR, or content to pack.
+/// How a file of xz begins, as far as the headers are held against their checksums: the stream's, with CRC64, and that of a
+/// block with a dictionary of 8 MiB.
+const XZ_HEAD: [u8; 24] = *b"\xfd7zXZ\0\0\x04\xe6\xd6\xb4\x46\x02\0\x21\x01\x16\0\0\0\x74\x2f\xe5\xa3";
+
+/// The first byte says what the others are: a zstd or xz file as it is, a NAR, or content to pack.
 pub fn check(data: &[u8]) {
     let mut choices = Choices::new(data);
     match choices.byte() {
@@ -25,6 +29,14 @@ fn anything(bytes: &[u8]) {
         let mut nar = Vec::new();
         let expected = Expected { size: SIZE as u64, hash: Sha256::of(b"") };
         let unpacked = unpack(&file[..], Compression::Zstd, expected, &mut nar);
+        assert!(unpacked.is_err(), "a megabyte of the empty hash");
+        assert!(nar.len() <= SIZE);
+    }
+    for head in [&[][..], &XZ_HEAD] {
+        let file = [head, bytes].concat();
+        let mut nar = Vec::new();
+        let expected = Expected { size: SIZE as u64, hash: Sha256::of(b"") };
+        let unpacked = unpack(&file[..], Compression::Xz, expected, &mut nar);
         assert!(unpacked.is_err(), "a megabyte of the empty hash");
         assert!(nar.len() <= SIZE);
     }

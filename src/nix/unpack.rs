@@ -1,9 +1,11 @@
 //! Unpacks the file of a NAR and compares it with what was vouched for, before Nix sees a byte of it: it is cut at the
 //! size, and its hash is taken on the way. Memory is bounded by the window of what unpacks it, whatever the file says of
-//! itself. Knows zstd (what `push` writes; `docs/adr/0011-…` says why in Rust) and no compression at all.
+//! itself. Knows zstd (what `push` writes), xz (what `nix copy` writes unless it is told otherwise) and no compression at
+//! all; `docs/adr/0011-…` says why in Rust.
 
 use super::hash::{Hasher, Sha256};
 use super::narinfo::Compression;
+use lzma_rust2::{XzReader, lzma2_get_memory_usage};
 use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use std::io::{self, Read, Write};
@@ -11,6 +13,9 @@ use std::io::{self, Read, Write};
 /// The largest window that is unpacked, in bytes: what RFC 8878 (section 3.1.1.1.2) asks of every decoder. zstd needs
 /// less up to level 19, and Nix's default a quarter.
 pub const MAX_WINDOW: u64 = 8 << 20;
+/// The largest dictionary of xz that is unpacked, in bytes: that of `xz -9`. Nix's default has an eighth, and memory is
+/// taken as it is filled.
+pub const MAX_DICTIONARY: u32 = 64 << 20;
 const BUFFER: usize = 64 << 10;
 
 /// Why the file was not accepted. The text is a clause after the path's name.
@@ -44,9 +49,9 @@ pub fn unpack(
     match compression {
         Compression::None => copy(packed, expected, nar),
         Compression::Zstd => copy(Frames::new(packed), expected, nar),
-        Compression::Xz | Compression::Other => {
-            let how = if compression == Compression::Xz { "xz" } else { "something else than zstd" };
-            Err(Fault::Unknown(format!("is compressed with {how}")))
+        Compression::Xz => copy(Streams::new(packed), expected, nar),
+        Compression::Other => {
+            Err(Fault::Unknown("is compressed with something else than zstd or xz".to_string()))
         }
     }
 }
@@ -186,6 +191,34 @@ impl<R: Read> Read for Frames<R> {
     }
 }
 
+/// The content of an xz file: any number of streams one after the other, with padding between, as the format has it.
+struct Streams<R: Read>(XzReader<Source<R>>);
+
+impl<R: Read> Streams<R> {
+    fn new(inner: R) -> Self {
+        let limit = lzma2_get_memory_usage(MAX_DICTIONARY);
+        Streams(XzReader::new_mem_limit(Source { inner, failed: None }, true, limit))
+    }
+}
+
+impl<R: Read> Read for Streams<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer).map_err(|e| match (self.0.inner_mut().failed.take(), e.kind()) {
+            (Some(own), _) => own,
+            (None, io::ErrorKind::Interrupted) => e,
+            (None, io::ErrorKind::OutOfMemory) => io::Error::new(
+                io::ErrorKind::Unsupported,
+                format!("needs a dictionary of more than {} MiB", MAX_DICTIONARY >> 20),
+            ),
+            (None, io::ErrorKind::UnexpectedEof) => {
+                io::Error::new(io::ErrorKind::UnexpectedEof, "it ends too early")
+            }
+            // What it makes of a damaged file has several kinds.
+            (None, _) => io::Error::new(io::ErrorKind::InvalidData, e.to_string()),
+        })
+    }
+}
+
 /// The hash of the content, where a NAR holds a plain file and nothing else; None where it holds anything else.
 pub fn plain_file(mut nar: impl Read) -> io::Result<Option<Sha256>> {
     let mut start = Words(&mut nar);
@@ -265,6 +298,7 @@ impl Words<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use base64::{Engine, engine::general_purpose::STANDARD};
     use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 
     fn expected(bytes: &[u8]) -> Expected {
@@ -273,6 +307,24 @@ mod tests {
 
     fn zstd(bytes: &[u8]) -> Vec<u8> {
         compress_to_vec(bytes, CompressionLevel::Fastest)
+    }
+
+    /// `a NAR of some length` a thousand times, as `xz -6` packs it.
+    const NAR_XZ: &str = "/Td6WFoAAATm1rRGAgAhARYAAAB0L+Wj4E4fAFBdADCIBcQSttseSwyT5zPd2ELv4TLsjWBMkMamSsjeq2owsYwY\
+        rE0Vf7xQVyC+fJgdJOS7h2RKdaly3DQJ6gtC0YI8gP226uCFrUEQ49NkRL0AAFTaNO0+YTjiAAFsoJwBAABBsBA6scRn+wIAAAAABFla";
+    /// 1 MiB of zeros.
+    const ZEROS_XZ: &str = "/Td6WFoAAATm1rRGAgAhARYAAAB0L+Wj7///ANldAABv/f//o7f/Rz5IFXI5YVG4kijmo4YH+e7kHoLTL8U6PAFL\
+        sX7JiopNL6MN2X+m44wjEVPgWRjFdYrid/i2lH8MasDedElk4ulcU7IE2PdEDKtfDW1G6eXDdoi3llestk3haR1v+0uIEGxCy4g/XACP0E6v\
+        JiiUcR89jyThcJ6nI1/sKMuF0ZWYin4qkfIndfcZwAaYTZj92K/VkA/EJVP49ZE2MQWlsO5vwXBNRwzRkRGqrWAdus6xJxhcWYbpZlJYvul2\
+        rFnk5VsFCPnH2q38+1Iq9+SVJQAAAAAAwva6PqJwa2AAAfUBgIBAAHmXf0exxGf7AgAAAAAEWVo=";
+    /// `hello`, with a dictionary of 64 MiB and of 128 MiB.
+    const DICTIONARY_64_XZ: &str =
+        "/Td6WFoAAATm1rRGAgAhARwAAAAQz1jMAQAEaGVsbG8AAAAAsTe52+XaHpsAAR0FuC2Arx+2830BAAAAAARZWg==";
+    const DICTIONARY_128_XZ: &str =
+        "/Td6WFoAAATm1rRGAgAhAR4AAACbB1FmAQAEaGVsbG8AAAAAsTe52+XaHpsAAR0FuC2Arx+2830BAAAAAARZWg==";
+
+    fn xz(base64: &str) -> Vec<u8> {
+        STANDARD.decode(base64).unwrap()
     }
 
     fn unpacked(packed: &[u8], compression: Compression, expected: Expected) -> Result<Vec<u8>, Fault> {
@@ -320,6 +372,37 @@ mod tests {
         assert!(altered(&trailing, Compression::Zstd).contains("does not unpack"));
     }
 
+    #[test]
+    fn what_nix_copy_packs_with_xz_comes_out_or_is_refused() {
+        let nar = b"a NAR of some length".repeat(1000);
+        let packed = xz(NAR_XZ);
+        assert_eq!(unpacked(&packed, Compression::Xz, expected(&nar)).unwrap(), nar);
+        let twice = [&packed[..], &[0; 8], &packed].concat();
+        assert_eq!(unpacked(&twice, Compression::Xz, expected(&nar.repeat(2))).unwrap(), nar.repeat(2));
+        let hello = unpacked(&xz(DICTIONARY_64_XZ), Compression::Xz, expected(b"hello"));
+        assert_eq!(hello.unwrap(), b"hello");
+
+        let altered = |packed: &[u8], nar: &[u8]| match unpacked(packed, Compression::Xz, expected(nar)) {
+            Err(Fault::Altered(why)) => why,
+            other => panic!("{other:?}"),
+        };
+        let mut other = nar.clone();
+        other[77] ^= 1;
+        assert!(altered(&packed, &other).contains("hash"));
+        assert!(altered(&packed, &nar.repeat(2)).contains("20000 bytes fewer"));
+        assert!(altered(&packed, &nar[1..]).contains("more than"));
+        for cut in 0..packed.len() {
+            assert!(altered(&packed[..cut], &nar).contains("does not unpack"), "{cut}");
+        }
+        for at in 0..packed.len() {
+            let mut struck = packed.clone();
+            struck[at] ^= 0x55;
+            let refused = unpacked(&struck, Compression::Xz, expected(&nar));
+            assert!(matches!(refused, Err(Fault::Altered(_) | Fault::Unknown(_))), "{at}: {refused:?}");
+        }
+        assert!(altered(&[&packed[..], b"tail"].concat(), &nar).contains("does not unpack"));
+    }
+
     /// Counts what it gets.
     struct Counter(u64);
 
@@ -351,6 +434,10 @@ mod tests {
         let cut = unpack(&bomb[..], Compression::Zstd, small, &mut counter);
         assert!(matches!(cut, Err(Fault::Altered(why)) if why.contains("300000")));
         assert!(counter.0 <= 300_000);
+        let mut counter = Counter(0);
+        let cut = unpack(&xz(ZEROS_XZ).repeat(64)[..], Compression::Xz, small, &mut counter);
+        assert!(matches!(cut, Err(Fault::Altered(why)) if why.contains("300000")));
+        assert!(counter.0 <= 300_000);
     }
 
     #[test]
@@ -358,7 +445,7 @@ mod tests {
         let large_window = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x70, 0x01, 0, 0];
         for (packed, compression, word) in [
             (&large_window[..], Compression::Zstd, "window of 16 MiB"),
-            (b"", Compression::Xz, "xz"),
+            (&xz(DICTIONARY_128_XZ), Compression::Xz, "dictionary of more than 64 MiB"),
             (b"", Compression::Other, "zstd"),
         ] {
             let refused = unpacked(packed, compression, expected(b""));
@@ -370,7 +457,7 @@ mod tests {
                 Err(io::Error::from_raw_os_error(5))
             }
         }
-        for compression in [Compression::None, Compression::Zstd] {
+        for compression in [Compression::None, Compression::Zstd, Compression::Xz] {
             let refused = unpack(Broken, compression, expected(b""), &mut Vec::new());
             assert!(matches!(refused, Err(Fault::Here(_))), "{refused:?}");
         }

@@ -155,12 +155,28 @@ fn a_nar_that_is_not_the_one_that_was_signed_never_reaches_nix() {
     // The signature does not cover how the NAR is packed: that is said, with the way out.
     fs_err::write(&nar, &good).unwrap();
     let info = fs_err::read_to_string(scene.info(lib)).unwrap();
-    scene.edit(lib, |text| text.replace("Compression: zstd", "Compression: xz"));
-    scene.refused(app, &[lib.as_str(), "compressed with xz", "push --rewrite"]);
+    scene.edit(lib, |text| text.replace("Compression: zstd", "Compression: bzip2"));
+    scene.refused(app, &[lib.as_str(), "something else than zstd or xz", "push --rewrite"]);
     fs_err::write(scene.info(lib), info).unwrap();
     assert_eq!(scene.fetch(app), None);
     assert_eq!(nix::missing(&closure.paths()).unwrap(), []);
     assert_eq!(spooled(), [] as [PathBuf; 0]);
+}
+
+#[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
+fn what_a_plain_nix_copy_wrote_is_fetched() {
+    if !at_home("what_a_plain_nix_copy_wrote_is_fetched") {
+        return;
+    }
+    let scene = Scene::new();
+    let closure = Closure::build("plain", 100_000);
+    let url = format!("file://{}?secret-key={}", scene.cache().display(), scene.secret.display());
+    ask("nix", &["copy", "--to", &url, closure.app.as_str()]);
+    closure.forget();
+    assert!(fs_err::read_to_string(scene.info(&closure.lib)).unwrap().contains("Compression: xz"));
+    assert_eq!(scene.fetch(&closure.app), None);
+    assert_eq!(nix::missing(&closure.paths()).unwrap(), []);
 }
 
 #[test]
