@@ -505,6 +505,7 @@ fn streams_go_both_ways_whole() {
 
 /// A server that others have written, which tests/lab/vendors.sh starts: OMNI_TEST_STORE is its URL, and the
 /// credentials are those of the environment.
+#[cfg(feature = "vendors")]
 #[test]
 #[ignore = "needs a server of another vendor: tests/lab/vendors.sh"]
 fn a_store_of_another_vendor_keeps_the_contract() {

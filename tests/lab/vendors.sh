@@ -198,7 +198,7 @@ try_it() {
       >"$WORK/shown" || die "the last write of writer $n is lost"
   done
   "$BINARY" manifest rollback
-  HOME=$OWN_HOME OMNI_TEST_STORE=$url cargo test --locked --quiet --test store -- --ignored --exact a_store_of_another_vendor_keeps_the_contract
+  HOME=$OWN_HOME OMNI_TEST_STORE=$url cargo test --locked --quiet --features vendors --test store -- --ignored --exact a_store_of_another_vendor_keeps_the_contract
 }
 
 BINARY=${OMNI_TEST_BINARY:-}
