@@ -267,27 +267,46 @@ fn tcp(at: &Endpoint, host: &str, port: u16) -> Result<Connection, String> {
     Err(trouble.unwrap_or_else(|| silent(at, &"its name has no address")))
 }
 
+/// How often, and with which pause, who listens is looked at while it changes.
+const LOOKS: u32 = 20;
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
 /// A connection to Caddy at an address of this machine: the same socket of Caddy's listened before and after it was made.
+/// Caddy opens its endpoint anew at every change of its configuration, and a socket that is closed while its owner is
+/// looked for is nobody's: then it is looked at again.
 fn caddys(at: &Endpoint, address: SocketAddr) -> Result<TcpStream, String> {
-    let look =
-        || listeners::caddy_at(address).map_err(|e| format!("who listens at {at} cannot be told: {e}"));
-    let before = look()?;
-    let stream = match &before {
-        CaddySeen::Caddy(_) => TcpStream::connect_timeout(&address, CONNECT).map_err(|e| silent(at, &e))?,
+    let mut changing = String::new();
+    for _ in 0..LOOKS {
+        match connect_once(at, address)? {
+            Ok(stream) => return Ok(stream),
+            Err(why) => changing = why,
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+    Err(changing)
+}
+
+/// One look and one connection; an inner error is one that another look may do away with.
+fn connect_once(at: &Endpoint, address: SocketAddr) -> Result<Result<TcpStream, String>, String> {
+    let seen =
+        listeners::caddy_at(address).map_err(|e| format!("who listens at {at} cannot be told: {e}"))?;
+    let inodes = match seen {
+        CaddySeen::Caddy(inodes) => inodes,
         CaddySeen::Nobody => return Err(silent(at, &"nobody listens there")),
         CaddySeen::Others(owners) => {
             let who: Vec<String> = owners.iter().map(ToString::to_string).collect();
-            return Err(not_caddy(at, &who.join(" and ")));
+            let why = not_caddy(at, &who.join(" and "));
+            return if owners.iter().any(|owner| owner.pid.is_none()) { Ok(Err(why)) } else { Err(why) };
         }
         CaddySeen::Unknown => {
             return Err(format!("who listens at {at} cannot be seen by this user; run this as root"));
         }
     };
-    let CaddySeen::Caddy(inodes) = before else { unreachable!("it returned") };
-    match listeners::listening_at(address) {
+    let stream = TcpStream::connect_timeout(&address, CONNECT).map_err(|e| silent(at, &e))?;
+    Ok(match listeners::listening_at(address) {
         Ok(now) if now.iter().all(|socket| inodes.contains(&socket.inode)) && !now.is_empty() => Ok(stream),
         _ => Err(format!("Caddy at {at} is just being restarted; the next pass asks again")),
-    }
+    })
 }
 
 fn not_caddy(at: &Endpoint, who: &str) -> String {

@@ -42,7 +42,7 @@ fn live_says_what_systemd_has_at_this_moment() {
     assert_eq!(
         (status.as_str(), &shown["off"], &shown["restarts"]),
         ("running", &false.into(), &0.into()),
-        "{problems}"
+        "{problems} {shown}"
     );
 
     host.sh("systemctl stop seen");
