@@ -46,7 +46,8 @@ fn counted(bytes: &[u8]) {
 /// Values and depth of a tree.
 fn size(value: &Value) -> (usize, usize) {
     let all = |inner: &mut dyn Iterator<Item = &Value>| {
-        let (values, depth) = inner.map(size).fold((0, 0), |(n, deep), (m, deeper)| (n + m, deep.max(deeper)));
+        let (values, depth) =
+            inner.map(size).fold((0, 0), |(n, deep), (m, deeper)| (n + m, deep.max(deeper)));
         (values + 1, depth + 1)
     };
     match value {

@@ -123,7 +123,7 @@ pub fn check(data: &[u8]) {
     let keys = if with_keys { vec![KEYS[0].public()] } else { Vec::new() };
     let mut lacking = |paths: &[StorePath]| Ok(paths.iter().filter(|p| !here.contains(p)).cloned().collect());
     let limits = Limits::within(Duration::from_secs(600));
-    let walked = walk(&cache, &[top.clone()], &keys, &mut lacking, limits).expect("few paths");
+    let walked = walk(&cache, std::slice::from_ref(&top), &keys, &mut lacking, limits).expect("few paths");
     let mut asked = cache.asked.into_inner().expect("nobody panics");
     asked.sort();
     let may: BTreeSet<String> = reach.iter().map(NarInfo::key).collect();
