@@ -148,7 +148,7 @@ mod tests {
         // Stands for OpenSSH's: says that nothing is configured, or holds its stdin, and tells when that ends.
         let program = dir.path().join("ssh");
         let script = format!(
-            "#!/bin/sh\ncase \"$*\" in *-G*) echo controlmaster false;; *) cd '{}'; echo \"$*\" >told; cat; echo over >>told;; esac\n",
+            "#!/bin/sh\ncase \" $* \" in *' -G '*) echo controlmaster false;; *) cd '{}'; echo \"$*\" >told; cat; echo over >>told;; esac\n",
             dir.path().display()
         );
         durable::write(&program, script.as_bytes(), 0o755).unwrap();
