@@ -510,7 +510,7 @@ mod tests {
         // /var/tmp is everybody's, and so is what it leads to.
         let why = open_to_others(&path, uid).unwrap();
         assert!(why.contains("/var/tmp"), "{why}");
-        assert_eq!(open_to_others(Path::new("/run/caddy/admin.sock"), uid), None);
+        assert_eq!(open_to_others(Path::new("/etc/caddy/admin.sock"), uid), None);
         // What is no socket, and one of somebody who is neither root nor Caddy.
         let at = |path: &Path| Address::At(Endpoint::Unix(path.into()));
         let why = exchange(&at(Path::new("/etc/passwd")), "GET", "/config/", "").unwrap_err();

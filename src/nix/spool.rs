@@ -24,7 +24,15 @@ const PLACES: u32 = 16;
 #[derive(Debug)]
 pub struct Spool {
     dir: PathBuf,
-    _lock: fs_err::File,
+    lock: fs_err::File,
+}
+
+impl Drop for Spool {
+    /// At once: what another thread is about to run has this file as well until it runs.
+    fn drop(&mut self) {
+        // Without it, closing the file does the same a moment later.
+        let _unlocked = self.lock.file().unlock();
+    }
 }
 
 /// Where this user's spools are: below `XDG_CACHE_HOME`, else `~/.cache`, else (a unit without a home)
@@ -82,7 +90,7 @@ impl Spool {
                 return Err(Error::new(format!("cannot lock {}: {e}", path.display())));
             }
         }
-        let spool = Spool { dir: dir.to_path_buf(), _lock: lock };
+        let spool = Spool { dir: dir.to_path_buf(), lock };
         private_folder(&dir.join(NARS))?;
         durable::sweep(dir)?;
         let info = dir.join("nix-cache-info");

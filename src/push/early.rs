@@ -146,14 +146,17 @@ mod tests {
     fn connections_end_and_their_folder_is_gone_when_they_are_dropped() {
         let dir = tempfile::tempdir().unwrap();
         // Stands for OpenSSH's: says that nothing is configured, or holds its stdin, and tells when that ends.
-        let program = dir.path().join("ssh");
-        let script = format!(
-            "#!/bin/sh\ncase \" $* \" in *' -G '*) echo controlmaster false;; *) cd '{}'; echo \"$*\" >told; cat; echo over >>told;; esac\n",
+        let script = dir.path().join("script");
+        let text = format!(
+            "case \" $* \" in *' -G '*) echo controlmaster false;; *) cd '{}'; echo \"$*\" >told; cat; echo over >>told;; esac\n",
             dir.path().display()
         );
-        durable::write(&program, script.as_bytes(), 0o755).unwrap();
-        let flags =
-            Flags::from([("host", "here".to_string()), ("ssh", program.to_str().unwrap().to_string())]);
+        durable::write(&script, text.as_bytes(), 0o644).unwrap();
+        // A program that was just written is busy while another thread's child still has it open.
+        let program = dir.path().join("ssh");
+        fs_err::os::unix::fs::symlink("/bin/sh", &program).unwrap();
+        let ssh = format!("{} {}", program.display(), script.display());
+        let flags = Flags::from([("host", "here".to_string()), ("ssh", ssh)]);
         let settings = load(&flags).unwrap();
         let hosts = BTreeSet::from([HostName::parse("biz").unwrap(), HostName::parse("here").unwrap()]);
         let (with, connections) = open(&settings, &hosts).settings(&settings);
