@@ -1,4 +1,4 @@
-//! The policies of contrib/s3, filled in as README says.
+//! The policies of contrib/s3, filled in as docs/configuration.md says.
 
 use std::path::Path;
 
