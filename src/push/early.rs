@@ -63,12 +63,7 @@ impl Drop for Opening {
 }
 
 fn connections(settings: &Settings, hosts: &[HostName]) -> Option<Connections> {
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_dir());
-    let folder = durable::scratch(&runtime.unwrap_or_else(std::env::temp_dir)).ok()?;
-    // In the value of an option, these mean something.
-    let plain =
-        |text: &str| text.len() <= MAX_FOLDER && !text.contains(['%', ' ', '"', '\'', '\\', '$', '~']);
-    folder.path().to_str().filter(|text| plain(text))?;
+    let folder = folder()?;
     let mut paths = BTreeMap::new();
     let mut masters = Vec::new();
     for (n, host) in hosts.iter().enumerate() {
@@ -86,6 +81,18 @@ fn connections(settings: &Settings, hosts: &[HostName]) -> Option<Connections> {
         }
     }
     (!paths.is_empty()).then_some(Connections { _masters: masters, _folder: folder, paths })
+}
+
+/// A folder whose name leaves room for a socket's. That of temporary files has a long name on some systems.
+fn folder() -> Option<tempfile::TempDir> {
+    // In the value of an option, these mean something.
+    let plain =
+        |text: &str| text.len() <= MAX_FOLDER && !text.contains(['%', ' ', '"', '\'', '\\', '$', '~']);
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_dir());
+    runtime.into_iter().chain([std::env::temp_dir(), "/tmp".into()]).find_map(|dir| {
+        let folder = durable::scratch(&dir).ok()?;
+        folder.path().to_str().is_some_and(plain).then_some(folder)
+    })
 }
 
 /// An ssh that holds the connection for as long as its stdin is open.
