@@ -18,7 +18,7 @@ pub const SOCKET: &str = "/run/caddy/admin.sock";
 /// Where Caddy listens by itself.
 const PORT: u16 = 2019;
 /// How much of an answer is read.
-const MAX_ANSWER: u64 = 4 << 20;
+pub const MAX_ANSWER: u64 = 4 << 20;
 /// How long an exchange may take, and the connection to it.
 const DEADLINE: Duration = Duration::from_secs(20);
 const CONNECT: Duration = Duration::from_secs(3);
@@ -124,6 +124,12 @@ pub struct Answer {
 }
 
 impl Answer {
+    /// One that was not asked for.
+    #[cfg(test)]
+    pub fn of(status: u16, body: Vec<u8>) -> Self {
+        Answer { status, body, proven: true, viewed: false }
+    }
+
     /// What an answer that was not meant to be says, in one line for people.
     pub fn said(&self) -> String {
         let text = match self.proven {

@@ -4,6 +4,7 @@
 //! path first. Other people's routes and servers are never changed.
 
 use super::admin::{self, Address};
+use crate::bounds::{self, Bounds};
 use crate::manifest::Http;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
@@ -19,6 +20,9 @@ pub const VIEW_SERVER: &str = "deployer-view";
 /// Where that listens: where people look for Caddy's configuration.
 const VIEW_PORT: u16 = 2019;
 const SERVERS: &str = "/config/apps/http/servers";
+/// What the servers may consist of. Our own routes have 16 bytes for each value, twice what is asked here; a subroute
+/// within another takes four levels.
+const BOUNDS: Bounds = Bounds { values: admin::MAX_ANSWER as usize / 8, depth: 100 };
 
 /// What Caddy has, as far as it concerns us.
 #[derive(Debug, Clone, PartialEq)]
@@ -342,12 +346,34 @@ fn ports(server: &Value) -> BTreeSet<u16> {
 }
 
 impl Observed {
+    /// Whether our route may lead visitors to a port of this host: it does, or nobody can tell.
+    pub fn may_lead_to(&self, port: u16) -> bool {
+        let dial = format!("127.0.0.1:{port}");
+        match self {
+            Observed::Servers(servers) => {
+                servers.values().flat_map(routes_of).filter(|route| is_ours(route)).any(|r| dials(r, &dial))
+            }
+            Observed::Unavailable(_) => true,
+        }
+    }
+
     /// The ports that its servers listen on.
     pub fn ports(&self) -> BTreeSet<u16> {
         match self {
             Observed::Servers(servers) => servers.values().flat_map(ports).collect(),
             Observed::Unavailable(_) => BTreeSet::new(),
         }
+    }
+}
+
+/// Whether something in a route has this address for its upstream.
+fn dials(value: &Value, to: &str) -> bool {
+    match value {
+        Value::Object(members) => {
+            members.get("dial").and_then(Value::as_str) == Some(to) || members.values().any(|v| dials(v, to))
+        }
+        Value::Array(items) => items.iter().any(|item| dials(item, to)),
+        _ => false,
     }
 }
 
@@ -370,6 +396,12 @@ pub fn read(at: &Address, answer: Asked) -> Observed {
         Ok(answer) => answer,
         Err(why) => return Observed::Unavailable(why),
     };
+    // Of an address that is not this machine's nobody can tell that it is Caddy who answers.
+    if let Err(why) = bounds::check(&answer.body, BOUNDS) {
+        return Observed::Unavailable(format!(
+            "Caddy's answer at {at} is not read: {why}; make its configuration smaller, or correct 'caddyAdmin'"
+        ));
+    }
     match (answer.status, serde_json::from_slice::<Value>(&answer.body)) {
         (200, Ok(Value::Object(servers))) => Observed::Servers(servers),
         (200, Ok(Value::Null)) | (400 | 404, _) => Observed::Unavailable(format!(
@@ -545,6 +577,39 @@ mod tests {
             with_view(RoutePlan::None, Some(socket), &servers(json!({"a": {"listen": [":2019"]}}))),
             RoutePlan::None
         );
+    }
+
+    #[test]
+    fn an_answer_that_would_cost_memory_is_not_read() {
+        let at = Address::parse("http://caddy.internal:2019").unwrap();
+        let read = |body: String| read(&at, Ok(admin::Answer::of(200, body.into_bytes())));
+        let many = format!("{{\"srv0\": {{\"routes\": [{}0]}}}}", "0,".repeat(BOUNDS.values));
+        let deep = format!("{{\"srv0\": {}{}}}", "[".repeat(110), "]".repeat(110));
+        for (body, word) in [(many, "values"), (deep, "nested")] {
+            let Observed::Unavailable(why) = read(body) else { panic!("read") };
+            assert!(why.contains(word) && why.contains("caddyAdmin"), "{why}");
+        }
+        // 8,000 services, and a configuration with ten subroutes within one another.
+        let all: Vec<Http> = (0..8000).map(|n| http(&format!("{n}.example.com"), "/api", 8080)).collect();
+        let ours = route(&all.iter().collect::<Vec<_>>(), &BTreeSet::new()).unwrap();
+        let nested = (0..10).fold(json!([]), |inner, _| json!([{"handle": [{"routes": inner}]}]));
+        let text = json!({"srv0": {"routes": [ours]}, "other": {"routes": nested}}).to_string();
+        assert!((text.len() as u64) < admin::MAX_ANSWER, "{}", text.len());
+        assert!(matches!(read(text), Observed::Servers(servers) if servers.len() == 2));
+    }
+
+    #[test]
+    fn visitors_are_led_where_our_route_dials_or_caddy_does_not_say() {
+        let (a, b) = (http("a.example.com", "/", 8080), http("b.example.com", "/x", 20_001));
+        let ours = route(&[&a, &b], &BTreeSet::new()).unwrap();
+        let theirs =
+            json!({"handle": [{"handler": "reverse_proxy", "upstreams": [{"dial": "127.0.0.1:9000"}]}]});
+        let seen = servers(json!({"srv0": {"routes": [ours, theirs]}, "srv1": {}}));
+        for (port, led) in [(8080, true), (20_001, true), (9000, false), (2000, false)] {
+            assert_eq!(seen.may_lead_to(port), led, "{port}");
+        }
+        assert!(!servers(json!({})).may_lead_to(8080));
+        assert!(Observed::Unavailable("down".into()).may_lead_to(8080));
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
 use crate::secrets;
 use crate::secrets::mask::Mask;
-use crate::see::reports::MAX_REPORT;
+use crate::see::reports;
 use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError, When};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -1139,8 +1139,8 @@ fn write_state(root: &Root, state: &State) -> Result<()> {
 /// an idle pass asks the store for nothing but the manifest. Credentials that may not read it tell nothing.
 fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) -> Option<OtherMachine> {
     let this = state.machine.as_ref()?;
-    let found = match store.get(key, None, MAX_REPORT) {
-        Ok(Got::Found { bytes, .. }) => State::parse(&bytes).ok(),
+    let found = match store.get(key, None, reports::MAX_REPORT) {
+        Ok(Got::Found { bytes, .. }) => reports::parsed(&bytes).ok(),
         Ok(Got::Missing | Got::NotModified) | Err(_) => None,
     };
     // Two that are at work find each other at every report: one that is not found any more has given up.

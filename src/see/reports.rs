@@ -152,6 +152,9 @@ pub fn watch(
     if !output.status.ok() || output.stdout.len() as u64 > MAX_REPORT {
         return Ok(None);
     }
+    if let Err(why) = bounds::check(&output.stdout, BOUNDS) {
+        return Err(not_read(&why));
+    }
     Ok(Answer::parse(&output.stdout).ok())
 }
 
@@ -193,9 +196,7 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
     let unusable = |why: String| {
         Error::new(format!("its state cannot be read: {why}; upgrade whichever omni-deploy is older"))
     };
-    bounds::check(&output.stdout, BOUNDS).map_err(|why| {
-        Error::new(format!("what it answers is not read: {why}; look at what runs as 'deployer' there"))
-    })?;
+    bounds::check(&output.stdout, BOUNDS).map_err(|why| not_read(&why))?;
     if let Ok(state) = State::parse(&output.stdout) {
         let problems = vec![
             "its omni-deploy is too old to say what runs now, or is not on the PATH of a login by ssh; this is what its \
@@ -214,7 +215,12 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
     Answer::parse(&output.stdout).map_err(unusable)
 }
 
-fn parsed(bytes: &[u8]) -> Result<State, String> {
+fn not_read(why: &str) -> Error {
+    Error::new(format!("what it answers is not read: {why}; look at what runs as 'deployer' there"))
+}
+
+/// Reads a report, which whoever writes to the store may have written.
+pub fn parsed(bytes: &[u8]) -> Result<State, String> {
     bounds::check(bytes, BOUNDS)?;
     State::parse(bytes)
 }

@@ -81,7 +81,7 @@ pub fn report(store: &dyn Store, settings: &Settings) -> Option<Check> {
 fn namesake(store: &dyn Store, key: &str, state: &State) -> Option<String> {
     let this = machine::this()?;
     let now = match store.get(key, None, reports::MAX_REPORT) {
-        Ok(Got::Found { bytes, .. }) => State::parse(&bytes).ok(),
+        Ok(Got::Found { bytes, .. }) => reports::parsed(&bytes).ok(),
         // Who may not read it is not told.
         Ok(Got::Missing | Got::NotModified) | Err(_) => None,
     };
