@@ -8,7 +8,7 @@ use super::plan::{
 };
 use super::root::Root;
 use super::state::{self, Failure};
-use super::systemd::{self, CameUp, Listed, Restarted, Shown};
+use super::systemd::{self, Began, CameUp, Listed, Restarted, Shown};
 use super::{applied, intent, observe};
 use crate::clock::{self, Timestamp};
 use crate::config::Settings;
@@ -326,6 +326,7 @@ impl Host<'_> {
         }
         // A person who put a unit back leaves systemd with what it had read before, and that is what it would start.
         if reload || starts.iter().any(|s| s.restart) {
+            self.stop_waiting(&starts, observed)?;
             systemd::daemon_reload()?;
         }
         self.leave_replaced(&mut starts, observed, learned)?;
@@ -398,6 +399,12 @@ impl Host<'_> {
                 },
             })
             .collect();
+        // What this pass did not start may have said what there is to be known before it began.
+        let ran_before: BTreeMap<&ServiceName, String> = starts
+            .iter()
+            .filter(|s| !s.restart)
+            .filter_map(|s| Some((s.name, observed.units.get(s.name)?.invocation.clone()?)))
+            .collect();
         // Done for those: a clock that was set back must not make them look older than their units for ever.
         for start in restarts() {
             memory.interrupted.remove(start.name);
@@ -450,7 +457,8 @@ impl Host<'_> {
                 (Some(why), _) | (None, Some(Err(NotUp::Release(why)))) => why.clone(),
                 (None, None) => said(complaint.as_deref()),
             };
-            let journal = systemd::journal(&start.name.unit(), begun, JOURNAL_LINES);
+            let began = ran_before.get(start.name).cloned().map_or(Began::At(begun), Began::Before);
+            let journal = systemd::journal(&start.name.unit(), &began, JOURNAL_LINES);
             match taken(start.name, &start.goal.service, &journal) {
                 Some(other) => {
                     self.kept_out(start.name, start.goal, &Error::new(format!("{other} ({why})")), learned)
@@ -459,6 +467,17 @@ impl Host<'_> {
             }
         }
         Ok(true)
+    }
+
+    /// Stops what would be started twice, by systemd and by us ([`systemd::stop_waiting`]). What somebody's drop-ins change
+    /// may not be started here at all.
+    fn stop_waiting(&self, starts: &[Start], observed: &Observed) -> Result<()> {
+        let waits = |s: &&Start| {
+            let seen = observed.units.get(s.name);
+            seen.is_some_and(|u| systemd::is_between_starts(&u.listed.sub) && u.drop_ins.is_empty())
+        };
+        let units = starts.iter().filter(|s| s.restart).filter(waits).map(|s| s.name.unit());
+        systemd::stop_waiting(&units.collect::<Vec<_>>())
     }
 
     /// Takes out of `starts` what would start something else than our unit, by drop-ins that are known: starting that

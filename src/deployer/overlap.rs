@@ -6,7 +6,7 @@
 use super::apply::{EVERYBODY_WAITS, Host, NotUp, SETTLE, Watched, watch};
 use super::caddy::{self, RoutePlan};
 use super::plan::{self, Goal, Learned, Memory, Observed, Plan, Step};
-use super::systemd::{self, Restarted};
+use super::systemd::{self, Began, Restarted};
 use super::unit;
 use crate::clock;
 use crate::durable::{self, Batch};
@@ -138,7 +138,8 @@ impl Host<'_> {
                         }
                         _ => complaint.clone().unwrap_or_else(|| "systemd says nothing of it".into()),
                     };
-                    let journal = systemd::journal(&u.name.next_unit(), begun, super::apply::JOURNAL_LINES);
+                    let began = Began::At(begun);
+                    let journal = systemd::journal(&u.name.next_unit(), &began, super::apply::JOURNAL_LINES);
                     self.refuse(u.name, u.goal, why, journal, learned);
                     refused.push(u.name.clone());
                 }

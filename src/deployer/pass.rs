@@ -686,6 +686,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     durable::sweep(&root.state_dir)?;
     if !memory.interrupted.is_empty() {
         // A pass that died after a write or a removal leaves systemd with what it had read before.
+        stop_rewritten(root, &memory.interrupted)?;
         systemd::daemon_reload()?;
         let both = memory.interrupted.iter().flat_map(|n| [n.unit(), n.next_unit()]);
         systemd::reset_failed(&both.filter(|u| !root.unit_dir.join(u).exists()).collect::<Vec<_>>())?;
@@ -823,6 +824,18 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     }
     // The intent stays with what is not on the disk: the next pass looks at it all again.
     Ok(if learned.unwritten.is_empty() { code } else { code.max(crate::error::EXIT_FAILED) })
+}
+
+/// Stops those of an interrupted pass's services that would be started twice ([`systemd::stop_waiting`]), by another unit
+/// than systemd has read before.
+fn stop_rewritten(root: &Root, interrupted: &BTreeSet<ServiceName>) -> Result<()> {
+    let ours = observe::ours(root)?;
+    let units: Vec<String> =
+        interrupted.iter().filter(|name| ours.contains(*name)).map(ServiceName::unit).collect();
+    let shown = systemd::show(&units)?;
+    let waits = |unit: &systemd::Shown| unit.unread && systemd::is_between_starts(&unit.sub);
+    let units = units.into_iter().filter(|unit| shown.get(unit).is_some_and(waits));
+    systemd::stop_waiting(&units.collect::<Vec<_>>())
 }
 
 /// What somebody has systemd give every service. It reaches what is started after that, so it is asked for when

@@ -5,7 +5,7 @@ use super::state::Exposure;
 use crate::effect;
 use crate::error::{Error, Result};
 use crate::names::ServiceName;
-use crate::runner::{Output, Run, RunError};
+use crate::runner::{Output, Run, RunError, Status};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
@@ -29,6 +29,9 @@ pub const UNIT_PATH: [&str; 13] = [
     "/lib/systemd/system",
     "/run/systemd/generator.late",
 ];
+
+/// How long journald may take to have read what was written.
+const SYNC: Duration = Duration::from_secs(5);
 
 /// How long systemctl may take for what it does at once, reload included.
 const QUICK: Duration = Duration::from_secs(90);
@@ -215,6 +218,11 @@ pub fn invocation(unit: &str) -> Option<String> {
     fs_err::read_link(link).ok()?.to_str().map(String::from)
 }
 
+/// Whether a unit that ended waits for systemd to start it again, by its `SubState`.
+pub fn is_between_starts(sub: &str) -> bool {
+    sub.starts_with("auto-restart")
+}
+
 /// What the rule says of a service that was just started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CameUp {
@@ -239,7 +247,10 @@ pub fn came_up(first: Option<&Shown>, now: &Shown, probe: Option<&Result<(), Str
         other => return CameUp::No(format!("systemd did not load its unit (LoadState={other})")),
     }
     match (now.active.as_str(), now.sub.as_str()) {
-        (_, "auto-restart") => return CameUp::No(format!("{}, and systemd is about to restart it", ended())),
+        // Since systemd 254 it may be `auto-restart-queued` for a moment.
+        (_, sub) if is_between_starts(sub) => {
+            return CameUp::No(format!("{}, and systemd is about to restart it", ended()));
+        }
         ("failed", _) => return CameUp::No(ended()),
         ("inactive" | "deactivating", _) => {
             return CameUp::No(format!("it does not keep running: {}", ended()));
@@ -375,6 +386,30 @@ pub fn stop(units: &[String], within: Duration) -> Result<BTreeSet<String>> {
     }
 }
 
+/// Stops those of `units`, which have ended and wait for systemd to start them again, that nothing else is stopped with:
+/// once systemd has read a new unit it would start that by itself, and whoever restarts it once more.
+pub fn stop_waiting(units: &[String]) -> Result<()> {
+    if units.is_empty() {
+        return Ok(());
+    }
+    // What a stop reaches besides (systemd.unit(5)).
+    let run = systemctl()
+        .args(["show", "--property=Id,RequiredBy,RequisiteOf,BoundBy,ConsistsOf,PropagatesStopTo", "--"])
+        .args(units);
+    let alone = stopped_alone(&run.deadline(QUICK).success()?.text());
+    // How far that has come within this time does not matter to what follows.
+    stop(&alone, QUICK).map(drop)
+}
+
+fn stopped_alone(text: &str) -> Vec<String> {
+    let blocks = text.split("\n\n").filter_map(|block| {
+        let lines = || block.lines().filter_map(|line| line.split_once('='));
+        let (_, id) = lines().find(|(key, _)| *key == "Id")?;
+        lines().all(|(key, value)| key == "Id" || value.is_empty()).then(|| id.to_string())
+    });
+    blocks.collect()
+}
+
 /// Those of `units` with which systemd is not through: there is a job for them, or their processes are ending.
 pub fn busy(units: &[String]) -> Result<BTreeSet<String>> {
     let jobs =
@@ -483,19 +518,24 @@ fn analyze(files: &[&Path]) -> Result<Option<String>> {
         .output()?;
     let names: Vec<String> =
         files.iter().filter_map(|f| f.file_name()).map(|n| n.to_string_lossy().into_owned()).collect();
-    let said: Vec<&str> = output
-        .stderr
-        .lines()
-        .filter(|l| names.iter().any(|n| l.contains(n.as_str())))
-        .map(str::trim)
-        .collect();
-    if !said.is_empty() {
-        return Ok(Some(said.join("; ")));
+    complaint(&names, output.status, &output.stderr)
+}
+
+/// What of an answer is about these units. One that a signal ended (for want of memory, say) has judged nothing: that is
+/// this host's trouble, and no release is refused for it.
+fn complaint(names: &[String], status: Status, stderr: &str) -> Result<Option<String>> {
+    if let Status::Signal(_) = status {
+        return Err(Error::new(format!(
+            "systemd-analyze verify was ended by {status}; the next pass tries again, see 'journalctl -k'"
+        )));
     }
-    if !output.status.ok() {
-        return Ok(Some(crate::runner::tail(&output.stderr)));
-    }
-    Ok(None)
+    let of_them = |l: &&str| names.iter().any(|n| l.contains(n.as_str()));
+    let said: Vec<&str> = stderr.lines().filter(of_them).map(str::trim).collect();
+    Ok(match (said.is_empty(), status.ok()) {
+        (false, _) => Some(said.join("; ")),
+        (true, false) => Some(crate::runner::tail(stderr)),
+        (true, true) => None,
+    })
 }
 
 /// How much each running service unit leaves open. One call for all of them, because that is faster than one for
@@ -529,19 +569,50 @@ pub fn could_not_start(complaint: Option<&str>, unit: &str) -> Option<String> {
     Some(line.split(". ").next().unwrap_or(line).trim_end_matches('.').to_string())
 }
 
-/// The last lines a unit wrote to the journal since `since` (microseconds since the Unix epoch), oldest first.
-pub fn journal(unit: &str, since: i64, lines: u32) -> Vec<String> {
-    let output = Run::new("journalctl")
-        .args(["--no-pager", "--output=cat", "--quiet"])
-        .arg(format!("--unit={unit}"))
-        .arg(format!("--since=@{}.{:06}", since / 1_000_000, since % 1_000_000))
-        .arg(format!("--lines={lines}"))
-        .deadline(Duration::from_secs(20))
-        .output();
-    match output {
-        Ok(output) => output.text().lines().map(clip).collect(),
+/// Of which start of a unit the lines are asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Began {
+    /// Of one that was asked for at this time (microseconds since the Unix epoch). By its invocation a line of a process
+    /// that ended at once may not be found: journald looks for that when it reads the line, and may find none any more.
+    At(i64),
+    /// Of this invocation, which ran before: whenever it began.
+    Before(String),
+}
+
+/// The last lines that a unit wrote to the journal, and systemd about it, oldest first.
+pub fn journal(unit: &str, began: &Began, lines: u32) -> Vec<String> {
+    // What was written a moment ago journald may not have read yet: it answers this when it has. A journald that does not
+    // gives what it has.
+    drop(Run::new("journalctl").arg("--sync").deadline(SYNC).output());
+    let run = Run::new("journalctl").args(["--no-pager", "--output=cat", "--quiet"]);
+    let run = run.arg(format!("--lines={lines}")).args(lines_of(unit, began));
+    match run.deadline(Duration::from_secs(20)).output() {
+        Ok(output) => last(&output.text(), lines as usize),
         Err(e) => vec![format!("(its journal cannot be read: {e})")],
     }
+}
+
+/// How journalctl is asked for them. What systemd says of an invocation is known by who said it: anybody may send
+/// journald a line with a field of that name.
+fn lines_of(unit: &str, began: &Began) -> Vec<String> {
+    match began {
+        Began::At(time) => {
+            vec![format!("--unit={unit}"), format!("--since=@{}.{:06}", time / 1_000_000, time % 1_000_000)]
+        }
+        Began::Before(id) => vec![
+            format!("_SYSTEMD_INVOCATION_ID={id}"),
+            "+".into(),
+            format!("INVOCATION_ID={id}"),
+            "_PID=1".into(),
+        ],
+    }
+}
+
+/// The last lines of a log: an entry of the journal may have very many.
+fn last(log: &str, lines: usize) -> Vec<String> {
+    let mut last: Vec<String> = log.lines().rev().take(lines).map(clip).collect();
+    last.reverse();
+    last
 }
 
 /// The last lines that Caddy wrote to the journal, oldest first, whole: they are JSON. None where there is no journal.
@@ -565,10 +636,13 @@ pub fn last_line(unit: &str) -> Option<String> {
     output.ok()?.text().lines().last().map(clip)
 }
 
+/// Stands at the end of a line that was cut.
+pub const CUT: char = '…';
+
 /// A line of a log, cut where it stops being one.
 fn clip(line: &str) -> String {
     match line.char_indices().nth(500) {
-        Some((at, _)) => format!("{}…", &line[..at]),
+        Some((at, _)) => format!("{}{CUT}", &line[..at]),
         None => line.to_string(),
     }
 }
@@ -634,6 +708,7 @@ mod tests {
             Shown { load: "not-found".into(), ..running() },
             Shown { load: "bad-setting".into(), ..running() },
             Shown { active: "activating".into(), sub: "auto-restart".into(), ..running() },
+            Shown { active: "activating".into(), sub: "auto-restart-queued".into(), ..running() },
             Shown { active: "failed".into(), sub: "failed".into(), ..running() },
             Shown { active: "inactive".into(), sub: "dead".into(), ..running() },
             Shown { restarts: 1, ..running() },
@@ -705,6 +780,39 @@ mod tests {
         ] {
             assert_eq!(is_vendor_drop_in(Path::new(path)), own, "{path}");
         }
+    }
+
+    #[test]
+    fn what_something_else_would_be_stopped_with_is_known() {
+        let shown = "Id=a.service\nRequiredBy=\nBoundBy=\nConsistsOf=\nPropagatesStopTo=\n\n\
+                     Id=b.service\nRequiredBy=c.service d.service\nBoundBy=\n\nId=c.service\n\n";
+        assert_eq!(stopped_alone(shown), ["a.service", "c.service"]);
+        assert_eq!(stopped_alone(""), [""; 0]);
+    }
+
+    #[test]
+    fn a_check_that_was_ended_refuses_nothing() {
+        let names = ["ava.service".to_string()];
+        let told = |status, stderr| complaint(&names, status, stderr);
+        assert_eq!(told(Status::Exit(0), "other.service:3: Unknown key\n").unwrap(), None);
+        let said = "/x/ava.service:3: Unknown key 'A'\nother.service:1: x\n";
+        assert_eq!(told(Status::Exit(0), said).unwrap().unwrap(), "/x/ava.service:3: Unknown key 'A'");
+        assert_eq!(told(Status::Exit(1), "no such unit\n").unwrap().unwrap(), "no such unit");
+        assert!(told(Status::Signal(9), "").unwrap_err().to_string().contains("signal 9"));
+    }
+
+    #[test]
+    fn the_last_lines_are_those_of_one_start_and_no_more_than_were_asked_for() {
+        let began = Began::At(1_795_372_265_000_042);
+        assert_eq!(lines_of("ava.service", &began), ["--unit=ava.service", "--since=@1795372265.000042"]);
+        let asked = lines_of("ava.service", &Began::Before("0a1b".into())).join(" ");
+        assert_eq!(asked, "_SYSTEMD_INVOCATION_ID=0a1b + INVOCATION_ID=0a1b _PID=1");
+        assert_eq!(last("one\ntwo\nthree\n", 2), ["two", "three"]);
+        assert_eq!(last("\n", 2), [""]);
+        assert_eq!(last("", 2), [""; 0]);
+        // One entry that is a flood of empty lines, and one without end.
+        assert_eq!(last(&format!("{}end", "\n".repeat(1 << 20)), 10).len(), 10);
+        assert_eq!(last(&"x".repeat(1 << 20), 10)[0].chars().count(), 501);
     }
 
     #[test]

@@ -288,6 +288,52 @@ fn a_pass_killed_at_any_point_is_finished_or_undone_by_the_next() {
     on_hosts(&HOSTS, scenarios(), campaign);
 }
 
+/// A host at the start of a scenario, and the number of the first effect that has these words.
+fn at(name: &'static str, scenario: &str, words: &str) -> (Host, String) {
+    let host = boot(name);
+    let scenario = scenarios().into_iter().find(|s| s.name == scenario).unwrap();
+    prepare(&host, &scenario);
+    let point = host.sh(&format!(
+        "{QUICK}; restore; rm -f /tmp/effects; OMNI_DEPLOY_EFFECTS=/tmp/effects deployer run >&2 || true
+         grep -F -m 1 '{words}' /tmp/effects | cut -d ' ' -f 1"
+    ));
+    assert!(!point.is_empty(), "no effect '{words}'");
+    (host, point)
+}
+
+#[test]
+fn a_candidate_that_visitors_are_led_to_stays_until_caddy_can_be_told() {
+    let (host, point) = at("stays", "overlap", "after PATCH /id/deployer");
+    let said = host.sh(&format!(
+        "{QUICK}; restore; code=0
+         OMNI_DEPLOY_KILL_AT={point} deployer run >&2 || code=$?; echo ended with $code
+         cp /etc/omni-deploy/config.json /tmp/config.json
+         jq '.caddyAdmin = \"http://127.0.0.1:2999\"' /tmp/config.json >/etc/omni-deploy/config.json
+         echo ----; deployer run 2>&1; between; systemctl is-active web-next; jq -r .route.status /var/lib/deployer/state.json
+         cp /tmp/config.json /etc/omni-deploy/config.json
+         echo ----; deployer run 2>&1; between; ls /etc/systemd/system; jq -r .route.status /var/lib/deployer/state.json"
+    ));
+    let parts: Vec<&str> = said.split("----\n").collect();
+    assert!(parts[0].contains("ended with 137"), "{said}");
+    assert!(parts[1].contains("its candidate stays on port"), "{said}");
+    assert!(parts[1].ends_with("web serves two\nactive\npending\n"), "{said}");
+    assert!(parts[2].contains("web serves two") && !parts[2].contains("web-next.service"), "{said}");
+    assert!(parts[2].ends_with("current"), "{said}");
+}
+
+#[test]
+fn what_was_started_before_a_pass_began_is_refused_with_its_own_lines() {
+    let (host, point) = at("before", "upgrade to a version that does not answer", "after systemctl restart");
+    let said = host.sh(&format!(
+        "{QUICK}; restore; code=0
+         OMNI_DEPLOY_KILL_AT={point} deployer run >&2 || code=$?; echo ended with $code
+         code=0; deployer run >&2 || code=$?; echo ended with $code; between
+         jq -r '.services.web.lines[]' /var/lib/deployer/lines.json"
+    ));
+    assert!(said.starts_with("ended with 137\nended with 3\nweb serves one\n"), "{said}");
+    assert!(said.contains("page: version deaf on port 9999"), "{said}");
+}
+
 #[test]
 fn a_manifest_that_ends_the_passes_which_read_it_is_left_alone() {
     let host = boot("reading");

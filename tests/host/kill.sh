@@ -53,9 +53,12 @@ facts() {
   cd /nix/var/nix/gcroots/omni-deploy || return
   find . -printf 'root %P %l\n' | sort
   cd /var/lib/deployer || return
-  # What a service has written at its start is known to the pass that started it alone: after an interruption there may
-  # be no lines to keep, and whatever there is must be root's.
-  find . ! -name lines.json -printf 'state %P %m\n' -o ! -perm 600 -printf 'state %P %m\n' | sort
+  find . -printf 'state %P %m\n' | sort
+  # What systemd says besides, and how often, depends on the moment; what the version itself has written does not.
+  if [[ -e lines.json ]]; then
+    jq -r '.services | to_entries[] | .key as $name | .value.lines
+      | map(capture("^page: .*version (?<version>[a-z]+)").version) | unique[] | "lines of \($name) by \(.)"' lines.json
+  fi
   cat applied/* manifest.json
   if [[ -e overrides.json ]]; then jq 'del(.. | .since?)' overrides.json; fi
   # The state, and then the report, which is to say the same.
