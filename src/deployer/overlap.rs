@@ -167,7 +167,7 @@ impl Host<'_> {
                 Some((name, before.http.as_ref()?.internal_port, before.drain_sec()))
             })
             .collect();
-        drain(&old, &observed.caddy.ports())?;
+        drain(&old, &observed.caddy)?;
         Ok(true)
     }
 
@@ -180,18 +180,23 @@ impl Host<'_> {
     ) -> Result<(), String> {
         let admin = &self.settings.caddy_admin;
         let route = caddy::route(services, closed);
-        match caddy::plan(self.settings.caddy_server.as_deref(), route.as_ref(), &caddy::observe(admin)) {
-            RoutePlan::None | RoutePlan::Current => {}
-            RoutePlan::Pending(why) => return Err(why),
-            RoutePlan::Write(requests) => {
-                for request in &requests {
-                    caddy::perform(admin, request)?;
-                    say::notice(format!("route: {}", request.what));
-                }
-            }
-        }
+        let plan =
+            |seen: &caddy::Observed| caddy::plan(self.settings.caddy_server.as_deref(), route.as_ref(), seen);
+        let asked = match plan(&caddy::observe(admin)) {
+            RoutePlan::None | RoutePlan::Current => Ok(()),
+            RoutePlan::Pending(why) => Err(why),
+            RoutePlan::Write(requests) => requests.iter().try_for_each(|request| {
+                caddy::perform(admin, request)?;
+                say::notice(format!("route: {}", request.what));
+                Ok(())
+            }),
+        };
+        // Also of what failed: the answer may have been lost to a change that was made, and what follows must know.
         observed.caddy = caddy::observe(admin);
-        Ok(())
+        asked.or_else(|why| match plan(&observed.caddy) {
+            RoutePlan::None | RoutePlan::Current => Ok(()),
+            RoutePlan::Pending(_) | RoutePlan::Write(_) => Err(why),
+        })
     }
 
     /// Leads requests to services that have never been up, in one change for all of them: there is nothing older that
@@ -228,11 +233,37 @@ impl Host<'_> {
             ));
         }
         let closed = plan::closed(desired, observed, memory);
+        let mut left = names.to_vec();
         if let Err(why) = self.lead(&interim_route(desired, memory, &BTreeMap::new()), &closed, observed) {
             say::warning(format!("route: {why}"));
+            left = self.led_past(names, observed)?;
         }
-        self.drain_understudies(names, memory, observed)?;
-        self.remove_understudies(names, observed)
+        self.drain_understudies(&left, memory, observed)?;
+        self.remove_understudies(&left, observed)
+    }
+
+    /// Those of these understudies that nobody can be led to by what Caddy was seen to have. The others stay: without
+    /// them, visitors would get a 502 until Caddy can be told.
+    pub fn led_past(&self, names: &[ServiceName], observed: &Observed) -> Result<Vec<ServiceName>> {
+        let mut left = Vec::new();
+        for name in names {
+            match self.port_of_understudy(name)? {
+                Some(port) if observed.caddy.may_lead_to(port) => say::warning(format!(
+                    "{name}: its candidate stays on port {port}, to which visitors may still be led; the next pass goes on"
+                )),
+                _ => left.push(name.clone()),
+            }
+        }
+        Ok(left)
+    }
+
+    /// Where an understudy listens, by its unit; None where there is none.
+    fn port_of_understudy(&self, name: &ServiceName) -> Result<Option<u16>> {
+        match fs_err::read_to_string(self.root.next_unit(name)) {
+            Ok(text) => Ok(unit::next_port(&text)),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// Lets the connections of understudies end, as long as their services allow.
@@ -244,17 +275,12 @@ impl Host<'_> {
     ) -> Result<()> {
         let mut ports = Vec::new();
         for name in names {
-            let text = match fs_err::read_to_string(self.root.next_unit(name)) {
-                Ok(text) => text,
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-                Err(e) => return Err(e.into()),
-            };
-            if let Some(port) = unit::next_port(&text) {
+            if let Some(port) = self.port_of_understudy(name)? {
                 let seconds = memory.applied.get(name).map_or(DEFAULT_DRAIN_SEC, |a| a.service.drain_sec());
                 ports.push((name, port, seconds));
             }
         }
-        drain(&ports, &observed.caddy.ports())
+        drain(&ports, &observed.caddy)
     }
 
     /// Stops understudies and removes their units.
@@ -329,10 +355,12 @@ fn nobody_listens(port: u16) -> bool {
     free(Ipv4Addr::UNSPECIFIED.into()) && free(Ipv6Addr::UNSPECIFIED.into())
 }
 
-/// Waits until no connection to these ports is open, each at most its own time in seconds. The connections
-/// to Caddy, on the ports `front`, tell whether a client may still come by the old route: Caddy ends what it
-/// has from before the change, idle ones at once, and until then nobody can tell old from new.
-fn drain(ports: &[(&ServiceName, u16, u32)], front: &BTreeSet<u16>) -> Result<()> {
+/// Waits until no connection to these ports is open, each at most its own time in seconds: while a request has no whole
+/// answer its connection is open, and Caddy ends those that have none. The connections to Caddy itself tell whether a
+/// client may still come by the old route: Caddy ends what it has from before the change, idle ones at once, and until
+/// then nobody can tell old from new, nor where Caddy's ports are not known.
+fn drain(ports: &[(&ServiceName, u16, u32)], caddy: &caddy::Observed) -> Result<()> {
+    let (front, known) = (caddy.ports(), matches!(caddy, caddy::Observed::Servers(_)));
     let begun = Instant::now();
     let mut open: Vec<&(&ServiceName, u16, u32)> = ports.iter().collect();
     if open.is_empty() {
@@ -349,8 +377,8 @@ fn drain(ports: &[(&ServiceName, u16, u32)], front: &BTreeSet<u16>) -> Result<()
         let peers = established()?;
         clients = clients.intersection(&clients_of(&peers)).cloned().collect();
         let waited = begun.elapsed();
-        let quiet =
-            waited >= effect::shortened(if clients.is_empty() { LEAST_DRAIN } else { SILENT_CLIENTS });
+        let least = if clients.is_empty() && known { LEAST_DRAIN } else { SILENT_CLIENTS };
+        let quiet = waited >= effect::shortened(least);
         open.retain(|(name, port, seconds)| {
             let count = peers.get(port).map_or(0, BTreeSet::len);
             let late = waited >= Duration::from_secs((*seconds).into()).max(LEAST_DRAIN);
@@ -401,6 +429,12 @@ fn add_established(table: &str, peers: &mut Peers) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Flags, load};
+    use crate::deployer::root::Root;
+    use serde_json::{Value, json};
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
 
     #[test]
     fn only_established_connections_to_the_port_count() {
@@ -412,6 +446,89 @@ mod tests {
         let mut peers = BTreeMap::new();
         add_established(table, &mut peers);
         assert_eq!(peers[&8080], BTreeSet::from(["0100007F:D431".to_string()]));
+    }
+
+    /// A Caddy with one server, which takes what it is told or does not, and answers to that or does not.
+    fn caddy_at(path: &Path, takes: bool, answers: bool) {
+        let listener = UnixListener::bind(path).unwrap();
+        std::thread::spawn(move || {
+            let mut servers = json!({"srv0": {"listen": [":443"], "routes": []}});
+            for mut stream in listener.incoming().map(Result::unwrap) {
+                let (mut asked, mut buffer) = (Vec::new(), [0; 4096]);
+                let body = loop {
+                    let n = stream.read(&mut buffer).unwrap();
+                    asked.extend_from_slice(&buffer[..n]);
+                    let text = String::from_utf8_lossy(&asked);
+                    let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
+                    let length = head.lines().find_map(|l| l.strip_prefix("Content-Length: "));
+                    if body.len() == length.map_or(0, |l| l.parse().unwrap()) {
+                        break body.to_string();
+                    }
+                };
+                let told = !asked.starts_with(b"GET ");
+                if told && takes {
+                    let route: Value = serde_json::from_str(&body).unwrap();
+                    servers["srv0"]["routes"] = if route.is_array() { route } else { json!([route]) };
+                }
+                if !told || answers {
+                    write!(stream, "HTTP/1.0 200 OK\r\n\r\n{servers}").unwrap();
+                }
+            }
+        });
+    }
+
+    /// Only of a socket that root has made is it known that it is Caddy's.
+    #[test]
+    #[ignore = "needs root: cargo test -- --ignored"]
+    fn what_caddy_was_told_is_known_also_when_its_answer_was_lost() {
+        let http = Http {
+            domain: "a.example.com".into(),
+            path: "/".into(),
+            internal_port: 20_001,
+            port_env: None,
+            drain_sec: None,
+            extra: serde_json::Map::new(),
+        };
+        for (takes, answers, well) in
+            [(true, true, true), (true, false, true), (false, true, false), (false, false, false)]
+        {
+            let dir = tempfile::tempdir_in("/root").unwrap();
+            let path = dir.path().join("admin.sock");
+            caddy_at(&path, takes, answers);
+            let flags = [("host", "here".to_string()), ("caddyAdmin", format!("unix/{}", path.display()))];
+            let settings = load(&Flags::from(flags)).unwrap();
+            let root = Root::system(dir.path());
+            let host = Host { settings: &settings, root: &root };
+            let mut observed = observed();
+            observed.caddy = caddy::observe(&settings.caddy_admin);
+            assert!(!observed.caddy.may_lead_to(20_001));
+            let led = host.lead(&[&http], &BTreeSet::new(), &mut observed);
+            // An answer without an error is believed.
+            assert_eq!(led.is_ok(), well || answers, "takes {takes}, answers {answers}: {led:?}");
+            assert_eq!(observed.caddy.may_lead_to(20_001), takes, "{observed:?}");
+            // Its candidate goes when nobody is led to it, and only then.
+            let name = ServiceName::parse("a").unwrap();
+            let text = "# Managed by omni-deploy\n# An understudy on port 20001\n";
+            durable::write(&root.next_unit(&name), text.as_bytes(), 0o644).unwrap();
+            assert_eq!(unit::next_port(text), Some(20_001));
+            let left = host.led_past(std::slice::from_ref(&name), &observed).unwrap();
+            assert_eq!(left.is_empty(), takes);
+        }
+    }
+
+    fn observed() -> Observed {
+        Observed {
+            units: BTreeMap::new(),
+            present: BTreeSet::new(),
+            roots: BTreeMap::new(),
+            secrets: BTreeMap::new(),
+            active: BTreeSet::new(),
+            ports: BTreeMap::new(),
+            kept_out: BTreeSet::new(),
+            understudies: BTreeSet::new(),
+            foreign_next: BTreeMap::new(),
+            caddy: caddy::Observed::Unavailable("not asked yet".into()),
+        }
     }
 
     #[test]

@@ -756,9 +756,19 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     }
 
     // The route before what is gone: no request is led to a service that is being stopped.
+    if !plan.understudies.is_empty() && matches!(observed.caddy, caddy::Observed::Unavailable(_)) {
+        // It may answer again by now, and the candidates wait for it.
+        observed.caddy = caddy::observe(&settings.caddy_admin);
+        plan = decide(&observed, &memory, &learned)?;
+    }
     changed |= matches!(plan.route, RoutePlan::Write(_));
     let route = write_route(settings, &plan, &desired);
-    changed |= !plan.understudies.is_empty();
+    let mut leaving = plan.understudies.clone();
+    if route.status == RouteStatus::Pending && !leaving.is_empty() {
+        observed.caddy = caddy::observe(&settings.caddy_admin);
+        leaving = host.led_past(&leaving, &observed)?;
+    }
+    changed |= !leaving.is_empty();
     let mut not_gone = None;
     if !plan.gone.is_empty() {
         let gone = intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())
@@ -802,7 +812,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         other_machine: before.other_machine.clone(),
         manager_environment: manager_environment(&before, &observed, &learned),
         last_error: None,
-        draining: plan.understudies.iter().cloned().collect(),
+        draining: leaving.iter().cloned().collect(),
         services,
     };
     if news(root, &before, &state) {
@@ -813,9 +823,9 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     // Before the last connections of the candidates end: whoever waits for the release need not wait for those.
     let open = |state: &State| reported_lines(settings, state, &desired);
     let mut unwritten = learned.disk(publish(root, store.as_ref(), &before, &mut state, open));
-    if !plan.understudies.is_empty() {
-        host.drain_understudies(&plan.understudies, &memory, &observed)?;
-        host.remove_understudies(&plan.understudies, &mut observed)?;
+    if !leaving.is_empty() {
+        host.drain_understudies(&leaving, &memory, &observed)?;
+        host.remove_understudies(&leaving, &mut observed)?;
         state.draining.clear();
         unwritten |= learned.disk(write_state(root, &state));
     }
