@@ -3,6 +3,7 @@
 //! a program has encoded in a way of its own, it does not hide.
 
 use super::{Form, MAX_FILE, SecretFile, environment};
+use crate::deployer::systemd::CUT;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use std::collections::BTreeSet;
@@ -65,7 +66,21 @@ impl Mask {
                 false => line.replace(value.as_str(), HIDDEN),
             };
         }
-        line
+        self.without_beginning(line)
+    }
+
+    /// A line that was cut may end with the beginning of a value.
+    fn without_beginning(&self, line: String) -> String {
+        let Some(rest) = line.strip_suffix(CUT) else { return line };
+        let long = self.values.iter().filter(|value| value.chars().count() >= SHORT);
+        let beginnings = long.filter_map(|value| {
+            let ends = value.char_indices().map(|(at, _)| at).take_while(|at| *at <= rest.len());
+            ends.filter(|at| *at > 0 && rest.ends_with(&value[..*at])).last()
+        });
+        match beginnings.max() {
+            Some(length) => format!("{}{HIDDEN}{CUT}", &rest[..rest.len() - length]),
+            None => line,
+        }
     }
 }
 
@@ -155,6 +170,15 @@ PIN=17
             ("key c2VjcmV0LW9uZQ== is short", "key *** is short"),
             ("pin 17 of 2017, (17)", "pin *** of 2017, (***)"),
             ("nothing to hide", "nothing to hide"),
+        ] {
+            assert_eq!(mask.hide(line), want);
+        }
+        for (line, want) in [
+            ("cannot log in with hunter2…", "cannot log in with ***…"),
+            ("cannot log in with hunt…", "cannot log in with ***…"),
+            ("postgres://app:tr0ub4…", "***…"),
+            ("password corr…", "password ***…"),
+            ("nothing of it: zzz…", "nothing of it: zzz…"),
         ] {
             assert_eq!(mask.hide(line), want);
         }
