@@ -475,7 +475,10 @@ impl Run {
             // A program that does not read its stdin closes the pipe: that is its affair, its status tells.
             std::thread::spawn(move || drop(input.write_all(&bytes)));
         }
+        // Of those that answer us none leaves a grandchild, and what they said must be whole however busy the machine is.
+        let grace = if self.chosen { GRACE_OURS } else { GRACE };
         let mut ended: Option<(ExitStatus, Instant)> = None;
+        let mut killed: Option<Instant> = None;
         let mut left_behind = 0;
         loop {
             let wait = match (ended, self.deadline) {
@@ -530,8 +533,10 @@ impl Run {
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
             }
             match ended {
-                Some((_, at)) if at.elapsed() > Duration::from_secs(1) => break,
+                Some((_, at)) if at.elapsed() > grace => break,
                 Some(_) => {}
+                // The kernel does not end what waits for a disk that hangs.
+                None if killed.is_some_and(|at| at.elapsed() > KILLED_WITHIN) => break,
                 None => {
                     let is_late = !late && self.deadline.is_some_and(|d| started.elapsed() >= d);
                     let is_unwanted = !stopped && told_to_stop();
@@ -539,6 +544,7 @@ impl Run {
                         ended = Some((status, Instant::now()));
                     } else if is_late || is_unwanted {
                         (late, stopped) = (late || is_late, stopped || is_unwanted);
+                        killed = Some(Instant::now());
                         child.kill().map_err(|e| RunError::Spawn {
                             program: self.program.clone(),
                             cause: format!("cannot end it: {e}"),
@@ -580,6 +586,11 @@ impl Beside {
 }
 
 const POLL: Duration = Duration::from_millis(100);
+/// How long the pipes of a program that has ended are read on, where a grandchild may hold them, and where not.
+const GRACE: Duration = Duration::from_secs(1);
+const GRACE_OURS: Duration = Duration::from_secs(10);
+/// How long a program that was killed may take to be gone.
+const KILLED_WITHIN: Duration = Duration::from_secs(10);
 /// How many bytes of stdout are taken where nothing else is said. The closure of a large system, as `nix path-info --json`
 /// has it, takes a tenth of it.
 const MOST_STDOUT: u64 = 64 << 20;
