@@ -21,6 +21,9 @@ use std::time::Duration;
 const OWN_PREFIX: &str = ".omni-deploy";
 const LOCK: &str = ".omni-deploy.lock";
 
+/// The largest object that is replaced by its version, in bytes: twice what a manifest may have.
+const LARGEST_VERSION: u64 = 64 << 20;
+
 /// A write holds the lock for milliseconds: who waits longer waits for something that hangs.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
 
@@ -127,9 +130,11 @@ impl DirStore {
         Ok(Some(bytes))
     }
 
-    /// The version that is there now; None when there is none.
-    fn version(&self, key: &str) -> Result<Option<Etag>, StoreError> {
-        Ok(self.read(key, u64::MAX)?.map(|bytes| etag(&bytes)))
+    /// Whether this version is there now. What else writes here may have put anything there: more than anything of ours
+    /// has is another version, and not read.
+    fn holds(&self, key: &str, version: &Etag) -> Result<bool, StoreError> {
+        let Some(bytes) = self.read(key, LARGEST_VERSION + 1)? else { return Ok(false) };
+        Ok(bytes.len() as u64 <= LARGEST_VERSION && etag(&bytes) == *version)
     }
 
     /// Takes the lock of all writers; dropping it gives it back.
@@ -268,7 +273,7 @@ impl Store for DirStore {
         let _lock = self.lock(&root, "write", key)?;
         let holds = match when {
             // Nothing is made for a write that will not take place.
-            When::Still(etag) => self.version(key)?.as_ref() == Some(etag),
+            When::Still(etag) => self.holds(key, etag)?,
             When::Absent => {
                 match missing_is_none(beneath::place(&root, key, Missing::Error)).map_err(failed)? {
                     Some((folder, name)) => folder.look(name).map_err(failed)?.is_none(),
@@ -428,6 +433,10 @@ mod tests {
         store.delete("k").unwrap();
         assert_eq!(store.get("k", None, 9), Ok(Got::Missing));
         assert!(changed(&When::Still(etag(b"three"))));
+        let endless = fs_err::File::create(store.root.join("k")).unwrap();
+        endless.set_len(1 << 42).unwrap();
+        assert!(changed(&When::Still(etag(b"three"))), "terabytes of nothing");
+        store.delete("k").unwrap();
         store.put("a/b/c", b"x", &When::Always).unwrap();
         store.put("a/d", b"x", &When::Always).unwrap();
         store.delete("a/b/c").unwrap();
