@@ -2,8 +2,9 @@
 
 use super::{Call, print};
 use crate::clock::Timestamp;
+use crate::deployer::live;
 use crate::error::{EXIT_FAILED, Error, Result};
-use crate::say::{self, printable};
+use crate::say::{self, printable, printable_json};
 use crate::see::checks::{Check, Verdict, credentials, host, machine};
 use argh::FromArgs;
 use serde_json::json;
@@ -33,7 +34,8 @@ pub fn run(call: &Call) -> Result<u8> {
     let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
     if args.json {
         let text = serde_json::to_string_pretty(&json!({"version": 1, "checks": checks}));
-        print(&text.map_err(|e| Error::new(format!("cannot write the checks: {e}")))?)?;
+        let text = text.map_err(|e| Error::new(format!("cannot write the checks: {e}")))?;
+        print(&printable_json(&text))?;
     } else {
         let colour = std::io::stdout().is_terminal() && say::colour_wanted();
         print(&checks.iter().map(|check| line(check, colour)).collect::<String>())?;
@@ -72,6 +74,8 @@ fn look(call: &Call, on_host: bool) -> Vec<Check> {
         checks.extend(machine::programs(&settings));
     }
     if on_host {
+        // Of what is not believed nothing is looked at, but at what this host does meanwhile.
+        let manifest = manifest.or_else(|| live::obeyed(&settings.unit_dir));
         checks.extend(host::all(&settings, manifest.as_ref(), Timestamp::now()));
     }
     checks

@@ -8,6 +8,7 @@ use super::{caddy, lines, observe, systemd};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::Result;
+use crate::manifest::Manifest;
 use crate::manifest::parse::{self, Mode};
 use crate::names::ServiceName;
 use crate::see::domains::{self, Visit};
@@ -126,14 +127,19 @@ impl Answer {
 /// Looks, and tries the domains of the services of this host, by the manifest that its deployer obeys.
 pub fn look_with_domains(settings: &Settings, now: Timestamp) -> Result<Answer> {
     let mut answer = look(&settings.unit_dir, now)?;
-    let obeyed = fs_err::read(Root::system(&settings.unit_dir).manifest()).ok();
-    if let Some(manifest) = obeyed.and_then(|bytes| parse::manifest(&bytes, Mode::Tolerant).ok()) {
+    if let Some(manifest) = obeyed(&settings.unit_dir) {
         let state = answer.state.as_ref();
         let host = state.map_or(&settings.host, |state| &state.host);
         answer.live.domains =
             domains::of_host(host, &manifest, state, &caddy::observe(&settings.caddy_admin));
     }
     Ok(answer)
+}
+
+/// The manifest that this host's deployer obeys, if there is one.
+pub fn obeyed(unit_dir: &Path) -> Option<Manifest> {
+    let bytes = fs_err::read(Root::system(unit_dir).manifest()).ok()?;
+    parse::manifest(&bytes, Mode::Tolerant).ok()
 }
 
 /// Looks.

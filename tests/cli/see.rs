@@ -774,10 +774,15 @@ fn doctor_takes_a_manifest_for_well_only_if_a_host_would() {
     let (verdict, text) = check(&doctor, "manifest").unwrap();
     assert_eq!((exit(&doctor), verdict.as_str()), (1, "fail"), "{text}");
     assert!(text.contains("changed after it was signed") && text.contains("deploy-manifest sign"), "{text}");
+    // Nor is anything read or visited that it names.
+    let secrets = |machine: &Machine| check(&machine.call(&["doctor", "--host", "--json"]), "secrets");
+    let obeys_one = Path::new("/var/lib/deployer/manifest.json").exists();
+    assert_eq!(secrets(&machine).is_some(), obeys_one);
     let shown = machine.call(&["manifest", "sign"]).stderr;
     let hash = shown.split("--hash ").nth(1).and_then(|rest| rest.split('\'').next()).unwrap().to_string();
     assert_eq!(exit(&machine.call(&["manifest", "sign", "--hash", &hash])), 0);
     assert_eq!(check(&machine.call(&["doctor", "--json"]), "manifest").unwrap().0, "ok");
+    assert!(secrets(&machine).is_some());
 }
 
 #[test]

@@ -49,7 +49,8 @@ pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
     vec![reached, writes]
 }
 
-/// The manifest, as a host would take it.
+/// The manifest, as a host would take it. Where trusted keys are configured, one that none of them has signed is looked at
+/// no further: what it names is not to be visited, nor read as root.
 pub fn manifest(store: &dyn Store, settings: &Settings) -> (Check, Option<Manifest>) {
     const NAME: &str = "manifest";
     let found = edit::load(store).and_then(|c| c.ok_or_else(|| edit::missing(store)));
@@ -59,22 +60,21 @@ pub fn manifest(store: &dyn Store, settings: &Settings) -> (Check, Option<Manife
         Ok((_, Err(e))) | Err(e) => return (Check::fail(NAME, e.to_string()), None),
     };
     let text = format!("serial {}, services: {}", manifest.serial, manifest.services.len());
-    let check = match signature::trusted(settings) {
+    match signature::trusted(settings) {
         // The check of the keys says what is wrong with them.
-        Err(_) => Check::warn(NAME, format!("{text}; its signature was not checked")),
-        Ok(trusted) if trusted.is_empty() => Check::ok(NAME, text),
+        Err(_) => (Check::warn(NAME, format!("{text}; its signature was not checked")), None),
+        Ok(trusted) if trusted.is_empty() => (Check::ok(NAME, text), Some(manifest)),
         Ok(trusted) => match signature::check(&bytes, &manifest, &store.identity(), &trusted) {
-            Ok(keys) => Check::ok(NAME, format!("{text}, signed by {}", keys.join(", "))),
-            Err(why) => Check::fail(
-                NAME,
-                format!(
+            Ok(keys) => (Check::ok(NAME, format!("{text}, signed by {}", keys.join(", "))), Some(manifest)),
+            Err(why) => {
+                let text = format!(
                     "{text}, and no host that trusts these keys obeys it: {why}; look at it ('deploy-manifest \
                      show'), and if it is right, 'deploy-manifest sign'"
-                ),
-            ),
+                );
+                (Check::fail(NAME, text), None)
+            }
         },
-    };
-    (check, Some(manifest))
+    }
 }
 
 /// The key that signs and the keys that are believed.
