@@ -284,10 +284,10 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
     }
     match &plan.route {
         RoutePlan::None | RoutePlan::Current => {}
-        RoutePlan::Pending(why) => text.push_str(&format!("route: pending: {why}\n")),
+        RoutePlan::Pending(why) => text.push_str(&format!("route: pending: {}\n", say::printable(why))),
         RoutePlan::Write(requests) => {
             for request in requests {
-                text.push_str(&format!("route: {}\n", request.what));
+                text.push_str(&format!("route: {}\n", say::printable(&request.what)));
             }
         }
     }
@@ -331,7 +331,7 @@ fn plan_json(preview: &Preview) -> String {
         "understudies": preview.plan.understudies,
         "route": route,
     });
-    format!("{value:#}")
+    say::printable_json(&format!("{value:#}")).into_owned()
 }
 
 fn live(call: &Call, args: &StateArgs) -> Result<u8> {
@@ -359,7 +359,8 @@ fn answered(call: &Call, look: impl FnOnce(Option<&Settings>, &Path) -> Result<A
         answer.live.problems.push(e.to_string());
     }
     let text = serde_json::to_string(&answer);
-    print(&text.map_err(|e| Error::new(format!("cannot write the answer: {e}")))?)?;
+    let text = text.map_err(|e| Error::new(format!("cannot write the answer: {e}")))?;
+    print(&say::printable_json(&text))?;
     Ok(0)
 }
 
@@ -383,10 +384,10 @@ fn state(json: bool) -> Result<u8> {
     if json {
         let bytes = match &state {
             Ok(state) if lines::any(state) => lines::to_bytes(state)?,
-            // As it is, whatever it is.
+            // As it is, whatever it is, but for what steers a terminal.
             Ok(_) | Err(_) => bytes,
         };
-        print(&String::from_utf8_lossy(&bytes))?;
+        print(&say::printable_json(&String::from_utf8_lossy(&bytes)))?;
         return Ok(0);
     }
     let state = state.map_err(|e| {
@@ -456,4 +457,25 @@ fn state(json: bool) -> Result<u8> {
     }
     print(&text)?;
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Flags, load};
+    use crate::deployer::plan::Plan;
+
+    #[test]
+    fn a_plan_steers_no_terminal_whoever_is_named_in_it() {
+        let settings = load(&Flags::from([("host", "here".to_string())])).unwrap();
+        let why = "'\u{9b}2J\x1b]0;x' (process 7) listens";
+        let route = RoutePlan::Pending(why.into());
+        let plan = Plan { services: Vec::new(), gone: Vec::new(), route, understudies: Vec::new() };
+        let preview = Preview { serial: 1, generation: Timestamp(0), manifest_error: None, plan };
+        for text in [plan_text(&preview, &settings), plan_json(&preview)] {
+            assert!(!text.chars().any(|c| c != '\n' && c.is_control()), "{text:?}");
+        }
+        let json: Value = serde_json::from_str(&plan_json(&preview)).unwrap();
+        assert_eq!(json["route"]["reason"], why);
+    }
 }

@@ -10,6 +10,7 @@ use crate::durable;
 use crate::error::{Error, Result};
 use crate::names::ServiceName;
 use crate::runner::Run;
+use crate::say::printable_json;
 use crate::ssh::is_root;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -129,12 +130,12 @@ pub fn hidden(path: &Path) -> bool {
     !is_root() && fs_err::symlink_metadata(path).is_ok()
 }
 
-/// A form of ours, with a newline at its end.
+/// A form of ours, with a newline at its end. People read it with cat, and what others have said is in it: what would
+/// steer a terminal is written as JSON's escapes.
 pub fn to_bytes(form: &impl Serialize) -> Result<Vec<u8>> {
-    let mut bytes =
-        serde_json::to_vec_pretty(form).map_err(|e| Error::new(format!("cannot write the state: {e}")))?;
-    bytes.push(b'\n');
-    Ok(bytes)
+    let text =
+        serde_json::to_string_pretty(form).map_err(|e| Error::new(format!("cannot write the state: {e}")))?;
+    Ok(format!("{}\n", printable_json(&text)).into_bytes())
 }
 
 #[cfg(test)]
@@ -162,6 +163,22 @@ mod tests {
         assert_eq!(read, without(&state));
         load(&root).put_back(&mut read);
         assert_eq!(read, state);
+
+        // What somebody else has said steers no terminal, and is what he said.
+        let mut hostile = state.clone();
+        let said = "\u{9b}2J\u{202e}\u{7f}";
+        for failure in hostile.services.values_mut().filter_map(|s| s.failure.as_mut()) {
+            (failure.reason, failure.journal) = (said.into(), vec![said.into()]);
+        }
+        keep(&root, &hostile).unwrap();
+        for path in [root.lines(), root.state_file()] {
+            let text = fs_err::read_to_string(path).unwrap();
+            assert!(text.is_ascii() && text.contains("\\u009b2J\\u202e\\u007f"), "{text}");
+        }
+        let mut read = State::parse(&fs_err::read(root.state_file()).unwrap()).unwrap();
+        load(&root).put_back(&mut read);
+        assert_eq!(read, hostile);
+        keep(&root, &state).unwrap();
 
         // Another failure of the same service has none of them.
         let mut later = without(&state);

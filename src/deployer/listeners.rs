@@ -3,6 +3,7 @@
 //! those hold the socket. Nothing follows from it here.
 
 use super::systemd;
+use crate::say::printable;
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -335,7 +336,8 @@ pub fn owner(pid: u32) -> Owner {
 fn owner_below(pid: u32, above: &str) -> Owner {
     let name = fs_err::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let unit = cgroup_of(pid).and_then(|at| unit_of(at.strip_prefix(above).unwrap_or(&at)));
-    Owner { pid: Some(pid), name: name.trim_end().to_string(), unit }
+    // Whoever runs it gave it that name.
+    Owner { pid: Some(pid), name: printable(name.trim_end()).into_owned(), unit }
 }
 
 /// Where systemd's hierarchy begins, as we see it: below that in a container.
