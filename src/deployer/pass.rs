@@ -756,8 +756,9 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     }
 
     // The route before what is gone: no request is led to a service that is being stopped.
-    if !plan.understudies.is_empty() && matches!(observed.caddy, caddy::Observed::Unavailable(_)) {
-        // It may answer again by now, and the candidates wait for it.
+    let waited_for = changed || !plan.understudies.is_empty();
+    if waited_for && matches!(observed.caddy, caddy::Observed::Unavailable(_)) {
+        // It may answer by now: it opens its endpoint anew at every change, and may have been restarted meanwhile.
         observed.caddy = caddy::observe(&settings.caddy_admin);
         plan = decide(&observed, &memory, &learned)?;
     }
