@@ -767,7 +767,13 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     let mut leaving = plan.understudies.clone();
     if route.status == RouteStatus::Pending && !leaving.is_empty() {
         observed.caddy = caddy::observe(&settings.caddy_admin);
-        leaving = host.led_past(&leaving, &observed)?;
+        // One of a service that is stopped on purpose, or gone, has no visitors to wait for.
+        let serves = |name: &ServiceName| {
+            plan.services.iter().any(|p| p.name == *name && !p.paused && p.goal.is_some())
+        };
+        let (serving, idle): (Vec<_>, Vec<_>) = leaving.into_iter().partition(serves);
+        leaving = host.led_past(&serving, &observed)?;
+        leaving.extend(idle);
     }
     changed |= !leaving.is_empty();
     let mut not_gone = None;
