@@ -6,7 +6,7 @@ use crate::Error;
 use crate::access::{Policy, User, Users};
 
 const USAGE: &str = "usage: omni-test-s3 --root DIR --listen ADDR:PORT --user KEY:SECRET[:POLICY] \
-[--user ...] [--bucket NAME ...] [--domain NAME] [--log FILE] [--control FILE]
+[--user ...] [--bucket NAME ...] [--domain NAME] [--log FILE] [--connections FILE] [--control FILE]
 POLICY: 'rw' (the default: everything) or a file with an IAM policy";
 
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub struct Args {
     pub buckets: Vec<String>,
     /// Gets one line per request.
     pub log: Option<PathBuf>,
+    /// Gets one line per connection that was accepted.
+    pub connections: Option<PathBuf>,
     /// The server's own name, before which a bucket's may stand.
     pub domain: Option<String>,
     /// Says which faults to show; see [`crate::faults`].
@@ -30,6 +32,7 @@ impl Args {
     pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Self, Error> {
         let mut words = words.into_iter();
         let (mut root, mut listen, mut log, mut control, mut domain) = (None, None, None, None, None);
+        let mut connections = None;
         let mut users = Users::default();
         let mut buckets = Vec::new();
         while let Some(flag) = words.next() {
@@ -47,6 +50,7 @@ impl Args {
                 "--bucket" => buckets.push(value()?),
                 "--domain" => domain = Some(value()?),
                 "--log" => log = Some(PathBuf::from(value()?)),
+                "--connections" => connections = Some(PathBuf::from(value()?)),
                 "--control" => control = Some(PathBuf::from(value()?)),
                 _ => return Err(format!("unknown argument '{flag}'\n{USAGE}").into()),
             }
@@ -61,6 +65,7 @@ impl Args {
             users,
             buckets,
             log,
+            connections,
             domain,
             control,
         })

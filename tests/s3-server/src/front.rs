@@ -36,11 +36,7 @@ impl Front {
         log: Option<&Path>,
         domain: Option<String>,
     ) -> Result<Self, crate::Error> {
-        let open = |path: &Path| {
-            let file = OpenOptions::new().create(true).append(true).open(path);
-            file.map_err(|error| format!("log {}: {error}", path.display()))
-        };
-        Ok(Self { service, control, log: log.map(open).transpose()?.map(Mutex::new), domain })
+        Ok(Self { service, control, log: log.map(appended).transpose()?.map(Mutex::new), domain })
     }
 
     /// Answers one request. An error makes hyper close the connection without an answer.
@@ -162,6 +158,12 @@ impl Front {
             eprintln!("omni-test-s3: log: {error}");
         }
     }
+}
+
+/// A file to which lines are added.
+pub fn appended(path: &Path) -> Result<File, crate::Error> {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    file.map_err(|error| format!("log {}: {error}", path.display()).into())
 }
 
 /// The key in `/BUCKET/KEY`; empty for a bucket.

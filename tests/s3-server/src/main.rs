@@ -44,7 +44,7 @@ fn main() -> ExitCode {
 }
 
 async fn serve(args: Args) -> Result<(), Error> {
-    let Args { root, listen, users, buckets, log, control, domain } = args;
+    let Args { root, listen, users, buckets, log, connections, control, domain } = args;
 
     let control = Arc::new(Control::new(control));
     let store = Store::open(&root, Arc::clone(&control))?;
@@ -60,6 +60,8 @@ async fn serve(args: Args) -> Result<(), Error> {
     }
     let front = Arc::new(Front::new(service.build(), control, log.as_deref(), domain)?);
 
+    let mut connections = connections.as_deref().map(front::appended).transpose()?;
+
     let listener = tokio::net::TcpListener::bind(&listen)
         .await
         .map_err(|error| format!("cannot listen on {listen}: {error}"))?;
@@ -69,7 +71,7 @@ async fn serve(args: Args) -> Result<(), Error> {
     stdout.flush()?;
 
     loop {
-        let (socket, _) = match listener.accept().await {
+        let (socket, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, most likely: others will be closed in a moment.
@@ -78,6 +80,10 @@ async fn serve(args: Args) -> Result<(), Error> {
                 continue;
             }
         };
+        // Written before anything is read: who has an answer finds the line of its connection.
+        if let Some(file) = &mut connections {
+            writeln!(file, "{from}")?;
+        }
         // Small answers must not wait for the client's delayed acknowledgement.
         socket.set_nodelay(true)?;
         let front = Arc::clone(&front);
