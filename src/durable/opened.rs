@@ -155,9 +155,14 @@ impl Folder {
     /// Removes temporary files that a killed process left: regular files with a name that we give. Only under the lock
     /// of those who write here.
     pub fn sweep(&self) -> io::Result<()> {
+        self.sweep_if(|_| true)
+    }
+
+    /// The same of those alone that are `abandoned`, beside others who write here.
+    pub fn sweep_if(&self, abandoned: impl Fn(&fs::Stat) -> bool) -> io::Result<()> {
         for name in self.names()?.iter().filter(|name| is_temporary(name)) {
-            let is_file = |stat: fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-            if self.look(name)?.is_some_and(is_file) {
+            let is_file = |stat: &fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+            if self.look(name)?.is_some_and(|stat| is_file(&stat) && abandoned(&stat)) {
                 self.remove(name)?;
             }
         }
