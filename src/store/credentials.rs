@@ -79,6 +79,10 @@ pub fn files() -> [PathBuf; 2] {
 /// Credentials that end within this time are looked up again.
 const REFRESH_SEC: i64 = 300;
 
+/// What was not found is not looked for again before this time, in seconds: of a service that does not answer, each of
+/// many requests would wait for the one before it.
+const AGAIN_SEC: i64 = 10;
+
 /// The metadata service is on the link itself: what does not answer at once is not there.
 const METADATA_LIMITS: Limits = Limits {
     connect: Duration::from_secs(1),
@@ -93,7 +97,15 @@ const METADATA: &str = "http://169.254.169.254";
 pub struct Provider {
     env: Env,
     profile: Option<String>,
-    found: Mutex<Option<Arc<Credentials>>>,
+    found: Mutex<Found>,
+}
+
+/// What came of looking.
+#[derive(Default)]
+struct Found {
+    kept: Option<Arc<Credentials>>,
+    /// When nothing was found last, and why.
+    failed: Option<(Timestamp, String)>,
 }
 
 impl Provider {
@@ -107,13 +119,19 @@ impl Provider {
         // Held while looking: several threads that need new credentials ask for them once.
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         let left = |c: &Credentials| c.expires.map_or(i64::MAX, |at| at.0 - now.0);
-        if let Some(kept) = found.as_ref()
+        if let Some(kept) = &found.kept
             && left(kept) > REFRESH_SEC
         {
             return Ok(kept.clone());
         }
-        match (self.look(), found.as_ref()) {
-            (Ok(new), _) => Ok(found.insert(Arc::new(new)).clone()),
+        let just_failed =
+            |(at, _): &&(Timestamp, String)| (0..AGAIN_SEC).contains(&now.0.saturating_sub(at.0));
+        let looked = match found.failed.as_ref().filter(just_failed) {
+            Some((_, why)) => Err(why.clone()),
+            None => self.look().inspect_err(|why| found.failed = Some((now, why.clone()))),
+        };
+        match (looked, &found.kept) {
+            (Ok(new), _) => Ok(found.kept.insert(Arc::new(new)).clone()),
             (Err(_), Some(kept)) if left(kept) > 0 => Ok(kept.clone()),
             (Err(why), _) => Err(why),
         }
@@ -475,6 +493,27 @@ mod tests {
         assert_eq!(provider.get(Timestamp(7100)).unwrap().id, "TWO");
         let error = provider.get(Timestamp(7200)).unwrap_err();
         assert!(error.contains(&base) && error.contains("connection refused"), "{error}");
+    }
+
+    #[test]
+    fn many_requests_do_not_wait_one_after_the_other_for_a_service_that_gives_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        listener.set_nonblocking(true).unwrap();
+        // Nobody accepts: each look takes as long as an answer may.
+        let vars = [("HOME", "/nonexistent"), ("AWS_EC2_METADATA_SERVICE_ENDPOINT", base.as_str())];
+        let provider = provider(None, &vars);
+        let asked = || std::iter::from_fn(|| listener.accept().ok()).count();
+        let first = provider.get(Timestamp(100)).unwrap_err();
+        assert_eq!(asked(), 1);
+        for now in [100, 101, 109] {
+            assert_eq!(provider.get(Timestamp(now)).unwrap_err(), first);
+        }
+        assert_eq!(asked(), 0);
+        provider.get(Timestamp(110)).unwrap_err();
+        // Of a clock that was set back nothing is concluded.
+        provider.get(Timestamp(90)).unwrap_err();
+        assert_eq!(asked(), 2);
     }
 
     #[test]
