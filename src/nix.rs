@@ -26,7 +26,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use fetch::{fetch, fetch_within};
+pub use fetch::{fetch, fetch_within, forget_transfers};
 pub use publish::{Published, Scope, publish};
 
 /// Where roots against the garbage collector are kept, ours in a folder of our own below.
@@ -229,6 +229,14 @@ fn nix(features: &[&str], within: &Path) -> Result<(Run, tempfile::TempDir)> {
 fn config_with_store(url: &str) -> String {
     let own = std::env::var("NIX_CONFIG").unwrap_or_default();
     format!("{own}\nstore = {url}\n")
+}
+
+/// Why Nix failed, with what to do about it where the disk is full: Nix says neither which nor what.
+fn with_room(cause: String, remedy: &str) -> String {
+    match cause.contains("No space left on device") {
+        true => format!("{cause}; {remedy}"),
+        false => cause,
+    }
 }
 
 /// Of Nix's stderr the lines that say what went wrong; all of it if there are none.
@@ -520,5 +528,8 @@ mod tests {
         let stderr = "copying 2 paths...\nerror: path '/x' lacks a signature\n  more";
         assert_eq!(errors_of(stderr), "error: path '/x' lacks a signature\n  more");
         assert_eq!(errors_of("plain"), "plain");
+        let full = "error: writing to file: No space left on device";
+        assert_eq!(with_room(full.into(), "make room"), format!("{full}; make room"));
+        assert_eq!(with_room("error: x".into(), "make room"), "error: x");
     }
 }

@@ -155,6 +155,10 @@ impl Host<'_> {
             }
         }
         if wanted.is_empty() {
+            // Also what a pass that died has left of something that was taken back since.
+            if learned.unfetchable.is_empty() {
+                nix::forget_transfers();
+            }
             return Ok(());
         }
         let paths: Vec<StorePath> = wanted.keys().map(|p| (*p).clone()).collect();

@@ -6,7 +6,7 @@
 use super::download::{self, Failure, download};
 use super::spool::{self, Spool};
 use super::walk::{Ended, Fault, Found, Limits, Walked, walk};
-use super::{Cache, FetchError, PER_CALL, Side, errors_of, missing, nix, store_trouble};
+use super::{Cache, FetchError, PER_CALL, Side, errors_of, missing, nix, store_trouble, with_room};
 use crate::config::Settings;
 use crate::effect;
 use crate::error::{Error, Result};
@@ -27,6 +27,9 @@ const WALK_WITHIN: Duration = Duration::from_secs(60);
 const SPARE_BYTES: u64 = 16 << 20;
 /// So many bytes of NARs are in the spool at a time, or one path that is larger.
 const GROUP: u64 = 256 << 20;
+
+/// The spool's name.
+const SPOOL: &str = "fetch";
 
 /// The reason for each closure that could not be had.
 pub type Reasons = BTreeMap<StorePath, FetchError>;
@@ -67,10 +70,15 @@ pub fn fetch_within(settings: &Settings, paths: &[StorePath], scratch: &Path) ->
     let keys: Vec<PublicKey> = keys.collect::<Result<_, _>>().map_err(|why| {
         Error::new(format!("a key of 'trustedPublicKeys' {why}; correct it in the configuration"))
     })?;
-    let spool = Spool::open(&spool::home(), "fetch")?;
+    let spool = Spool::open(&spool::home(spool::Of::Machine), SPOOL)?;
     let mut fetch = Fetch { settings, cache, keys, spool, scratch, until, shown, reasons: Reasons::new() };
     fetch.run(left)?;
     Ok(fetch.reasons)
+}
+
+/// Removes what fetches that died have left, for when nothing is wanted any more.
+pub fn forget_transfers() {
+    spool::clear_idle(&spool::home(spool::Of::Machine), SPOOL);
 }
 
 /// One fetch under way.
@@ -174,7 +182,11 @@ impl Fetch<'_> {
             fs_err::metadata(path).ok().map(|meta| meta.dev())
         };
         let shared = device(Path::new(STORE_DIR)) == self.spool.device();
+        // What an earlier fetch has left of them has its room already; the rest of the spool makes way.
+        let left = self.spool.files().map_or(0, |files| files.iter().map(|(_, size)| size).sum::<u64>());
+        let free = if shared { free.saturating_add(left) } else { free };
         let spool_free = if shared { None } else { self.spool.free_bytes() };
+        let spool_free = spool_free.map(|free| free.saturating_add(left));
         let mut counted = BTreeSet::new();
         let (mut used, mut largest) = (0u64, 0u64);
         let reasons = &mut self.reasons;
@@ -328,6 +340,7 @@ impl Fetch<'_> {
                 self.shown
             ));
         }
+        let cause = with_room(cause, "'nix-collect-garbage -d' frees what no root holds, or give it more disk");
         FetchError::Failed(format!("cannot copy {top}: {cause}"))
     }
 }

@@ -7,7 +7,9 @@ use super::narinfo::NarInfo;
 use super::present::{self, Fault, Voucher};
 use super::spool::{self, Spool};
 use super::upload::Uploads;
-use super::{Figures, PER_CALL, check, encoded, errors_of, is_news, nix, store_trouble, with_params};
+use super::{
+    Figures, PER_CALL, check, encoded, errors_of, is_news, nix, store_trouble, with_params, with_room,
+};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
@@ -182,7 +184,7 @@ struct Awaited<'a> {
 impl Copy<'_> {
     /// Copies; the sizes of the NAR files together.
     fn run(&self, cache: &dyn Objects, on_line: &mut dyn FnMut(&str)) -> Result<u64> {
-        let spool = Spool::open(&spool::home(), "push")?;
+        let spool = Spool::open(&spool::home(spool::Of::User), "push")?;
         // What an earlier push left was made for it, and is made again.
         spool.clear(|_| false)?;
         self.name_references(&spool)?;
@@ -273,7 +275,11 @@ impl Copy<'_> {
                     }
                     e => e.to_string(),
                 };
-                Error::new(format!("nix could not pack it: {}", clean(&cause)))
+                let room = format!(
+                    "make room where {} is, or set XDG_CACHE_HOME to a folder on another disk",
+                    spool.dir().display()
+                );
+                Error::new(format!("nix could not pack it: {}", with_room(clean(&cause), &room)))
             })?;
             self.collect(spool, uploads, awaited)?;
             let awaited = awaited.lock().unwrap_or_else(PoisonError::into_inner);

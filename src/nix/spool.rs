@@ -6,6 +6,7 @@
 use crate::durable;
 use crate::error::{Error, Result};
 use fs_err::os::unix::fs::OpenOptionsExt;
+use std::ffi::OsString;
 use std::fs::DirBuilder;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -35,18 +36,59 @@ impl Drop for Spool {
     }
 }
 
-/// Where this user's spools are: below `XDG_CACHE_HOME`, else `~/.cache`, else (a unit without a home)
+/// Whose spools are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Of {
+    /// This user's.
+    User,
+    /// This machine's: of its deployer, whoever starts that.
+    Machine,
+}
+
+/// The folder of the deployer's unit for what may be lost.
+const MACHINE_CACHE: &str = "/var/cache/deployer";
+
+/// Where spools are: below `XDG_CACHE_HOME`, which the deployer's unit sets; else for root as the deployer where that has
+/// it, so that a pass by hand finds what the timer's has left; else below `~/.cache`, if that home is this user's; else
 /// `/var/cache/omni-deploy` for root and the folder of temporary files for others.
-pub fn home() -> PathBuf {
+pub fn home(of: Of) -> PathBuf {
+    home_in(of, uid(), &|name| std::env::var_os(name))
+}
+
+fn home_in(of: Of, uid: u32, env: &dyn Fn(&str) -> Option<OsString>) -> PathBuf {
     let absolute = |name: &str| {
-        std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute() && path.as_os_str() != "/")
+        env(name).map(PathBuf::from).filter(|path| path.is_absolute() && path.as_os_str() != "/")
     };
-    let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
+    // Some sudo leaves HOME as it was: what root made there would be in its owner's way.
+    let own = |path: &PathBuf| fs_err::metadata(path).is_ok_and(|meta| meta.uid() == uid);
+    let cache = match (absolute("XDG_CACHE_HOME"), of, uid) {
+        (Some(cache), _, _) => Some(cache),
+        (None, Of::Machine, 0) => Some(MACHINE_CACHE.into()),
+        (None, _, _) => absolute("HOME").filter(own).map(|home| home.join(".cache")),
+    };
     match cache {
         Some(cache) => cache.join("omni-deploy"),
-        None if uid() == 0 => PathBuf::from("/var/cache/omni-deploy"),
-        None => std::env::temp_dir().join(format!("omni-deploy-{}", uid())),
+        None if uid == 0 => PathBuf::from("/var/cache/omni-deploy"),
+        None => std::env::temp_dir().join(format!("omni-deploy-{uid}")),
     }
+}
+
+/// Empties the spools of such work that nobody is at: what a run that died left in them, and nobody goes on with.
+pub fn clear_idle(home: &Path, work: &str) {
+    clear_from(home, work, 1);
+}
+
+/// Those from a place on; what cannot be removed is left to the next.
+fn clear_from(home: &Path, work: &str, first: u32) {
+    for dir in (first..=PLACES).map(|place| home.join(place_name(work, place))).filter(|dir| dir.is_dir()) {
+        if let Ok(Some(idle)) = Spool::take(&dir) {
+            drop(idle.clear(|_| false));
+        }
+    }
+}
+
+fn place_name(work: &str, place: u32) -> String {
+    if place == 1 { work.to_string() } else { format!("{work}-{place}") }
 }
 
 fn uid() -> u32 {
@@ -55,12 +97,13 @@ fn uid() -> u32 {
 
 impl Spool {
     /// Takes the first free spool for such work (`push`, `fetch`) below `home`; what an earlier run left in it is still
-    /// there. The folders are made as needed.
+    /// there, and what others left in the places behind it, which are taken only beside it, is gone. The folders are made
+    /// as needed.
     pub fn open(home: &Path, work: &str) -> Result<Self> {
         private_folder(home)?;
         for place in 1..=PLACES {
-            let name = if place == 1 { work.to_string() } else { format!("{work}-{place}") };
-            if let Some(spool) = Spool::take(&home.join(name))? {
+            if let Some(spool) = Spool::take(&home.join(place_name(work, place)))? {
+                clear_from(home, work, place + 1);
                 return Ok(spool);
             }
         }
@@ -223,6 +266,62 @@ mod tests {
         drop(first);
         assert_eq!(Spool::open(&home, "fetch").unwrap().dir(), taken);
         assert_ne!(Spool::open(&home, "push").unwrap().dir(), taken);
+    }
+
+    #[test]
+    fn a_pass_by_hand_has_the_spool_of_the_timers_and_nobody_one_in_anothers_home() {
+        let dir = tempfile::tempdir().unwrap();
+        let (uid, own) = (uid(), dir.path().to_str().unwrap());
+        for (of, user, vars, want) in [
+            (
+                Of::Machine,
+                0,
+                &[("XDG_CACHE_HOME", "/var/cache/deployer"), ("HOME", own)][..],
+                "/var/cache/deployer",
+            ),
+            (Of::Machine, 0, &[("HOME", own)], "/var/cache/deployer"),
+            (Of::Machine, 0, &[], "/var/cache/deployer"),
+            (Of::Machine, uid.max(1), &[("XDG_CACHE_HOME", "/c")], "/c"),
+            (Of::User, 0, &[("XDG_CACHE_HOME", "/c"), ("HOME", own)], "/c"),
+            (Of::User, uid, &[("HOME", own)], &format!("{own}/.cache")),
+            (Of::User, uid, &[("HOME", own), ("XDG_CACHE_HOME", "relative")], &format!("{own}/.cache")),
+            (Of::User, 0, &[("HOME", "/")], "/var/cache"),
+            (Of::User, 0, &[], "/var/cache"),
+        ] {
+            let env = |name: &str| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| OsString::from(v));
+            assert_eq!(
+                home_in(of, user, &env),
+                Path::new(want).join("omni-deploy"),
+                "{of:?} {user} {vars:?}"
+            );
+        }
+        let home = |_: &str| Some(OsString::from(own));
+        let stranger = |name: &str| if name == "HOME" { home(name) } else { None };
+        let theirs = home_in(Of::User, uid + 1, &stranger);
+        assert!(!theirs.starts_with(own), "{}", theirs.display());
+    }
+
+    #[test]
+    fn what_killed_runs_left_in_places_that_are_seldom_taken_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Spool::open(dir.path(), "push").unwrap();
+        let (first, second, third) = (open(), open(), open());
+        let left = second.file("nar/left");
+        fs_err::write(&left, "left").unwrap();
+        fs_err::write(third.file("nar/used"), "used").unwrap();
+        let used = third.file("nar/used");
+        drop((first, second));
+        let first = open();
+        assert!(!left.exists() && used.exists());
+        // Where nobody is at work, nothing stays; who is, keeps what is his.
+        fs_err::write(first.file("nar/part"), "part").unwrap();
+        let part = first.file("nar/part");
+        clear_idle(dir.path(), "push");
+        assert!(part.exists() && used.exists());
+        drop(first);
+        clear_idle(dir.path(), "push");
+        clear_idle(dir.path(), "fetch");
+        assert!(!part.exists() && used.exists() && !dir.path().join("fetch").exists());
     }
 
     #[test]
