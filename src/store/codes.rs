@@ -24,6 +24,8 @@ pub enum Meaning {
     NoRange,
     /// These credentials may not do it.
     Denied,
+    /// The object is where it has to be brought back from before it can be read.
+    Archived,
     /// The access key is not known there.
     UnknownKey,
     /// The secret key is another.
@@ -51,7 +53,7 @@ pub enum Meaning {
 use Meaning::*;
 
 /// Code and meaning. A code's status is not looked at: other servers send the same codes with other ones.
-const CODES: [(&str, Meaning); 40] = [
+const CODES: [(&str, Meaning); 41] = [
     ("InternalError", Transient),
     ("ServiceUnavailable", Transient),
     ("SlowDown", Transient),
@@ -74,6 +76,7 @@ const CODES: [(&str, Meaning); 40] = [
     ("AccessDenied", Denied),
     ("AccountProblem", Denied),
     ("AllAccessDisabled", Denied),
+    ("InvalidObjectState", Archived), // 403; GetObject, "archived objects"
     ("InvalidAccessKeyId", UnknownKey),
     ("SignatureDoesNotMatch", WrongSecret),
     ("ExpiredToken", ExpiredToken),
@@ -145,6 +148,7 @@ mod tests {
             (403, "RequestTimeTooSkewed", ClockSkew),
             (403, "SecondLevelDomainForbidden", WantsVirtualHost),
             (403, "SomethingNew", Denied),
+            (403, "InvalidObjectState", Archived),
             (500, "SomethingNew", Transient),
             (503, "", Transient),
             (599, "", Transient),

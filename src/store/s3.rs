@@ -567,6 +567,8 @@ impl S3Store {
                 request.maybe_set_content_md5_header();
             }
             self.sign(&mut request, wants)?;
+            // Its copy was for the signature: many are written at a time.
+            request.payload = None;
             exchange(&self.agent, &request, &[], bytes, Patience::within(left))?.written()
         })
     }
@@ -729,6 +731,11 @@ impl S3Store {
                      store's URL"
                 ),
             },
+            Meaning::Archived => format!(
+                "{place} has archived it ({said}); restore it there, or, if it is of a closure, write it anew with \
+                 'omni-deploy push --rewrite', and take away the rule that archives what is below {}",
+                self.url()
+            ),
             Meaning::Unsupported => {
                 format!("{place} cannot do this ({said}); use a store that has S3's conditional writes")
             }
@@ -1094,6 +1101,7 @@ mod tests {
             (403, "InvalidAccessKeyId", &["does not know the access key AKID", "AWS_SECRET_ACCESS_KEY"]),
             (403, "SignatureDoesNotMatch", &["secret key", "AKID", "correct AWS_ACCESS_KEY_ID"]),
             (403, "AccessDenied", &["denies", "AKID", "s3:PutObject", "because"]),
+            (403, "InvalidObjectState", &["archived it", "push --rewrite", "s3://bucket/p"]),
             (400, "ExpiredToken", &["expired", "renew"]),
             (403, "RequestTimeTooSkewed", &["2h ahead of", "timedatectl set-ntp true"]),
             (301, "PermanentRedirect", &["region eu-2, not us-east-1", "region=eu-2"]),
