@@ -116,8 +116,8 @@ pub fn download<'a>(
     let receiver = Mutex::new(receiver);
     let fail = |found: &Found, failure: Failure| {
         // A cache that does not answer for one will not for the others; each waiting for itself, they would take
-        // as long as there are paths.
-        if matches!(failure, Failure::Cache(_) | Failure::Late) {
+        // as long as there are paths. One that refuses does so at once, and maybe for one alone.
+        if matches!(failure, Failure::Cache(StoreError::Unreachable(_)) | Failure::Late) {
             *locked(&stopped) = Some(failure.clone());
         }
         locked(&failures).insert(found.info.path.clone(), failure);
@@ -190,7 +190,7 @@ fn bring(cache: &dyn Objects, spool: &Spool, info: &NarInfo, until: Instant) -> 
     }
     let _effect = effect::mark("fetch", &info.url);
     let mut origin = Origin::Fresh;
-    let mut tries = 0;
+    let (mut tries, mut anew) = (0, 0);
     let mut part = fs_err::OpenOptions::new()
         .read(true)
         .write(true)
@@ -215,6 +215,15 @@ fn bring(cache: &dyn Objects, spool: &Spool, info: &NarInfo, until: Instant) -> 
             }
             Opened::Changed if offset == 0 => return Err(Failure::Fault(Fault::Lost(info.url.clone()))),
             Opened::Changed => {
+                anew += 1;
+                if anew > TRIES {
+                    let why = format!(
+                        "{} in {} is another file each time that it is asked for; look what writes it",
+                        info.url,
+                        cache.url()
+                    );
+                    return Err(Failure::Cache(StoreError::Unreachable(why)));
+                }
                 begin_anew(&mut part).map_err(here)?;
                 origin = Origin::Fresh;
                 continue;
@@ -319,82 +328,13 @@ fn is_file(nar: &PathBuf, hash: Sha256) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::dir::DirStore;
-    use crate::store::objects::{Download, Upload};
-    use crate::store::{Got, Store, When};
+    use crate::store::faulty::{Faults, FaultyStore};
+    use crate::store::{Store, When};
     use std::time::Duration;
-
-    /// A cache whose transfers break after so many bytes, and which knows what it was asked for.
-    struct Cache {
-        inner: DirStore,
-        breaks_after: Mutex<Option<u64>>,
-        gone: Mutex<bool>,
-        asked: Mutex<Vec<u64>>,
-    }
-
-    struct Breaking(Box<dyn Read + Send>, u64);
-
-    impl Read for Breaking {
-        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            if self.1 == 0 {
-                return Err(io::Error::from(io::ErrorKind::ConnectionReset));
-            }
-            let most = buffer.len().min(self.1 as usize);
-            let count = self.0.read(&mut buffer[..most])?;
-            self.1 -= count as u64;
-            Ok(count)
-        }
-    }
-
-    impl Store for Cache {
-        fn url(&self) -> String {
-            "s3://box".into()
-        }
-        fn identity(&self) -> String {
-            self.url()
-        }
-        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
-            self.inner.get(key, unless, limit)
-        }
-        fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
-            self.inner.get_start(key, count)
-        }
-        fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
-            self.inner.size(key)
-        }
-        fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
-            self.inner.put(key, bytes, when)
-        }
-        fn delete(&self, key: &str) -> Result<(), StoreError> {
-            self.inner.delete(key)
-        }
-        fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-            self.inner.list(prefix)
-        }
-    }
-
-    impl Objects for Cache {
-        fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {
-            if *locked(&self.gone) {
-                return Err(StoreError::Unreachable("the network is gone".into()));
-            }
-            locked(&self.asked).push(offset);
-            let opened = self.inner.read_from(key, offset, only)?;
-            let (Some(after), Opened::Found(download)) = (*locked(&self.breaks_after), &opened) else {
-                return Ok(opened);
-            };
-            let (length, etag) = (download.length, download.etag.clone());
-            let Opened::Found(download) = opened else { unreachable!() };
-            Ok(Opened::Found(Download { length, etag, body: Box::new(Breaking(download.body, after)) }))
-        }
-        fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
-            self.inner.write_from(key, upload)
-        }
-    }
 
     struct Scene {
         dir: tempfile::TempDir,
-        cache: Cache,
+        cache: FaultyStore,
         nar: Vec<u8>,
         found: Found,
     }
@@ -416,12 +356,7 @@ mod tests {
                 signatures: Vec::new(),
                 ca: None,
             };
-            let cache = Cache {
-                inner: DirStore::new(&dir.path().join("cache")),
-                breaks_after: Mutex::default(),
-                gone: Mutex::default(),
-                asked: Mutex::default(),
-            };
+            let cache = FaultyStore::new(&dir.path().join("cache"));
             cache.put("nar/b.nar", &nar, &When::Always).unwrap();
             Scene { cache, nar, found: Found { info, warrant: Some(Warrant::Signature) }, dir }
         }
@@ -446,14 +381,14 @@ mod tests {
         }
 
         fn asked(&self) -> Vec<u64> {
-            std::mem::take(&mut locked(&self.cache.asked))
+            self.cache.asked().into_iter().map(|(_, offset)| offset).collect()
         }
     }
 
     #[test]
     fn a_transfer_that_breaks_goes_on_where_it_was() {
         let scene = Scene::new();
-        *locked(&scene.cache.breaks_after) = Some(150_000);
+        scene.cache.faults().breaks_after = Some(150_000);
         assert_eq!(scene.fetch(), None);
         scene.arrived();
         assert_eq!(scene.asked(), [0, 150_000, 300_000]);
@@ -469,15 +404,15 @@ mod tests {
         fs_err::write(&files.part, &scene.nar[..1000]).unwrap();
         let Ok(Opened::Found(whole)) = scene.cache.inner.read_from("nar/b.nar", 0, None) else { panic!() };
         fs_err::write(&files.etag, &whole.etag.0).unwrap();
-        *locked(&scene.cache.breaks_after) = Some(0);
+        scene.cache.faults().breaks_after = Some(0);
         assert!(
             matches!(scene.fetch(), Some(Failure::Cache(StoreError::Unreachable(why))) if why.contains("nar/b.nar"))
         );
         assert_eq!(scene.asked(), [1000; TRIES as usize + 1]);
-        *locked(&scene.cache.gone) = true;
+        scene.cache.faults().gone = true;
         assert!(matches!(scene.fetch(), Some(Failure::Cache(_))));
         assert_eq!(fs_err::metadata(&files.part).unwrap().len(), 1000);
-        (*locked(&scene.cache.gone), *locked(&scene.cache.breaks_after)) = (false, None);
+        *scene.cache.faults() = Default::default();
         assert_eq!(scene.fetch(), None);
         scene.arrived();
         assert_eq!(scene.asked(), [1000]);
@@ -538,6 +473,40 @@ mod tests {
             assert_eq!(fault.is_absence(), object.is_none());
             assert_eq!(scene.spool().files().unwrap(), []);
         }
+    }
+
+    #[test]
+    fn a_file_that_is_another_one_each_time_is_given_up() {
+        let scene = Scene::new();
+        *scene.cache.faults() = Faults { breaks_after: Some(1000), restless: true, ..Faults::default() };
+        assert!(
+            matches!(scene.fetch(), Some(Failure::Cache(StoreError::Unreachable(why))) if why.contains("another file each"))
+        );
+        assert!(scene.asked().len() <= 2 * (TRIES as usize + 1));
+    }
+
+    #[test]
+    fn one_file_that_is_refused_keeps_no_other_from_coming_and_a_network_that_is_gone_all() {
+        let scene = Scene::new();
+        // Asked for after many others, which were refused by then.
+        let of = |n: u32, url: &str| {
+            let mut found = scene.found.clone();
+            found.info.path = StorePath::parse(&format!("/nix/store/{n:032}-x")).unwrap();
+            (found.info.url, found.info.file_size) = (url.to_string(), Some(1000 - u64::from(n)));
+            found
+        };
+        let mut all: Vec<Found> = (0..100).map(|n| of(n, "nar/refused.nar")).collect();
+        all.push(of(100, "nar/b.nar"));
+        let all: Vec<&Found> = all.iter().collect();
+        let fetch = |spool: &Spool| {
+            download(&scene.cache, spool, &all, Instant::now() + Duration::from_secs(600)).into_keys().count()
+        };
+        let denied = StoreError::Denied("403 InvalidObjectState".into());
+        scene.cache.faults().refused.insert("nar/refused.nar".into(), denied);
+        assert_eq!(fetch(&scene.spool()), 100);
+        scene.cache.faults().gone = true;
+        let fresh = Spool::open(&scene.dir.path().join("fresh"), "fetch").unwrap();
+        assert_eq!(fetch(&fresh), 101);
     }
 
     #[test]

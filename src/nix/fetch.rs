@@ -34,6 +34,9 @@ const SPOOL: &str = "fetch";
 /// The reason for each closure that could not be had.
 pub type Reasons = BTreeMap<StorePath, FetchError>;
 
+/// What is to come for each closure, in order of references. What several need is there once.
+type Closures = BTreeMap<StorePath, Vec<Arc<Found>>>;
+
 /// Copies closures from the cache into this machine's store. Returns the reason for each path that could not be had; an
 /// error means that nothing could be tried.
 pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<Reasons> {
@@ -99,11 +102,11 @@ impl Fetch<'_> {
         let mut closures = self.closures(tops);
         self.keep_what_fits(&mut closures);
         // Each path once, after what it refers to.
-        let mut wanted: Vec<Found> = Vec::new();
+        let mut wanted: Vec<Arc<Found>> = Vec::new();
         let mut seen = BTreeSet::new();
         for found in closures.values().flatten() {
             if seen.insert(found.info.path.clone()) {
-                wanted.push(found.clone());
+                wanted.push(Arc::clone(found));
             }
         }
         // What lies there of fetches that nobody wants any more, so that the spool does not grow for ever; but not while
@@ -121,12 +124,12 @@ impl Fetch<'_> {
     }
 
     /// What must come for each closure that can be had, in order of references.
-    fn closures(&mut self, tops: Vec<StorePath>) -> BTreeMap<StorePath, Vec<Found>> {
+    fn closures(&mut self, tops: Vec<StorePath>) -> Closures {
         let mut closures = BTreeMap::new();
         match self.walk(&tops, WALK_WITHIN) {
             Ok(walked) => tops.iter().for_each(|top| self.take(&walked, top, &mut closures)),
             // One closure without end keeps no other from coming.
-            Err(Ended::Endless(_)) if tops.len() > 1 => {
+            Err(Ended::Endless(_) | Ended::Late(_)) if tops.len() > 1 => {
                 let share = WALK_WITHIN / u32::try_from(tops.len()).unwrap_or(u32::MAX);
                 for top in &tops {
                     match self.walk(std::slice::from_ref(top), share.max(Duration::from_secs(2))) {
@@ -150,10 +153,11 @@ impl Fetch<'_> {
             }
             Ok(lacking)
         };
+        let within = within.min(self.until.saturating_duration_since(Instant::now()));
         walk(self.cache.as_ref(), tops, &self.keys, &mut lacking, Limits::within(within))
     }
 
-    fn take(&mut self, walked: &Walked, top: &StorePath, closures: &mut BTreeMap<StorePath, Vec<Found>>) {
+    fn take(&mut self, walked: &Walked, top: &StorePath, closures: &mut Closures) {
         match walked.closure(top) {
             Ok(found) => drop(closures.insert(top.clone(), found.into_iter().cloned().collect())),
             Err((path, fault)) => drop(self.reasons.insert(top.clone(), self.faulty(top, &path, &fault))),
@@ -168,6 +172,11 @@ impl Fetch<'_> {
                  writes anew what differs from the pushing machine's store",
                 self.shown
             )),
+            Ended::Late(why) => FetchError::Unreachable(format!(
+                "cache {}: what it says of the closure of {top} had not come in time: {why}; check this machine's network \
+                 and the store, and if both are well, push it again with 'omni-deploy push'",
+                self.shown
+            )),
             Ended::Here(why) => FetchError::Failed(format!("cannot copy {top}: {why}")),
         };
         self.reasons.insert(top.clone(), reason);
@@ -175,7 +184,7 @@ impl Fetch<'_> {
 
     /// Leaves out the closures that the disk has no room for, in order: a small one that fits is not held up by a large
     /// one after it. Sizes are those that were vouched for.
-    fn keep_what_fits(&mut self, closures: &mut BTreeMap<StorePath, Vec<Found>>) {
+    fn keep_what_fits(&mut self, closures: &mut Closures) {
         let Some(free) = super::free_bytes(Path::new(STORE_DIR)) else { return };
         let device = |path: &Path| {
             use std::os::unix::fs::MetadataExt;
@@ -224,16 +233,8 @@ impl Fetch<'_> {
     }
 
     /// Brings one group of paths into the store; those that are there now.
-    fn bring(
-        &mut self,
-        group: &[Found],
-        closures: &mut BTreeMap<StorePath, Vec<Found>>,
-    ) -> Result<Vec<StorePath>> {
-        let needed = |closures: &BTreeMap<StorePath, Vec<Found>>| -> BTreeSet<StorePath> {
-            closures.values().flatten().map(|found| found.info.path.clone()).collect()
-        };
-        let wanted = needed(closures);
-        let wanted: Vec<&Found> = group.iter().filter(|found| wanted.contains(&found.info.path)).collect();
+    fn bring(&mut self, group: &[Arc<Found>], closures: &mut Closures) -> Result<Vec<StorePath>> {
+        let wanted = needed(group, closures);
         let failures = download(self.cache.as_ref(), &self.spool, &wanted, self.until);
         closures.retain(|top, found| {
             let failed = found.iter().find_map(|found| failures.get_key_value(&found.info.path));
@@ -242,14 +243,13 @@ impl Fetch<'_> {
             self.reasons.insert(top.clone(), reason);
             false
         });
-        let wanted = needed(closures);
-        let ready = group.iter().map(|found| &found.info.path).filter(|path| wanted.contains(path));
-        let ready: Vec<StorePath> = ready.cloned().collect();
-        match self.copy(&ready) {
+        let ready: Vec<StorePath> =
+            needed(group, closures).into_iter().map(|found| found.info.path.clone()).collect();
+        let failed = match self.copy(&ready) {
             Ok(()) => return Ok(ready),
             Err(RunError::NotFound { program }) => return Err(RunError::NotFound { program }.into()),
-            Err(_) => {}
-        }
+            Err(e) => e,
+        };
         // Which of them it is that Nix does not take.
         let tops: Vec<StorePath> = closures.keys().cloned().collect();
         for top in tops {
@@ -258,7 +258,12 @@ impl Fetch<'_> {
             // In order of references, which the answer is not.
             let lacking: BTreeSet<StorePath> = missing(&own)?.into_iter().collect();
             let own: Vec<StorePath> = own.into_iter().filter(|path| lacking.contains(path)).collect();
-            if let Err(e) = self.copy(&own) {
+            let copied = match &failed {
+                // Nobody has time for them one by one.
+                RunError::Deadline { .. } if !own.is_empty() => Err(failed.clone()),
+                _ => self.copy(&own),
+            };
+            if let Err(e) = copied {
                 let reason = self.why_not(&top, &e);
                 self.reasons.insert(top.clone(), reason);
                 closures.remove(&top);
@@ -296,6 +301,8 @@ impl Fetch<'_> {
             format!("the closure of {top} in the cache {shown} cannot be used: {path}")
         };
         match fault {
+            // Its own words have what to do.
+            Fault::Withheld(e) => FetchError::Unreachable(e.to_string()),
             Fault::Absent if top == path => FetchError::NotInCache(format!(
                 "{top} is not in the cache {shown}; push it with 'omni-deploy push'"
             )),
@@ -329,8 +336,16 @@ impl Fetch<'_> {
     }
 
     fn why_not(&self, top: &StorePath, e: &RunError) -> FetchError {
-        let RunError::Failed { stderr, .. } = e else {
-            return FetchError::Failed(format!("cannot copy {top}: {e}"));
+        let stderr = match e {
+            RunError::Failed { stderr, .. } => stderr,
+            RunError::Deadline { .. } => {
+                return FetchError::Failed(format!(
+                    "nix did not get {top} into the store within the {} min of a fetch; what came is kept, and the next \
+                     pass goes on there; look what else this machine does ('systemd-cgtop')",
+                    FETCH_WITHIN.as_secs() / 60
+                ));
+            }
+            e => return FetchError::Failed(format!("cannot copy {top}: {e}")),
         };
         let cause = store_trouble(stderr).unwrap_or_else(|| tail(&errors_of(stderr)));
         if store_trouble(stderr).is_none() && stderr.contains("signature") {
@@ -340,17 +355,24 @@ impl Fetch<'_> {
                 self.shown
             ));
         }
-        let cause = with_room(cause, "'nix-collect-garbage -d' frees what no root holds, or give it more disk");
+        let cause =
+            with_room(cause, "'nix-collect-garbage -d' frees what no root holds, or give it more disk");
         FetchError::Failed(format!("cannot copy {top}: {cause}"))
     }
 }
 
+/// What of a group is still needed by a closure.
+fn needed<'g>(group: &'g [Arc<Found>], closures: &Closures) -> Vec<&'g Found> {
+    let needed: BTreeSet<&StorePath> = closures.values().flatten().map(|found| &found.info.path).collect();
+    group.iter().map(Arc::as_ref).filter(|found| needed.contains(&found.info.path)).collect()
+}
+
 /// Cuts a list into parts of about [`GROUP`] bytes.
-fn groups(wanted: &[Found]) -> impl Iterator<Item = &[Found]> {
+fn groups(wanted: &[Arc<Found>]) -> impl Iterator<Item = &[Arc<Found>]> {
     let mut left = wanted;
     std::iter::from_fn(move || {
         let mut bytes = 0u64;
-        let fits = |found: &Found| {
+        let fits = |found: &Arc<Found>| {
             bytes = bytes.saturating_add(found.info.nar_size);
             bytes <= GROUP
         };

@@ -95,7 +95,10 @@ pub struct Found {
     pub faults: BTreeMap<StorePath, Fault>,
 }
 
-/// Asks for the whole closure, [`CONNECTIONS`] requests at a time. `keys` are those that are trusted here and our own;
+/// Requests at a time: beside them somebody looks whether it is a cache at all.
+const REQUESTS: usize = CONNECTIONS - 1;
+
+/// Asks for the whole closure, many requests at a time. `keys` are those that are trusted here and our own;
 /// with none at all, agreement with the local store is all that can be asked. An error is the first that the cache
 /// gave.
 pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<Found, StoreError> {
@@ -103,7 +106,7 @@ pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<
     let next = AtomicUsize::new(0);
     let found = Mutex::new(Ok(Found::default()));
     std::thread::scope(|scope| {
-        for _ in 0..all.len().min(CONNECTIONS) {
+        for _ in 0..all.len().min(REQUESTS) {
             scope.spawn(|| {
                 while let Some(local) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let judged = look_at(cache, local, keys);

@@ -300,56 +300,8 @@ mod tests {
     use super::super::local::tests::{info, path};
     use super::*;
     use crate::store::dir::DirStore;
-    use crate::store::{Etag, Got, Opened, Store, When};
+    use crate::store::faulty::FaultyStore;
     use std::collections::BTreeSet;
-
-    /// A cache that takes down what it has acknowledged, in order, and refuses one key.
-    struct Recorder {
-        inner: DirStore,
-        acknowledged: Mutex<Vec<String>>,
-        refused: String,
-    }
-
-    impl Store for Recorder {
-        fn url(&self) -> String {
-            self.inner.url()
-        }
-        fn identity(&self) -> String {
-            self.inner.identity()
-        }
-        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
-            self.inner.get(key, unless, limit)
-        }
-        fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
-            self.inner.get_start(key, count)
-        }
-        fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
-            self.inner.size(key)
-        }
-        fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
-            self.inner.put(key, bytes, when)
-        }
-        fn delete(&self, key: &str) -> Result<(), StoreError> {
-            self.inner.delete(key)
-        }
-        fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-            self.inner.list(prefix)
-        }
-    }
-
-    impl Objects for Recorder {
-        fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {
-            self.inner.read_from(key, offset, only)
-        }
-        fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
-            if key == self.refused {
-                return Err(StoreError::Denied(format!("cannot write {key}")));
-            }
-            self.inner.write_from(key, upload)?;
-            self.acknowledged.lock().unwrap().push(key.to_string());
-            Ok(())
-        }
-    }
 
     /// A few levels of paths, each with a file of its own, but for the last two, whose content is the same.
     struct Levels {
@@ -376,11 +328,9 @@ mod tests {
 
         /// Uploads all but the first path, which is there already.
         fn upload(&self, refused: &str, threads: usize) -> (Result<u64, StoreError>, Vec<String>, bool) {
-            let cache = Recorder {
-                inner: DirStore::new(&self.dir.path().join("cache")),
-                acknowledged: Mutex::default(),
-                refused: refused.to_string(),
-            };
+            let cache = FaultyStore::new(&self.dir.path().join("cache"));
+            let why = StoreError::Denied(format!("cannot write {refused}"));
+            cache.faults().refused.insert(refused.to_string(), why);
             let stop = Arc::new(AtomicBool::new(false));
             let missing: Vec<&StorePath> = self.order.iter().skip(1).collect();
             let uploads = Uploads::new(&cache, &self.closure, &missing, Arc::clone(&stop));
@@ -399,8 +349,7 @@ mod tests {
                 }
                 uploads.close();
             });
-            let acknowledged = cache.acknowledged.lock().unwrap().clone();
-            (uploads.outcome(), acknowledged, stop.load(Ordering::SeqCst))
+            (uploads.outcome(), cache.acknowledged(), stop.load(Ordering::SeqCst))
         }
 
         /// Whether nothing was acknowledged before what it leads to.

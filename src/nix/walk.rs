@@ -3,15 +3,16 @@
 //! Reads narinfos and nothing else, and changes nothing.
 
 use super::narinfo::{MAX_BYTES, NarInfo, Warrant};
+use crate::http::CONNECTIONS;
 use crate::keys::PublicKey;
 use crate::names::StorePath;
 use crate::store::{Got, Store, StoreError};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Requests at a time.
-const REQUESTS: usize = 64;
+/// Requests at a time. Whoever walks has asked for something else before: that is one connection more.
+const REQUESTS: usize = CONNECTIONS - 1;
 
 /// How far a walk goes.
 #[derive(Debug, Clone, Copy)]
@@ -46,6 +47,8 @@ pub enum Fault {
     Altered(String),
     /// Its NAR is compressed in a way that is not read here: the reason.
     Unknown(String),
+    /// The cache answers, and does not give it out.
+    Withheld(StoreError),
 }
 
 impl Fault {
@@ -58,6 +61,7 @@ impl Fault {
             Fault::Lost(url) => format!("has lost its file {url}"),
             Fault::Altered(why) => format!("has a NAR that was altered or damaged (it {why})"),
             Fault::Unknown(why) => format!("has a NAR that {why}"),
+            Fault::Withheld(e) => format!("is not given out ({e})"),
         }
     }
 
@@ -80,7 +84,7 @@ pub struct Found {
 #[derive(Debug, Default)]
 pub struct Walked {
     /// The narinfos that may be followed.
-    pub found: BTreeMap<StorePath, Found>,
+    pub found: BTreeMap<StorePath, Arc<Found>>,
     /// What is wrong.
     pub faults: BTreeMap<StorePath, Fault>,
 }
@@ -92,6 +96,8 @@ pub enum Ended {
     Cache(StoreError),
     /// It went on and on: the reason.
     Endless(String),
+    /// Its time was over: where.
+    Late(String),
     /// This machine's store did not say what it has: the reason.
     Here(String),
 }
@@ -99,7 +105,7 @@ pub enum Ended {
 impl Walked {
     /// What of the closure of `top` is to be had: paths after what they refer to. The error is the first that is
     /// missing or wrong.
-    pub fn closure(&self, top: &StorePath) -> Result<Vec<&Found>, (StorePath, Fault)> {
+    pub fn closure(&self, top: &StorePath) -> Result<Vec<&Arc<Found>>, (StorePath, Fault)> {
         let mut order = Vec::new();
         let mut seen = BTreeSet::new();
         // With each path, whether what it refers to was put before it.
@@ -138,20 +144,19 @@ pub fn walk(
     let mut next: Vec<StorePath> = seen.iter().cloned().collect();
     let mut bytes = 0u64;
     while !next.is_empty() {
-        if seen.len() > limits.paths {
-            let path = &next[0];
-            return Err(Ended::Endless(format!(
-                "at {path} the walk has come to {} paths, and no closure has more than {}",
-                seen.len(),
-                limits.paths
-            )));
-        }
         let mut references = BTreeSet::new();
         for (path, judged) in level(cache, &next, keys, limits, &mut bytes)? {
             match judged {
                 Ok(found) => {
                     references.extend(found.info.references.iter().filter(|r| !seen.contains(r)).cloned());
-                    walked.found.insert(path, found);
+                    let paths = seen.len() + references.len();
+                    if paths > limits.paths {
+                        return Err(Ended::Endless(format!(
+                            "at {path} the walk has come to {paths} paths, and no closure has more than {}",
+                            limits.paths
+                        )));
+                    }
+                    walked.found.insert(path, Arc::new(found));
                 }
                 Err(fault) => drop(walked.faults.insert(path, fault)),
             }
@@ -190,7 +195,7 @@ fn level(
                 }
                 let Some(path) = state.left.next() else { return };
                 if Instant::now() >= limits.until {
-                    state.ended = Some(Ended::Endless(format!("at {path} the time for the walk was over")));
+                    state.ended = Some(Ended::Late(format!("at {path} the time for the walk was over")));
                     return;
                 }
                 path
@@ -202,13 +207,15 @@ fn level(
                     state.bytes += size;
                     state.judged.push((path.clone(), judged));
                     if state.bytes > limits.bytes {
-                        state.ended = Some(Ended::Endless(format!(
+                        let why = format!(
                             "at {path} the walk has read more than {} MiB of narinfos",
                             limits.bytes >> 20
-                        )));
+                        );
+                        state.ended.get_or_insert(Ended::Endless(why));
                     }
                 }
-                Err(e) => state.ended = Some(Ended::Cache(e)),
+                // The first is what counts: the others asked at the same time.
+                Err(e) => drop(state.ended.get_or_insert(Ended::Cache(e))),
             }
         }
     };
@@ -237,6 +244,8 @@ fn ask(
             let why = format!("has more than {} MiB", MAX_BYTES >> 20);
             return Ok((Err(Fault::Unreadable(why)), MAX_BYTES));
         }
+        // Archived, say, or encrypted with another key: of one object that says nothing about the others.
+        Err(e @ (StoreError::Denied(_) | StoreError::Refused(_))) => return Ok((Err(Fault::Withheld(e)), 0)),
         Err(e) => return Err(e),
     };
     Ok((judge(path, &bytes, keys), bytes.len() as u64))
@@ -263,6 +272,7 @@ mod tests {
     use crate::nix::narinfo::Compression;
     use crate::store::When;
     use crate::store::dir::DirStore;
+    use crate::store::faulty::FaultyStore;
 
     fn path(n: usize) -> StorePath {
         StorePath::parse(&format!("/nix/store/{n:032}-p{n}")).unwrap()
@@ -370,13 +380,35 @@ mod tests {
         let over = Limits { until: Instant::now(), ..limits() };
         for limits in [few, small, over] {
             let ended = walk(&cache, &[path(0)], &[], &mut all, limits).unwrap_err();
-            assert!(matches!(&ended, Ended::Endless(why) if why.contains("/nix/store/")), "{ended:?}");
+            let late = limits.until == over.until;
+            let (Ended::Endless(why) | Ended::Late(why)) = &ended else { panic!("{ended:?}") };
+            assert!(why.contains("/nix/store/") && matches!(ended, Ended::Late(_)) == late, "{ended:?}");
         }
         // Two that refer to each other are no walk without end.
         put(&cache, 200, &[201], None);
         put(&cache, 201, &[200], None);
         let walked = walk(&cache, &[path(200)], &[], &mut all, limits()).unwrap();
         assert_eq!(walked.closure(&path(200)).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn what_one_object_is_refused_for_is_a_fault_of_that_path_and_no_network_ends_the_walk() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = FaultyStore::new(dir.path());
+        put(&cache, 1, &[2, 3], None);
+        put(&cache, 2, &[], None);
+        put(&cache, 3, &[], None);
+        put(&cache, 4, &[3], None);
+        let denied = StoreError::Denied("403 InvalidObjectState".into());
+        cache.faults().refused.insert(NarInfo::key(&path(2)), denied.clone());
+        let walked = walk(&cache, &[path(1), path(4)], &[], &mut all, limits()).unwrap();
+        assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(2), Fault::Withheld(denied)));
+        // What two closures have in common is held once.
+        let (of_4, of_3) = (walked.closure(&path(4)).unwrap(), walked.closure(&path(3)).unwrap());
+        assert!(of_4.len() == 2 && Arc::ptr_eq(of_4[0], of_3[0]));
+        cache.faults().gone = true;
+        let ended = walk(&cache, &[path(1)], &[], &mut all, limits()).unwrap_err();
+        assert!(matches!(ended, Ended::Cache(StoreError::Unreachable(_))), "{ended:?}");
     }
 
     #[test]

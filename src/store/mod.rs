@@ -6,6 +6,8 @@ mod beneath;
 pub mod codes;
 pub mod credentials;
 pub mod dir;
+#[cfg(test)]
+pub mod faulty;
 pub mod objects;
 pub mod probe;
 pub mod s3;

@@ -1,0 +1,152 @@
+//! For the tests of modules: a directory as a store that fails as it is told, and takes down what was asked of it. Only
+//! what goes on with objects as streams and reads of whole ones; everything else is the directory's own.
+
+use super::dir::DirStore;
+use super::objects::{Download, Objects, Opened, Upload};
+use super::{Etag, Got, Store, StoreError, When};
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What it does otherwise than a directory.
+#[derive(Debug, Default)]
+pub struct Faults {
+    /// The answer for a key, instead of the object.
+    pub refused: BTreeMap<String, StoreError>,
+    /// The network is gone.
+    pub gone: bool,
+    /// Each transfer breaks after so many bytes.
+    pub breaks_after: Option<u64>,
+    /// No two answers name the same version.
+    pub restless: bool,
+}
+
+/// The store.
+pub struct FaultyStore {
+    /// The directory, which does as it should.
+    pub inner: DirStore,
+    faults: Mutex<Faults>,
+    asked: Mutex<Vec<(String, u64)>>,
+    acknowledged: Mutex<Vec<String>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl FaultyStore {
+    /// In this directory, and without a fault.
+    pub fn new(root: &Path) -> Self {
+        let inner = DirStore::new(root);
+        FaultyStore {
+            inner,
+            faults: Mutex::default(),
+            asked: Mutex::default(),
+            acknowledged: Mutex::default(),
+        }
+    }
+
+    /// What it does from now on.
+    pub fn faults(&self) -> MutexGuard<'_, Faults> {
+        locked(&self.faults)
+    }
+
+    /// The keys of which streams were asked for, with their offsets; from now on anew.
+    pub fn asked(&self) -> Vec<(String, u64)> {
+        std::mem::take(&mut locked(&self.asked))
+    }
+
+    /// The keys of the streams that were written, in order.
+    pub fn acknowledged(&self) -> Vec<String> {
+        locked(&self.acknowledged).clone()
+    }
+
+    fn fails(&self, key: &str) -> Result<(), StoreError> {
+        let faults = self.faults();
+        if faults.gone {
+            return Err(StoreError::Unreachable("the network is gone".into()));
+        }
+        faults.refused.get(key).cloned().map_or(Ok(()), Err)
+    }
+}
+
+impl Store for FaultyStore {
+    fn url(&self) -> String {
+        "s3://box".into()
+    }
+    fn identity(&self) -> String {
+        self.url()
+    }
+    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+        self.fails(key)?;
+        self.inner.get(key, unless, limit)
+    }
+    fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        self.inner.get_start(key, count)
+    }
+    fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
+        self.inner.size(key)
+    }
+    fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+        self.inner.put(key, bytes, when)
+    }
+    fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.inner.delete(key)
+    }
+    fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.inner.list(prefix)
+    }
+}
+
+/// Ends with a reset after so many bytes.
+struct Breaking(Box<dyn Read + Send>, u64);
+
+impl Read for Breaking {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.1 == 0 {
+            return Err(io::Error::from(io::ErrorKind::ConnectionReset));
+        }
+        let most = buffer.len().min(self.1 as usize);
+        let count = self.0.read(&mut buffer[..most])?;
+        self.1 -= count as u64;
+        Ok(count)
+    }
+}
+
+impl Objects for FaultyStore {
+    fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {
+        self.fails(key)?;
+        let asked = {
+            let mut asked = locked(&self.asked);
+            asked.push((key.to_string(), offset));
+            asked.len()
+        };
+        let (breaks_after, restless) = {
+            let faults = self.faults();
+            (faults.breaks_after, faults.restless)
+        };
+        if restless && only.is_some() {
+            return Ok(Opened::Changed);
+        }
+        let mut download = match self.inner.read_from(key, offset, only)? {
+            Opened::Found(download) => download,
+            other => return Ok(other),
+        };
+        if restless {
+            download.etag = Etag(format!("\"{asked}\""));
+        }
+        let Download { length, etag, mut body } = download;
+        if let Some(after) = breaks_after {
+            body = Box::new(Breaking(body, after));
+        }
+        Ok(Opened::Found(Download { length, etag, body }))
+    }
+
+    fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
+        self.fails(key)?;
+        self.inner.write_from(key, upload)?;
+        locked(&self.acknowledged).push(key.to_string());
+        Ok(())
+    }
+}
