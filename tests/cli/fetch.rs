@@ -4,37 +4,13 @@
 mod cache;
 mod common;
 
-use cache::{Closure, NIX_CONFIG, ask, bucket, key};
-use common::{DEVELOPER, HOST, S3Server};
+use cache::{Closure, Many, ask, at_home, bucket, key};
+use common::S3Server;
 use omni_deploy::config::{Settings, load};
 use omni_deploy::names::StorePath;
 use omni_deploy::nix::{self, FetchError};
-use omni_deploy::runner::Run;
 use omni_deploy::store::{Store, When};
 use std::path::{Path, PathBuf};
-
-/// Runs a test again in a process of its own, whose home has the bucket's credentials and its spool; true there.
-fn at_home(test: &str) -> bool {
-    if std::env::var_os("OMNI_TEST_INSIDE").is_some() {
-        return true;
-    }
-    let home = tempfile::tempdir().unwrap();
-    fs_err::create_dir(home.path().join(".aws")).unwrap();
-    let profiles = [("default", DEVELOPER), ("host", HOST)].map(|(name, (key, secret))| {
-        format!("[{name}]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
-    });
-    fs_err::write(home.path().join(".aws/credentials"), profiles.concat()).unwrap();
-    let run = Run::new(std::env::current_exe().unwrap().to_str().unwrap())
-        .args([test, "--exact", "--nocapture", "--include-ignored"])
-        .env("OMNI_TEST_INSIDE", "1")
-        .env("HOME", home.path())
-        .env("XDG_CACHE_HOME", home.path().join("cache"))
-        .env("NIX_CONFIG", NIX_CONFIG)
-        .without_env("AWS_ACCESS_KEY_ID");
-    let output = run.output().unwrap();
-    assert!(output.status.ok() && output.text().contains("1 passed"), "{}{}", output.text(), output.stderr);
-    false
-}
 
 /// A folder as cache, and the host that fetches from it.
 struct Scene {
@@ -230,23 +206,6 @@ fn below_what_nobody_signed_nothing_is_asked_for() {
     assert!(asked.iter().all(|line| line.contains(".narinfo")), "{asked:?}");
 }
 
-/// A derivation that refers to many small files, which are named after their content.
-fn many(files: usize) -> (StorePath, Vec<StorePath>, String) {
-    let dir = tempfile::tempdir().unwrap();
-    let expression = format!(
-        "let file = n: builtins.toFile \"part-${{toString n}}\" \"{0} ${{toString n}}\";\n\
-         in derivation {{ name = \"many\"; system = builtins.currentSystem; builder = \"/bin/sh\"; \
-         parts = builtins.genList file {files}; args = [ \"-ec\" \"echo $parts > $out\" ]; }}\n",
-        dir.path().display()
-    );
-    let file = dir.path().join("many.nix");
-    fs_err::write(&file, expression).unwrap();
-    let drv = ask("nix-instantiate", &[file.to_str().unwrap()]).trim().to_string();
-    let top = StorePath::parse(ask("nix-store", &["--realise", &drv]).trim()).unwrap();
-    let parts = ask("nix-store", &["--query", "--references", top.as_str()]);
-    (top, parts.lines().map(|line| StorePath::parse(line).unwrap()).collect(), drv)
-}
-
 #[test]
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn one_path_of_many_costs_two_requests_and_all_of_them_come_at_once() {
@@ -255,28 +214,24 @@ fn one_path_of_many_costs_two_requests_and_all_of_them_come_at_once() {
     }
     let s3 = S3Server::start_below("cache");
     let scene = Scene::new();
-    let (top, parts, drv) = many(100);
-    assert_eq!(parts.len(), 100);
-    scene.fill(&top);
+    let many = Many::build(101);
+    scene.fill(&many.top);
     scene.upload(&s3);
     let settings = scene.settings(&format!("{}&profile=host", s3.url("cache")));
     let fetch = || {
         let before = s3.log().len();
-        let reasons = nix::fetch(&settings, std::slice::from_ref(&top)).unwrap();
+        let reasons = nix::fetch(&settings, std::slice::from_ref(&many.top)).unwrap();
         assert_eq!(reasons, Default::default());
-        assert_eq!(nix::missing(&parts).unwrap(), []);
+        assert_eq!(nix::missing(&many.paths).unwrap(), []);
         assert_eq!(spooled(), [] as [PathBuf; 0]);
         s3.log().split_off(before)
     };
-    ask("nix-store", &["--delete", top.as_str()]);
+    ask("nix-store", &["--delete", many.top.as_str()]);
     let asked = fetch();
     assert_eq!(asked.len(), 2, "{asked:?}");
-    let all: Vec<&str> =
-        [top.as_str(), &drv].into_iter().chain(parts.iter().map(StorePath::as_str)).collect();
-    ask("nix-store", &[&["--delete"], &all[..]].concat());
+    many.forget();
     let asked = fetch();
     assert_eq!(asked.len(), 202, "a narinfo and a NAR for each: {asked:?}");
-    ask("nix-store", &[&["--delete"], &[&all[..1], &all[2..]].concat()[..]].concat());
 }
 
 #[test]

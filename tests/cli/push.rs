@@ -3,8 +3,8 @@
 mod cache;
 mod common;
 
-use cache::{Chain, Closure, NIX_CONFIG, ask, bucket, key, whole_bucket};
-use common::{DEVELOPER, HOST, S3Server};
+use cache::{Chain, Closure, Many, NIX_CONFIG, ask, at_home, bucket, key, whole_bucket};
+use common::{DEVELOPER, S3Server};
 use omni_deploy::clock::Timestamp;
 use omni_deploy::config::{Flags, Settings, load};
 use omni_deploy::deployer::state::{Failure, ServiceState, State, Status};
@@ -123,28 +123,6 @@ impl Desk {
     }
 }
 
-/// Runs a test again in a process of its own whose home has the bucket's credentials; true there.
-fn with_credentials(test: &str) -> bool {
-    if std::env::var_os("OMNI_TEST_INSIDE").is_some() {
-        return true;
-    }
-    let home = tempfile::tempdir().unwrap();
-    fs_err::create_dir(home.path().join(".aws")).unwrap();
-    let profiles = [("default", DEVELOPER), ("host", HOST)].map(|(name, (key, secret))| {
-        format!("[{name}]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
-    });
-    fs_err::write(home.path().join(".aws/credentials"), profiles.concat()).unwrap();
-    let run = Run::new(std::env::current_exe().unwrap().to_str().unwrap())
-        .args([test, "--exact", "--nocapture", "--include-ignored"])
-        .env("OMNI_TEST_INSIDE", "1")
-        .env("HOME", home.path())
-        .env("NIX_CONFIG", NIX_CONFIG)
-        .without_env("AWS_ACCESS_KEY_ID");
-    let output = run.output().unwrap();
-    assert!(output.status.ok() && output.text().contains("1 passed"), "{}{}", output.text(), output.stderr);
-    false
-}
-
 fn push_and_push_again(desk: &Desk, writes: &dyn Fn() -> usize) {
     desk.ok(&["manifest", "init"]);
     desk.service("ava");
@@ -205,7 +183,7 @@ fn round_trip(desk: &Desk) {
 #[test]
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn what_was_pushed_to_s3_can_be_fetched() {
-    if with_credentials("what_was_pushed_to_s3_can_be_fetched") {
+    if at_home("what_was_pushed_to_s3_can_be_fetched") {
         let s3 = S3Server::start();
         round_trip(&Desk::new(&s3.url("")));
     }
@@ -214,13 +192,15 @@ fn what_was_pushed_to_s3_can_be_fetched() {
 #[test]
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn what_was_pushed_to_a_directory_can_be_fetched() {
-    round_trip(&Desk::in_directory());
+    if at_home("what_was_pushed_to_a_directory_can_be_fetched") {
+        round_trip(&Desk::in_directory());
+    }
 }
 
 #[test]
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
-    if !with_credentials("the_reasons_why_a_closure_cannot_be_had_are_told_apart") {
+    if !at_home("the_reasons_why_a_closure_cannot_be_had_are_told_apart") {
         return;
     }
     let s3 = S3Server::start_below("cache");
@@ -325,6 +305,9 @@ fn a_hole_in_the_cache_is_named_and_the_next_push_fills_it() {
 #[test]
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn what_was_cached_without_a_signature_gets_one() {
+    if !at_home("what_was_cached_without_a_signature_gets_one") {
+        return;
+    }
     let desk = Desk::in_directory();
     let closure = Closure::build("unsigned", 1000);
     let tops = [closure.app.clone()];
@@ -439,7 +422,7 @@ impl Team {
 #[test]
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn whoever_writes_the_bucket_gets_nothing_signed_by_those_who_push() {
-    if !with_credentials("whoever_writes_the_bucket_gets_nothing_signed_by_those_who_push") {
+    if !at_home("whoever_writes_the_bucket_gets_nothing_signed_by_those_who_push") {
         return;
     }
     let team = Team::new();
@@ -480,7 +463,7 @@ fn whoever_writes_the_bucket_gets_nothing_signed_by_those_who_push() {
 #[test]
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn what_is_spoiled_in_the_bucket_is_mended_by_a_push_without_the_right_to_delete() {
-    if !with_credentials("what_is_spoiled_in_the_bucket_is_mended_by_a_push_without_the_right_to_delete") {
+    if !at_home("what_is_spoiled_in_the_bucket_is_mended_by_a_push_without_the_right_to_delete") {
         return;
     }
     let team = Team::new();
@@ -538,6 +521,67 @@ fn another_build_of_a_trusted_colleague_is_said_to_be_one() {
     let said = team.push(0, &[], &closure.app);
     assert!(said.contains("the narinfo of another build") && !said.contains("look who can write"), "{said}");
     team.nothing_else_is_signed(&closure);
+}
+
+#[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
+fn many_paths_are_pushed_and_fetched_over_no_more_connections_than_are_kept() {
+    if !at_home("many_paths_are_pushed_and_fetched_over_no_more_connections_than_are_kept") {
+        return;
+    }
+    let team = Team::new();
+    let many = Many::build(300);
+    let made = |work: &dyn Fn()| {
+        let before = team.s3.connections();
+        work();
+        team.s3.connections() - before
+    };
+    // Each request late, so that as many are made at a time as ever are.
+    team.s3.faults(r#"{"delay_ms": 20}"#);
+    let pushed = made(&|| drop(team.push(0, &[], &many.top)));
+    let again = made(&|| assert!(team.push(0, &[], &many.top).contains("already")));
+    many.forget();
+    let host = team.desks[0].hosts_settings(&[("trustedPublicKeys", &team.trusted)]);
+    let fetched = made(&|| {
+        assert_eq!(nix::fetch(&host, std::slice::from_ref(&many.top)).unwrap(), Default::default());
+    });
+    assert_eq!(nix::missing(&many.paths).unwrap(), []);
+    println!("connections: {pushed} for a push, {again} for the same again, {fetched} for a fetch");
+    assert!(pushed <= 64 && again <= 64, "{pushed} connections for a push, {again} for the same again");
+    // A pass has one more, for the manifest.
+    assert!(fetched < 64, "{fetched} connections for a fetch");
+    assert!(
+        [pushed, again, fetched].iter().all(|count| *count > 16),
+        "{pushed}, {again}, {fetched}: not many at a time"
+    );
+}
+
+/// The most memory that this process has had so far, without its children, in bytes (proc_pid_status(5)).
+fn peak() -> u64 {
+    let status = fs_err::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+#[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
+fn what_is_large_is_pushed_and_fetched_in_little_memory() {
+    if !at_home("what_is_large_is_pushed_and_fetched_in_little_memory") {
+        return;
+    }
+    let s3 = S3Server::start_below("cache");
+    let desk = Desk::new(&s3.url("cache"));
+    let (secret, public) = key(&desk.dir, "test-1");
+    let closure = Closure::build("large", 256 << 20);
+    let tops = [closure.app.clone()];
+    publish(&desk.settings(&[("secretKeyFile", secret.to_str().unwrap())]), &tops);
+    let pushed = peak();
+    closure.forget();
+    let host = desk.hosts_settings(&[("trustedPublicKeys", &public)]);
+    assert_eq!(nix::fetch(&host, &tops).unwrap(), Default::default());
+    let fetched = peak();
+    println!("{} MiB for a push, {} MiB with a fetch", pushed >> 20, fetched >> 20);
+    assert!(pushed < 32 << 20 && fetched < 32 << 20, "{pushed} bytes for a push, {fetched} with a fetch");
 }
 
 /// The paths of PUTs that were acknowledged, in order.

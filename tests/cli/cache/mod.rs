@@ -1,8 +1,8 @@
-//! What the tests of caches need besides the S3 server: its bucket, and small closures in this machine's Nix
-//! store that are gone again at the end.
+//! What the tests of caches need besides the S3 server: its bucket, a home with the keys to it, and small closures in this
+//! machine's Nix store that are gone again at the end.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
-use crate::common::{DEVELOPER, KEY, S3Server, SECRET};
+use crate::common::{DEVELOPER, HOST, KEY, S3Server, SECRET};
 use omni_deploy::names::StorePath;
 use omni_deploy::runner::Run;
 use omni_deploy::store::StoreUrl;
@@ -43,6 +43,30 @@ pub fn bucket(s3: &S3Server) -> S3Store {
 /// The same for a developer; the server is one for [`S3Server::start_below`] `cache`.
 pub fn developers_bucket(s3: &S3Server) -> S3Store {
     bucket_as(s3, DEVELOPER.0, DEVELOPER.1)
+}
+
+/// Runs a test again in a process of its own, whose home has the bucket's credentials and its spools; true there. Root's
+/// fetches would have the spool of this machine's deployer otherwise.
+pub fn at_home(test: &str) -> bool {
+    if std::env::var_os("OMNI_TEST_INSIDE").is_some() {
+        return true;
+    }
+    let home = tempfile::tempdir().unwrap();
+    fs_err::create_dir(home.path().join(".aws")).unwrap();
+    let profiles = [("default", DEVELOPER), ("host", HOST)].map(|(name, (key, secret))| {
+        format!("[{name}]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+    });
+    fs_err::write(home.path().join(".aws/credentials"), profiles.concat()).unwrap();
+    let run = Run::new(std::env::current_exe().unwrap().to_str().unwrap())
+        .args([test, "--exact", "--nocapture", "--include-ignored"])
+        .env("OMNI_TEST_INSIDE", "1")
+        .env("HOME", home.path())
+        .env("XDG_CACHE_HOME", home.path().join("cache"))
+        .env("NIX_CONFIG", NIX_CONFIG)
+        .without_env("AWS_ACCESS_KEY_ID");
+    let output = run.output().unwrap();
+    assert!(output.status.ok() && output.text().contains("1 passed"), "{}{}", output.text(), output.stderr);
+    false
 }
 
 /// A closure of two input-addressed paths, `app` with a program that refers to `lib`.
@@ -152,6 +176,53 @@ impl Drop for Chain {
             let paths = self.paths.iter().map(StorePath::as_str);
             let all: Vec<&str> = paths.chain(self.drvs.iter().map(String::as_str)).collect();
             ask("nix-store", &[&["--delete"], &all[..]].concat());
+        }
+    }
+}
+
+/// A path that refers to many small files, which are named after their content.
+pub struct Many {
+    pub top: StorePath,
+    /// Those that the top refers to.
+    pub paths: Vec<StorePath>,
+    drv: String,
+}
+
+impl Many {
+    /// So many paths, the top among them.
+    pub fn build(count: usize) -> Many {
+        let dir = tempfile::tempdir().unwrap();
+        let expression = format!(
+            "let file = n: builtins.toFile \"part-${{toString n}}\" \"{0} ${{toString n}}\";\n\
+             in derivation {{ name = \"many\"; system = builtins.currentSystem; builder = \"/bin/sh\"; \
+             parts = builtins.genList file {1}; args = [ \"-ec\" \"echo $parts > $out\" ]; }}\n",
+            dir.path().display(),
+            count - 1
+        );
+        let file = dir.path().join("many.nix");
+        fs_err::write(&file, expression).unwrap();
+        let drv = ask("nix-instantiate", &[file.to_str().unwrap()]).trim().to_string();
+        let top = StorePath::parse(ask("nix-store", &["--realise", &drv]).trim()).unwrap();
+        let parts = ask("nix-store", &["--query", "--references", top.as_str()]);
+        let paths: Vec<StorePath> = parts.lines().map(|line| StorePath::parse(line).unwrap()).collect();
+        assert_eq!(paths.len(), count - 1);
+        Many { top, paths, drv }
+    }
+
+    /// Takes all of it out of this machine's store.
+    pub fn forget(&self) {
+        let all = [self.top.as_str(), &self.drv].into_iter().chain(self.paths.iter().map(StorePath::as_str));
+        let there: Vec<&str> = all.filter(|path| fs_err::metadata(path).is_ok()).collect();
+        if !there.is_empty() {
+            ask("nix-store", &[&["--delete"], &there[..]].concat());
+        }
+    }
+}
+
+impl Drop for Many {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.forget();
         }
     }
 }

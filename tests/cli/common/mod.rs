@@ -63,6 +63,8 @@ impl S3Server {
             .args(["--listen", "127.0.0.1:0", "--bucket", BUCKET, "--user", &format!("{KEY}:{SECRET}")])
             .arg("--log")
             .arg(at("log"))
+            .arg("--connections")
+            .arg(at("connections"))
             .arg("--control")
             .arg(at("control.json"))
             .args(developer)
@@ -96,6 +98,12 @@ impl S3Server {
     pub fn log(&self) -> Vec<String> {
         let text = fs_err::read_to_string(self.dir.path().join("log")).expect("the server's log");
         text.lines().map(str::to_string).collect()
+    }
+
+    /// How many connections were made to it so far.
+    pub fn connections(&self) -> usize {
+        let text = fs_err::read_to_string(self.dir.path().join("connections"));
+        text.expect("the server's list of connections").lines().count()
     }
 }
 
