@@ -273,5 +273,34 @@ ours=$(cut -d' ' -f1 "$work/ours" | median_of) back=$(cut -d' ' -f2 "$work/ours"
 rival=$(cut -d' ' -f1 "$work/rival" | median_of)
 row 'ship of one changed path of 300, R30, until live, against nix copy over ssh and a restart' \
   "$(ms "$ours"), back after $(ms "$back")" "$(ms "$rival")" "$(calc "$ours / $rival")" '1.2 x' "$(holds "$ours <= 1.2 * $rival")"
+
+# --- a path of 1 GiB --------------------------------------------------------------------------------------
+
+# What nothing compresses, at once and over no network: how much of it is in our own memory.
+cat >"$dev_root/tmp/huge.nix" <<'NIX'
+derivation {
+  name = "huge";
+  system = builtins.currentSystem;
+  builder = "/bin/sh";
+  PATH = "/usr/bin:/bin";
+  args = [ "-c" "mkdir -p $out/bin; head -c 1G /dev/urandom >$out/data; printf '#!/bin/sh\nexec sleep 1000000\n' >$out/bin/huge; chmod 755 $out/bin/huge" ];
+}
+NIX
+delay 0
+endpoint=$bucket
+huge=$(on "$dev" nix-build --no-out-link /tmp/huge.nix 2>/dev/null)
+new_store huge huge
+# our_peak HOST COMMAND...: KiB of the command's own.
+our_peak() {
+  local host=$1 peak
+  shift
+  read -r _ _ _ peak _ < <(on "$host" omni-meter --alone --runs 1 --warmup 0 -- "$@")
+  printf '%s\n' "$peak"
+}
+peak=$(our_peak "$dev" omni-deploy push "$huge" --service huge --store "$store" --cache "$caches")
+row 'push of a path of 1 GiB: our own peak memory' "$(mib "$peak")" - - '32 MiB' "$(holds "$peak <= 32 * 1024")"
+configure
+peak=$(our_peak bench-0 deployer run)
+row "host's fetch of a path of 1 GiB: our own peak memory" "$(mib "$peak")" - - '32 MiB' "$(holds "$peak <= 32 * 1024")"
 "$lab" down "$dev"
 "$lab" down bench-0

@@ -3,7 +3,8 @@
 //! It never interprets what the programs print.
 //!
 //! The peak memory is the kernel's word (wait4(2), ru_maxrss): the largest of the program and of the children
-//! it waited for.
+//! it waited for. Of the program alone it is VmHWM of proc_pid_status(5), which only grows, as it was last seen while
+//! the program ran.
 
 #![allow(
     clippy::disallowed_types,
@@ -16,11 +17,12 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 const USAGE: &str =
-    "usage: omni-meter [--runs N] [--warmup N] [--urgent] -- PROGRAM [ARG...] [::: PROGRAM [ARG...]]...
+    "usage: omni-meter [--runs N] [--warmup N] [--urgent] [--alone] -- PROGRAM [ARG...] [::: PROGRAM [ARG...]]...
 
 prints a line per program: median, least and most milliseconds, its peak memory in KiB, and the median of the
 milliseconds that it and its children kept a processor busy
 --urgent runs them before everything else on the machine (SCHED_FIFO)
+--alone leaves their children out of the peak memory
 {} in an argument is the number of the round, 0001 and so on; programs get no input, and must exit 0";
 
 /// What one run cost.
@@ -34,6 +36,7 @@ struct Asked {
     runs: usize,
     warmup: usize,
     urgent: bool,
+    alone: bool,
     programs: Vec<Vec<String>>,
 }
 
@@ -55,12 +58,13 @@ fn main() -> ExitCode {
 }
 
 fn parse(mut args: impl Iterator<Item = String>) -> Option<Asked> {
-    let mut asked = Asked { runs: 10, warmup: 1, urgent: false, programs: Vec::new() };
+    let mut asked = Asked { runs: 10, warmup: 1, urgent: false, alone: false, programs: Vec::new() };
     loop {
         match args.next()?.as_str() {
             "--runs" => asked.runs = args.next()?.parse().ok().filter(|n| *n > 0)?,
             "--warmup" => asked.warmup = args.next()?.parse().ok()?,
             "--urgent" => asked.urgent = true,
+            "--alone" => asked.alone = true,
             "--" => break,
             _ => return None,
         }
@@ -84,7 +88,7 @@ fn measure(asked: &Asked) -> Result<String> {
     for round in 1..=asked.warmup + asked.runs {
         for turn in 0..count {
             let which = (round + turn) % count;
-            let cost = run(&asked.programs[which], round)?;
+            let cost = run(&asked.programs[which], round, asked.alone)?;
             if round > asked.warmup {
                 costs[which].push(cost);
             }
@@ -110,13 +114,29 @@ fn measure(asked: &Asked) -> Result<String> {
     Ok(lines)
 }
 
-fn run(words: &[String], round: usize) -> Result<Cost> {
+/// Looks at a program's own peak memory until it is gone, in KiB.
+fn own_peak(id: u32) -> i64 {
+    let mut peak = 0;
+    // A program that ended and was not waited for has a status without memory.
+    while let Some(seen) = std::fs::read_to_string(format!("/proc/{id}/status")).ok().and_then(|status| {
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+        line.trim().trim_end_matches(" kB").parse().ok()
+    }) {
+        peak = seen;
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    peak
+}
+
+fn run(words: &[String], round: usize, alone: bool) -> Result<Cost> {
     let words: Vec<String> = words.iter().map(|w| w.replace("{}", &format!("{round:04}"))).collect();
     let mut said = tempfile()?;
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?);
     let start = Instant::now();
     let child = command.spawn().map_err(|e| Error::new(e.kind(), format!("{}: {e}", words[0])))?;
+    let id = child.id();
+    let watch = alone.then(|| std::thread::spawn(move || own_peak(id)));
     let mut status = 0;
     // SAFETY: wait4 fills a plain struct of integers, for which all zeroes is a value.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
@@ -131,8 +151,9 @@ fn run(words: &[String], round: usize) -> Result<Cost> {
         said.read_to_string(&mut text)?;
         return Err(Error::other(format!("{} ended with wait status {status:#x}:\n{text}", words.join(" "))));
     }
+    let peak_kib = watch.map_or(usage.ru_maxrss, |watch| watch.join().unwrap_or_default());
     let spent = |t: libc::timeval| Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
-    Ok(Cost { time, peak_kib: usage.ru_maxrss, busy: spent(usage.ru_utime) + spent(usage.ru_stime) })
+    Ok(Cost { time, peak_kib, busy: spent(usage.ru_utime) + spent(usage.ru_stime) })
 }
 
 /// A file without a name, for what a program says on stderr: a pipe would have to be read while it runs.
