@@ -12,6 +12,7 @@ use super::model::Manifest;
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
+use crate::say::printable;
 use serde::Deserialize;
 
 /// The keys a machine works with.
@@ -85,11 +86,11 @@ pub fn check(
 /// How many signatures are looked at: for each, all of the document is hashed again.
 const MAX_SIGNATURES: usize = 32;
 
-/// The beginning of a text of somebody whom nobody trusts.
+/// The beginning of a text of somebody whom nobody trusts; what is said of it also gets into files that people look at.
 fn brief(text: &str) -> String {
     match text.char_indices().nth(200) {
-        Some((at, _)) => format!("{}…", &text[..at]),
-        None => text.to_string(),
+        Some((at, _)) => format!("{}…", printable(&text[..at])),
+        None => printable(text).into_owned(),
     }
 }
 
@@ -246,6 +247,10 @@ mod tests {
         assert_eq!(reason(&unsigned.to_bytes(), STORE), "it is not signed");
         let stranger = signed(&SecretKey::generate("eve-1").unwrap());
         assert!(reason(&stranger.to_bytes(), STORE).contains("eve-1"));
+        let mut steering = signed(&SecretKey::generate("eve-1").unwrap());
+        steering.signatures = vec!["\u{9b}31m:x".into()];
+        let said = verify(&steering.to_bytes(), STORE, &trusted).unwrap().unwrap_err();
+        assert!(said.contains("signed by \\u{9b}31m,"), "{said}");
         let impostor = signed(&SecretKey::generate("ann-1").unwrap());
         assert!(reason(&impostor.to_bytes(), STORE).contains("changed after"));
         // White space and order are not content.
