@@ -307,7 +307,8 @@ impl Belief {
             return None;
         }
         let kept = kept.and_then(|bytes| Some((bytes, parse::manifest(bytes, Mode::Tolerant).ok()?)));
-        let highest = kept.as_ref().map_or(0, |(_, m)| m.serial).max(self.highest);
+        let own = kept.as_ref().map_or(0, |(_, m)| m.serial);
+        let highest = own.max(self.highest);
         // One that was kept before this host was told whom to trust, or that a key has signed which was taken out
         // since, says nothing of what comes after it.
         if let Some((kept, obeyed)) =
@@ -323,7 +324,14 @@ impl Belief {
         let newest = versions::archived(store).map(|archived| archived.into_iter().next());
         let below = format!("its serial {serial} is below {highest}, which this host obeyed before");
         let accept = format!("'deployer run --accept-serial {serial}'");
+        let copy = COPY_BACK.replace("HOST", self.host.as_str());
         Some(match newest {
+            // What was in force is in no archive, and going back to less would undo it: this host has it.
+            Ok(Some(newest)) if newest.serial >= serial && own == highest => format!(
+                "{below}, and the store has the history of that: an old version was put back; put this host's copy of \
+                 version {own} in its place with '{copy}', or, if the store was restored from a backup on purpose, run \
+                 {accept}"
+            ),
             Ok(Some(newest)) if newest.serial >= serial => format!(
                 "{below}, and the store has the history of that: an old version was put back; publish the right one \
                  again with 'deploy-manifest rollback {}', or, if the store was restored from a backup on purpose, \
@@ -332,12 +340,11 @@ impl Belief {
             ),
             Ok(_) => format!(
                 "{below}, and the store has no history of that: it was made anew, or emptied; if it should be, run \
-                 {accept}; if not, put this host's copy back with '{}'",
-                COPY_BACK.replace("HOST", self.host.as_str())
+                 {accept}; if not, put this host's copy back with '{copy}'"
             ),
             Err(_) => format!(
                 "{below}: the store was made anew, or an old version was put back; in the first case run {accept}, in \
-                 the second 'deploy-manifest rollback'"
+                 the second put this host's copy back with '{copy}'"
             ),
         })
     }
