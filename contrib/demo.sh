@@ -103,7 +103,7 @@ show() {
   types 3 'omni-deploy status'
 
   tell "back to the version before, then to the first; history only grows"
-  types 0 'deploy-manifest rollback && systemctl start deployer'
+  types 0 'deploy-manifest rollback --yes && systemctl start deployer'
   types 0 'omni-deploy status'
   types 0 'deploy-manifest list'
   first=$(lab run demo deploy-manifest list --json | jq -r '.versions[] | select(.serial == 2).name')

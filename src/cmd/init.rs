@@ -9,10 +9,11 @@ use crate::durable;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
 use crate::manifest::edit::{self, Author};
-use crate::manifest::signature::Trust;
+use crate::manifest::seen::Seen;
+use crate::manifest::signature::{self, Trust};
 use crate::say;
 use crate::store::url::without_secrets;
-use crate::store::{CacheUrl, StoreUrl};
+use crate::store::{CacheUrl, Store, StoreUrl};
 use argh::FromArgs;
 use serde_json::{Map, Value, json};
 use std::os::unix::fs::PermissionsExt;
@@ -90,19 +91,13 @@ pub fn run(call: &Call) -> Result<u8> {
             ));
         }
     }
-    let author = Author {
-        by: edit::whoami(),
-        trust: Trust { signer: Some(key), trusted: Vec::new() },
-        ..Author::default()
-    };
-    let published = edit::init(store.as_ref(), &Timestamp::now, &author)?;
-    match published.written {
-        true => say::notice(format!("manifest: made in {}", store.url())),
-        false => {
-            let serial = published.manifest.serial;
-            say::info(format!("manifest: {} has one, serial {serial}", store.url()));
-        }
+    let mut trusted = signature::trusted(&settings)?;
+    if trusted.is_empty() {
+        trusted.push(public.clone());
     }
+    let trust = Trust { signer: Some(key), trusted };
+    let author = Author { by: edit::whoami(), trust, seen: Seen::of_user() };
+    let made = first_manifest(store.as_ref(), &author);
 
     let text = serde_json::to_string_pretty(&for_hosts(&settings, &public));
     say::info(match settings.store {
@@ -112,7 +107,25 @@ pub fn run(call: &Call) -> Result<u8> {
         }
     });
     print(&text.map_err(|e| Error::new(format!("cannot write the hosts' configuration: {e}")))?)?;
-    Ok(0)
+    made.map(|()| 0)
+}
+
+/// Makes the manifest, unless there is or was one: in the place of one that was lost, or taken away, an empty one would
+/// be signed that hosts obey.
+fn first_manifest(store: &dyn Store, author: &Author) -> Result<()> {
+    let Some(current) = edit::load(store)? else {
+        edit::begin(store, &Timestamp::now, author)?;
+        say::notice(format!("manifest: made in {}", store.url()));
+        return Ok(());
+    };
+    if let Some(objection) = author.objection(store, &current)? {
+        say::warning(format!("warning: {}", author.refusal(store, &current, &objection)));
+        return Ok(());
+    }
+    let manifest = current.manifest().as_ref().map_err(|e| edit::unusable(store, e))?;
+    say::info(format!("manifest: {} has one, serial {}", store.url(), manifest.serial));
+    author.remember(store, &current.bytes);
+    Ok(())
 }
 
 /// What the user's file holds. One that is no JSON object is put aside as `config.json.broken`.

@@ -9,7 +9,7 @@ use crate::error::{Error, Result, did_you_mean, io_text};
 use crate::manifest::belief::{self, Objection};
 use crate::manifest::diff::{Difference, diff};
 use crate::manifest::edit::{self, Author, Current, Published, Start};
-use crate::manifest::lineage::{self, Digest};
+use crate::manifest::lineage::{self, Ancestor, Relation};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::{Newest, enough_for, newest};
 use crate::manifest::parse::{self, Mode};
@@ -17,7 +17,6 @@ use crate::manifest::signature::{self, Trust};
 use crate::manifest::versions::{self, Head, Version};
 use crate::manifest::{changes, json, limits, schema};
 use crate::names::{ServiceName, StorePath};
-use crate::parallel;
 use crate::say;
 use crate::store::{MANIFEST_KEY, Store};
 use argh::FromArgs;
@@ -191,10 +190,10 @@ struct Diff {
     versions: Vec<String>,
 }
 
-/// Publish what an older version said, as a new version. Without VERSION it goes to the version before the
-/// current one, so that doing it twice comes back to where it began; with --service alone, to what that
-/// service was before its last change. A version that the store has lost can come from a file: the copy that a
-/// host keeps, /var/lib/deployer/manifest.json.
+/// Publish what an older version said, as a new version. Without VERSION it goes to the last version before the
+/// current one that says something else, so that doing it twice comes back to where it began: it shows what that
+/// undoes, and asks on a terminal; with --service alone, to what that service was before its last change. A version
+/// that the store has lost can come from a file: the copy that a host keeps, /var/lib/deployer/manifest.json.
 #[derive(FromArgs)]
 #[argh(
     subcommand,
@@ -208,6 +207,9 @@ struct Rollback {
     /// only the entry of this service
     #[argh(option, arg_name = "name")]
     service: Option<String>,
+    /// without VERSION: do not ask
+    #[argh(switch, short = 'y')]
+    yes: bool,
 }
 
 /// Check the manifest in the store, or a file with a manifest or with one service.
@@ -220,11 +222,11 @@ struct Validate {
 }
 
 /// Add this machine's signature to the manifest as it is: the word that it is right. What no trusted key has signed
-/// yet is shown first, compared with the newest version that one has, and signed if you say so.
+/// yet is shown first, compared with the newest version that one has, and published as a signed version if you say so.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "sign", example = "  {command_name}")]
 struct Sign {
-    /// without asking: the hash that 'sign' told of what you have looked at, or its first 12 digits
+    /// without asking: the hash that 'sign' told of what you have looked at
     #[argh(option, arg_name = "hash")]
     hash: Option<String>,
 }
@@ -297,7 +299,7 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
             show(settings, store, version.as_deref(), service.as_deref())?;
         }
         Command::List(List { json, number, all }) => {
-            list(store, json, if all { usize::MAX } else { number })?
+            list(settings, store, json, if all { usize::MAX } else { number })?
         }
         Command::Update(Update { name, path, revision }) => {
             let path = StorePath::parse(&path).map_err(|why| Error::new(format!("'{path}' {why}")))?;
@@ -317,14 +319,14 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
         Command::Set(Set { name, fields }) => set(settings, store, &name, &fields)?,
         Command::Edit(Edit { draft: None }) => edit_text(settings, store)?,
         Command::Edit(Edit { draft: Some(draft) }) => publish_draft(settings, store, Path::new(&draft))?,
-        Command::Diff(Diff { versions }) => print_diff(store, &versions)?,
-        Command::Rollback(Rollback { version, service: None }) => {
-            rollback(settings, store, version.as_deref())?
+        Command::Diff(Diff { versions }) => print_diff(settings, store, &versions)?,
+        Command::Rollback(Rollback { version, service: None, yes }) => {
+            rollback(settings, store, version.as_deref(), yes)?
         }
-        Command::Rollback(Rollback { version, service: Some(name) }) => {
-            rollback_service(settings, store, version.as_deref(), &name)?;
+        Command::Rollback(Rollback { version, service: Some(name), yes }) => {
+            rollback_service(settings, store, version.as_deref(), &name, yes)?;
         }
-        Command::Validate(_) => validate_store(store)?,
+        Command::Validate(_) => validate_store(settings, store)?,
         Command::Sign(Sign { hash }) => sign(settings, store, hash.as_deref())?,
         Command::Verify(Verify { version: None, accept_version: Some(number) }) => {
             accept(settings, store, number)?
@@ -353,24 +355,35 @@ fn change(
 }
 
 fn show(settings: &Settings, store: &dyn Store, version: Option<&str>, service: Option<&str>) -> Result<()> {
-    let (what, bytes, unusable) = match version {
+    let versions = version.map(|word| enough_for(store, &[word])).transpose()?.unwrap_or_default();
+    let (what, bytes, version) = match version {
         None => {
             let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
-            let unusable = current.manifest.err().map(|e| edit::unusable(store, &e));
-            ("the manifest".to_string(), current.bytes, unusable)
+            ("the manifest".to_string(), current.bytes, None)
         }
         Some(word) => {
-            let versions = enough_for(store, &[word])?;
             let version = versions::find(store, &versions, word)?;
             let bytes = versions::bytes(store, version)?;
-            let unusable = match parse::manifest(&bytes, Mode::Tolerant) {
+            (version.name.clone(), bytes, Some(version))
+        }
+    };
+    // It is there to be looked at; nobody shall take it for what the hosts obey.
+    let trusted = signature::trusted(settings)?;
+    let signed = match trusted.is_empty() {
+        true => None,
+        false => signature::verify(&bytes, &store.identity(), &trusted),
+    };
+    let unusable = match (&signed, version) {
+        // What nobody trusted has signed is not read, which may be made to cost much.
+        (Some(Err(_)), _) => None,
+        (_, None) => parse::manifest(&bytes, Mode::Tolerant).err().map(|e| edit::unusable(store, &e)),
+        (_, Some(version)) => {
+            let why = match parse::manifest(&bytes, Mode::Tolerant) {
                 Ok(_) => versions::mismatch(version, versions::head_of(&bytes).as_ref())
-                    .map(|why| Error::new(format!("{} in {} is {why}", version.name, store.url()))),
-                Err(e) => {
-                    Some(Error::new(format!("{} in {} cannot be used: {e}", version.name, store.url())))
-                }
+                    .map(|why| format!("is {why}")),
+                Err(e) => Some(format!("cannot be used: {e}")),
             };
-            (version.name.clone(), bytes, unusable)
+            why.map(|why| Error::new(format!("{} in {} {why}", version.name, store.url())))
         }
     };
     if let Some(why) = unusable {
@@ -382,11 +395,7 @@ fn show(settings: &Settings, store: &dyn Store, version: Option<&str>, service: 
         }
         say::warning(format!("warning: {why}"));
     }
-    // It is there to be looked at; nobody shall take it for what the hosts obey.
-    let trusted = signature::trusted(settings)?;
-    if !trusted.is_empty()
-        && let Some(Err(why)) = signature::verify(&bytes, &store.identity(), &trusted)
-    {
+    if let Some(Err(why)) = signed {
         say::warning(format!("warning: {what} is not to be trusted, and no host obeys it: {why}"));
     }
     let Some(name) = service else {
@@ -416,14 +425,24 @@ fn print_bytes(bytes: &[u8]) -> Result<()> {
     print(&say::printable_json(text))
 }
 
-fn list(store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
+fn list(settings: &Settings, store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
     let Newest { versions, others, complete } = newest(store, number)?;
-    if !versions.iter().any(|v| v.current) {
+    let author = Author::reader(settings)?;
+    let current = match author.trust.trusted.is_empty() {
+        true => None,
+        // What is too large to be read is said below.
+        false => edit::load(store).ok().flatten(),
+    };
+    if let Some(current) = current
+        && let Some(objection) = author.objection(store, &current)?
+    {
+        say::warning(format!("warning: {}", author.refusal(store, &current, &objection)));
+    } else if !versions.iter().any(|v| v.current) {
         match edit::load(store)? {
             None if versions.is_empty() => return Err(edit::missing(store)),
             None => say::warning(format!("warning: {}", edit::missing(store))),
             Some(current) => {
-                if let Err(e) = current.manifest {
+                if let Err(e) = current.into_parts().1 {
                     say::warning(format!("warning: {}", edit::unusable(store, &e)));
                 }
             }
@@ -659,18 +678,18 @@ enum EditBase {
 fn edit_base(store: &dyn Store, author: &Author, current: &Current) -> Result<EditBase> {
     let url = store.url();
     let trusting = !author.trust.trusted.is_empty();
-    let why = match &current.manifest {
-        Err(e) if e.is_newer_version() => return Err(edit::unusable(store, e)),
-        Err(e) if !trusting => {
+    let why = match (author.objection(store, current)?, current.manifest()) {
+        (Some(Objection::Unsigned(why)), _) => {
+            format!("the manifest in {url} is not to be trusted: {why}")
+        }
+        (Some(objection), _) => return Err(author.refusal(store, current, &objection)),
+        (None, Ok(_)) => return Ok(EditBase::InForce),
+        (None, Err(e)) if e.is_newer_version() => return Err(edit::unusable(store, e)),
+        (None, Err(e)) if !trusting => {
             say::warning(format!("warning: the manifest in {url} cannot be used: {e}"));
             return Ok(EditBase::Broken);
         }
-        Err(e) => format!("the manifest in {url} cannot be used: {e}"),
-        Ok(there) => match author.objection(store, current)? {
-            None => return Ok(EditBase::InForce),
-            Some(Objection::Unsigned(why)) => format!("the manifest in {url} is not to be trusted: {why}"),
-            Some(objection) => return Err(objection.error(store, there)),
-        },
+        (None, Err(e)) => format!("the manifest in {url} cannot be used: {e}"),
     };
     let Some(newest) = author.newest_believed(store)? else {
         return Err(Error::new(format!(
@@ -680,7 +699,7 @@ fn edit_base(store: &dyn Store, author: &Author, current: &Current) -> Result<Ed
         )));
     };
     say::warning(format!("warning: {why}; you edit {}, the newest that is believed", newest.words()));
-    match &current.manifest {
+    match current.manifest() {
         Ok(there) => {
             say::warning("what is in force differs from it in this, which nobody trusted has signed:");
             for difference in diff(&newest.manifest, there) {
@@ -743,23 +762,40 @@ fn publish_edited(settings: &Settings, store: &dyn Store, bytes: &[u8], base: &[
     Ok(())
 }
 
-fn print_diff(store: &dyn Store, words: &[String]) -> Result<()> {
+fn print_diff(settings: &Settings, store: &dyn Store, words: &[String]) -> Result<()> {
     if words.len() > 2 {
         return Err(Error::usage("diff compares two versions; more were named"));
     }
     let (old, new) = (words.first(), words.get(1));
     let versions = enough_for(store, &words.iter().map(String::as_str).collect::<Vec<_>>())?;
     let current = || versions.iter().find(|v| v.current).ok_or_else(|| edit::missing(store));
-    let new = match new {
+    let author = Author::reader(settings)?;
+    let read = |version: &Version| -> Result<Manifest> {
+        // It is there to be looked at, as by 'show'.
+        let (manifest, doubt) = versions::read_with_doubt(store, version, &author.trust.trusted)?;
+        if let Some(why) = doubt {
+            say::warning(format!(
+                "warning: {} is not to be trusted, and no host obeys it: {why}",
+                version.name
+            ));
+        }
+        Ok(manifest)
+    };
+    let new = read(match new {
         Some(word) => versions::find(store, &versions, word)?,
         None => current()?,
-    };
+    })?;
     let old = match old {
-        Some(word) => versions::find(store, &versions, word)?,
-        None => versions::previous(store, &versions)?.ok_or_else(|| only_version(store))?,
+        Some(word) => read(versions::find(store, &versions, word)?)?,
+        None => {
+            let there = current()?;
+            let there = if there.serial == new.serial { new.clone() } else { versions::read(store, there)? };
+            let search = belief::before(store, &author, &versions, &there, None, |_| true)?;
+            search.found.ok_or_else(|| only_version(store))?.manifest
+        }
     };
     let mut lines = String::new();
-    for difference in diff(&versions::read(store, old)?, &versions::read(store, new)?) {
+    for difference in diff(&old, &new) {
         lines.push_str(&format!("{}\n", say::printable(&difference.to_string())));
     }
     if lines.is_empty() {
@@ -773,92 +809,217 @@ fn only_version(store: &dyn Store) -> Error {
     Error::new(format!("there is no version before the current one in {}", store.url()))
 }
 
-fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<()> {
+/// What is in force, and why it is not built on; None: nothing that can be read is.
+struct InForce {
+    current: Option<Current>,
+    objection: Option<Objection>,
+}
+
+impl InForce {
+    fn of(store: &dyn Store, author: &Author) -> Result<Self> {
+        let current = edit::load_to_replace(store)?;
+        let objection = current.as_ref().map(|c| author.objection(store, c)).transpose()?.flatten();
+        let mut in_force = InForce { current, objection };
+        // Who has seen nothing of this store is told by what it has replaced.
+        if let Some(there) = in_force.believed()
+            && author.remembered(store)?.is_none()
+            && let Some(newest) = author.newest_believed(store)?
+            && newest.manifest.serial > there.serial
+        {
+            in_force.objection = Some(Objection::PutBack(Box::new(newest)));
+        }
+        Ok(in_force)
+    }
+
+    /// It, if it is believed.
+    fn believed(&self) -> Option<&Manifest> {
+        self.signed().filter(|_| self.objection.is_none())
+    }
+
+    /// It, unless nobody trusted has signed it.
+    fn signed(&self) -> Option<&Manifest> {
+        match (&self.current, &self.objection) {
+            (Some(_), Some(Objection::Unsigned(_))) => None,
+            (Some(current), _) => current.manifest().as_ref().ok(),
+            (None, _) => None,
+        }
+    }
+}
+
+fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: bool) -> Result<()> {
     if let Some(word) = word.filter(|w| *w == STDIN || w.starts_with('@')) {
         return rollback_to_copy(settings, store, &input(word)?);
     }
     let author = Author::of(settings)?;
-    let current = match edit::load(store) {
-        Ok(current) => current,
-        // Too large to be read: what is wrong is said where nothing can be found that is better.
-        Err(e) if word.is_none() && versions::archived(store)?.is_empty() => return Err(e),
-        Err(_) => None,
-    };
-    let objection = current.as_ref().map(|c| author.objection(store, c)).transpose()?.flatten();
+    let in_force = InForce::of(store, &author)?;
     // What is off is looked for among all of them.
-    let versions = match (&current, &objection) {
-        (Some(_), None) => enough_for(store, word.as_slice())?,
-        _ => versions::all(store)?,
+    let versions = match in_force.current.is_some() && in_force.objection.is_none() {
+        true => enough_for(store, word.as_slice())?,
+        false => versions::all(store)?,
     };
     // An old one that was put back is left behind also when it says the same: hosts do not obey it.
     let outrun = |serial: u64| versions.iter().any(|v| v.serial > serial);
-    let outrun = objection.is_some() || versions.iter().find(|v| v.current).is_some_and(|v| outrun(v.serial));
-    let (old, name) = match word {
-        Some(word) => {
-            let version = rollback_target(store, &versions, word)?;
-            (believed(settings, store, version)?, version.name.clone())
-        }
-        None => version_before(&author, store, &versions, current.as_ref(), objection)?,
-    };
-    change(settings, store, Start::Replace, |manifest| {
+    let outrun =
+        in_force.objection.is_some() || versions.iter().find(|v| v.current).is_some_and(|v| outrun(v.serial));
+    let restore = |manifest: &mut Manifest, old: &Manifest, name: &str| {
         // A repair starts from nothing, and restoring nothing is a change there.
         let repaired = manifest.change.by.is_empty();
-        let changed = changes::restore(manifest, &old) || repaired || outrun;
-        Ok(changed.then(|| format!("rollback to {name} (serial {})", old.serial)))
-    })?;
+        let changed = changes::restore(manifest, old) || repaired || outrun;
+        changed.then(|| format!("rollback to {name} (serial {})", old.serial))
+    };
+    let Some(word) = word else {
+        let (old, name) = version_before(&author, store, &versions, &in_force)?;
+        show_undone(&in_force, &old);
+        let shown = in_force.current.map(|current| current.etag);
+        if !yes && !confirmed("Publish that?")? {
+            return Err(Error::new("nothing was published"));
+        }
+        let now = &Timestamp::now;
+        let published =
+            edit::publish_over(store, now, &author, Start::Replace, shown.as_ref(), |manifest| {
+                Ok(restore(manifest, &old, &name))
+            })?;
+        edit::report(store, &published);
+        return Ok(());
+    };
+    let version = rollback_target(store, &author, &versions, word)?;
+    let old = believed(settings, store, version)?;
+    drop(in_force);
+    change(settings, store, Start::Replace, |manifest| Ok(restore(manifest, &old, &version.name)))?;
     Ok(())
 }
 
-/// What a rollback goes to when nothing was named, and its name: the version before the one in force; where that is
-/// not believed or is lost, the newest that is.
+/// How many differences are shown before something is published.
+const SHOWN: usize = 30;
+
+/// Says what a rollback undoes, and whose change that was.
+fn show_undone(in_force: &InForce, old: &Manifest) {
+    let to = belief::words(old);
+    let Some(there) = in_force.believed() else {
+        return say::notice(format!("back to {to}"));
+    };
+    say::notice(format!("from {} back to {to}:", belief::words(there)));
+    show_differences(diff(there, old).iter());
+}
+
+fn show_differences<'a>(mut differences: impl Iterator<Item = &'a Difference>) {
+    for difference in differences.by_ref().take(SHOWN) {
+        say::notice(format!("  {difference}"));
+    }
+    match differences.count() {
+        0 => {}
+        more => say::notice(format!("  and {more} more")),
+    }
+}
+
+/// What a rollback goes to when nothing was named, and its name: the last version before the one in force that says
+/// something else; where that is not believed or is lost, the newest that is.
 fn version_before(
     author: &Author,
     store: &dyn Store,
     versions: &[Version],
-    current: Option<&Current>,
-    objection: Option<Objection>,
+    in_force: &InForce,
 ) -> Result<(Manifest, String)> {
-    let trusted = &author.trust.trusted;
-    let read = |version: &Version| Ok((versions::believed(store, version, trusted)?.0, version.name.clone()));
-    let none = || match current {
-        None => edit::missing(store),
-        Some(_) => only_version(store),
-    };
-    match (current.map(|c| &c.manifest), objection) {
-        (Some(Ok(there)), None) => {
-            let before = versions::before(store, versions, there.serial)?;
-            read(before.ok_or_else(|| only_version(store))?)
-        }
-        (Some(Ok(there)), Some(objection @ (Objection::PutBack(_) | Objection::Fork(_)))) => {
-            Err(objection.error(store, there))
-        }
-        (_, _) => match author.newest_believed(store)? {
-            Some(newest) => Ok((newest.manifest.clone(), newest.name())),
-            None => {
-                let newest = versions::before(store, versions, u64::MAX)?;
-                read(newest.filter(|v| !v.current).ok_or_else(none)?)
+    let found = |search: belief::Search, none: Error| {
+        let passed_over = search.passed_over();
+        match search.found {
+            Some(found) => {
+                if !passed_over.is_empty() {
+                    say::warning(format!("warning: {passed_over}"));
+                }
+                let name = found.name();
+                Ok((found.manifest, name))
             }
-        },
+            None if passed_over.is_empty() => Err(none),
+            None => Err(Error::new(format!("{none}; {passed_over}"))),
+        }
+    };
+    if let (Some(current), Some(there)) = (&in_force.current, in_force.believed()) {
+        let before = there.previous.first().filter(|a| a.serial + 1 == there.serial && a.digest.is_some());
+        let digest = signature::digest(&current.bytes).ok();
+        let otherwise = |old: &Manifest| old.services != there.services || old.extra != there.extra;
+        let search = belief::before(store, author, versions, there, digest.as_ref(), otherwise)?;
+        let none = match versions.iter().any(|v| v.serial < there.serial) {
+            true => Error::new(format!(
+                "there is no version before the current one in {} that says something else",
+                store.url()
+            )),
+            false => only_version(store),
+        };
+        if let Some(before) = before.filter(|b| search.found.is_some() && !search.met.contains(&b.serial)) {
+            say::warning(format!(
+                "warning: version {}, the one before, is not among the old ones any more",
+                before.serial
+            ));
+        }
+        return found(search, none);
     }
+    if let (Some(current), Some(objection @ (Objection::PutBack(_) | Objection::Fork(_)))) =
+        (&in_force.current, &in_force.objection)
+    {
+        return Err(author.refusal(store, current, objection));
+    }
+    if let Some(newest) = author.newest_believed(store)? {
+        return Ok((newest.manifest.clone(), newest.name()));
+    }
+    let all = Manifest { serial: u64::MAX, ..Manifest::empty(Timestamp::default(), "") };
+    let none = match &in_force.current {
+        None => edit::missing(store),
+        Some(current) => match current.manifest() {
+            Err(e) if in_force.objection.is_none() => Error::new(format!("{e}, and {}", only_version(store))),
+            _ => only_version(store),
+        },
+    };
+    found(belief::before(store, author, versions, &all, None, |_| true)?, none)
 }
 
 /// Publishes a copy of a version from somewhere else, above every serial that it shows to have been there.
 fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8]) -> Result<()> {
-    let copy = parse::manifest(bytes, Mode::Tolerant).map_err(|e| Error::from(e).context("the copy"))?;
-    let trusted = signature::trusted(settings)?;
-    if !trusted.is_empty()
-        && let Err(why) = signature::check(bytes, &copy, &store.identity(), &trusted)
-    {
-        return Err(Error::new(format!(
+    let author = Author::of(settings)?;
+    let trusted = &author.trust.trusted;
+    let refused = |why: &str| {
+        Err(Error::new(format!(
             "the copy is not to be trusted in {}: {why}; take one that a host of this store has kept",
             store.url()
-        )));
+        )))
+    };
+    let signed = (!trusted.is_empty()).then(|| signature::verify(bytes, &store.identity(), trusted));
+    if let Some(Some(Err(why))) = signed {
+        return refused(&why);
+    }
+    let copy = parse::manifest(bytes, Mode::Tolerant).map_err(|e| Error::from(e).context("the copy"))?;
+    if let Some(None) = signed {
+        return refused("it cannot be told who signed it");
     }
     let line = signature::digest(bytes).map(|digest| lineage::line(&copy, digest)).unwrap_or_default();
+    let in_force = InForce::of(store, &author)?;
+    // Who can write the store can hold a host at an old version, take the newest away, and wait for somebody to put
+    // that host's copy back.
+    let newest = match in_force.believed() {
+        Some(_) => None,
+        None => author.newest_believed(store)?,
+    };
+    if let (Some(newest), Some(Ancestor { digest: Some(digest), .. })) = (&newest, line.first())
+        && lineage::relation(&newest.manifest, &newest.digest, copy.serial, digest) == Relation::Later
+    {
+        return Err(Error::new(format!(
+            "the copy is {}, and {} is newer: publish that with {}, and then, if the older one should be in force \
+             after all, the copy",
+            belief::words(&copy),
+            newest.words(),
+            belief::publish_again(newest)
+        )));
+    }
+    if let Some(there) = in_force.signed() {
+        say::notice(format!("from {} to the copy of {}:", belief::words(there), belief::words(&copy)));
+        show_differences(diff(there, &copy).iter());
+    }
+    let trusting = !trusted.is_empty();
+    drop(in_force);
     change(settings, store, Start::Replace, |manifest| {
         // Whoever has obeyed the copy knows that the new version comes after it.
         let behind = manifest.serial < copy.serial
-            || !trusted.is_empty() && line.first().is_some_and(|copy| !manifest.previous.contains(copy));
+            || trusting && line.first().is_some_and(|copy| !manifest.previous.contains(copy));
         manifest.previous.extend_from_slice(&line);
         manifest.serial = manifest.serial.max(copy.serial);
         let changed = changes::restore(manifest, &copy) || behind || manifest.change.by.is_empty();
@@ -872,10 +1033,17 @@ fn believed(settings: &Settings, store: &dyn Store, version: &Version) -> Result
     Ok(versions::believed(store, version, &signature::trusted(settings)?)?.0)
 }
 
-/// The version in force is what one rolls back from: it does not make a beginning ambiguous.
-fn rollback_target<'a>(store: &dyn Store, versions: &'a [Version], word: &str) -> Result<&'a Version> {
+/// The version in force is what one rolls back from: it does not make a beginning ambiguous. Nor does what is not
+/// believed.
+fn rollback_target<'a>(
+    store: &dyn Store,
+    author: &Author,
+    versions: &'a [Version],
+    word: &str,
+) -> Result<&'a Version> {
     let older: Vec<Version> = versions.iter().filter(|v| !v.current).cloned().collect();
-    let name = match versions::find(store, &older, word) {
+    let counts = |version: &Version| Ok(belief::examine(store, version, author)?.is_ok());
+    let name = match versions::find_where(&older, word, counts) {
         Ok(found) => found.name.clone(),
         // Only the current one fits: then there is nothing to do, which is said later.
         Err(e) => versions::find(store, versions, word).map_err(|_| e)?.name.clone(),
@@ -886,46 +1054,53 @@ fn rollback_target<'a>(store: &dyn Store, versions: &'a [Version], word: &str) -
 /// How many versions are read in search of a service's last change.
 const SEARCHED: usize = 200;
 
-/// How many of them at once: whole manifests.
-const READ_AT_ONCE: usize = 16;
-
-fn rollback_service(settings: &Settings, store: &dyn Store, word: Option<&str>, name: &str) -> Result<()> {
+fn rollback_service(
+    settings: &Settings,
+    store: &dyn Store,
+    word: Option<&str>,
+    name: &str,
+    yes: bool,
+) -> Result<()> {
     if word.is_some_and(|w| w == STDIN || w.starts_with('@')) {
         return Err(Error::usage("a copy from a file or stdin is put back whole; leave --service out"));
     }
-    let versions = match word {
-        Some(word) => enough_for(store, &[word])?,
-        None => newest(store, SEARCHED)?.versions,
-    };
+    let author = Author::of(settings)?;
     let (version, old) = match word {
         Some(word) => {
-            let version = rollback_target(store, &versions, word)?;
-            (version, believed(settings, store, version)?)
+            let versions = enough_for(store, &[word])?;
+            let version = rollback_target(store, &author, &versions, word)?;
+            (version.name.clone(), believed(settings, store, version)?)
         }
         None => {
-            let now = edit::believed(store, &Author::of(settings)?)?;
+            let versions = newest(store, SEARCHED)?.versions;
+            let (bytes, now) = edit::believed_text(store, &author)?;
             let entry = now.service(name).ok_or_else(|| changes::unknown_service(name, &now))?;
-            let older = versions.iter().filter(|v| !v.current && v.serial < now.serial);
-            let older: Vec<&Version> = older.take(SEARCHED).collect();
-            let mut found = None;
-            'search: for some in older.chunks(READ_AT_ONCE) {
-                let read = parallel::map(some, READ_AT_ONCE, |version| believed(settings, store, version));
-                for (version, old) in some.iter().zip(read) {
-                    let old = old?;
-                    if old.service(name).is_some_and(|o| o != entry) {
-                        found = Some((*version, old));
-                        break 'search;
-                    }
-                }
+            let digest = signature::digest(&bytes).ok();
+            let otherwise = |old: &Manifest| old.service(name).is_some_and(|o| o != entry);
+            let search = belief::before(store, &author, &versions, &now, digest.as_ref(), otherwise)?;
+            let passed_over = search.passed_over();
+            let Some(found) = search.found else {
+                let joint = if passed_over.is_empty() { "" } else { "; " };
+                return Err(Error::new(format!(
+                    "no version before the current one has '{name}' otherwise than it is now{joint}{passed_over}"
+                )));
+            };
+            if !passed_over.is_empty() {
+                say::warning(format!("warning: {passed_over}"));
             }
-            found.ok_or_else(|| {
-                Error::new(format!("no version before the current one has '{name}' otherwise than it is now"))
-            })?
+            let undone = search.after.unwrap_or_else(|| belief::words(&now));
+            say::notice(format!("{name} as it was before {undone}, in {}:", found.words()));
+            let of_it = |d: &Difference| d.service().is_some_and(|service| service.as_str() == name);
+            show_differences(diff(&now, &found.manifest).iter().filter(|d| of_it(d)));
+            if !yes && !confirmed("Publish that?")? {
+                return Err(Error::new("nothing was published"));
+            }
+            (found.name(), found.manifest)
         }
     };
     change(settings, store, Start::Existing, |manifest| {
         let changed = changes::restore_service(manifest, &old, name)?;
-        Ok(changed.then(|| format!("rollback {name} to {} (serial {})", version.name, version.serial)))
+        Ok(changed.then(|| format!("rollback {name} to {version} (serial {})", old.serial)))
     })?;
     Ok(())
 }
@@ -960,11 +1135,11 @@ fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Result<()> {
         ));
     }
     let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
-    let there = current.manifest.as_ref().map_err(|e| edit::unusable(store, e))?;
     match author.objection(store, &current)? {
-        Some(objection @ Objection::Unsigned(_)) => return Err(objection.error(store, there)),
+        Some(objection @ Objection::Unsigned(_)) => return Err(author.refusal(store, &current, &objection)),
         Some(Objection::PutBack(_) | Objection::Fork(_)) | None => {}
     }
+    let there = current.manifest().as_ref().map_err(|e| edit::unusable(store, e))?;
     if there.serial != number {
         return Err(Error::new(format!(
             "the manifest in {} is {}, not version {number}; nothing was accepted",
@@ -972,7 +1147,7 @@ fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Result<()> {
             belief::words(there)
         )));
     }
-    author.remember(store, &current.bytes);
+    author.believe(store, &current.bytes);
     say::notice(format!(
         "accepted: this machine believes {} from now on ({})",
         belief::words(there),
@@ -981,46 +1156,54 @@ fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Result<()> {
     Ok(())
 }
 
-/// Signs what is in force: at once if it is believed, else after a person has seen what it is.
+/// Signs what is in force: as it is if it is believed; else as a new version, after a person has seen what it is.
 fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -> Result<()> {
     let author = Author::of(settings)?;
+    author.signer()?;
     let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
-    let there = current.manifest.as_ref().map_err(|e| edit::unusable(store, e))?;
-    let shown = match author.objection(store, &current)? {
-        None => None,
-        Some(Objection::Unsigned(why)) => {
-            let digest = signature::digest(&current.bytes).map_err(Error::new)?;
-            match hash {
-                Some(hash) if hash.len() >= 12 && digest.as_str().starts_with(hash) => {}
-                Some(hash) => {
-                    return Err(Error::new(format!(
-                        "the manifest in {} has the hash {digest}, not {hash}; look at it again with 'deploy-manifest \
-                         sign'",
-                        store.url()
-                    )));
+    let why = match author.objection(store, &current)? {
+        None => {
+            match edit::add_signature(store, &author)? {
+                true => say::notice(format!("signed ({})", store.url())),
+                false => {
+                    say::info(format!("unchanged: it has this key's signature already ({})", store.url()))
                 }
-                None => show_unsigned(store, &author, there, &why)?,
             }
-            if let Some(Objection::PutBack(seen) | Objection::Fork(seen)) =
-                author.contradiction(store, &current)?
-            {
-                return Err(Error::new(format!(
-                    "no host that obeyed {} takes this one, whoever signs it; go back with 'deploy-manifest \
-                     rollback', then make the changes that are right again",
-                    seen.words()
-                )));
-            }
-            if hash.is_none() {
-                confirm(&digest)?;
-            }
-            Some(digest)
+            return Ok(());
         }
-        Some(objection) => return Err(objection.error(store, there)),
+        Some(Objection::Unsigned(why)) => why,
+        Some(objection) => return Err(author.refusal(store, &current, &objection)),
     };
-    match edit::add_signature(store, &author, shown.as_ref())? {
-        true => say::notice(format!("signed ({})", store.url())),
-        false => say::info(format!("unchanged: it has this key's signature already ({})", store.url())),
+    let there = current.manifest().as_ref().map_err(|e| edit::unusable(store, e))?;
+    let digest = signature::digest(&current.bytes).map_err(Error::new)?;
+    match hash {
+        // Whole: two documents whose hashes begin alike are soon found, and one of them could be shown.
+        Some(hash) if digest.as_str() == hash => {}
+        Some(hash) => {
+            return Err(Error::new(format!(
+                "the manifest in {} has the hash {digest}, not {hash}; look at it again with 'deploy-manifest \
+                 sign'",
+                store.url()
+            )));
+        }
+        None => show_unsigned(store, &author, there, &why)?,
     }
+    if let Some(Objection::PutBack(seen) | Objection::Fork(seen)) = author.contradiction(store, &current)? {
+        return Err(Error::new(format!(
+            "no host that obeyed {} takes this one, whoever signs it; go back with 'deploy-manifest \
+             rollback', then make the changes that are right again",
+            seen.words()
+        )));
+    }
+    if hash.is_none() && !std::io::stdin().is_terminal() {
+        return Err(Error::new(format!(
+            "nothing was signed; if all of it is right, 'deploy-manifest sign --hash {digest}'"
+        )));
+    }
+    if hash.is_none() && !confirmed("Is all of it right, and shall it be signed?")? {
+        return Err(Error::new("nothing was signed"));
+    }
+    edit::report(store, &edit::adopt(store, &Timestamp::now, &author, &digest)?);
     Ok(())
 }
 
@@ -1037,7 +1220,7 @@ fn show_unsigned(store: &dyn Store, author: &Author, there: &Manifest, why: &str
         None => say::warning("no version here is signed by a trusted key, so all of it is new:"),
     }
     for difference in diff(newest.as_ref().map_or(&empty, |n| &n.manifest), there) {
-        say::warning(format!("  {difference}"));
+        say::warning(format!("  {difference:#}"));
         if let (Difference::Added(_), Some(service)) =
             (&difference, difference.service().and_then(|n| there.service(n.as_str())))
         {
@@ -1048,23 +1231,17 @@ fn show_unsigned(store: &dyn Store, author: &Author, there: &Manifest, why: &str
     Ok(())
 }
 
-/// Has a person say that what was shown is right.
-fn confirm(digest: &Digest) -> Result<()> {
+/// Whether a person says yes; where nobody is there to be asked, what was typed was meant.
+fn confirmed(question: &str) -> Result<bool> {
     if !std::io::stdin().is_terminal() {
-        let short = &digest.as_str()[..12];
-        return Err(Error::new(format!(
-            "nothing was signed; if all of it is right, 'deploy-manifest sign --hash {short}'"
-        )));
+        return Ok(true);
     }
-    say::notice("Is all of it right, and shall it be signed? [y/N]");
+    say::notice(format!("{question} [y/N]"));
     let mut answer = String::new();
     std::io::stdin()
         .read_line(&mut answer)
         .map_err(|e| Error::new(format!("cannot read the answer: {e}")))?;
-    match answer.trim() {
-        "y" | "Y" | "yes" => Ok(()),
-        _ => Err(Error::new("nothing was signed")),
-    }
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 fn validate_file(settings: &Settings, file: &str) -> Result<()> {
@@ -1086,8 +1263,13 @@ fn validate_file(settings: &Settings, file: &str) -> Result<()> {
     Ok(())
 }
 
-fn validate_store(store: &dyn Store) -> Result<()> {
-    let manifest = edit::read(store)?;
+fn validate_store(settings: &Settings, store: &dyn Store) -> Result<()> {
+    let author = Author::reader(settings)?;
+    let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
+    if let Some(objection) = author.objection(store, &current)? {
+        return Err(author.refusal(store, &current, &objection));
+    }
+    let manifest = current.into_parts().1.map_err(|e| edit::unusable(store, &e))?;
     if let Some(unknown) = parse::new_unknown(&manifest, None) {
         say::warning(format!("warning: {unknown}; a newer version may have written it"));
     }

@@ -9,12 +9,16 @@ use super::parse::{self, Mode};
 use super::signature;
 use super::versions::{self, Version, archive_key, archive_name};
 use crate::error::{Error, Result};
+use crate::parallel;
 use crate::say::printable;
-use crate::store::Store;
+use crate::store::{Got, Store, StoreError};
 use std::path::PathBuf;
 
 /// How many archived versions are read at most in search of one that somebody trusted has signed.
 const SEARCHED: usize = 200;
+
+/// How many of them at once, after the first: whole manifests.
+const READ_AT_ONCE: usize = 16;
 
 /// A version that is believed.
 #[derive(Debug, Clone)]
@@ -40,6 +44,12 @@ impl Believed {
         archive_name(self.manifest.serial, self.manifest.generation)
     }
 
+    /// Whether it was made after this one, as far as it says.
+    pub fn comes_after(&self, other: &Believed) -> bool {
+        lineage::relation(&self.manifest, &self.digest, other.manifest.serial, &other.digest)
+            == Relation::Later
+    }
+
     /// For a message: `version 9 (set web env.A by ann@laptop, 2026-11-22T18:31:05Z)`.
     pub fn words(&self) -> String {
         words(&self.manifest)
@@ -63,39 +73,17 @@ pub enum Objection {
     Fork(Box<Believed>),
 }
 
-impl Objection {
-    /// What happened, and the ways on.
-    pub fn error(&self, store: &dyn Store, there: &Manifest) -> Error {
-        let url = store.url();
-        let serial = there.serial;
-        let restore = |seen: &Believed| {
-            let file = seen.kept.as_ref().map(|k| k.display().to_string()).unwrap_or_default();
-            format!("'deploy-manifest rollback @{file}'")
-        };
-        Error::new(match self {
-            Objection::Unsigned(why) => format!(
-                "the manifest in {url} is not to be trusted: {why}; go back with 'deploy-manifest rollback', or look \
-                 at it ('deploy-manifest show'), and if it is right, 'deploy-manifest sign'"
-            ),
-            Objection::PutBack(seen) => format!(
-                "the manifest in {url} is version {serial}, and this machine has seen {}: an older version was put \
-                 back, by somebody who can write the store or out of a backup; ask who did. Publish the newer one \
-                 again with {}; or, if version {serial} should be in force, 'deploy-manifest rollback {serial}' makes \
-                 it a new version; if the store was made anew, 'deploy-manifest verify --accept-version {serial}' \
-                 forgets what was seen",
-                seen.words(),
-                restore(seen)
-            ),
-            Objection::Fork(seen) => format!(
-                "the manifest in {url}, {}, does not come after {}, which this machine has seen: somebody published \
-                 on an older version that had been put back; ask who did. Publish what was seen again with {}, then \
-                 make the lost changes again; or, if the store's is right, 'deploy-manifest verify --accept-version \
-                 {serial}'",
-                words(there),
-                seen.words(),
-                restore(seen)
-            ),
-        })
+/// Where this machine keeps it, as an argument of a rollback.
+fn argument(seen: &Believed) -> String {
+    let file = seen.kept.as_ref().map(|k| k.display().to_string()).unwrap_or_default();
+    format!("'deploy-manifest rollback @{file}'")
+}
+
+/// How a version that is believed is published again.
+pub fn publish_again(newest: &Believed) -> String {
+    match &newest.kept {
+        Some(_) => argument(newest),
+        None => format!("'deploy-manifest rollback {}'", newest.name()),
     }
 }
 
@@ -116,22 +104,74 @@ impl Author {
         Ok(Some(Believed { manifest, digest, bytes, kept: self.seen.file(&identity) }))
     }
 
-    /// Whether what is in force may be built on; None: it may. What cannot be read is not judged here.
+    /// Whether what is in force may be built on; None: it may. What cannot be read is not judged here. Who signed it
+    /// is asked before anything is built of what it says.
     pub fn objection(&self, store: &dyn Store, current: &Current) -> Result<Option<Objection>> {
-        let Ok(manifest) = &current.manifest else { return Ok(None) };
         let trusted = &self.trust.trusted;
-        if trusted.is_empty() {
+        if trusted.is_empty() || current.bytes.len() as u64 > MAX_BYTES {
             return Ok(None);
         }
-        if let Err(why) = signature::check(&current.bytes, manifest, &store.identity(), trusted) {
-            return Ok(Some(Objection::Unsigned(why)));
+        match signature::verify(&current.bytes, &store.identity(), trusted) {
+            Some(Ok(_)) => self.contradiction(store, current),
+            Some(Err(why)) => Ok(Some(Objection::Unsigned(why))),
+            None if current.manifest().is_ok() => {
+                Ok(Some(Objection::Unsigned("it cannot be told who signed it".into())))
+            }
+            None => Ok(None),
         }
-        self.contradiction(store, current)
+    }
+
+    /// Why nothing is built on what is in force: what happened, and the ways on.
+    pub fn refusal(&self, store: &dyn Store, current: &Current, objection: &Objection) -> Error {
+        let url = store.url();
+        let seen = match objection {
+            Objection::Unsigned(why) => {
+                return Error::new(format!(
+                    "the manifest in {url} is not to be trusted: {why}; go back with 'deploy-manifest rollback', or \
+                     look at it ('deploy-manifest show'), and if it is right, 'deploy-manifest sign'"
+                ));
+            }
+            Objection::PutBack(seen) | Objection::Fork(seen) => seen,
+        };
+        let there = match current.manifest() {
+            Ok(there) => there,
+            Err(e) => return super::edit::unusable(store, e),
+        };
+        let serial = there.serial;
+        if let Objection::Fork(_) = objection {
+            return Error::new(format!(
+                "the manifest in {url}, {}, does not come after {}, which this machine has seen: somebody published \
+                 on an older version that had been put back; ask who did. Publish what was seen again with {}, which \
+                 shows what that undoes, then make those changes again; or, if the store's is right, 'deploy-manifest \
+                 verify --accept-version {serial}'",
+                words(there),
+                seen.words(),
+                argument(seen)
+            ));
+        }
+        // The store may have later ones than this machine has seen.
+        let newest = match newest_archived(store, self) {
+            Ok(Some(found)) if found.comes_after(seen) => found,
+            Ok(_) => seen.as_ref().clone(),
+            Err(e) => return e,
+        };
+        let whose = match newest.kept {
+            Some(_) => "this machine has seen",
+            None => "the store has among the replaced ones",
+        };
+        Error::new(format!(
+            "the manifest in {url} is version {serial}, and {whose} {}: an older version was put back, by somebody \
+             who can write the store or out of a backup; ask who did. Publish the newer one again with {}; or, if \
+             version {serial} should be in force, 'deploy-manifest rollback {serial}' makes it a new version; if the \
+             store was made anew, 'deploy-manifest verify --accept-version {serial}' forgets what was seen",
+            newest.words(),
+            publish_again(&newest)
+        ))
     }
 
     /// Whether what is in force, whoever signed it, goes against what this machine has seen.
     pub fn contradiction(&self, store: &dyn Store, current: &Current) -> Result<Option<Objection>> {
-        let Ok(manifest) = &current.manifest else { return Ok(None) };
+        let Ok(manifest) = current.manifest() else { return Ok(None) };
         if self.seen.read(&store.identity())?.is_some_and(|kept| kept == current.bytes) {
             return Ok(None);
         }
@@ -144,8 +184,22 @@ impl Author {
         })
     }
 
-    /// Remembers a version that was found right, or published.
+    /// Remembers a version that was found right, or published; not one that is older than what another call of this
+    /// user has meanwhile seen.
     pub fn remember(&self, store: &dyn Store, bytes: &[u8]) {
+        let kept = self.seen.read(&store.identity()).ok().flatten();
+        let serial = |bytes: &[u8]| versions::head_of(bytes).map(|head| head.serial);
+        if let Some(kept) = kept
+            && serial(&kept) > serial(bytes)
+            && let Ok(Some(_)) = self.remembered(store)
+        {
+            return;
+        }
+        self.believe(store, bytes);
+    }
+
+    /// Remembers a version in the place of whatever was seen before.
+    pub fn believe(&self, store: &dyn Store, bytes: &[u8]) {
         let identity = store.identity();
         if self.trust.trusted.is_empty()
             || self.seen.read(&identity).is_ok_and(|k| k.as_deref() == Some(bytes))
@@ -174,16 +228,19 @@ pub fn newer(remembered: Option<Believed>, archived: Option<Believed>) -> Option
     }
 }
 
-/// The newest archived version that one of the trusted keys has signed and whose name is its own. Names of objects
-/// are what anybody who can write the store makes of them.
+/// The newest archived version that one of the trusted keys has signed and whose name is its own; not one that is
+/// older than what this machine remembers, which decides nothing. Names of objects are what anybody who can write the
+/// store makes of them.
 pub fn newest_archived(store: &dyn Store, author: &Author) -> Result<Option<Believed>> {
+    let remembered = author.remembered(store)?.map_or(0, |seen| seen.manifest.serial);
     let archived = versions::archived(store)?;
-    for version in archived.iter().take(SEARCHED) {
-        if let Some(found) = read(store, version, author)? {
+    let newer = || archived.iter().take_while(|v| v.serial >= remembered);
+    for version in newer().take(SEARCHED) {
+        if let Ok(found) = examine(store, version, author)? {
             return Ok(Some(found));
         }
     }
-    match archived.first().filter(|_| archived.len() > SEARCHED) {
+    match archived.first().filter(|_| remembered == 0 && archived.len() > SEARCHED) {
         Some(newest) => Err(Error::new(format!(
             "the {SEARCHED} newest versions in {}, from {} on, are signed by nobody in 'trustedPublicKeys': \
              remove what nobody published, and run it again",
@@ -194,20 +251,95 @@ pub fn newest_archived(store: &dyn Store, author: &Author) -> Result<Option<Beli
     }
 }
 
-/// An archived version, if it is believed.
-fn read(store: &dyn Store, version: &Version, author: &Author) -> Result<Option<Believed>> {
-    use crate::store::{Got, StoreError};
+/// An archived version, or why it is not believed.
+pub fn examine(store: &dyn Store, version: &Version, author: &Author) -> Result<Result<Believed, String>> {
     let bytes = match store.get(&archive_key(&version.name), None, MAX_BYTES) {
         Ok(Got::Found { bytes, .. }) => bytes,
-        Ok(Got::Missing | Got::NotModified) | Err(StoreError::TooLarge(_)) => return Ok(None),
+        Ok(Got::Missing | Got::NotModified) => return Ok(Err("it is gone".into())),
+        Err(StoreError::TooLarge(why)) => return Ok(Err(why)),
         Err(e) => return Err(e.into()),
     };
-    let Ok(manifest) = parse::manifest(&bytes, Mode::Tolerant) else { return Ok(None) };
-    let named = archive_name(manifest.serial, manifest.generation) == version.name;
     let trusted = &author.trust.trusted;
-    if !named || signature::check(&bytes, &manifest, &store.identity(), trusted).is_err() {
-        return Ok(None);
+    let signed = (!trusted.is_empty()).then(|| signature::verify(&bytes, &store.identity(), trusted));
+    if let Some(Some(Err(why))) = signed {
+        return Ok(Err(why));
     }
-    let Ok(digest) = signature::digest(&bytes) else { return Ok(None) };
-    Ok(Some(Believed { manifest, digest, bytes, kept: None }))
+    let manifest = match parse::manifest(&bytes, Mode::Tolerant) {
+        Ok(manifest) => manifest,
+        Err(e) => return Ok(Err(e.to_string())),
+    };
+    if archive_name(manifest.serial, manifest.generation) != version.name {
+        return Ok(Err(format!("it holds version {} of {}", manifest.serial, manifest.generation)));
+    }
+    if let Some(None) = signed {
+        return Ok(Err("it cannot be told who signed it".into()));
+    }
+    Ok(signature::digest(&bytes).map(|digest| Believed { manifest, digest, bytes, kept: None }))
+}
+
+/// What came of the search for a version before the one in force.
+#[derive(Debug)]
+pub struct Search {
+    /// The newest that is believed and wanted.
+    pub found: Option<Believed>,
+    /// The numbers of all that were met and are believed.
+    pub met: Vec<u64>,
+    /// The last one of them that was not wanted: it came right after what was found.
+    pub after: Option<String>,
+    /// What was met on the way and is not believed: its name, and why.
+    pub passed_over: Vec<(String, String)>,
+}
+
+impl Search {
+    /// What was passed over, for a message; empty where nothing was.
+    pub fn passed_over(&self) -> String {
+        let (Some((name, why)), count) = (self.passed_over.first(), self.passed_over.len()) else {
+            return String::new();
+        };
+        let more = if count > 1 { format!(", and {} more", count - 1) } else { String::new() };
+        format!("passed over {name}: {why}{more}")
+    }
+}
+
+/// The newest of these versions that came before `there`, of the digest `digest` (None: which ones did is not known),
+/// that is believed and `wanted`. What is not believed is passed over: whoever can write the store can put anything
+/// among the old versions.
+pub fn before(
+    store: &dyn Store,
+    author: &Author,
+    versions: &[Version],
+    there: &Manifest,
+    digest: Option<&Digest>,
+    wanted: impl Fn(&Manifest) -> bool,
+) -> Result<Search> {
+    let older: Vec<&Version> =
+        versions.iter().filter(|v| !v.current && v.serial < there.serial).take(SEARCHED).collect();
+    let digest = digest.filter(|_| !author.trust.trusted.is_empty());
+    let (mut met, mut passed_over, mut after) = (Vec::new(), Vec::new(), None);
+    let (first, rest) = older.split_at(older.len().min(1));
+    for some in std::iter::once(first).chain(rest.chunks(READ_AT_ONCE)) {
+        let read = parallel::map(some, READ_AT_ONCE, |version| examine(store, version, author));
+        for (version, found) in some.iter().zip(read) {
+            let found = found?.and_then(|found| {
+                let comes_after = |digest: &Digest| {
+                    lineage::relation(there, digest, found.manifest.serial, &found.digest) == Relation::Later
+                };
+                match digest.is_none_or(comes_after) {
+                    true => Ok(found),
+                    false => Err("the version in force does not come after it".into()),
+                }
+            });
+            match found {
+                Ok(found) => {
+                    met.push(found.manifest.serial);
+                    if wanted(&found.manifest) {
+                        return Ok(Search { found: Some(found), met, after, passed_over });
+                    }
+                    after = Some(found.words());
+                }
+                Err(why) => passed_over.push((version.name.clone(), why)),
+            }
+        }
+    }
+    Ok(Search { found: None, met, after, passed_over })
 }

@@ -38,11 +38,14 @@ impl Difference {
     }
 }
 
+/// With `#` all of a value that is no text is written, however long: for who shall vouch for it.
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whole = f.alternate();
         let side = |value: &Option<Value>| match value {
             None => "(none)".to_string(),
             Some(Value::String(text)) if !text.is_empty() => crate::say::printable(text).into_owned(),
+            Some(value) if whole => crate::say::printable(&value.to_string()).into_owned(),
             Some(value) => shown(value),
         };
         match self {

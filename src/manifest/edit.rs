@@ -14,9 +14,11 @@ use super::versions::{self, Version, archive_key, archive_name};
 use crate::clock::Timestamp;
 use crate::config::{self, Settings};
 use crate::error::{Error, Result};
+use crate::keys::SecretKey;
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
 use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError, When};
+use std::cell::OnceCell;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
 
@@ -44,8 +46,31 @@ pub struct Current {
     pub bytes: Vec<u8>,
     /// Its version for the store.
     pub etag: Etag,
-    /// What it says, or why it cannot be used.
-    pub manifest: Result<Manifest, FieldError>,
+    manifest: OnceCell<Result<Manifest, FieldError>>,
+}
+
+impl Current {
+    /// What it says, or why it cannot be used. Read when it is asked for: of what nobody trusted has signed, most
+    /// have no use, and it may be made to cost much.
+    pub fn manifest(&self) -> &Result<Manifest, FieldError> {
+        self.manifest.get_or_init(|| read_bytes(&self.bytes))
+    }
+
+    /// Its bytes, and what it says.
+    pub fn into_parts(self) -> (Vec<u8>, Result<Manifest, FieldError>) {
+        let manifest = self.manifest.into_inner().unwrap_or_else(|| read_bytes(&self.bytes));
+        (self.bytes, manifest)
+    }
+}
+
+fn read_bytes(bytes: &[u8]) -> Result<Manifest, FieldError> {
+    match bytes.len() as u64 > MAX_BYTES {
+        true => {
+            let reason = format!("it has {} bytes, at most {MAX_BYTES} are read", bytes.len());
+            Err(FieldError { path: String::new(), reason })
+        }
+        false => parse::manifest(bytes, Mode::Tolerant),
+    }
 }
 
 /// What came of a change.
@@ -82,10 +107,17 @@ impl Author {
 
     /// Refuses to build upon what is not believed: a signature on it would be given by the way.
     fn believes(&self, store: &dyn Store, current: &Current) -> Result<()> {
-        match (self.objection(store, current)?, &current.manifest) {
-            (Some(objection), Ok(manifest)) => Err(objection.error(store, manifest)),
-            (_, _) => Ok(()),
+        match self.objection(store, current)? {
+            Some(objection) => Err(self.refusal(store, current, &objection)),
+            None => Ok(()),
         }
+    }
+
+    /// The key that signs.
+    pub fn signer(&self) -> Result<&SecretKey> {
+        self.trust.signer.as_ref().ok_or_else(|| {
+            Error::new("there is no key to sign with; set 'secretKeyFile' ('omni-deploy keygen' makes one)")
+        })
     }
 
     /// Signs what is about to be published. Without a key, nothing is published where signatures are expected.
@@ -122,17 +154,14 @@ pub fn load(store: &dyn Store) -> Result<Option<Current>> {
 /// The largest object that a repair replaces, in bytes: it is read and archived like any version.
 const MAX_REPLACED: u64 = 1 << 30;
 
+/// As [`load`], also what is too large to be read but is replaced.
+pub fn load_to_replace(store: &dyn Store) -> Result<Option<Current>> {
+    load_within(store, MAX_REPLACED)
+}
+
 fn load_within(store: &dyn Store, limit: u64) -> Result<Option<Current>> {
     match store.get(MANIFEST_KEY, None, limit) {
-        Ok(Got::Found { bytes, etag }) => {
-            let manifest = if bytes.len() as u64 > MAX_BYTES {
-                let reason = format!("it has {} bytes, at most {MAX_BYTES} are read", bytes.len());
-                Err(FieldError { path: String::new(), reason })
-            } else {
-                parse::manifest(&bytes, Mode::Tolerant)
-            };
-            Ok(Some(Current { bytes, etag, manifest }))
-        }
+        Ok(Got::Found { bytes, etag }) => Ok(Some(Current { bytes, etag, manifest: OnceCell::new() })),
         Ok(Got::Missing | Got::NotModified) => Ok(None),
         Err(e @ StoreError::TooLarge(_)) if limit == MAX_BYTES => {
             Err(Error::new(format!("{e}; go back with 'deploy-manifest rollback'")))
@@ -143,7 +172,7 @@ fn load_within(store: &dyn Store, limit: u64) -> Result<Option<Current>> {
 
 /// Reads the manifest; that there is none, or that it cannot be used, is an error.
 pub fn read(store: &dyn Store) -> Result<Manifest> {
-    load(store)?.ok_or_else(|| missing(store))?.manifest.map_err(|e| unusable(store, &e))
+    load(store)?.ok_or_else(|| missing(store))?.into_parts().1.map_err(|e| unusable(store, &e))
 }
 
 /// As [`read`], and that nobody trusted has signed it is an error too.
@@ -155,10 +184,11 @@ pub fn believed(store: &dyn Store, author: &Author) -> Result<Manifest> {
 pub fn believed_text(store: &dyn Store, author: &Author) -> Result<(Vec<u8>, Manifest)> {
     let current = load(store)?.ok_or_else(|| lost(store, author))?;
     author.believes(store, &current)?;
-    match current.manifest {
+    let (bytes, manifest) = current.into_parts();
+    match manifest {
         Ok(manifest) => {
-            author.remember(store, &current.bytes);
-            Ok((current.bytes, manifest))
+            author.remember(store, &bytes);
+            Ok((bytes, manifest))
         }
         Err(e) => Err(unusable(store, &e)),
     }
@@ -181,16 +211,46 @@ pub fn missing(store: &dyn Store) -> Error {
              ('{COPY_BACK}') or go back with 'deploy-manifest rollback {name}'"
         ));
     }
-    let hosts = store.list(HOSTS_PREFIX).unwrap_or_default();
-    let host = hosts.first().and_then(|key| key.strip_prefix(HOSTS_PREFIX)?.strip_suffix(".json"));
-    if let Some(host) = host {
+    if let Ok(Some(host)) = obedient(store) {
         return Error::new(format!(
             "no manifest in {url} any more, and the host {host} reports there that it has obeyed one; put its copy \
              back: '{}'",
-            COPY_BACK.replace("HOST", host)
+            COPY_BACK.replace("HOST", &host)
         ));
     }
     Error::new(format!("no manifest in {url} yet; run 'deploy-manifest init'"))
+}
+
+/// How many hosts' reports are read to know whether there ever was a manifest.
+const REPORTS: usize = 8;
+
+/// A host which reports that it has obeyed a manifest. One that was set up before there was any reports, too.
+fn obedient(store: &dyn Store) -> Result<Option<String>> {
+    #[derive(serde::Deserialize)]
+    struct Report {
+        #[serde(default)]
+        serial: Option<u64>,
+    }
+    for key in store.list(HOSTS_PREFIX)?.iter().take(REPORTS) {
+        let host = key.strip_prefix(HOSTS_PREFIX).and_then(|name| name.strip_suffix(".json"));
+        let Some(host) = host.filter(|host| HostName::parse(host).is_ok()) else { continue };
+        if let Got::Found { bytes, .. } = store.get(key, None, MAX_REPORT)?
+            && let Ok(Report { serial: Some(_) }) = serde_json::from_slice(&bytes)
+        {
+            return Ok(Some(host.to_string()));
+        }
+    }
+    Ok(None)
+}
+
+/// The most of a report that is read here, in bytes.
+const MAX_REPORT: u64 = 4 << 20;
+
+/// Whether there ever was a manifest in a store that has none now, as far as can be told.
+fn ever(store: &dyn Store, author: &Author) -> Result<bool> {
+    Ok(author.remembered(store)?.is_some()
+        || !versions::archived(store)?.is_empty()
+        || obedient(store)?.is_some())
 }
 
 /// As [`missing`], of a store in which this machine has seen one: that is put back from here.
@@ -220,9 +280,14 @@ pub fn unusable(store: &dyn Store, why: &FieldError) -> Error {
     Error::new(format!("the manifest in {} cannot be used: {why}{next}", store.url()))
 }
 
-/// Creates an empty manifest where there is none.
+/// Creates an empty manifest where there is none, also where there was one.
 pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<Published> {
     swap(store, now, author, Start::Begin, |_, current| Ok(current.is_none().then(|| "init".into())))
+}
+
+/// Creates the first manifest of a store. That there was one before is an error.
+pub fn begin(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<Published> {
+    swap(store, now, author, Start::OrEmpty, |_, current| Ok(current.is_none().then(|| "init".into())))
 }
 
 /// One service's new closure.
@@ -267,6 +332,51 @@ pub fn publish(
     swap(store, now, author, start, |manifest, _| change(manifest))
 }
 
+/// As [`publish`], in the place of what somebody was shown and of nothing else (None: of nothing).
+pub fn publish_over(
+    store: &dyn Store,
+    now: &dyn Fn() -> Timestamp,
+    author: &Author,
+    start: Start,
+    shown: Option<&Etag>,
+    mut change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
+) -> Result<Published> {
+    swap(store, now, author, start, |manifest, current| {
+        if current.map(|c| &c.etag) != shown {
+            return Err(Error::new(format!(
+                "the manifest in {} was changed meanwhile, and nothing was published; run it again",
+                store.url()
+            )));
+        }
+        change(manifest)
+    })
+}
+
+/// Publishes what is in force, which nobody trusted has signed, as a new version of this machine's: `shown` is what
+/// a person has looked at. Its content alone is taken over; which number the new one has, and which versions it
+/// comes after, is not for a stranger to say.
+pub fn adopt(
+    store: &dyn Store,
+    now: &dyn Fn() -> Timestamp,
+    author: &Author,
+    shown: &Digest,
+) -> Result<Published> {
+    swap(store, now, author, Start::Replace, |manifest, current| {
+        let found = current.filter(|c| signature::digest(&c.bytes).as_ref() == Ok(shown));
+        let there = found.and_then(|c| c.manifest().as_ref().ok()).ok_or_else(|| {
+            Error::new(format!(
+                "the manifest in {} was changed meanwhile, and nothing was signed; run it again",
+                store.url()
+            ))
+        })?;
+        if there.serial == manifest.serial {
+            manifest.previous.push(Ancestor { serial: there.serial, digest: Some(shown.clone()) });
+        }
+        changes::restore(manifest, there);
+        Ok(Some(format!("sign version {}", there.serial)))
+    })
+}
+
 fn swap(
     store: &dyn Store,
     now: &dyn Fn() -> Timestamp,
@@ -293,7 +403,7 @@ fn swap(
             base(store, author, current.as_ref(), start, now)?;
         manifest.previous = known;
         let Some(action) = change(&mut manifest, current.as_ref())? else {
-            let found = current.and_then(|c| Some((c.bytes, c.manifest.ok()?)));
+            let found = current.map(Current::into_parts).and_then(|(bytes, m)| Some((bytes, m.ok()?)));
             if let (Some((bytes, _)), true) = (&found, believed) {
                 author.remember(store, bytes);
             }
@@ -313,13 +423,14 @@ fn swap(
         let when = match &current {
             None => When::Absent,
             Some(current) => {
-                archive(store, &replaced, &current.bytes)?;
+                archive(store, author, &replaced, &current.bytes)?;
                 When::Still(current.etag.clone())
             }
         };
         match store.put(MANIFEST_KEY, &bytes, &when) {
             Ok(_) => {
                 author.remember(store, &bytes);
+                say_lost(author, &manifest);
                 return Ok(Published { manifest, written: true });
             }
             Err(StoreError::Changed(_)) => {
@@ -330,7 +441,10 @@ fn swap(
             Err(StoreError::Unreachable(why)) => {
                 let landed = load(store).and_then(|c| landed(store, c.as_ref(), &bytes, &manifest));
                 return match landed {
-                    Ok(true) => Ok(Published { manifest, written: true }),
+                    Ok(true) => {
+                        author.remember(store, &bytes);
+                        Ok(Published { manifest, written: true })
+                    }
                     Ok(false) => Err(Error::new(why)),
                     Err(_) => Err(Error::new(format!(
                         "{why}; whether it was written is not known: see 'deploy-manifest list'"
@@ -363,46 +477,41 @@ fn base(
     let objection = current.map(|c| author.objection(store, c)).transpose()?.flatten();
     let repairs = matches!(start, Start::Replace | Start::Repair);
     match (current, objection) {
-        (Some(Current { manifest: Ok(manifest), bytes, .. }), None) => {
-            let replaced = archive_name(manifest.serial, manifest.generation);
+        (Some(current), Some(objection)) if !repairs => Err(author.refusal(store, current, &objection)),
+        // Whatever nobody trusted has signed says, also that a newer program wrote it.
+        (Some(_), Some(Objection::Unsigned(_))) => rebuilt(store, author, current, start, now),
+        (Some(found), objection) => match (found.manifest(), objection) {
             // With keys a number is what somebody trusted gave it.
-            if start != Start::Replace || manifest.serial < LAST_SERIAL {
-                let mut known = line_of(manifest, bytes);
+            (Ok(manifest), None) if start != Start::Replace || manifest.serial < LAST_SERIAL => {
+                let mut known = line_of(manifest, &found.bytes);
                 let mut serial = manifest.serial;
                 if start == Start::Replace {
                     after_archived(store, author, &mut serial, &mut known)?;
                 }
                 room_after(store, serial, MANIFEST_KEY)?;
+                let replaced = archive_name(manifest.serial, manifest.generation);
                 let manifest = Manifest { serial, ..manifest.clone() };
-                return Ok(Base { manifest, replaced, known, believed: true });
+                Ok(Base { manifest, replaced, known, believed: true })
             }
-            rebuilt(store, author, current, start, now)
-        }
-        (Some(Current { manifest: Ok(manifest), .. }), Some(objection)) if !repairs => {
-            Err(objection.error(store, manifest))
-        }
-        // Signed, and hosts have obeyed what it took the place of: the new version comes after both.
-        (
-            Some(Current { manifest: Ok(manifest), bytes, .. }),
-            Some(Objection::PutBack(seen) | Objection::Fork(seen)),
-        ) if manifest.serial < LAST_SERIAL => {
-            let mut known = seen.line();
-            known.extend(line_of(manifest, bytes));
-            let mut serial = manifest.serial.max(seen.manifest.serial);
-            after_archived(store, author, &mut serial, &mut known)?;
-            room_after(store, serial, MANIFEST_KEY)?;
-            let replaced = archive_name(manifest.serial, manifest.generation);
-            let from = if start == Start::Repair { &seen.manifest } else { manifest };
-            Ok(Base { manifest: Manifest { serial, ..from.clone() }, replaced, known, believed: false })
-        }
-        (Some(Current { manifest: Err(why), .. }), _) if !repairs || why.is_newer_version() => {
-            Err(unusable(store, why))
-        }
+            // Signed, and hosts have obeyed what it took the place of: the new version comes after both.
+            (Ok(manifest), Some(Objection::PutBack(seen) | Objection::Fork(seen)))
+                if manifest.serial < LAST_SERIAL =>
+            {
+                let mut known = seen.line();
+                known.extend(line_of(manifest, &found.bytes));
+                let mut serial = manifest.serial.max(seen.manifest.serial);
+                after_archived(store, author, &mut serial, &mut known)?;
+                room_after(store, serial, MANIFEST_KEY)?;
+                let replaced = archive_name(manifest.serial, manifest.generation);
+                let from = if start == Start::Repair { &seen.manifest } else { manifest };
+                Ok(Base { manifest: Manifest { serial, ..from.clone() }, replaced, known, believed: false })
+            }
+            (Err(why), _) if !repairs || why.is_newer_version() => Err(unusable(store, why)),
+            (_, _) => rebuilt(store, author, current, start, now),
+        },
         (None, _) if start == Start::Existing => Err(lost(store, author)),
-        (None, _) if start == Start::OrEmpty && author.remembered(store)?.is_some() => {
-            Err(lost(store, author))
-        }
-        (found, _) => rebuilt(store, author, found, start, now),
+        (None, _) if start == Start::OrEmpty && ever(store, author)? => Err(lost(store, author)),
+        (None, _) => rebuilt(store, author, None, start, now),
     }
 }
 
@@ -417,11 +526,24 @@ fn after_archived(
     if author.trust.trusted.is_empty() {
         return Ok(());
     }
-    if let Some(newest) = belief::newest_archived(store, author)? {
+    if let Some(newest) = belief::newest_archived(store, author)?
+        && !newest.line().first().is_some_and(|newest| known.contains(newest))
+    {
         *serial = (*serial).max(newest.manifest.serial + 1);
         known.extend(newest.line());
     }
     Ok(())
+}
+
+/// Says that nobody here knows what a new version took the place of: who does shall bring it back.
+fn say_lost(author: &Author, manifest: &Manifest) {
+    let Some(Ancestor { serial, digest: None }) = manifest.previous.first() else { return };
+    if !author.trust.trusted.is_empty() {
+        say::warning(format!(
+            "warning: version {serial}, in whose place this was published, is not known here: if a host has obeyed it, \
+             what it changed is undone now; that host's copy brings it back: '{COPY_BACK}'"
+        ));
+    }
 }
 
 /// What a version says of itself and those before it; nothing where it has no canonical form.
@@ -441,9 +563,10 @@ fn rebuilt(
     let trusting = !author.trust.trusted.is_empty();
     let remembered = author.remembered(store)?;
     let archived = if trusting { belief::newest_archived(store, author)? } else { None };
-    let highest = match &archived {
-        Some(newest) => newest.manifest.serial,
-        None => newest_name(store)?,
+    let highest = match (&archived, &remembered) {
+        (Some(newest), _) => newest.manifest.serial,
+        (None, Some(seen)) => seen.manifest.serial.saturating_sub(1),
+        (None, None) => newest_name(store, trusting)?,
     };
     // What is lost or cannot be read was the one after that.
     let lost = if highest == 0 { 0 } else { highest + 1 };
@@ -472,10 +595,14 @@ fn rebuilt(
 /// The first serial that leaves no room for what is lost after it and the version that is written then.
 const LAST_SERIAL: u64 = MAX_SERIAL - 1;
 
+/// The highest number that nobody's signature vouches for and that is taken nevertheless, where there are keys: a
+/// number that strangers chose shall leave room for all that come after it.
+const MOST_UNSIGNED: u64 = 1 << 40;
+
 /// The highest number among the names of the archived versions; 0 when there is none.
-fn newest_name(store: &dyn Store) -> Result<u64> {
+fn newest_name(store: &dyn Store, trusting: bool) -> Result<u64> {
     let archived = versions::archived(store)?;
-    let Some(newest) = archived.first() else { return Ok(0) };
+    let Some(newest) = archived.iter().find(|v| !trusting || v.serial < MOST_UNSIGNED) else { return Ok(0) };
     room_after(store, newest.serial, &archive_key(&newest.name))?;
     Ok(newest.serial)
 }
@@ -492,10 +619,33 @@ fn room_after(store: &dyn Store, serial: u64, key: &str) -> Result<()> {
     )))
 }
 
-fn archive(store: &dyn Store, name: &str, bytes: &[u8]) -> Result<()> {
-    match store.put(&archive_key(name), bytes, &When::Absent) {
-        // Another writer, about to replace the same version, archived it.
-        Ok(_) | Err(StoreError::Changed(_)) => Ok(()),
+fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Result<()> {
+    let key = archive_key(name);
+    match store.put(&key, bytes, &When::Absent) {
+        Ok(_) => Ok(()),
+        // Another writer, about to replace the same version, archived it; or somebody took its name.
+        Err(StoreError::Changed(_)) => {
+            if !author.trust.trusted.is_empty() && !holds(store, &key, bytes)? {
+                say::warning(format!(
+                    "warning: {key} in {} holds something else than the version that is replaced now, which is kept \
+                     nowhere else there: see who can write to the store",
+                    store.url()
+                ));
+            }
+            Ok(())
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Whether an object has this content, maybe with other signatures.
+fn holds(store: &dyn Store, key: &str, bytes: &[u8]) -> Result<bool> {
+    match store.get(key, None, MAX_REPLACED) {
+        Ok(Got::Found { bytes: there, .. }) if there == bytes => Ok(true),
+        Ok(Got::Found { bytes: there, .. }) => {
+            Ok(signature::digest(&there).is_ok_and(|there| signature::digest(bytes) == Ok(there)))
+        }
+        Ok(Got::Missing | Got::NotModified) | Err(StoreError::TooLarge(_)) => Ok(false),
         Err(e) => Err(e.into()),
     }
 }
@@ -507,7 +657,7 @@ fn landed(store: &dyn Store, current: Option<&Current>, bytes: &[u8], manifest: 
     if current.bytes == bytes {
         return Ok(true);
     }
-    if !current.manifest.as_ref().is_ok_and(|c| c.serial > manifest.serial) {
+    if !current.manifest().as_ref().is_ok_and(|c| c.serial > manifest.serial) {
         return Ok(false);
     }
     let key = archive_key(&archive_name(manifest.serial, manifest.generation));
@@ -593,30 +743,16 @@ fn random() -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Adds this machine's signature to the manifest as it is, whoever signed it before: the word that it is right.
-/// Its number stays, so nothing is archived. `shown` is what a person looked at before they said so; None: what is
-/// believed already needs no look. Returns false when it was there already.
-pub fn add_signature(store: &dyn Store, author: &Author, shown: Option<&Digest>) -> Result<bool> {
-    let Some(key) = &author.trust.signer else {
-        return Err(Error::new(
-            "there is no key to sign with; set 'secretKeyFile' ('omni-deploy keygen' makes one)",
-        ));
-    };
+/// Adds this machine's signature to the manifest as it is, which must be believed already: its number stays, so
+/// nothing is archived. Returns false when it was there.
+pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
+    let key = author.signer()?;
     let mut contention = Contention::new();
     loop {
         let began = Instant::now();
         let current = load(store)?.ok_or_else(|| missing(store))?;
-        let manifest = current.manifest.as_ref().map_err(|e| unusable(store, e))?;
-        match shown {
-            None => author.believes(store, &current)?,
-            Some(shown) if signature::digest(&current.bytes).as_ref() == Ok(shown) => {}
-            Some(_) => {
-                return Err(Error::new(format!(
-                    "the manifest in {} was changed meanwhile, and nothing was signed; run it again",
-                    store.url()
-                )));
-            }
-        }
+        author.believes(store, &current)?;
+        let manifest = current.manifest().as_ref().map_err(|e| unusable(store, e))?;
         if signature::check(&current.bytes, manifest, &store.identity(), &[key.public()]).is_ok() {
             return Ok(false);
         }
@@ -654,7 +790,6 @@ pub fn report(store: &dyn Store, published: &Published) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::SecretKey;
     use std::collections::BTreeMap;
     use std::sync::Mutex;
 
@@ -896,6 +1031,64 @@ mod tests {
         let key = SecretKey::generate("ann-1").unwrap();
         let trust = Trust { trusted: vec![key.public()], signer: Some(key) };
         Author { by: "ann@laptop".into(), trust, seen: Seen::default() }
+    }
+
+    #[test]
+    fn what_was_written_is_remembered_also_without_an_answer_and_nothing_older_after_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let author = Author { seen: Seen::below(dir.path()), ..with_key() };
+        let store = Scripted::default();
+        let add = |name: &str| {
+            publish(&store, &NOW, &author, Start::OrEmpty, |m| {
+                changes::add(m, service(name))?;
+                Ok(Some(format!("add-service {name}")))
+            })
+            .unwrap()
+        };
+        let seen = || author.remembered(&store).unwrap().unwrap().manifest.serial;
+        add("a");
+        let first = store.objects.lock().unwrap()[MANIFEST_KEY].clone();
+        store.script.lock().unwrap().push(Fault::NoAnswer);
+        add("b");
+        assert_eq!(seen(), 2);
+        // Another call of this user, which read before and is done later.
+        author.remember(&store, &first);
+        assert_eq!(seen(), 2);
+        author.believe(&store, &first);
+        assert_eq!(seen(), 1);
+    }
+
+    #[test]
+    fn what_a_stranger_has_put_in_the_place_of_an_old_version_is_no_copy_of_it() {
+        let store = Scripted::default();
+        let author = with_key();
+        let publish = |name: &str| {
+            publish(&store, &NOW, &author, Start::OrEmpty, |m| {
+                changes::add(m, service(name))?;
+                Ok(Some(format!("add-service {name}")))
+            })
+            .unwrap()
+        };
+        publish("a");
+        let (key, bytes) = {
+            let objects = store.objects.lock().unwrap();
+            let Manifest { serial, generation, .. } =
+                parse::manifest(&objects[MANIFEST_KEY], Mode::Strict).unwrap();
+            (archive_key(&archive_name(serial, generation)), objects[MANIFEST_KEY].clone())
+        };
+        let put = |bytes: &[u8]| store.objects.lock().unwrap().insert(key.clone(), bytes.to_vec());
+        put(&bytes);
+        assert!(holds(&store, &key, &bytes).unwrap());
+        let mut more = store.current();
+        signature::sign(&mut more, "file:///test", &SecretKey::generate("bob-1").unwrap()).unwrap();
+        put(&more.to_bytes());
+        assert!(holds(&store, &key, &bytes).unwrap(), "another signature");
+        more.extra.insert("forged".into(), true.into());
+        put(&more.to_bytes());
+        assert!(!holds(&store, &key, &bytes).unwrap());
+        put(b"");
+        assert!(!holds(&store, &key, &bytes).unwrap());
+        publish("b");
     }
 
     #[test]

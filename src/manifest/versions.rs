@@ -171,35 +171,23 @@ fn is_version(store: &dyn Store, version: &Version) -> Result<bool> {
     Ok(version.current || mismatch(version, head(store, &archive_key(&version.name))?.as_ref()).is_none())
 }
 
-/// How many objects are looked at in search of one that is a version.
-const LOOKED_AT: usize = 200;
-
-/// The newest of these with a number below `serial` that is a version.
-pub fn before<'a>(store: &dyn Store, versions: &'a [Version], serial: u64) -> Result<Option<&'a Version>> {
-    for version in versions.iter().filter(|v| v.serial < serial).take(LOOKED_AT) {
-        if is_version(store, version)? {
-            return Ok(Some(version));
-        }
-    }
-    Ok(None)
-}
-
-/// The version before the current one.
-pub fn previous<'a>(store: &dyn Store, versions: &'a [Version]) -> Result<Option<&'a Version>> {
-    match versions.iter().find(|v| v.current) {
-        Some(current) => before(store, versions, current.serial),
-        None => Ok(None),
-    }
-}
-
 /// The version that `word` means: a name, an unambiguous beginning of one (`.json` may follow), or a number. Where
 /// it fits several objects, those that are no versions do not count.
 pub fn find<'a>(store: &dyn Store, versions: &'a [Version], word: &str) -> Result<&'a Version> {
+    find_where(versions, word, |version| is_version(store, version))
+}
+
+/// As [`find`]; where the word fits several, those for which `counts` says no do not count.
+pub fn find_where<'a>(
+    versions: &'a [Version],
+    word: &str,
+    counts: impl Fn(&Version) -> Result<bool>,
+) -> Result<&'a Version> {
     let mut fitting = fitting(versions, word);
     if (2..=COMPARED).contains(&fitting.len()) {
         let mut real = Vec::new();
         for version in &fitting {
-            if is_version(store, version)? {
+            if counts(version)? {
                 real.push(*version);
             }
         }
@@ -292,6 +280,21 @@ fn parsed(store: &dyn Store, version: &Version, bytes: &[u8]) -> Result<Manifest
             store.url()
         ))),
     }
+}
+
+/// As [`read`], also what none of these keys has signed, with why it is not believed.
+pub fn read_with_doubt(
+    store: &dyn Store,
+    version: &Version,
+    trusted: &[PublicKey],
+) -> Result<(Manifest, Option<String>)> {
+    let bytes = bytes(store, version)?;
+    let manifest = parsed(store, version, &bytes)?;
+    let doubt = match trusted.is_empty() {
+        true => None,
+        false => signature::check(&bytes, &manifest, &store.identity(), trusted).err(),
+    };
+    Ok((manifest, doubt))
 }
 
 /// As [`read`], if it is signed by one of these keys (with none: as it is): whoever can write the store can put

@@ -198,7 +198,7 @@ fn entries(store: &dyn Store, version: &edit::Published) -> Result<BTreeMap<Serv
     }
     // Somebody else wrote it, maybe with another program: its text is theirs.
     let current = edit::load(store)?;
-    let same = |c: &edit::Current| c.manifest.as_ref().is_ok_and(|m| m.serial == version.manifest.serial);
+    let same = |c: &edit::Current| c.manifest().as_ref().is_ok_and(|m| m.serial == version.manifest.serial);
     Ok(current.filter(same).map(|c| entry::digests(&c.bytes)).unwrap_or_default())
 }
 

@@ -792,7 +792,7 @@ fn a_manifest_that_was_lost_is_put_back_from_the_copy_a_host_kept() {
     says(&["no manifest in", "yet; run 'deploy-manifest init'"]);
     // A host that reports there has obeyed one.
     fs_err::create_dir_all(root.join("hosts")).unwrap();
-    fs_err::write(root.join("hosts/biz.json"), "{}").unwrap();
+    fs_err::write(root.join("hosts/biz.json"), r#"{"serial": 2}"#).unwrap();
     says(&["any more", "ssh biz cat /var/lib/deployer/manifest.json | deploy-manifest rollback -"]);
     let out = bucket.command(&["rollback", "-"]).stdin(fs_err::read(&copy).unwrap()).output().unwrap();
     assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);

@@ -518,6 +518,9 @@ fn sign_shows_what_nobody_trusted_has_signed_and_signs_only_what_was_looked_at()
     world.tamper(|m| {
         m["serial"] = 3.into();
         m["services"][0]["exec"]["command"] = "/bin/sh -c id".into();
+        let paths: Vec<String> = (0..20).map(|n| format!("/var/lib/ava/{n}")).collect();
+        m["services"][0]["systemd"]["readWritePaths"] =
+            json!([&paths[..], &["/root/.ssh".to_string()]].concat());
         m["services"]
             .as_array_mut()
             .unwrap()
@@ -526,7 +529,13 @@ fn sign_shows_what_nobody_trusted_has_signed_and_signs_only_what_was_looked_at()
     let before = fs_err::read(world.file("prod")).unwrap();
     let shown = world.call_in("prod", "ann", &["manifest", "sign"]);
     assert_eq!(shown.status, Status::Exit(1), "{}", shown.stderr);
-    for part in ["ava: exec.command null → /bin/sh -c id", "+ service evil", OTHER, "nothing was signed"] {
+    for part in [
+        "ava: exec.command null → /bin/sh -c id",
+        "+ service evil",
+        OTHER,
+        "/root/.ssh",
+        "nothing was signed",
+    ] {
         assert!(shown.stderr.contains(part), "{part}: {}", shown.stderr);
     }
     assert_eq!(fs_err::read(world.file("prod")).unwrap(), before);
@@ -536,6 +545,9 @@ fn sign_shows_what_nobody_trusted_has_signed_and_signs_only_what_was_looked_at()
     let late = world.types("ann", &shown.stderr, "sign --hash");
     assert!(late.status == Status::Exit(1) && late.stderr.contains("look at it again"), "{}", late.stderr);
     fs_err::write(world.file("prod"), before).unwrap();
+    // Two that begin alike are soon found.
+    let whole = hash_in(&world);
+    world.refused("ann", &["manifest", "sign", "--hash", &whole[..32]], "look at it again");
     let out = world.types("ann", &shown.stderr, "sign --hash");
     assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
     world.ok("ann", &["manifest", "verify"]);
@@ -571,6 +583,17 @@ fn floods(good: &Value) -> Vec<(&'static str, Vec<u8>)> {
         ("what was changed", filled(r#"{"change":{"action":["#, pair, &format!("]}},{rest}"))),
         ("signatures", filled(r#"{"signatures":["#, r#""a:b","#, &format!("],{rest}"))),
         ("depth", filled(r#"{"later":"#, "[", "")),
+        ("what the bounds let through", {
+            let env: Vec<String> = (0..44).map(|n| format!(r#""V{n}":"""#)).collect();
+            let env = env.join(",");
+            let service = |n: usize| {
+                format!(
+                    r#"{{"name":"x{n}","artifact":{{"storePath":"/nix/store/placeholder"}},"hosts":["biz"],"env":{{{env}}}}}"#
+                )
+            };
+            let services: Vec<String> = (0..29_000).map(service).collect();
+            format!("{head}{}]}}", services.join(",")).into_bytes()
+        }),
     ]
 }
 
@@ -581,16 +604,20 @@ fn the_largest_manifest_of_a_stranger_costs_no_command_more_than_200_mib() {
     let bin = env!("CARGO_BIN_EXE_omni-deploy");
     let commands = [
         &["status"][..],
-        &["manifest", "verify"],
         &["manifest", "set", "ava", "env.A=1"],
         &["manifest", "show"],
+        &["manifest", "verify"],
         &["manifest", "list"],
     ];
     for (what, bytes) in floods(&good) {
         fs_err::write(world.file("prod"), bytes).unwrap();
         // All of them where the bounds refuse it, and where they do not; one where another bound does.
-        let all = matches!(what, "an unknown field" | "a text");
-        for args in &commands[..if all { commands.len() } else { 1 }] {
+        let count = match what {
+            "an unknown field" | "a text" => commands.len(),
+            "what the bounds let through" => 3,
+            _ => 1,
+        };
+        for args in &commands[..count] {
             // The address space, of which the memory is a part: no measuring, and nothing depends on a clock.
             let script = "ulimit -v 204800 && exec \"$@\"";
             let out = world.run_in("prod", "ann", Run::new("sh").args(["-c", script, "sh", bin]).args(*args));
@@ -603,8 +630,11 @@ fn the_largest_manifest_of_a_stranger_costs_no_command_more_than_200_mib() {
             assert!(out.stderr.len() < 4096, "{what}, {args:?}: {} bytes of an error", out.stderr.len());
         }
     }
-    // The way back is open.
+    // The way back is open, also from what is too large to be read.
     world.ok("ann", &["manifest", "rollback", "1"]);
+    world.ok("ann", &["manifest", "verify"]);
+    fs_err::write(world.file("prod"), vec![b' '; (32 << 20) + 1]).unwrap();
+    world.ok("ann", &["manifest", "rollback"]);
     world.ok("ann", &["manifest", "verify"]);
 }
 
@@ -626,4 +656,239 @@ fn whoever_only_reads_follows_nobody_who_is_not_trusted() {
     assert!(shown.stderr.contains("not to be trusted"), "{}", shown.stderr);
     let doctor = world.call_in("prod", "ann", &["doctor"]);
     assert!(doctor.text().contains("no host that trusts these keys obeys it"), "{}", doctor.text());
+}
+
+#[test]
+fn where_a_manifest_was_taken_away_nothing_begins_anew_by_the_way() {
+    let world = World::new();
+    world.with_bob();
+    world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
+    let web = json!({"name": "web", "artifact": {"storePath": PATH}, "hosts": ["biz"]}).to_string();
+    let refused = |who: &str, args: &[&str], said: &str| {
+        let out = world.call_in("prod", who, args);
+        assert_eq!(out.status, Status::Exit(1), "{who} {args:?}: {}", out.stderr);
+        assert!(out.stderr.contains(said), "{who} {args:?}: {}", out.stderr);
+        assert!(!world.file("prod").exists(), "{who} {args:?}");
+    };
+    // An empty manifest, or one of a single service, would stop all others on hosts that have obeyed the third version.
+    fs_err::remove_file(world.file("prod")).unwrap();
+    let adds = ["manifest", "add-service", web.as_str()];
+    refused("bob", &adds, "any more, only older ones up to serial 2");
+    refused("bob", &["init"], "any more, only older ones up to serial 2");
+    refused("ann", &adds, "any more, and this machine has seen version 3");
+    refused("ann", &["init"], "any more, and this machine has seen version 3");
+    fs_err::remove_dir_all(world.archive()).unwrap();
+    let hosts = world.dir.path().join("prod/hosts");
+    fs_err::create_dir_all(&hosts).unwrap();
+    fs_err::write(hosts.join("x; id #.json"), r#"{"serial": 3}"#).unwrap();
+    fs_err::write(hosts.join("zoe.json"), r#"{"serial": 3}"#).unwrap();
+    refused("bob", &adds, "the host zoe reports there that it has obeyed one");
+    refused("bob", &["init"], "'ssh zoe cat");
+    // A host that was set up first has obeyed none.
+    fs_err::remove_dir_all(&hosts).unwrap();
+    fs_err::create_dir_all(&hosts).unwrap();
+    fs_err::write(hosts.join("biz.json"), r#"{"lastError": {"reason": "there is no manifest"}}"#).unwrap();
+    world.ok("bob", &adds);
+    assert_eq!(world.manifest()["serial"], 1);
+}
+
+#[test]
+fn what_says_that_a_newer_program_wrote_it_is_replaced_unless_somebody_trusted_has_signed_it() {
+    let world = World::new();
+    world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
+    let newer = r#"{"version": 2, "services": {}}"#;
+    fs_err::write(world.file("prod"), newer).unwrap();
+    world.refused("ann", &["manifest", "set", "ava", "env.A=2"], "it is not signed");
+    world.ok("ann", &["manifest", "rollback"]);
+    assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"A": "1"}), &json!(4)));
+    fs_err::write(world.file("prod"), newer).unwrap();
+    let out = world.edits("ann", "sed -i 's/\"restartSec\": 5/\"restartSec\": 7/' $1");
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    world.ok("ann", &["manifest", "verify"]);
+    assert_eq!(world.manifest()["services"][0]["systemd"]["restartSec"], 7);
+}
+
+#[test]
+fn no_copy_takes_the_place_of_what_is_known_to_be_newer() {
+    for (who, newer) in [("ann", "version 5"), ("bob", "version 4")] {
+        let world = World::new();
+        world.with_bob();
+        world.ok("ann", &["manifest", "set", "ava", "env.AUTH=none"]);
+        // A host is held at this one; what came after it is taken away, and the host says that its copy be put back.
+        let copy = world.dir.path().join("copy.json");
+        fs_err::copy(world.file("prod"), &copy).unwrap();
+        let at = format!("@{}", copy.display());
+        world.ok("ann", &["manifest", "set", "ava", "env.AUTH=required"]);
+        world.ok("ann", &["manifest", "set", "ava", "env.COLOUR=blue"]);
+        fs_err::remove_file(world.file("prod")).unwrap();
+        let out = world.call_in("prod", who, &["manifest", "rollback", &at]);
+        assert!(out.status == Status::Exit(1) && !world.file("prod").exists(), "{who}: {}", out.stderr);
+        assert!(out.stderr.contains("the copy is version 3"), "{who}: {}", out.stderr);
+        assert!(out.stderr.contains(newer), "{who}: {}", out.stderr);
+        let out = world.types(who, &out.stderr, "rollback");
+        assert_eq!(out.status, Status::Exit(0), "{who}: {}", out.stderr);
+        assert_eq!(
+            (&world.env()["AUTH"], &world.manifest()["serial"]),
+            (&json!("required"), &json!(6)),
+            "{who}"
+        );
+        // Who has not seen what was lost is told that there was something, and who has it.
+        let lost = out.stderr.contains("version 5, in whose place this was published, is not known here");
+        assert_eq!(lost, who == "bob", "{}", out.stderr);
+        // On purpose it may, and what that changes is said.
+        let out = world.call_in("prod", who, &["manifest", "rollback", &at]);
+        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert!(out.stderr.contains("ava: env.AUTH required → none"), "{}", out.stderr);
+    }
+}
+
+#[test]
+fn of_what_was_put_back_the_newest_that_the_store_has_is_published_again() {
+    let world = World::new();
+    world.with_bob();
+    world.ok("ann", &["manifest", "set", "ava", "env.AUTH=none"]);
+    world.ok("bob", &["manifest", "set", "ava", "env.AUTH=required"]);
+    world.ok("bob", &["manifest", "set", "ava", "env.COLOUR=blue"]);
+    // Who has seen nothing is told by the store itself.
+    fs_err::copy(world.archived(2), world.file("prod")).unwrap();
+    let seen = world.dir.path().join("bob/.local/state");
+    fs_err::rename(&seen, world.dir.path().join("kept")).unwrap();
+    world.refused("bob", &["manifest", "rollback"], "rollback manifest-");
+    let three = format!("@{}", world.archived(3).display());
+    world.refused("bob", &["manifest", "rollback", &three], "and version 4");
+    // Ann has seen version 3 alone.
+    fs_err::copy(world.archived(2), world.file("prod")).unwrap();
+    let said =
+        world.says("ann", &["manifest", "set", "ava", "env.A=1"], "has among the replaced ones version 4");
+    let out = world.types("ann", &said, "rollback manifest-");
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "required"}), &json!(6)));
+    assert!(out.stderr.contains("version 5, in whose place this was published"), "{}", out.stderr);
+}
+
+#[test]
+fn who_signs_what_a_stranger_wrote_takes_neither_its_number_nor_its_history() {
+    let world = World::new();
+    world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
+    let digest = "0".repeat(64);
+    world.tamper(|m| {
+        m["serial"] = 9_007_199_254_740_990u64.into();
+        m["previous"] = json!(["9007199254740989:lost", format!("3:{digest}"), "2:lost"]);
+        m["services"][0]["env"]["B"] = "1".into();
+    });
+    let shown = world.call_in("prod", "ann", &["manifest", "sign"]);
+    assert!(shown.stderr.contains("ava: env.B (none) → 1"), "{}", shown.stderr);
+    // To this machine it is a fork of what it has seen.
+    let out = world.call_in("prod", "ann", &["manifest", "sign", "--hash", &hash_in(&world)]);
+    assert!(out.status == Status::Exit(1) && out.stderr.contains("no host that obeyed"), "{}", out.stderr);
+    for forgets in [false, true] {
+        world.tamper(|m| m["previous"] = json!(["9007199254740989:lost"]));
+        if forgets {
+            fs_err::remove_dir_all(world.dir.path().join("ann/.local/state")).unwrap();
+        }
+        let shown = world.call_in("prod", "ann", &["manifest", "sign"]);
+        let out = world.types("ann", &shown.stderr, "sign --hash");
+        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"A": "1", "B": "1"}), &json!(4)));
+        let previous = world.manifest()["previous"].to_string();
+        assert!(!previous.contains("9007199254740989") && previous.contains("\"2:"), "{previous}");
+        assert_eq!(previous.contains("3:lost"), forgets, "{previous}");
+        world.ok("ann", &["manifest", "verify"]);
+        // Back to what the attack found.
+        if !forgets {
+            fs_err::remove_file(world.archived(3)).unwrap();
+            world.tamper(|m| m["serial"] = 9_007_199_254_740_990u64.into());
+        }
+    }
+}
+
+/// The hash that 'sign' tells.
+fn hash_in(world: &World) -> String {
+    omni_deploy::manifest::signature::digest(&fs_err::read(world.file("prod")).unwrap()).unwrap().to_string()
+}
+
+#[test]
+fn a_name_that_no_signature_vouches_for_leaves_room_for_the_numbers_after_it() {
+    for args in [&["manifest", "init"][..], &["manifest", "rollback", "-"]] {
+        let world = World::new();
+        let copy = fs_err::read(world.file("prod")).unwrap();
+        // Ann's machine has lost what it has seen, and the store has one name of somebody else's.
+        fs_err::remove_dir_all(world.dir.path().join("ann/.local/state")).unwrap();
+        fs_err::remove_dir_all(world.dir.path().join("prod")).unwrap();
+        fs_err::create_dir_all(world.archive()).unwrap();
+        fs_err::write(world.archive().join("manifest-20991231T235959Z-9007199254740980.json"), "").unwrap();
+        let run = Run::new(env!("CARGO_BIN_EXE_omni-deploy")).args(args).stdin(copy);
+        let out = world.run_in("prod", "ann", run);
+        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert!(world.manifest()["serial"].as_u64().unwrap() < 10, "{}", world.manifest());
+    }
+}
+
+#[test]
+fn a_rollback_passes_over_what_it_does_not_believe_and_says_what_it_undoes() {
+    let world = World::new();
+    for n in 1..=3 {
+        world.ok("ann", &["manifest", "set", "ava", &format!("env.N={n}")]);
+    }
+    // Somebody puts another version 4 among the old ones, which sorts before the real one, and damages the newest.
+    let mut forged: Value = serde_json::from_slice(&fs_err::read(world.archived(4)).unwrap()).unwrap();
+    forged["generation"] = "2099-12-31T23:59:59Z".into();
+    forged["services"][0]["env"]["N"] = "evil".into();
+    let name = "manifest-20991231T235959Z-00000004.json";
+    fs_err::write(world.archive().join(name), forged.to_string()).unwrap();
+    let out = world.call_in("prod", "ann", &["manifest", "rollback"]);
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"N": "2"}), &json!(6)));
+    for part in [
+        "from version 5 (set ava env.N by ann@",
+        "back to version 4 (",
+        "ava: env.N 3 → 2",
+        &format!("passed over {name}: it was changed after it was signed"),
+    ] {
+        assert!(out.stderr.contains(part), "{part}: {}", out.stderr);
+    }
+    world.ok("ann", &["manifest", "rollback", "4"]);
+    let out = world.call_in("prod", "ann", &["manifest", "rollback", "--service", "ava"]);
+    assert_eq!((out.status, world.env()), (Status::Exit(0), json!({"N": "3"})), "{}", out.stderr);
+    let said = "ava as it was before version 6 (rollback to manifest-";
+    assert!(out.stderr.contains(said) && out.stderr.contains("ava: env.N 2 → 3"), "{}", out.stderr);
+    // A damaged manifest is gone back from, and what it was is passed over by the next rollback.
+    let text = fs_err::read_to_string(world.file("prod")).unwrap();
+    fs_err::write(world.file("prod"), &text[..text.len() / 2]).unwrap();
+    let out = world.call_in("prod", "ann", &["manifest", "rollback"]);
+    assert_eq!((out.status, world.env()), (Status::Exit(0), json!({"N": "3"})), "{}", out.stderr);
+    fs_err::write(world.file("prod"), &text[..text.len() / 2]).unwrap();
+    fs_err::remove_dir_all(world.dir.path().join("ann/.local/state")).unwrap();
+    let mut back = Vec::new();
+    for _ in 0..3 {
+        let out = world.call_in("prod", "ann", &["manifest", "rollback"]);
+        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        back.push(world.env()["N"].as_str().unwrap().to_string());
+    }
+    // The newest that is believed, and then to and fro.
+    assert_eq!(back, ["2", "3", "2"]);
+    world.ok("ann", &["manifest", "verify"]);
+}
+
+#[test]
+fn what_reads_says_of_a_version_that_nobody_trusted_has_signed_it() {
+    let world = World::new();
+    world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
+    let good = fs_err::read(world.file("prod")).unwrap();
+    for (what, said) in
+        [("put back", "an older version was put back"), ("forged", "changed after it was signed")]
+    {
+        match what {
+            "forged" => world.tamper(|m| m["services"][0]["env"]["A"] = "2".into()),
+            _ => drop(fs_err::copy(world.archived(2), world.file("prod")).unwrap()),
+        }
+        let list = world.call_in("prod", "ann", &["manifest", "list"]);
+        assert!(list.status == Status::Exit(0) && list.stderr.contains(said), "{what}: {}", list.stderr);
+        world.refused("ann", &["manifest", "validate"], said);
+        fs_err::write(world.file("prod"), &good).unwrap();
+    }
+    world.tamper(|m| m["services"][0]["env"]["A"] = "2".into());
+    let diff = world.call_in("prod", "ann", &["manifest", "diff"]);
+    assert!(diff.text().contains("ava: env.A (none) → 2"), "{}", diff.text());
+    assert!(diff.stderr.contains("not to be trusted"), "{}", diff.stderr);
 }
