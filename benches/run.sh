@@ -10,13 +10,13 @@ export LC_ALL=C
 
 top=$(dirname "$(dirname "$(readlink -f "$0")")")
 lab=$top/tests/lab/lab.sh
-GROUPS_OF_ROWS=(binary show writers large push network idle hundred)
+GROUPS_OF_ROWS=(binary show store writers large push network fetch ship gigabyte idle hundred idle-500)
 
 usage() {
   cat <<TEXT
 usage: run.sh [GROUP...]        (as root)
 
-groups: ${GROUPS_OF_ROWS[*]}; without one: all of them, which takes about a quarter of an hour after the build
+groups: ${GROUPS_OF_ROWS[*]}; without one: all of them, which takes about three quarters of an hour after the build
 The table goes to stdout, progress to stderr.
 
 example: benches/run.sh show large >table.md
@@ -80,7 +80,7 @@ serve() {
   "$release/omni-test-s3" --root "$work/s3-$1" --listen "$1:0" --bucket box --user bench:bench-secret \
     --log "$requests" --control "$control" >"$said" &
   servers+=($!)
-  until grep -q ^listening "$said"; do
+  until grep -qs ^listening "$said"; do
     ((SECONDS < deadline)) || die "the S3 server on $1 did not start"
     sleep 0.05
   done
@@ -94,6 +94,9 @@ curl_words() {
   printf '%s\n' curl --fail --silent --show-error --aws-sigv4 aws:amz:us-east-1:s3 --user bench:bench-secret \
     --header x-amz-content-sha256:UNSIGNED-PAYLOAD "http://$endpoint/box/$1"
 }
+
+# slow_down CONTROL MS: each answer of the server that looks at this file takes so long.
+slow_down() { jq -n --argjson ms "$2" '{delay_ms: $ms}' >"$1.new" && mv "$1.new" "$1"; }
 
 # A fresh host named $1 with our programs and the credentials in it.
 host() {
@@ -117,7 +120,7 @@ publish() { on "$1" env EDITOR="cp $2" deploy-manifest edit 2>/dev/null; }
 
 # --- the table --------------------------------------------------------------------------------------------
 
-calc() { awk "BEGIN { printf \"%.${2:-2}f\", $1 }"; }
+calc() { awk "BEGIN { printf \"%.${2:-2}f\", ($1) }"; }
 holds() { awk "BEGIN { exit !($1) }" && echo yes || echo NO; }
 
 # A time in milliseconds, for people.
@@ -165,7 +168,7 @@ machine() {
 }
 
 main() {
-  local group
+  local group begun
   case ${1:-} in
     -h | --help) usage; return 0 ;;
   esac
@@ -183,8 +186,10 @@ main() {
   : >"$work/rows"
   for group; do
     say "--- $group"
+    begun=$SECONDS
     # shellcheck source=/dev/null
     . "$top/benches/rows/$group.sh"
+    say "--- $group took $((SECONDS - begun)) s"
   done
   machine
   table

@@ -167,3 +167,18 @@ fn tempfile() -> Result<std::fs::File> {
         .open(std::env::temp_dir())
         .map_err(|e| if e.kind() == ErrorKind::NotFound { Error::new(e.kind(), "no TMPDIR") } else { e })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_programs_own_memory_is_without_its_childrens() {
+        // The shell stays a small one while its child keeps fifty megabytes; it is there to be looked at in the end.
+        let words = ["sh", "-c", "head -c 60000000 /dev/zero | tail -c 50000000 >/dev/null; sleep 0.1"];
+        let words = words.map(String::from);
+        let (own, all) = (run(&words, 1, true).unwrap().peak_kib, run(&words, 1, false).unwrap().peak_kib);
+        assert!((200..20_000).contains(&own), "{own}");
+        assert!(all > 40_000, "{all}");
+    }
+}
