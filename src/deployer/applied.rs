@@ -2,6 +2,7 @@
 //! and the paths before it. It is what a failed version is put back to, also by another pass or after a
 //! reboot. Written only after a service came up.
 
+use super::files;
 use super::plan::Applied;
 use super::root::Root;
 use crate::durable::{self, Batch};
@@ -44,7 +45,7 @@ pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, Applied>, Vec<String>)
         if path.extension().is_none_or(|e| e != "json") {
             continue;
         }
-        match fs_err::read(&path).map_err(|e| e.to_string()).and_then(|bytes| read(&bytes)) {
+        match files::read(&path).map_err(|e| e.to_string()).and_then(|(bytes, _)| read(&bytes)) {
             Ok(one) => {
                 applied.insert(one.service.name.clone(), one);
             }

@@ -253,10 +253,10 @@ impl Host<'_> {
             journal,
             attempts: 0,
             // What has been up before may be started again at any time: only a refusal is remembered.
-            inputs: rejected.then(|| goal.inputs.clone()),
+            inputs: rejected.then(|| goal.inputs()),
             kept_out: false,
         };
-        learned.troubles.insert((name.clone(), goal.inputs.clone()), Trouble { rejected, failure });
+        learned.troubles.insert((name.clone(), goal.inputs()), Trouble { rejected, failure });
     }
 
     /// The host's trouble, not the release's: taken down for this pass, and tried again by the next.
@@ -266,7 +266,7 @@ impl Host<'_> {
 
     /// The same, where only a try tells, and a try ends what runs: tried again when nobody has the port any more.
     fn kept_out(&self, name: &ServiceName, goal: &Goal, why: &Error, learned: &mut Learned) {
-        self.not_the_release(name, goal, why, Some(goal.inputs.clone()), learned);
+        self.not_the_release(name, goal, why, Some(goal.inputs()), learned);
     }
 
     fn not_the_release(
@@ -288,7 +288,7 @@ impl Host<'_> {
             kept_out: inputs.is_some(),
             inputs,
         };
-        let key = (name.clone(), goal.inputs.clone());
+        let key = (name.clone(), goal.inputs());
         learned.troubles.insert(key, Trouble { rejected: false, failure });
     }
 
@@ -398,7 +398,7 @@ impl Host<'_> {
                 service: &s.goal.service,
                 was_up: !s.restart && (s.goal.proved || s.goal.unit_proved),
                 settle: match learned.led.get(s.name) {
-                    Some((_, inputs)) if *inputs == s.goal.inputs => SETTLE_AGAIN,
+                    Some((_, inputs)) if *inputs == s.goal.inputs() => SETTLE_AGAIN,
                     _ => SETTLE,
                 },
             })

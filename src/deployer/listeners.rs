@@ -2,6 +2,7 @@
 //! /proc and the cgroups: the kernel's tables once for all ports, and of processes no more than the unit's own while
 //! those hold the socket. Nothing follows from it here.
 
+use super::files;
 use super::systemd;
 use crate::say::printable;
 use std::cell::OnceCell;
@@ -362,8 +363,15 @@ fn is_refused(port: u16) -> bool {
 /// Which of these sockets the processes of a unit's cgroup hold.
 fn held_by(cgroup: &Path, inodes: &[u64]) -> BTreeSet<u64> {
     let mut held = BTreeSet::new();
-    let processes = fs_err::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let processes = files::read_virtual(&cgroup.join("cgroup.procs")).unwrap_or_default();
     for pid in processes.lines().filter_map(|line| line.parse().ok()) {
+        // The first file that most servers open is their socket: then there is no need to go through all of them.
+        let first = fs_err::read_link(format!("/proc/{pid}/fd/3")).ok();
+        let first = first.and_then(|link| socket_inode(link.as_os_str())).filter(|i| inodes.contains(i));
+        held.extend(first);
+        if held.len() == inodes.len() {
+            return held;
+        }
         for inode in sockets_of(pid).into_iter().flatten().filter(|inode| inodes.contains(inode)) {
             held.insert(inode);
             // A server opens its sockets early: what follows are its connections, which may be many.

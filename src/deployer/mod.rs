@@ -5,6 +5,7 @@ pub mod admin;
 pub mod applied;
 pub mod apply;
 pub mod caddy;
+mod files;
 pub mod follow;
 pub mod intent;
 pub mod lines;

@@ -3,6 +3,7 @@
 
 use super::admin::Address;
 use super::caddy;
+use super::files;
 use super::listeners::{Answers, Listeners};
 use super::plan::{Memory, Observed, UnitFile, UnitSeen};
 use super::root::Root;
@@ -108,7 +109,9 @@ pub fn units(
     let (mut listed, folders) = (listed?, folders?);
     let active = listed.iter().filter(|(_, l)| l.active == "active").map(|(unit, _)| unit.clone()).collect();
     let mut units: BTreeMap<ServiceName, UnitSeen> = BTreeMap::new();
-    for (name, text) in marked? {
+    let mut placed: BTreeMap<ServiceName, (i64, i64)> = BTreeMap::new();
+    for Marked { name, text, at } in marked? {
+        placed.insert(name.clone(), at);
         units.insert(name, UnitSeen { file: UnitFile::Ours(text), ..UnitSeen::default() });
     }
     let mut without: BTreeSet<&ServiceName> = desired.iter().map(|s| &s.name).chain(applied.keys()).collect();
@@ -155,7 +158,7 @@ pub fn units(
         }
         let mut suspect = found.is_some() || folders.elsewhere(&root.unit_dir, &unit);
         if let (true, Some(started)) = (running, started(name)) {
-            seen.current = placed(&root.unit(name)).is_some_and(|written| written <= started);
+            seen.current = placed.get(name).is_some_and(|written| *written <= started);
             seen.invocation = systemd::invocation(&unit);
             seen.verified =
                 seen.invocation.is_some() && seen.invocation.as_ref() == memory.verified.get(name);
@@ -391,12 +394,7 @@ pub fn started_at(unit: &str) -> Option<Timestamp> {
 
 /// The services that have a unit with our mark.
 pub fn ours(root: &Root) -> Result<BTreeSet<ServiceName>> {
-    Ok(marked(&root.unit_dir, ".service")?.into_iter().map(|(name, _)| name).collect())
-}
-
-/// When a file was last put in place: also one that was copied there with an older time.
-fn placed(path: &Path) -> Option<(i64, i64)> {
-    fs_err::metadata(path).ok().map(|m| (m.ctime(), m.ctime_nsec()))
+    Ok(marked(&root.unit_dir, ".service")?.into_iter().map(|marked| marked.name).collect())
 }
 
 /// When a file's content was last changed.
@@ -471,8 +469,16 @@ fn names_in(dir: &Path) -> Result<BTreeSet<OsString>> {
     }
 }
 
+/// A unit with our mark.
+struct Marked {
+    name: ServiceName,
+    text: String,
+    /// When it was last put in place: also one that was copied there with an older time.
+    at: (i64, i64),
+}
+
 /// The units with our mark in a folder whose file name is a service's and `ending`.
-fn marked(dir: &Path, ending: &str) -> Result<Vec<(ServiceName, String)>> {
+fn marked(dir: &Path, ending: &str) -> Result<Vec<Marked>> {
     let mut found = Vec::new();
     let entries = match fs_err::read_dir(dir) {
         Ok(entries) => entries,
@@ -487,9 +493,11 @@ fn marked(dir: &Path, ending: &str) -> Result<Vec<(ServiceName, String)>> {
         if !entry.file_type()?.is_file() {
             continue;
         }
-        match fs_err::read(entry.path()) {
-            Ok(bytes) if unit::is_ours(&bytes) => {
-                found.push((name, String::from_utf8_lossy(&bytes).into_owned()));
+        match files::read(&entry.path()) {
+            Ok((bytes, meta)) if unit::is_ours(&bytes) => {
+                let text = String::from_utf8(bytes)
+                    .unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned());
+                found.push(Marked { name, text, at: (meta.ctime(), meta.ctime_nsec()) });
             }
             Ok(_) => {}
             // Somebody removed it between the two looks.
@@ -503,7 +511,7 @@ fn marked(dir: &Path, ending: &str) -> Result<Vec<(ServiceName, String)>> {
 /// The services that have an understudy with our mark.
 pub fn understudies(root: &Root) -> Result<BTreeSet<ServiceName>> {
     let ending = format!("{}.service", crate::names::NEXT_SUFFIX);
-    Ok(marked(&root.unit_dir, &ending)?.into_iter().map(|(name, _)| name).collect())
+    Ok(marked(&root.unit_dir, &ending)?.into_iter().map(|marked| marked.name).collect())
 }
 
 fn foreign(folders: &[(&Path, BTreeSet<OsString>)], name: &ServiceName, was_ours: bool) -> Result<UnitFile> {

@@ -158,7 +158,7 @@ impl Host<'_> {
         }
         let led = understudies
             .iter()
-            .filter_map(|u| Some((u.name.clone(), ((*ports.get(u.name)?).clone(), u.goal.inputs.clone()))));
+            .filter_map(|u| Some((u.name.clone(), ((*ports.get(u.name)?).clone(), u.goal.inputs()))));
         learned.led.extend(led);
         let old: Vec<(&ServiceName, u16, u32)> = ports
             .keys()

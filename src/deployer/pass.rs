@@ -104,8 +104,17 @@ fn sha256(bytes: &[u8]) -> String {
     ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// The last good manifest of this store, with its version if that is known; None when there is none.
-fn last_good(root: &Root, store: &dyn Store) -> Option<(Vec<u8>, Option<Etag>)> {
+/// The last good manifest.
+struct LastGood {
+    bytes: Vec<u8>,
+    /// The hash of its text.
+    hash: String,
+    /// Its version, if that is known.
+    etag: Option<Etag>,
+}
+
+/// The last good manifest of this store; None when there is none.
+fn last_good(root: &Root, store: &dyn Store) -> Option<LastGood> {
     let bytes = fs_err::read(root.manifest()).ok()?;
     let origin: Origin = serde_json::from_slice(&fs_err::read(root.manifest_origin()).ok()?).ok()?;
     if origin.store != store.url() {
@@ -113,8 +122,9 @@ fn last_good(root: &Root, store: &dyn Store) -> Option<(Vec<u8>, Option<Etag>)> 
     }
     // The two files are written one after the other, the manifest first: the hash tells whether the version is
     // this manifest's. A pass that died between them leaves a good manifest without a version.
-    let etag = (origin.sha256 == sha256(&bytes)).then_some(Etag(origin.etag));
-    Some((bytes, etag))
+    let hash = sha256(&bytes);
+    let etag = (origin.sha256 == hash).then_some(Etag(origin.etag));
+    Some(LastGood { bytes, hash, etag })
 }
 
 fn keep_manifest(root: &Root, bytes: &[u8], origin: &Origin) -> Result<()> {
@@ -138,14 +148,14 @@ fn current(
     let mut unreachable = false;
     let cached = last_good(root, store);
     let url = store.url();
-    let known_etag = cached.as_ref().and_then(|(_, etag)| etag.as_ref());
+    let known_etag = cached.as_ref().and_then(|kept| kept.etag.as_ref());
     let deadly = reading::deadly(root, &url).filter(|etag| Some(etag) != known_etag);
     let error = match store.get(MANIFEST_KEY, deadly.as_ref().or(known_etag), MAX_BYTES) {
         Ok(Got::NotModified) => deadly.map(|_| reading::refusal(root, &url)),
         Ok(Got::Found { etag, .. }) if deadly.as_ref() == Some(&etag) => Some(reading::refusal(root, &url)),
         Ok(Got::Found { bytes, etag }) => match belief.read(&bytes, store, keep.then_some((root, &etag))) {
             Ok(manifest) => {
-                let kept = cached.as_ref().map(|(kept, _)| kept.as_slice());
+                let kept = cached.as_ref().map(|kept| kept.bytes.as_slice());
                 let hash = sha256(&bytes);
                 let origin = Origin { store: url.clone(), etag: etag.0, sha256: hash.clone() };
                 if let Some(why) = belief.objection(&bytes, &manifest, store, kept) {
@@ -160,13 +170,15 @@ fn current(
             }
             Err(why) => Some(why),
         },
-        Ok(Got::Missing) => Some(no_manifest(&url, cached.as_ref().map(|(kept, _)| kept.as_slice()), belief)),
+        Ok(Got::Missing) => {
+            Some(no_manifest(&url, cached.as_ref().map(|kept| kept.bytes.as_slice()), belief))
+        }
         Err(e) => {
             unreachable = matches!(e, StoreError::Unreachable(_));
             Some(e.to_string())
         }
     };
-    let Some((bytes, _)) = cached else {
+    let Some(LastGood { bytes, hash, .. }) = cached else {
         let error = Error::new(match error {
             Some(e) => {
                 format!("{e}; there is no earlier manifest on this host to work from, nothing was changed")
@@ -186,7 +198,6 @@ fn current(
     match belief.doubt(&bytes, &manifest, store) {
         Some(why) => Err(Ended { unreachable, ..unusable(&why).into() }),
         None => {
-            let hash = sha256(&bytes);
             let entries = entries(&bytes, &hash, belief, known);
             Ok(Current { manifest, hash, entries, error })
         }
@@ -535,7 +546,7 @@ pub fn decide(settings: &Settings, name: &str, decision: Decision) -> Result<u8>
 fn last_named(settings: &Settings, root: &Root, name: &ServiceName) -> Result<StorePath> {
     let store = store::open(&settings.store)?;
     let manifest = last_good(root, store.as_ref())
-        .and_then(|(bytes, _)| parse::manifest(&bytes, Mode::Tolerant).ok())
+        .and_then(|kept| parse::manifest(&kept.bytes, Mode::Tolerant).ok())
         .ok_or_else(|| Error::new("there is no good manifest on this host yet; run 'deployer' first"))?;
     manifest
         .service(name.as_str())
@@ -1104,8 +1115,7 @@ fn rate(state: &mut State, learned: &Learned) {
 
 /// Whether there is anything to write: something new, or the last report is old.
 fn news(root: &Root, before: &State, state: &State) -> bool {
-    let same =
-        State { checked_at: before.checked_at, changed_at: before.changed_at, ..state.clone() } == *before;
+    let same = state.says_the_same(before);
     let fresh = state.checked_at.0.saturating_sub(before.checked_at.0).abs() < REPORT_EVERY_SEC;
     !(same && fresh && root.state_file().exists())
 }

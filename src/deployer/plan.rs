@@ -148,6 +148,16 @@ pub struct Learned {
     pub unwritten: Vec<String>,
 }
 
+impl Learned {
+    /// What came of an attempt at this goal in this pass, if it failed.
+    fn trouble_of(&self, name: &ServiceName, goal: &Goal) -> Option<&Trouble> {
+        if self.troubles.is_empty() {
+            return None;
+        }
+        self.troubles.get(&(name.clone(), goal.inputs()))
+    }
+}
+
 /// A stop or start that takes its time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pending {
@@ -185,14 +195,21 @@ pub struct Goal {
     pub path: StorePath,
     /// Its unit.
     pub unit: String,
-    /// What goes into an attempt, as a hash: entry, unit, secrets, and whether what it requires runs.
-    pub inputs: String,
+    /// What goes into an attempt besides entry and unit: its secrets, and whether what it requires runs.
+    pub stamp: String,
     /// Whether a pass has proved this very unit before, asked as the entry says.
     pub proved: bool,
     /// Whether it has proved the unit, if maybe at another port or health path.
     pub unit_proved: bool,
     /// Whether this is what the manifest says (else: the version before).
     pub desired: bool,
+}
+
+impl Goal {
+    /// What goes into an attempt, as a hash. Made when it is asked for: nearly all goals have been reached.
+    pub fn inputs(&self) -> String {
+        inputs_hash(&self.unit, &self.service, &self.stamp)
+    }
 }
 
 /// One thing to do for one service.
@@ -430,8 +447,8 @@ fn goal_of(
     let same = applied.is_some_and(|a| a.service == *service && a.path == *path);
     let unit_proved = same || applied.is_some_and(|a| unit::render(&a.service, &a.path) == unit);
     let proved = same || unit_proved && applied.is_some_and(|a| a.service.probe() == service.probe());
-    let inputs = inputs_hash(&unit, service, stamp);
-    Goal { service: service.clone(), path: path.clone(), unit, inputs, proved, unit_proved, desired }
+    let stamp = stamp.to_string();
+    Goal { service: service.clone(), path: path.clone(), unit, stamp, proved, unit_proved, desired }
 }
 
 fn service(
@@ -518,7 +535,7 @@ fn service(
     let answers =
         |service: &Service| service.port().and_then(|port| observed.ports.get(&(name.clone(), port)));
     let trouble_of = |goal: &Goal| -> Option<Trouble> {
-        if let Some(trouble) = learned.troubles.get(&(name.clone(), goal.inputs.clone())) {
+        if let Some(trouble) = learned.trouble_of(name, goal) {
             return Some(trouble.clone());
         }
         if let Some(reason) = learned.unfetchable.get(&goal.path) {
@@ -540,7 +557,7 @@ fn service(
     };
     let remembered = || {
         let failure = before.filter(|_| !options.retry.contains(name))?.failure.as_ref()?;
-        let same = failure.inputs.as_deref() == Some(candidate.inputs.as_str());
+        let same = failure.inputs.as_ref().is_some_and(|inputs| *inputs == candidate.inputs());
         (same && (!failure.kept_out || observed.kept_out.contains(name)))
             .then(|| Trouble { rejected: !failure.kept_out, failure: failure.clone() })
     };
@@ -581,7 +598,7 @@ fn service(
         return done(goal, Some(failed(reason.clone())), steps);
     }
     // A refusal before what cannot be fetched: that may be another service's attempt with the same closure.
-    let attempted = learned.troubles.get(&(name.clone(), candidate.inputs.clone())).cloned();
+    let attempted = learned.trouble_of(name, &candidate).cloned();
     let trouble = attempted.or_else(remembered).or_else(|| trouble_of(&candidate));
     let (goal, trouble) = match trouble {
         None => (Some(candidate), None),
@@ -590,7 +607,7 @@ fn service(
             // Whose port is held is left as it is, but for a version that this pass has put in its place.
             let there = |goal: &Goal| matches!(&seen.file, UnitFile::Ours(text) if *text == goal.unit);
             let untried = |goal: &Goal| {
-                let tried = learned.troubles.contains_key(&(name.clone(), goal.inputs.clone()));
+                let tried = learned.trouble_of(name, goal).is_some();
                 !tried && held(&goal.service).is_some() && !there(goal)
             };
             match previous {
@@ -952,13 +969,11 @@ mod tests {
                                 at: NOW,
                                 journal: Vec::new(),
                                 attempts: 0,
-                                inputs: (!goal.proved).then(|| goal.inputs.clone()),
+                                inputs: (!goal.proved).then(|| goal.inputs()),
                                 kept_out: false,
                             };
                             let trouble = Trouble { rejected: !goal.proved, failure };
-                            self.learned
-                                .troubles
-                                .insert((service.name.clone(), goal.inputs.clone()), trouble);
+                            self.learned.troubles.insert((service.name.clone(), goal.inputs()), trouble);
                         } else {
                             unit.listed = running();
                             let previous = previous_after(&goal.path, self.memory.applied.get(&service.name));

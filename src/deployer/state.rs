@@ -375,11 +375,58 @@ impl State {
         struct Head {
             version: u64,
         }
-        let head: Head = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-        if head.version > STATE_VERSION {
-            return Err(format!("it has version {}, this program reads up to {STATE_VERSION}", head.version));
+        let read: Result<State, String> = serde_json::from_slice(bytes).map_err(|e| e.to_string());
+        // What is wrong with a newer one by today's form may be right by its own.
+        let version = match &read {
+            Ok(state) => Ok(state.version),
+            Err(why) => serde_json::from_slice(bytes).map(|head: Head| head.version).map_err(|_| why.clone()),
+        };
+        match version? {
+            newer if newer > STATE_VERSION => {
+                Err(format!("it has version {newer}, this program reads up to {STATE_VERSION}"))
+            }
+            _ => read,
         }
-        serde_json::from_slice(bytes).map_err(|e| e.to_string())
+    }
+
+    /// Whether two states differ in nothing but when they were written, and when something was last changed.
+    pub fn says_the_same(&self, other: &State) -> bool {
+        let State {
+            version,
+            host,
+            deployer,
+            serial,
+            generation,
+            checked_at: _,
+            changed_at: _,
+            manifest_error,
+            route,
+            reported,
+            store,
+            manifest_hash,
+            machine,
+            other_machine,
+            manager_environment,
+            last_error,
+            draining,
+            services,
+        } = self;
+        *version == other.version
+            && *host == other.host
+            && *deployer == other.deployer
+            && *serial == other.serial
+            && *generation == other.generation
+            && *manifest_error == other.manifest_error
+            && *route == other.route
+            && *reported == other.reported
+            && *store == other.store
+            && *manifest_hash == other.manifest_hash
+            && *machine == other.machine
+            && *other_machine == other.other_machine
+            && *manager_environment == other.manager_environment
+            && *last_error == other.last_error
+            && *draining == other.draining
+            && *services == other.services
     }
 
     /// Whether this is why the last pass ended.
@@ -406,6 +453,37 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_state_of_a_newer_form_says_so_whatever_is_in_it() {
+        let text = include_str!("../../tests/fixtures/state-v1.json");
+        let newer = |text: String| State::parse(text.as_bytes()).unwrap_err();
+        let version = text.replace("\"version\": 1,", "\"version\": 2,");
+        assert_eq!(newer(version.clone()), "it has version 2, this program reads up to 1");
+        let other = version.replace("\"host\": \"biz\"", "\"host\": {\"name\": \"biz\"}");
+        assert_eq!(newer(other.clone()), "it has version 2, this program reads up to 1");
+        assert!(newer(other.replace("\"version\": 2,", "\"version\": 1,")).contains("line"));
+        assert!(newer(text.replacen('{', "", 1)).contains("line"));
+    }
+
+    #[test]
+    fn only_times_of_writing_may_differ_between_states_that_say_the_same() {
+        let text = include_str!("../../tests/fixtures/state-v1.json");
+        let state = State::parse(text.as_bytes()).unwrap();
+        let later =
+            State { checked_at: Timestamp(state.checked_at.0 + 60), changed_at: None, ..state.clone() };
+        assert!(state.says_the_same(&later) && later.says_the_same(&state));
+        let mut other = state.clone();
+        other.services.values_mut().next().unwrap().secrets_changed = true;
+        let other = [
+            other,
+            State { serial: None, ..state.clone() },
+            State { reported: !state.reported, ..state.clone() },
+            State { manifest_hash: Some("x".into()), ..state.clone() },
+            State { route: RouteState::default(), ..state.clone() },
+        ];
+        assert!(other.iter().all(|other| !state.says_the_same(other)));
+    }
 
     #[test]
     fn an_exposure_is_a_number_of_one_digit_after_the_point() {

@@ -535,7 +535,7 @@ impl Machine {
                 inputs: None,
                 kept_out: false,
             };
-            let key = (service.name.clone(), goal.inputs.clone());
+            let key = (service.name.clone(), goal.inputs());
             learned.troubles.insert(key, Trouble { rejected: false, failure });
         }
         for (service, _, restart) in &starts {
@@ -564,10 +564,10 @@ impl Machine {
                 at: self.now(),
                 journal: Vec::new(),
                 attempts: 0,
-                inputs: (!goal.proved).then(|| goal.inputs.clone()),
+                inputs: (!goal.proved).then(|| goal.inputs()),
                 kept_out: false,
             };
-            let key = (service.name.clone(), goal.inputs.clone());
+            let key = (service.name.clone(), goal.inputs());
             learned.troubles.insert(key, Trouble { rejected: !goal.proved, failure: failure.clone() });
             if !goal.proved {
                 self.effect()?;
