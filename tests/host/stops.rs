@@ -131,3 +131,26 @@ fn who_takes_the_port_of_a_slow_one_is_started_once_that_has_stopped() {
     assert_eq!(host.service("taker")["status"], "running");
     host.sh("[[ ! -e /etc/systemd/system/slow.service ]]");
 }
+
+#[test]
+fn a_restart_that_systemctl_had_no_time_to_ask_for_is_no_fault_of_the_release() {
+    let host = solo();
+    host.add(&web("one", 8001, &host.closure("one", "one", "")));
+    host.add(&web("two", 8002, &host.closure("two", "two", "")));
+    // As where systemd takes long for each: the first alone is asked for.
+    host.sh(r#"cat >/usr/local/sbin/systemctl <<'SH'
+#!/bin/sh
+case " $* " in
+  *" restart -- one.service two.service ") /usr/bin/systemctl restart one; exec sleep 300 ;;
+  *) exec /usr/bin/systemctl "$@" ;;
+esac
+SH
+               chmod 755 /usr/local/sbin/systemctl"#);
+    let pass = host.try_sh("deployer");
+    host.sh("rm /usr/local/sbin/systemctl");
+    assert!(pass.stderr.contains("waiting for two.service"), "{}", pass.stderr);
+    assert!(!pass.stderr.contains("rejected"), "{}", pass.stderr);
+    assert_eq!(pass.status, Status::Exit(0), "{}", pass.stderr);
+    host.serves("one", "one");
+    host.serves("two", "two");
+}
