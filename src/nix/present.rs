@@ -1,5 +1,5 @@
-//! Which paths of a closure a cache has: every narinfo and every NAR's size is asked for, all at once, and held against
-//! what the local store says. A narinfo that says something else, that nobody trusted vouches for, or whose NAR is not
+//! Which paths of a closure a cache has: every narinfo and every NAR's size is asked for, many at a time, and held against
+//! what the local store says. A store that lists sizes is asked for a list of them beside the narinfos. A narinfo that says something else, that nobody trusted vouches for, or whose NAR is not
 //! there is a fault, to be named and written over. Nothing in a cache is believed because it is there, and nothing is
 //! written here.
 
@@ -8,11 +8,11 @@ use super::narinfo::{Compression, MAX_BYTES, MAX_SIGNATURES, NarInfo};
 use crate::http::CONNECTIONS;
 use crate::keys::PublicKey;
 use crate::names::StorePath;
+use crate::parallel;
 use crate::store::{Got, Store, StoreError};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The bytes of what a narinfo says beside the local store: signatures, a content address, where its file is.
 const OTHER_FIELDS: u64 = 4096 + 256 * MAX_SIGNATURES as u64;
@@ -95,38 +95,77 @@ pub struct Found {
     pub faults: BTreeMap<StorePath, Fault>,
 }
 
-/// Requests at a time: beside them somebody looks whether it is a cache at all.
-const REQUESTS: usize = CONNECTIONS - 1;
+/// Requests at a time: beside them it is asked whether that is a cache at all, and what it lists.
+const REQUESTS: usize = CONNECTIONS - 2;
+
+/// From so many paths on it is worth to ask for a list of NARs besides: a page of one, a thousand, is no longer than the
+/// answers for these one by one.
+const LISTED_FROM: usize = 250;
+
+/// Where the NARs are that a push writes.
+const NARS: &str = "nar/";
 
 /// Asks for the whole closure, many requests at a time. `keys` are those that are trusted here and our own;
 /// with none at all, agreement with the local store is all that can be asked. An error is the first that the cache
 /// gave.
 pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<Found, StoreError> {
     let all: Vec<&NarInfo> = closure.values().collect();
-    let next = AtomicUsize::new(0);
-    let found = Mutex::new(Ok(Found::default()));
-    std::thread::scope(|scope| {
-        for _ in 0..all.len().min(REQUESTS) {
-            scope.spawn(|| {
-                while let Some(local) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let judged = look_at(cache, local, keys);
-                    let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
-                    let Ok(so_far) = &mut *found else { return };
-                    match judged {
-                        Ok(Ok(size)) => drop(so_far.present.insert(local.path.clone(), size)),
-                        Ok(Err(fault)) => drop(so_far.faults.insert(local.path.clone(), fault)),
-                        Err(e) => *found = Err(e),
-                    }
-                }
-            });
-        }
+    let (judged, listed) = std::thread::scope(|scope| {
+        let listed = (all.len() >= LISTED_FROM).then(|| scope.spawn(|| cache.sizes(NARS)));
+        let judged = asked(&all, |local| Ok((&local.path, read(cache, local, keys)?)));
+        let listed = listed.map(|l| l.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        (judged, listed)
     });
-    found.into_inner().unwrap_or_else(PoisonError::into_inner)
+    // Who may not list is told of each.
+    let listed = listed.and_then(Result::ok).unwrap_or_default();
+    let mut found = Found::default();
+    let mut named = Vec::new();
+    for (path, judged) in judged? {
+        match judged {
+            Ok(info) => named.push((path, info)),
+            Err(fault) => drop(found.faults.insert(path.clone(), fault)),
+        }
+    }
+    let sizes = asked(&named, |(_, info)| match listed.get(&info.url) {
+        Some(size) => Ok(Some(*size)),
+        None => cache.size(&info.url),
+    })?;
+    for ((path, info), size) in named.into_iter().zip(sizes) {
+        let fault = match (size, info.file_size) {
+            (None, _) => Fault::NoNar(info.url),
+            (Some(found), Some(promised)) if found != promised => {
+                Fault::NarSize { url: info.url, found, promised }
+            }
+            (Some(size), _) => {
+                found.present.insert(path.clone(), size);
+                continue;
+            }
+        };
+        found.faults.insert(path.clone(), fault);
+    }
+    Ok(found)
 }
 
-/// The size of the path's NAR file, or what is wrong with it. Both are asked in turn, so that the second request finds
-/// the connection of the first.
-fn look_at(cache: &dyn Store, local: &NarInfo, keys: &[PublicKey]) -> Result<Result<u64, Fault>, StoreError> {
+/// The answers for all, in their order, or an error: then nobody asks on.
+fn asked<T: Sync, R: Send>(
+    items: &[T],
+    ask: impl Fn(&T) -> Result<R, StoreError> + Sync,
+) -> Result<Vec<R>, StoreError> {
+    let failed = AtomicBool::new(false);
+    let answers = parallel::map(items, REQUESTS, |item| {
+        let answer = (!failed.load(Ordering::Relaxed)).then(|| ask(item))?;
+        failed.fetch_or(answer.is_err(), Ordering::Relaxed);
+        Some(answer)
+    });
+    answers.into_iter().flatten().collect()
+}
+
+/// A path's narinfo, or what is wrong with it.
+fn read(
+    cache: &dyn Store,
+    local: &NarInfo,
+    keys: &[PublicKey],
+) -> Result<Result<NarInfo, Fault>, StoreError> {
     // Where it is known what it must say, it is known how long that is: many are read at a time.
     let limit = (local.render().len() as u64).saturating_add(OTHER_FIELDS).min(MAX_BYTES);
     let bytes = match cache.get(&NarInfo::key(&local.path), None, limit) {
@@ -137,17 +176,7 @@ fn look_at(cache: &dyn Store, local: &NarInfo, keys: &[PublicKey]) -> Result<Res
         }
         Err(e) => return Err(e),
     };
-    let info = match judge(&bytes, local, keys) {
-        Ok(info) => info,
-        Err(fault) => return Ok(Err(fault)),
-    };
-    Ok(match (cache.size(&info.url)?, info.file_size) {
-        (None, _) => Err(Fault::NoNar(info.url)),
-        (Some(found), Some(promised)) if found != promised => {
-            Err(Fault::NarSize { url: info.url, found, promised })
-        }
-        (Some(found), _) => Ok(found),
-    })
+    Ok(judge(&bytes, local, keys))
 }
 
 /// What a narinfo's bytes are worth beside the local store's word.
@@ -191,8 +220,9 @@ mod tests {
     use super::super::local::tests::{info, path};
     use super::*;
     use crate::keys::SecretKey;
-    use crate::store::When;
     use crate::store::dir::DirStore;
+    use crate::store::{Etag, When};
+    use std::sync::atomic::AtomicUsize;
 
     /// What a push would write of a path: its narinfo in a cache, signed.
     fn cached(local: &NarInfo, key: &SecretKey) -> NarInfo {
@@ -290,6 +320,94 @@ mod tests {
         assert!(matches!(&found.faults[&paths[2]], Fault::NarSize { found: 6, promised: 4, .. }));
         assert!(matches!(&found.faults[&paths[4]], Fault::Unreadable(why) if why.contains("bytes")));
         assert_eq!(look(&cache, &Closure::new(), &[]), Ok(Found::default()));
+    }
+
+    /// A store that lists what it has, or refuses to, and counts what it is asked one by one.
+    struct Listing {
+        dir: DirStore,
+        lists: Result<BTreeMap<String, u64>, StoreError>,
+        asked: AtomicUsize,
+    }
+
+    impl Store for Listing {
+        fn url(&self) -> String {
+            self.dir.url()
+        }
+
+        fn identity(&self) -> String {
+            self.dir.identity()
+        }
+
+        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+            self.dir.get(key, unless, limit)
+        }
+
+        fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
+            self.dir.get_start(key, count)
+        }
+
+        fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            self.dir.size(key)
+        }
+
+        fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+            self.dir.put(key, bytes, when)
+        }
+
+        fn delete(&self, key: &str) -> Result<(), StoreError> {
+            self.dir.delete(key)
+        }
+
+        fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+            self.dir.list(prefix)
+        }
+
+        fn sizes(&self, prefix: &str) -> Result<BTreeMap<String, u64>, StoreError> {
+            assert_eq!(prefix, NARS);
+            self.lists.clone()
+        }
+    }
+
+    #[test]
+    fn what_a_list_does_not_tell_of_a_large_closure_is_asked_one_by_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = SecretKey::generate("dev-1").unwrap();
+        let path = |n| StorePath::parse(&format!("/nix/store/{n:032}-x")).unwrap();
+        let paths: Vec<StorePath> = (0..LISTED_FROM).map(path).collect();
+        let closure: Closure = paths.iter().map(|p| (p.clone(), info(p, &[]))).collect();
+        let infos: Vec<NarInfo> = paths.iter().map(|p| cached(&closure[p], &key)).collect();
+        let store = |lists| Listing { dir: DirStore::new(dir.path()), lists, asked: AtomicUsize::new(0) };
+        let writer = store(Ok(BTreeMap::new()));
+        for (n, info) in infos.iter().enumerate() {
+            writer.put(&NarInfo::key(&info.path), info.render().as_bytes(), &When::Always).unwrap();
+            if n > 0 {
+                writer.put(&info.url, b"good", &When::Always).unwrap();
+            }
+        }
+        let whole: BTreeMap<String, u64> = infos.iter().skip(1).map(|i| (i.url.clone(), 4)).collect();
+        let first = infos[1].url.clone();
+        let mut part = whole.clone();
+        part.insert(first.clone(), 5);
+        part.retain(|url, _| *url <= infos[99].url);
+        let denied = Err(StoreError::Denied("no".into()));
+        for (lists, asked) in
+            [(Ok(whole), 1), (Ok(part.clone()), infos.len() - part.len()), (denied, infos.len())]
+        {
+            let wrong = lists.as_ref().is_ok_and(|l| l.get(&first) == Some(&5));
+            let cache = store(lists);
+            let found = look(&cache, &closure, &[key.public()]).unwrap();
+            assert_eq!(cache.asked.load(Ordering::Relaxed), asked);
+            assert_eq!(found.faults.len(), 1 + usize::from(wrong));
+            assert!(matches!(found.faults[&paths[0]], Fault::NoNar(_)));
+            assert_eq!(wrong, matches!(found.faults.get(&paths[1]), Some(Fault::NarSize { found: 5, .. })));
+            assert_eq!(found.present.len() + found.faults.len(), paths.len());
+        }
+        // A small one is not worth a list.
+        let few: Closure = closure.into_iter().skip(1).take(LISTED_FROM - 1).collect();
+        let cache = store(Ok(BTreeMap::new()));
+        assert_eq!(look(&cache, &few, &[key.public()]).unwrap().present.len(), few.len());
+        assert_eq!(cache.asked.load(Ordering::Relaxed), few.len());
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod url;
 pub mod xml;
 
 use crate::error::Error;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -146,6 +147,12 @@ pub trait Store: Send + Sync {
         let mut keys = self.list(prefix)?;
         keys.retain(|key| key.as_str() > after);
         Ok(Keys { keys, more: false })
+    }
+
+    /// The sizes of objects whose keys begin with `prefix`, by their keys: as many as the store tells at once. What is not
+    /// among them may be there all the same.
+    fn sizes(&self, _prefix: &str) -> Result<BTreeMap<String, u64>, StoreError> {
+        Ok(BTreeMap::new())
     }
 
     /// From now on, versions are written like this in conditions; what matters only where [`Store::is_foreign`].

@@ -24,6 +24,7 @@ use rusoto_s3::{
     DeleteObjectRequest, GetObjectRequest, HeadObjectRequest, ListObjectsV2Request, S3, S3Client,
 };
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::io::{self, Read};
@@ -829,6 +830,8 @@ impl Read for Source<'_> {
 #[derive(Debug, Default, PartialEq)]
 struct Page {
     keys: Vec<String>,
+    /// One for each key, or none where the store does not say.
+    sizes: Vec<u64>,
     next: Option<String>,
 }
 
@@ -840,6 +843,7 @@ fn page(text: &str) -> Result<Page, String> {
         root |= path[0] == "ListBucketResult";
         match path {
             ["ListBucketResult", "Contents", "Key"] => page.keys.push(text),
+            ["ListBucketResult", "Contents", "Size"] => page.sizes.extend(text.trim().parse::<u64>()),
             ["ListBucketResult", "IsTruncated"] => truncated = text.trim() == "true",
             ["ListBucketResult", "NextContinuationToken"] => page.next = Some(text),
             _ => {}
@@ -847,6 +851,9 @@ fn page(text: &str) -> Result<Page, String> {
     })?;
     if !root {
         return Err("a document that is no listing".into());
+    }
+    if page.sizes.len() != page.keys.len() {
+        page.sizes.clear();
     }
     match (truncated, &page.next) {
         (true, None) => Err("a part of a listing without the way to the rest".into()),
@@ -999,6 +1006,11 @@ impl Store for S3Store {
         Ok(Keys { keys, more: false })
     }
 
+    fn sizes(&self, prefix: &str) -> Result<BTreeMap<String, u64>, StoreError> {
+        let page = self.page(prefix, None, None)?;
+        Ok(page.keys.into_iter().zip(page.sizes).collect())
+    }
+
     fn send_etags(&self, form: EtagForm) {
         self.wants.lock().unwrap_or_else(PoisonError::into_inner).etags = form;
     }
@@ -1034,8 +1046,10 @@ impl S3Store {
         let page = self
             .typed(Patience::within, call, read)
             .map_err(|gave_up| self.told(Verb::List, prefix, gave_up))?;
-        let own = |key: String| Some(key.strip_prefix(&self.location.prefix)?.to_string());
-        Ok(Page { keys: page.keys.into_iter().filter_map(own).collect(), next: page.next })
+        let own = |key: &String| Some(key.strip_prefix(&self.location.prefix)?.to_string());
+        let keys: Vec<String> = page.keys.iter().filter_map(own).collect();
+        let sizes = if keys.len() == page.keys.len() { page.sizes } else { Vec::new() };
+        Ok(Page { keys, sizes, next: page.next })
     }
 }
 
@@ -1165,8 +1179,14 @@ mod tests {
         };
         let token = "<NextContinuationToken>t==</NextContinuationToken>";
         let keys = vec!["k/a&b".to_string()];
-        assert_eq!(page(&text("false", "")), Ok(Page { keys: keys.clone(), next: None }));
-        assert_eq!(page(&text("true", token)), Ok(Page { keys, next: Some("t==".into()) }));
+        let whole = Page { keys: keys.clone(), sizes: vec![1], next: None };
+        assert_eq!(page(&text("false", "")), Ok(whole));
+        let part = Page { keys: keys.clone(), sizes: vec![1], next: Some("t==".into()) };
+        assert_eq!(page(&text("true", token)), Ok(part));
+        // Whose size is missing cannot be told.
+        let end = "</ListBucketResult>";
+        let without = text("false", "").replace(end, &format!("<Contents><Key>k/c</Key></Contents>{end}"));
+        assert_eq!(page(&without).map(|p| (p.keys.len(), p.sizes.len())), Ok((2, 0)));
         assert!(page(&text("true", "")).is_err());
         assert!(page("<html><body>Hello</body></html>").is_err());
         assert!(page("").is_err());
