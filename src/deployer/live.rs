@@ -130,8 +130,7 @@ pub fn look_with_domains(settings: &Settings, now: Timestamp) -> Result<Answer> 
     if let Some(manifest) = obeyed(&settings.unit_dir) {
         let state = answer.state.as_ref();
         let host = state.map_or(&settings.host, |state| &state.host);
-        answer.live.domains =
-            domains::of_host(host, &manifest, state, &caddy::observe(&settings.caddy_admin));
+        answer.live.domains = domains::of_host(host, &manifest, state, &caddy::look(&settings.caddy_admin));
     }
     Ok(answer)
 }

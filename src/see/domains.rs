@@ -418,7 +418,9 @@ fn judge(seen: &Seen, reason: Option<String>) -> (Verdict, String) {
     // A certificate that others vouch for shows that the name led here, whatever DNS says to this host.
     let proved = seen.asked.iter().any(|a| a.visitor.certificate.as_ref().is_some_and(|c| c.fault.is_none()));
     match &seen.door {
-        Door::Unknown(why) => found.fail(format!("no visitor gets an answer: {why}")),
+        Door::Unknown(why) => {
+            found.fail(format!("whether visitors get an answer is not known: {why}"));
+        }
         Door::NoRoute => found.fail(
             "Caddy has no route for it: run 'sudo systemctl start deployer' here, then 'deployer state' says why",
         ),
