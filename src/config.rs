@@ -14,25 +14,37 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The keys: name in the file, variable of the environment, flag.
+/// The keys.
+#[rustfmt::skip]
 pub const KEYS: [Key; 12] = [
-    Key { name: "store", env: "OMNI_DEPLOY_STORE", flag: "--store", list: false },
-    Key { name: "cache", env: "OMNI_DEPLOY_CACHE", flag: "--cache", list: false },
-    Key { name: "host", env: "OMNI_DEPLOY_HOST", flag: "--this-host", list: false },
-    Key { name: "secretKeyFile", env: "OMNI_DEPLOY_SECRET_KEY_FILE", flag: "--secret-key-file", list: false },
-    Key {
-        name: "trustedPublicKeys",
-        env: "OMNI_DEPLOY_TRUSTED_PUBLIC_KEYS",
-        flag: "--trusted-public-keys",
-        list: true,
-    },
-    Key { name: "build", env: "OMNI_DEPLOY_BUILD", flag: "--build", list: false },
-    Key { name: "ssh", env: "OMNI_DEPLOY_SSH", flag: "--ssh", list: false },
-    Key { name: "defaultHosts", env: "OMNI_DEPLOY_DEFAULT_HOSTS", flag: "--default-hosts", list: true },
-    Key { name: "caddyAdmin", env: "OMNI_DEPLOY_CADDY_ADMIN", flag: "--caddy-admin", list: false },
-    Key { name: "caddyServer", env: "OMNI_DEPLOY_CADDY_SERVER", flag: "--caddy-server", list: false },
-    Key { name: "unitDir", env: "OMNI_DEPLOY_UNIT_DIR", flag: "--unit-dir", list: false },
-    Key { name: "reportLines", env: "OMNI_DEPLOY_REPORT_LINES", flag: "--report-lines", list: false },
+    Key { name: "store", env: "OMNI_DEPLOY_STORE", flag: "--store", value: "url", list: false,
+        what: "The bucket of the manifest, s3://BUCKET[/PREFIX]?region=&endpoint=&scheme=&profile=&addressing-style= or \
+               file:///DIR; default file:///var/lib/omni-deploy." },
+    Key { name: "cache", env: "OMNI_DEPLOY_CACHE", flag: "--cache", value: "url", list: false,
+        what: "The binary cache, the same or any URL that nix copy takes; default the store." },
+    Key { name: "host", env: "OMNI_DEPLOY_HOST", flag: "--this-host", value: "host", list: false,
+        what: "This machine's name in the manifest; default the short host name." },
+    Key { name: "secretKeyFile", env: "OMNI_DEPLOY_SECRET_KEY_FILE", flag: "--secret-key-file", value: "file", list: false,
+        what: "The ed25519 key that signs, in Nix's format." },
+    Key { name: "trustedPublicKeys", env: "OMNI_DEPLOY_TRUSTED_PUBLIC_KEYS", flag: "--trusted-public-keys",
+        value: "key", list: true,
+        what: "Public keys; if set, nothing is accepted without a signature by one of them." },
+    Key { name: "build", env: "OMNI_DEPLOY_BUILD", flag: "--build", value: "command", list: false,
+        what: "The command that builds a namespace; default bild if on PATH." },
+    Key { name: "ssh", env: "OMNI_DEPLOY_SSH", flag: "--ssh", value: "command", list: false,
+        what: "How to reach a host; default ssh." },
+    Key { name: "defaultHosts", env: "OMNI_DEPLOY_DEFAULT_HOSTS", flag: "--default-hosts", value: "host", list: true,
+        what: "The hosts of a service that names none; default this one if the store is a folder, else none." },
+    Key { name: "caddyAdmin", env: "OMNI_DEPLOY_CADDY_ADMIN", flag: "--caddy-admin", value: "url", list: false,
+        what: "Caddy's admin endpoint, unix//PATH or http://HOST:PORT; default unix//run/caddy/admin.sock if it \
+               exists, else http://127.0.0.1:2019." },
+    Key { name: "caddyServer", env: "OMNI_DEPLOY_CADDY_SERVER", flag: "--caddy-server", value: "name", list: false,
+        what: "Which of Caddy's servers gets the route; default the one on :443." },
+    Key { name: "unitDir", env: "OMNI_DEPLOY_UNIT_DIR", flag: "--unit-dir", value: "directory", list: false,
+        what: "Where units are written; default /etc/systemd/system, or /run/systemd/system where that is read-only." },
+    Key { name: "reportLines", env: "OMNI_DEPLOY_REPORT_LINES", flag: "--report-lines", value: "true|false", list: false,
+        what: "On a host: whether its report in the bucket includes the last log lines of what failed, without the values \
+               of the services' secrets files; default false." },
 ];
 
 /// One key of the configuration.
@@ -44,8 +56,12 @@ pub struct Key {
     pub env: &'static str,
     /// Its flag, understood by every command.
     pub flag: &'static str,
+    /// What its value is called, as those of the commands' flags are.
+    pub value: &'static str,
     /// Several values: a JSON array in the file, words separated by spaces or commas elsewhere.
     pub list: bool,
+    /// What it is, for people.
+    pub what: &'static str,
 }
 
 /// A value and where it came from.
@@ -92,35 +108,6 @@ pub struct Settings {
 
 /// What was given by flags: key name to value.
 pub type Flags = BTreeMap<&'static str, String>;
-
-/// Takes the configuration's flags (`--store URL`, `--store=URL`, …) out of a command line, wherever they
-/// stand before a `--`; the rest is the command's own.
-pub fn split_flags(args: &[String]) -> Result<(Flags, Vec<String>)> {
-    let mut flags = Flags::new();
-    let mut rest = Vec::new();
-    let mut args = args.iter();
-    while let Some(arg) = args.next() {
-        if arg == "--" {
-            rest.push(arg.clone());
-            rest.extend(args.cloned());
-            break;
-        }
-        let (flag, inline) = match arg.split_once('=') {
-            Some((flag, value)) if arg.starts_with("--") => (flag, Some(value.to_string())),
-            _ => (arg.as_str(), None),
-        };
-        match KEYS.iter().find(|k| k.flag == flag) {
-            None => rest.push(arg.clone()),
-            Some(key) => {
-                let value = inline
-                    .or_else(|| args.next().cloned())
-                    .ok_or_else(|| Error::usage(format!("{flag} needs a value")))?;
-                flags.insert(key.name, value);
-            }
-        }
-    }
-    Ok((flags, rest))
-}
 
 /// `~/.config/omni-deploy` of whoever runs this: `$XDG_CONFIG_HOME`, else `$HOME/.config`, else root's.
 pub fn user_dir() -> PathBuf {
@@ -392,28 +379,6 @@ fn default_unit_dir() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn args(list: &[&str]) -> Vec<String> {
-        list.iter().map(|s| s.to_string()).collect()
-    }
-
-    #[test]
-    fn flags_are_taken_from_anywhere_before_a_double_dash() {
-        let (flags, rest) = split_flags(&args(&[
-            "show",
-            "--store",
-            "file:///x",
-            "ava",
-            "--cache=file:///c",
-            "--",
-            "--store",
-        ]))
-        .unwrap();
-        assert_eq!(flags.get("store").map(String::as_str), Some("file:///x"));
-        assert_eq!(flags.get("cache").map(String::as_str), Some("file:///c"));
-        assert_eq!(rest, args(&["show", "ava", "--", "--store"]));
-        assert_eq!(split_flags(&args(&["--store"])).unwrap_err().exit(), 2);
-    }
 
     #[test]
     fn flag_beats_environment_beats_user_file_beats_system_file() {

@@ -1,166 +1,103 @@
 //! `omni-deploy completions`: completion for bash, zsh and fish. The scripts are a few lines each and ask this
-//! program for the candidates, which come from one table here and, for names, from the manifest. A question of
+//! program for the candidates, which come from the tree of commands and, for names, from the manifest. A question of
 //! a shell is answered quickly or not at all, and never with an error.
 
-use super::{Call, print};
+use super::{print, tree};
 use crate::config::{self, KEYS};
-use crate::dispatch::APPLETS;
+use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::manifest::edit;
 use crate::see::reports;
 use crate::store::ARCHIVE_PREFIX;
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs, Optionality};
 use std::collections::BTreeSet;
 use std::sync::mpsc;
 use std::time::Duration;
 
 /// Print the completion script of a shell.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "omni-deploy completions bash > /etc/bash_completion.d/omni-deploy\nomni-deploy completions zsh > /usr/share/zsh/site-functions/_omni-deploy\nomni-deploy completions fish > ~/.config/fish/completions/omni-deploy.fish",
+    subcommand,
+    name = "completions",
+    example = "{command_name} bash > /etc/bash_completion.d/omni-deploy\n{command_name} zsh > /usr/share/zsh/site-functions/_omni-deploy\n{command_name} fish > ~/.config/fish/completions/omni-deploy.fish",
     note = "The scripts complete omni-deploy, deploy-manifest and deployer, with the services of the manifest."
 )]
-struct Args {
-    /// print the candidates for the last of these words
+pub(super) struct Args {
+    /// print the candidates for the last of the words
     #[argh(switch, hidden_help)]
     complete: bool,
-    /// bash, zsh or fish
-    #[argh(positional, arg_name = "shell")]
+    /// the shell
+    #[argh(positional, arg_name = "bash|zsh|fish")]
+    shell: String,
+    #[argh(positional, hidden_help)]
     words: Vec<String>,
 }
 
-/// What may stand in a place.
+/// What can be offered for a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+enum Kind {
     /// A service of the manifest.
     Service,
-    /// A service, `deployer` or `caddy`.
-    Journal,
     /// A host of the manifest.
     Host,
     /// A version of the manifest.
     Version,
     /// A file: the shell's own affair.
     File,
-    /// One of these words.
-    Words(&'static [&'static str]),
     /// Whatever a person likes.
     Free,
 }
 
-/// One flag of a command.
-#[derive(Debug, Clone, Copy)]
-pub struct Flag {
-    /// With its dashes.
-    pub long: &'static str,
-    /// With its dash, or empty.
-    pub short: &'static str,
-    /// What follows it; None: nothing.
-    pub value: Option<Kind>,
-}
-
-/// One command as shells see it.
-#[derive(Debug, Clone, Copy)]
-pub struct Command {
-    /// Its words after `omni-deploy`: `status`, `manifest add-service`.
-    pub words: &'static str,
-    /// Its flags beside those of the configuration and `--help`.
-    pub flags: &'static [Flag],
-    /// Its arguments in order; files repeat.
-    pub args: &'static [Kind],
-}
-
-const fn switch(long: &'static str, short: &'static str) -> Flag {
-    Flag { long, short, value: None }
-}
-
-const fn option(long: &'static str, short: &'static str, kind: Kind) -> Flag {
-    Flag { long, short, value: Some(kind) }
-}
-
-const JSON: Flag = switch("--json", "");
-const HOST: Flag = option("--host", "", Kind::Host);
-const SERVICE: Flag = option("--service", "", Kind::Service);
-const TIMEOUT: Flag = option("--timeout", "", Kind::Free);
-const ACCEPT_SERIAL: Flag = option("--accept-serial", "", Kind::Free);
-const RETRY: Flag = option("--retry", "", Kind::Service);
-const ALLOW_EMPTY: Flag = switch("--allow-empty", "");
-
-const fn command(words: &'static str, flags: &'static [Flag], args: &'static [Kind]) -> Command {
-    Command { words, flags, args }
-}
-
-/// The commands and subcommands. A test holds it against what `--help` of each says.
-pub const COMMANDS: &[Command] = &[
-    command("manifest", &[], &[]),
-    command("manifest init", &[], &[]),
-    command("manifest show", &[SERVICE], &[Kind::Version]),
-    command("manifest list", &[JSON, option("--number", "-n", Kind::Free), switch("--all", "")], &[]),
-    command("manifest update", &[option("--revision", "", Kind::Free)], &[Kind::Service, Kind::File]),
-    command("manifest add-service", &[], &[Kind::File]),
-    command("manifest remove-service", &[], &[Kind::Service]),
-    command("manifest set", &[], &[Kind::Service]),
-    command("manifest edit", &[option("--draft", "", Kind::File)], &[]),
-    command("manifest diff", &[], &[Kind::Version, Kind::Version]),
-    command("manifest rollback", &[SERVICE], &[Kind::Version]),
-    command("manifest validate", &[], &[Kind::File]),
-    command("manifest sign", &[option("--hash", "", Kind::Free)], &[]),
-    command("manifest verify", &[option("--accept-version", "", Kind::Free)], &[Kind::Version]),
-    command("manifest schema", &[], &[]),
-    command("keygen", &[], &[Kind::Free]),
-    command("deployer", &[], &[]),
-    command("deployer run", &[switch("--timer", ""), RETRY, ALLOW_EMPTY, ACCEPT_SERIAL], &[]),
-    command("deployer plan", &[JSON, RETRY, ALLOW_EMPTY, ACCEPT_SERIAL], &[]),
-    command("deployer state", &[JSON, switch("--live", ""), switch("--domains", "")], &[]),
-    command("deployer watch", &[option("--serial", "", Kind::Free)], &[]),
-    command("deployer pause", &[option("--for", "", Kind::Free)], &[Kind::Service]),
-    command("deployer resume", &[], &[Kind::Service]),
-    command("deployer rollback", &[switch("--unpin", "")], &[Kind::Service]),
-    command(
-        "push",
-        &[SERVICE, switch("--require-clean", ""), switch("--rewrite", ""), switch("--wait", ""), TIMEOUT],
-        &[Kind::File],
-    ),
-    command(
-        "ship",
-        &[SERVICE, switch("--require-clean", ""), switch("--rewrite", ""), TIMEOUT],
-        &[Kind::File],
-    ),
-    command("status", &[HOST, JSON, switch("--watch", ""), switch("--live", "")], &[Kind::Service]),
-    command(
-        "logs",
-        &[
-            switch("--follow", "-f"),
-            option("--lines", "-n", Kind::Free),
-            option("--since", "", Kind::Free),
-            HOST,
-        ],
-        &[Kind::Journal],
-    ),
-    command("secrets", &[], &[]),
-    command("secrets check", &[HOST], &[Kind::Service]),
-    command(
-        "secrets edit",
-        &[HOST, option("--file", "", Kind::Free), switch("--restart", "")],
-        &[Kind::Service],
-    ),
-    command("doctor", &[switch("--host", ""), JSON], &[]),
-    command("init", &[option("--key-name", "", Kind::Free)], &[Kind::Free]),
-    command("config", &[JSON], &[]),
-    command("completions", &[], &[Kind::Words(&["bash", "zsh", "fish"])]),
-    command("man", &[], &[Kind::Words(&["omni-deploy", "deploy-manifest", "deployer"])]),
+/// What can be offered for the values that usage texts name so. Of several, as in `deployer|caddy`, those that are not
+/// here are to be typed as they are.
+const KINDS: &[(&str, Kind)] = &[
+    ("service", Kind::Service),
+    ("host", Kind::Host),
+    ("version", Kind::Version),
+    ("file", Kind::File),
+    ("directory", Kind::File),
+    ("storepath", Kind::File),
+    ("target", Kind::File),
+    ("@file", Kind::Free),
+    ("-", Kind::Free),
+    ("json", Kind::Free),
+    ("name", Kind::Free),
+    ("key", Kind::Free),
+    ("url", Kind::Free),
+    ("command", Kind::Free),
+    ("commit", Kind::Free),
+    ("hash", Kind::Free),
+    ("count", Kind::Free),
+    ("lines", Kind::Free),
+    ("number", Kind::Free),
+    ("serial", Kind::Free),
+    ("seconds", Kind::Free),
+    ("time", Kind::Free),
+    ("field=value", Kind::Free),
 ];
 
 /// How long a shell waits for names.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+// bash has taken the line apart also at each = and :, and replaces what is after the last of them.
 const BASH: &str = r#"# bash completion for omni-deploy, deploy-manifest and deployer
 _omni_deploy() {
-    local line cur=${COMP_WORDS[COMP_CWORD]} files=
-    COMPREPLY=()
+    local line word cur=${COMP_WORDS[COMP_CWORD]} rest=${COMP_LINE:0:COMP_POINT} files= words=()
+    for word in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do
+        if [[ $words && $rest && $rest != [[:space:]]* ]]; then
+            words[-1]+=$word
+        else
+            words+=("$word") rest=${rest#"${rest%%[![:space:]]*}"}
+        fi
+        rest=${rest#"$word"}
+    done
+    [[ $cur == [=:] ]] && cur=
+    word=${words[-1]} COMPREPLY=()
     while IFS= read -r line; do
-        if [[ $line == :files ]]; then files=1; else COMPREPLY+=("${line%%$'\t'*}"); fi
-    done < <(omni-deploy completions --complete -- "${COMP_WORDS[@]:0:COMP_CWORD+1}" 2>/dev/null)
+        if [[ $line == :files ]]; then files=1; continue; fi
+        line=${line%%$'\t'*}
+        COMPREPLY+=("${line#"${word%"$cur"}"}")
+    done < <(omni-deploy completions --complete -- "${words[@]}" 2>/dev/null)
     if [[ $files ]]; then
         compopt -o filenames
         while IFS= read -r line; do COMPREPLY+=("$line"); done < <(compgen -f -- "$cur")
@@ -183,7 +120,10 @@ _omni-deploy() {
         fi
     done
     (( $#found )) && _describe -V omni-deploy found
-    (( files )) && _files
+    if (( files )); then
+        compset -P '--*='
+        _files
+    fi
     return 0
 }
 if [[ $funcstack[1] == _omni-deploy ]]; then
@@ -199,7 +139,10 @@ function __omni_deploy_complete
     set -l current (commandline -ct)
     for line in (omni-deploy completions --complete -- $words "$current" 2>/dev/null)
         if test "$line" = :files
-            __fish_complete_path "$current"
+            set -l flag (string match -r -- '^--[^=]*=' "$current")
+            for path in (__fish_complete_path (string replace -r -- '^--[^=]*=' '' "$current"))
+                printf '%s\n' "$flag$path"
+            end
         else
             printf '%s\n' $line
         end
@@ -211,24 +154,22 @@ end
 "#;
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let args: Args = call.parse()?;
+pub(super) fn run(args: &Args) -> Result<u8> {
     if args.complete {
-        let found = candidates(&args.words, &names);
+        let words = [std::slice::from_ref(&args.shell), &args.words].concat();
+        let found = candidates(&words, &names);
         return print(&found.iter().map(|line| format!("{line}\n")).collect::<String>()).map(|()| 0);
     }
-    let script = match args.words.as_slice() {
-        [shell] => match shell.as_str() {
-            "bash" => BASH,
-            "zsh" => ZSH,
-            "fish" => FISH,
-            _ => {
-                return Err(Error::usage(format!(
-                    "no completions for '{shell}'; bash, zsh and fish have them"
-                )));
-            }
-        },
-        _ => return Err(Error::usage("name one shell: bash, zsh or fish")),
+    if let Some(other) = args.words.first() {
+        return Err(Error::usage(format!("one shell at a time; '{other}' is another")));
+    }
+    let script = match args.shell.as_str() {
+        "bash" => BASH,
+        "zsh" => ZSH,
+        "fish" => FISH,
+        shell => {
+            return Err(Error::usage(format!("no completions for '{shell}'; bash, zsh and fish have them")));
+        }
     };
     print(script).map(|()| 0)
 }
@@ -237,91 +178,63 @@ pub fn run(call: &Call) -> Result<u8> {
 /// up for a kind, with the configuration's flags that were typed.
 fn candidates(words: &[String], names: &dyn Fn(Kind, &config::Flags) -> Vec<String>) -> Vec<String> {
     let Some((current, before)) = words.split_last() else { return Vec::new() };
-    let Some((called, before)) = before.split_first() else { return Vec::new() };
-    let mut path = match called.rsplit('/').next() {
-        Some("deploy-manifest") => "manifest".to_string(),
-        Some("deployer") => "deployer".to_string(),
-        _ => String::new(),
-    };
-    let begins = |candidate: &str| candidate.starts_with(current.as_str());
-    if let Some(key) = before.last().and_then(|word| KEYS.iter().find(|k| k.flag == word)) {
-        let kind = match key.name {
-            "host" | "defaultHosts" => Kind::Host,
-            "secretKeyFile" | "unitDir" => Kind::File,
-            _ => Kind::Free,
-        };
-        return values(kind, current, &config::Flags::new(), names);
+    if before.is_empty() {
+        return Vec::new();
     }
-    let Ok((flags, before)) = config::split_flags(before) else { return Vec::new() };
-    let below = |path: &str| -> Vec<&'static str> {
-        let prefix = if path.is_empty() { String::new() } else { format!("{path} ") };
-        let rest = COMMANDS.iter().filter_map(|c| c.words.strip_prefix(prefix.as_str()));
-        rest.filter(|rest| !rest.contains(' ')).collect()
-    };
-    let mut given = 0;
-    let mut before = before.iter();
-    while let Some(word) = before.next() {
-        let command = COMMANDS.iter().find(|c| c.words == path);
-        let flag = command.and_then(|c| c.flags.iter().find(|f| f.long == word || f.short == word));
-        match flag {
-            Some(Flag { value: Some(kind), .. }) => {
-                if before.next().is_none() {
-                    return values(*kind, current, &flags, names);
-                }
-            }
-            Some(_) => {}
-            None if given == 0 && (path.is_empty() || below(&path).contains(&word.as_str())) => {
-                path = if path.is_empty() { word.clone() } else { format!("{path} {word}") };
-            }
-            None if word.starts_with('-') => {}
-            None => given += 1,
+    let (current, before, prefix) = match current.split_once('=') {
+        Some((flag, value)) if flag.starts_with("--") => {
+            (value, [before, &[flag.to_string()]].concat(), format!("{flag}="))
         }
-    }
-    let command = COMMANDS.iter().find(|c| c.words == path);
-    if current.starts_with('-') {
-        let own = command.map_or(&[][..], |c| c.flags).iter().map(|f| f.long);
-        return own
-            .chain(["--help"])
-            .chain(KEYS.iter().map(|k| k.flag))
-            .filter(|f| begins(f))
-            .map(String::from)
-            .collect();
-    }
-    if path.is_empty() {
-        let applets = APPLETS.iter().filter(|(name, ..)| begins(name));
-        return applets.map(|(name, _, what)| format!("{name}\t{what}")).collect();
-    }
-    let mut found: Vec<String> = match given {
-        0 => below(&path).into_iter().filter(|word| begins(word)).map(String::from).collect(),
-        _ => Vec::new(),
+        _ => (current.as_str(), before.to_vec(), String::new()),
     };
-    let args = command.map_or(&[][..], |c| c.args);
-    let repeated = args.last().filter(|kind| **kind == Kind::File);
-    if let Some(kind) = args.get(given).or(repeated) {
-        found.extend(values(*kind, current, &flags, names));
+    let tree = tree();
+    let line = dispatch::read(&tree, &before);
+    let value = |name: &str| {
+        let mut all: Vec<String> =
+            name.split('|').flat_map(|part| offered(part, name, &line.flags, names)).collect();
+        all.retain(|word| word.starts_with(current) || word == FILES);
+        all.iter().map(|word| if word == FILES { word.clone() } else { format!("{prefix}{word}") }).collect()
+    };
+    if let Some(name) = line.awaits {
+        return value(name);
     }
-    found
+    let described = |(word, what): (&str, &str)| {
+        word.starts_with(current).then(|| format!("{word}\t{}", dispatch::gist(what)))
+    };
+    if current.starts_with('-') {
+        let own = dispatch::flags(line.command).map(|f| (f.long, f.description));
+        let others = KEYS.map(|k| (k.flag, k.what));
+        return own.chain([("--help", "print the usage")]).chain(others).filter_map(described).collect();
+    }
+    if !line.command.commands.is_empty() {
+        let below = dispatch::shown(line.command).map(|sub| (sub.name, sub.description));
+        return if line.words.is_empty() { below.filter_map(described).collect() } else { Vec::new() };
+    }
+    let places = line.command.positionals;
+    let repeated = places.last().filter(|p| p.optionality == Optionality::Repeating);
+    match places.get(line.words.len()).or(repeated).filter(|p| !p.hidden) {
+        Some(place) => value(place.name),
+        None => Vec::new(),
+    }
 }
 
-fn values(
-    kind: Kind,
-    current: &str,
+/// Stands for files, which the shell completes itself.
+const FILES: &str = ":files";
+
+/// What can be offered for a part of a value's name.
+fn offered(
+    part: &str,
+    name: &str,
     flags: &config::Flags,
     names: &dyn Fn(Kind, &config::Flags) -> Vec<String>,
 ) -> Vec<String> {
-    let mut all: Vec<String> = match kind {
-        Kind::Free => Vec::new(),
-        Kind::File => return vec![":files".into()],
-        Kind::Words(words) => words.iter().map(|w| w.to_string()).collect(),
-        Kind::Service | Kind::Host | Kind::Version => names(kind, flags),
-        Kind::Journal => {
-            let mut all = names(Kind::Service, flags);
-            all.extend(["deployer".into(), "caddy".into()]);
-            all
-        }
-    };
-    all.retain(|word| word.starts_with(current));
-    all
+    match KINDS.iter().find(|(known, _)| *known == part) {
+        Some((_, Kind::Free)) => Vec::new(),
+        Some((_, Kind::File)) => vec![FILES.into()],
+        Some((_, kind)) => names(*kind, flags),
+        None if part == name => Vec::new(),
+        None => vec![part.into()],
+    }
 }
 
 /// Names from the store; none when it does not answer soon.
@@ -380,10 +293,14 @@ mod tests {
         for (line, want) in [
             ("omni-deploy sta", vec!["status"]),
             ("/usr/bin/omni-deploy --store s3://b sta", vec!["status"]),
+            ("omni-deploy help sta", vec!["status"]),
             ("omni-deploy status ", vec!["ava", "web"]),
             ("omni-deploy status a", vec!["ava"]),
             ("omni-deploy status ava ", vec![]),
             ("omni-deploy status --host ", vec!["biz"]),
+            ("omni-deploy status --host=", vec!["--host=biz"]),
+            ("omni-deploy status --host=b", vec!["--host=biz"]),
+            ("omni-deploy status --host=biz w", vec!["web"]),
             ("omni-deploy --this-host b", vec!["biz"]),
             ("omni-deploy logs -f ", vec!["ava", "web", "deployer", "caddy"]),
             ("omni-deploy logs -n 5 w", vec!["web"]),
@@ -391,10 +308,16 @@ mod tests {
             ("omni-deploy status --li", vec!["--live"]),
             ("omni-deploy status --stor", vec!["--store"]),
             ("omni-deploy --secret-key-file ", vec![":files"]),
+            ("omni-deploy --secret-key-file=/et", vec![":files"]),
             ("omni-deploy completions z", vec!["zsh"]),
+            ("omni-deploy completions zsh ", vec![]),
+            ("omni-deploy man depl", vec!["deploy-manifest", "deployer"]),
+            ("omni-deploy secrets ", vec!["check", "edit"]),
+            ("omni-deploy secrets check ", vec!["ava", "web"]),
             ("deploy-manifest ro", vec!["rollback"]),
             ("deploy-manifest rollback --service w", vec!["web"]),
             ("omni-deploy manifest rollback ", vec!["manifest-1.json"]),
+            ("deploy-manifest diff 1 ", vec!["manifest-1.json"]),
             ("deploy-manifest update ava ", vec![":files"]),
             ("omni-deploy push a.py ", vec![":files"]),
             ("deployer run --retry a", vec!["ava"]),
@@ -405,15 +328,30 @@ mod tests {
         ] {
             assert_eq!(complete(line), want, "{line:?}");
         }
-        let all = complete("omni-deploy ");
-        assert_eq!(all, APPLETS.iter().map(|(name, ..)| name.to_string()).collect::<Vec<_>>());
+        let tree = tree();
+        let commands: Vec<&str> = dispatch::shown(&tree).map(|sub| sub.name).collect();
+        assert_eq!(complete("omni-deploy "), commands);
     }
 
     #[test]
-    fn every_command_of_the_table_is_one_that_is_dispatched() {
-        for command in COMMANDS {
-            let first = command.words.split(' ').next().unwrap_or_default();
-            assert!(APPLETS.iter().any(|(name, ..)| *name == first), "{}", command.words);
+    fn every_value_has_a_kind_and_every_kind_a_value() {
+        fn used(command: &dispatch::Command, names: &mut BTreeSet<&'static str>) {
+            names.extend(command.positionals.iter().filter(|p| !p.hidden).map(|p| p.name));
+            names.extend(dispatch::flags(command).filter_map(|f| match f.kind {
+                argh::FlagInfoKind::Option { arg_name } => Some(arg_name),
+                argh::FlagInfoKind::Switch => None,
+            }));
+            dispatch::shown(command).for_each(|sub| used(sub, names));
+        }
+        let mut names: BTreeSet<&str> = KEYS.iter().map(|k| k.value).collect();
+        used(&tree(), &mut names);
+        for name in &names {
+            let known = KINDS.iter().any(|(known, _)| known == name) || name.contains('|');
+            assert!(known, "what can be offered for <{name}>? KINDS does not say");
+        }
+        let parts: BTreeSet<&str> = names.iter().flat_map(|name| name.split('|')).collect();
+        for (known, _) in KINDS {
+            assert!(parts.contains(known), "nothing is called <{known}>");
         }
     }
 

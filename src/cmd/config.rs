@@ -6,24 +6,25 @@ use crate::config::{KEYS, Sourced};
 use crate::error::Result;
 use crate::say::printable;
 use crate::store::url::without_secrets;
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use serde_json::{Map, Value, json};
 
 /// Print the effective configuration and where each value came from.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "omni-deploy config\nOMNI_DEPLOY_STORE=file:///tmp/s omni-deploy config --json | jq .settings.store",
+    subcommand,
+    name = "config",
+    example = "{command_name}\nOMNI_DEPLOY_STORE=file:///tmp/s {command_name} --json | jq .settings.store",
     note = "A flag beats the environment, which beats ~/.config/omni-deploy/config.json, which beats /etc/omni-deploy/config.json."
 )]
-struct Args {
+pub(super) struct Args {
     /// print JSON
     #[argh(switch)]
     json: bool,
 }
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let args: Args = call.parse()?;
+pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     let settings = call.settings()?;
     let shown = |name: &str| {
         let Some(Sourced { value, source }) = settings.sources.get(name) else { return (None, "default") };

@@ -14,25 +14,29 @@ use crate::deployer::state::{LastError, RouteStatus, State, Status, attention};
 use crate::deployer::systemd;
 use crate::error::{Error, Result};
 use crate::say;
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use serde_json::{Value, json};
 use std::path::Path;
 
-#[derive(FromArgs)]
-/// Bring this host to what the manifest says. Without a command: run.
+#[derive(FromArgs, ArgsInfo)]
+/// Bring this host to what the manifest says.
 #[argh(
+    subcommand,
+    name = "deployer",
     example = "sudo {command_name} run
 sudo {command_name} plan
 {command_name} state",
-    note = "Exit codes: 0 done or nothing to do, 1 nothing could be done, 3 a service failed and its previous \
-            version runs, or it needs attention, 4 a service is down."
+    error_code(0, "done, or nothing to do"),
+    error_code(1, "nothing could be done"),
+    error_code(3, "a service failed and its previous version runs, or it needs attention"),
+    error_code(4, "a service is down")
 )]
-struct Args {
+pub(super) struct Args {
     #[argh(subcommand)]
     command: Command,
 }
 
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand)]
 enum Command {
     Run(RunArgs),
@@ -44,8 +48,8 @@ enum Command {
     Rollback(RollbackArgs),
 }
 
-#[derive(FromArgs)]
-/// Make one pass: fetch the manifest, deploy what differs, repair what is off, report.
+#[derive(FromArgs, ArgsInfo)]
+/// Make one pass: fetch the manifest, deploy what differs, repair what is off, report. Without a command this is done.
 #[argh(
     subcommand,
     name = "run",
@@ -54,86 +58,88 @@ sudo {command_name} --retry ava"
 )]
 struct RunArgs {
     #[argh(switch)]
-    /// started by the timer: a pass already under way is not waited for, and no error
+    /// started by the timer: if a pass is already under way, exit without an error
     timer: bool,
-    #[argh(option, arg_name = "name")]
-    /// try a rejected version of this service again (may be repeated)
+    #[argh(option, arg_name = "service")]
+    /// try a rejected version of this service again
     retry: Vec<String>,
     #[argh(switch)]
-    /// remove all services of this host if the manifest has none for it
+    /// accept a manifest that removes every service of this host
     allow_empty: bool,
-    #[argh(option, arg_name = "serial")]
-    /// obey a manifest of this serial although a later one was obeyed before
+    #[argh(option, arg_name = "serial", from_str_fn(super::number))]
+    /// accept a manifest with this number although this host has accepted a later one, for example after a store was
+    /// created again
     accept_serial: Option<u64>,
 }
 
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 /// Print what run would do, without touching anything.
 #[argh(subcommand, name = "plan", example = "sudo {command_name} --json | jq .services")]
 struct PlanArgs {
     #[argh(switch)]
     /// print JSON
     json: bool,
-    #[argh(option, arg_name = "name")]
-    /// as for run
+    #[argh(option, arg_name = "service")]
+    /// plan as if a rejected version of this service were tried again
     retry: Vec<String>,
     #[argh(switch)]
-    /// as for run
+    /// plan for a manifest that removes every service of this host
     allow_empty: bool,
-    #[argh(option, arg_name = "serial")]
-    /// as for run
+    #[argh(option, arg_name = "serial", from_str_fn(super::number))]
+    /// plan for a manifest with this number although this host has accepted a later one
     accept_serial: Option<u64>,
 }
 
-#[derive(FromArgs)]
-/// Print the state that the last pass left, for people.
+#[derive(FromArgs, ArgsInfo)]
+/// Print the result of the last pass.
 #[argh(subcommand, name = "state", example = "{command_name}\n{command_name} --live --json | jq .live")]
 struct StateArgs {
     #[argh(switch)]
     /// print the file as it is
     json: bool,
     #[argh(switch)]
-    /// with --json: also what systemd says now of our units, of the deployer and of its timer
+    /// with --json: also what systemd says now about the services' units, the deployer and its timer
     live: bool,
     #[argh(switch)]
-    /// with --live: also what visitors of this host's domains meet
+    /// with --live: also what visitors of this host's domains get: DNS, certificate, answer
     domains: bool,
 }
 
-#[derive(FromArgs)]
-/// Start the deployer's unit and print the answer of 'state --live --json', with what came of the start, as soon as
-/// its pass has a result: for 'omni-deploy ship'.
+#[derive(FromArgs, ArgsInfo)]
+/// Start the deployer's unit and wait for a result, as 'omni-deploy ship' does. Then prints what 'state --live --json'
+/// prints, and how the start ended. A pass has a result when it has ended, or when only the last connections to a
+/// candidate are left.
 #[argh(subcommand, name = "watch", example = "sudo {command_name} --serial 42 | jq .start")]
 struct WatchArgs {
-    #[argh(option, arg_name = "serial")]
-    /// the manifest's serial that a result is awaited for
+    #[argh(option, arg_name = "serial", from_str_fn(super::number))]
+    /// the number of the manifest to wait for
     serial: u64,
 }
 
-#[derive(FromArgs)]
-/// Stop a service on purpose: passes and boots leave it stopped until it is resumed.
+#[derive(FromArgs, ArgsInfo)]
+/// Stop a service. Passes and reboots leave it stopped until it is resumed or its time is over.
 #[argh(subcommand, name = "pause", example = "sudo {command_name} ava --for 2h")]
 struct PauseArgs {
-    #[argh(positional)]
+    #[argh(positional, arg_name = "service")]
     /// the service
     name: String,
     #[argh(option, long = "for", arg_name = "time")]
-    /// end by itself after this time: 90s, 30m, 2h or 1d
+    /// how long the pause lasts: 90s, 30m, 2h or 1d
     duration: Option<String>,
 }
 
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 /// End a pause: the service is started again.
 #[argh(subcommand, name = "resume", example = "sudo {command_name} ava")]
 struct ResumeArgs {
-    #[argh(positional)]
+    #[argh(positional, arg_name = "service")]
     /// the service
     name: String,
 }
 
-#[derive(FromArgs)]
-/// Go back to the closure that ran before, without network, and stay there until the manifest names another
-/// path.
+#[derive(FromArgs, ArgsInfo)]
+/// Go back to the closure that ran before. The host still has it: no network is needed. The service stays there until the manifest names another
+/// path or --unpin is given.
 #[argh(
     subcommand,
     name = "rollback",
@@ -141,24 +147,16 @@ struct ResumeArgs {
 sudo {command_name} ava --unpin"
 )]
 struct RollbackArgs {
-    #[argh(positional)]
+    #[argh(positional, arg_name = "service")]
     /// the service
     name: String,
     #[argh(switch)]
-    /// end it: go to what the manifest names
+    /// end a rollback: use what the manifest names
     unpin: bool,
 }
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let mut call = call.clone();
-    let first = call.args.first().map(String::as_str);
-    let asks_for_help = matches!(first, Some("--help" | "help"));
-    let is_option = first.is_none_or(|a| a.starts_with('-'));
-    if is_option && !asks_for_help {
-        call.args.insert(0, "run".into());
-    }
-    let args: Args = call.parse()?;
+pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     match args.command {
         Command::Run(a) => {
             let asks = Asks {
@@ -191,10 +189,10 @@ pub fn run(call: &Call) -> Result<u8> {
             print(&if a.json { plan_json(&preview) } else { plan_text(&preview, &settings) })?;
             Ok(0)
         }
-        Command::State(a) if a.live => live(&call, &a),
+        Command::State(a) if a.live => live(call, &a),
         Command::State(a) if a.domains => Err(Error::usage("--domains goes with --live --json")),
         Command::State(a) => state(a.json),
-        Command::Watch(a) => watch(&call, a.serial),
+        Command::Watch(a) => watch(call, a.serial),
         Command::Pause(a) => {
             let length = a.duration.as_deref().map(seconds).transpose()?;
             pass::decide(&call.settings()?, &a.name, Decision::Pause(length))

@@ -6,19 +6,22 @@ use crate::deployer::live;
 use crate::error::{EXIT_FAILED, Error, Result};
 use crate::say::{self, printable, printable_json};
 use crate::see::checks::{Check, Verdict, credentials, host, machine};
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use serde_json::json;
 use std::io::IsTerminal;
 
-/// Check configuration, store, keys and programs, and on a host also systemd, Caddy and secrets, with remedies.
-#[derive(FromArgs)]
+/// Check this machine, with remedies. Looks at configuration, store, keys and programs, and on a host also at systemd,
+/// Caddy, the timer, domains, secrets, how exposed the services are, and disk space.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "omni-deploy doctor\nsudo omni-deploy doctor --host\nomni-deploy doctor --json | jq '.checks[] | select(.verdict == \"fail\")'",
+    subcommand,
+    name = "doctor",
+    example = "{command_name}\nsudo {command_name} --host\n{command_name} --json | jq '.checks[] | select(.verdict == \"fail\")'",
     note = "On a machine with a deployer the host is checked without being asked for.",
     error_code(0, "nothing failed (warnings may have been given)"),
     error_code(1, "some check failed")
 )]
-struct Args {
+pub(super) struct Args {
     /// check this machine as a host, also without a deployer on it
     #[argh(switch)]
     host: bool,
@@ -28,8 +31,7 @@ struct Args {
 }
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let args: Args = call.parse()?;
+pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     let checks = look(call, args.host || host::is_host());
     let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
     if args.json {

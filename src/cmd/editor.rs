@@ -10,18 +10,18 @@ use std::path::{Path, PathBuf};
 /// In the environment of a process that ignores the terminal's signals.
 const DEAF: &str = "OMNI_DEPLOY_DEAF";
 
-/// Becomes a process that an editor's Ctrl-C does not end, once. `command` is what `call` is a call of.
-pub fn ignore_its_signals(call: &Call, command: &str) -> Result<()> {
+/// Becomes a process that an editor's Ctrl-C does not end, once.
+pub fn ignore_its_signals(call: &Call) -> Result<()> {
     if std::env::var_os(DEAF).is_some() {
         return Ok(());
     }
-    let mut run = Run::new(std::env::current_exe()?.to_string_lossy()).arg(command).args(&call.args);
+    let mut run = Run::new(std::env::current_exe()?.to_string_lossy());
     for key in KEYS {
         if let Some(value) = call.flags.get(key.name) {
             run = run.arg(format!("{}={value}", key.flag));
         }
     }
-    Ok(run.env(DEAF, "1").deaf()?)
+    Ok(run.args(&call.args).env(DEAF, "1").deaf()?)
 }
 
 /// The same run, with the terminal's signals as they usually are.

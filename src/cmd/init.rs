@@ -14,20 +14,23 @@ use crate::manifest::signature::{self, Trust};
 use crate::say;
 use crate::store::url::without_secrets;
 use crate::store::{CacheUrl, Store, StoreUrl};
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use serde_json::{Map, Value, json};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// Set a developer's machine up: configuration, signing key, manifest. Prints the configuration for the hosts.
-#[derive(FromArgs)]
+/// Set a developer's machine up. Writes the configuration, makes a signing key unless one is configured, creates the
+/// manifest unless there is one, and prints the configuration that hosts need.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "omni-deploy init 's3://bucket?region=eu-central-1'\nomni-deploy init file:///srv/omni-deploy\nomni-deploy init | ssh biz sudo install -D -m 644 /dev/stdin /etc/omni-deploy/config.json",
+    subcommand,
+    name = "init",
+    example = "{command_name} 's3://bucket?region=eu-central-1'\n{command_name} file:///srv/omni-deploy\n{command_name} | ssh biz sudo install -D -m 644 /dev/stdin /etc/omni-deploy/config.json",
     note = "Flags of the configuration that are given here (--cache, --default-hosts, …) are written to the file too."
 )]
-struct Args {
+pub(super) struct Args {
     /// the bucket of the manifest: s3://BUCKET[/PREFIX]?region=… or file:///DIR
-    #[argh(positional)]
+    #[argh(positional, arg_name = "url")]
     store: Option<String>,
     /// name of the signing key to make, if none is configured
     #[argh(option, arg_name = "name")]
@@ -35,8 +38,7 @@ struct Args {
 }
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let args: Args = call.parse()?;
+pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     let mut flags = call.flags.clone();
     if let Some(store) = args.store
         && let Some(other) = flags.insert("store", store)

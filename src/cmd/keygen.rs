@@ -1,25 +1,24 @@
 //! `omni-deploy keygen`: a new signing key, for closures and manifests alike.
 
-use super::{Call, print};
+use super::print;
 use crate::config;
 use crate::error::Result;
 use crate::keys::SecretKey;
 use crate::say;
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 
-/// Make a signing key: NAME.secret (mode 0600) and NAME.pub below ~/.config/omni-deploy/keys. Prints the public
-/// key; never overwrites one.
-#[derive(FromArgs)]
-#[argh(example = "  {command_name} ann-2026")]
-struct Args {
+/// Make a signing key. It is NAME.secret (mode 0600) and NAME.pub below ~/.config/omni-deploy/keys; the public key is
+/// printed. Never overwrites one.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand, name = "keygen", example = "{command_name} ann-2026")]
+pub(super) struct Args {
     /// the key's name, which its signatures carry
     #[argh(positional)]
     name: String,
 }
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let args: Args = call.parse()?;
+pub(super) fn run(args: Args) -> Result<u8> {
     let key = SecretKey::generate(&args.name)?;
     let path = key.write(&config::user_dir().join("keys"))?;
     say::notice(format!("made {}; to sign with it: 'secretKeyFile' in the configuration", path.display()));

@@ -11,19 +11,21 @@ use crate::runner::Stream;
 use crate::say::{self, printable};
 use crate::see::reports;
 use crate::ssh;
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use std::collections::BTreeSet;
 use std::sync::mpsc;
 
-/// The journal of a service, the deployer or Caddy, from the hosts that run it.
-#[derive(FromArgs)]
+/// Show the journal of a service, the deployer or Caddy, from the hosts that run it.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "omni-deploy logs ava -f\nomni-deploy logs ava --since '1 hour ago'\nomni-deploy logs deployer -n 50 --host biz",
+    subcommand,
+    name = "logs",
+    example = "{command_name} ava -f\n{command_name} ava --since '1 hour ago'\n{command_name} deployer -n 50 --host biz",
     note = "Without -n and --since the last 100 lines are shown. With several hosts, each line begins with its host."
 )]
-struct Args {
-    /// a service's name, or deployer, or caddy
-    #[argh(positional)]
+pub(super) struct Args {
+    /// whose journal
+    #[argh(positional, arg_name = "service|deployer|caddy")]
     name: String,
     /// go on with new lines as they come, until Ctrl-C
     #[argh(switch, short = 'f')]
@@ -32,7 +34,7 @@ struct Args {
     #[argh(option, short = 'n', arg_name = "lines", from_str_fn(lines))]
     lines: Option<String>,
     /// since when, in a form of systemd.time(7): yesterday, '1 hour ago', '2026-11-22 18:00'
-    #[argh(option, from_str_fn(since))]
+    #[argh(option, arg_name = "time", from_str_fn(since))]
     since: Option<String>,
     /// only this host
     #[argh(option)]
@@ -61,8 +63,7 @@ fn since(text: &str) -> Result<String, String> {
 }
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let args: Args = call.parse()?;
+pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     let settings = call.settings()?;
     let (unit, hosts) = which(&settings, &args)?;
     let words = journalctl(&unit, &args);

@@ -1,24 +1,30 @@
-//! `omni-deploy man`: the manual pages, which are part of the binary. On a terminal man(1) shows them; otherwise
-//! they come as roff.
+//! `omni-deploy man`: the manual pages, which are part of the binary. What they say of commands, flags and the
+//! configuration comes from where those are declared; the rest is in `docs/man/`. On a terminal man(1) shows them;
+//! otherwise they come as roff.
 
-use super::{Call, print};
+use super::usage::{arguments, filled, options, synopsis};
+use super::{print, tree};
+use crate::config::KEYS;
+use crate::dispatch::{self, CALLED, Command, spoken};
 use crate::error::{Error, Result, did_you_mean};
 use crate::runner::{Run, RunError};
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use std::io::{IsTerminal, Write};
 
-/// List the manual pages, or print one.
-#[derive(FromArgs)]
+/// List the manual pages, or show one.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "omni-deploy man\nomni-deploy man deployer\nomni-deploy man deployer > /usr/local/share/man/man8/deployer.8"
+    subcommand,
+    name = "man",
+    example = "{command_name}\n{command_name} deployer\n{command_name} deployer > /usr/local/share/man/man8/deployer.8"
 )]
-struct Args {
-    /// the page: omni-deploy, deploy-manifest or deployer
-    #[argh(positional)]
+pub(super) struct Args {
+    /// the page, also as deployer.8 or deployer(8)
+    #[argh(positional, arg_name = "omni-deploy|deploy-manifest|deployer")]
     page: Option<String>,
 }
 
-/// The pages: name, section, roff with `@VERSION@` for ours.
+/// The pages: name, section, roff with `@VERSION@`, `@COMMANDS@` and `@CONFIGURATION@` for ours.
 const PAGES: [(&str, &str, &str); 3] = [
     ("omni-deploy", "1", include_str!("../../docs/man/omni-deploy.1")),
     ("deploy-manifest", "1", include_str!("../../docs/man/deploy-manifest.1")),
@@ -26,8 +32,7 @@ const PAGES: [(&str, &str, &str); 3] = [
 ];
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let args: Args = call.parse()?;
+pub(super) fn run(args: Args) -> Result<u8> {
     let Some(wanted) = args.page else {
         let list = PAGES.map(|(name, section, _)| format!("{name}({section})\n")).concat();
         return print(&list).map(|()| 0);
@@ -35,11 +40,11 @@ pub fn run(call: &Call) -> Result<u8> {
     let names = |(name, section, _): &(&str, &str, &str)| {
         wanted == *name || wanted == format!("{name}({section})") || wanted == format!("{name}.{section}")
     };
-    let Some((_, _, roff)) = PAGES.iter().find(|page| names(page)) else {
+    let Some((name, _, roff)) = PAGES.iter().find(|page| names(page)) else {
         let near = did_you_mean(&wanted, PAGES.iter().map(|(name, ..)| *name));
         return Err(Error::new(format!("no manual page '{wanted}'{near}; 'omni-deploy man' lists them")));
     };
-    let text = roff.replace("@VERSION@", env!("CARGO_PKG_VERSION"));
+    let text = page(name, roff);
     if std::io::stdout().is_terminal() {
         let mut file = tempfile::NamedTempFile::new()?;
         file.write_all(text.as_bytes())?;
@@ -51,36 +56,108 @@ pub fn run(call: &Call) -> Result<u8> {
     print(&text).map(|()| 0)
 }
 
+/// A page as man(1) takes it.
+fn page(name: &str, roff: &str) -> String {
+    let tree = tree();
+    let mut commands = String::new();
+    match CALLED.iter().find(|(called, _)| *called == name) {
+        Some((_, of)) => dispatch::shown(&tree).filter(|sub| sub.name == *of).for_each(|sub| {
+            dispatch::shown(sub).for_each(|below| section(&mut commands, &[of, below.name], below))
+        }),
+        None => dispatch::shown(&tree).for_each(|sub| section(&mut commands, &[sub.name], sub)),
+    }
+    let keys: String = KEYS
+        .iter()
+        .map(|key| {
+            format!(".TP\n.BR {} \" ({}, {})\"\n{}", key.name, key.env, marked(key.flag), paragraph(key.what))
+        })
+        .collect();
+    roff.replace("@VERSION@", env!("CARGO_PKG_VERSION"))
+        .replace("@COMMANDS@\n", &commands)
+        .replace("@CONFIGURATION@\n", &keys)
+}
+
+/// What is said of a command: all of it, or where that is.
+fn section(text: &mut String, path: &[&str], command: &Command) {
+    let name = spoken(path);
+    if let Some((page, number, _)) = PAGES.iter().find(|(page, ..)| *page == name) {
+        let what = paragraph(command.description);
+        text.push_str(&format!(".SS {}\n{what}See\n.BR {} ({number}).\n", path.join(" "), escaped(page)));
+        return;
+    }
+    if !command.commands.is_empty() {
+        return dispatch::shown(command).for_each(|sub| section(text, &[path, &[sub.name]].concat(), sub));
+    }
+    let usage: Vec<String> = synopsis(command).iter().map(|piece| marked(piece)).collect();
+    text.push_str(&format!(
+        ".SS {}\n.B {}\n{}.PP\n{}",
+        escaped(&name[name.find(' ').map_or(0, |space| space + 1)..]),
+        escaped(&name),
+        usage.iter().map(|piece| format!("{piece}\n")).collect::<String>(),
+        paragraph(command.description)
+    ));
+    for (head, what) in arguments(command).iter().chain(&options(command)) {
+        text.push_str(&format!(".TP\n{}\n{}", marked(head), paragraph(what)));
+    }
+    for note in command.notes {
+        text.push_str(&format!(".PP\n{}", paragraph(&filled(note, &name))));
+    }
+    for code in command.error_codes {
+        text.push_str(&format!(".TP\nExit code {}\n{}", code.code, paragraph(code.description)));
+    }
+    let examples: String = command.examples.iter().map(|example| filled(example, &name) + "\n").collect();
+    text.push_str(&format!(".PP\n.EX\n{}.EE\n", examples.lines().map(paragraph).collect::<String>()));
+}
+
+/// A line of text that roff takes for nothing else.
+fn paragraph(text: &str) -> String {
+    let guard = if text.starts_with(['.', '\'']) { "\\&" } else { "" };
+    format!("{guard}{}\n", escaped(text))
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('\\', "\\e").replace('-', "\\-")
+}
+
+/// A piece of a usage text: flags are bold, names of values in italics.
+fn marked(piece: &str) -> String {
+    let word = |word: &str| {
+        let (open, word) = word.split_at(word.find(|c| c != '[').unwrap_or(word.len()));
+        let (flag, close) = word.split_at(word.find([']', ',']).unwrap_or(word.len()));
+        match flag.starts_with('-') {
+            true => format!("{open}\\fB{}\\fR{close}", escaped(flag)),
+            false => open.to_string() + &escaped(word).replace('<', "\\fI").replace('>', "\\fR"),
+        }
+    };
+    piece.split(' ').map(word).collect::<Vec<_>>().join(" ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_page_of_the_program_has_every_command_and_every_key() {
-        let text = PAGES[0].2.replace("\\-", "-");
-        for (name, ..) in crate::dispatch::APPLETS {
-            assert!(text.contains(&format!(".BR {name} ")), "{name}");
-        }
-        for key in crate::config::KEYS {
-            let line = format!(".BR {} \" (\" {} \", \" {} )", key.name, key.env, key.flag);
-            assert!(text.contains(&line), "{line}");
-        }
-    }
-
-    #[test]
-    fn every_subcommand_and_flag_is_in_its_page() {
-        for command in crate::cmd::completions::COMMANDS {
-            let (page, words) = match command.words.split_once(' ') {
-                Some(("manifest", words)) => (1, words),
-                Some(("deployer", words)) => (2, words),
-                _ => (0, command.words),
-            };
-            let text = PAGES[page].2.replace("\\-", "-");
-            let named = |mark: &str| text.contains(&format!("\n{mark} {words}"));
-            assert!(named(".B") || named(".BR"), "{}", command.words);
-            for flag in command.flags {
-                assert!(text.contains(flag.long), "{} {}", command.words, flag.long);
+    fn every_command_and_flag_and_key_is_in_a_page() {
+        let texts = PAGES.map(|(name, _, roff)| page(name, roff).replace("\\-", "-"));
+        for (path, command) in dispatch::all(&tree()) {
+            let name = spoken(&path);
+            let text = &texts[PAGES.iter().position(|(page, ..)| name.starts_with(page)).unwrap()];
+            let heading =
+                format!("\n.SS {}\n", name.split_once(' ').map_or(name.as_str(), |(_, words)| words));
+            assert!(!command.commands.is_empty() || text.contains(&heading), "{name}");
+            for flag in dispatch::flags(command) {
+                assert!(
+                    text.contains(flag.long) && text.contains(&escaped(flag.description).replace("\\-", "-")),
+                    "{name} {}",
+                    flag.long
+                );
             }
+        }
+        for key in KEYS {
+            assert!(texts[0].contains(&format!(".BR {} \" ({}, ", key.name, key.env)), "{}", key.name);
+        }
+        for mark in ["@VERSION@", "@COMMANDS@", "@CONFIGURATION@"] {
+            assert!(texts.iter().all(|text| !text.contains(mark)), "{mark}");
         }
     }
 
@@ -88,7 +165,7 @@ mod tests {
     fn man_has_nothing_to_say_against_the_pages() {
         for (name, _, roff) in PAGES {
             let mut file = tempfile::NamedTempFile::new().unwrap();
-            file.write_all(roff.as_bytes()).unwrap();
+            file.write_all(page(name, roff).as_bytes()).unwrap();
             match Run::new("man").args(["--warnings", "-l"]).arg(file.path()).output() {
                 Ok(out) => {
                     assert!(out.status.ok() && out.stderr.is_empty(), "{name}: {}", out.stderr);

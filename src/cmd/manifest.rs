@@ -19,24 +19,26 @@ use crate::manifest::{changes, json, limits, schema};
 use crate::names::{ServiceName, StorePath};
 use crate::say;
 use crate::store::{MANIFEST_KEY, Store};
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use std::io::{IsTerminal, Read};
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Edit and read the manifest: what should run where. Every change is a new version; what it replaced stays.
-#[derive(FromArgs)]
+/// Edit and read the manifest, which says what should run where. Every change is a new version; what it replaced stays.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "  {command_name} show | jq '.services[] | select(.name == \"ava\")'\n  {command_name} set ava http.internalPort=8081\n  {command_name} rollback",
-    note = "'{command_name} COMMAND --help' has the arguments and an example of each command."
+    subcommand,
+    name = "manifest",
+    example = "{command_name} show | jq '.services[] | select(.name == \"ava\")'\n{command_name} set ava http.internalPort=8081\n{command_name} rollback",
+    note = "'{command_name} help COMMAND' has the arguments and an example of each command."
 )]
-struct Args {
+pub(super) struct Args {
     #[argh(subcommand)]
     command: Command,
 }
 
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand)]
 enum Command {
     Init(Init),
@@ -55,88 +57,72 @@ enum Command {
     Schema(SchemaArgs),
 }
 
-const COMMANDS: [&str; 14] = [
-    "sign",
-    "verify",
-    "init",
-    "show",
-    "list",
-    "update",
-    "add-service",
-    "remove-service",
-    "set",
-    "edit",
-    "diff",
-    "rollback",
-    "validate",
-    "schema",
-];
-
-/// Create an empty manifest, unless there is one.
-#[derive(FromArgs)]
-#[argh(subcommand, name = "init", example = "  {command_name} --store s3://deploy?region=eu-central-1")]
+/// Create the first version, unless there is a manifest.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand, name = "init", example = "{command_name} --store s3://deploy?region=eu-central-1")]
 struct Init {}
 
-/// Print the manifest, or one of its versions, as it is stored: JSON, laid out for people.
-#[derive(FromArgs)]
+/// Print the manifest, or one of its versions, as it is stored: JSON, laid out for reading.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "show",
-    example = "  {command_name} | jq '.services[] | .artifact.storePath'\n  {command_name} manifest-20261122 --service ava"
+    example = "{command_name} | jq '.services[] | .artifact.storePath'\n{command_name} manifest-20261122 --service ava"
 )]
 struct Show {
     /// name of a version, an unambiguous beginning of one, or its serial; default: the current one
     #[argh(positional)]
     version: Option<String>,
     /// only the entry of this service
-    #[argh(option, arg_name = "name")]
+    #[argh(option)]
     service: Option<String>,
 }
 
-/// List the versions, newest first: which is in force (*), when, by whom and what it changed.
-#[derive(FromArgs)]
+/// List the versions, newest first: when, by whom, and what changed. The current one has a *.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "list",
-    example = "  {command_name} -n 5\n  {command_name} --all --json | jq '.versions[].name'"
+    example = "{command_name} -n 5\n{command_name} --all --json | jq '.versions[].name'"
 )]
 struct List {
     /// print JSON
     #[argh(switch)]
     json: bool,
     /// how many to list; default: 20
-    #[argh(option, short = 'n', arg_name = "count", default = "20")]
+    #[argh(option, short = 'n', arg_name = "count", default = "20", from_str_fn(super::number))]
     number: usize,
     /// list all
     #[argh(switch)]
     all: bool,
 }
 
-/// Give a service a new closure.
-#[derive(FromArgs)]
+/// Set the store path that a service runs.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "update",
-    example = "  {command_name} ava /nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava --revision $(git rev-parse HEAD)"
+    example = "{command_name} ava /nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava --revision $(git rev-parse HEAD)"
 )]
 struct Update {
     /// the service
-    #[argh(positional)]
+    #[argh(positional, arg_name = "service")]
     name: String,
     /// the closure's top path, /nix/store/HASH-NAME
     #[argh(positional, arg_name = "storepath")]
     path: String,
     /// the commit it was built from
-    #[argh(option, arg_name = "revision")]
+    #[argh(option, arg_name = "commit")]
     revision: Option<String>,
 }
 
-/// Add a service; what its JSON leaves out gets its default.
-#[derive(FromArgs)]
+/// Add a service; what its JSON leaves out gets its default. Only name and artifact.storePath are required;
+/// /nix/store/placeholder makes the service wait for its first push.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "add-service",
-    example = "  {command_name} '{{\"name\": \"my-service\", \"hosts\": [\"biz\"],\n    \"artifact\": {{\"storePath\": \"/nix/store/placeholder\"}},\n    \"http\": {{\"domain\": \"my.example.com\", \"internalPort\": 8080}}}}'\n  {command_name} @my-service.json"
+    example = "{command_name} '{{\"name\": \"my-service\", \"hosts\": [\"biz\"],\n    \"artifact\": {{\"storePath\": \"/nix/store/placeholder\"}},\n    \"http\": {{\"domain\": \"my.example.com\", \"internalPort\": 8080}}}}'\n{command_name} @my-service.json"
 )]
 struct AddService {
     /// the service as JSON, @FILE to read it from a file, or - to read it from stdin
@@ -144,45 +130,49 @@ struct AddService {
     service: String,
 }
 
-/// Take a service out; its hosts stop and remove it.
-#[derive(FromArgs)]
-#[argh(subcommand, name = "remove-service", example = "  {command_name} my-service")]
+/// Remove a service; its hosts stop and remove it.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand, name = "remove-service", example = "{command_name} my-service")]
 struct RemoveService {
     /// the service
-    #[argh(positional)]
+    #[argh(positional, arg_name = "service")]
     name: String,
 }
 
 /// Set fields of a service. A list is JSON or words joined by commas; null empties what may be empty, unsets a
 /// variable of the environment, and takes http or health away.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "set",
-    example = "  {command_name} ava http.internalPort=8081 env.PORT=8081 env.DEBUG=null\n  {command_name} ava hosts=biz,web1 'systemd.after=[\"postgresql.service\"]' revision=null"
+    example = "{command_name} ava http.internalPort=8081 env.PORT=8081 env.DEBUG=null\n{command_name} ava hosts=biz,web1 'systemd.after=[\"postgresql.service\"]' revision=null"
 )]
 struct Set {
     /// the service
-    #[argh(positional)]
+    #[argh(positional, arg_name = "service")]
     name: String,
     /// a field with dots for those below, and its value
     #[argh(positional, arg_name = "field=value")]
-    fields: Vec<String>,
+    field: String,
+    #[argh(positional, arg_name = "field=value")]
+    more: Vec<String>,
 }
 
 /// Edit the manifest as text with $VISUAL or $EDITOR. The result is checked, then published; what others
-/// changed meanwhile stays. serial, generation and change are written by the program.
-#[derive(FromArgs)]
+/// changed meanwhile stays. serial, generation and change are written by the program. If the current manifest cannot be
+/// read or is not signed by a trusted key, the newest version that is signed is opened, and the differences from the
+/// current one are shown. A text that could not be published is kept.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "edit", example = "  EDITOR=vim {command_name}")]
 struct Edit {
-    /// publish a text that an earlier edit kept, which was corrected since
+    /// publish a text that an earlier edit kept, once it is corrected
     #[argh(option, arg_name = "file")]
     draft: Option<String>,
 }
 
-/// Print what differs between two versions, by service and field.
-#[derive(FromArgs)]
-#[argh(subcommand, name = "diff", example = "  {command_name}\n  {command_name} 41 42")]
+/// Show what changed between two versions, by service and field.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand, name = "diff", example = "{command_name}\n{command_name} 41 42")]
 struct Diff {
     /// the older version (name, beginning of one, or serial), default: the one before the current; and the
     /// newer, default: the current one
@@ -190,88 +180,82 @@ struct Diff {
     versions: Vec<String>,
 }
 
-/// Publish what an older version said, as a new version. Without VERSION it goes to the last version before the
-/// current one that says something else, so that doing it twice comes back to where it began: it shows what that
-/// undoes, and asks on a terminal; with --service alone, to what that service was before its last change. A version
-/// that the store has lost can come from a file: the copy that a host keeps, /var/lib/deployer/manifest.json.
-#[derive(FromArgs)]
+/// Publish the content of an older version as a new version. Without a version it goes back to the last one before the
+/// current one that says something else, so that doing it twice comes back to where it began, or with --service alone to
+/// what that service was before its last change; it shows what that undoes, and asks on a terminal. A version that the
+/// store has lost can come from a file or from stdin, such as /var/lib/deployer/manifest.json of a host.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "rollback",
-    example = "  {command_name}\n  {command_name} manifest-20261122.json\n  {command_name} 41 --service ava\n  ssh biz cat /var/lib/deployer/manifest.json | {command_name} -"
+    example = "{command_name}\n{command_name} manifest-20261122.json\n{command_name} 41 --service ava\n  ssh biz cat /var/lib/deployer/manifest.json | {command_name} -"
 )]
 struct Rollback {
     /// the version (name, an unambiguous beginning of one, or serial), @FILE, or - for stdin
-    #[argh(positional)]
+    #[argh(positional, arg_name = "version|@file|-")]
     version: Option<String>,
     /// only the entry of this service
-    #[argh(option, arg_name = "name")]
+    #[argh(option)]
     service: Option<String>,
-    /// without VERSION: do not ask
+    /// without a version: do not ask
     #[argh(switch, short = 'y')]
     yes: bool,
 }
 
 /// Check the manifest in the store, or a file with a manifest or with one service.
-#[derive(FromArgs)]
-#[argh(subcommand, name = "validate", example = "  {command_name}\n  {command_name} my-service.json")]
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand, name = "validate", example = "{command_name}\n{command_name} my-service.json")]
 struct Validate {
     /// the file, or - for stdin; default: the manifest in the store
-    #[argh(positional)]
+    #[argh(positional, arg_name = "file|-")]
     file: Option<String>,
 }
 
-/// Add this machine's signature to the manifest as it is: the word that it is right. What no trusted key has signed
-/// yet is shown first, compared with the newest version that one has, and published as a signed version if you say so.
-#[derive(FromArgs)]
-#[argh(subcommand, name = "sign", example = "  {command_name}")]
+/// Sign the manifest as it is with this machine's key: the first signature of an unsigned manifest, or a second key
+/// beside the first. What no trusted key has signed is shown first, compared with the newest version that one has, has to
+/// be confirmed, and is published as a new version.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand, name = "sign", example = "{command_name}")]
 struct Sign {
-    /// without asking: the hash that 'sign' told of what you have looked at
+    /// in a script, instead of asking: the hash that 'sign' printed of what you looked at
     #[argh(option, arg_name = "hash")]
     hash: Option<String>,
 }
 
-/// Check that the manifest is signed by a trusted key, for this store, and not older than what this machine has
-/// seen; print the names of the keys.
-#[derive(FromArgs)]
+/// Check that the manifest is signed by a trusted key, for this store, and not older than what this machine has seen.
+/// Prints the names of the keys.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "verify",
-    example = "  {command_name}\n  {command_name} 41\n  {command_name} --accept-version 1"
+    example = "{command_name}\n{command_name} 41\n{command_name} --accept-version 1"
 )]
 struct Verify {
-    /// believe the version in force, of this number, although this machine has seen a newer one: the store was made
-    /// anew or restored on purpose
-    #[argh(option, arg_name = "number")]
+    /// forget what this machine has seen, and believe the current version, which must have this number: the store was
+    /// created again or restored on purpose
+    #[argh(option, arg_name = "number", from_str_fn(super::number))]
     accept_version: Option<u64>,
-    /// the version: a name of the list, its beginning, or its serial (default: the one in force)
+    /// the version: a name of the list, its beginning, or its serial; default: the current one
     #[argh(positional)]
     version: Option<String>,
 }
 
 /// Print the JSON Schema of the manifest.
-#[derive(FromArgs)]
-#[argh(subcommand, name = "schema", example = "  {command_name} > manifest.schema.json")]
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand, name = "schema", example = "{command_name} > manifest.schema.json")]
 struct SchemaArgs {}
 
-/// Stands for a lone `-`, which argh takes for an option; no argument of a process can have a NUL.
-const STDIN: &str = "\0-";
+/// Stands for what comes on stdin.
+const STDIN: &str = "-";
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let first = call.args.first().map_or("--help", String::as_str);
-    if !first.starts_with('-') && first != "help" && !COMMANDS.contains(&first) {
-        let near = did_you_mean(first, COMMANDS);
-        return Err(Error::usage(format!("no command '{first}'{near}; '{} --help' lists them", call.name)));
-    }
-    let args = call.args.iter().map(|a| if a == "-" { STDIN.into() } else { a.clone() }).collect();
-    let args: Args = Call { args, ..call.clone() }.parse()?;
+pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     match args.command {
         Command::Schema(SchemaArgs {}) => print(schema::TEXT)?,
         Command::Validate(Validate { file: Some(file) }) => validate_file(&call.settings()?, &file)?,
         command => {
             if matches!(command, Command::Edit(_)) {
-                editor::ignore_its_signals(call, "manifest")?;
+                editor::ignore_its_signals(call)?;
             }
             let settings = call.settings()?;
             let store = crate::store::open(&settings.store)?;
@@ -316,7 +300,9 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
                 Ok(Some(format!("remove-service {name}")))
             })?;
         }
-        Command::Set(Set { name, fields }) => set(settings, store, &name, &fields)?,
+        Command::Set(Set { name, field, more }) => {
+            set(settings, store, &name, &[&[field], more.as_slice()].concat())?
+        }
         Command::Edit(Edit { draft: None }) => edit_text(settings, store)?,
         Command::Edit(Edit { draft: Some(draft) }) => publish_draft(settings, store, Path::new(&draft))?,
         Command::Diff(Diff { versions }) => print_diff(settings, store, &versions)?,
@@ -557,7 +543,7 @@ fn heads(store: &dyn Store, versions: &[Version]) -> Result<Vec<Option<Head>>> {
     Ok(found.into_inner().unwrap_or_default())
 }
 
-/// What an argument names: `@FILE`, `-` (as [`STDIN`]), or the text itself.
+/// What an argument names: `@FILE`, `-`, or the text itself.
 fn input(word: &str) -> Result<Vec<u8>> {
     match word.strip_prefix('@') {
         _ if word == STDIN => stdin(),
@@ -597,9 +583,6 @@ fn add_service(settings: &Settings, store: &dyn Store, word: &str) -> Result<()>
 fn set(settings: &Settings, store: &dyn Store, name: &str, fields: &[String]) -> Result<()> {
     let usage =
         |what: String| Error::usage(format!("{what}; FIELD=VALUE is meant, such as http.internalPort=8081"));
-    if fields.is_empty() {
-        return Err(usage("nothing to set".into()));
-    }
     let mut assignments = Vec::new();
     for field in fields {
         match field.split_once('=') {

@@ -14,48 +14,75 @@ pub mod manifest;
 pub mod push;
 pub mod secrets;
 pub mod status;
+mod usage;
 
 use crate::config::{Flags, Settings};
-use crate::dispatch::{APPLETS, Applet, Invocation};
-use crate::error::{Error, Result, did_you_mean};
+use crate::dispatch::{self, Asked, Meaning};
+use crate::error::{Error, Result};
 use crate::say;
+use argh::{ArgsInfo, FromArgs};
 use std::io::Write;
 use std::process::ExitCode;
+
+/// Deploy Nix services from a developer's machine to plain hosts.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(
+    example = "{command_name} init 's3://bucket?region=eu-central-1'\n{command_name} push Biz/PodcastItLater/Web.py\n{command_name} status\ndeploy-manifest rollback",
+    note = "'{command_name} help COMMAND' has the arguments and an example of each command, '{command_name} man' the manual.",
+    error_code(0, "done, or nothing to do"),
+    error_code(1, "nothing could be done"),
+    error_code(2, "the command line was not understood"),
+    error_code(3, "something is off: a service failed and its previous version runs"),
+    error_code(4, "a service is down")
+)]
+struct Args {
+    #[argh(subcommand)]
+    command: Command,
+}
+
+/// The commands, in the order in which help lists them.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand)]
+enum Command {
+    Init(init::Args),
+    Push(push::Push),
+    Ship(push::Ship),
+    Status(status::Args),
+    Logs(logs::Args),
+    Secrets(secrets::Args),
+    Manifest(manifest::Args),
+    Deployer(deployer::Args),
+    Doctor(doctor::Args),
+    Config(config::Args),
+    Keygen(keygen::Args),
+    Completions(completions::Args),
+    Man(man::Args),
+}
+
+/// The tree of commands: the one place that knows their names, arguments and flags.
+pub fn tree() -> dispatch::Command {
+    Args::get_args_info()
+}
 
 /// A command line after its command was found.
 #[derive(Debug, Clone)]
 pub struct Call {
-    /// How it was called, for usage texts: `deploy-manifest`, `omni-deploy push`.
-    pub name: String,
-    /// Its own arguments.
+    /// The command and its arguments, in the one form that is given to argh.
     pub args: Vec<String>,
     /// The configuration's flags.
     pub flags: Flags,
 }
 
 impl Call {
-    /// Reads the arguments. Help goes to stdout with exit code 0, a usage error to stderr with 2.
-    pub fn parse<T: argh::FromArgs>(&self) -> Result<T> {
-        let name: Vec<&str> = self.name.split(' ').collect();
-        let args: Vec<&str> = self.args.iter().map(String::as_str).collect();
-        T::from_args(&name, &args).map_err(|early| match early.status {
-            Ok(()) => match print(&early.output) {
-                Ok(()) => Error::said(0),
-                Err(e) => e,
-            },
-            Err(()) => {
-                let said: Vec<&str> = early.output.split_whitespace().collect();
-                let said = said.join(" ");
-                let said = said.trim_end_matches('.');
-                Error::usage(format!("{said}; '{} --help' has the arguments and an example", self.name))
-            }
-        })
-    }
-
     /// The effective configuration.
     pub fn settings(&self) -> Result<Settings> {
         crate::config::load(&self.flags)
     }
+}
+
+/// A number as the value of a flag.
+fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
+    text.parse().map_err(|_| "a number is meant".into())
 }
 
 /// Writes data to stdout, with a newline at the end. A reader that went away (`| head`) is no error.
@@ -98,57 +125,40 @@ pub fn main() -> ExitCode {
 }
 
 fn run(argv: Vec<String>) -> Result<u8> {
-    let (flags, rest) = crate::config::split_flags(argv.get(1..).unwrap_or_default())?;
-    let line: Vec<String> = argv.iter().take(1).cloned().chain(rest).collect();
-    let (name, applet, args) = match crate::dispatch::from_args(&line) {
-        Invocation::Run { name, applet, args } => (name, applet, args),
-        Invocation::Help => return print(&overview()).map(|()| 0),
-        Invocation::Version => {
+    let tree = tree();
+    let mut line = dispatch::read(&tree, &argv);
+    match line.meaning()? {
+        Meaning::Run => {}
+        Meaning::Answer(Asked::Help) => return print(&usage::help(line.command, &line.name())).map(|()| 0),
+        Meaning::Answer(Asked::Version) => {
             return print(&format!("omni-deploy {}", env!("CARGO_PKG_VERSION"))).map(|()| 0);
         }
-        Invocation::Nothing => {
-            say::info(overview().trim_end());
+        Meaning::Nothing => {
+            say::info(usage::help(line.command, &line.name()).trim_end());
             return Err(Error::said(crate::error::EXIT_USAGE));
         }
-        Invocation::Unknown(word) => {
-            let near = did_you_mean(&word, APPLETS.iter().map(|(name, ..)| *name));
-            return Err(Error::usage(format!("no command '{word}'{near}; 'omni-deploy --help' lists them")));
-        }
-    };
-    let call = Call { name, args, flags };
-    match applet {
-        Applet::Manifest => manifest::run(&call),
-        Applet::Deployer => deployer::run(&call),
-        Applet::Push => push::run(&call, false),
-        Applet::Ship => push::run(&call, true),
-        Applet::Status => status::run(&call),
-        Applet::Logs => logs::run(&call),
-        Applet::Secrets => secrets::run(&call),
-        Applet::Doctor => doctor::run(&call),
-        Applet::Init => init::run(&call),
-        Applet::Keygen => keygen::run(&call),
-        Applet::Config => config::run(&call),
-        Applet::Completions => completions::run(&call),
-        Applet::Man => man::run(&call),
     }
-}
-
-fn overview() -> String {
-    let mut text = String::from(
-        "Usage: omni-deploy <command> [<args>]\n\n\
-         Brings Nix services from a developer's machine to plain hosts.\n\nCommands:\n",
-    );
-    for (name, _, what) in APPLETS {
-        text.push_str(&format!("  {name:<12} {what}\n"));
+    let (args, name) = (line.args(), line.name());
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    // The line was held against the tree already: what is left to be refused are values.
+    let parsed = Args::from_args(&[], &words).map_err(|early| {
+        let said = early.output.trim_end().trim_start_matches("Error parsing option ");
+        Error::usage(format!("{said}; '{name} --help' has the arguments and an example"))
+    })?;
+    let call = Call { args, flags: line.flags };
+    match parsed.command {
+        Command::Init(args) => init::run(&call, args),
+        Command::Push(args) => push::run(&call, args),
+        Command::Ship(args) => push::run(&call, args.into()),
+        Command::Status(args) => status::run(&call, args),
+        Command::Logs(args) => logs::run(&call, args),
+        Command::Secrets(args) => secrets::run(&call, args),
+        Command::Manifest(args) => manifest::run(&call, args),
+        Command::Deployer(args) => deployer::run(&call, args),
+        Command::Doctor(args) => doctor::run(&call, args),
+        Command::Config(args) => config::run(&call, args),
+        Command::Keygen(args) => keygen::run(args),
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(args),
     }
-    text.push_str("\nFlags of the configuration, understood by every command:\n ");
-    for key in crate::config::KEYS {
-        text.push_str(&format!(" {}", key.flag));
-    }
-    text.push_str(
-        "\n\nExamples:\n  omni-deploy push Biz/PodcastItLater/Web.py\n  omni-deploy status\n  \
-         deploy-manifest rollback\n\nExit codes: 0 done, 1 nothing could be done, 2 usage,\n\
-         3 a service failed and its previous version runs, 4 a service is down.\n",
-    );
-    text
 }

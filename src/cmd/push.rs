@@ -8,32 +8,37 @@ use crate::nix::Scope;
 use crate::push::wait::{self, Newer, Outcome};
 use crate::push::{self, Pushed, What, early};
 use crate::say;
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use std::time::Duration;
 
-/// Build, copy what the cache lacks of the closure, publish.
-#[derive(FromArgs)]
+/// Build, upload what the cache lacks of the closure, and publish. If any step fails, nothing is published.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "Push a namespace, whose service is named by its ': out' header or its path:\n  {command_name} Biz/PodcastItLater/Web.py\n\nPush a closure that is built already, and follow the hosts:\n  {command_name} --wait --service ava /nix/store/…-ava",
-    note = "A TARGET is a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file,\nor a store path. Several are published together, in one version. On stdout: NAME STOREPATH serial N.",
+    subcommand,
+    name = "push",
+    example = "# A namespace, whose service is named by its ': out' header or its path\n{command_name} Biz/PodcastItLater/Web.py\n# A closure that is built already; follow the hosts\n{command_name} --wait --service ava /nix/store/…-ava",
+    note = "On stdout: NAME STOREPATH serial N.",
     error_code(1, "nothing was published; or, with --wait, a host has not taken it up, or cannot tell"),
     error_code(3, "with --wait: a service does not run what was pushed, and another version runs"),
     error_code(4, "with --wait: a service is down")
 )]
-struct Push {
-    /// what to push
+pub(super) struct Push {
+    /// what to push: a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file, or a
+    /// store path; several are published together, in one version
+    #[argh(positional)]
+    target: String,
     #[argh(positional, arg_name = "target")]
-    targets: Vec<String>,
+    more: Vec<String>,
 
     /// the service's name, for a single target
-    #[argh(option, arg_name = "name")]
+    #[argh(option)]
     service: Option<String>,
 
-    /// refuse what does not come from a commit alone
+    /// refuse to publish uncommitted changes
     #[argh(switch)]
     require_clean: bool,
 
-    /// write all of the closure to the cache anew, whatever is there: mends what is damaged
+    /// upload the whole closure again, whatever the cache has
     #[argh(switch)]
     rewrite: bool,
 
@@ -41,60 +46,61 @@ struct Push {
     #[argh(switch)]
     wait: bool,
 
-    /// how long to follow the hosts, in seconds (300)
-    #[argh(option, arg_name = "seconds", default = "300")]
+    /// how long to follow the hosts; default: 300
+    #[argh(option, arg_name = "seconds", default = "300", from_str_fn(super::number))]
     timeout: u64,
 }
 
-/// Push, then start the deployer on the hosts and follow each until it runs the new version or has rejected it.
-#[derive(FromArgs)]
+/// Push, and make it live now. Starts the deployer on the service's hosts over ssh, and waits until each runs what was
+/// pushed or has rejected it.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "Make a finished program live now:\n  {command_name} Omni/Ava.hs",
-    note = "A TARGET is a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file,\nor a store path. On stdout: NAME STOREPATH serial N, then NAME HOST OUTCOME for each host,\nwhere OUTCOME is a word of 'omni-deploy status', or superseded.",
+    subcommand,
+    name = "ship",
+    example = "# Make a finished program live now\n{command_name} Omni/Ava.hs",
+    note = "On stdout: NAME STOREPATH serial N, then NAME HOST OUTCOME for each host, where OUTCOME is a word of 'omni-deploy status', or superseded: somebody published a later version meanwhile, and the host runs that one.",
     error_code(1, "nothing was published, or a host has not taken it up, or cannot tell"),
     error_code(3, "a service does not run what was pushed, and another version runs"),
     error_code(4, "a service is down")
 )]
-struct Ship {
-    /// what to push
+pub(super) struct Ship {
+    /// what to push: a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file, or a
+    /// store path; several are published together, in one version
+    #[argh(positional)]
+    target: String,
     #[argh(positional, arg_name = "target")]
-    targets: Vec<String>,
+    more: Vec<String>,
 
     /// the service's name, for a single target
-    #[argh(option, arg_name = "name")]
+    #[argh(option)]
     service: Option<String>,
 
-    /// refuse what does not come from a commit alone
+    /// refuse to publish uncommitted changes
     #[argh(switch)]
     require_clean: bool,
 
-    /// write all of the closure to the cache anew, whatever is there: mends what is damaged
+    /// upload the whole closure again, whatever the cache has
     #[argh(switch)]
     rewrite: bool,
 
-    /// how long to follow the hosts, in seconds (300)
-    #[argh(option, arg_name = "seconds", default = "300")]
+    /// how long to follow the hosts; default: 300
+    #[argh(option, arg_name = "seconds", default = "300", from_str_fn(super::number))]
     timeout: u64,
 }
 
-/// Runs the command; `live` is `ship`.
-pub fn run(call: &Call, live: bool) -> Result<u8> {
-    let args = if live {
-        let Ship { targets, service, require_clean, rewrite, timeout } = call.parse()?;
-        Push { targets, service, require_clean, rewrite, wait: true, timeout }
-    } else {
-        call.parse::<Push>()?
-    };
-    if args.targets.is_empty() {
-        return Err(crate::error::Error::usage(format!(
-            "nothing to push; name a target: '{} Biz/App.py'",
-            call.name
-        )));
+impl From<Ship> for Push {
+    fn from(Ship { target, more, service, require_clean, rewrite, timeout }: Ship) -> Push {
+        Push { target, more, service, require_clean, rewrite, wait: true, timeout }
     }
+}
+
+/// Runs the command.
+pub(super) fn run(call: &Call, args: Push) -> Result<u8> {
     let settings = call.settings()?;
     let cwd = std::env::current_dir()
         .map_err(|e| crate::error::Error::new(format!("cannot tell the current folder: {e}; cd to one")))?;
-    let (targets, service) = (args.targets.as_slice(), args.service.as_deref());
+    let targets: Vec<String> = [args.target].into_iter().chain(args.more).collect();
+    let (targets, service) = (targets.as_slice(), args.service.as_deref());
     let scope = if args.rewrite { Scope::Everything } else { Scope::Missing };
     let what = What { targets, service, require_clean: args.require_clean, scope };
     let mut opening = None;

@@ -16,40 +16,44 @@ use crate::runner::{Beside, Run, Status, tail};
 use crate::say::{self, printable};
 use crate::secrets::{self, Form, Found, MAX_FILE, SecretFile, Wanted, Written, environment};
 use crate::ssh;
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Look at a service's secrets on its hosts, or edit them. They are files there and nowhere else; the manifest
 /// only says where.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "  {command_name} check ava\n  {command_name} edit ava --host biz",
-    note = "'{command_name} COMMAND --help' has the arguments and an example of each command."
+    subcommand,
+    name = "secrets",
+    example = "{command_name} check ava\n{command_name} edit ava --host biz",
+    note = "'{command_name} help COMMAND' has the arguments and an example of each command."
 )]
-struct Args {
+pub(super) struct Args {
     #[argh(subcommand)]
     command: Command,
 }
 
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand)]
 enum Command {
     Check(Check),
     Edit(Edit),
+    OnHost(OnHost),
+    Sweep(Sweep),
 }
 
-/// Whether a service's secrets are there on its hosts, root's alone, of a form that systemd takes, and older than
-/// the service's start. Prints the names of the variables, never a value.
-#[derive(FromArgs)]
+/// Check a service's secrets on its hosts: that they exist, that only root can read them, that systemd can read them,
+/// and that the service was started after they were changed. Prints names of variables, never a value.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "check",
-    example = "  {command_name} ava\n  {command_name} ava --host biz",
+    example = "{command_name} ava\n{command_name} ava --host biz",
     error_code(0, "all is well"),
     error_code(1, "no such service, or a host cannot be reached"),
-    error_code(3, "something is off: it is said with what to type")
+    error_code(3, "something is wrong, and the command to type was printed")
 )]
 struct Check {
     /// the service
@@ -60,13 +64,14 @@ struct Check {
     host: Option<String>,
 }
 
-/// Edit a service's secrets on a host with $VISUAL or $EDITOR. What systemd would not take is not written, nor over
-/// what somebody else changed meanwhile; then your text is kept, and it is said where.
-#[derive(FromArgs)]
+/// Edit a service's secrets on a host with $VISUAL or $EDITOR. Nothing is written if systemd would misread it, or if
+/// somebody else has changed the file meanwhile; the text is then kept, and a message says where. The host needs this
+/// program and a sudo that asks for no password.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "edit",
-    example = "  {command_name} ava\n  {command_name} ava --host biz --restart",
+    example = "{command_name} ava\n{command_name} ava --host biz --restart",
     note = "While you edit, the text is in a folder in memory (/dev/shm) that is yours alone; where there is none, it is \
             said where it goes. vim and nvim are told to keep nothing of it elsewhere (-n -i NONE, noundofile, nobackup); \
             another editor's histories are its own affair."
@@ -86,10 +91,28 @@ struct Edit {
     restart: bool,
 }
 
-/// The word that the host's side is called with.
-const ON_HOST: &str = "on-host";
-/// And the one that removes a folder when its stdin ends.
-const SWEEP: &str = "sweep";
+// The host's side: one question, answered on stdout. Without a description a command is shown to nobody.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand, name = "on-host", description = "")]
+struct OnHost {
+    #[argh(positional)]
+    verb: String,
+    #[argh(positional)]
+    service: String,
+    #[argh(positional)]
+    form: String,
+    #[argh(positional)]
+    path: String,
+}
+
+// Removes an edit's folder when its stdin ends.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand, name = "sweep", description = "")]
+struct Sweep {
+    #[argh(positional)]
+    folder: PathBuf,
+}
+
 /// What keeps the folder.
 const KEEP: &str = "keep";
 /// How long a host may take to answer.
@@ -98,14 +121,10 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 const RESTART_WITHIN: Duration = Duration::from_secs(180);
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let words: Vec<&str> = call.args.iter().map(String::as_str).collect();
-    match words.as_slice() {
-        [ON_HOST, verb, service, form, path] => return on_host(verb, service, form, path),
-        [SWEEP, folder] => return sweep(Path::new(folder)),
-        _ => {}
-    }
-    match call.parse::<Args>()?.command {
+pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
+    match args.command {
+        Command::OnHost(OnHost { verb, service, form, path }) => on_host(&verb, &service, &form, &path),
+        Command::Sweep(Sweep { folder }) => sweep(&folder),
         Command::Check(args) => check(&call.settings()?, &args),
         Command::Edit(args) => edit_on_host(call, &args),
     }
@@ -212,7 +231,7 @@ fn ask<T: serde::de::DeserializeOwned>(
 ) -> Result<T> {
     let ours = std::env::current_exe()?.to_string_lossy().into_owned();
     let program = if ssh::is_here(settings, host) { ours.as_str() } else { "omni-deploy" };
-    let words = [program, "secrets", ON_HOST, verb, name.as_str(), file.form.as_str(), &file.path];
+    let words = [program, "secrets", "on-host", verb, name.as_str(), file.form.as_str(), &file.path];
     let run = ssh::run_on(settings, host, true, &words).stdin(stdin).deadline(ANSWER_WITHIN);
     let output = ssh::answer_of(settings, host, &words[..4], as_the_terminal_has_it(run))?;
     if output.status.ok() {
@@ -302,7 +321,7 @@ fn told(settings: &Settings, service: &Service, host: &HostName, file: &SecretFi
 }
 
 fn edit_on_host(call: &Call, args: &Edit) -> Result<u8> {
-    editor::ignore_its_signals(call, "secrets")?;
+    editor::ignore_its_signals(call)?;
     let settings = call.settings()?;
     let manifest = manifest(&settings)?;
     let service = service(&manifest, &args.service)?;
@@ -357,7 +376,7 @@ impl Desk {
             ));
         }
         let program = std::env::current_exe()?.to_string_lossy().into_owned();
-        match Run::new(program).args(["secrets", SWEEP]).arg(&folder).beside() {
+        match Run::new(program).args(["secrets", "sweep"]).arg(&folder).beside() {
             Ok(sweeper) => Ok(Desk { folder, sweeper }),
             Err(e) => {
                 fs_err::remove_dir_all(&folder)?;

@@ -12,21 +12,30 @@ use crate::push::namespace::DIRTY;
 use crate::say::{self, printable, printable_json};
 use crate::see::judge::{Only, Picture, Row, Standing, Wanted, judge};
 use crate::see::reports;
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use std::io::IsTerminal;
 use std::time::Duration;
 
-/// What should run, what runs, and what is off: a row for each service on each host, from the hosts' reports.
-#[derive(FromArgs)]
+/// Show what should run and what does, from the hosts' reports. There is a row for each service on each host.
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
-    example = "omni-deploy status\nomni-deploy status ava --live\nomni-deploy status --json | jq '.rows[] | select(.off)'",
-    note = "Below the table: the reason and the last log lines of whatever is off; for one service also how exposed its \
-            unit is, as 'systemd-analyze security' rates it from 0.0 to 10.0.",
+    subcommand,
+    name = "status",
+    example = "{command_name}\n{command_name} ava --live\n{command_name} --json | jq '.rows[] | select(.off)'",
+    note = "STATUS is one of running (the whole entry of the manifest), pending (the host does not have this \
+            entry yet; needs attention after 15 minutes), waiting (nothing was pushed yet), stopped (paused on purpose), pinned (held \
+            at an earlier version on purpose), failed, rejected (tried, and did not come up; not tried again automatically), differs, \
+            missing, leftover (not as the manifest says, although the host has read it), removing (no longer in the \
+            manifest, and not gone yet), unknown (no readable report, or the host reads another store). A host that has \
+            been silent for 70 minutes needs attention too.",
+    note = "Below the table: the reason and the last log lines of whatever needs attention; for one service also how exposed its \
+            unit is, as 'systemd-analyze security' rates it from 0.0 to 10.0. With --live also the last pass and the \
+            timer, and under RESTARTS how often systemd restarted a unit.",
     error_code(0, "all is as the manifest says, or on its way there"),
     error_code(1, "no manifest, no such service, or the store cannot be reached"),
-    error_code(3, "something is off")
+    error_code(3, "something needs attention")
 )]
-struct Args {
+pub(super) struct Args {
     /// only this service
     #[argh(positional)]
     service: Option<String>,
@@ -39,8 +48,7 @@ struct Args {
     /// show it again every two seconds; on a pipe, when something changed
     #[argh(switch)]
     watch: bool,
-    /// ask the hosts over ssh what runs there now and what visitors of their domains meet, instead of reading their
-    /// reports
+    /// ask the hosts over ssh what systemd has now, and what visitors of their domains get, instead of reading reports
     #[argh(switch)]
     live: bool,
 }
@@ -54,8 +62,7 @@ const JOURNAL_LINES: usize = 10;
 const LINE_CHARS: usize = 1000;
 
 /// Runs the command.
-pub fn run(call: &Call) -> Result<u8> {
-    let args: Args = call.parse()?;
+pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     let settings = call.settings()?;
     if args.watch {
         return watch(&settings, &args);

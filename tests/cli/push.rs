@@ -723,11 +723,13 @@ fn an_unknown_service_is_refused_before_anything_is_built() {
     }
     assert!(!desk.path("built").exists());
     for (words, says) in [
-        (vec!["push"], "nothing to push"),
+        (vec!["push"], "'omni-deploy push' needs <target>"),
         (vec!["push", "a", "b", "--service", "x"], "several targets"),
         (vec!["push", "/nix/store/00000000000000000000000000000000-ava"], "--service"),
         (vec!["push", ".#"], "--service"),
-        (vec!["push", "--nope"], "Unrecognized argument"),
+        (vec!["push", "--nope"], "no flag '--nope'"),
+        (vec!["push", "--wiat", "a"], "did you mean '--wait'"),
+        (vec!["push", "--timeout=soon", "a"], "'--timeout' with value 'soon': a number is meant"),
     ] {
         let output = desk.run(&words);
         assert_eq!(output.status.to_string(), "exit code 2", "{words:?}: {}", output.stderr);

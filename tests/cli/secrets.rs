@@ -445,7 +445,7 @@ fn one_host_is_edited_at_a_time_and_nothing_given_becomes_an_option() {
     machine.bad(&["secrets", "edit", "ava", "--host", "three"], 1, "it runs on biz, two");
     machine.bad(&["secrets", "edit", "plain", "--host", "biz"], 1, "set plain envFile=");
     machine.bad(&["secrets", "edit", "ava", "--host", "biz", "--file", "x"], 1, "ava.env; name one of them");
-    machine.bad(&["secrets"], 2, "secrets --help");
+    machine.bad(&["secrets"], 2, "Usage: omni-deploy secrets <command>");
     // What removes a draft's folder removes no other.
     let theirs = machine.path("theirs");
     fs_err::create_dir(&theirs).unwrap();

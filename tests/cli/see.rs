@@ -5,10 +5,10 @@ mod common;
 
 use common::{DEVELOPER, HOST, KEY, S3Server, SECRET};
 use omni_deploy::clock::Timestamp;
-use omni_deploy::cmd::completions::COMMANDS;
+use omni_deploy::cmd::tree;
 use omni_deploy::deployer::live::Answer;
 use omni_deploy::deployer::state::State;
-use omni_deploy::dispatch::APPLETS;
+use omni_deploy::dispatch;
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::names::HostName;
 use omni_deploy::runner::{Output, Run, Status, Stream};
@@ -642,44 +642,39 @@ fn doctor_finds_what_is_wrong_and_names_the_remedy() {
     assert!(wrong.text().starts_with("FAIL  configuration"), "{}", wrong.text());
 }
 
-/// The flags in a usage text, `-f, --follow` as both, without help's own; and the subcommands.
-fn of_usage(text: &str) -> (BTreeSet<String>, BTreeSet<String>) {
-    let (mut flags, mut commands) = (BTreeSet::new(), BTreeSet::new());
-    let mut section = "";
-    for line in text.lines() {
-        if !line.starts_with(' ') {
-            section = line;
-        }
-        let Some(entry) = line.strip_prefix("  ").filter(|l| !l.starts_with(' ')) else { continue };
-        match section {
-            "Options:" => {
-                let names = entry.split("  ").next().unwrap_or_default().split(", ");
-                flags.extend(names.filter(|n| n.starts_with('-') && *n != "--help").map(String::from));
-            }
-            "Commands:" => commands.extend(entry.split_whitespace().next().map(String::from)),
-            _ => {}
+#[test]
+fn every_command_has_help_in_both_forms_and_runs_nothing_for_it() {
+    let machine = Machine::new();
+    for (path, command) in dispatch::all(&tree()) {
+        let help = machine.call(&[path.as_slice(), &["--help"]].concat());
+        assert_eq!((exit(&help), help.stderr.as_str()), (0, ""), "{path:?}");
+        assert_eq!(machine.call(&[&["help"], path.as_slice()].concat()).text(), help.text(), "{path:?}");
+        assert!(
+            help.text().starts_with(&format!("Usage: omni-deploy {}", path.join(" "))),
+            "{}",
+            help.text()
+        );
+        assert!(help.text().contains("\nExamples:\n"), "{path:?} has no example");
+        for flag in dispatch::flags(command) {
+            assert!(help.text().contains(&format!("{} ", flag.long)), "{path:?} {}", flag.long);
         }
     }
-    (flags, commands)
+    assert!(fs_err::read_dir(machine.dir.path()).unwrap().next().is_none(), "something was written");
 }
 
 #[test]
-fn the_table_of_completions_is_what_help_says() {
+fn a_word_of_another_command_is_answered_with_where_it_is() {
     let machine = Machine::new();
-    for (name, ..) in APPLETS {
-        assert!(COMMANDS.iter().any(|c| c.words == name), "{name} is missing");
-    }
-    for command in COMMANDS {
-        let words: Vec<&str> = command.words.split(' ').chain(["--help"]).collect();
-        let help = machine.call(&words);
-        assert_eq!((exit(&help), help.stderr.as_str()), (0, ""), "{}", command.words);
-        let (flags, commands) = of_usage(&help.text());
-        let known = command.flags.iter().flat_map(|f| [f.long, f.short]).filter(|f| !f.is_empty());
-        assert_eq!(flags, known.map(String::from).collect(), "{}", command.words);
-        let below = format!("{} ", command.words);
-        let below = COMMANDS.iter().filter_map(|c| c.words.strip_prefix(&below));
-        assert_eq!(commands, below.map(String::from).collect(), "{}", command.words);
-        assert!(help.text().contains("Examples:"), "{} has no example", command.words);
+    for (args, said) in [
+        (vec!["rollback"], "there is 'deploy-manifest rollback' "),
+        (vec!["manifest", "run"], "there is on a host 'sudo deployer run' "),
+        (vec!["deployer", "push"], "there is 'omni-deploy push' "),
+        (vec!["restart", "ava"], "'sudo systemctl restart SERVICE' on its host"),
+        (vec!["status", "--hots=biz"], "did you mean '--host'"),
+    ] {
+        let output = machine.call(&args);
+        assert_eq!((exit(&output), output.text().as_str()), (2, ""), "{args:?}");
+        assert!(output.stderr.contains(said) && output.stderr.lines().count() == 1, "{}", output.stderr);
     }
 }
 
@@ -690,22 +685,29 @@ fn bash_completes_names_of_the_manifest_through_its_script() {
     fs_err::create_dir_all(&bin).unwrap();
     fs_err::os::unix::fs::symlink(BIN, bin.join("omni-deploy")).unwrap();
     let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
-    let complete = |words: &[&str]| {
+    // The line, and as bash takes it apart.
+    let complete = |line: &str, words: &[&str]| {
         let quoted: Vec<String> = words.iter().map(|w| format!("'{w}'")).collect();
         let script = format!(
-            "source <(omni-deploy completions bash); compopt() {{ :; }}; COMP_WORDS=({}); COMP_CWORD={}; _omni_deploy; \
-             printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+            "source <(omni-deploy completions bash); compopt() {{ :; }}; COMP_LINE='{line}' COMP_POINT={}; \
+             COMP_WORDS=({}); COMP_CWORD={}; _omni_deploy; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+            line.len(),
             quoted.join(" "),
             words.len() - 1
         );
         let output = machine.run("bash").env("PATH", &path).args(["-c", &script]).success().unwrap();
+        assert_eq!(output.stderr, "");
         output.text().trim().to_string()
     };
-    assert_eq!(complete(&["omni-deploy", "status", ""]), "ava");
-    assert_eq!(complete(&["omni-deploy", "logs", "--host", "b"]), "biz");
-    assert_eq!(complete(&["deploy-manifest", "roll"]), "rollback");
-    assert_eq!(complete(&["omni-deploy", "status", "--store=file:///nonexistent", ""]), "");
-    assert_eq!(complete(&["deploy-manifest", "validate", "/etc/hostna"]), "/etc/hostname");
+    assert_eq!(complete("omni-deploy status ", &["omni-deploy", "status", ""]), "ava");
+    assert_eq!(complete("omni-deploy logs --host b", &["omni-deploy", "logs", "--host", "b"]), "biz");
+    assert_eq!(complete("omni-deploy logs --host=", &["omni-deploy", "logs", "--host", "="]), "biz");
+    assert_eq!(complete("omni-deploy logs --host=b", &["omni-deploy", "logs", "--host", "=", "b"]), "biz");
+    assert_eq!(complete("deploy-manifest roll", &["deploy-manifest", "roll"]), "rollback");
+    let elsewhere = ["omni-deploy", "status", "--store", "=", "file", ":", "///nonexistent", ""];
+    assert_eq!(complete("omni-deploy status --store=file:///nonexistent ", &elsewhere), "");
+    let file = ["deploy-manifest", "validate", "/etc/hostna"];
+    assert_eq!(complete("deploy-manifest validate /etc/hostna", &file), "/etc/hostname");
 }
 
 #[test]
