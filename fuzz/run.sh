@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the fuzzers and runs them from the corpus that is committed; exit 0 only if nothing was found. Needs
+# Builds the fuzzers and runs them from the seeds that are committed; exit 0 only if nothing was found. Needs
 # stable Rust and g++ (libFuzzer is compiled) and nothing else; cargo-fuzz works here too.
 set -euo pipefail
 
@@ -15,12 +15,15 @@ usage() {
 usage: run.sh [--runs N] [--seed N] [--keep DIR] [TARGET]
        run.sh TARGET FILE...
 
-Gives each target (manifest, unit, keys, narinfo, walk, unpack, answers; or the one named) its corpus, and then
-N inputs made from it (20,000); the same seed (1) makes the same ones. What is found is a file below
-fuzz/artifacts/, and `run.sh TARGET FILE` runs that alone. New inputs that reach new code are thrown away, unless
-DIR is to keep them.
+Gives each target (manifest, unit, keys, narinfo, walk, unpack, answers; or the one named) its seeds, and then
+N inputs made from them (20,000); the same --seed (1) makes the same ones. What is found is a file below
+fuzz/artifacts/, and `run.sh TARGET FILE` runs that alone.
 
-example: run.sh --runs 10000000 --seed 7 --keep /tmp/corpus unit
+The seeds, fuzz/corpus/TARGET/, are few, and each is named for what it shows; what was found once is among them. New
+inputs that reach new code are thrown away, unless DIR is to keep them: a long run makes a large corpus there, and
+the next one with the same DIR goes on from it. fuzz/kept is ignored by git.
+
+example: run.sh --runs 10000000 --seed 7 --keep fuzz/kept unit
 TEXT
 }
 
@@ -42,7 +45,7 @@ build() {
   RUSTFLAGS="$(flags)${RUSTFLAGS:-}" cargo build --locked --release --target "$triple" --manifest-path "$fuzz/Cargo.toml"
 }
 
-# fuzz TARGET: its corpus, and inputs made from it.
+# fuzz TARGET: its seeds, and inputs made from them.
 fuzz_one() {
   local target=$1 found=$fuzz/artifacts/$1 log=$scratch/$1.log code=0 kept=$scratch/$1
   if [[ -n $keep ]]; then kept=$keep/$target; fi
