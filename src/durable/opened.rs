@@ -5,7 +5,7 @@ use super::{TEMP_PREFIX, named};
 use crate::effect;
 use fs_err::File;
 use ring::rand::{SecureRandom, SystemRandom};
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{self, AtFlags, FileType, FlockOperation, Mode, OFlags};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -112,7 +112,7 @@ impl Folder {
     pub fn write_from(&self, name: &str, source: &mut dyn Read, mode: u32) -> io::Result<()> {
         let path = self.shown.join(name);
         let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", &path))?;
-        let temp = self.temp(&path, source, mode)?;
+        let (temp, _held) = self.temp(&path, source, mode)?;
         self.placed(&temp, fs::renameat(&self.fd, &temp, &self.fd, name))
             .map_err(|e| named(e, "write", &path))?;
         self.sync()
@@ -122,7 +122,7 @@ impl Folder {
     pub fn create_new(&self, name: &str, mut bytes: &[u8], mode: u32) -> io::Result<bool> {
         let path = self.shown.join(name);
         let _effect = effect::begin("create", path.display()).map_err(|e| named(e, "create", &path))?;
-        let temp = self.temp(&path, &mut bytes, mode)?;
+        let (temp, _held) = self.temp(&path, &mut bytes, mode)?;
         let linked = fs::linkat(&self.fd, &temp, &self.fd, name, AtFlags::empty());
         fs::unlinkat(&self.fd, &temp, AtFlags::empty())?;
         match linked {
@@ -155,22 +155,36 @@ impl Folder {
     /// Removes temporary files that a killed process left: regular files with a name that we give. Only under the lock
     /// of those who write here.
     pub fn sweep(&self) -> io::Result<()> {
-        self.sweep_if(|_| true)
+        self.temporary()?.iter().try_for_each(|name| self.remove(name).map(drop))
     }
 
-    /// The same of those alone that are `abandoned`, beside others who write here.
-    pub fn sweep_if(&self, abandoned: impl Fn(&fs::Stat) -> bool) -> io::Result<()> {
-        for name in self.names()?.iter().filter(|name| is_temporary(name)) {
-            let is_file = |stat: &fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-            if self.look(name)?.is_some_and(|stat| is_file(&stat) && abandoned(&stat)) {
-                self.remove(name)?;
+    /// The same where others may be writing, whom no lock keeps out: each holds its own file for as long as it needs it.
+    pub fn sweep_abandoned(&self) -> io::Result<()> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        for name in self.temporary()? {
+            // One that we may not open is somebody else's to take away.
+            let Ok(file) = fs::openat(&self.fd, &name, flags, Mode::empty()) else { continue };
+            if fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                self.remove(&name)?;
             }
         }
         Ok(())
     }
 
-    /// A temporary file with its content on the disk; its name.
-    fn temp(&self, path: &Path, source: &mut dyn Read, mode: u32) -> io::Result<String> {
+    /// The regular files in it with a name that we give to temporary ones.
+    fn temporary(&self) -> io::Result<Vec<String>> {
+        let is_file = |stat: fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        let mut found = Vec::new();
+        for name in self.names()?.into_iter().filter(|name| is_temporary(name)) {
+            if self.look(&name)?.is_some_and(is_file) {
+                found.push(name);
+            }
+        }
+        Ok(found)
+    }
+
+    /// A temporary file with its content on the disk: its name, and the file, which is held while it is open.
+    fn temp(&self, path: &Path, source: &mut dyn Read, mode: u32) -> io::Result<(String, File)> {
         let (temp, fd) = self.new_temp().map_err(|e| named(e, "write", path))?;
         let file = File::from_parts(fd.into(), path);
         let filled = io::copy(source, &mut file.file())
@@ -178,7 +192,7 @@ impl Folder {
             .and_then(|()| file.file().sync_all());
         self.placed(&temp, filled).map_err(|e| named(e, "write", path))?;
         effect::point("within write", path.display());
-        Ok(temp)
+        Ok((temp, file))
     }
 
     fn new_temp(&self) -> io::Result<(String, OwnedFd)> {
@@ -191,7 +205,13 @@ impl Folder {
             let hex: String = random.iter().map(|b| format!("{b:02x}")).collect();
             let temp = format!("{TEMP_PREFIX}{hex}");
             match fs::openat(&self.fd, &temp, flags, Mode::from_raw_mode(0o600)) {
-                Ok(fd) => return Ok((temp, fd)),
+                Ok(fd) => {
+                    fs::flock(&fd, FlockOperation::LockExclusive)?;
+                    // Who sweeps may have had it first.
+                    if fs::fstat(&fd)?.st_nlink > 0 {
+                        return Ok((temp, fd));
+                    }
+                }
                 Err(rustix::io::Errno::EXIST) => {}
                 Err(e) => return Err(e.into()),
             }
@@ -225,6 +245,22 @@ mod tests {
     fn opened(dir: &Path) -> Folder {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         Folder::new(fs::openat(fs::CWD, dir, flags, Mode::empty()).unwrap(), dir)
+    }
+
+    #[test]
+    fn what_a_killed_writer_left_is_taken_away_and_what_is_being_written_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = opened(dir.path());
+        fs_err::write(dir.path().join(".omni-deploy-0123456789abcdef"), "half").unwrap();
+        fs_err::write(dir.path().join("nar"), "whole").unwrap();
+        let (under_way, held) = folder.temp(&dir.path().join("f"), &mut &b"half"[..], 0o644).unwrap();
+        folder.sweep_abandoned().unwrap();
+        let mut names = folder.names().unwrap();
+        names.sort();
+        assert_eq!(names, [under_way.as_str(), "nar"]);
+        drop(held);
+        folder.sweep_abandoned().unwrap();
+        assert_eq!(folder.names().unwrap(), ["nar"]);
     }
 
     #[test]

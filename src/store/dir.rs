@@ -6,17 +6,17 @@
 use super::beneath::{self, Missing};
 use super::objects::{Download, Exact, Objects, Opened, Upload};
 use super::{ARCHIVE_PREFIX, Etag, Got, HOSTS_PREFIX, Store, StoreError, When};
-use crate::clock::Timestamp;
 use crate::durable::opened::Folder;
 use crate::error::io_text;
 use crate::say::printable;
 use fs_err::File;
 use rustix::fs::FileType;
+use std::collections::BTreeSet;
 use std::fs::TryLockError;
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// What our own files begin with: the lock, and the temporary files of [`crate::durable`].
@@ -28,10 +28,6 @@ const LARGEST_VERSION: u64 = 64 << 20;
 
 /// A write holds the lock for milliseconds: who waits longer waits for something that hangs.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
-
-/// Where files are written beside each other, without the lock, one that was not written to for so long, in seconds, is of
-/// a process that is gone.
-const ABANDONED_SEC: i64 = 24 * 3600;
 
 /// The lock, with a note in it of who has it: a hint for the person who waits.
 struct Held {
@@ -53,14 +49,15 @@ impl Drop for Held {
 pub struct DirStore {
     root: PathBuf,
     lock_wait: Duration,
-    /// Whether what killed writers left among the large files was looked for.
-    swept: AtomicBool,
+    /// The folders that this process has looked through for what writers left that were cut off; one name for all that
+    /// are written under the lock.
+    tidied: Mutex<BTreeSet<String>>,
 }
 
 impl DirStore {
     /// Names the directory; it is made with the first write.
     pub fn new(root: &Path) -> Self {
-        DirStore { root: root.to_path_buf(), lock_wait: LOCK_WAIT, swept: AtomicBool::new(false) }
+        DirStore { root: root.to_path_buf(), lock_wait: LOCK_WAIT, tidied: Mutex::default() }
     }
 
     /// Refuses what cannot be a key.
@@ -145,6 +142,10 @@ impl DirStore {
         Ok(bytes.len() as u64 <= LARGEST_VERSION && etag(&bytes) == *version)
     }
 
+    fn is_first_in(&self, folder: &str) -> bool {
+        self.tidied.lock().unwrap_or_else(PoisonError::into_inner).insert(folder.into())
+    }
+
     /// Takes the lock of all writers; dropping it gives it back.
     fn lock(&self, root: &Folder, verb: &str, key: &str) -> Result<Held, StoreError> {
         let path = self.root.join(LOCK);
@@ -180,8 +181,9 @@ impl DirStore {
             }
         };
         if ours {
-            // A note that is still there is of one who died with the lock, and maybe with half a write.
-            if file.metadata().is_ok_and(|m| m.len() > 0) {
+            // A note that is still there is of one who died with the lock, and maybe with half a write. After a power cut
+            // it is not, since nobody flushes it: the first write of a process looks in any case.
+            if self.is_first_in("") || file.metadata().is_ok_and(|m| m.len() > 0) {
                 for folder in ["", HOSTS_PREFIX, ARCHIVE_PREFIX] {
                     match beneath::folder_of(root, folder, Missing::Error).and_then(|folder| folder.sweep()) {
                         Err(e) if !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
@@ -383,9 +385,8 @@ impl Objects for DirStore {
         Ok(Opened::Found(Download { length, etag, body }))
     }
 
-    /// Where a killed writer's halves are swept by the next, the lock is held while it is written, as by every other write.
-    /// Elsewhere it is not: large files come many at a time, and a rename needs no lock. What was abandoned there is told by
-    /// its age, once.
+    /// Among the small objects the lock is held while it is written, as by every other write. Elsewhere it is not: large
+    /// files come many at a time, and a rename needs no lock.
     fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
         self.checked(key)?;
         let failed = |e: io::Error| self.failed("write", key, &e);
@@ -395,11 +396,10 @@ impl Objects for DirStore {
         let folder = key.rsplit_once('/').map_or("", |(folder, _)| folder);
         let swept = ["", HOSTS_PREFIX, ARCHIVE_PREFIX].iter().any(|f| f.trim_end_matches('/') == folder);
         let _lock = if swept { Some(self.lock(&root, "write", key)?) } else { None };
+        let in_folder = folder;
         let (folder, name) = beneath::place(&root, key, Missing::Made).map_err(failed)?;
-        if !swept && !self.swept.swap(true, Ordering::Relaxed) {
-            let now = Timestamp::now();
-            // What cannot be removed is in nobody's way.
-            drop(folder.sweep_if(|stat| now.0.saturating_sub(stat.st_mtime) > ABANDONED_SEC));
+        if !swept && self.is_first_in(in_folder) {
+            folder.sweep_abandoned().map_err(failed)?;
         }
         folder.write_from(name, &mut source, 0o644).map_err(failed)
     }
@@ -465,36 +465,6 @@ mod tests {
         fs_err::OpenOptions::new().write(true).open(store.root.join("k")).unwrap().set_len(1 << 40).unwrap();
         assert!(matches!(store.put("k", b"two", &When::Still(one)), Err(StoreError::Changed(_))));
         store.put("k", b"two", &When::Always).unwrap();
-    }
-
-    #[test]
-    fn what_a_killed_push_left_among_the_nars_goes_with_a_later_one_and_what_is_being_written_stays() {
-        let (_dir, store) = store();
-        let write = |key: &str| {
-            let open = || -> io::Result<Box<dyn Read + Send>> { Ok(Box::new(&b"nar"[..])) };
-            let upload = Upload { length: 3, content_type: "application/x-nix-nar", open: &open };
-            store.write_from(key, &upload).unwrap();
-        };
-        write("nar/a");
-        let nars = store.root.join("nar");
-        let day = Duration::from_secs(ABANDONED_SEC as u64);
-        for (name, age) in [
-            (".omni-deploy-0123456789abcdef", 2 * day),
-            (".omni-deploy-fedcba9876543210", day / 2),
-            ("b", 2 * day),
-        ] {
-            fs_err::write(nars.join(name), "half").unwrap();
-            let file = fs_err::OpenOptions::new().write(true).open(nars.join(name)).unwrap();
-            file.file().set_modified(std::time::SystemTime::now() - age).unwrap();
-        }
-        let store = DirStore::new(&store.root);
-        store
-            .write_from("nar/c", &Upload { length: 0, content_type: "", open: &|| Ok(Box::new(io::empty())) })
-            .unwrap();
-        let mut left: Vec<_> =
-            fs_err::read_dir(&nars).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-        left.sort();
-        assert_eq!(left, [".omni-deploy-fedcba9876543210", "a", "b", "c"]);
     }
 
     #[test]
