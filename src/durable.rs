@@ -252,6 +252,13 @@ pub fn folder(path: &Path, mode: u32) -> io::Result<()> {
     fs_err::set_permissions(path, std::fs::Permissions::from_mode(mode))
 }
 
+/// Returns when all that was written so far to the file system of this folder is on the disk, by whomever it was.
+pub fn flush(dir: &Path) -> io::Result<()> {
+    let _effect = effect::mark("flush", dir.display());
+    let flushed = rustix::fs::syncfs(fs_err::File::open(dir)?).map_err(io::Error::from);
+    flushed.map_err(|e| named(e, "flush the file system of", dir))
+}
+
 /// A folder in `dir` for as long as the value lives, for nobody else to look into.
 pub fn scratch(dir: &Path) -> io::Result<tempfile::TempDir> {
     let alone = std::fs::Permissions::from_mode(0o700);

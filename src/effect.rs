@@ -1,8 +1,9 @@
-//! Every effect of the deployer on its host passes here, so that tests can end it, or make it fail, at each of
-//! them in turn: `OMNI_DEPLOY_EFFECTS=FILE` takes down the points that a pass goes through,
-//! `OMNI_DEPLOY_KILL_AT=N` ends the process at one of them as SIGKILL and a power cut do, and
-//! `OMNI_DEPLOY_FAIL_AT=N:EIO` makes the write at one of them fail. Only with the feature `faults`: without it
-//! all of this compiles to nothing, and no variable is read. It never decides anything.
+//! Every effect of the deployer on its host, and those of pushes and fetches, pass here, so that tests can end it, or
+//! make it fail, at each of them in turn: `OMNI_DEPLOY_EFFECTS=FILE` takes down the points that a run goes through,
+//! `OMNI_DEPLOY_KILL_AT=N` ends the process at one of them as SIGKILL and a power cut do (`N of WORDS`: at the Nth that is
+//! taken down with these words, for threads side by side count otherwise every time), and `OMNI_DEPLOY_FAIL_AT=N:EIO`
+//! makes the write at one of them fail. Only with the feature `faults`: without it all of this compiles to nothing, and
+//! no variable is read. It never decides anything.
 
 pub use points::{Effect, begin, mark, point, shortened};
 
@@ -48,6 +49,8 @@ mod points {
     use std::time::Duration;
 
     static POINTS: AtomicUsize = AtomicUsize::new(0);
+    /// How often the point came that `OMNI_DEPLOY_KILL_AT` names by its words.
+    static SAME: AtomicUsize = AtomicUsize::new(0);
 
     /// An effect under way; its end is a point as well.
     #[derive(Debug)]
@@ -67,9 +70,18 @@ mod points {
         let number = POINTS.fetch_add(1, Ordering::Relaxed) + 1;
         if let Some(file) = variable("OMNI_DEPLOY_EFFECTS") {
             let listed = fs_err::OpenOptions::new().create(true).append(true).open(file);
-            listed.and_then(|mut f| writeln!(f, "{number} {what} {object}")).expect("the list of effects");
+            // In one write: threads side by side add to it.
+            let line = format!("{number} {what} {object}\n");
+            listed.and_then(|mut f| f.write_all(line.as_bytes())).expect("the list of effects");
         }
-        if variable("OMNI_DEPLOY_KILL_AT").is_some_and(|n| n == number.to_string()) {
+        let here = |at: &str| match at.split_once(" of ") {
+            Some((nth, words)) if words == format!("{what} {object}") => {
+                nth == (SAME.fetch_add(1, Ordering::Relaxed) + 1).to_string()
+            }
+            Some(_) => false,
+            None => at == number.to_string(),
+        };
+        if variable("OMNI_DEPLOY_KILL_AT").is_some_and(|at| here(&at)) {
             // By a shell: a signal to oneself takes unsafe code.
             let killed = Run::new("sh").args(["-c", "kill -KILL $PPID"]).output();
             panic!("survived the kill at point {number}: {killed:?}");

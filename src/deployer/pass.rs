@@ -709,6 +709,9 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         let both = memory.interrupted.iter().flat_map(|n| [n.unit(), n.next_unit()]);
         systemd::reset_failed(&both.filter(|u| !root.unit_dir.join(u).exists()).collect::<Vec<_>>())?;
     }
+    if let Err(e) = crate::nix::recover() {
+        say::error(e.to_string());
+    }
     let mut observed = observe::observe(root, &settings.caddy_admin, &desired, &memory)?;
     let mut learned = Learned::default();
     let host = Host { settings, root };

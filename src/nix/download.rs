@@ -247,6 +247,7 @@ fn bring(cache: &dyn Objects, spool: &Spool, info: &NarInfo, until: Instant) -> 
                 Ok(0) => break None,
                 Ok(count) => {
                     part.write_all(&buffer[..count]).map_err(here)?;
+                    effect::point("within fetch", &info.url);
                     offset += count as u64;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -279,6 +280,7 @@ fn settle(spool: &Spool, found: &Found, origin: Origin) -> Result<(), Failure> {
     let Found { info, warrant } = found;
     let files = Files::of(spool, &info.path);
     let expected = Expected { size: info.nar_size, hash: info.nar_hash };
+    let _effect = effect::mark("unpack", &info.url);
     let left = origin == Origin::Left && files.nar.exists();
     let compared = if left {
         let nar = fs_err::File::open(&files.nar).map_err(here)?;
@@ -298,6 +300,7 @@ fn settle(spool: &Spool, found: &Found, origin: Origin) -> Result<(), Failure> {
         is_file(nar, *hash)?;
     }
     if !left {
+        effect::point("within unpack", &info.url);
         fs_err::rename(&files.growing, &files.nar).map_err(here)?;
         remove(&files.packed).map_err(here)?;
     }

@@ -3,16 +3,18 @@
 //! hash was compared, and checks signatures again by its own settings. Other caches than buckets and folders go to Nix
 //! as they are. One closure that cannot be had keeps no other from coming.
 
+use super::announced;
 use super::download::{self, Failure, download};
 use super::spool::{self, Spool};
 use super::walk::{Ended, Fault, Found, Limits, Walked, walk};
 use super::{Cache, FetchError, PER_CALL, Side, errors_of, missing, nix, store_trouble, with_room};
 use crate::config::Settings;
+use crate::durable;
 use crate::effect;
 use crate::error::{Error, Result};
 use crate::keys::PublicKey;
 use crate::names::{STORE_DIR, StorePath};
-use crate::runner::{RunError, tail};
+use crate::runner::{RunError, Status, tail};
 use crate::store::{self, CacheUrl, Objects, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -28,8 +30,8 @@ const SPARE_BYTES: u64 = 16 << 20;
 /// So many bytes of NARs are in the spool at a time, or one path that is larger.
 const GROUP: u64 = 256 << 20;
 
-/// The spool's name.
-const SPOOL: &str = "fetch";
+/// The name of our spools.
+const WORK: &str = "fetch";
 
 /// The reason for each closure that could not be had.
 pub type Reasons = BTreeMap<StorePath, FetchError>;
@@ -43,15 +45,26 @@ pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<Reasons> {
     fetch_within(settings, paths, &std::env::temp_dir())
 }
 
-/// The same, with Nix's private cache below `scratch`.
+/// Has Nix forget what the end of the machine left damaged of an earlier fetch ([`super::announced`]): before anything
+/// is believed to be in the store.
+pub fn recover() -> Result<()> {
+    announced::recover(&spool::home(spool::Of::Machine), WORK)
+}
+
+/// The same as [`fetch`], with Nix's private cache below `scratch`.
 pub fn fetch_within(settings: &Settings, paths: &[StorePath], scratch: &Path) -> Result<Reasons> {
+    recover()?;
     let left = missing(paths)?;
     if left.is_empty() {
         return Ok(Reasons::new());
     }
     let until = Instant::now() + FETCH_WITHIN;
     let url = match &settings.cache {
-        CacheUrl::Nix(url) => return through_nix(url, settings, left, scratch, until),
+        CacheUrl::Nix(url) => {
+            let reasons = through_nix(url, settings, left, scratch, until)?;
+            durable::flush(Path::new(STORE_DIR))?;
+            return Ok(reasons);
+        }
         CacheUrl::Dir(path) => StoreUrl::Dir(path.clone()),
         CacheUrl::S3(location) => StoreUrl::S3(location.clone()),
     };
@@ -73,7 +86,7 @@ pub fn fetch_within(settings: &Settings, paths: &[StorePath], scratch: &Path) ->
     let keys: Vec<PublicKey> = keys.collect::<Result<_, _>>().map_err(|why| {
         Error::new(format!("a key of 'trustedPublicKeys' {why}; correct it in the configuration"))
     })?;
-    let spool = Spool::open(&spool::home(spool::Of::Machine), SPOOL)?;
+    let spool = Spool::open(&spool::home(spool::Of::Machine), WORK)?;
     let mut fetch = Fetch { settings, cache, keys, spool, scratch, until, shown, reasons: Reasons::new() };
     fetch.run(left)?;
     Ok(fetch.reasons)
@@ -81,7 +94,7 @@ pub fn fetch_within(settings: &Settings, paths: &[StorePath], scratch: &Path) ->
 
 /// Removes what fetches that died have left, for when nothing is wanted any more.
 pub fn forget_transfers() {
-    spool::clear_idle(&spool::home(spool::Of::Machine), SPOOL);
+    spool::clear_idle(&spool::home(spool::Of::Machine), WORK);
 }
 
 /// One fetch under way.
@@ -285,8 +298,17 @@ impl Fetch<'_> {
                     run.args(["--option", "require-sigs", "true", "--option", "trusted-public-keys", &keys]);
             }
             let within = self.until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
-            let _effect = effect::mark("nix copy", &self.shown);
-            run.args(some).deadline(within).success()?;
+            let copy = || {
+                let _effect = effect::mark("nix copy", &self.shown);
+                run.args(some).deadline(within).success()
+            };
+            // Told as what the copy failed of.
+            let failed = |e: Error| RunError::Failed {
+                command: "nix copy".into(),
+                status: Status::Exit(1),
+                stderr: e.to_string(),
+            };
+            announced::copying(&self.spool, some, copy).map_err(failed)??;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use super::{
     Figures, PER_CALL, check, encoded, errors_of, is_news, nix, store_trouble, with_params, with_room,
 };
 use crate::config::Settings;
+use crate::effect;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
 use crate::names::StorePath;
@@ -28,6 +29,8 @@ const BATCH: u64 = 256 << 20;
 const SPOOL_LIMIT: u64 = 512 << 20;
 /// How often at least the spool is looked at while Nix writes there.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// The name of our spools.
+const WORK: &str = "push";
 /// How many faults are told one by one.
 const TOLD: usize = 8;
 /// What a cache says of itself: the key, and what must be there.
@@ -79,6 +82,9 @@ pub fn publish(
         paths: closure.len(),
         bytes: Some(found.present.values().fold(more, |sum, size| sum.saturating_add(*size))),
     };
+    // Also where nothing is to be written now: the push that was killed may have come to that. What cannot be removed
+    // hinders none.
+    spool::clear_idle(&spool::home(spool::Of::User), WORK);
     if found.faults.is_empty() {
         return Ok(Published { figures: figures(0), written: Some(0) });
     }
@@ -184,7 +190,7 @@ struct Awaited<'a> {
 impl Copy<'_> {
     /// Copies; the sizes of the NAR files together.
     fn run(&self, cache: &dyn Objects, on_line: &mut dyn FnMut(&str)) -> Result<u64> {
-        let spool = Spool::open(&spool::home(spool::Of::User), "push")?;
+        let spool = Spool::open(&spool::home(spool::Of::User), WORK)?;
         // What an earlier push left was made for it, and is made again.
         spool.clear(|_| false)?;
         self.name_references(&spool)?;
@@ -263,6 +269,7 @@ impl Copy<'_> {
             }
             let (run, _scratch) = nix(&["nix-command"], spool.dir())?;
             let run = run.args(["copy", "--no-recursive", "--to", &url]).args(batch).stop(stop);
+            let _effect = effect::mark("nix copy", self.shown);
             let output = run.each_line(|_, line| {
                 if is_news(line) {
                     on_line(&clean(line));

@@ -4,6 +4,7 @@
 //! and whoever uses it checks again what an earlier run left. Never reads or judges what it keeps.
 
 use crate::durable;
+use crate::effect;
 use crate::error::{Error, Result};
 use fs_err::os::unix::fs::OpenOptionsExt;
 use std::ffi::OsString;
@@ -16,6 +17,8 @@ use std::path::{Path, PathBuf};
 const CACHE_INFO: &str = "StoreDir: /nix/store\n";
 /// Held by who uses the spool.
 const LOCK: &str = "lock";
+/// Names the paths that Nix is copying out of the spool ([`super::announced`]).
+pub const ANNOUNCED: &str = "copying";
 /// The folder of NARs.
 pub const NARS: &str = "nar";
 /// How many pieces of work of one kind can go on at a time, each with a folder of its own.
@@ -75,24 +78,28 @@ fn home_in(of: Of, uid: u32, env: &dyn Fn(&str) -> Option<OsString>) -> PathBuf 
 
 /// Empties the spools of such work that nobody is at: what a run that died left in them, and nobody goes on with.
 pub fn clear_idle(home: &Path, work: &str) {
-    clear_from(home, work, 1);
+    clear_from(home, work, 0);
 }
 
-/// Those from a place on; what cannot be removed is left to the next.
-fn clear_from(home: &Path, work: &str, first: u32) {
-    for dir in (first..=PLACES).map(|place| home.join(place_name(work, place))).filter(|dir| dir.is_dir()) {
+/// All but the first so many; what cannot be removed is left to the next.
+fn clear_from(home: &Path, work: &str, first: usize) {
+    for dir in places(home, work).skip(first).filter(|dir| dir.is_dir()) {
         if let Ok(Some(idle)) = Spool::take(&dir) {
             drop(idle.clear(|_| false));
         }
     }
 }
 
-fn place_name(work: &str, place: u32) -> String {
-    if place == 1 { work.to_string() } else { format!("{work}-{place}") }
-}
-
 fn uid() -> u32 {
     rustix::process::geteuid().as_raw()
+}
+
+/// The folders for such work.
+fn places(home: &Path, work: &str) -> impl Iterator<Item = PathBuf> {
+    (1..=PLACES).map(move |place| match place {
+        1 => home.join(work),
+        place => home.join(format!("{work}-{place}")),
+    })
 }
 
 impl Spool {
@@ -101,9 +108,9 @@ impl Spool {
     /// as needed.
     pub fn open(home: &Path, work: &str) -> Result<Self> {
         private_folder(home)?;
-        for place in 1..=PLACES {
-            if let Some(spool) = Spool::take(&home.join(place_name(work, place)))? {
-                clear_from(home, work, place + 1);
+        for (n, dir) in places(home, work).enumerate() {
+            if let Some(spool) = Spool::take(&dir)? {
+                clear_from(home, work, n + 1);
                 return Ok(spool);
             }
         }
@@ -112,6 +119,16 @@ impl Spool {
              ('fuser -v {0}/*/{LOCK}' shows them)",
             home.display()
         )))
+    }
+
+    /// The spools for such work that have a file of this key and that nobody uses.
+    pub fn with(home: &Path, work: &str, key: &str) -> Result<Vec<Self>> {
+        let mut spools = Vec::new();
+        for dir in places(home, work).filter(|dir| dir.join(key).exists()) {
+            private_folder(home)?;
+            spools.extend(Spool::take(&dir)?);
+        }
+        Ok(spools)
     }
 
     /// The spool in this folder; None while another process uses it.
@@ -133,6 +150,8 @@ impl Spool {
                 return Err(Error::new(format!("cannot lock {}: {e}", path.display())));
             }
         }
+        // Nix inherits it: one that outlives us, when we are killed, still writes here.
+        rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).map_err(io::Error::from)?;
         let spool = Spool { dir: dir.to_path_buf(), lock };
         private_folder(&dir.join(NARS))?;
         durable::sweep(dir)?;
@@ -158,7 +177,7 @@ impl Spool {
         format!("file://{}", super::encoded(&self.dir.to_string_lossy()))
     }
 
-    /// The files of the spool, without its lock and its `nix-cache-info`: keys, with sizes.
+    /// The files of the spool, without its lock, its `nix-cache-info` and an announcement: keys, with sizes.
     pub fn files(&self) -> io::Result<Vec<(String, u64)>> {
         let mut files = Vec::new();
         for (dir, prefix) in [(self.dir.clone(), ""), (self.dir.join(NARS), "nar/")] {
@@ -166,7 +185,8 @@ impl Spool {
                 let entry = entry?;
                 let Ok(name) = entry.file_name().into_string() else { continue };
                 let meta = entry.metadata()?;
-                if meta.is_file() && !(prefix.is_empty() && (name == LOCK || name == "nix-cache-info")) {
+                let own = prefix.is_empty() && [LOCK, "nix-cache-info", ANNOUNCED].contains(&name.as_str());
+                if meta.is_file() && !own {
                     files.push((format!("{prefix}{name}"), meta.len()));
                 }
             }
@@ -185,6 +205,7 @@ impl Spool {
 
     /// Removes all files but those that are to be kept.
     pub fn clear(&self, keep: impl Fn(&str) -> bool) -> io::Result<()> {
+        let _effect = effect::mark("clear", self.dir.display());
         for (key, _) in self.files()? {
             if !keep(&key) {
                 self.remove(&key)?;
@@ -247,6 +268,7 @@ fn private_folder(dir: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runner::Run;
 
     fn mode(path: &Path) -> u32 {
         fs_err::metadata(path).unwrap().permissions().mode() & 0o7777
@@ -325,6 +347,14 @@ mod tests {
     }
 
     #[test]
+    fn a_spool_is_taken_for_as_long_as_a_program_runs_that_was_started_by_who_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::open(dir.path(), "push").unwrap();
+        let held = Run::new("sh").args(["-c", "readlink /proc/$$/fd/*"]).output().unwrap().text();
+        assert!(held.lines().any(|line| Path::new(line) == spool.file(LOCK)), "{held}");
+    }
+
+    #[test]
     fn what_an_earlier_run_left_is_there_and_can_be_cleared() {
         let dir = tempfile::tempdir().unwrap();
         let spool = Spool::open(dir.path(), "push").unwrap();
@@ -338,6 +368,14 @@ mod tests {
         assert_eq!(spool.files().unwrap(), [("nar/b".to_string(), 2)]);
         spool.remove("nar/b").unwrap();
         spool.remove("nar/b").unwrap();
+        fs_err::write(spool.file("nar/c"), "").unwrap();
+        clear_idle(dir.path(), "push");
+        assert_eq!(spool.files().unwrap(), [("nar/c".to_string(), 0)], "it is in use");
+        drop(spool);
+        clear_idle(dir.path(), "push");
+        assert_eq!(Spool::open(dir.path(), "push").unwrap().files().unwrap(), []);
+        clear_idle(&dir.path().join("none"), "push");
+        assert!(!dir.path().join("none").exists());
     }
 
     #[test]
