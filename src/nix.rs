@@ -3,6 +3,7 @@
 //! through the environment, which other users cannot read, and never as an argument. Each call has a cache of narinfos of its own: Nix would believe last
 //! week's otherwise.
 
+mod announced;
 pub mod download;
 pub mod fetch;
 pub mod hash;
@@ -26,7 +27,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use fetch::{fetch, fetch_within, forget_transfers};
+pub use fetch::{fetch, fetch_within, forget_transfers, recover};
 pub use publish::{Published, Scope, publish};
 
 /// Where roots against the garbage collector are kept, ours in a folder of our own below.

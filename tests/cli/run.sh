@@ -4,7 +4,7 @@
 #     what `cargo test` runs, as somebody has it who has nothing but Rust: an ordinary user with a home of their own, who
 #     sees no Nix, no Caddy and no build tool
 #   tests/cli/run.sh root [ARGUMENT OF THE TEST PROGRAMS]...
-#     what `cargo test -- --ignored` runs: as root, with Nix
+#     what `cargo test -- --ignored` runs: as root, with Nix; and the campaign of pushes and fetches that are cut off
 # As root. OMNI_TEST_SEED is a number that gives the order of the tests.
 set -euo pipefail
 
@@ -23,6 +23,10 @@ if [[ -z ${OMNI_TEST_S3:-} ]]; then
   export OMNI_TEST_S3=$top/tests/s3-server/target/debug/omni-test-s3
 fi
 built=$(cargo test --locked --no-run 2>&1) || die "$built"
+if [[ $who == root ]]; then
+  campaign=$(cargo test --locked --no-run --features campaign --test cut 2>&1) || die "$campaign"
+  built+=$'\n'$campaign
+fi
 mapfile -t programs < <(sed -nE 's/^ *Executable .*\((.*)\)$/\1/p' <<<"$built")
 ((${#programs[@]})) || die "cargo names no test programs: $built"
 # Libtest shuffles for whoever says that they know this for an unstable option. Cargo must not see it: some crates are

@@ -143,11 +143,19 @@ pub struct Chain {
 
 impl Chain {
     pub fn build(length: usize) -> Chain {
+        Chain::with_noise(length, 0)
+    }
+
+    /// With so many bytes of noise in each, which no compression makes less.
+    pub fn with_noise(length: usize, noise: usize) -> Chain {
         let unique = tempfile::tempdir().unwrap();
         let links: String = (0..length)
             .map(|n| {
                 let below: String = (0..n).map(|n| format!("${{p{n}}} ")).collect();
-                format!("p{n} = make \"link-{n}\" \"mkdir -p $out/bin; echo {n} {below} > $out/bin/deep\";\n")
+                format!(
+                    "p{n} = make \"link-{n}\" \"mkdir -p $out/bin; echo {n} {below} > $out/bin/deep; \
+                     head -c {noise} /dev/urandom > $out/noise\";\n"
+                )
             })
             .collect();
         let expression = format!(
