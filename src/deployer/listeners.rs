@@ -3,8 +3,7 @@
 //! those hold the socket. Nothing follows from it here.
 
 use super::files;
-use super::systemd;
-use crate::say::printable;
+use super::{systemd, unit};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -26,6 +25,15 @@ const SLICES: [&str; 3] = [
 
 /// The units that Caddy's packages have.
 const CADDYS: [&str; 2] = ["caddy.service", "caddy-api.service"];
+
+/// Where files of units are, the first that has one wins (systemd.unit(5)).
+const UNIT_DIRS: [&str; 5] = [
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+];
 
 /// Who would answer at a port of 127.0.0.1.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,7 +75,7 @@ pub struct Listening {
 pub struct Owner {
     /// Its id; None: the kernel itself listens, or a process that cannot be seen from here.
     pub pid: Option<u32>,
-    /// Its name (proc_pid_comm(5)).
+    /// Its name (proc_pid_comm(5)), as [`plain`] has it.
     pub name: String,
     /// The unit that it belongs to.
     pub unit: Option<String>,
@@ -78,8 +86,9 @@ impl fmt::Display for Owner {
         match (self.pid, &self.unit) {
             (None, _) => f.write_str("a process that cannot be seen from here"),
             (Some(1), _) => f.write_str("systemd for a socket unit (see 'systemctl list-sockets')"),
-            (Some(pid), Some(unit)) => write!(f, "'{}' (process {pid} of {unit})", self.name),
-            (Some(pid), None) => write!(f, "'{}' (process {pid})", self.name),
+            // Not in the quotes that commands are in.
+            (Some(pid), Some(unit)) => write!(f, "\"{}\" (process {pid} of {unit})", self.name),
+            (Some(pid), None) => write!(f, "\"{}\" (process {pid})", self.name),
         }
     }
 }
@@ -223,8 +232,8 @@ impl Listeners {
     }
 }
 
-/// Who would answer at an address of this machine, asked for Caddy: a unit of its name, or root. A name is what root
-/// gave a unit; what a process calls itself says nothing.
+/// Who would answer at an address of this machine, asked for Caddy: a unit of its name that is not of ours, or root. A
+/// name is what root gave a unit; what a process calls itself says nothing.
 pub fn caddy_at(address: SocketAddr) -> Result<CaddySeen> {
     let sockets = listening_at(address)?;
     if sockets.is_empty() {
@@ -236,7 +245,9 @@ pub fn caddy_at(address: SocketAddr) -> Result<CaddySeen> {
     for unit in CADDYS {
         if !left.is_empty() {
             let held = held_by(&slice.join(unit), &left);
-            left.retain(|inode| !held.contains(inode));
+            if !held.is_empty() && is_caddys_unit(unit) {
+                left.retain(|inode| !held.contains(inode));
+            }
         }
     }
     if left.is_empty() {
@@ -318,7 +329,7 @@ fn words(text: &str) -> Option<Ipv6Addr> {
 /// The user that Caddy's unit runs as.
 fn caddys_user(slice: &Path) -> Option<u32> {
     let processes = |unit: &str| fs_err::read_to_string(slice.join(unit).join("cgroup.procs")).ok();
-    let all: String = CADDYS.into_iter().filter_map(processes).collect();
+    let all: String = CADDYS.into_iter().filter(|unit| is_caddys_unit(unit)).filter_map(processes).collect();
     let status = fs_err::read_to_string(format!("/proc/{}/status", all.lines().next()?)).ok()?;
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
     uids.split_whitespace().next()?.parse().ok()
@@ -337,8 +348,7 @@ pub fn owner(pid: u32) -> Owner {
 fn owner_below(pid: u32, above: &str) -> Owner {
     let name = fs_err::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let unit = cgroup_of(pid).and_then(|at| unit_of(at.strip_prefix(above).unwrap_or(&at)));
-    // Whoever runs it gave it that name.
-    Owner { pid: Some(pid), name: printable(name.trim_end()).into_owned(), unit }
+    Owner { pid: Some(pid), name: plain(name.trim_end_matches('\n')), unit: unit.as_deref().map(plain) }
 }
 
 /// Where systemd's hierarchy begins, as we see it: below that in a container.
@@ -346,12 +356,42 @@ fn above() -> String {
     cgroup_of(1).map(|at| at.trim_end_matches("/init.scope").to_string()).unwrap_or_default()
 }
 
+/// A name without what means something to a terminal or a shell, or could be read as a command: whoever runs a process
+/// gave it its name.
+fn plain(name: &str) -> String {
+    let well = |c: char| c.is_ascii_alphanumeric() || "._-+:@/\\".contains(c);
+    name.chars().map(|c| if well(c) { c } else { '?' }).collect()
+}
+
 impl Owner {
-    /// `caddy.service`, `caddy-api.service`, `caddy@NAME.service` and the like.
     fn is_caddys(&self) -> bool {
-        let rest = self.unit.as_deref().and_then(|unit| unit.strip_prefix("caddy"));
-        rest.is_some_and(|rest| rest.ends_with(".service") && rest.starts_with(['.', '-', '@']))
+        self.unit.as_deref().is_some_and(is_caddys_unit)
     }
+}
+
+/// Whether a unit is one of Caddy's packages, and not a service that a manifest gave that name.
+fn is_caddys_unit(unit: &str) -> bool {
+    has_caddys_name(unit) && is_others(unit, &UNIT_DIRS.map(Path::new), systemd::fragment)
+}
+
+/// `caddy.service`, `caddy-api.service` and instances of `caddy@.service`.
+fn has_caddys_name(unit: &str) -> bool {
+    let instance = || unit.strip_prefix("caddy@")?.strip_suffix(".service");
+    CADDYS.contains(&unit) || instance().is_some_and(|instance| !instance.is_empty())
+}
+
+/// Whether a unit is not of the deployer's making: none of its files has our mark. One whose file is in none of these
+/// folders systemd is asked for; one that has no file is nobody's that could be told.
+fn is_others(unit: &str, dirs: &[&Path], fragment: impl Fn(&str) -> Option<PathBuf>) -> bool {
+    let template = unit.split_once('@').map(|(name, _)| format!("{name}@.service"));
+    let names = || std::iter::once(unit).chain(template.as_deref());
+    let read = |path: PathBuf| fs_err::read(path).ok();
+    let mut texts: Vec<Vec<u8>> =
+        dirs.iter().flat_map(|dir| names().map(|name| dir.join(name))).filter_map(read).collect();
+    if texts.is_empty() {
+        texts.extend(fragment(unit).and_then(read));
+    }
+    !texts.is_empty() && !texts.iter().any(|text| unit::is_ours(text))
 }
 
 /// Whether nobody answers at a port of 127.0.0.1. Asked only of one where something listens.
@@ -541,20 +581,69 @@ mod tests {
     }
 
     #[test]
-    fn caddys_units_are_those_that_root_has_named_so() {
+    fn caddys_units_are_those_of_its_packages() {
         for (unit, is) in [
             ("caddy.service", true),
             ("caddy-api.service", true),
             ("caddy@edge.service", true),
+            ("caddy@.service", false),
+            ("caddy-docs.service", false),
+            ("caddy-next.service", false),
+            ("caddy.x.service", false),
             ("caddyx.service", false),
             ("web.service", false),
             ("caddy.scope", false),
             ("user@1000.service", false),
         ] {
-            let owner = Owner { pid: Some(2), name: "caddy".into(), unit: Some(unit.into()) };
-            assert_eq!(owner.is_caddys(), is, "{unit}");
+            assert_eq!(has_caddys_name(unit), is, "{unit}");
         }
         assert!(!Owner { pid: Some(2), name: "caddy".into(), unit: None }.is_caddys());
+    }
+
+    #[test]
+    fn a_service_that_a_manifest_named_like_caddy_is_not_caddy() {
+        let dir = tempfile::tempdir().unwrap();
+        let (etc, lib, other) = (dir.path().join("etc"), dir.path().join("lib"), dir.path().join("other"));
+        for dir in [&etc, &lib, &other] {
+            fs_err::create_dir(dir).unwrap();
+        }
+        let theirs = "[Service]\nExecStart=/usr/bin/caddy run\n".to_string();
+        let ours = format!("{}\n{theirs}", unit::MARK);
+        fs_err::write(lib.join("caddy.service"), &theirs).unwrap();
+        fs_err::write(etc.join("caddy-api.service"), &ours).unwrap();
+        fs_err::write(lib.join("caddy@.service"), &theirs).unwrap();
+        let dirs = [&*etc, &*lib];
+        let nowhere = |_: &str| None;
+        for (unit, is) in
+            [("caddy.service", true), ("caddy-api.service", false), ("caddy@edge.service", true)]
+        {
+            assert_eq!(is_others(unit, &dirs, nowhere), is, "{unit}");
+        }
+        // In the deployer's folder on a host where that is another one, and in none.
+        fs_err::write(other.join("a.service"), &ours).unwrap();
+        fs_err::write(other.join("b.service"), &theirs).unwrap();
+        for (unit, is) in [("a.service", false), ("b.service", true), ("c.service", false)] {
+            assert_eq!(is_others(unit, &dirs, |name| Some(other.join(name))), is, "{unit}");
+        }
+        assert!(!is_others("a.service", &dirs, nowhere));
+        fs_err::write(etc.join("caddy.service"), &ours).unwrap();
+        assert!(!is_others("caddy.service", &dirs, nowhere));
+    }
+
+    #[test]
+    fn what_a_process_calls_itself_is_never_read_as_a_command() {
+        let owner = |name: &str| Owner { pid: Some(7), name: plain(name), unit: Some("x.service".into()) };
+        for (name, shown) in [
+            ("ss -K;curl x|sh", "ss?-K?curl?x?sh"),
+            ("deployer", "deployer"),
+            ("'$(id)`\"\x1b", "???id????"),
+            ("nginx", "nginx"),
+        ] {
+            let text = owner(name).to_string();
+            assert_eq!(text, format!("\"{shown}\" (process 7 of x.service)"));
+            let host = crate::names::HostName::parse("biz").unwrap();
+            assert_eq!(crate::see::hint::translated(&text, &host, None), text);
+        }
     }
 
     #[test]
