@@ -60,15 +60,21 @@ let
   # With --resume Caddy starts with the configuration it had last, and a rebuild or a boot would not apply what the
   # system's configuration says of Caddy now. So where that is another file of the store than at the last start or
   # reload, what Caddy saved is set aside: it starts from the file, and the pass that is asked for brings our route back.
+  # Why the server on port 2019 loses its address is in contrib/systemd/caddy-start.sh.
   caddyConfig =
     if config.services.caddy.enableReload then "$(readlink -f /etc/caddy/caddy_config)"
     else "${config.services.caddy.configFile}";
   caddyStart = pkgs.writeShellScript "omni-deploy-caddy-start" ''
     dir=''${XDG_CONFIG_HOME:-$HOME/.config}/caddy
+    saved=$dir/autosave.json
+    if [ "''${1:-}" != reloaded ] && grep -qs '"deployer-view":' "$saved"; then
+      (umask 077 && sed 's/\("deployer-view":{"automatic_https":{"disable":true},"listen":\)\["127\.0\.0\.1:2019","\[::1\]:2019"\]/\1[]/' \
+        "$saved" >"$saved.new") && mv -f "$saved.new" "$saved"
+    fi
     now=${caddyConfig}
     [ "$now" != "$(cat "$dir/omni-deploy.seen" 2>/dev/null)" ] || exit 0
-    if [ "''${1:-}" != reloaded ] && [ -e "$dir/autosave.json" ]; then
-      mv -f "$dir/autosave.json" "$dir/autosave.json.before"
+    if [ "''${1:-}" != reloaded ] && [ -e "$saved" ]; then
+      mv -f "$saved" "$saved.before"
     fi
     mkdir -p "$dir"
     echo "$now" >"$dir/omni-deploy.seen.new" && mv -f "$dir/omni-deploy.seen.new" "$dir/omni-deploy.seen"

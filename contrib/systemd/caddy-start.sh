@@ -6,6 +6,9 @@
 # meanwhile. So what the Caddyfile says (as Caddy understands it, imports included) is remembered, and when it says
 # something else than at the last start or reload, the saved configuration is set aside: Caddy starts from the Caddyfile.
 # It never keeps Caddy from starting: a Caddyfile that cannot be used leaves the saved configuration in force.
+#
+# Port 2019 is anybody's while Caddy is down, and Caddy does not start at all when it cannot have one of its ports. So the
+# deployer's server there, which shows the configuration, resumes without an address; the next pass gives it back.
 caddyfile=/etc/caddy/Caddyfile
 dir=${XDG_CONFIG_HOME:-$HOME/.config}/caddy
 record=$dir/omni-deploy.seen
@@ -15,6 +18,11 @@ if [ "${1:-}" = reload ]; then
   # A Caddy that has no socket is still asked at its port.
   [ -S "${CADDY_ADMIN#unix/}" ] || unset CADDY_ADMIN
   exec /usr/bin/caddy reload --config "$caddyfile" --force
+fi
+
+if [ "${1:-}" != reloaded ] && grep -qs '"deployer-view":' "$saved"; then
+  (umask 077 && sed 's/\("deployer-view":{"automatic_https":{"disable":true},"listen":\)\["127\.0\.0\.1:2019","\[::1\]:2019"\]/\1[]/' \
+    "$saved" >"$saved.new") && mv -f "$saved.new" "$saved"
 fi
 
 if ! said=$(/usr/bin/caddy adapt --config "$caddyfile"); then

@@ -4,11 +4,13 @@
 //! path first. Other people's routes and servers are never changed.
 
 use super::admin::{self, Address};
+use super::listeners::{self, CaddySeen};
 use crate::bounds::{self, Bounds};
 use crate::manifest::Http;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 /// The id of our route in Caddy's configuration.
@@ -419,8 +421,28 @@ pub fn read(at: &Address, answer: Asked) -> Observed {
     }
 }
 
+/// Who keeps Caddy from showing its configuration, if somebody does. Caddy would take nothing that it is given then.
+fn view_kept_out() -> Option<String> {
+    let addresses = [(Ipv4Addr::LOCALHOST, VIEW_PORT).into(), (Ipv6Addr::LOCALHOST, VIEW_PORT).into()];
+    let seen = addresses.into_iter().filter_map(|address: SocketAddr| listeners::caddy_at(address).ok());
+    let others = seen.filter_map(|seen| match seen {
+        CaddySeen::Others(owners) => Some(owners),
+        CaddySeen::Nobody | CaddySeen::Caddy(_) | CaddySeen::Unknown => None,
+    });
+    let who: BTreeSet<String> = others.flatten().map(|owner| owner.to_string()).collect();
+    let who: Vec<String> = who.into_iter().collect();
+    let next = "what it says there is not Caddy's; stop that, the next pass tries again";
+    (!who.is_empty()).then(|| format!("{} listens on port {VIEW_PORT}: {next}", who.join(" and ")))
+}
+
 /// Performs one request; the error is the reason.
 pub fn perform(at: &Address, request: &Request) -> Result<(), String> {
+    if request.is_view()
+        && request.body.is_some()
+        && let Some(why) = view_kept_out()
+    {
+        return Err(format!("cannot {}: {why}", request.what));
+    }
     let body = request.body.as_ref().map(Value::to_string).unwrap_or_default();
     let _effect = crate::effect::mark(request.method, &request.path);
     let answer = admin::exchange(at, request.method, &request.path, &body);
@@ -442,6 +464,8 @@ pub fn shown(entries: &BTreeMap<String, &Http>) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runner::Run;
+    use std::time::Duration;
 
     fn http(domain: &str, path: &str, port: u16) -> Http {
         Http {
@@ -640,5 +664,54 @@ mod tests {
             panic!("not pending")
         };
         assert!(why.contains("nosuch") && why.contains("srv0"), "{why}");
+    }
+
+    #[test]
+    fn caddy_resumes_without_a_port_that_anybody_may_have() {
+        let contrib = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/contrib"));
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join(".config/caddy");
+        fs_err::create_dir_all(&dir).unwrap();
+        // Somebody's own server there is his affair.
+        let theirs =
+            json!({"automatic_https": {"disable": true}, "listen": ["127.0.0.1:2019", "[::1]:2019"]});
+        let view = view(Path::new("/run/caddy/admin.sock"));
+        let with = |view: &Value| json!({"apps": {"http": {"servers": {"a": theirs, VIEW_SERVER: view, "z": theirs}}}});
+        let starts = |saved: &str, mode: &str| {
+            fs_err::write(dir.join("autosave.json"), saved).unwrap();
+            let script = contrib.join("systemd/caddy-start.sh");
+            let run = Run::new("sh").arg(script).args([mode].iter().filter(|mode| !mode.is_empty()));
+            let run = run.env("HOME", home.path()).without_env("XDG_CONFIG_HOME");
+            run.deadline(Duration::from_secs(30)).output().unwrap();
+            // Where this machine has a Caddyfile that was not seen yet, it is set aside.
+            let now = fs_err::read_to_string(dir.join("autosave.json"));
+            now.or_else(|_| fs_err::read_to_string(dir.join("autosave.json.before"))).unwrap()
+        };
+        let mut closed = view.clone();
+        closed["listen"] = json!([]);
+        let saved = with(&view).to_string();
+        assert_eq!(starts(&saved, ""), with(&closed).to_string());
+        // A Caddy that runs has it, and what is none of ours stays as it is.
+        assert_eq!(starts(&saved, "reloaded"), saved);
+        let none = json!({"apps": {"http": {"servers": {"a": theirs}}}}).to_string();
+        assert_eq!(starts(&none, ""), none);
+        assert_eq!(starts("", ""), "");
+
+        // The pass gives it back.
+        let observed = servers(json!({VIEW_SERVER: closed}));
+        let plan = with_view(RoutePlan::Current, Some(Path::new("/run/caddy/admin.sock")), &observed);
+        let RoutePlan::Write(requests) = plan else { panic!("{plan:?}") };
+        assert_eq!((requests.len(), requests[0].method), (1, "PATCH"));
+        assert!(requests[0].is_view() && requests[0].body == Some(view));
+
+        // NixOS has a script of its own.
+        let lines = |file: &str| {
+            let text = fs_err::read_to_string(contrib.join(file)).unwrap();
+            let it: Vec<String> =
+                text.lines().filter(|l| l.contains("sed 's/")).map(|l| l.trim().into()).collect();
+            assert_eq!(it.len(), 1, "{file}");
+            it
+        };
+        assert_eq!(lines("systemd/caddy-start.sh"), lines("nix/module.nix"));
     }
 }

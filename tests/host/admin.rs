@@ -131,7 +131,7 @@ fn whoever_plays_caddy_is_named_and_nothing_is_asked_of_him() {
     let state = host.state();
     assert_eq!(state["route"]["status"], "pending", "{said}");
     let reason = state["route"]["reason"].as_str().unwrap();
-    for part in ["'squat'", pid.as_str(), "squat4.service", "is not Caddy", "systemctl restart caddy"] {
+    for part in ["\"squat\"", pid.as_str(), "squat4.service", "is not Caddy", "systemctl restart caddy"] {
         assert!(reason.contains(part), "no {part}: {reason}");
     }
     let status = host.try_sh("omni-deploy status");
@@ -146,6 +146,51 @@ fn whoever_plays_caddy_is_named_and_nothing_is_asked_of_him() {
         Ok(page) if page == "two" => Ok(()),
         other => Err(format!("{other:?}")),
     });
+}
+
+/// Takes the port as soon as it is free and keeps it.
+const GRABBER: &str = r#"#!/usr/bin/python3
+import socket, time
+while True:
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        s.bind(('127.0.0.1', 2019))
+        s.listen()
+        break
+    except OSError:
+        s.close()
+        time.sleep(0.0005)
+open('/tmp/grabbed', 'w').close()
+time.sleep(600)
+"#;
+
+/// A local user waits for Caddy's restart and has port 2019 before it; `both` waits until visitors and people who look
+/// have what they had.
+fn nobody_keeps_caddy_from_starting(host: &Host, both: impl Fn(&str)) {
+    host.sh(&format!(
+        "cat >/usr/local/bin/grab <<'EOF'\n{GRABBER}EOF
+         chmod 755 /usr/local/bin/grab; rm -f /tmp/grabbed
+         systemd-run --quiet --unit grab --uid mallory /usr/local/bin/grab"
+    ));
+    host.sh("sleep 1; systemctl restart caddy; systemctl is-active caddy");
+    soon("he has the port", Duration::from_secs(30), || {
+        match host.try_sh("test -e /tmp/grabbed").status.ok() {
+            true => Ok(()),
+            false => Err("not yet".to_string()),
+        }
+    });
+    assert_eq!(host.page("web.example.com").as_deref(), Ok("one"), "Caddy serves");
+    // The pass names him, and changes what has to be changed.
+    host.sh("caddy-api /id/deployer -X DELETE");
+    let said = host.good_pass();
+    assert!(said.contains("grab.service") && said.contains("port 2019"), "{said}");
+    assert_eq!(host.page("web.example.com").as_deref(), Ok("one"));
+    assert_eq!(host.state()["route"]["status"], "current");
+    host.sh("systemctl restart caddy; systemctl is-active caddy");
+    host.sh("systemctl stop grab; systemctl reset-failed grab || true; rm -f /tmp/grabbed");
+    host.good_pass();
+    both("after he has gone");
 }
 
 #[test]
@@ -213,11 +258,16 @@ fn nobody_but_root_and_caddy_changes_caddy_through_its_socket() {
     host.sh("caddy reload --config /etc/caddy/Caddyfile --force --address unix//run/caddy/admin.sock");
     host.good_pass();
     both("after a reload by hand");
-    // A restart resumes, without a pass.
+    // A restart resumes, without a pass; what is shown is there with the next.
     host.sh("systemctl mask --runtime --now deployer; systemctl restart caddy");
     assert_eq!(host.page("web.example.com").as_deref(), Ok("one"));
-    assert!(host.sh("curl -sSf localhost:2019/config/").contains("web.example.com"));
+    assert_eq!(host.sh("ss -Hltn | grep -c :2019 || true"), "0");
     host.sh("systemctl unmask --runtime deployer");
+    host.good_pass();
+    assert!(host.sh("curl -sSf localhost:2019/config/").contains("web.example.com"));
+    assert!(host.sh("deployer plan").ends_with("nothing to do"));
+
+    nobody_keeps_caddy_from_starting(&host, both);
 
     // Back at its port, Caddy has that to itself again.
     let back = match knows {
