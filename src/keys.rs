@@ -52,6 +52,11 @@ pub fn check_name(name: &str) -> Result<(), String> {
     }
 }
 
+/// Whether a text has the form of a signature, whoever may have made it.
+pub fn is_signature(text: &str) -> bool {
+    split::<64>(text).is_ok()
+}
+
 /// Splits `NAME:BASE64` and decodes exactly `N` bytes; the error is a reason that never quotes the payload.
 fn split<const N: usize>(text: &str) -> Result<(String, [u8; N]), String> {
     let (name, payload) =

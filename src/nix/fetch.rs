@@ -377,9 +377,17 @@ impl Fetch<'_> {
                 self.shown
             ));
         }
+        let here = store_trouble(stderr).is_some() || cause.contains("No space left on device");
         let cause =
             with_room(cause, "'nix-collect-garbage -d' frees what no root holds, or give it more disk");
-        FetchError::Failed(format!("cannot copy {top}: {cause}"))
+        let next = match here {
+            true => "",
+            false => {
+                "; the next pass tries again; if it says the same, 'omni-deploy push --rewrite' writes the closure anew \
+                 from the pushing machine's store"
+            }
+        };
+        FetchError::Failed(format!("cannot copy {top}: {cause}{next}"))
     }
 }
 

@@ -4,7 +4,7 @@
 //! for (where the NAR is, how it is compressed, how large the file is) is never more than a hint. No network, no files.
 
 use super::hash::Sha256;
-use crate::keys::{PublicKey, SecretKey};
+use crate::keys::{PublicKey, SecretKey, is_signature};
 use crate::names::{STORE_DIR, StorePath};
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -177,9 +177,49 @@ impl NarInfo {
 
     /// Whether one of the keys has signed this. Names alone prove nothing: every signature is verified.
     pub fn verified_by(&self, keys: &[PublicKey]) -> bool {
+        self.verified(keys).next().is_some()
+    }
+
+    /// The signatures that one of the keys has made.
+    fn verified(&self, keys: &[PublicKey]) -> impl Iterator<Item = &String> {
         let fingerprint = self.fingerprint();
-        let by = |signature: &String| keys.iter().any(|key| key.verify(fingerprint.as_bytes(), signature));
-        self.signatures.iter().any(by)
+        let by = move |signature: &str| keys.iter().any(|key| key.verify(fingerprint.as_bytes(), signature));
+        self.signatures.iter().filter(move |signature| by(signature))
+    }
+
+    /// What of this may go to Nix: what is vouched for, and where the file is. Nix believes, and stumbles over, what
+    /// nobody signs: a content address, a deriver, a signature that is none. Without keys, Nix judges the signatures.
+    pub fn vouched(mut self, keys: &[PublicKey]) -> Self {
+        self.signatures = if keys.is_empty() {
+            self.signatures.into_iter().filter(|signature| is_signature(signature)).collect()
+        } else {
+            self.verified(keys).cloned().collect()
+        };
+        self.deriver = None;
+        self.ca = self.own_warrant().and(self.ca);
+        self
+    }
+
+    /// A field that no signature covers and that is nothing for a host's Nix, if there is one. A content address is that
+    /// too unless it is what the path is named after.
+    pub fn planted(&self) -> Option<&'static str> {
+        if self.ca.is_some() && self.own_warrant().is_none() {
+            Some("CA")
+        } else if self.deriver.as_deref().is_some_and(|deriver| !deriver.ends_with(".drv")) {
+            Some("Deriver")
+        } else if !self.signatures.iter().all(|signature| is_signature(signature)) {
+            Some("Sig")
+        } else {
+            None
+        }
+    }
+
+    /// The same without what [`Self::planted`] names.
+    pub fn without_planted(mut self) -> Self {
+        self.ca = self.own_warrant().and(self.ca);
+        self.deriver = self.deriver.filter(|deriver| deriver.ends_with(".drv"));
+        self.signatures.retain(|signature| is_signature(signature));
+        self
     }
 
     /// Who vouches for it; None: nobody whom we trust.
@@ -476,6 +516,31 @@ mod tests {
             assert!(info.verified_by(&keys), "{}", info.fingerprint());
             assert!(!parse(&text.replace("NarSize: ", "NarSize: 1")).unwrap().verified_by(&keys));
         }
+    }
+
+    #[test]
+    fn what_nobody_vouches_for_does_not_go_to_nix() {
+        let keys = [PublicKey::parse(REAL).unwrap()];
+        let tree = parse(TREE).unwrap();
+        // Its own content address and the signature that verifies are all that is left.
+        let mut other = tree.clone();
+        other.deriver = Some("0zix1dpqqm54fl3j4qz1j7yfb2y6fwj7-b.drv".into());
+        let stranger = SecretKey::generate("real-1").unwrap();
+        other.sign(&stranger).unwrap();
+        other.signatures.push("nocolon".into());
+        assert_eq!((other.planted(), other.clone().vouched(&keys)), (Some("Sig"), tree.clone()));
+        // Where Nix judges the signatures, it gets all that are some.
+        assert_eq!(other.clone().vouched(&[]).signatures, other.signatures[..2]);
+        assert_eq!(other.without_planted().signatures.len(), 2);
+        for ca in ["garbage", "fixed:r:sha1:0000000000000000000000000000000000000000", "text:sha256:"] {
+            let mut other = tree.clone();
+            other.ca = Some(ca.into());
+            assert_eq!(other.planted(), Some("CA"), "{ca}");
+            let vouched = other.clone().vouched(&keys);
+            assert_eq!((&vouched.ca, &vouched.signatures), (&None, &tree.signatures), "{ca}");
+            assert_eq!(other.without_planted().planted(), None, "{ca}");
+        }
+        assert_eq!(tree.planted(), None);
     }
 
     #[test]

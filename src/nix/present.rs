@@ -33,6 +33,8 @@ pub enum Fault {
     },
     /// No key that is trusted here has signed it.
     Unsigned,
+    /// A field that no signature covers is nothing for Nix: its name.
+    Planted(&'static str),
     /// It names a compression that hosts do not unpack.
     Packed,
     /// Its NAR file is missing.
@@ -77,6 +79,12 @@ impl fmt::Display for Fault {
                 write!(f, "has a narinfo whose {field} is not what this machine's store says")
             }
             Fault::Unsigned => f.write_str("has no signature that verifies with a trusted key"),
+            Fault::Planted(field) => {
+                write!(
+                    f,
+                    "has a {field} in its narinfo that no signature covers and that is not one for this path"
+                )
+            }
             Fault::Packed => f.write_str("is compressed in a way that hosts do not unpack"),
             Fault::NoNar(url) => write!(f, "has lost its file {url}"),
             Fault::NarSize { url, found, promised } => {
@@ -194,6 +202,9 @@ fn judge(bytes: &[u8], local: &NarInfo, keys: &[PublicKey]) -> Result<NarInfo, F
     if !keys.is_empty() && info.warrant(keys).is_none() {
         return Err(Fault::Unsigned);
     }
+    if let Some(field) = info.planted() {
+        return Err(Fault::Planted(field));
+    }
     match info.compression {
         Compression::Other => Err(Fault::Packed),
         Compression::None | Compression::Zstd | Compression::Xz => Ok(info),
@@ -277,6 +288,31 @@ mod tests {
                 "about another path",
                 signed_by(&ours, &|i| i.path = dependency.clone()),
                 differs("StorePath", Voucher::Nobody),
+            ),
+            (
+                "a content address that is none",
+                changed(&|i| i.ca = Some("garbage".into())),
+                Err(Fault::Planted("CA")),
+            ),
+            (
+                "a content address that is another's",
+                changed(&|i| i.ca = Some(format!("fixed:r:{}", i.nar_hash))),
+                Err(Fault::Planted("CA")),
+            ),
+            (
+                "a deriver that is none",
+                changed(&|i| i.deriver = Some(format!("{}-x", "3".repeat(32)))),
+                Err(Fault::Planted("Deriver")),
+            ),
+            (
+                "a signature that is none beside a good one",
+                changed(&|i| i.signatures.push("nocolon".into())),
+                Err(Fault::Planted("Sig")),
+            ),
+            (
+                "another machine's deriver",
+                changed(&|i| i.deriver = Some(format!("{}-x.drv", "3".repeat(32)))),
+                Ok(()),
             ),
             (
                 "packed so that no host can unpack it",

@@ -344,6 +344,11 @@ impl Copy<'_> {
             };
             awaited.bytes = awaited.bytes.saturating_add(size);
             awaited.unsigned += usize::from(!self.keys.is_empty() && info.warrant(self.keys).is_none());
+            // What a store once took in with a path from a cache is not handed on.
+            let text = match info.planted() {
+                None => text,
+                Some(_) => info.clone().without_planted().render().into_bytes(),
+            };
             uploads.offer(&info, text, file, size);
         }
         Ok(())

@@ -74,7 +74,7 @@ impl Fault {
 /// A narinfo that may be followed.
 #[derive(Debug, Clone)]
 pub struct Found {
-    /// What it says.
+    /// What it says, as far as somebody vouches for it; and where its NAR is.
     pub info: NarInfo,
     /// Who vouches for it; None where that is left to Nix's own settings.
     pub warrant: Option<Warrant>,
@@ -261,7 +261,7 @@ pub fn judge(path: &StorePath, bytes: &[u8], keys: &[PublicKey]) -> Result<Found
     if warrant.is_none() && !keys.is_empty() {
         return Err(Fault::Unsigned);
     }
-    Ok(Found { info, warrant })
+    Ok(Found { info: info.vouched(keys), warrant })
 }
 
 #[cfg(test)]

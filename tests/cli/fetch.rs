@@ -141,6 +141,32 @@ fn a_nar_that_is_not_the_one_that_was_signed_never_reaches_nix() {
 
 #[test]
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
+fn what_no_signature_covers_does_not_reach_nix() {
+    if !at_home("what_no_signature_covers_does_not_reach_nix") {
+        return;
+    }
+    let scene = Scene::new();
+    let closure = Closure::build("planted", 1000);
+    scene.fill(&closure.app);
+    let good = fs_err::read_to_string(scene.info(&closure.lib)).unwrap();
+    let without = |name: &str| good.lines().filter(|l| !l.starts_with(name)).map(|l| format!("{l}\n"));
+    for (name, line) in [
+        ("CA", "CA: garbage"),
+        ("CA", "CA: fixed:r:sha256:1f1layi40aar7sfj6mbwpp9r02pp8i0zzcv9nxb15zhkdag66bv4"),
+        ("CA", "CA: fixed:r:sha1:0000000000000000000000000000000000000000"),
+        ("Deriver", "Deriver: 0zix1dpqqm54fl3j4qz1j7yfb2y6fwj7-web?x.drv"),
+        ("Nothing", "Sig: nocolon"),
+    ] {
+        closure.forget();
+        let text = without(name).chain([format!("{line}\n")]).collect::<String>();
+        fs_err::write(scene.info(&closure.lib), text).unwrap();
+        assert_eq!(scene.fetch(&closure.app), None, "{line}");
+        assert_eq!(nix::missing(&closure.paths()).unwrap(), [], "{line}");
+    }
+}
+
+#[test]
+#[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn what_a_plain_nix_copy_wrote_is_fetched() {
     if !at_home("what_a_plain_nix_copy_wrote_is_fetched") {
         return;

@@ -483,12 +483,15 @@ fn what_is_spoiled_in_the_bucket_is_mended_by_a_push_without_the_right_to_delete
         (unsigned("ann-1:AAAA"), "no signature that verifies"),
         (unsigned(&good.signatures[0].replace("ann-1:", "ann-1:AAAA")), "no signature that verifies"),
         (good.render().replace("URL: nar/", "URL: http://127.0.0.1:7777/"), "broken narinfo"),
+        (good.render() + "CA: garbage\n", "a CA in its narinfo"),
+        (good.render() + "Sig: nocolon\n", "a Sig in its narinfo"),
     ] {
         team.put(&key, text.as_bytes());
         let said = team.push(0, &[], &closure.app);
         assert!(said.contains(says) && said.contains(closure.lib.as_str()), "{said}");
         let mended = team.info(&closure.lib);
         assert!(mended.verified_by(&team.keys) && mended.differs_from(&good).is_none());
+        assert_eq!(mended.planted(), None);
     }
     // A file of the right size with another content: no size tells, the host does, and `--rewrite` mends it.
     let size = team.bucket().size(&good.url).unwrap().unwrap();
