@@ -7,6 +7,7 @@ mod announced;
 pub mod download;
 pub mod fetch;
 pub mod hash;
+pub mod held;
 pub mod local;
 pub mod narinfo;
 pub mod present;

@@ -5,9 +5,10 @@
 
 use super::announced;
 use super::download::{self, Failure, download};
+use super::held::{self, Held};
 use super::spool::{self, Spool};
 use super::walk::{Ended, Fault, Found, Limits, Walked, walk};
-use super::{Cache, FetchError, PER_CALL, Side, errors_of, missing, nix, store_trouble, with_room};
+use super::{Cache, FetchError, GCROOTS, PER_CALL, Side, errors_of, missing, nix, store_trouble, with_room};
 use crate::config::Settings;
 use crate::durable;
 use crate::effect;
@@ -95,6 +96,7 @@ pub fn fetch_within(settings: &Settings, paths: &[StorePath], scratch: &Path) ->
 /// Removes what fetches that died have left, for when nothing is wanted any more.
 pub fn forget_transfers() {
     spool::clear_idle(&spool::home(spool::Of::Machine), WORK);
+    held::release_left(Path::new(GCROOTS));
 }
 
 /// One fetch under way.
@@ -128,6 +130,9 @@ impl Fetch<'_> {
             let hashes: BTreeSet<&str> = seen.iter().map(StorePath::hash).collect();
             self.spool.clear(|key| hashes.contains(download::hash_of(key)))?;
         }
+        // What they refer to as well: some of it may be here for no other reason than that nobody has collected it.
+        let paths = wanted.iter().flat_map(|found| found.info.references.iter().chain([&found.info.path]));
+        let _held = Held::new(Path::new(GCROOTS), paths);
         for group in groups(&wanted) {
             let copied = self.bring(group, &mut closures)?;
             let copied: BTreeSet<&str> = copied.iter().map(StorePath::hash).collect();
