@@ -7,12 +7,14 @@ use crate::config::Settings;
 use crate::error::{EXIT_DEGRADED, Error, Result, did_you_mean};
 use crate::manifest::edit::{self, Author};
 use crate::manifest::{changes, entry};
-use crate::names::StorePath;
+use crate::names::{HostName, StorePath};
 use crate::push::namespace::DIRTY;
 use crate::say::{self, printable, printable_json};
 use crate::see::judge::{Only, Picture, Row, Standing, Wanted, judge};
 use crate::see::reports;
+use crate::store::HOSTS_PREFIX;
 use argh::{ArgsInfo, FromArgs};
+use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::time::Duration;
 
@@ -67,7 +69,10 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     if args.watch {
         return watch(&settings, &args);
     }
-    let picture = look(&settings, &args)?;
+    let (picture, left_out) = look(&settings, &args)?;
+    if let Some(left_out) = left_out {
+        say::warning(left_out);
+    }
     if args.json {
         print(&json(&picture, true)?)?;
     } else if picture.rows.is_empty() {
@@ -79,7 +84,8 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     Ok(if picture.off() { EXIT_DEGRADED } else { 0 })
 }
 
-fn look(settings: &Settings, args: &Args) -> Result<Picture> {
+/// What is to be shown, and what is to be said of reports that were not read.
+fn look(settings: &Settings, args: &Args) -> Result<(Picture, Option<String>)> {
     let store = crate::store::open(&settings.store)?;
     let author = Author::reader(settings)?;
     let (current, listed) = std::thread::scope(|scope| {
@@ -92,26 +98,42 @@ fn look(settings: &Settings, args: &Args) -> Result<Picture> {
         (current, listed.map(joined))
     });
     let (bytes, manifest) = current?;
-    let mut hosts = reports::hosts(&manifest);
+    let named = reports::hosts(&manifest);
+    let asked_for = |host: &HostName| args.host.as_deref().is_none_or(|only| only == host.as_str());
+    let mut hosts = named.clone();
     if let Some(name) = &args.service {
         let service = manifest.service(name).ok_or_else(|| changes::unknown_service(name, &manifest))?;
         hosts.retain(|h| service.hosts.contains(h));
     }
+    let mut left_out = 0;
     let reports = match listed {
         Some(listed) => {
-            hosts.extend(listed?);
-            reports::stored(store.as_ref(), &hosts)?
+            let (placed, others): (BTreeSet<_>, BTreeSet<_>) =
+                listed?.into_iter().filter(asked_for).partition(|host| named.contains(host));
+            hosts.extend(placed);
+            hosts.retain(asked_for);
+            let mut reports = reports::stored(store.as_ref(), &hosts)?;
+            let others = reports::stored_others(store.as_ref(), &others)?;
+            reports.extend(others.0);
+            left_out = others.1;
+            reports
         }
         None => {
-            hosts.retain(|h| args.host.as_deref().is_none_or(|only| only == h.as_str()));
+            hosts.retain(asked_for);
             reports::live(settings, store.as_ref(), &hosts)?
         }
     };
+    let left_out = (left_out > 0).then(|| {
+        format!(
+            "{left_out} reports of hosts that the manifest does not name were not read, since they are many or large; \
+             'omni-deploy status --host HOST' reads one; look who can write to {HOSTS_PREFIX} in {}",
+            settings.store
+        )
+    });
     if let Some(host) = &args.host
         && !reports.keys().any(|h| h.as_str() == host)
     {
-        let known = reports::hosts(&manifest);
-        let near = did_you_mean(host, known.iter().map(|h| h.as_str()));
+        let near = did_you_mean(host, named.iter().map(|h| h.as_str()));
         return Err(Error::new(format!("no host '{host}' in the manifest{near}")));
     }
     let only = Only { service: args.service.as_deref(), host: args.host.as_deref() };
@@ -121,7 +143,7 @@ fn look(settings: &Settings, args: &Args) -> Result<Picture> {
         store: Some(store.identity()),
         here: Some(settings.host.clone()),
     };
-    Ok(judge(&wanted, &reports, Timestamp::now(), only))
+    Ok((judge(&wanted, &reports, Timestamp::now(), only), left_out))
 }
 
 /// Shows it until it is interrupted. A store that is out of reach for a while is said once and waited for.
@@ -130,13 +152,14 @@ fn watch(settings: &Settings, args: &Args) -> Result<u8> {
     let mut shown = String::new();
     loop {
         let (text, key) = match look(settings, args) {
-            Ok(picture) if args.json => {
+            Ok((picture, _)) if args.json => {
                 let line = json(&picture, false)?;
                 (line.clone(), line)
             }
-            Ok(picture) => {
+            Ok((picture, left_out)) => {
                 let colour = terminal && say::colour_wanted();
-                let text = table(&picture, Timestamp::now(), colour, args.service.is_some());
+                let mut text = table(&picture, Timestamp::now(), colour, args.service.is_some());
+                text.extend(left_out.map(|left_out| format!("\n{left_out}\n")));
                 (text, json(&picture, false)?)
             }
             // What is wrong from the start stays wrong: no such service, no manifest.
@@ -311,7 +334,7 @@ fn table(picture: &Picture, now: Timestamp, colour: bool, detail: bool) -> Strin
 mod tests {
     use super::*;
     use crate::deployer::state::Exposure;
-    use crate::names::{HostName, ServiceName};
+    use crate::names::ServiceName;
     use crate::see::judge::HostRow;
 
     fn picture() -> Picture {

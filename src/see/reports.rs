@@ -17,6 +17,7 @@ use crate::ssh;
 use crate::store::{Got, HOSTS_PREFIX, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// The largest report that is read, in bytes.
@@ -35,6 +36,14 @@ const HOSTS_AT_ONCE: usize = 16;
 /// How many reports are read at once.
 const REPORTS_AT_ONCE: usize = crate::http::CONNECTIONS;
 
+/// So many reports of hosts that the manifest does not name are read at most, and no more once they have so many bytes
+/// together: whoever writes to the store can make up any number of them.
+const OTHERS: usize = 32;
+const OTHERS_BYTES: u64 = 8 << 20;
+
+/// How many of these are read at once, which is how far their bytes can be exceeded.
+const OTHERS_AT_ONCE: usize = 4;
+
 /// The hosts that the manifest names.
 pub fn hosts(manifest: &Manifest) -> BTreeSet<HostName> {
     manifest.services.iter().flat_map(|s| s.hosts.iter().cloned()).collect()
@@ -46,25 +55,55 @@ pub fn listed(store: &dyn Store) -> Result<BTreeSet<HostName>> {
     Ok(store.list(HOSTS_PREFIX)?.iter().filter_map(host).collect())
 }
 
-/// The reports of these hosts in the store.
+/// The reports of all these hosts in the store.
 pub fn stored(store: &dyn Store, hosts: &BTreeSet<HostName>) -> Result<BTreeMap<HostName, Report>> {
     let identity = store.identity();
-    each(hosts, REPORTS_AT_ONCE, |host| {
-        Ok(match store.get(&key(host), None, MAX_REPORT) {
-            Ok(Got::Found { bytes, .. }) => match read(host, &bytes) {
+    each(hosts, REPORTS_AT_ONCE, |host| Ok(one(store, &identity, host)?.0))
+}
+
+/// The reports of hosts that the manifest does not name, as far as they cost little; with how many were left out.
+pub fn stored_others(
+    store: &dyn Store,
+    hosts: &BTreeSet<HostName>,
+) -> Result<(BTreeMap<HostName, Report>, usize)> {
+    let identity = store.identity();
+    let bytes = AtomicU64::new(0);
+    let all: Vec<&HostName> = hosts.iter().take(OTHERS).collect();
+    let mut reports = BTreeMap::new();
+    for some in all.chunks(OTHERS_AT_ONCE) {
+        if bytes.load(Ordering::Relaxed) >= OTHERS_BYTES {
+            break;
+        }
+        let some: BTreeSet<HostName> = some.iter().map(|host| (*host).clone()).collect();
+        reports.extend(each(&some, OTHERS_AT_ONCE, |host| {
+            let (report, size) = one(store, &identity, host)?;
+            bytes.fetch_add(size, Ordering::Relaxed);
+            Ok(report)
+        })?);
+    }
+    let left_out = hosts.len() - reports.len();
+    Ok((reports, left_out))
+}
+
+/// A host's report, with its bytes.
+fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(Report, u64)> {
+    Ok(match store.get(&key(host), None, MAX_REPORT) {
+        Ok(Got::Found { bytes, .. }) => {
+            let report = match read(host, &bytes) {
                 // It is in this store: its host reaches it, by whatever address.
                 Report::Read(mut state)
-                    if state.store.as_deref().is_some_and(|s| but_for_address(s, &identity)) =>
+                    if state.store.as_deref().is_some_and(|s| but_for_address(s, identity)) =>
                 {
-                    state.store = Some(identity.clone());
+                    state.store = Some(identity.to_string());
                     Report::Read(state)
                 }
                 report => report,
-            },
-            Ok(Got::Missing | Got::NotModified) => Report::Missing,
-            Err(StoreError::TooLarge(why)) => Report::Unreadable(why),
-            Err(e) => return Err(e.into()),
-        })
+            };
+            (report, bytes.len() as u64)
+        }
+        Ok(Got::Missing | Got::NotModified) => (Report::Missing, 0),
+        Err(StoreError::TooLarge(why)) => (Report::Unreadable(why), 0),
+        Err(e) => return Err(e.into()),
     })
 }
 
@@ -279,6 +318,32 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn made_up_reports_cost_no_more_than_a_few_and_those_left_out_are_counted() {
+        use crate::store::When;
+        let dir = tempfile::tempdir().unwrap();
+        let store = crate::store::dir::DirStore::new(dir.path());
+        let mut state = State::new(HostName::parse("z").unwrap(), Timestamp(1_800_000_000));
+        let hosts: BTreeSet<HostName> = (0..40).map(|i| HostName::parse(&format!("z{i}")).unwrap()).collect();
+        let put = |state: &State, host: &HostName, spaces: usize| {
+            let mut bytes = serde_json::to_vec(&State { host: host.clone(), ..state.clone() }).unwrap();
+            bytes.extend(vec![b' '; spaces]);
+            store.put(&key(host), &bytes, &When::Always).unwrap();
+        };
+        state.store = None;
+        hosts.iter().for_each(|host| put(&state, host, 0));
+        assert_eq!(listed(&store).unwrap(), hosts);
+        let (reports, left_out) = stored_others(&store, &hosts).unwrap();
+        assert_eq!((reports.len(), left_out), (OTHERS, hosts.len() - OTHERS));
+        assert!(reports.values().all(|report| matches!(report, Report::Read(_))));
+        // Of those whom the manifest names, and of one that is asked for, all are read.
+        assert_eq!(stored(&store, &hosts).unwrap().len(), hosts.len());
+        // Large ones end it sooner.
+        hosts.iter().take(OTHERS_AT_ONCE).for_each(|host| put(&state, host, (MAX_REPORT - 10_000) as usize));
+        let (reports, left_out) = stored_others(&store, &hosts).unwrap();
+        assert_eq!((reports.len(), left_out), (OTHERS_AT_ONCE, hosts.len() - OTHERS_AT_ONCE));
     }
 
     #[test]
