@@ -12,8 +12,9 @@ use crate::say::{self, printable};
 use crate::see::reports;
 use crate::ssh;
 use argh::{ArgsInfo, FromArgs};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::mpsc;
+use std::time::Duration;
 
 /// Show the journal of a service, the deployer or Caddy, from the hosts that run it.
 #[derive(FromArgs, ArgsInfo)]
@@ -43,6 +44,43 @@ pub(super) struct Args {
 
 const DEFAULT_LINES: &str = "100";
 
+/// How long several hosts may take that are not followed: nothing of one is shown before it has ended.
+const ENDS_WITHIN: Duration = Duration::from_secs(60);
+
+/// The most bytes that are kept of what one of several hosts says.
+const KEPT_BYTES: usize = 8 << 20;
+
+impl Args {
+    /// The most lines that a host has to say.
+    fn most(&self) -> usize {
+        match (&self.lines, &self.since) {
+            (Some(lines), _) => lines.parse().unwrap_or(usize::MAX),
+            (None, None) => DEFAULT_LINES.parse().unwrap_or(usize::MAX),
+            (None, Some(_)) => usize::MAX,
+        }
+    }
+}
+
+/// The last lines of a host, as far as they are kept.
+#[derive(Debug, Default)]
+struct Tail {
+    lines: VecDeque<(Stream, String)>,
+    bytes: usize,
+    left_out: usize,
+}
+
+impl Tail {
+    fn push(&mut self, stream: Stream, line: &str, most: usize) {
+        self.lines.push_back((stream, line.to_string()));
+        self.bytes += line.len() + size_of::<(Stream, String)>();
+        while self.lines.len() > most.max(1) || self.bytes > KEPT_BYTES {
+            let Some((_, first)) = self.lines.pop_front() else { return };
+            self.bytes -= first.len() + size_of::<(Stream, String)>();
+            self.left_out += 1;
+        }
+    }
+}
+
 fn lines(text: &str) -> Result<String, String> {
     match text.parse::<u32>() {
         Ok(n) => Ok(n.to_string()),
@@ -71,7 +109,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     let failed = if args.follow || hosts.len() == 1 {
         together(&settings, &hosts, &words)?
     } else {
-        in_turn(&settings, &hosts, &words)?
+        in_turn(&settings, &hosts, &words, args.most())?
     };
     Ok(if failed { EXIT_FAILED } else { 0 })
 }
@@ -140,9 +178,13 @@ fn stream(
     settings: &Settings,
     host: &HostName,
     words: &[&str],
+    within: Option<Duration>,
     mut line: impl FnMut(Stream, &str),
 ) -> Option<String> {
-    let run = ssh::run_on(settings, host, true, words).unkept();
+    let mut run = ssh::run_on(settings, host, true, words).unkept();
+    if let Some(within) = within {
+        run = run.deadline(within);
+    }
     match ssh::lines_of(settings, host, run, &mut line) {
         Ok(status) if status.ok() => None,
         Ok(status) => Some(format!("journalctl on {host} ended with {status}")),
@@ -164,7 +206,7 @@ fn together(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<b
         // Plain threads: when our reader goes away we end, whatever the hosts are about to say.
         std::thread::spawn(move || {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
-            let failed = stream(&settings, &host, &words, |stream, line| {
+            let failed = stream(&settings, &host, &words, None, |stream, line| {
                 // Nobody listens any more only when the process is about to end.
                 drop(sender.send(Event::Line(i, stream, line.to_string())));
             });
@@ -187,19 +229,30 @@ fn together(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<b
     Ok(failed)
 }
 
-/// Asked all at once, shown host after host. Returns whether some host failed.
-fn in_turn(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<bool> {
+/// Asked all at once, shown host after host: of each the last lines, and no more than `most`. Returns whether some host
+/// failed.
+fn in_turn(settings: &Settings, hosts: &[HostName], words: &[&str], most: usize) -> Result<bool> {
     std::thread::scope(|scope| {
         let ask = |host: &HostName| {
-            let mut lines = Vec::new();
-            let failed = stream(settings, host, words, |stream, line| lines.push((stream, line.to_string())));
-            (lines, failed)
+            let mut tail = Tail::default();
+            // Beside its lines journalctl says that there are more or fewer.
+            let most = most.saturating_add(100);
+            let failed = stream(settings, host, words, Some(ENDS_WITHIN), |stream, line| {
+                tail.push(stream, line, most)
+            });
+            (tail, failed)
         };
         let asked: Vec<_> = hosts.iter().map(|host| (host, scope.spawn(move || ask(host)))).collect();
         let mut failed = false;
         for (host, answer) in asked {
-            let (lines, why) = answer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            for (stream, line) in lines {
+            let (tail, why) = answer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            if tail.left_out > 0 {
+                say::warning(format!(
+                    "{host}: {} earlier lines are left out; --host {host} shows all",
+                    tail.left_out
+                ));
+            }
+            for (stream, line) in tail.lines {
                 show(hosts, host, stream, &line)?;
             }
             if let Some(why) = why {
@@ -246,6 +299,22 @@ mod tests {
             let want = format!("journalctl --no-pager --output=short-iso --unit=ava.service {want}");
             assert_eq!(words, want);
         }
+    }
+
+    #[test]
+    fn of_a_host_that_never_stops_the_last_lines_are_kept_and_the_rest_is_counted() {
+        let mut tail = Tail::default();
+        (0..10_000).for_each(|n| tail.push(Stream::Stdout, &n.to_string(), 3));
+        let kept: Vec<&str> = tail.lines.iter().map(|(_, line)| line.as_str()).collect();
+        assert_eq!((kept, tail.left_out), (vec!["9997", "9998", "9999"], 9_997));
+        let mut tail = Tail::default();
+        let long = "x".repeat(1 << 20);
+        (0..100).for_each(|_| tail.push(Stream::Stdout, &long, usize::MAX));
+        assert!(tail.lines.iter().map(|(_, line)| line.len()).sum::<usize>() <= KEPT_BYTES);
+        assert_eq!(tail.lines.len() + tail.left_out, 100);
+        let most = [(Some("5"), None), (None, None), (None, Some("-1h")), (Some("all"), None)];
+        let most = most.map(|(lines, since)| args(lines, since, false).most());
+        assert_eq!(most, [5, 100, usize::MAX, usize::MAX]);
     }
 
     #[test]
