@@ -237,10 +237,10 @@ fn service_at(value: Value, at: &At<'_>, mode: Mode, default_hosts: Option<&[Hos
         None => BTreeMap::new(),
         Some(value) => env(value, &fields.at("env"))?,
     };
-    let env_file = fields.optional_text("envFile", rules::absolute)?;
+    let env_file = fields.optional_text("envFile", secret_file(mode))?;
     let credentials = match fields.take("credentials") {
         None => BTreeMap::new(),
-        Some(value) => credentials(value, &fields.at("credentials"))?,
+        Some(value) => credentials(value, &fields.at("credentials"), mode)?,
     };
     let http = match fields.take_set("http") {
         None => None,
@@ -385,7 +385,15 @@ fn env(value: Value, at: &At<'_>) -> Parsed<BTreeMap<String, String>> {
     Ok(env)
 }
 
-fn credentials(value: Value, at: &At<'_>) -> Parsed<BTreeMap<String, String>> {
+/// What is reserved since manifests with it could be written is refused from people alone.
+fn secret_file(mode: Mode) -> Rule {
+    match mode {
+        Mode::Strict => rules::secret_file,
+        Mode::Tolerant => rules::absolute,
+    }
+}
+
+fn credentials(value: Value, at: &At<'_>, mode: Mode) -> Parsed<BTreeMap<String, String>> {
     let Value::Object(map) = value else {
         return Err(wrong_type(at, &value, "an object of paths"));
     };
@@ -394,7 +402,7 @@ fn credentials(value: Value, at: &At<'_>) -> Parsed<BTreeMap<String, String>> {
         let at = At::Field(at, &name);
         rules::credential_name(&name)
             .map_err(|why| at.error(format!("{} {why}", shown(&name[..].into()))))?;
-        let path = parsed_text(value, &at, "the path of its file", rules::absolute)?;
+        let path = parsed_text(value, &at, "the path of its file", secret_file(mode))?;
         credentials.insert(name, path);
     }
     Ok(credentials)
@@ -436,7 +444,14 @@ fn systemd(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Systemd> {
         restart_sec: fields.number("restartSec", Some(default.restart_sec.into()), 0..=86_400, seconds)?
             as u32,
         state_directory: fields.optional_text("stateDirectory", rules::below_state)?,
-        read_write_paths: fields.texts("readWritePaths", Vec::new(), rules::writable)?,
+        read_write_paths: fields.texts(
+            "readWritePaths",
+            Vec::new(),
+            match mode {
+                Mode::Strict => rules::writable,
+                Mode::Tolerant => rules::writable_as_read,
+            },
+        )?,
         memory_max: fields.optional_text("memoryMax", rules::memory)?,
         cpu_quota: fields.optional_text("cpuQuota", rules::quota)?,
         working_directory: fields.optional_text("workingDirectory", rules::directory)?,

@@ -134,8 +134,9 @@ pub(super) fn below_state(text: &str) -> Result<String, String> {
     Ok(parts.join("/"))
 }
 
-/// A path that a service may write to.
-pub(super) fn writable(text: &str) -> Result<String, String> {
+/// A path that a service may write to, as a manifest may have had it since ever: what is read must go on being read, or
+/// one entry would keep a whole host from its manifest.
+pub(super) fn writable_as_read(text: &str) -> Result<String, String> {
     let path = absolute(text)?;
     match reserved(&path) {
         Some(whose) => Err(format!("would open {whose} to this service; a folder of its own is meant")),
@@ -143,23 +144,80 @@ pub(super) fn writable(text: &str) -> Result<String, String> {
     }
 }
 
+/// A path that a service may write to, as a person may write it: also nothing that what is reserved lies in, or that
+/// leads there under another name.
+pub(super) fn writable(text: &str) -> Result<String, String> {
+    let path = writable_as_read(text)?;
+    let real = unaliased(&path)?;
+    let held = |dir: &str| dir.strip_prefix(&real).is_some_and(|rest| rest.starts_with('/'));
+    let above = || {
+        let found = RESERVED.iter().chain(&CADDYS).find(|(dir, _)| held(dir));
+        found.map(|(dir, whose)| format!("{whose} ({dir})"))
+    };
+    match reserved(&real).or_else(|| caddys(&real)).or_else(above) {
+        Some(whose) => Err(format!("would open {whose} to this service; a folder of its own is meant")),
+        None => Ok(path),
+    }
+}
+
+/// A file that systemd reads for a service, as root: nothing of ours but the services' secrets. Caddy's certificates a
+/// person may mean to share, as with a mail server.
+pub(super) fn secret_file(text: &str) -> Result<String, String> {
+    let path = absolute(text)?;
+    let real = unaliased(&path)?;
+    let meant = [SECRETS, CADDYS_STATE].iter().any(|dir| real.starts_with(&format!("{dir}/")));
+    match reserved(&real).filter(|_| !meant) {
+        Some(whose) => Err(format!("would give {whose} to this service; a file in {SECRETS} is meant")),
+        None => Ok(path),
+    }
+}
+
+/// A path under the name that what is reserved has; below /proc is the whole machine once more.
+fn unaliased(path: &str) -> Result<String, String> {
+    match path.strip_prefix("/var/run").filter(|rest| rest.is_empty() || rest.starts_with('/')) {
+        Some(rest) => Ok(format!("/run{rest}")),
+        None if path == "/proc" || path.starts_with("/proc/") => {
+            Err("is below /proc, where all folders of the machine are under other names; the path itself is meant".into())
+        }
+        None => Ok(path.into()),
+    }
+}
+
 /// What no service may be given: our own folders, and where Caddy keeps the keys of certificates.
 const RESERVED: [(&str, &str); 8] = [
     ("/var/lib/deployer", "the deployer's state"),
-    ("/var/lib/deployer-secrets", "the services' secrets"),
+    (SECRETS, "the services' secrets"),
     ("/var/lib/omni-deploy", "the directory store"),
-    ("/var/lib/caddy", "Caddy's keys and certificates"),
+    (CADDYS_STATE, "Caddy's keys and certificates"),
     ("/var/cache/deployer", "the deployer's cache"),
     ("/run/omni-deploy", "the deployer's locks"),
     ("/etc/omni-deploy", "the deployer's configuration"),
     ("/nix/var/nix/gcroots/omni-deploy", "what keeps closures on the host"),
 ];
 
+/// Where the services' secrets are.
+const SECRETS: &str = "/var/lib/deployer-secrets";
+
+/// Where Caddy keeps the keys of certificates.
+const CADDYS_STATE: &str = "/var/lib/caddy";
+
+/// What else of Caddy's is reserved, from people alone: manifests that are older may have it.
+const CADDYS: [(&str, &str); 2] =
+    [("/run/caddy", "Caddy's admin socket"), ("/etc/caddy", "Caddy's configuration")];
+
 /// What a path in its normal form lies in, if that is reserved.
 fn reserved(path: &str) -> Option<String> {
+    found_in(&RESERVED, path)
+}
+
+fn caddys(path: &str) -> Option<String> {
+    found_in(&CADDYS, path)
+}
+
+fn found_in(dirs: &[(&str, &str)], path: &str) -> Option<String> {
     let within =
         |dir: &str| path.strip_prefix(dir).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    RESERVED.iter().find(|(dir, _)| within(dir)).map(|(dir, whose)| format!("{whose} ({dir})"))
+    dirs.iter().find(|(dir, _)| within(dir)).map(|(dir, whose)| format!("{whose} ({dir})"))
 }
 
 /// The longest name of a file (NAME_MAX).
@@ -363,7 +421,7 @@ mod tests {
     fn each_rule_passes_what_is_meant_and_refuses_what_is_not() {
         let long = "a".repeat(64);
         let name_of_256 = format!("/a/{}", "n".repeat(256));
-        let table: [(&str, Rule, &[&str], &[&str]); 12] = [
+        let table: [(&str, Rule, &[&str], &[&str]); 14] = [
             (
                 "user",
                 user,
@@ -402,6 +460,59 @@ mod tests {
                     "-/a",
                     "/ü",
                     &name_of_256,
+                ],
+            ),
+            (
+                "writable",
+                writable,
+                &[
+                    "/srv",
+                    "/srv/web",
+                    "/var/lib/web",
+                    "/var/log/web",
+                    "/run/web",
+                    "/etc/web",
+                    "/var/runner",
+                    "/process",
+                ],
+                &[
+                    "/",
+                    "/var",
+                    "/var/lib",
+                    "/var/cache",
+                    "/run",
+                    "/var/run",
+                    "/etc",
+                    "/nix",
+                    "/nix/var/nix/gcroots",
+                    "/nix/var/nix/gcroots/omni-deploy/web",
+                    "/var/lib/deployer",
+                    "/var/lib/deployer-secrets/web.env",
+                    "/run/caddy",
+                    "/etc/caddy/x",
+                    "/var/run/omni-deploy",
+                    "/var/run/caddy/admin.sock",
+                    "/proc",
+                    "/proc/1/root/var/lib/deployer",
+                ],
+            ),
+            (
+                "secret_file",
+                secret_file,
+                &[
+                    "/var/lib/deployer-secrets/web.env",
+                    "/run/secrets/web.env",
+                    "/etc/web.env",
+                    "/var/lib/web/env",
+                    "/var/lib/caddy/certificates/web.key",
+                ],
+                &[
+                    "web.env",
+                    "/etc/omni-deploy/deployer.env",
+                    "/var/lib/deployer/lines.json",
+                    "/var/lib/deployer-secrets",
+                    "/var/run/omni-deploy/x",
+                    "/proc/1/environ",
                 ],
             ),
             ("directory", directory, &["/", "/srv"], &["", "srv", "~", "/../"]),
@@ -518,6 +629,14 @@ mod tests {
                 assert!(rule(text).is_err(), "{name} passed {text:?}");
             }
         }
+    }
+
+    #[test]
+    fn what_older_manifests_may_have_is_still_read() {
+        for path in ["/etc", "/var/lib", "/run/caddy", "/proc/sys", "/var/run/omni-deploy"] {
+            assert!(writable(path).is_err() && writable_as_read(path).as_deref() == Ok(path), "{path}");
+        }
+        assert!(writable_as_read("/var/lib/deployer").is_err());
     }
 
     #[test]
