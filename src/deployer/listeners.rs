@@ -23,6 +23,11 @@ const SLICES: [&str; 3] = [
     "/sys/fs/cgroup/systemd/system.slice",
 ];
 
+/// The most open files of one process that are looked at for sockets, and of all. A server opens what it listens at
+/// early; a socket that is not among these is one of a process that cannot be seen.
+const FILES_OF_ONE: usize = 4096;
+const FILES_OF_ALL: usize = 1 << 17;
+
 /// The units that Caddy's packages have.
 const CADDYS: [&str; 2] = ["caddy.service", "caddy-api.service"];
 
@@ -210,9 +215,10 @@ impl Listeners {
             return Owners { partial: true, ..owners };
         };
         let pids = processes.filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u32>().ok());
+        let mut left = FILES_OF_ALL;
         for pid in pids.collect::<BTreeSet<u32>>() {
-            let inodes = match sockets_of(pid) {
-                Ok(inodes) => inodes.filter(|inode| listening.contains(inode)).collect::<BTreeSet<u64>>(),
+            let inodes = match files_of(pid) {
+                Ok(files) => first_of(files, &listening, &mut left),
                 // It has ended meanwhile.
                 Err(e) if e.kind() == ErrorKind::NotFound => continue,
                 Err(_) => {
@@ -425,8 +431,23 @@ fn held_by(cgroup: &Path, inodes: &[u64]) -> BTreeSet<u64> {
 
 /// The sockets that a process holds (proc_pid_fd(5)).
 fn sockets_of(pid: u32) -> Result<impl Iterator<Item = u64>> {
+    Ok(files_of(pid)?.flatten())
+}
+
+/// Those sockets that are among the first files of a process, while some of all files are left to be looked at.
+fn first_of(
+    files: impl Iterator<Item = Option<u64>>,
+    listening: &BTreeSet<u64>,
+    left: &mut usize,
+) -> BTreeSet<u64> {
+    let looked_at = files.take(FILES_OF_ONE.min(*left)).inspect(|_| *left -= 1);
+    looked_at.flatten().filter(|inode| listening.contains(inode)).collect()
+}
+
+/// The files that a process has open, in their order; of each that is a socket its inode.
+fn files_of(pid: u32) -> Result<impl Iterator<Item = Option<u64>>> {
     let files = fs_err::read_dir(format!("/proc/{pid}/fd"))?;
-    Ok(files.filter_map(|file| socket_inode(fs_err::read_link(file.ok()?.path()).ok()?.as_os_str())))
+    Ok(files.map(|file| socket_inode(fs_err::read_link(file.ok()?.path()).ok()?.as_os_str())))
 }
 
 fn socket_inode(link: &OsStr) -> Option<u64> {
@@ -658,6 +679,26 @@ mod tests {
         });
         drop(listener);
         assert_eq!(Listeners::read().unwrap().at(port, "nobody-of-this-name.service"), Answers::Nobody);
+    }
+
+    #[test]
+    fn whoever_opens_very_many_files_does_not_hold_up_the_search() {
+        let listening = BTreeSet::from([1, 2]);
+        let mut left = FILES_OF_ALL;
+        let mut looked_at = 0;
+        let many = std::iter::repeat_n(None, 3).chain([Some(7), Some(1)]);
+        let many =
+            many.chain(std::iter::repeat_n(None, 1_000_000)).chain([Some(2)]).inspect(|_| looked_at += 1);
+        assert_eq!(first_of(many, &listening, &mut left), BTreeSet::from([1]));
+        assert_eq!((looked_at, left), (FILES_OF_ONE, FILES_OF_ALL - FILES_OF_ONE));
+        // Nor do very many processes.
+        left = 2;
+        assert_eq!(
+            first_of([None, Some(2), Some(1)].into_iter(), &listening, &mut left),
+            BTreeSet::from([2])
+        );
+        assert_eq!(first_of([Some(1)].into_iter(), &listening, &mut left), BTreeSet::new());
+        assert_eq!(left, 0);
     }
 
     #[test]
