@@ -13,7 +13,8 @@ use crate::see::reports;
 use crate::ssh;
 use argh::{ArgsInfo, FromArgs};
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 /// Show the journal of a service, the deployer or Caddy, from the hosts that run it.
@@ -50,8 +51,11 @@ const ENDS_WITHIN: Duration = Duration::from_secs(60);
 /// The most bytes that are kept of what one of several hosts says.
 const KEPT_BYTES: usize = 8 << 20;
 
+/// What an entry of a journal takes at most, but for very few: a line of a program is cut at 48 KiB (`LineMax=`).
+const ENTRY_BYTES: usize = 64 << 10;
+
 impl Args {
-    /// The most lines that a host has to say.
+    /// The most entries that a host has to say; each has a line or more.
     fn most(&self) -> usize {
         match (&self.lines, &self.since) {
             (Some(lines), _) => lines.parse().unwrap_or(usize::MAX),
@@ -65,17 +69,22 @@ impl Args {
 #[derive(Debug, Default)]
 struct Tail {
     lines: VecDeque<(Stream, String)>,
+    /// What those take.
     bytes: usize,
+    /// What all took that came.
+    came: usize,
     left_out: usize,
 }
 
 impl Tail {
-    fn push(&mut self, stream: Stream, line: &str, most: usize) {
+    fn push(&mut self, stream: Stream, line: &str) {
+        let takes = |line: &str| line.len() + size_of::<(Stream, String)>();
         self.lines.push_back((stream, line.to_string()));
-        self.bytes += line.len() + size_of::<(Stream, String)>();
-        while self.lines.len() > most.max(1) || self.bytes > KEPT_BYTES {
+        self.bytes += takes(line);
+        self.came = self.came.saturating_add(takes(line));
+        while self.bytes > KEPT_BYTES {
             let Some((_, first)) = self.lines.pop_front() else { return };
-            self.bytes -= first.len() + size_of::<(Stream, String)>();
+            self.bytes -= takes(&first);
             self.left_out += 1;
         }
     }
@@ -173,17 +182,18 @@ fn journalctl(unit: &str, args: &Args) -> Vec<String> {
     words
 }
 
-/// Starts the journal on one host and hands its lines over as they come. Returns why it failed, if it did.
+/// Starts the journal on one host and hands its lines over as they come; with a flag to stop it, it has to end in time.
+/// Returns why it failed, if it did.
 fn stream(
     settings: &Settings,
     host: &HostName,
     words: &[&str],
-    within: Option<Duration>,
+    ends: Option<&Arc<AtomicBool>>,
     mut line: impl FnMut(Stream, &str),
 ) -> Option<String> {
     let mut run = ssh::run_on(settings, host, true, words).unkept();
-    if let Some(within) = within {
-        run = run.deadline(within);
+    if let Some(stop) = ends {
+        run = run.deadline(ENDS_WITHIN).stop(stop);
     }
     match ssh::lines_of(settings, host, run, &mut line) {
         Ok(status) if status.ok() => None,
@@ -229,17 +239,25 @@ fn together(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<b
     Ok(failed)
 }
 
-/// Asked all at once, shown host after host: of each the last lines, and no more than `most`. Returns whether some host
-/// failed.
+/// Asked all at once for `most` entries, shown host after host: of each the last lines. Returns whether some host failed.
 fn in_turn(settings: &Settings, hosts: &[HostName], words: &[&str], most: usize) -> Result<bool> {
     std::thread::scope(|scope| {
         let ask = |host: &HostName| {
-            let mut tail = Tail::default();
-            // Beside its lines journalctl says that there are more or fewer.
-            let most = most.saturating_add(100);
-            let failed = stream(settings, host, words, Some(ENDS_WITHIN), |stream, line| {
-                tail.push(stream, line, most)
+            let (mut tail, stop) = (Tail::default(), Arc::new(AtomicBool::new(false)));
+            let enough = most.saturating_mul(ENTRY_BYTES).max(KEPT_BYTES);
+            let failed = stream(settings, host, words, Some(&stop), |stream, line| {
+                tail.push(stream, line);
+                // Whoever says more than was asked for does not end either.
+                stop.fetch_or(tail.came > enough, Ordering::SeqCst);
             });
+            if stop.load(Ordering::SeqCst) {
+                let why = format!(
+                    "{host} says more than {most} entries of a journal can have, and was not heard out; look at it with \
+                     '{} {host}'",
+                    settings.ssh.join(" ")
+                );
+                return (Tail::default(), Some(why));
+            }
             (tail, failed)
         };
         let asked: Vec<_> = hosts.iter().map(|host| (host, scope.spawn(move || ask(host)))).collect();
@@ -304,14 +322,13 @@ mod tests {
     #[test]
     fn of_a_host_that_never_stops_the_last_lines_are_kept_and_the_rest_is_counted() {
         let mut tail = Tail::default();
-        (0..10_000).for_each(|n| tail.push(Stream::Stdout, &n.to_string(), 3));
-        let kept: Vec<&str> = tail.lines.iter().map(|(_, line)| line.as_str()).collect();
-        assert_eq!((kept, tail.left_out), (vec!["9997", "9998", "9999"], 9_997));
-        let mut tail = Tail::default();
         let long = "x".repeat(1 << 20);
-        (0..100).for_each(|_| tail.push(Stream::Stdout, &long, usize::MAX));
+        (0..100).for_each(|_| tail.push(Stream::Stdout, &long));
+        tail.push(Stream::Stdout, "last");
         assert!(tail.lines.iter().map(|(_, line)| line.len()).sum::<usize>() <= KEPT_BYTES);
-        assert_eq!(tail.lines.len() + tail.left_out, 100);
+        assert!(tail.lines.len() > 5 && tail.came > 100 << 20);
+        assert_eq!(tail.lines.len() + tail.left_out, 101);
+        assert_eq!(tail.lines.back().map(|(_, line)| line.as_str()), Some("last"));
         let most = [(Some("5"), None), (None, None), (None, Some("-1h")), (Some("all"), None)];
         let most = most.map(|(lines, since)| args(lines, since, false).most());
         assert_eq!(most, [5, 100, usize::MAX, usize::MAX]);

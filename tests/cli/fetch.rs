@@ -149,7 +149,9 @@ fn what_no_signature_covers_does_not_reach_nix() {
     let closure = Closure::build("planted", 1000);
     scene.fill(&closure.app);
     let good = fs_err::read_to_string(scene.info(&closure.lib)).unwrap();
-    let without = |name: &str| good.lines().filter(|l| !l.starts_with(name)).map(|l| format!("{l}\n"));
+    let without = |name: &str| -> String {
+        good.lines().filter(|line| !line.starts_with(name)).map(|line| format!("{line}\n")).collect()
+    };
     for (name, line) in [
         ("CA", "CA: garbage"),
         ("CA", "CA: fixed:r:sha256:1f1layi40aar7sfj6mbwpp9r02pp8i0zzcv9nxb15zhkdag66bv4"),
@@ -158,8 +160,7 @@ fn what_no_signature_covers_does_not_reach_nix() {
         ("Nothing", "Sig: nocolon"),
     ] {
         closure.forget();
-        let text = without(name).chain([format!("{line}\n")]).collect::<String>();
-        fs_err::write(scene.info(&closure.lib), text).unwrap();
+        fs_err::write(scene.info(&closure.lib), format!("{}{line}\n", without(name))).unwrap();
         assert_eq!(scene.fetch(&closure.app), None, "{line}");
         assert_eq!(nix::missing(&closure.paths()).unwrap(), [], "{line}");
     }

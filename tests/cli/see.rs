@@ -259,6 +259,20 @@ fn a_host_that_never_stops_talking_is_cut_off_and_said() {
     }
 }
 
+#[test]
+fn of_several_hosts_one_whose_journal_never_ends_is_cut_off_and_the_other_is_shown() {
+    let machine = Machine::with_ava(&["biz", "box"]);
+    let ssh = machine.ssh("case \"$*\" in *biz*) exec yes endless;; esac; echo well");
+    let output = machine.call(&["logs", "ava", "-n", "3", "--ssh", &ssh]);
+    assert_eq!(exit(&output), 1, "{}", output.stderr);
+    assert!(
+        output.stderr.contains("biz says more than 3 entries of a journal can have"),
+        "{}",
+        output.stderr
+    );
+    assert_eq!(output.text(), "box | well\n");
+}
+
 /// What a host answers that is asked what runs now.
 fn answer(host: &str, unit: Value, deployer: Value, timer: &str) -> Value {
     let well = json!({"load": "loaded", "active": "active", "sub": "running", "result": "success", "exitStatus": 0,
