@@ -98,7 +98,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
         trusted.push(public.clone());
     }
     let trust = Trust { signer: Some(key), trusted };
-    let author = Author { by: edit::whoami(), trust, seen: Seen::of_user() };
+    let author = Author { by: edit::whoami(), trust, seen: Seen::of_user(), at_hand: 0 };
     let made = first_manifest(store.as_ref(), &author);
 
     let text = serde_json::to_string_pretty(&for_hosts(&settings, &public));

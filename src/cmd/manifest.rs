@@ -958,15 +958,15 @@ fn version_before(
 
 /// Publishes a copy of a version from somewhere else, above every serial that it shows to have been there.
 fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8]) -> Result<()> {
-    let author = Author::of(settings)?;
-    let trusted = &author.trust.trusted;
+    let mut author = Author::of(settings)?;
+    let trusted = author.trust.trusted.clone();
     let refused = |why: &str| {
         Err(Error::new(format!(
             "the copy is not to be trusted in {}: {why}; take one that a host of this store has kept",
             store.url()
         )))
     };
-    let signed = (!trusted.is_empty()).then(|| signature::verify(bytes, &store.identity(), trusted));
+    let signed = (!trusted.is_empty()).then(|| signature::verify(bytes, &store.identity(), &trusted));
     if let Some(Some(Err(why))) = signed {
         return refused(&why);
     }
@@ -974,6 +974,7 @@ fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8]) -> Res
     if let Some(None) = signed {
         return refused("it cannot be told who signed it");
     }
+    author.at_hand = copy.serial;
     let line = signature::digest(bytes).map(|digest| lineage::line(&copy, digest)).unwrap_or_default();
     let in_force = InForce::of(store, &author)?;
     // Who can write the store can hold a host at an old version, take the newest away, and wait for somebody to put
@@ -999,15 +1000,16 @@ fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8]) -> Res
     }
     let trusting = !trusted.is_empty();
     drop(in_force);
-    change(settings, store, Start::Replace, |manifest| {
+    let published = edit::publish(store, &Timestamp::now, &author, Start::Replace, |manifest| {
         // Whoever has obeyed the copy knows that the new version comes after it.
         let behind = manifest.serial < copy.serial
             || trusting && line.first().is_some_and(|copy| !manifest.previous.contains(copy));
-        manifest.previous.extend_from_slice(&line);
+        manifest.previous = lineage::join(&line, &manifest.previous);
         manifest.serial = manifest.serial.max(copy.serial);
         let changed = changes::restore(manifest, &copy) || behind || manifest.change.by.is_empty();
         Ok(changed.then(|| format!("rollback to a copy of serial {}", copy.serial)))
     })?;
+    edit::report(store, &published);
     Ok(())
 }
 

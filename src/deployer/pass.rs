@@ -21,7 +21,7 @@ use crate::effect;
 use crate::error::{Error, Result};
 use crate::keys::PublicKey;
 use crate::manifest::edit::COPY_BACK;
-use crate::manifest::lineage::{self, Relation};
+use crate::manifest::lineage::{self, Ancestor, Relation};
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::{Manifest, Service, entry, signature, versions};
@@ -98,6 +98,10 @@ struct Origin {
     store: String,
     etag: String,
     sha256: String,
+    /// The last version that this host refused because it was made without that one (`NUMBER:DIGEST`): what is made on
+    /// it is refused too, also when its list does not reach so far any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    refused: Option<String>,
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -111,6 +115,8 @@ struct LastGood {
     hash: String,
     /// Its version, if that is known.
     etag: Option<Etag>,
+    /// What was refused since, as [`Origin`] has it.
+    refused: Option<Ancestor>,
 }
 
 /// The last good manifest of this store; None when there is none.
@@ -123,12 +129,17 @@ fn last_good(root: &Root, store: &dyn Store) -> Option<LastGood> {
     // The two files are written one after the other, the manifest first: the hash tells whether the version is
     // this manifest's. A pass that died between them leaves a good manifest without a version.
     let hash = sha256(&bytes);
-    let etag = (origin.sha256 == hash).then_some(Etag(origin.etag));
-    Some(LastGood { bytes, hash, etag })
+    let known = origin.sha256 == hash;
+    let refused = origin.refused.filter(|_| known).and_then(|text| Ancestor::parse(&text).ok());
+    Some(LastGood { bytes, hash, etag: known.then_some(Etag(origin.etag)), refused })
 }
 
 fn keep_manifest(root: &Root, bytes: &[u8], origin: &Origin) -> Result<()> {
     durable::write(&root.manifest(), bytes, 0o644)?;
+    keep_origin(root, origin)
+}
+
+fn keep_origin(root: &Root, origin: &Origin) -> Result<()> {
     let origin = serde_json::to_vec(origin)
         .map_err(|e| Error::new(format!("cannot write the manifest's origin: {e}")))?;
     durable::write(&root.manifest_origin(), &origin, 0o644)?;
@@ -155,10 +166,12 @@ fn current(
         Ok(Got::Found { etag, .. }) if deadly.as_ref() == Some(&etag) => Some(reading::refusal(root, &url)),
         Ok(Got::Found { bytes, etag }) => match belief.read(&bytes, store, keep.then_some((root, &etag))) {
             Ok(manifest) => {
-                let kept = cached.as_ref().map(|kept| kept.bytes.as_slice());
                 let hash = sha256(&bytes);
-                let origin = Origin { store: url.clone(), etag: etag.0, sha256: hash.clone() };
-                if let Some(why) = belief.objection(&bytes, &manifest, store, kept) {
+                let origin = Origin { store: url.clone(), etag: etag.0, sha256: hash.clone(), refused: None };
+                if let Some(why) = belief.objection(&bytes, &manifest, store, cached.as_ref()) {
+                    if let Some(kept) = cached.as_ref().filter(|_| keep) {
+                        keep_refused(root, &url, kept, belief, &bytes, &manifest);
+                    }
                     Some(format!("the manifest in {url} is refused: {why}"))
                 } else if let Err(e) = if keep { keep_manifest(root, &bytes, &origin) } else { Ok(()) } {
                     // What runs here must be known when the bucket is not, so it is not taken up.
@@ -201,6 +214,29 @@ fn current(
             let entries = entries(&bytes, &hash, belief, known);
             Ok(Current { manifest, hash, entries, error })
         }
+    }
+}
+
+/// Takes down that a version was refused because it was made without the one that this host obeys.
+fn keep_refused(root: &Root, url: &str, kept: &LastGood, belief: &Belief, bytes: &[u8], manifest: &Manifest) {
+    let Some((obeyed, etag)) = parse::manifest(&kept.bytes, Mode::Tolerant).ok().zip(kept.etag.clone())
+    else {
+        return;
+    };
+    let Ok(digest) = signature::digest(bytes) else { return };
+    let fork = !belief.trusted.is_empty() && manifest.serial >= obeyed.serial;
+    let refused = Some(Ancestor { serial: manifest.serial, digest: Some(digest) });
+    if !fork || refused == kept.refused {
+        return;
+    }
+    let origin = Origin {
+        store: url.into(),
+        etag: etag.0,
+        sha256: kept.hash.clone(),
+        refused: refused.map(|a| a.to_string()),
+    };
+    if let Err(e) = keep_origin(root, &origin) {
+        say::warning(format!("that this version was refused is not kept: {e}"));
     }
 }
 
@@ -311,12 +347,14 @@ impl Belief {
         bytes: &[u8],
         manifest: &Manifest,
         store: &dyn Store,
-        kept: Option<&[u8]>,
+        kept: Option<&LastGood>,
     ) -> Option<String> {
         let serial = manifest.serial;
         if self.accept == Some(serial) {
             return None;
         }
+        let refused = kept.and_then(|kept| kept.refused.as_ref());
+        let kept = kept.map(|kept| kept.bytes.as_slice());
         let kept = kept.and_then(|bytes| Some((bytes, parse::manifest(bytes, Mode::Tolerant).ok()?)));
         let own = kept.as_ref().map_or(0, |(_, m)| m.serial);
         let highest = own.max(self.highest);
@@ -324,7 +362,7 @@ impl Belief {
         // since, says nothing of what comes after it.
         if let Some((kept, obeyed)) =
             kept.filter(|(b, m)| m.serial <= serial && self.doubt(b, m, store).is_none())
-            && let Some(why) = self.fork(bytes, manifest, kept, &obeyed)
+            && let Some(why) = self.fork(bytes, manifest, kept, &obeyed, refused)
         {
             return Some(why);
         }
@@ -344,10 +382,9 @@ impl Belief {
                  {accept}"
             ),
             Ok(Some(newest)) if newest.serial >= serial => format!(
-                "{below}, and the store has the history of that: an old version was put back; publish the right one \
-                 again with 'deploy-manifest rollback {}', or, if the store was restored from a backup on purpose, \
-                 run {accept}",
-                newest.serial
+                "{below}, and the store has the history of that: an old version was put back; a developer publishes the \
+                 right one again with 'deploy-manifest rollback', or, if the store was restored from a backup on \
+                 purpose, run {accept}"
             ),
             Ok(_) => format!(
                 "{below}, and the store has no history of that: it was made anew, or emptied; if it should be, run \
@@ -364,10 +401,21 @@ impl Belief {
 impl Belief {
     /// Why a manifest of the same number as the last good one, or a higher one, does not come after it. Without
     /// trusted keys anybody may write any number: then only the same number with another content is refused.
-    fn fork(&self, bytes: &[u8], manifest: &Manifest, kept: &[u8], obeyed: &Manifest) -> Option<String> {
+    fn fork(
+        &self,
+        bytes: &[u8],
+        manifest: &Manifest,
+        kept: &[u8],
+        obeyed: &Manifest,
+        refused: Option<&Ancestor>,
+    ) -> Option<String> {
         let digest = |bytes: &[u8]| signature::digest(bytes).ok();
         let (new, seen) = (digest(bytes)?, digest(kept)?);
         match lineage::relation(manifest, &new, obeyed.serial, &seen) {
+            Relation::Later
+                if !self.trusted.is_empty()
+                    && refused.is_some_and(|r| lineage::goes_on(manifest, &new, r, obeyed.serial, &seen)) => {
+            }
             Relation::Same | Relation::Later | Relation::Older => return None,
             Relation::Fork if self.trusted.is_empty() && manifest.serial != obeyed.serial => return None,
             Relation::Fork => {}
@@ -378,9 +426,9 @@ impl Belief {
             false => format!("version {serial} was made without the version {last} that this host obeyed"),
         };
         Some(format!(
-            "{what}: somebody published on an older version that had been put back, or the store was made anew or \
-             restored; a developer puts this host's copy back with '{}' and makes the lost changes again; if the \
-             store's is right, run 'deployer run --accept-serial {serial}'",
+            "{what}: somebody published on an older version, because that had been put back or the newer one was lost \
+             or damaged, or the store was made anew or restored; a developer puts this host's copy back with '{}' and \
+             makes the lost changes again; if the store's is right, run 'deployer run --accept-serial {serial}'",
             COPY_BACK.replace("HOST", self.host.as_str())
         ))
     }
@@ -1216,4 +1264,131 @@ fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) ->
     let other = OtherMachine { machine: theirs, reported_at, came_back };
     say::warning(other.text(&state.host, this));
     Some(other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::SecretKey;
+    use crate::manifest::edit::{self, Author, Start};
+    use crate::manifest::signature::Trust;
+    use crate::store::StoreUrl;
+
+    /// A store, and a developer whose machine remembers nothing of it.
+    struct Bench {
+        dir: tempfile::TempDir,
+        store: Box<dyn Store>,
+        author: Author,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let store = store::open(&StoreUrl::Dir(dir.path().join("store"))).unwrap();
+            let key = SecretKey::generate("ann-1").unwrap();
+            let trust = Trust { trusted: vec![key.public()], signer: Some(key) };
+            Bench { dir, store, author: Author { by: "ann@laptop".into(), trust, ..Author::default() } }
+        }
+
+        fn publishes(&self, start: Start, change: impl Fn(&mut Manifest)) -> Vec<u8> {
+            let now = || Timestamp(1_795_372_265);
+            edit::publish(&*self.store, &now, &self.author, start, |manifest| {
+                change(manifest);
+                Ok(Some("set".into()))
+            })
+            .unwrap();
+            self.stored()
+        }
+
+        fn changes(&self, what: &str) -> Vec<u8> {
+            self.publishes(Start::OrEmpty, |m| drop(m.extra.insert("what".into(), what.into())))
+        }
+
+        fn stored(&self) -> Vec<u8> {
+            fs_err::read(self.dir.path().join("store/manifest.json")).unwrap()
+        }
+
+        /// The number and the content that a host of this name obeys after a pass, and why it is not the store's.
+        fn obeyed(&self, host: &str) -> (u64, String, Option<String>) {
+            let of = |what: &str| {
+                let folder = self.dir.path().join(host).join(what);
+                fs_err::create_dir_all(&folder).unwrap();
+                folder
+            };
+            let (state_dir, run_dir) = (of("state"), of("run"));
+            let root = Root { state_dir, run_dir, ..Root::system(self.dir.path()) };
+            let host = HostName::parse(host).unwrap();
+            let belief = Belief {
+                host: host.clone(),
+                trusted: self.author.trust.trusted.clone(),
+                highest: 0,
+                accept: None,
+            };
+            let state = State::new(host, Timestamp(0));
+            let found = current(&root, &*self.store, &belief, &state, true).map_err(|e| e.error).unwrap();
+            (found.manifest.serial, found.manifest.extra["what"].as_str().unwrap().to_string(), found.error)
+        }
+    }
+
+    #[test]
+    fn a_fork_that_was_refused_is_refused_however_long_it_gets_and_this_hosts_copy_mends_it() {
+        let bench = Bench::new();
+        let old = bench.changes("hole");
+        let copy = bench.changes("mended");
+        for host in ["biz", "away"] {
+            assert_eq!(bench.obeyed(host), (2, "mended".into(), None));
+        }
+        // Somebody puts the old one back, and a machine that remembers nothing goes on from it.
+        bench.store.put(MANIFEST_KEY, &old, &When::Always).unwrap();
+        for serial in 2..40 {
+            bench.changes(&format!("fork {serial}"));
+            let (obeyed, what, error) = bench.obeyed("biz");
+            assert_eq!((obeyed, what.as_str()), (2, "mended"), "{serial}");
+            let error = error.unwrap();
+            assert!(error.contains("deploy-manifest rollback -"), "{error}");
+            assert_eq!(bench.obeyed("biz").2, Some(error), "{serial}");
+        }
+        // Whoever was shown none of them cannot tell.
+        assert_eq!(bench.obeyed("away"), (39, "fork 39".into(), None));
+        // As a rollback to the copy does it.
+        let seen = parse::manifest(&copy, Mode::Tolerant).unwrap();
+        let line = lineage::line(&seen, signature::digest(&copy).unwrap());
+        bench.publishes(Start::Replace, |m| {
+            m.previous = lineage::join(&line, &m.previous);
+            m.extra = seen.extra.clone();
+        });
+        for serial in 41..60 {
+            bench.changes(&format!("right {serial}"));
+            // Not every version is seen by a pass.
+            if serial % 6 == 0 {
+                assert_eq!(bench.obeyed("biz"), (serial, format!("right {serial}"), None));
+            }
+        }
+        assert_eq!(bench.obeyed("away"), (59, "right 59".into(), None));
+    }
+
+    #[test]
+    fn what_was_published_in_place_of_a_version_that_others_lost_is_refused_by_who_obeyed_it() {
+        let bench = Bench::new();
+        bench.changes("hole");
+        bench.changes("hole");
+        let copy = bench.changes("mended");
+        assert_eq!(bench.obeyed("biz"), (3, "mended".into(), None));
+        bench.store.put(MANIFEST_KEY, &copy[..100], &When::Always).unwrap();
+        bench.publishes(Start::Replace, |m| drop(m.extra.insert("what".into(), "hole".into())));
+        let (serial, what, error) = bench.obeyed("biz");
+        assert_eq!((serial, what.as_str()), (3, "mended"));
+        assert!(error.unwrap().contains("version 4 was made without the version 3"));
+        // A host that has obeyed less takes it.
+        assert_eq!(bench.obeyed("new"), (4, "hole".into(), None));
+        let seen = parse::manifest(&copy, Mode::Tolerant).unwrap();
+        let line = lineage::line(&seen, signature::digest(&copy).unwrap());
+        bench.publishes(Start::Replace, |m| {
+            m.previous = lineage::join(&line, &m.previous);
+            m.extra = seen.extra.clone();
+        });
+        for host in ["biz", "new"] {
+            assert_eq!(bench.obeyed(host), (5, "mended".into(), None));
+        }
+    }
 }

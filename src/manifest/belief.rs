@@ -2,7 +2,7 @@
 //! after what this machine has seen. Everything that publishes starts from that, and what else is in the store is
 //! shown, never built upon. Without trusted keys there is nothing to tell by, and what is in force is believed.
 
-use super::edit::{Author, Current};
+use super::edit::{Author, COPY_BACK, Current};
 use super::lineage::{self, Ancestor, Digest, Relation};
 use super::model::{Change, MAX_BYTES, Manifest};
 use super::parse::{self, Mode};
@@ -10,9 +10,10 @@ use super::signature;
 use super::versions::{self, Version, archive_key, archive_name};
 use crate::error::{Error, Result};
 use crate::parallel;
-use crate::say::printable;
+use crate::say::{self, printable};
 use crate::store::{Got, Store, StoreError};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How many archived versions are read at most in search of one that somebody trusted has signed.
 const SEARCHED: usize = 200;
@@ -141,7 +142,7 @@ impl Author {
         if let Objection::Fork(_) = objection {
             return Error::new(format!(
                 "the manifest in {url}, {}, does not come after {}, which this machine has seen: somebody published \
-                 on an older version that had been put back; ask who did. Publish what was seen again with {}, which \
+                 on an older version, because that had been put back or the newer one was lost or damaged; ask who did. Publish what was seen again with {}, which \
                  shows what that undoes, then make those changes again; or, if the store's is right, 'deploy-manifest \
                  verify --accept-version {serial}'",
                 words(there),
@@ -232,23 +233,35 @@ pub fn newer(remembered: Option<Believed>, archived: Option<Believed>) -> Option
 /// older than what this machine remembers, which decides nothing. Names of objects are what anybody who can write the
 /// store makes of them.
 pub fn newest_archived(store: &dyn Store, author: &Author) -> Result<Option<Believed>> {
-    let remembered = author.remembered(store)?.map_or(0, |seen| seen.manifest.serial);
+    let known = author.remembered(store)?.map_or(0, |seen| seen.manifest.serial).max(author.at_hand);
     let archived = versions::archived(store)?;
-    let newer = || archived.iter().take_while(|v| v.serial >= remembered);
+    let newer = || archived.iter().take_while(|v| v.serial >= known);
     for version in newer().take(SEARCHED) {
         if let Ok(found) = examine(store, version, author)? {
             return Ok(Some(found));
         }
     }
-    match archived.first().filter(|_| remembered == 0 && archived.len() > SEARCHED) {
-        Some(newest) => Err(Error::new(format!(
-            "the {SEARCHED} newest versions in {}, from {} on, are signed by nobody in 'trustedPublicKeys': \
-             remove what nobody published, and run it again",
-            store.url(),
-            archive_key(&newest.name)
-        ))),
-        None => Ok(None),
+    let Some(newest) = archived.first().filter(|_| newer().nth(SEARCHED).is_some()) else { return Ok(None) };
+    let what = format!(
+        "the {SEARCHED} newest versions in {}, from {} on, are signed by nobody in 'trustedPublicKeys'",
+        store.url(),
+        archive_key(&newest.name)
+    );
+    if known == 0 {
+        return Err(Error::new(format!(
+            "{what}: put back the copy that a host has kept ('{COPY_BACK}'), or remove what nobody published, with \
+             credentials that may delete, and run it again"
+        )));
     }
+    // Once: several parts of a call look here.
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if !SAID.swap(true, Ordering::Relaxed) {
+        say::warning(format!(
+            "warning: {what}, and no more were looked at: if there is one behind them that is newer than version \
+             {known}, it is not known here; whoever may delete in the store should remove what nobody published"
+        ));
+    }
+    Ok(None)
 }
 
 /// An archived version, or why it is not believed.

@@ -1,7 +1,7 @@
 //! Writing the manifest: every write is a compare-and-swap that archives what it replaces, so that two people
 //! publishing at once lose nothing and history only grows. What is changed is the caller's ([`super::changes`]).
 
-use super::belief::{self, Objection};
+use super::belief::{self, Believed, Objection};
 use super::changes;
 use super::limits;
 use super::lineage::{self, Ancestor, Digest};
@@ -91,18 +91,20 @@ pub struct Author {
     pub trust: Trust,
     /// What this machine remembers of the store.
     pub seen: Seen,
+    /// The number of a copy that was given to be published, if it is believed; else 0.
+    pub at_hand: u64,
 }
 
 impl Author {
     /// The one who runs this, with the keys of the configuration.
     pub fn of(settings: &Settings) -> Result<Self> {
-        Ok(Author { by: whoami(), trust: Trust::of(settings)?, seen: Seen::of_user() })
+        Ok(Author { by: whoami(), trust: Trust::of(settings)?, seen: Seen::of_user(), at_hand: 0 })
     }
 
     /// The same for who only reads: no key that signs is looked for.
     pub fn reader(settings: &Settings) -> Result<Self> {
         let trust = Trust { signer: None, trusted: signature::trusted(settings)? };
-        Ok(Author { by: whoami(), trust, seen: Seen::of_user() })
+        Ok(Author { by: whoami(), trust, seen: Seen::of_user(), at_hand: 0 })
     }
 
     /// Refuses to build upon what is not believed: a signature on it would be given by the way.
@@ -497,8 +499,7 @@ fn base(
             (Ok(manifest), Some(Objection::PutBack(seen) | Objection::Fork(seen)))
                 if manifest.serial < LAST_SERIAL =>
             {
-                let mut known = seen.line();
-                known.extend(line_of(manifest, &found.bytes));
+                let mut known = lineage::join(&seen.line(), &line_of(manifest, &found.bytes));
                 let mut serial = manifest.serial.max(seen.manifest.serial);
                 after_archived(store, author, &mut serial, &mut known)?;
                 room_after(store, serial, MANIFEST_KEY)?;
@@ -530,7 +531,7 @@ fn after_archived(
         && !newest.line().first().is_some_and(|newest| known.contains(newest))
     {
         *serial = (*serial).max(newest.manifest.serial + 1);
-        known.extend(newest.line());
+        *known = lineage::join(&newest.line(), known);
     }
     Ok(())
 }
@@ -540,8 +541,9 @@ fn say_lost(author: &Author, manifest: &Manifest) {
     let Some(Ancestor { serial, digest: None }) = manifest.previous.first() else { return };
     if !author.trust.trusted.is_empty() {
         say::warning(format!(
-            "warning: version {serial}, in whose place this was published, is not known here: if a host has obeyed it, \
-             what it changed is undone now; that host's copy brings it back: '{COPY_BACK}'"
+            "warning: version {serial}, in whose place this was published, is not known here: a host that has obeyed \
+             it refuses this one, and on any other what it changed is undone; that host's copy brings it back: \
+             '{COPY_BACK}'"
         ));
     }
 }
@@ -579,8 +581,8 @@ fn rebuilt(
     };
     let serial = serial.max(remembered.as_ref().map_or(0, |r| r.manifest.serial));
     room_after(store, serial, MANIFEST_KEY)?;
-    let mut known: Vec<Ancestor> = remembered.iter().flat_map(|r| r.line()).collect();
-    known.extend(archived.iter().flat_map(|a| a.line()));
+    let line = |version: &Option<Believed>| version.as_ref().map(Believed::line).unwrap_or_default();
+    let known = lineage::join(&line(&archived), &line(&remembered));
     let generation = head.map_or_else(now, |h| h.generation);
     let mut manifest = Manifest::empty(now(), "");
     if start == Start::Repair
@@ -815,7 +817,7 @@ mod tests {
     }
 
     fn ann() -> Author {
-        Author { by: "ann@laptop".into(), trust: Trust::default(), seen: Seen::default() }
+        Author { by: "ann@laptop".into(), ..Author::default() }
     }
 
     fn etag(bytes: &[u8]) -> Etag {
@@ -1030,7 +1032,7 @@ mod tests {
     fn with_key() -> Author {
         let key = SecretKey::generate("ann-1").unwrap();
         let trust = Trust { trusted: vec![key.public()], signer: Some(key) };
-        Author { by: "ann@laptop".into(), trust, seen: Seen::default() }
+        Author { by: "ann@laptop".into(), trust, ..Author::default() }
     }
 
     #[test]

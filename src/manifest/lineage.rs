@@ -1,5 +1,5 @@
 //! Which versions a version comes after. A manifest names those before it by number and by the digest of their
-//! canonical form ([`super::signature`]), newest first, so that whoever has seen one of them can tell whether a
+//! canonical form ([`super::signature`]), nearest first, so that whoever has seen one of them can tell whether a
 //! later one was made on top of it. Pure: reads nothing, and believes nothing; whether the list itself is to be
 //! believed is decided by the signature over it.
 
@@ -45,7 +45,7 @@ impl fmt::Display for Digest {
 pub struct Ancestor {
     /// Its number.
     pub serial: u64,
-    /// Its content; None: it was lost or damaged, and a person replaced it whatever it was.
+    /// Its content; None: it was lost or damaged, and a person published without it.
     pub digest: Option<Digest>,
 }
 
@@ -96,8 +96,22 @@ pub fn line(manifest: &Manifest, digest: Digest) -> Vec<Ancestor> {
     line
 }
 
-/// What a new version of the number `serial` says of those before it, of all that is known of them. Where the one
-/// right before it is not known, it was lost.
+/// Two lines as one, by turns, so that both reach equally far; of what they have in common, once. The first one's newest
+/// comes first: as versions are added to it, that is the last to be left out.
+pub fn join(one: &[Ancestor], other: &[Ancestor]) -> Vec<Ancestor> {
+    let mut joined: Vec<Ancestor> = Vec::new();
+    for at in 0..one.len().max(other.len()) {
+        for ancestor in [one.get(at), other.get(at)].into_iter().flatten() {
+            if !joined.contains(ancestor) {
+                joined.push(ancestor.clone());
+            }
+        }
+    }
+    joined
+}
+
+/// What a new version of the number `serial` says of those before it, of all that is known of them, the nearest first.
+/// Where the one right before it is not known, it was lost.
 pub fn before(serial: u64, known: impl IntoIterator<Item = Ancestor>) -> Vec<Ancestor> {
     let mut list: Vec<Ancestor> = Vec::new();
     for ancestor in known {
@@ -107,9 +121,8 @@ pub fn before(serial: u64, known: impl IntoIterator<Item = Ancestor>) -> Vec<Anc
     }
     let last = serial.saturating_sub(1);
     if last > 0 && list.iter().all(|a| a.serial != last) {
-        list.push(Ancestor { serial: last, digest: None });
+        list.insert(0, Ancestor { serial: last, digest: None });
     }
-    list.sort_by_key(|a| std::cmp::Reverse(a.serial));
     list.truncate(LENGTH);
     list
 }
@@ -123,7 +136,8 @@ pub enum Relation {
     Later,
     /// It has a lower number.
     Older,
-    /// It has the same number with another content, or names another version of that number as the one before it.
+    /// It has the same number with another content, or names another version of that number as one before it, or
+    /// says that this one was lost.
     Fork,
 }
 
@@ -136,14 +150,29 @@ pub fn relation(manifest: &Manifest, digest: &Digest, serial: u64, seen: &Digest
         return if digest == seen { Relation::Same } else { Relation::Fork };
     }
     let told = told(manifest);
-    if told.iter().any(|a| a.serial == serial && a.digest.as_ref().is_none_or(|d| d == seen)) {
+    // Of a version that was lost, whoever made the next one knew nothing: it was not made on what was seen.
+    if told.iter().any(|a| a.serial == serial && a.digest.as_ref() == Some(seen)) {
         return Relation::Later;
     }
-    // What is beyond the end of the list cannot be known.
-    match told.iter().any(|a| a.serial <= serial) {
+    // What is beyond the end of the list, or of one of several that were joined, cannot be known. Before a version that
+    // was lost, the list goes on with what the next one was made of.
+    let next = told.iter().filter(|a| a.serial > serial).min_by_key(|a| a.serial);
+    let ends = next.is_some_and(|a| a.digest.is_some()) && told.iter().all(|a| a.serial != serial);
+    match told.iter().any(|a| a.serial <= serial) && !ends {
         true => Relation::Fork,
         false => Relation::Later,
     }
+}
+
+/// Whether `manifest` is, or was made on, a version that was `refused` because it came without the version `serial` of
+/// the digest `seen`, and does not name that one itself. Where its list ends with the refused one, this is not known.
+pub fn goes_on(manifest: &Manifest, digest: &Digest, refused: &Ancestor, serial: u64, seen: &Digest) -> bool {
+    let told = told(manifest);
+    if told.iter().any(|a| a.serial == serial && a.digest.as_ref() == Some(seen)) {
+        return false;
+    }
+    let itself = manifest.serial == refused.serial && Some(digest) == refused.digest.as_ref();
+    itself || told.contains(refused) && told.last() != Some(refused)
 }
 
 #[cfg(test)]
@@ -186,7 +215,7 @@ mod tests {
 
     #[test]
     fn a_version_comes_after_another_unless_its_list_says_otherwise() {
-        let line = |n: u64| before(n, (1..n).map(|s| ancestor(s, &s.to_string())));
+        let line = |n: u64| before(n, (1..n).rev().map(|s| ancestor(s, &s.to_string())));
         let new = version(30, line(30));
         assert_eq!(new.previous.len(), LENGTH);
         let to = |serial: u64, seen: &str| relation(&new, &digest("30"), serial, &digest(seen));
@@ -203,9 +232,38 @@ mod tests {
         ] {
             assert_eq!(to(serial, seen), expected, "{serial} {seen}");
         }
-        // A number that the writer did not know of, although it knew older ones.
-        let gap = version(10, vec![ancestor(9, "9"), ancestor(7, "7")]);
-        assert_eq!(relation(&gap, &digest("10"), 8, &digest("8")), Relation::Fork);
+        // The writer went on from an older one, and knew of no number between them.
+        let lost = version(10, before(10, [ancestor(6, "6"), ancestor(5, "5")]));
+        for (serial, expected) in [(9, Relation::Fork), (8, Relation::Fork), (6, Relation::Later)] {
+            assert_eq!(
+                relation(&lost, &digest("10"), serial, &digest(&serial.to_string())),
+                expected,
+                "{serial}"
+            );
+        }
+    }
+
+    #[test]
+    fn of_two_histories_that_were_joined_the_one_that_was_restored_is_named_longest() {
+        let line = |name: &str, newest: u64| -> Vec<Ancestor> {
+            (1..=newest).rev().take(LENGTH).map(|s| ancestor(s, &format!("{s}{name}"))).collect()
+        };
+        let (right, fork) = (line("", 12), line("'", 30));
+        let mut next = version(31, before(31, join(&right, &fork)));
+        assert_eq!(
+            next.previous[..4],
+            [right[0].clone(), fork[0].clone(), right[1].clone(), fork[1].clone()]
+        );
+        // Whoever has seen the middle of one cannot tell, and whoever has seen another version of a number that is named can.
+        let to = |v: &Manifest, n: u64, name: &str| relation(v, &digest("v"), n, &digest(name));
+        assert_eq!((to(&next, 20, "20'"), to(&next, 28, "28")), (Relation::Later, Relation::Fork));
+        assert_eq!((to(&next, 12, "12"), to(&next, 30, "30'")), (Relation::Later, Relation::Later));
+        let names = |v: &Manifest, a: &Ancestor| v.previous.contains(a);
+        for serial in 32..60 {
+            next = version(serial, before(serial, super::line(&next, digest(&(serial - 1).to_string()))));
+            assert!(names(&next, &right[0]) || !names(&next, &fork[0]), "{serial}");
+        }
+        assert!(!names(&next, &right[0]));
     }
 
     #[test]
@@ -217,10 +275,17 @@ mod tests {
     }
 
     #[test]
-    fn what_was_lost_may_have_been_anything_and_two_histories_can_be_joined() {
+    fn what_was_lost_to_others_is_not_lost_to_who_has_seen_it_and_two_histories_can_be_joined() {
         let mended = version(4, before(4, [ancestor(2, "2"), ancestor(1, "1")]));
         assert_eq!(mended.previous[0], Ancestor { serial: 3, digest: None });
-        assert_eq!(relation(&mended, &digest("4"), 3, &digest("whatever")), Relation::Later);
+        assert_eq!(relation(&mended, &digest("4"), 3, &digest("seen")), Relation::Fork);
+        assert_eq!(relation(&mended, &digest("4"), 2, &digest("2")), Relation::Later);
+        // Who has it joins it to what was made without it.
+        let line = [super::line(&mended, digest("4")), vec![ancestor(3, "seen")]].concat();
+        let restored = version(5, before(5, line));
+        for (serial, name) in [(4, "4"), (3, "seen"), (2, "2")] {
+            assert_eq!(relation(&restored, &digest("5"), serial, &digest(name)), Relation::Later);
+        }
         let joined = version(4, before(4, [ancestor(3, "a"), ancestor(3, "b"), ancestor(3, "a")]));
         assert_eq!(joined.previous, [ancestor(3, "a"), ancestor(3, "b")]);
         for seen in ["a", "b"] {

@@ -28,7 +28,7 @@ pub struct Manifest {
     pub generation: Timestamp,
     /// What this version changed, and who did.
     pub change: Change,
-    /// The versions before it, newest first; see [`super::lineage`].
+    /// The versions before it, nearest first; see [`super::lineage`].
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub previous: Vec<Ancestor>,
     /// The store it was signed for; see [`super::signature`].

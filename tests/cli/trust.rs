@@ -892,3 +892,71 @@ fn what_reads_says_of_a_version_that_nobody_trusted_has_signed_it() {
     assert!(diff.text().contains("ava: env.A (none) → 2"), "{}", diff.text());
     assert!(diff.stderr.contains("not to be trusted"), "{}", diff.stderr);
 }
+
+#[test]
+fn what_was_published_without_a_version_that_was_lost_is_noticed_by_whoever_has_seen_it_and_both_go_on() {
+    for by_host in [false, true] {
+        let world = World::new();
+        world.with_bob();
+        world.ok("ann", &["manifest", "set", "ava", "env.AUTH=none"]);
+        world.ok("bob", &["manifest", "verify"]);
+        world.ok("ann", &["manifest", "set", "ava", "env.AUTH=required"]);
+        let good = fs_err::read(world.file("prod")).unwrap();
+        let copy = world.dir.path().join("copy.json");
+        fs_err::write(&copy, &good).unwrap();
+        // The store's writer damages it; Bob, who has not seen it, does what he is told.
+        fs_err::write(world.file("prod"), &good[..good.len() / 2]).unwrap();
+        let said = world.says("bob", &["manifest", "set", "ava", "env.COLOUR=blue"], "cut off");
+        let out = world.types("bob", &said, "rollback");
+        assert!(
+            out.status == Status::Exit(0) && out.stderr.contains("a host that has obeyed it refuses"),
+            "{}",
+            out.stderr
+        );
+        world.ok("bob", &["manifest", "set", "ava", "env.COLOUR=blue"]);
+        assert_eq!(world.env(), json!({"AUTH": "none", "COLOUR": "blue"}));
+        assert!(world.manifest()["previous"].to_string().contains("4:lost"), "{}", world.manifest());
+        let said = world.says("ann", &["manifest", "set", "ava", "env.A=1"], "does not come after version 4");
+        match by_host {
+            false => assert_eq!(world.types("ann", &said, "rollback @").status, Status::Exit(0)),
+            true => drop(world.ok("bob", &["manifest", "rollback", &format!("@{}", copy.display())])),
+        }
+        assert_eq!(world.env(), json!({"AUTH": "required"}));
+        world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
+        world.ok("bob", &["manifest", "set", "ava", "env.COLOUR=blue"]);
+        assert_eq!(world.env(), json!({"A": "1", "AUTH": "required", "COLOUR": "blue"}));
+    }
+}
+
+#[test]
+fn however_many_names_somebody_puts_into_the_archive_what_is_known_is_published_again() {
+    let world = World::new();
+    world.with_bob();
+    world.ok("ann", &["manifest", "set", "ava", "env.AUTH=none"]);
+    world.ok("ann", &["manifest", "set", "ava", "env.AUTH=required"]);
+    let copy = world.dir.path().join("copy.json");
+    fs_err::copy(world.file("prod"), &copy).unwrap();
+    for n in 0..201 {
+        let name = format!("manifest-20991231T2359{:02}Z-{:08}.json", n % 60, 100 + n);
+        fs_err::write(world.archive().join(name), "{}").unwrap();
+    }
+    let put_back = || fs_err::copy(world.archived(3), world.file("prod")).unwrap();
+    // From what this machine has seen.
+    put_back();
+    let said = world.call_in("prod", "ann", &["manifest", "set", "ava", "env.A=1"]).stderr;
+    assert!(said.contains("an older version was put back"), "{said}");
+    let out = world.types("ann", &said, "rollback @");
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert!(out.stderr.contains("no more were looked at"), "{}", out.stderr);
+    assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "required"}), &json!(5)));
+    // From the copy that a host has kept, on a machine that has seen nothing.
+    put_back();
+    let out = world.call_in("prod", "bob", &["manifest", "rollback"]);
+    assert!(
+        out.status == Status::Exit(1) && out.stderr.contains("deploy-manifest rollback -'"),
+        "{}",
+        out.stderr
+    );
+    world.ok("bob", &["manifest", "rollback", &format!("@{}", copy.display())]);
+    assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "required"}), &json!(5)));
+}
