@@ -8,7 +8,7 @@ use crate::durable;
 use crate::error::{Error, Result, did_you_mean, io_text};
 use crate::manifest::belief::{self, Objection};
 use crate::manifest::diff::{Difference, diff};
-use crate::manifest::edit::{self, Author, Current, Published, Start};
+use crate::manifest::edit::{self, Author, COPY_BACK, Current, Published, Start};
 use crate::manifest::lineage::{self, Ancestor, Relation};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::{Newest, enough_for, newest};
@@ -21,6 +21,7 @@ use crate::say;
 use crate::store::{MANIFEST_KEY, Store};
 use argh::{ArgsInfo, FromArgs};
 use std::io::{IsTerminal, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -676,9 +677,9 @@ fn edit_base(store: &dyn Store, author: &Author, current: &Current) -> Result<Ed
     };
     let Some(newest) = author.newest_believed(store)? else {
         return Err(Error::new(format!(
-            "{why}, and no version before it is signed by a key in 'trustedPublicKeys'; look at what is there \
-             ('deploy-manifest show'), then publish a text of your own with 'deploy-manifest edit \
-             --trusted-public-keys=' or take over what is right with 'deploy-manifest sign'"
+            "{why}, and no version before it is signed by a key in 'trustedPublicKeys'; put back the copy that a host \
+             has kept ('{COPY_BACK}') or one of your own ('deploy-manifest rollback @FILE'); or look at what is there \
+             ('deploy-manifest show'), and if all of it is right, 'deploy-manifest sign'"
         )));
     };
     say::warning(format!("warning: {why}; you edit {}, the newest that is believed", newest.words()));
@@ -694,15 +695,41 @@ fn edit_base(store: &dyn Store, author: &Author, current: &Current) -> Result<Ed
     Ok(EditBase::Believed(newest.bytes))
 }
 
+/// Reads a file of a draft. What is signed must be this user's own: a draft is kept where everybody can write, and once
+/// it was cleaned away there, anybody can make one of its name.
+fn own(file: &Path) -> Result<Vec<u8>> {
+    let user = rustix::process::geteuid().as_raw();
+    let foreign = |what: &Path, why: String| {
+        Error::new(format!(
+            "{} {why}, so it may not be your text; open 'deploy-manifest edit' and make the changes there",
+            what.display()
+        ))
+    };
+    let judge = |what: &Path, found: std::fs::Metadata| match (found.uid() == user, found.mode() & 0o022) {
+        (false, _) => Err(foreign(what, format!("belongs to the user {}", found.uid()))),
+        (true, 0) => Ok(()),
+        (true, _) => {
+            Err(foreign(what, format!("can be written by others (mode {:o})", found.mode() & 0o7777)))
+        }
+    };
+    let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    judge(folder, fs_err::symlink_metadata(folder)?)?;
+    let mut opened = fs_err::File::open(file)?;
+    judge(file, opened.metadata()?)?;
+    let mut bytes = Vec::new();
+    opened.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// Publishes a draft that an earlier edit kept, on the text that it was made from.
 fn publish_draft(settings: &Settings, store: &dyn Store, draft: &Path) -> Result<()> {
-    let bytes = fs_err::read(draft)?;
+    let bytes = own(draft)?;
     let beside = draft.with_file_name(BASE);
-    let base = fs_err::read(&beside).map_err(|e| {
+    let base = own(&beside).map_err(|e| {
         Error::new(format!(
             "which version {} was made from is not known: {}; open 'deploy-manifest edit' and make the changes there",
             draft.display(),
-            io_text(&e)
+            e,
         ))
     })?;
     publish_edited(settings, store, &bytes, &base)
@@ -711,7 +738,7 @@ fn publish_draft(settings: &Settings, store: &dyn Store, draft: &Path) -> Result
 /// Publishes what a person made of the text `base`: its changes, in what is believed now.
 fn publish_edited(settings: &Settings, store: &dyn Store, bytes: &[u8], base: &[u8]) -> Result<()> {
     let edited = parse::manifest_with(bytes, Mode::Tolerant, settings.default_hosts.as_deref())?;
-    let trusted = signature::trusted(settings)?;
+    let Trust { trusted, .. } = Trust::of(settings)?;
     let made_from = parse::manifest(base, Mode::Tolerant).ok();
     if !trusted.is_empty() {
         let check = made_from.as_ref().map(|m| signature::check(base, m, &store.identity(), &trusted));
@@ -751,8 +778,8 @@ fn print_diff(settings: &Settings, store: &dyn Store, words: &[String]) -> Resul
     }
     let (old, new) = (words.first(), words.get(1));
     let versions = enough_for(store, &words.iter().map(String::as_str).collect::<Vec<_>>())?;
-    let current = || versions.iter().find(|v| v.current).ok_or_else(|| edit::missing(store));
     let author = Author::reader(settings)?;
+    let current = || versions.iter().find(|v| v.current).ok_or_else(|| none_in_force(store, &author));
     let read = |version: &Version| -> Result<Manifest> {
         // It is there to be looked at, as by 'show'.
         let (manifest, doubt) = versions::read_with_doubt(store, version, &author.trust.trusted)?;
@@ -786,6 +813,23 @@ fn print_diff(settings: &Settings, store: &dyn Store, words: &[String]) -> Resul
         return Ok(());
     }
     print(&lines)
+}
+
+/// Why none of the versions is the one in force: there is none, or what is there is not one.
+fn none_in_force(store: &dyn Store, author: &Author) -> Error {
+    let why = || -> Result<Error> {
+        let Some(current) = edit::load(store)? else { return Ok(edit::lost(store, author)) };
+        if let Some(objection) = author.objection(store, &current)? {
+            return Ok(author.refusal(store, &current, &objection));
+        }
+        Ok(match current.manifest() {
+            Err(e) => edit::unusable(store, e),
+            Ok(_) => {
+                Error::new(format!("the manifest in {} was changed meanwhile; run it again", store.url()))
+            }
+        })
+    };
+    why().unwrap_or_else(|e| e)
 }
 
 fn only_version(store: &dyn Store) -> Error {
@@ -866,7 +910,7 @@ fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: boo
         return Ok(());
     };
     let version = rollback_target(store, &author, &versions, word)?;
-    let old = believed(settings, store, version)?;
+    let old = believed(&author, store, version)?;
     drop(in_force);
     change(settings, store, Start::Replace, |manifest| Ok(restore(manifest, &old, &version.name)))?;
     Ok(())
@@ -1014,8 +1058,8 @@ fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8]) -> Res
 }
 
 /// An old version, if it is signed as the configuration wants it.
-fn believed(settings: &Settings, store: &dyn Store, version: &Version) -> Result<Manifest> {
-    Ok(versions::believed(store, version, &signature::trusted(settings)?)?.0)
+fn believed(author: &Author, store: &dyn Store, version: &Version) -> Result<Manifest> {
+    Ok(versions::believed(store, version, &author.trust.trusted)?.0)
 }
 
 /// The version in force is what one rolls back from: it does not make a beginning ambiguous. Nor does what is not
@@ -1054,7 +1098,7 @@ fn rollback_service(
         Some(word) => {
             let versions = enough_for(store, &[word])?;
             let version = rollback_target(store, &author, &versions, word)?;
-            (version.name.clone(), believed(settings, store, version)?)
+            (version.name.clone(), believed(&author, store, version)?)
         }
         None => {
             let versions = newest(store, SEARCHED)?.versions;
@@ -1100,7 +1144,10 @@ fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<
     let versions = enough_for(store, word.as_slice())?;
     let version = match word {
         Some(word) => versions::find(store, &versions, word)?,
-        None => versions.iter().find(|v| v.current).ok_or_else(|| edit::missing(store))?,
+        None => match versions.iter().find(|v| v.current) {
+            Some(version) => version,
+            None => return Err(none_in_force(store, &Author::of(settings)?)),
+        },
     };
     if version.current {
         edit::believed(store, &Author::of(settings)?)?;

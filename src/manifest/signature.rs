@@ -28,7 +28,14 @@ impl Trust {
     /// The keys of the configuration.
     pub fn of(settings: &Settings) -> Result<Self> {
         let signer = settings.secret_key_file.as_deref().map(SecretKey::read).transpose()?;
-        Ok(Trust { signer, trusted: trusted(settings)? })
+        let mut trusted = trusted(settings)?;
+        // Hosts believe what this key signs: an empty list for one call does not make it sign a stranger's text.
+        let by_flag =
+            settings.sources.get("trustedPublicKeys").is_some_and(|s| s.source.starts_with("flag "));
+        if trusted.is_empty() && by_flag {
+            trusted.extend(signer.iter().map(SecretKey::public));
+        }
+        Ok(Trust { signer, trusted })
     }
 }
 

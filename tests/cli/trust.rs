@@ -929,6 +929,62 @@ fn what_was_published_without_a_version_that_was_lost_is_noticed_by_whoever_has_
 }
 
 #[test]
+fn an_empty_list_of_trusted_keys_makes_nobody_sign_what_a_stranger_wrote() {
+    let none = "--trusted-public-keys=";
+    for strip in [false, true] {
+        let world = World::new();
+        world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
+        let copy = world.dir.path().join("copy.json");
+        fs_err::copy(world.file("prod"), &copy).unwrap();
+        // A machine that has seen nothing, and a store in which nothing good is left.
+        fs_err::remove_dir_all(world.dir.path().join("ann/.local/state")).unwrap();
+        for serial in [1, 2] {
+            fs_err::write(world.archived(serial), "{}").unwrap();
+        }
+        world.tamper(|m| {
+            m["services"][0]["exec"]["command"] = "/bin/sh -c id".into();
+            if strip {
+                m.as_object_mut().unwrap().remove("signatures");
+            }
+        });
+        let why = if strip { "it is not signed" } else { "was changed after it was signed" };
+        let out = world.edits("ann", "echo >>$1");
+        assert_eq!(out.status, Status::Exit(1), "{}", out.stderr);
+        assert!(
+            out.stderr.contains("cat /var/lib/deployer/manifest.json | deploy-manifest rollback -'"),
+            "{}",
+            out.stderr
+        );
+        assert!(!out.stderr.contains(none), "{}", out.stderr);
+        world.refused("ann", &[none, "manifest", "set", "ava", "env.B=1"], why);
+        world.refused("ann", &[none, "manifest", "edit"], why);
+        let forged = world.manifest().to_string();
+        fs_err::write(world.archived(2), forged.replace("\"serial\":3", "\"serial\":2")).unwrap();
+        let out = world.call_in("prod", "ann", &[none, "manifest", "rollback", "2"]);
+        assert_eq!(out.status, Status::Exit(1), "{}", out.stderr);
+        world.ok("ann", &["manifest", "rollback", &format!("@{}", copy.display())]);
+        assert_eq!(world.manifest()["services"][0]["exec"]["command"], Value::Null);
+        world.ok("ann", &["manifest", "verify"]);
+    }
+}
+
+#[test]
+fn what_reads_says_of_a_damaged_manifest_that_it_is_damaged_and_what_it_says_loses_nothing() {
+    for command in ["verify", "diff"] {
+        let world = World::new();
+        world.ok("ann", &["manifest", "set", "ava", "env.AUTH=none"]);
+        world.ok("ann", &["manifest", "set", "ava", "env.AUTH=required"]);
+        let text = fs_err::read_to_string(world.file("prod")).unwrap();
+        fs_err::write(world.file("prod"), text.replacen("\"version\": 1,", "\"version\": 1,,", 1)).unwrap();
+        let said = world.says("ann", &["manifest", command], "cannot be used");
+        assert!(!said.contains("any more"), "{said}");
+        let out = world.types("ann", &said, "rollback");
+        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert_eq!(world.env(), json!({"AUTH": "required"}));
+    }
+}
+
+#[test]
 fn however_many_names_somebody_puts_into_the_archive_what_is_known_is_published_again() {
     let world = World::new();
     world.with_bob();
@@ -959,4 +1015,31 @@ fn however_many_names_somebody_puts_into_the_archive_what_is_known_is_published_
     );
     world.ok("bob", &["manifest", "rollback", &format!("@{}", copy.display())]);
     assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "required"}), &json!(5)));
+}
+
+#[test]
+fn a_kept_draft_that_somebody_else_could_have_written_is_not_published() {
+    use std::os::unix::fs::PermissionsExt;
+    let world = World::new();
+    let out = world.edits("ann", "sed -i 's/\"restartSec\": 5/\"restartSec\": -7/' $1");
+    let said = out.stderr;
+    let draft = PathBuf::from(said.split("kept in ").nth(1).unwrap().split(": correct").next().unwrap());
+    let text = fs_err::read_to_string(&draft).unwrap().replace("-7", "7");
+    fs_err::write(&draft, text).unwrap();
+    let at = draft.display().to_string();
+    let folder = draft.parent().unwrap().to_path_buf();
+    let base = draft.with_file_name("base.json");
+    for what in [&folder, &draft, &base] {
+        let before = fs_err::metadata(what).unwrap().permissions();
+        fs_err::set_permissions(what, PermissionsExt::from_mode(0o777)).unwrap();
+        world.refused("ann", &["manifest", "edit", "--draft", &at], "can be written by others");
+        fs_err::set_permissions(what, before).unwrap();
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(what, Some(65_534), None).unwrap();
+            world.refused("ann", &["manifest", "edit", "--draft", &at], "belongs to the user 65534");
+            std::os::unix::fs::chown(what, Some(0), None).unwrap();
+        }
+    }
+    let out = world.types("ann", &said, "edit --draft");
+    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
 }
