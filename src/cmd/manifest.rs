@@ -198,7 +198,7 @@ struct Rollback {
     /// only the entry of this service
     #[argh(option)]
     service: Option<String>,
-    /// without a version: do not ask
+    /// without a version, or with a copy that is older than what is in force: do not ask
     #[argh(switch, short = 'y')]
     yes: bool,
 }
@@ -875,7 +875,7 @@ impl InForce {
 
 fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: bool) -> Result<()> {
     if let Some(word) = word.filter(|w| *w == STDIN || w.starts_with('@')) {
-        return rollback_to_copy(settings, store, &input(word)?);
+        return rollback_to_copy(settings, store, &input(word)?, yes);
     }
     let author = Author::of(settings)?;
     let in_force = InForce::of(store, &author)?;
@@ -1001,7 +1001,7 @@ fn version_before(
 }
 
 /// Publishes a copy of a version from somewhere else, above every serial that it shows to have been there.
-fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8]) -> Result<()> {
+fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8], yes: bool) -> Result<()> {
     let mut author = Author::of(settings)?;
     let trusted = author.trust.trusted.clone();
     let refused = |why: &str| {
@@ -1043,6 +1043,21 @@ fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8]) -> Res
         show_differences(diff(there, &copy).iter());
     }
     let trusting = !trusted.is_empty();
+    // A host says that its copy be put back, and it may be nobody's host any more.
+    if let (Some(there), Some(current)) =
+        (in_force.believed().filter(|_| trusting && !yes), &in_force.current)
+        && let (Some(Ancestor { digest: Some(of_copy), .. }), Ok(digest)) =
+            (line.first(), signature::digest(&current.bytes))
+        && lineage::relation(there, &digest, copy.serial, of_copy) == Relation::Later
+        && !(std::io::stdin().is_terminal() && confirmed("Publish that?")?)
+    {
+        return Err(Error::new(format!(
+            "nothing was published: {} is in force, and it comes after the copy, which is {}; to undo what is between \
+             them, add '-y'",
+            belief::words(there),
+            belief::words(&copy)
+        )));
+    }
     drop(in_force);
     let published = edit::publish(store, &Timestamp::now, &author, Start::Replace, |manifest| {
         // Whoever has obeyed the copy knows that the new version comes after it.

@@ -228,7 +228,11 @@ fn a_copy_from_elsewhere_is_gone_back_to_only_if_it_was_signed_for_this_store() 
     let before = serial("prod");
     world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
     fs_err::write(&copy, &good).unwrap();
-    world.ok("ann", &["manifest", "rollback", &at]);
+    // What came after it is undone only by who means that: a host may say that its copy be put back, and be nobody's.
+    let out = world.call_in("prod", "ann", &["manifest", "rollback", &at]);
+    assert!(out.status == Status::Exit(1) && out.stderr.contains("add '-y'"), "{}", out.stderr);
+    assert_eq!((world.env(), serial("prod")), (json!({"A": "1"}), before + 1));
+    world.ok("ann", &["manifest", "rollback", "-y", &at]);
     assert_eq!(serial("prod"), before + 2);
     let elsewhere = world.call_in("staging", "ann", &["manifest", "rollback", &at]);
     assert!(elsewhere.stderr.contains("signed for the store"), "{}", elsewhere.stderr);
@@ -736,7 +740,7 @@ fn no_copy_takes_the_place_of_what_is_known_to_be_newer() {
         let lost = out.stderr.contains("version 5, in whose place this was published, is not known here");
         assert_eq!(lost, who == "bob", "{}", out.stderr);
         // On purpose it may, and what that changes is said.
-        let out = world.call_in("prod", who, &["manifest", "rollback", &at]);
+        let out = world.call_in("prod", who, &["manifest", "rollback", "-y", &at]);
         assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
         assert!(out.stderr.contains("ava: env.AUTH required → none"), "{}", out.stderr);
     }
