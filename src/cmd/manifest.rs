@@ -752,6 +752,9 @@ fn publish_edited(settings: &Settings, store: &dyn Store, bytes: &[u8], base: &[
     if let Some(unknown) = parse::new_unknown(&edited, made_from.as_ref()) {
         return Err(unknown.into());
     }
+    if let Some(reserved) = parse::new_reserved(&edited, made_from.as_ref()) {
+        return Err(reserved.into());
+    }
     change(settings, store, Start::Repair, |manifest| {
         let Some(base) = &made_from else {
             // What could not be read cannot be merged with: only what was edited may be replaced.

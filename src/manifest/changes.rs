@@ -79,6 +79,9 @@ pub fn set(manifest: &mut Manifest, name: &str, assignments: &[(String, String)]
     if let Some(unknown) = parse::new_unknown_in_service(&service, Some(before)) {
         return Err(unknown.into());
     }
+    if let Some(reserved) = parse::new_reserved_in_service(&service, Some(before)) {
+        return Err(reserved.into());
+    }
     if service == *before {
         return Ok(false);
     }

@@ -704,6 +704,46 @@ fn new_unknown_at(at: &At<'_>, service: &Service, before: Option<&Service>) -> O
     })
 }
 
+/// The first path in `manifest` that people may not write any more and that `before` did not have for the same service:
+/// of what a person edited, which is read tolerantly.
+pub fn new_reserved(manifest: &Manifest, before: Option<&Manifest>) -> Option<FieldError> {
+    let list = At::Field(&At::Root, "services");
+    let known: BTreeMap<&str, &Service> =
+        before.iter().flat_map(|b| &b.services).map(|s| (s.name.as_str(), s)).collect();
+    manifest.services.iter().enumerate().find_map(|(index, service)| {
+        new_reserved_at(&At::Item(&list, index), service, known.get(service.name.as_str()).copied())
+    })
+}
+
+/// As [`new_reserved`], for one service.
+pub fn new_reserved_in_service(service: &Service, before: Option<&Service>) -> Option<FieldError> {
+    new_reserved_at(&At::Root, service, before)
+}
+
+fn new_reserved_at(at: &At<'_>, service: &Service, before: Option<&Service>) -> Option<FieldError> {
+    let wrong = |text: &String, at: &At<'_>, rule: Rule| text_of(Value::String(text.clone()), at, rule).err();
+    let env_file = || {
+        let file = service.env_file.as_ref()?;
+        let is_new = before.and_then(|b| b.env_file.as_ref()) != Some(file);
+        is_new.then(|| wrong(file, &At::Field(at, "envFile"), rules::secret_file))?
+    };
+    let credential = || {
+        let above = At::Field(at, "credentials");
+        let is_new =
+            |name: &String, file: &String| before.and_then(|b| b.credentials.get(name)) != Some(file);
+        let mut new = service.credentials.iter().filter(|(name, file)| is_new(name, file));
+        new.find_map(|(name, file)| wrong(file, &At::Field(&above, name), rules::secret_file))
+    };
+    let writable = || {
+        let above = At::Field(at, "systemd");
+        let list = At::Field(&above, "readWritePaths");
+        let is_new = |path: &String| !before.is_some_and(|b| b.systemd.read_write_paths.contains(path));
+        let mut new = service.systemd.read_write_paths.iter().enumerate().filter(|(_, path)| is_new(path));
+        new.find_map(|(index, path)| wrong(path, &At::Item(&list, index), rules::writable))
+    };
+    env_file().or_else(credential).or_else(writable)
+}
+
 fn new_in(
     at: &At<'_>,
     extra: &Map<String, Value>,
@@ -1070,6 +1110,39 @@ mod tests {
         let base = read(&whole(), Mode::Strict).unwrap();
         assert_eq!(new_unknown(&base, None), None);
         assert!(new_unknown(&read(&all, Mode::Tolerant).unwrap(), Some(&base)).is_some());
+    }
+
+    #[test]
+    fn what_is_reserved_since_is_read_where_it_was_and_refused_where_a_person_writes_it() {
+        let document = whole();
+        let plain = read(&document, Mode::Tolerant).unwrap();
+        for (pointer, value, message) in [
+            ("/services/0/envFile", json!("/etc/omni-deploy/deployer.env"), "envFile: \"/etc/omni-deploy"),
+            ("/services/0/credentials", json!({"key": "/proc/1/environ"}), "credentials.key: \"/proc/1"),
+            (
+                "/services/0/systemd/readWritePaths",
+                json!(["/srv/web-data", "/etc"]),
+                "systemd.readWritePaths[1]: \"/etc\" would open the deployer's configuration",
+            ),
+        ] {
+            let mut document = document.clone();
+            let (above, name) = pointer.rsplit_once('/').unwrap();
+            document.pointer_mut(above).unwrap()[name] = value;
+            let error = read(&document, Mode::Strict).map(|_| ()).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("services[0].{message}")), "{error}");
+            // An older manifest keeps no host from the others, and no person from changing something else.
+            let old = read(&document, Mode::Tolerant).unwrap();
+            assert_eq!(new_reserved(&old, Some(&old)), None, "{pointer}");
+            let (service, before) = (&old.services[0], &plain.services[0]);
+            assert_eq!(new_reserved_in_service(service, Some(service)), None, "{pointer}");
+            let error = new_reserved_in_service(service, Some(before)).unwrap().to_string();
+            assert!(error.starts_with(message), "{error}");
+            for before in [None, Some(&plain)] {
+                let error = new_reserved(&old, before).unwrap().to_string();
+                assert!(error.starts_with(&format!("services[0].{message}")), "{error}");
+            }
+        }
+        assert_eq!(new_reserved(&plain, None), None);
     }
 
     #[test]

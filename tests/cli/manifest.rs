@@ -242,6 +242,12 @@ fn every_mistake_is_one_line_and_changes_nothing() {
         (add(r#""env": {"A-B": "1"}"#), "env[\"A-B\"]"),
         (add(r#""env": {"A": "x\ny"}"#), "env.A: "),
         (add(r#""envFile": "/a/../b""#), "envFile: \"/a/../b\" has '..'"),
+        (add(r#""envFile": "/etc/omni-deploy/x""#), "would give the deployer's configuration"),
+        (words(&["set", "ava", "envFile=/etc/omni-deploy/x"]), "envFile: \"/etc/omni-deploy/x\" would give"),
+        (
+            words(&["set", "ava", "systemd.readWritePaths=[\"/srv\",\"/var/run/caddy\"]"]),
+            "systemd.readWritePaths[1]: \"/var/run/caddy\" would open Caddy's admin socket",
+        ),
         (
             add(r#""credentials": {"a:b": "/s/a"}"#),
             "credentials[\"a:b\"]: \"a:b\" is no name of a credential",
