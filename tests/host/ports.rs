@@ -68,7 +68,7 @@ fn blames_the_stranger(host: &Solo, code: i32) -> Value {
     assert_eq!((&service["status"], &service["failure"]["inputs"]), (&json!("failed"), &Value::Null));
     let pid = host.sh("systemctl show --property=MainPID --value stranger");
     let reason = host.reason("web");
-    for part in ["port 80", "'web'", "stranger.service", pid.as_str(), "http.internalPort"] {
+    for part in ["port 80", "\"web\"", "stranger.service", pid.as_str(), "http.internalPort"] {
         assert!(reason.contains(part), "no {part}: {reason}\n{}", pass.said);
     }
     let status = host.try_sh("omni-deploy status web");
