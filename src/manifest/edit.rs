@@ -372,7 +372,8 @@ pub fn adopt(
             ))
         })?;
         if there.serial == manifest.serial {
-            manifest.previous.push(Ancestor { serial: there.serial, digest: Some(shown.clone()) });
+            // The nearest first: of a long list the last are left out.
+            manifest.previous.insert(0, Ancestor { serial: there.serial, digest: Some(shown.clone()) });
         }
         changes::restore(manifest, there);
         Ok(Some(format!("sign version {}", there.serial)))

@@ -222,7 +222,7 @@ fn bring(cache: &dyn Objects, spool: &Spool, info: &NarInfo, until: Instant) -> 
                         info.url,
                         cache.url()
                     );
-                    return Err(Failure::Cache(StoreError::Unreachable(why)));
+                    return Err(Failure::Cache(StoreError::Refused(why)));
                 }
                 begin_anew(&mut part).map_err(here)?;
                 origin = Origin::Fresh;
@@ -483,7 +483,7 @@ mod tests {
         let scene = Scene::new();
         *scene.cache.faults() = Faults { breaks_after: Some(1000), restless: true, ..Faults::default() };
         assert!(
-            matches!(scene.fetch(), Some(Failure::Cache(StoreError::Unreachable(why))) if why.contains("another file each"))
+            matches!(scene.fetch(), Some(Failure::Cache(StoreError::Refused(why))) if why.contains("another file each"))
         );
         assert!(scene.asked().len() <= 2 * (TRIES as usize + 1));
     }

@@ -15,7 +15,7 @@ use crate::effect;
 use crate::error::{Error, Result};
 use crate::keys::PublicKey;
 use crate::names::{STORE_DIR, StorePath};
-use crate::runner::{RunError, Status, tail};
+use crate::runner::{RunError, tail};
 use crate::store::{self, CacheUrl, Objects, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -263,7 +263,7 @@ impl Fetch<'_> {
         });
         let ready: Vec<StorePath> =
             needed(group, closures).into_iter().map(|found| found.info.path.clone()).collect();
-        let failed = match self.copy(&ready) {
+        let failed = match self.copy(&ready)? {
             Ok(()) => return Ok(ready),
             Err(RunError::NotFound { program }) => return Err(RunError::NotFound { program }.into()),
             Err(e) => e,
@@ -279,7 +279,7 @@ impl Fetch<'_> {
             let copied = match &failed {
                 // Nobody has time for them one by one.
                 RunError::Deadline { .. } if !own.is_empty() => Err(failed.clone()),
-                _ => self.copy(&own),
+                _ => self.copy(&own)?,
             };
             if let Err(e) = copied {
                 let reason = self.why_not(&top, &e);
@@ -291,11 +291,11 @@ impl Fetch<'_> {
         Ok(ready.into_iter().filter(|path| !lacking.contains(path)).collect())
     }
 
-    /// Lets Nix copy these paths, which are in the spool, and nothing else.
-    fn copy(&self, paths: &[StorePath]) -> Result<(), RunError> {
-        let spawn = |e: Error| RunError::Spawn { program: "nix".into(), cause: e.to_string() };
+    /// Lets Nix copy these paths, which are in the spool, and nothing else. The inner error is Nix's; the outer one is of
+    /// our own files, and of no closure.
+    fn copy(&self, paths: &[StorePath]) -> Result<Result<(), RunError>> {
         for some in paths.chunks(PER_CALL) {
-            let (run, _scratch) = nix(&["nix-command"], self.scratch).map_err(spawn)?;
+            let (run, _scratch) = nix(&["nix-command"], self.scratch)?;
             let mut run = run.args(["copy", "--no-recursive", "--from"]).arg(self.spool.url());
             if !self.settings.trusted_public_keys.is_empty() {
                 let keys = self.settings.trusted_public_keys.join(" ");
@@ -307,15 +307,11 @@ impl Fetch<'_> {
                 let _effect = effect::mark("nix copy", &self.shown);
                 run.args(some).deadline(within).success()
             };
-            // Told as what the copy failed of.
-            let failed = |e: Error| RunError::Failed {
-                command: "nix copy".into(),
-                status: Status::Exit(1),
-                stderr: e.to_string(),
-            };
-            announced::copying(&self.spool, some, copy).map_err(failed)??;
+            if let Err(e) = announced::copying(&self.spool, some, copy)? {
+                return Ok(Err(e));
+            }
         }
-        Ok(())
+        Ok(Ok(()))
     }
 
     /// The reason when a part of a closure is missing or wrong in the cache. What it advises is safe to follow: a push

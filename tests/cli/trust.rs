@@ -806,6 +806,26 @@ fn who_signs_what_a_stranger_wrote_takes_neither_its_number_nor_its_history() {
     }
 }
 
+#[test]
+fn what_is_signed_after_many_versions_names_the_one_that_it_takes_the_place_of() {
+    let world = World::new();
+    for n in 0..20 {
+        world.ok("ann", &["manifest", "set", "ava", &format!("env.A={n}")]);
+    }
+    let signed = world.manifest()["serial"].as_u64().unwrap();
+    world.tamper(|m| m["services"][0]["env"]["B"] = "1".into());
+    // On a machine that has not seen what was there.
+    fs_err::remove_dir_all(world.dir.path().join("ann/.local/state")).unwrap();
+    let hash = hash_in(&world);
+    let shown = world.call_in("prod", "ann", &["manifest", "sign"]);
+    assert_eq!(world.types("ann", &shown.stderr, "sign --hash").status, Status::Exit(0), "{}", shown.stderr);
+    let manifest = world.manifest();
+    let previous: Vec<&str> =
+        manifest["previous"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    assert_eq!((&manifest["serial"], previous[0]), (&json!(signed + 1), &*format!("{signed}:{hash}")));
+    assert!(previous[1].starts_with(&format!("{}:", signed - 1)) && previous.len() == 16, "{previous:?}");
+}
+
 /// The hash that 'sign' tells.
 fn hash_in(world: &World) -> String {
     omni_deploy::manifest::signature::digest(&fs_err::read(world.file("prod")).unwrap()).unwrap().to_string()

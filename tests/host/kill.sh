@@ -21,7 +21,7 @@ restore() {
   systemctl stop 'web*.service'
   rm -rf /var/lib/deployer/* /var/lib/deployer/.omni* /var/lib/omni-deploy/hosts /var/lib/omni-deploy/.omni-deploy-* \
     /etc/systemd/system/web* /etc/systemd/system/.omni* /etc/systemd/system/multi-user.target.wants/{web,.omni}* \
-    /nix/var/nix/gcroots/omni-deploy/* /run/omni-deploy/* /tmp/omni-deploy-* /root/.cache/omni-deploy
+    /nix/var/nix/gcroots/omni-deploy/{*,.fetch} /run/omni-deploy/* /tmp/omni-deploy-* /var/cache/deployer/omni-deploy
   tar -C / -xf "$start/files.tar"
   systemctl daemon-reload
   systemctl reset-failed

@@ -197,7 +197,7 @@ try_it() {
     "$BINARY" manifest show | jq -e --arg n "W$n" --arg last "$((WRITES - 1))" '.services[0].env[$n] == $last' \
       >"$WORK/shown" || die "the last write of writer $n is lost"
   done
-  "$BINARY" manifest rollback
+  "$BINARY" manifest rollback -y
   HOME=$OWN_HOME OMNI_TEST_STORE=$url cargo test --locked --quiet --features vendors --test store -- --ignored --exact a_store_of_another_vendor_keeps_the_contract
 }
 
