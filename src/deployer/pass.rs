@@ -224,7 +224,10 @@ fn keep_refused(root: &Root, url: &str, kept: &LastGood, belief: &Belief, bytes:
         return;
     };
     let Ok(digest) = signature::digest(bytes) else { return };
-    let fork = !belief.trusted.is_empty() && manifest.serial >= obeyed.serial;
+    // Refused for something else (below what was obeyed once, say), it may be what an honest version comes after.
+    let fork = !belief.trusted.is_empty()
+        && manifest.serial >= obeyed.serial
+        && belief.fork(bytes, manifest, &kept.bytes, &obeyed, kept.refused.as_ref()).is_some();
     let refused = Some(Ancestor { serial: manifest.serial, digest: Some(digest) });
     if !fork || refused == kept.refused {
         return;
