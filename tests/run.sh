@@ -37,6 +37,8 @@ die() { printf 'run.sh: %s\n' "$*" >&2; exit 1; }
 passed=0
 failed=0
 summary=()
+# The output of what failed, told again at the end, where people and CI look.
+failures=()
 # Of those that are under way: process group, when it began, number of its log, name.
 under_way=()
 begun=0
@@ -72,12 +74,25 @@ finish_stages() {
     # A program that died has not said how many of its tests it took with it.
     if ((code != 0 && bad == 0)); then bad=1; fi
     passed=$((passed + good)) failed=$((failed + bad))
-    if ((code == 0 && bad == 0)); then verdict=ok; else verdict="FAILED (exit code $code)"; fi
+    if ((code == 0 && bad == 0)); then
+      verdict=ok
+    else
+      verdict="FAILED (exit code $code)"
+      failures+=("$(printf -- '--- %s\n' "$name"; what_failed "$log")")
+    fi
     summary+=("$(printf '%-40s %4d passed %3d failed %5d s   %s' "$name" "$good" "$bad" $((SECONDS - since)) "$verdict")")
     under_way=("${under_way[@]:1}")
     rm -f "$log"
   done
   : >"$group_file"
+}
+
+# what_failed LOG: what cargo tells of its failures, a script's checks that failed, or else the end of it.
+what_failed() {
+  local told
+  told=$(awk '/^failures:$/ { f = 1 } /^test result:/ { f = 0 }
+    /^FAILED  / { s = 1 } /^ok  / || /^[0-9]+ passed, / { s = 0 } f || s' "$1" | cut -c 1-1000 | head -n 60)
+  if [[ -n $told ]]; then printf '%s\n' "$told"; else tail -n 30 "$1"; fi
 }
 
 # stage NAME COMMAND...: by itself.
@@ -233,6 +248,7 @@ finish() {
   printf 'hosts of %s; order of tests: OMNI_TEST_SEED=%s\n' "${suites[*]}" "$OMNI_TEST_SEED"
   comm -23 <("$lab" suites --all | sort) <(printf '%s\n' "${suites[@]}" | sort) |
     sed 's/.*/no host of &: its C library is older than the one that things are built with here/'
+  if ((${#failures[@]})); then printf '%s\n' "${failures[@]}"; fi
   printf '%d passed, %d failed\n' "$passed" "$failed"
   ((failed == 0))
 }

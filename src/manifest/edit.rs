@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::keys::SecretKey;
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
-use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError, When};
+use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, MAX_REPLACED, Store, StoreError, When};
 use std::cell::OnceCell;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
@@ -152,9 +152,6 @@ pub fn whoami() -> String {
 pub fn load(store: &dyn Store) -> Result<Option<Current>> {
     load_within(store, MAX_BYTES)
 }
-
-/// The largest object that a repair replaces, in bytes: it is read and archived like any version.
-const MAX_REPLACED: u64 = 1 << 30;
 
 /// As [`load`], also what is too large to be read but is replaced.
 pub fn load_to_replace(store: &dyn Store) -> Result<Option<Current>> {

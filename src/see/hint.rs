@@ -17,7 +17,11 @@ fn is_ours(command: &str) -> bool {
         ["deployer", "run", "--retry", name]
         | ["deployer", "resume", name]
         | ["deployer", "rollback", "--unpin", name] => service(name),
-        ["journalctl", "-k"] | ["ss", "-ltnp"] | ["timedatectl"] | ["timedatectl", "set-ntp", "true"] => true,
+        ["journalctl", "-k"]
+        | ["systemd-cgtop"]
+        | ["ss", "-ltnp"]
+        | ["timedatectl"]
+        | ["timedatectl", "set-ntp", "true"] => true,
         ["journalctl", "-u", name] | ["systemctl", "status", name] => unit(name),
         ["systemctl", "status" | "--failed" | "list-jobs" | "list-sockets"] => true,
         ["systemctl", "start", "deployer" | "caddy"] | ["systemctl", "restart" | "reload", "caddy"] => true,
@@ -98,6 +102,10 @@ mod tests {
                 "see 'ssh biz sudo journalctl -u shop', or 'ssh biz sudo deployer'",
             ),
             ("run 'sudo deployer' there", "run 'ssh biz sudo deployer' there"),
+            (
+                "look what else it does ('systemd-cgtop')",
+                "look what else it does ('ssh biz sudo systemd-cgtop')",
+            ),
             ("see 'sudo journalctl -u deployer'", "see 'ssh biz sudo journalctl -u deployer'"),
             (
                 "'sudo systemctl unset-environment LD_PRELOAD A1' takes it back",

@@ -5,7 +5,7 @@
 
 use super::beneath::{self, Missing};
 use super::objects::{Download, Exact, Objects, Opened, Upload};
-use super::{ARCHIVE_PREFIX, Etag, Got, HOSTS_PREFIX, Store, StoreError, When};
+use super::{ARCHIVE_PREFIX, Etag, Got, HOSTS_PREFIX, MAX_REPLACED, Store, StoreError, When};
 use crate::durable::opened::Folder;
 use crate::error::io_text;
 use crate::say::printable;
@@ -22,9 +22,6 @@ use std::time::Duration;
 /// What our own files begin with: the lock, and the temporary files of [`crate::durable`].
 const OWN_PREFIX: &str = ".omni-deploy";
 const LOCK: &str = ".omni-deploy.lock";
-
-/// The largest object that is replaced by its version, in bytes: twice what a manifest may have.
-const LARGEST_VERSION: u64 = 64 << 20;
 
 /// A write holds the lock for milliseconds: who waits longer waits for something that hangs.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
@@ -135,11 +132,11 @@ impl DirStore {
         Ok(Some(bytes))
     }
 
-    /// Whether this version is there now. What else writes here may have put anything there: more than anything of ours
-    /// has is another version, and not read.
+    /// Whether this version is there now. What else writes here may have put anything there: what is too large to have
+    /// been read is another version.
     fn holds(&self, key: &str, version: &Etag) -> Result<bool, StoreError> {
-        let Some(bytes) = self.read(key, LARGEST_VERSION + 1)? else { return Ok(false) };
-        Ok(bytes.len() as u64 <= LARGEST_VERSION && etag(&bytes) == *version)
+        let Some(bytes) = self.read(key, MAX_REPLACED + 1)? else { return Ok(false) };
+        Ok(bytes.len() as u64 <= MAX_REPLACED && etag(&bytes) == *version)
     }
 
     fn is_first_in(&self, folder: &str) -> bool {

@@ -30,6 +30,9 @@ pub const ARCHIVE_PREFIX: &str = "manifests/";
 /// The folder of the hosts' reports.
 pub const HOSTS_PREFIX: &str = "hosts/";
 
+/// The largest object that a repair replaces, in bytes: it is read, archived and compared like any version.
+pub const MAX_REPLACED: u64 = 1 << 30;
+
 /// The version of an object, as the store names it; opaque, compared for equality only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Etag(pub String);
