@@ -382,8 +382,8 @@ clear_host() {
 remove_host() {
   clear_host
   rmdir "$dir"
-  # Not from under another one that is being made at this moment; its own removal will see to the folder.
-  (flock --nonblock 8 && rmdir --ignore-fail-on-non-empty "$LAB_DIR" 2>/dev/null) 8</run || true
+  # The last one; and who makes another at this moment makes it again (lock_host).
+  rmdir --ignore-fail-on-non-empty "$LAB_DIR" 2>/dev/null || true
 }
 
 # --- making one ---------------------------------------------------------------------------------------------
