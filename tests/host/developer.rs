@@ -76,10 +76,10 @@ impl Developer {
 
     /// Types a command into bash, in the checkout; whatever its status.
     pub fn tries(&self, command: &str) -> Output {
-        // A mount namespace in which /nix is the developer's.
+        // A mount namespace in which /nix is the developer's. The machine may never have had a Nix.
         Run::new("unshare")
             .args(["--mount", "--propagation", "private", "sh", "-euc"])
-            .arg("mount --bind \"$1\" /nix; shift; exec \"$@\"")
+            .arg("mkdir -p /nix; mount --bind \"$1\" /nix; shift; exec \"$@\"")
             .arg("-")
             .arg(self.home.join("nix"))
             .args(["env", "-i", "LANG=C.UTF-8", "TERM=dumb", "USER=ann", "LOGNAME=ann"])
