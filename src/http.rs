@@ -112,7 +112,7 @@ fn proxy(env: Env, scheme: &str, host: &str) -> Result<Option<ureq::Proxy>, Stri
 
 /// Why no answer came.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Trouble {
+pub enum TransferError {
     /// The host's name has no address.
     Unresolved,
     /// Nothing listens there.
@@ -135,44 +135,46 @@ pub enum Trouble {
     Other(String),
 }
 
-impl Trouble {
+impl TransferError {
     /// Whether the same request may well succeed a moment later.
     pub fn passes(&self) -> bool {
         match self {
-            Trouble::Unresolved | Trouble::Refused | Trouble::Unroutable | Trouble::Late | Trouble::Cut => {
-                true
-            }
-            Trouble::Tls(_)
-            | Trouble::Expired(..)
-            | Trouble::NotYetValid(..)
-            | Trouble::Protocol(_)
-            | Trouble::Other(_) => false,
+            TransferError::Unresolved
+            | TransferError::Refused
+            | TransferError::Unroutable
+            | TransferError::Late
+            | TransferError::Cut => true,
+            TransferError::Tls(_)
+            | TransferError::Expired(..)
+            | TransferError::NotYetValid(..)
+            | TransferError::Protocol(_)
+            | TransferError::Other(_) => false,
         }
     }
 
     /// Whether nobody is there at all, so that a few quick tries tell as much as many.
     pub fn is_absence(&self) -> bool {
-        matches!(self, Trouble::Unresolved | Trouble::Refused | Trouble::Unroutable)
+        matches!(self, TransferError::Unresolved | TransferError::Refused | TransferError::Unroutable)
     }
 
     fn of_io(e: &std::io::Error) -> Self {
         use std::io::ErrorKind as Kind;
         match e.kind() {
-            Kind::ConnectionRefused => Trouble::Refused,
-            Kind::HostUnreachable | Kind::NetworkUnreachable | Kind::NetworkDown => Trouble::Unroutable,
-            Kind::TimedOut | Kind::WouldBlock => Trouble::Late,
+            Kind::ConnectionRefused => TransferError::Refused,
+            Kind::HostUnreachable | Kind::NetworkUnreachable | Kind::NetworkDown => TransferError::Unroutable,
+            Kind::TimedOut | Kind::WouldBlock => TransferError::Late,
             Kind::ConnectionReset
             | Kind::ConnectionAborted
             | Kind::BrokenPipe
             | Kind::NotConnected
-            | Kind::UnexpectedEof => Trouble::Cut,
+            | Kind::UnexpectedEof => TransferError::Cut,
             Kind::InvalidData => match e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
-                Some(e) => Trouble::of_tls(e),
-                None => Trouble::Tls(e.to_string()),
+                Some(e) => TransferError::of_tls(e),
+                None => TransferError::Tls(e.to_string()),
             },
             // getaddrinfo's failures come without a kind of their own.
-            _ if e.to_string().contains("failed to lookup address") => Trouble::Unresolved,
-            _ => Trouble::Other(e.to_string()),
+            _ if e.to_string().contains("failed to lookup address") => TransferError::Unresolved,
+            _ => TransferError::Other(e.to_string()),
         }
     }
 
@@ -181,54 +183,54 @@ impl Trouble {
         let at = |time: &rustls::pki_types::UnixTime| Timestamp(time.as_secs().cast_signed());
         match e {
             rustls::Error::InvalidCertificate(Certificate::ExpiredContext { time, not_after }) => {
-                Trouble::Expired(at(time), at(not_after))
+                TransferError::Expired(at(time), at(not_after))
             }
             rustls::Error::InvalidCertificate(Certificate::NotValidYetContext { time, not_before }) => {
-                Trouble::NotYetValid(at(time), at(not_before))
+                TransferError::NotYetValid(at(time), at(not_before))
             }
-            e => Trouble::Tls(e.to_string()),
+            e => TransferError::Tls(e.to_string()),
         }
     }
 
     /// The trouble behind an error while the body was read.
     pub fn of_body(e: std::io::Error) -> Self {
-        Trouble::from(ureq::Error::from(e))
+        TransferError::from(ureq::Error::from(e))
     }
 }
 
-impl From<ureq::Error> for Trouble {
+impl From<ureq::Error> for TransferError {
     fn from(e: ureq::Error) -> Self {
         match e {
-            ureq::Error::Io(e) => Trouble::of_io(&e),
-            ureq::Error::HostNotFound => Trouble::Unresolved,
-            ureq::Error::Timeout(_) => Trouble::Late,
-            ureq::Error::Tls(why) => Trouble::Tls(why.into()),
-            ureq::Error::Rustls(e) => Trouble::of_tls(&e),
+            ureq::Error::Io(e) => TransferError::of_io(&e),
+            ureq::Error::HostNotFound => TransferError::Unresolved,
+            ureq::Error::Timeout(_) => TransferError::Late,
+            ureq::Error::Tls(why) => TransferError::Tls(why.into()),
+            ureq::Error::Rustls(e) => TransferError::of_tls(&e),
             e @ (ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..)) => {
-                Trouble::Protocol(e.to_string())
+                TransferError::Protocol(e.to_string())
             }
-            e => Trouble::Other(e.to_string()),
+            e => TransferError::Other(e.to_string()),
         }
     }
 }
 
-impl fmt::Display for Trouble {
+impl fmt::Display for TransferError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Trouble::Unresolved => f.write_str("its host name does not resolve"),
-            Trouble::Refused => f.write_str("connection refused"),
-            Trouble::Unroutable => f.write_str("no route to it"),
-            Trouble::Late => f.write_str("no answer in time"),
-            Trouble::Cut => f.write_str("the connection was cut before the answer was complete"),
-            Trouble::Tls(why) => write!(f, "no TLS connection: {why}"),
-            Trouble::Expired(here, until) => {
+            TransferError::Unresolved => f.write_str("its host name does not resolve"),
+            TransferError::Refused => f.write_str("connection refused"),
+            TransferError::Unroutable => f.write_str("no route to it"),
+            TransferError::Late => f.write_str("no answer in time"),
+            TransferError::Cut => f.write_str("the connection was cut before the answer was complete"),
+            TransferError::Tls(why) => write!(f, "no TLS connection: {why}"),
+            TransferError::Expired(here, until) => {
                 write!(f, "its certificate was valid until {until}, and this machine's clock says {here}")
             }
-            Trouble::NotYetValid(here, from) => {
+            TransferError::NotYetValid(here, from) => {
                 write!(f, "its certificate is valid from {from} on, and this machine's clock says {here}")
             }
-            Trouble::Protocol(how) => write!(f, "what it says is not HTTP: {how}"),
-            Trouble::Other(text) => f.write_str(text),
+            TransferError::Protocol(how) => write!(f, "what it says is not HTTP: {how}"),
+            TransferError::Other(text) => f.write_str(text),
         }
     }
 }

@@ -308,7 +308,7 @@ impl Run {
     }
 
     /// Does not keep its stdout: what runs for as long as a person watches must not fill the memory.
-    pub fn unkept(mut self) -> Self {
+    pub fn discard_stdout(mut self) -> Self {
         self.keep = Keep::Nothing;
         self
     }
@@ -334,7 +334,7 @@ impl Run {
     /// Becomes this program, which then ignores Ctrl-C and Ctrl-\\, as we must while an editor has the terminal:
     /// they are the editor's, and reach us as well. Returns only when that cannot be, as where env(1) is not GNU's.
     #[allow(clippy::disallowed_types, reason = "this is the one runner")]
-    pub fn deaf(self) -> Result<(), RunError> {
+    pub fn ignore_signals(self) -> Result<(), RunError> {
         use std::os::unix::process::CommandExt;
         let known = Run::new("env").args([DEFAULT_SIGNALS, "true"]).output()?;
         if !known.status.ok() {
@@ -721,10 +721,10 @@ mod tests {
 
     #[test]
     fn output_without_end_outlasts_neither_the_deadline_nor_the_program() {
-        let e = Run::new("yes").unkept().deadline(Duration::from_millis(300)).output().unwrap_err();
+        let e = Run::new("yes").discard_stdout().deadline(Duration::from_millis(300)).output().unwrap_err();
         assert!(matches!(e, RunError::Deadline { .. }), "{e}");
         // The grandchild ends of a broken pipe once nobody reads it any more.
-        let out = Run::new("sh").args(["-c", "yes & exec true"]).unkept().output().unwrap();
+        let out = Run::new("sh").args(["-c", "yes & exec true"]).discard_stdout().output().unwrap();
         assert!(out.status.ok());
     }
 

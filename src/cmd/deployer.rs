@@ -7,7 +7,7 @@ use crate::deployer::caddy::RoutePlan;
 use crate::deployer::follow;
 use crate::deployer::lines;
 use crate::deployer::live::{self, Answer};
-use crate::deployer::pass::{self, Asks, Decision, Preview};
+use crate::deployer::pass::{self, Decision, Preview, RunOptions};
 use crate::deployer::plan::{ServicePlan, Step};
 use crate::deployer::root::{Root, STATE_FILE};
 use crate::deployer::state::{LastError, RouteStatus, State, Status, attention};
@@ -159,7 +159,7 @@ struct RollbackArgs {
 pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     match args.command {
         Command::Run(a) => {
-            let asks = Asks {
+            let asks = RunOptions {
                 timer: a.timer,
                 retry: a.retry,
                 allow_empty: a.allow_empty,
@@ -175,7 +175,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
             pass::run(&settings, &asks)
         }
         Command::Plan(a) => {
-            let asks = Asks {
+            let asks = RunOptions {
                 timer: false,
                 retry: a.retry,
                 allow_empty: a.allow_empty,
@@ -195,12 +195,12 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
         Command::Watch(a) => watch(call, a.serial),
         Command::Pause(a) => {
             let length = a.duration.as_deref().map(seconds).transpose()?;
-            pass::decide(&call.settings()?, &a.name, Decision::Pause(length))
+            pass::apply_override(&call.settings()?, &a.name, Decision::Pause(length))
         }
-        Command::Resume(a) => pass::decide(&call.settings()?, &a.name, Decision::Resume),
+        Command::Resume(a) => pass::apply_override(&call.settings()?, &a.name, Decision::Resume),
         Command::Rollback(a) => {
             let decision = if a.unpin { Decision::Unpin } else { Decision::Rollback };
-            pass::decide(&call.settings()?, &a.name, decision)
+            pass::apply_override(&call.settings()?, &a.name, decision)
         }
     }
 }

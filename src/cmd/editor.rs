@@ -21,7 +21,7 @@ pub fn ignore_its_signals(call: &Call) -> Result<()> {
             run = run.arg(format!("{}={value}", key.flag));
         }
     }
-    Ok(run.args(&call.args).env(DEAF, "1").deaf()?)
+    Ok(run.args(&call.args).env(DEAF, "1").ignore_signals()?)
 }
 
 /// The same run, with the terminal's signals as they usually are.

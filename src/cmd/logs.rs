@@ -191,7 +191,7 @@ fn stream(
     ends: Option<&Arc<AtomicBool>>,
     mut line: impl FnMut(Stream, &str),
 ) -> Option<String> {
-    let mut run = ssh::run_on(settings, host, true, words).unkept();
+    let mut run = ssh::run_on(settings, host, true, words).discard_stdout();
     if let Some(stop) = ends {
         run = run.deadline(ENDS_WITHIN).stop(stop);
     }

@@ -10,7 +10,7 @@ use crate::manifest::{changes, entry};
 use crate::names::{HostName, StorePath};
 use crate::push::namespace::DIRTY;
 use crate::say::{self, printable, printable_json};
-use crate::see::judge::{Only, Picture, Row, Standing, Wanted, judge};
+use crate::see::judge::{Only, Row, ServiceStatus, StatusReport, Wanted, judge};
 use crate::see::reports;
 use crate::store::HOSTS_PREFIX;
 use argh::{ArgsInfo, FromArgs};
@@ -81,11 +81,11 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
         let colour = std::io::stdout().is_terminal() && say::colour_wanted();
         print(&table(&picture, Timestamp::now(), colour, args.service.is_some()))?;
     }
-    Ok(if picture.off() { EXIT_DEGRADED } else { 0 })
+    Ok(if picture.needs_attention() { EXIT_DEGRADED } else { 0 })
 }
 
 /// What is to be shown, and what is to be said of reports that were not read.
-fn look(settings: &Settings, args: &Args) -> Result<(Picture, Option<String>)> {
+fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String>)> {
     let store = crate::store::open(&settings.store)?;
     let author = Author::reader(settings)?;
     let (current, listed) = std::thread::scope(|scope| {
@@ -187,7 +187,7 @@ fn watch(settings: &Settings, args: &Args) -> Result<u8> {
 }
 
 /// The picture as JSON, safe to send to a terminal: what would steer one is written as `\u` escapes.
-fn json(picture: &Picture, pretty: bool) -> Result<String> {
+fn json(picture: &StatusReport, pretty: bool) -> Result<String> {
     let text = if pretty { serde_json::to_string_pretty(picture) } else { serde_json::to_string(picture) };
     let text = text.map_err(|e| Error::new(format!("cannot write the status as JSON: {e}")))?;
     Ok(printable_json(&text).into_owned())
@@ -217,10 +217,10 @@ fn wanted(row: &Row) -> String {
     }
 }
 
-fn paint(standing: Standing, off: bool, text: &str) -> String {
+fn paint(standing: ServiceStatus, off: bool, text: &str) -> String {
     let code = match standing {
         _ if off => "31",
-        Standing::Running => "32",
+        ServiceStatus::Running => "32",
         _ => "33",
     };
     format!("\x1b[{code}m{text}\x1b[0m")
@@ -233,7 +233,7 @@ fn clipped(text: &str) -> String {
 }
 
 /// `detail`: what is only of interest where one service is looked at.
-fn table(picture: &Picture, now: Timestamp, colour: bool, detail: bool) -> String {
+fn table(picture: &StatusReport, now: Timestamp, colour: bool, detail: bool) -> String {
     const WANTED: usize = 2;
     const STATUS: usize = 4;
     // Only of hosts that were asked now it is known.
@@ -297,8 +297,10 @@ fn table(picture: &Picture, now: Timestamp, colour: bool, detail: bool) -> Strin
     }
     for row in &picture.rows {
         // Of a host as a whole it was said above, once.
-        let Some(problem) =
-            row.problem.as_ref().filter(|_| !matches!(row.status, Standing::Unknown | Standing::Pending))
+        let Some(problem) = row
+            .problem
+            .as_ref()
+            .filter(|_| !matches!(row.status, ServiceStatus::Unknown | ServiceStatus::Pending))
         else {
             continue;
         };
@@ -314,7 +316,7 @@ fn table(picture: &Picture, now: Timestamp, colour: bool, detail: bool) -> Strin
             below.push_str(&format!("  | {}\n", clipped(line)));
         }
         // They are in a host's report only where that was asked for.
-        if row.status == Standing::Rejected && row.journal.is_empty() && row.restarts.is_none() {
+        if row.status == ServiceStatus::Rejected && row.journal.is_empty() && row.restarts.is_none() {
             below.push_str(&format!("  its last lines: omni-deploy status {} --live\n", row.service));
         }
     }
@@ -337,10 +339,10 @@ mod tests {
     use crate::names::ServiceName;
     use crate::see::judge::HostRow;
 
-    fn picture() -> Picture {
+    fn picture() -> StatusReport {
         let path = |d: &str| StorePath::parse(&format!("/nix/store/{}-ava-1.0", d.repeat(32))).unwrap();
         let host = HostName::parse("biz").unwrap();
-        Picture {
+        StatusReport {
             version: 1,
             serial: 7,
             generation: Timestamp(1000),
@@ -359,7 +361,7 @@ mod tests {
                 wanted: Some(path("2")),
                 revision: Some("0123456789abcdef".into()),
                 running: Some(path("1")),
-                status: Standing::Rejected,
+                status: ServiceStatus::Rejected,
                 since: Some(Timestamp(700)),
                 reported_at: Some(Timestamp(940)),
                 exposure: Exposure::parse("1.1"),

@@ -3,7 +3,7 @@
 //! reboot. Written only after a service came up.
 
 use super::files;
-use super::plan::Applied;
+use super::plan::LastKnownGood;
 use super::root::Root;
 use crate::durable::{self, Batch};
 use crate::error::{Error, Result};
@@ -32,7 +32,7 @@ struct Read {
 
 /// Reads all of them. Files that cannot be read or understood are returned as complaints: their services are
 /// not known to be ours, and nothing may be removed on such knowledge.
-pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, Applied>, Vec<String>)> {
+pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, LastKnownGood>, Vec<String>)> {
     let mut applied = BTreeMap::new();
     let mut complaints = Vec::new();
     let entries = match fs_err::read_dir(root.applied_dir()) {
@@ -55,18 +55,18 @@ pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, Applied>, Vec<String>)
     Ok((applied, complaints))
 }
 
-fn read(bytes: &[u8]) -> Result<Applied, String> {
+fn read(bytes: &[u8]) -> Result<LastKnownGood, String> {
     let read: Read = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
     if read.version > VERSION {
         return Err(format!("it has version {}, this program reads up to {VERSION}", read.version));
     }
     let service = parse::service(read.service, Mode::Tolerant, None).map_err(|e| e.to_string())?;
     let path = service.artifact.store_path.path().cloned().ok_or("it names no store path")?;
-    Ok(Applied { service, path, previous: read.previous })
+    Ok(LastKnownGood { service, path, previous: read.previous })
 }
 
 /// Takes down what was proved, all of it together; why some of it was not.
-pub fn record<'a>(root: &Root, all: impl IntoIterator<Item = &'a Applied>) -> Vec<Error> {
+pub fn record<'a>(root: &Root, all: impl IntoIterator<Item = &'a LastKnownGood>) -> Vec<Error> {
     let mut batch = Batch::default();
     let mut errors = Vec::new();
     let mut all = all.into_iter().peekable();
@@ -86,7 +86,7 @@ pub fn record<'a>(root: &Root, all: impl IntoIterator<Item = &'a Applied>) -> Ve
     errors
 }
 
-fn text(applied: &Applied) -> Result<Vec<u8>> {
+fn text(applied: &LastKnownGood) -> Result<Vec<u8>> {
     let written = Written { version: VERSION, previous: &applied.previous, service: &applied.service };
     let mut bytes = serde_json::to_vec_pretty(&written)
         .map_err(|e| Error::new(format!("cannot write the entry of {}: {e}", applied.service.name)))?;

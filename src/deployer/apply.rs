@@ -3,8 +3,8 @@
 
 use super::listeners::{self, Answers, Listeners};
 use super::plan::{
-    Applied, Goal, Learned, Memory, Observed, Pending, Plan, ServicePlan, Step, Trouble, UnitFile,
-    previous_after,
+    AttemptFailure, Attempts, Goal, LastKnownGood, Observed, Pending, PersistedState, Plan, ServicePlan,
+    Step, UnitFile, previous_after,
 };
 use super::root::Root;
 use super::state::{self, Failure};
@@ -63,7 +63,7 @@ struct Start<'a> {
     restart: bool,
 }
 
-impl Learned {
+impl Attempts {
     /// Says what the disk did not take, and takes it down; whether there was such a thing.
     pub fn disk(&mut self, written: Result<()>) -> bool {
         let failed = written.err();
@@ -83,8 +83,8 @@ impl Host<'_> {
         plan: &Plan,
         desired: &[&Service],
         observed: &mut Observed,
-        memory: &mut Memory,
-        learned: &mut Learned,
+        memory: &mut PersistedState,
+        learned: &mut Attempts,
     ) -> Result<bool> {
         let known = learned.troubles.len() + learned.unfetchable.len();
         let touched: BTreeSet<ServiceName> = plan
@@ -100,7 +100,7 @@ impl Host<'_> {
             let touched = plan.services.iter().filter(|s| touched.contains(&s.name));
             let goals = touched.map(|s| s.goal.as_ref().map(|g| (&s.name, g))).collect::<Option<Vec<_>>>();
             for (name, goal) in goals.ok_or_else(|| e.clone())? {
-                self.hindered(name, goal, &e, learned);
+                self.fail_on_host(name, goal, &e, learned);
             }
             return Ok(false);
         }
@@ -124,7 +124,7 @@ impl Host<'_> {
     }
 
     /// Roots first, so that no collection can come between; then all closures in one copy.
-    fn root_and_fetch(&self, plan: &Plan, observed: &mut Observed, learned: &mut Learned) -> Result<()> {
+    fn root_and_fetch(&self, plan: &Plan, observed: &mut Observed, learned: &mut Attempts) -> Result<()> {
         let mut wanted: BTreeMap<&StorePath, Vec<&ServiceName>> = BTreeMap::new();
         let mut rooting = Vec::new();
         let mut batch = Batch::default();
@@ -146,7 +146,7 @@ impl Host<'_> {
         let mut failed = batch.finish();
         for (service, path, link, not_made) in rooting {
             if let (Some(e), Some(goal)) = (not_made.or_else(|| failed.remove(&link)), &service.goal) {
-                self.hindered(&service.name, goal, &e.into(), learned);
+                self.fail_on_host(&service.name, goal, &e.into(), learned);
                 continue;
             }
             observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
@@ -194,7 +194,7 @@ impl Host<'_> {
     }
 
     /// What can be known before anything is touched: the executable is there, and systemd takes every line.
-    fn check(&self, plan: &Plan, learned: &mut Learned) -> Result<()> {
+    fn check(&self, plan: &Plan, learned: &mut Attempts) -> Result<()> {
         let mut to_verify = Vec::new();
         for Start { name, goal, .. } in starts(plan) {
             if goal.proved || learned.unfetchable.contains_key(&goal.path) {
@@ -229,7 +229,7 @@ impl Host<'_> {
         goal: &Goal,
         why: String,
         journal: Vec<String>,
-        learned: &mut Learned,
+        learned: &mut Attempts,
     ) {
         let rejected = !goal.proved;
         let reason = if rejected && goal.unit_proved {
@@ -256,16 +256,16 @@ impl Host<'_> {
             inputs: rejected.then(|| goal.inputs()),
             kept_out: false,
         };
-        learned.troubles.insert((name.clone(), goal.inputs()), Trouble { rejected, failure });
+        learned.troubles.insert((name.clone(), goal.inputs()), AttemptFailure { rejected, failure });
     }
 
     /// The host's trouble, not the release's: taken down for this pass, and tried again by the next.
-    pub fn hindered(&self, name: &ServiceName, goal: &Goal, why: &Error, learned: &mut Learned) {
+    pub fn fail_on_host(&self, name: &ServiceName, goal: &Goal, why: &Error, learned: &mut Attempts) {
         self.not_the_release(name, goal, why, None, learned);
     }
 
     /// The same, where only a try tells, and a try ends what runs: tried again when nobody has the port any more.
-    fn kept_out(&self, name: &ServiceName, goal: &Goal, why: &Error, learned: &mut Learned) {
+    fn kept_out(&self, name: &ServiceName, goal: &Goal, why: &Error, learned: &mut Attempts) {
         self.not_the_release(name, goal, why, Some(goal.inputs()), learned);
     }
 
@@ -275,7 +275,7 @@ impl Host<'_> {
         goal: &Goal,
         why: &Error,
         inputs: Option<String>,
-        learned: &mut Learned,
+        learned: &mut Attempts,
     ) {
         let reason = why.to_string();
         say::error(format!("{name}: {reason}"));
@@ -289,7 +289,7 @@ impl Host<'_> {
             inputs,
         };
         let key = (name.clone(), goal.inputs());
-        learned.troubles.insert(key, Trouble { rejected: false, failure });
+        learned.troubles.insert(key, AttemptFailure { rejected: false, failure });
     }
 
     /// Writes units, makes systemd read them, restarts in one call, and watches them come up.
@@ -298,8 +298,8 @@ impl Host<'_> {
         plan: &Plan,
         desired: &[&Service],
         observed: &mut Observed,
-        memory: &mut Memory,
-        learned: &mut Learned,
+        memory: &mut PersistedState,
+        learned: &mut Attempts,
     ) -> Result<bool> {
         let mut reload = false;
         let mut starts: Vec<Start> = Vec::new();
@@ -316,7 +316,7 @@ impl Host<'_> {
             }
             reload |= service.steps.iter().any(|step| matches!(step, Step::Write(_)));
             if let Some(e) = failed.get(&service.name) {
-                self.hindered(&service.name, goal, e, learned);
+                self.fail_on_host(&service.name, goal, e, learned);
                 continue;
             }
             for step in &service.steps {
@@ -455,7 +455,7 @@ impl Host<'_> {
                     continue;
                 }
                 (None, Some(Err(NotUp::Host(why)))) => {
-                    self.hindered(start.name, start.goal, &Error::new(why), learned);
+                    self.fail_on_host(start.name, start.goal, &Error::new(why), learned);
                     continue;
                 }
                 (Some(why), _) | (None, Some(Err(NotUp::Release(why)))) => why.clone(),
@@ -490,7 +490,7 @@ impl Host<'_> {
         &self,
         starts: &mut Vec<Start>,
         observed: &Observed,
-        learned: &mut Learned,
+        learned: &mut Attempts,
     ) -> Result<()> {
         let has_drop_ins = |s: &&Start| observed.units.get(s.name).is_some_and(|u| !u.drop_ins.is_empty());
         let units: Vec<String> = starts.iter().filter(has_drop_ins).map(|s| s.name.unit()).collect();
@@ -506,7 +506,7 @@ impl Host<'_> {
             };
             let why = shown.get(&watched.unit).and_then(|shown| watched.replaced(self.root, shown));
             if let Some(why) = &why {
-                self.hindered(start.name, start.goal, &Error::new(why), learned);
+                self.fail_on_host(start.name, start.goal, &Error::new(why), learned);
             }
             why.is_none()
         });
@@ -575,16 +575,16 @@ impl Host<'_> {
     fn proved<'g>(
         &self,
         goals: impl IntoIterator<Item = (&'g ServiceName, &'g Goal)>,
-        memory: &mut Memory,
-        learned: &mut Learned,
+        memory: &mut PersistedState,
+        learned: &mut Attempts,
     ) {
         let proved = goals.into_iter().filter_map(|(name, goal)| {
             let before = memory.applied.get(name);
             let previous = previous_after(&goal.path, before);
-            let proved = Applied { service: goal.service.clone(), path: goal.path.clone(), previous };
+            let proved = LastKnownGood { service: goal.service.clone(), path: goal.path.clone(), previous };
             (before != Some(&proved)).then(|| (name.clone(), proved))
         });
-        let proved: Vec<(ServiceName, Applied)> = proved.collect();
+        let proved: Vec<(ServiceName, LastKnownGood)> = proved.collect();
         for e in applied::record(self.root, proved.iter().map(|(_, applied)| applied)) {
             learned.disk(Err(e));
         }
@@ -592,12 +592,12 @@ impl Host<'_> {
     }
 
     /// Entries that changed without changing their unit (a route, a health path).
-    fn record(&self, plan: &Plan, memory: &mut Memory, learned: &mut Learned) {
+    fn record(&self, plan: &Plan, memory: &mut PersistedState, learned: &mut Attempts) {
         self.proved(with_goal(plan, |step| matches!(step, Step::Record)), memory, learned);
     }
 
     /// Stops what is paused and keeps it from starting at boot; its unit stays.
-    fn pause(&self, services: &[ServicePlan], learned: &mut Learned) -> Result<bool> {
+    fn pause(&self, services: &[ServicePlan], learned: &mut Attempts) -> Result<bool> {
         let names: Vec<&ServiceName> =
             steps(services).filter(|(_, step)| matches!(step, Step::Pause)).map(|(s, _)| &s.name).collect();
         let units: Vec<String> = names.iter().map(|n| n.unit()).collect();
@@ -617,9 +617,9 @@ impl Host<'_> {
     pub fn remove(
         &self,
         services: &[ServicePlan],
-        memory: &mut Memory,
+        memory: &mut PersistedState,
         observed: &Observed,
-        learned: &mut Learned,
+        learned: &mut Attempts,
     ) -> Result<bool> {
         let mut going: Vec<(&ServiceName, &str)> = steps(services)
             .filter_map(|(service, step)| match step {
@@ -672,7 +672,12 @@ impl Host<'_> {
     }
 
     /// Lets go of paths; a service's folder goes with its last one.
-    pub fn unroot(&self, services: &[ServicePlan], observed: &mut Observed, learned: &Learned) -> Result<()> {
+    pub fn unroot(
+        &self,
+        services: &[ServicePlan],
+        observed: &mut Observed,
+        learned: &Attempts,
+    ) -> Result<()> {
         let unrooted: Vec<(&ServiceName, &String)> = steps(services)
             .filter_map(|(service, step)| match step {
                 // What still stops runs from there.
@@ -705,7 +710,7 @@ impl Host<'_> {
 impl Host<'_> {
     /// Waits for what takes its time, as long as systemd gives it, until one of them is through; false when there
     /// is none to be waited for any longer.
-    pub fn wait(&self, learned: &mut Learned) -> Result<bool> {
+    pub fn wait(&self, learned: &mut Attempts) -> Result<bool> {
         let awaited: BTreeMap<ServiceName, Pending> =
             learned.pending.iter().filter(|(_, p)| p.awaited).map(|(n, p)| (n.clone(), p.clone())).collect();
         let units: Vec<String> = awaited.values().map(|p| p.unit.clone()).collect();
@@ -730,11 +735,11 @@ impl Host<'_> {
     }
 
     /// An error that kept a round from going on is the trouble of those that it was made for, and of nobody else.
-    pub fn hinder_all(&self, plan: &Plan, error: &Error, learned: &mut Learned) {
+    pub fn hinder_all(&self, plan: &Plan, error: &Error, learned: &mut Attempts) {
         let mut alone = true;
         for service in plan.services.iter().filter(|s| !s.steps.is_empty()) {
             if let Some(goal) = &service.goal {
-                self.hindered(&service.name, goal, error, learned);
+                self.fail_on_host(&service.name, goal, error, learned);
                 alone = false;
             }
         }
@@ -754,7 +759,7 @@ fn still_stopping(name: &ServiceName) -> String {
 }
 
 /// Takes down that systemd is not through with a service.
-fn pend(name: &ServiceName, why: String, on: &ServiceName, awaited: bool, learned: &mut Learned) {
+fn pend(name: &ServiceName, why: String, on: &ServiceName, awaited: bool, learned: &mut Attempts) {
     let since = Instant::now();
     learned.pending.insert(name.clone(), Pending { why, unit: on.unit(), since, awaited });
 }
@@ -794,7 +799,7 @@ fn starts(plan: &Plan) -> impl Iterator<Item = Start<'_>> {
 
 /// Services that have, up to now, a port on which another one is about to start: those that go, and those that
 /// move to another port in the same call, which systemd would restart in any order.
-fn port_holders<'a>(plan: &'a Plan, starts: &[Start<'a>], memory: &Memory) -> Vec<&'a ServiceName> {
+fn port_holders<'a>(plan: &'a Plan, starts: &[Start<'a>], memory: &PersistedState) -> Vec<&'a ServiceName> {
     let port = |service: &Service| service.http.as_ref().map(|h| h.internal_port);
     let taken: BTreeMap<u16, &ServiceName> =
         starts.iter().filter(|s| s.restart).filter_map(|s| Some((port(&s.goal.service)?, s.name))).collect();

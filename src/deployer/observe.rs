@@ -5,7 +5,7 @@ use super::admin::Address;
 use super::caddy;
 use super::files;
 use super::listeners::{Answers, Listeners};
-use super::plan::{Memory, Observed, UnitFile, UnitSeen};
+use super::plan::{Observed, PersistedState, UnitFile, UnitSeen};
 use super::root::Root;
 use super::systemd::{self, Shown, UNIT_PATH, same_file};
 use super::unit;
@@ -26,7 +26,7 @@ pub fn observe(
     root: &Root,
     caddy_admin: &Address,
     desired: &[&Service],
-    memory: &Memory,
+    memory: &PersistedState,
 ) -> Result<Observed> {
     let applied = &memory.applied;
     let mut present = BTreeSet::new();
@@ -96,7 +96,7 @@ fn is_there(path: &StorePath) -> Result<bool> {
 pub fn units(
     root: &Root,
     desired: &[&Service],
-    memory: &Memory,
+    memory: &PersistedState,
 ) -> Result<(BTreeMap<ServiceName, UnitSeen>, BTreeSet<String>)> {
     let applied = &memory.applied;
     // So does systemd.
@@ -144,12 +144,12 @@ pub fn units(
             // As we make it, to the file that was just read: nothing more to ask.
             (target == file && matches!(seen.file, UnitFile::Ours(_))) || same_file(&target, &file)
         };
-        seen.wanted =
+        seen.enabled =
             links.contains(OsStr::new(&unit)) && fs_err::read_link(wants.join(&unit)).is_ok_and(leads_to_it);
         let running = seen.listed.running();
         // Without a copy in memory, or with a mask there: rare, and only then are the other folders looked into.
         let read = seen.listed.load == "loaded";
-        seen.unread = running && !read;
+        seen.needs_reload = running && !read;
         let found = drop_ins.get(name).filter(|_| !matches!(seen.file, UnitFile::Foreign(_)));
         seen.drop_ins = found.cloned().unwrap_or_default();
         let UnitFile::Ours(_) = seen.file else { continue };
@@ -193,7 +193,7 @@ pub fn units(
 /// kernel's tables cannot be read: then the probes alone tell.
 pub fn ports(
     desired: &[&Service],
-    applied: &BTreeMap<ServiceName, super::plan::Applied>,
+    applied: &BTreeMap<ServiceName, super::plan::LastKnownGood>,
 ) -> BTreeMap<(ServiceName, u16), Answers> {
     let mut ports = BTreeMap::new();
     let Ok(listeners) = Listeners::read() else { return ports };
@@ -210,7 +210,7 @@ pub fn ports(
 
 /// Services whose last try found the port in use, where somebody else still has it at whatever address. Rare: asked
 /// only of those.
-fn kept_out(desired: &[&Service], memory: &Memory) -> BTreeSet<ServiceName> {
+fn kept_out(desired: &[&Service], memory: &PersistedState) -> BTreeSet<ServiceName> {
     let asked: Vec<(&ServiceName, u16)> = desired
         .iter()
         .filter_map(|service| {
@@ -237,7 +237,7 @@ fn look_closely(root: &Root, name: &ServiceName, seen: &mut UnitSeen, shown: &Sh
         }
     }
     let running = seen.listed.running();
-    let unread = shown.unread || another_closure(&shown.command, text) && seen.drop_ins.is_empty();
+    let unread = shown.needs_reload || another_closure(&shown.command, text) && seen.drop_ins.is_empty();
     let file = root.unit(name);
     // A copy of ours, or what is not there any more, is put right by another step.
     let stray = shown.fragment.as_ref().is_some_and(|fragment| {
@@ -246,15 +246,18 @@ fn look_closely(root: &Root, name: &ServiceName, seen: &mut UnitSeen, shown: &Sh
     seen.replaced = unit::program_of(text)
         .and_then(|program| shown.replaced(&file, Path::new(&program)))
         .filter(|_| !(stray || unread && seen.drop_ins.is_empty()));
-    seen.unread |= unread && (running || seen.replaced.is_some());
+    seen.needs_reload |= unread && (running || seen.replaced.is_some());
     if running {
         let process = process(shown.main_pid);
         seen.shows = shows(&process, text);
-        seen.astray =
+        seen.wrong_closure =
             seen.replaced.is_none() && another_closure(&process, text) && !is_part(&seen.shows, text);
     }
-    seen.clean =
-        running && !seen.unread && !seen.astray && seen.replaced.is_none() && seen.drop_ins.is_empty();
+    seen.clean = running
+        && !seen.needs_reload
+        && !seen.wrong_closure
+        && seen.replaced.is_none()
+        && seen.drop_ins.is_empty();
 }
 
 /// Whose unit a name belongs to, as systemd has it loaded: the file, or what a generator made it from. None: nobody's,
@@ -279,7 +282,7 @@ fn owner(root: &Root, unit: &str, was_ours: bool, shown: &Shown) -> Option<PathB
 fn foreign_next(
     root: &Root,
     desired: &[&Service],
-    memory: &Memory,
+    memory: &PersistedState,
     units: &BTreeMap<ServiceName, UnitSeen>,
     understudies: &BTreeSet<ServiceName>,
 ) -> Result<BTreeMap<ServiceName, PathBuf>> {

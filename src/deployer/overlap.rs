@@ -5,7 +5,7 @@
 
 use super::apply::{EVERYBODY_WAITS, Host, NotUp, SETTLE, Watched, watch};
 use super::caddy::{self, RoutePlan};
-use super::plan::{self, Goal, Learned, Memory, Observed, Plan, Step};
+use super::plan::{self, Attempts, Goal, Observed, PersistedState, Plan, Step};
 use super::systemd::{self, Began, Restarted};
 use super::unit;
 use crate::clock;
@@ -36,7 +36,7 @@ const LEAST_DRAIN: Duration = Duration::from_secs(1);
 /// request after it, as browsers do that connect ahead: Go's HTTP server ends such connections after 5 s.
 const SILENT_CLIENTS: Duration = Duration::from_millis(5500);
 
-struct Understudy<'a> {
+struct Candidate<'a> {
     name: &'a ServiceName,
     goal: &'a Goal,
     service: Service,
@@ -49,9 +49,9 @@ impl Host<'_> {
         &self,
         plan: &Plan,
         desired: &[&Service],
-        memory: &Memory,
+        memory: &PersistedState,
         observed: &mut Observed,
-        learned: &mut Learned,
+        learned: &mut Attempts,
     ) -> Result<bool> {
         let mut taken: BTreeSet<u16> =
             desired.iter().filter_map(|s| s.http.as_ref()).map(|h| h.internal_port).collect();
@@ -65,7 +65,7 @@ impl Host<'_> {
             let port = spare_port(&mut taken)?;
             let texts = goal.service.on_port(port).zip(unit::render_next(&goal.service, &goal.path, port));
             if let Some((on_port, text)) = texts {
-                understudies.push(Understudy { name: &service.name, goal, service: on_port, text });
+                understudies.push(Candidate { name: &service.name, goal, service: on_port, text });
             }
         }
         if understudies.is_empty() {
@@ -84,7 +84,7 @@ impl Host<'_> {
         for u in &understudies {
             match failed.remove(&self.root.next_unit(u.name)) {
                 None => drop(observed.understudies.insert(u.name.clone())),
-                Some(e) => self.hindered(u.name, u.goal, &e.into(), learned),
+                Some(e) => self.fail_on_host(u.name, u.goal, &e.into(), learned),
             }
         }
         understudies.retain(|u| observed.understudies.contains(u.name));
@@ -123,11 +123,11 @@ impl Host<'_> {
                 (None, _) if busy.contains(&u.name.next_unit()) => {
                     let unit = u.name.next_unit();
                     let why = format!("systemd does not get to start {unit}; see 'systemctl list-jobs'");
-                    self.hindered(u.name, u.goal, &Error::new(why), learned);
+                    self.fail_on_host(u.name, u.goal, &Error::new(why), learned);
                     refused.push(u.name.clone());
                 }
                 (Some(Err(NotUp::Host(why))), _) => {
-                    self.hindered(u.name, u.goal, &Error::new(why), learned);
+                    self.fail_on_host(u.name, u.goal, &Error::new(why), learned);
                     refused.push(u.name.clone());
                 }
                 (outcome, _) => {
@@ -204,8 +204,8 @@ impl Host<'_> {
     pub fn lead_to_first(
         &self,
         desired: &[&Service],
-        memory: &Memory,
-        learned: &Learned,
+        memory: &PersistedState,
+        learned: &Attempts,
         observed: &mut Observed,
     ) {
         if !matches!(observed.caddy, caddy::Observed::Servers(_)) {
@@ -224,7 +224,7 @@ impl Host<'_> {
         &self,
         names: &[ServiceName],
         desired: &[&Service],
-        memory: &Memory,
+        memory: &PersistedState,
         observed: &mut Observed,
     ) -> Result<()> {
         for name in names {
@@ -270,7 +270,7 @@ impl Host<'_> {
     pub fn drain_understudies(
         &self,
         names: &[ServiceName],
-        memory: &Memory,
+        memory: &PersistedState,
         observed: &Observed,
     ) -> Result<()> {
         let mut ports = Vec::new();
@@ -309,7 +309,7 @@ impl Host<'_> {
 /// last (what was never proved is led to where it will be).
 fn interim_route<'a>(
     desired: &[&'a Service],
-    memory: &'a Memory,
+    memory: &'a PersistedState,
     understudies: &BTreeMap<ServiceName, &'a Http>,
 ) -> Vec<&'a Http> {
     let mut claimed = BTreeSet::new();

@@ -6,7 +6,7 @@ use super::apply::{Host, would_empty};
 use super::caddy::{self, RoutePlan};
 use super::lock::{self, Asked};
 use super::overrides::{Pause, Pin};
-use super::plan::{self, Learned, Memory, Observed, Options, Plan, ServicePlan, UnitFile};
+use super::plan::{self, Attempts, Observed, Options, PersistedState, Plan, ServicePlan, UnitFile};
 use super::reading::{self, Reading};
 use super::root::Root;
 use super::state::{
@@ -30,7 +30,7 @@ use crate::say;
 use crate::secrets;
 use crate::secrets::mask::Mask;
 use crate::see::reports;
-use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError, When};
+use crate::store::{self, Condition, Etag, GetResult, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -41,7 +41,7 @@ const MAX_ROUNDS: usize = 6;
 
 /// What a pass was asked for.
 #[derive(Debug, Clone, Default)]
-pub struct Asks {
+pub struct RunOptions {
     /// Started by the timer: a lock that is held is then nobody's fault.
     pub timer: bool,
     /// Rejected services to try again.
@@ -152,7 +152,7 @@ fn keep_origin(root: &Root, origin: &Origin) -> Result<()> {
 fn current(
     root: &Root,
     store: &dyn Store,
-    belief: &Belief,
+    belief: &TrustPolicy,
     known: &State,
     keep: bool,
 ) -> Result<Current, Ended> {
@@ -162,28 +162,33 @@ fn current(
     let known_etag = cached.as_ref().and_then(|kept| kept.etag.as_ref());
     let deadly = reading::deadly(root, &url).filter(|etag| Some(etag) != known_etag);
     let error = match store.get(MANIFEST_KEY, deadly.as_ref().or(known_etag), MAX_BYTES) {
-        Ok(Got::NotModified) => deadly.map(|_| reading::refusal(root, &url)),
-        Ok(Got::Found { etag, .. }) if deadly.as_ref() == Some(&etag) => Some(reading::refusal(root, &url)),
-        Ok(Got::Found { bytes, etag }) => match belief.read(&bytes, store, keep.then_some((root, &etag))) {
-            Ok(manifest) => {
-                let hash = sha256(&bytes);
-                let origin = Origin { store: url.clone(), etag: etag.0, sha256: hash.clone(), refused: None };
-                if let Some(why) = belief.objection(&bytes, &manifest, store, cached.as_ref()) {
-                    if let Some(kept) = cached.as_ref().filter(|_| keep) {
-                        keep_refused(root, &url, kept, belief, &bytes, &manifest);
+        Ok(GetResult::NotModified) => deadly.map(|_| reading::refusal(root, &url)),
+        Ok(GetResult::Found { etag, .. }) if deadly.as_ref() == Some(&etag) => {
+            Some(reading::refusal(root, &url))
+        }
+        Ok(GetResult::Found { bytes, etag }) => {
+            match belief.read(&bytes, store, keep.then_some((root, &etag))) {
+                Ok(manifest) => {
+                    let hash = sha256(&bytes);
+                    let origin =
+                        Origin { store: url.clone(), etag: etag.0, sha256: hash.clone(), refused: None };
+                    if let Some(why) = belief.objection(&bytes, &manifest, store, cached.as_ref()) {
+                        if let Some(kept) = cached.as_ref().filter(|_| keep) {
+                            keep_refused(root, &url, kept, belief, &bytes, &manifest);
+                        }
+                        Some(format!("the manifest in {url} is refused: {why}"))
+                    } else if let Err(e) = if keep { keep_manifest(root, &bytes, &origin) } else { Ok(()) } {
+                        // What runs here must be known when the bucket is not, so it is not taken up.
+                        Some(format!("the new manifest cannot be kept on this host: {e}"))
+                    } else {
+                        let entries = entries(&bytes, &hash, belief, known);
+                        return Ok(Current { manifest, hash, entries, error: None });
                     }
-                    Some(format!("the manifest in {url} is refused: {why}"))
-                } else if let Err(e) = if keep { keep_manifest(root, &bytes, &origin) } else { Ok(()) } {
-                    // What runs here must be known when the bucket is not, so it is not taken up.
-                    Some(format!("the new manifest cannot be kept on this host: {e}"))
-                } else {
-                    let entries = entries(&bytes, &hash, belief, known);
-                    return Ok(Current { manifest, hash, entries, error: None });
                 }
+                Err(why) => Some(why),
             }
-            Err(why) => Some(why),
-        },
-        Ok(Got::Missing) => {
+        }
+        Ok(GetResult::Missing) => {
             Some(no_manifest(&url, cached.as_ref().map(|kept| kept.bytes.as_slice()), belief))
         }
         Err(e) => {
@@ -218,7 +223,14 @@ fn current(
 }
 
 /// Takes down that a version was refused because it was made without the one that this host obeys.
-fn keep_refused(root: &Root, url: &str, kept: &LastGood, belief: &Belief, bytes: &[u8], manifest: &Manifest) {
+fn keep_refused(
+    root: &Root,
+    url: &str,
+    kept: &LastGood,
+    belief: &TrustPolicy,
+    bytes: &[u8],
+    manifest: &Manifest,
+) {
     let Some((obeyed, etag)) = parse::manifest(&kept.bytes, Mode::Tolerant).ok().zip(kept.etag.clone())
     else {
         return;
@@ -244,7 +256,7 @@ fn keep_refused(root: &Root, url: &str, kept: &LastGood, belief: &Belief, bytes:
 }
 
 /// The digests of a manifest's entries. An idle pass has them from the pass before, of the same text.
-fn entries(bytes: &[u8], hash: &str, belief: &Belief, known: &State) -> BTreeMap<ServiceName, String> {
+fn entries(bytes: &[u8], hash: &str, belief: &TrustPolicy, known: &State) -> BTreeMap<ServiceName, String> {
     let known = Some(known).filter(|k| k.manifest_hash.as_deref() == Some(hash) && k.host == belief.host);
     let kept = known.map(|k| {
         let placed = k.services.values().filter(|s| !s.removing);
@@ -254,7 +266,7 @@ fn entries(bytes: &[u8], hash: &str, belief: &Belief, known: &State) -> BTreeMap
 }
 
 /// Why there is none, and what brings one there: on a developer's machine, so that is where the commands are typed.
-fn no_manifest(url: &str, kept: Option<&[u8]>, belief: &Belief) -> String {
+fn no_manifest(url: &str, kept: Option<&[u8]>, belief: &TrustPolicy) -> String {
     let kept = kept.and_then(|bytes| parse::manifest(bytes, Mode::Tolerant).ok());
     match kept {
         Some(kept) => format!(
@@ -280,7 +292,7 @@ fn no_manifest(url: &str, kept: Option<&[u8]>, belief: &Belief) -> String {
 const SIGN: &str = "if it is right, whoever has a trusted key runs 'deploy-manifest sign'";
 
 /// What a manifest must show before this host obeys it.
-struct Belief {
+struct TrustPolicy {
     /// Who this is.
     host: HostName,
     /// Whose signatures count; empty: everybody may write.
@@ -291,12 +303,17 @@ struct Belief {
     accept: Option<u64>,
 }
 
-impl Belief {
-    fn new(settings: &Settings, store: &dyn Store, memory: &Memory, asks: &Asks) -> Result<Self> {
+impl TrustPolicy {
+    fn new(
+        settings: &Settings,
+        store: &dyn Store,
+        memory: &PersistedState,
+        asks: &RunOptions,
+    ) -> Result<Self> {
         // Another store counts its versions anew.
         let of_this = memory.state.store.as_ref().is_none_or(|s| *s == store.identity());
         let highest = memory.state.serial.filter(|_| of_this).unwrap_or(0);
-        Ok(Belief {
+        Ok(TrustPolicy {
             host: settings.host.clone(),
             trusted: signature::trusted(settings)?,
             highest,
@@ -401,7 +418,7 @@ impl Belief {
     }
 }
 
-impl Belief {
+impl TrustPolicy {
     /// Why a manifest of the same number as the last good one, or a higher one, does not come after it. Without
     /// trusted keys anybody may write any number: then only the same number with another content is refused.
     fn fork(
@@ -439,7 +456,7 @@ impl Belief {
 
 /// What is remembered. Also whether the state, as an older program left it, has lines of the journal in it that everybody
 /// can read.
-fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<(Memory, bool)> {
+fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<(PersistedState, bool)> {
     let mut readable = true;
     let mut complain = |text: String| {
         say::warning(format!("{text}; nothing is removed in this pass"));
@@ -461,7 +478,7 @@ fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<(Memo
     let overrides = overrides::load(root)?;
     let verified =
         state.services.iter().filter_map(|(name, s)| Some((name.clone(), s.invocation.clone()?))).collect();
-    Ok((Memory { state, applied, readable, interrupted, overrides, verified }, exposed))
+    Ok((PersistedState { state, applied, readable, interrupted, overrides, verified }, exposed))
 }
 
 /// What a pass would do, from the same values that [`run`] performs; touches nothing.
@@ -478,10 +495,10 @@ pub struct Preview {
 }
 
 /// The services of this host, with the pins that a person on it made.
-fn mine(
+fn services_for_host(
     manifest: &Manifest,
     settings: &Settings,
-    memory: &mut Memory,
+    memory: &mut PersistedState,
     now: Timestamp,
 ) -> (Vec<Service>, bool) {
     let services: Vec<&Service> =
@@ -490,7 +507,7 @@ fn mine(
     (services.into_iter().map(|s| memory.overrides.apply(s)).collect(), expired)
 }
 
-fn options(settings: &Settings, asks: &Asks, desired: &[&Service]) -> Result<Options> {
+fn options(settings: &Settings, asks: &RunOptions, desired: &[&Service]) -> Result<Options> {
     let mut retry = std::collections::BTreeSet::new();
     for name in &asks.retry {
         let Some(service) = desired.iter().find(|s| s.name.as_str() == name) else {
@@ -510,19 +527,19 @@ fn options(settings: &Settings, asks: &Asks, desired: &[&Service]) -> Result<Opt
 }
 
 /// Plans one pass without doing it.
-pub fn preview(settings: &Settings, asks: &Asks) -> Result<Preview> {
+pub fn preview(settings: &Settings, asks: &RunOptions) -> Result<Preview> {
     let now = Timestamp::now();
     let root = Root::system(&settings.unit_dir);
     let store = store::open(&settings.store)?;
     let (mut memory, _) = load_memory(settings, &root, now)?;
-    let belief = Belief::new(settings, store.as_ref(), &memory, asks)?;
+    let belief = TrustPolicy::new(settings, store.as_ref(), &memory, asks)?;
     let current =
         current(&root, store.as_ref(), &belief, &memory.state, false).map_err(|ended| ended.error)?;
-    let (desired, _) = mine(&current.manifest, settings, &mut memory, now);
+    let (desired, _) = services_for_host(&current.manifest, settings, &mut memory, now);
     let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)?;
     let observed = observe::observe(&root, &settings.caddy_admin, &desired, &memory)?;
-    let plan = plan::plan(&desired, &observed, &memory, &Learned::default(), &options, now)
+    let plan = plan::plan(&desired, &observed, &memory, &Attempts::default(), &options, now)
         .map_err(|e| would_empty(settings.host.as_str(), &e.0))?;
     Ok(Preview {
         serial: current.manifest.serial,
@@ -546,7 +563,7 @@ pub enum Decision {
 }
 
 /// Takes a decision down and makes a pass, which carries it out; returns the pass's exit code.
-pub fn decide(settings: &Settings, name: &str, decision: Decision) -> Result<u8> {
+pub fn apply_override(settings: &Settings, name: &str, decision: Decision) -> Result<u8> {
     let root = Root::system(&settings.unit_dir);
     let lock = patient(&root)?;
     let now = Timestamp::now();
@@ -590,7 +607,7 @@ pub fn decide(settings: &Settings, name: &str, decision: Decision) -> Result<u8>
         }
     }
     overrides::save(&root, &overrides)?;
-    pass(settings, &Asks::default(), &root, lock, now)
+    pass(settings, &RunOptions::default(), &root, lock, now)
 }
 
 /// What the last good manifest names for a service.
@@ -615,7 +632,7 @@ fn patient(root: &Root) -> Result<lock::Lock> {
 }
 
 /// Makes one pass; returns the exit code.
-pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
+pub fn run(settings: &Settings, asks: &RunOptions) -> Result<u8> {
     let root = Root::system(&settings.unit_dir);
     let lock = match asks.timer {
         false => patient(&root)?,
@@ -632,7 +649,13 @@ pub fn run(settings: &Settings, asks: &Asks) -> Result<u8> {
     pass(settings, asks, &root, lock, Timestamp::now())
 }
 
-fn pass(settings: &Settings, asks: &Asks, root: &Root, _lock: lock::Lock, now: Timestamp) -> Result<u8> {
+fn pass(
+    settings: &Settings,
+    asks: &RunOptions,
+    root: &Root,
+    _lock: lock::Lock,
+    now: Timestamp,
+) -> Result<u8> {
     work(settings, asks, root, now).map_err(|ended| {
         if !ended.mistyped
             && let Err(e) = leave_reason(settings, root, &ended, now)
@@ -666,7 +689,7 @@ fn leave_reason(settings: &Settings, root: &Root, ended: &Ended, now: Timestamp)
         }
         _ => {
             state.reported = false;
-            if news(root, &before, &state) {
+            if should_publish(root, &before, &state) {
                 write_state(root, &state)?;
             }
             Ok(())
@@ -704,7 +727,7 @@ pub fn could_not_begin(why: &Error) {
         let Some(host) = HostName::of_this_machine() else { return Ok(()) };
         let Some(before) = last_state(&root, &host, now)? else { return Ok(()) };
         let state = State { reported: false, ..failed_state(&before, why.to_string(), now) };
-        if news(&root, &before, &state) {
+        if should_publish(&root, &before, &state) {
             durable::folder(&root.state_dir, 0o755)?;
             write_state(&root, &state)?;
         }
@@ -715,7 +738,7 @@ pub fn could_not_begin(why: &Error) {
     }
 }
 
-fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result<u8, Ended> {
+fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> Result<u8, Ended> {
     // Its unit has it made; a pass started by hand on a fresh host has not.
     durable::folder(&root.state_dir, 0o755)?;
     let store = store::open(&settings.store)?;
@@ -726,7 +749,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         lines::keep(root, &memory.state)?;
     }
     let before = memory.state.clone();
-    let belief = Belief::new(settings, store.as_ref(), &memory, asks)?;
+    let belief = TrustPolicy::new(settings, store.as_ref(), &memory, asks)?;
     let current = current(root, store.as_ref(), &belief, &before, true)?;
     if let Some(error) = &current.error {
         say::warning(format!(
@@ -735,7 +758,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         ));
     }
     let manifest = &current.manifest;
-    let (desired, expired) = mine(manifest, settings, &mut memory, now);
+    let (desired, expired) = services_for_host(manifest, settings, &mut memory, now);
     if expired {
         overrides::save(root, &memory.overrides)?;
     }
@@ -764,10 +787,10 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         say::error(e.to_string());
     }
     let mut observed = observe::observe(root, &settings.caddy_admin, &desired, &memory)?;
-    let mut learned = Learned::default();
+    let mut learned = Attempts::default();
     let host = Host { settings, root };
     let mut changed = false;
-    let decide = |observed: &Observed, memory: &Memory, learned: &Learned| {
+    let decide = |observed: &Observed, memory: &PersistedState, learned: &Attempts| {
         plan::plan(&desired, observed, memory, learned, &options, now)
             .map_err(|e| would_empty(settings.host.as_str(), &e.0))
     };
@@ -777,7 +800,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         host.undo_abandoned(&abandoned, &desired, &memory, &mut observed)?;
         changed = true;
     }
-    let mut plan = match decide(&observed, &memory, &learned) {
+    let mut plan = match apply_override(&observed, &memory, &learned) {
         Ok(plan) => plan,
         Err(refused) => {
             // Whoever looks from afar shall see why nothing happens.
@@ -824,7 +847,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         learned.disk(remembered);
         (observed.units, _) = observe::units(root, &desired, &memory)?;
         observed.ports = observe::ports(&desired, &memory.applied);
-        plan = decide(&observed, &memory, &learned)?;
+        plan = apply_override(&observed, &memory, &learned)?;
     }
 
     // The route before what is gone: no request is led to a service that is being stopped.
@@ -832,7 +855,7 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
     if waited_for && matches!(observed.caddy, caddy::Observed::Unavailable(_)) {
         // It may answer by now: it opens its endpoint anew at every change, and may have been restarted meanwhile.
         observed.caddy = caddy::observe(&settings.caddy_admin);
-        plan = decide(&observed, &memory, &learned)?;
+        plan = apply_override(&observed, &memory, &learned)?;
     }
     changed |= matches!(plan.route, RoutePlan::Write(_));
     let route = write_route(settings, &plan, &desired);
@@ -894,10 +917,10 @@ fn work(settings: &Settings, asks: &Asks, root: &Root, now: Timestamp) -> Result
         draining: leaving.iter().cloned().collect(),
         services,
     };
-    if news(root, &before, &state) {
-        rate(&mut state, &learned);
+    if should_publish(root, &before, &state) {
+        fill_exposure(&mut state, &learned);
     }
-    tell(&before, &state, &learned);
+    log_changes(&before, &state, &learned);
     let code = state.exit_code();
     // Before the last connections of the candidates end: whoever waits for the release need not wait for those.
     let open = |state: &State| reported_lines(settings, state, &desired);
@@ -922,14 +945,14 @@ fn stop_rewritten(root: &Root, interrupted: &BTreeSet<ServiceName>) -> Result<()
     let units: Vec<String> =
         interrupted.iter().filter(|name| ours.contains(*name)).map(ServiceName::unit).collect();
     let shown = systemd::show(&units)?;
-    let waits = |unit: &systemd::Shown| unit.unread && systemd::is_between_starts(&unit.sub);
+    let waits = |unit: &systemd::Shown| unit.needs_reload && systemd::is_between_starts(&unit.sub);
     let units = units.into_iter().filter(|unit| shown.get(unit).is_some_and(waits));
     systemd::stop_waiting(&units.collect::<Vec<_>>())
 }
 
 /// What somebody has systemd give every service. It reaches what is started after that, so it is asked for when
 /// something was started since an earlier pass looked, and while it was there when last asked.
-fn manager_environment(before: &State, observed: &Observed, learned: &Learned) -> Vec<String> {
+fn manager_environment(before: &State, observed: &Observed, learned: &Attempts) -> Vec<String> {
     let started = observed.units.values().any(|u| u.invocation.is_some() && !u.verified);
     if !started && learned.started.is_empty() && before.manager_environment.is_empty() {
         return Vec::new();
@@ -978,7 +1001,7 @@ fn write_route(settings: &Settings, plan: &Plan, desired: &[&Service]) -> RouteS
 
 /// Takes refusals down at once: should this pass die on the way back, the next one goes back as well and does
 /// not try the bad version again.
-fn remember(root: &Root, memory: &mut Memory, learned: &Learned) -> Result<()> {
+fn remember(root: &Root, memory: &mut PersistedState, learned: &Attempts) -> Result<()> {
     let mut new = false;
     for ((name, _), trouble) in learned.troubles.iter().filter(|(_, t)| t.rejected) {
         let before = memory.state.services.get(name);
@@ -1016,8 +1039,8 @@ fn remember(root: &Root, memory: &mut Memory, learned: &Learned) -> Result<()> {
 fn service_state(
     plan: &ServicePlan,
     observed: &Observed,
-    memory: &Memory,
-    learned: &Learned,
+    memory: &PersistedState,
+    learned: &Attempts,
     now: Timestamp,
 ) -> ServiceState {
     let seen = observed.units.get(&plan.name);
@@ -1080,7 +1103,7 @@ fn service_state(
 fn going(
     name: &ServiceName,
     observed: &Observed,
-    memory: &Memory,
+    memory: &PersistedState,
     why: Option<&str>,
     now: Timestamp,
 ) -> Option<ServiceState> {
@@ -1122,7 +1145,7 @@ fn going(
 
 /// The story's last lines: everything that is off, with its reason unless this pass has just said it, so that an
 /// exit code of 3 or 4 never stands alone; and what is well again.
-fn tell(before: &State, after: &State, learned: &Learned) {
+fn log_changes(before: &State, after: &State, learned: &Attempts) {
     for (name, service) in &after.services {
         let status = service.status.as_str();
         if let Some(failure) = &service.failure {
@@ -1151,7 +1174,7 @@ fn tell(before: &State, after: &State, learned: &Learned) {
 
 /// Finds out how exposed those services are of which it is not known: one that a person started, or that ran
 /// before this program could tell. Only where something is written anyway, so that an idle pass asks nobody.
-fn rate(state: &mut State, learned: &Learned) {
+fn fill_exposure(state: &mut State, learned: &Attempts) {
     let unrated = |s: &&mut ServiceState| {
         s.store_path.is_some() && s.exposure.is_none() && !learned.started.contains(&s.name)
     };
@@ -1168,7 +1191,7 @@ fn rate(state: &mut State, learned: &Learned) {
 }
 
 /// Whether there is anything to write: something new, or the last report is old.
-fn news(root: &Root, before: &State, state: &State) -> bool {
+fn should_publish(root: &Root, before: &State, state: &State) -> bool {
     let same = state.says_the_same(before);
     let fresh = state.checked_at.0.saturating_sub(before.checked_at.0).abs() < REPORT_EVERY_SEC;
     !(same && fresh && root.state_file().exists())
@@ -1211,7 +1234,7 @@ fn publish(
     state: &mut State,
     open: impl Fn(&State) -> State,
 ) -> Result<()> {
-    if !news(root, before, state) {
+    if !should_publish(root, before, state) {
         return Ok(());
     }
     let key = format!("{HOSTS_PREFIX}{}.json", state.host);
@@ -1221,14 +1244,14 @@ fn publish(
         let _effect = effect::mark("put", &key);
         // What drains is of this moment, and a report stands for long.
         let report = lines::to_bytes(&State { draining: BTreeSet::new(), ..open(state) })?;
-        store.put(&key, &report, &When::Always)
+        store.put(&key, &report, &Condition::Always)
     };
     state.reported = reported.is_ok();
     if let Err(e) = reported {
         say::warning(format!("the report was not written: {e}; the next pass tries again"));
     }
     // A store that goes on refusing is asked again by every pass, and the disk is spared.
-    if news(root, before, state) { write_state(root, state) } else { Ok(()) }
+    if should_publish(root, before, state) { write_state(root, state) } else { Ok(()) }
 }
 
 /// The lines of the journal go where root alone reads them.
@@ -1241,8 +1264,8 @@ fn write_state(root: &Root, state: &State) -> Result<()> {
 fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) -> Option<OtherMachine> {
     let this = state.machine.as_ref()?;
     let found = match store.get(key, None, reports::MAX_REPORT) {
-        Ok(Got::Found { bytes, .. }) => reports::parsed(&bytes).ok(),
-        Ok(Got::Missing | Got::NotModified) | Err(_) => None,
+        Ok(GetResult::Found { bytes, .. }) => reports::parsed(&bytes).ok(),
+        Ok(GetResult::Missing | GetResult::NotModified) | Err(_) => None,
     };
     // Two that are at work find each other at every report: one that is not found any more has given up.
     let lasts = |other: &OtherMachine| {
@@ -1321,7 +1344,7 @@ mod tests {
             let (state_dir, run_dir) = (of("state"), of("run"));
             let root = Root { state_dir, run_dir, ..Root::system(self.dir.path()) };
             let host = HostName::parse(host).unwrap();
-            let belief = Belief {
+            let belief = TrustPolicy {
                 host: host.clone(),
                 trusted: self.author.trust.trusted.clone(),
                 highest: 0,
@@ -1342,7 +1365,7 @@ mod tests {
             assert_eq!(bench.obeyed(host), (2, "mended".into(), None));
         }
         // Somebody puts the old one back, and a machine that remembers nothing goes on from it.
-        bench.store.put(MANIFEST_KEY, &old, &When::Always).unwrap();
+        bench.store.put(MANIFEST_KEY, &old, &Condition::Always).unwrap();
         for serial in 2..40 {
             bench.changes(&format!("fork {serial}"));
             let (obeyed, what, error) = bench.obeyed("biz");
@@ -1377,7 +1400,7 @@ mod tests {
         bench.changes("hole");
         let copy = bench.changes("mended");
         assert_eq!(bench.obeyed("biz"), (3, "mended".into(), None));
-        bench.store.put(MANIFEST_KEY, &copy[..100], &When::Always).unwrap();
+        bench.store.put(MANIFEST_KEY, &copy[..100], &Condition::Always).unwrap();
         bench.publishes(Start::Replace, |m| drop(m.extra.insert("what".into(), "hole".into())));
         let (serial, what, error) = bench.obeyed("biz");
         assert_eq!((serial, what.as_str()), (3, "mended"));

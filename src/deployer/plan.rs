@@ -52,15 +52,15 @@ pub struct UnitSeen {
     /// Its file.
     pub file: UnitFile,
     /// Whether it is started at boot.
-    pub wanted: bool,
+    pub enabled: bool,
     /// What systemd says of it.
     pub listed: Listed,
     /// Its process started after its file was written. Only of units that run.
     pub current: bool,
     /// Its process runs no closure that its file names: it was started from another one.
-    pub astray: bool,
+    pub wrong_closure: bool,
     /// systemd has read its file as it was before. Only of units that run: a start reads it anew.
-    pub unread: bool,
+    pub needs_reload: bool,
     /// Another file of its name, a mask or a copy of ours, may stand in for it.
     pub shadowed: bool,
     /// Its secrets file was changed after its process started.
@@ -94,7 +94,7 @@ pub enum UnitFile {
 
 /// What was last proved of a service: the entry of the manifest, and the path that ran.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Applied {
+pub struct LastKnownGood {
     /// The entry.
     pub service: Service,
     /// Its store path.
@@ -105,11 +105,11 @@ pub struct Applied {
 
 /// What earlier passes left for this one.
 #[derive(Debug, Clone)]
-pub struct Memory {
+pub struct PersistedState {
     /// The state file.
     pub state: State,
     /// What was last proved of each service.
-    pub applied: BTreeMap<ServiceName, Applied>,
+    pub applied: BTreeMap<ServiceName, LastKnownGood>,
     /// False when something of it could not be read: then nothing is removed.
     pub readable: bool,
     /// Services that an interrupted pass was about to touch.
@@ -122,7 +122,7 @@ pub struct Memory {
 
 /// What was learned in this pass about an attempt, known by its inputs.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Trouble {
+pub struct AttemptFailure {
     /// Whether the release itself is bad (and is remembered), or the attempt just did not work out.
     pub rejected: bool,
     /// The reason.
@@ -131,9 +131,9 @@ pub struct Trouble {
 
 /// Everything that was learned in this pass.
 #[derive(Debug, Clone, Default)]
-pub struct Learned {
+pub struct Attempts {
     /// Attempts that failed, by service and inputs.
-    pub troubles: BTreeMap<(ServiceName, String), Trouble>,
+    pub troubles: BTreeMap<(ServiceName, String), AttemptFailure>,
     /// Paths that could not be fetched, with the reason.
     pub unfetchable: BTreeMap<StorePath, String>,
     /// Services that were started: what was known of their exposure was of their unit before.
@@ -148,9 +148,9 @@ pub struct Learned {
     pub unwritten: Vec<String>,
 }
 
-impl Learned {
+impl Attempts {
     /// What came of an attempt at this goal in this pass, if it failed.
-    fn trouble_of(&self, name: &ServiceName, goal: &Goal) -> Option<&Trouble> {
+    fn trouble_of(&self, name: &ServiceName, goal: &Goal) -> Option<&AttemptFailure> {
         if self.troubles.is_empty() {
             return None;
         }
@@ -262,7 +262,7 @@ pub struct ServicePlan {
     /// What should run now; None: nothing can.
     pub goal: Option<Goal>,
     /// Why that is not what the manifest says, or not running.
-    pub trouble: Option<Trouble>,
+    pub trouble: Option<AttemptFailure>,
     /// It is stopped on purpose.
     pub paused: bool,
     /// Somebody's drop-ins: those that its unit has, or that its process was started with.
@@ -308,8 +308,8 @@ fn inputs_hash(unit: &str, service: &Service, stamp: &str) -> String {
 pub fn plan(
     desired: &[&Service],
     observed: &Observed,
-    memory: &Memory,
-    learned: &Learned,
+    memory: &PersistedState,
+    learned: &Attempts,
     options: &Options,
     now: Timestamp,
 ) -> Result<Plan, WouldEmpty> {
@@ -380,7 +380,7 @@ pub fn routed<'a>(desired: &[&'a Service], plans: &'a [ServicePlan]) -> BTreeMap
 fn others(
     desired: &[&Service],
     observed: &Observed,
-    memory: &Memory,
+    memory: &PersistedState,
 ) -> BTreeMap<(ServiceName, u16), Vec<Owner>> {
     let entries: BTreeMap<&str, &Service> = desired.iter().map(|s| (s.name.as_str(), *s)).collect();
     let leaves = |owner: &Owner, port: u16| {
@@ -405,14 +405,14 @@ fn others(
 }
 
 /// Ports to which nobody may be led: of services that do not run, where somebody else would answer for them.
-pub fn closed(desired: &[&Service], observed: &Observed, memory: &Memory) -> BTreeSet<u16> {
+pub fn closed(desired: &[&Service], observed: &Observed, memory: &PersistedState) -> BTreeSet<u16> {
     let runs = |name: &ServiceName| observed.units.get(name).is_some_and(|u| u.listed.running());
     let held = others(desired, observed, memory).into_keys();
     held.filter(|(name, _)| !runs(name)).map(|(_, port)| port).collect()
 }
 
 /// The services that are ours to remove: a unit with our mark, a proved entry, or roots.
-fn ours<'a>(observed: &'a Observed, memory: &'a Memory) -> BTreeSet<&'a ServiceName> {
+fn ours<'a>(observed: &'a Observed, memory: &'a PersistedState) -> BTreeSet<&'a ServiceName> {
     let units =
         observed.units.iter().filter(|(_, u)| matches!(u.file, UnitFile::Ours(_))).map(|(name, _)| name);
     units.chain(memory.applied.keys()).chain(observed.roots.keys()).collect()
@@ -439,7 +439,7 @@ fn goal_of(
     service: &Service,
     path: &StorePath,
     stamp: &str,
-    applied: Option<&Applied>,
+    applied: Option<&LastKnownGood>,
     desired: bool,
 ) -> Goal {
     let unit = unit::render(service, path);
@@ -455,8 +455,8 @@ fn service(
     entry: &Service,
     observed: &Observed,
     others: &BTreeMap<(ServiceName, u16), Vec<Owner>>,
-    memory: &Memory,
-    learned: &Learned,
+    memory: &PersistedState,
+    learned: &Attempts,
     options: &Options,
     now: Timestamp,
 ) -> ServicePlan {
@@ -473,7 +473,7 @@ fn service(
         [] => seen.drop_ins.iter().map(|path| path.display().to_string()).collect(),
         outlived => outlived.to_vec(),
     };
-    let done = |goal: Option<Goal>, trouble: Option<Trouble>, steps: Vec<Step>| ServicePlan {
+    let done = |goal: Option<Goal>, trouble: Option<AttemptFailure>, steps: Vec<Step>| ServicePlan {
         name: name.clone(),
         target: target.cloned(),
         goal,
@@ -496,7 +496,7 @@ fn service(
             inputs: None,
             kept_out: false,
         };
-        Trouble { rejected: false, failure }
+        AttemptFailure { rejected: false, failure }
     };
 
     if let UnitFile::Foreign(path) = &seen.file {
@@ -534,7 +534,7 @@ fn service(
     };
     let answers =
         |service: &Service| service.port().and_then(|port| observed.ports.get(&(name.clone(), port)));
-    let trouble_of = |goal: &Goal| -> Option<Trouble> {
+    let trouble_of = |goal: &Goal| -> Option<AttemptFailure> {
         if let Some(trouble) = learned.trouble_of(name, goal) {
             return Some(trouble.clone());
         }
@@ -553,18 +553,18 @@ fn service(
             && failure.attempts > 0
             && failure.attempted.as_ref() == Some(&goal.path)
             && (0..backoff_sec(failure.attempts)).contains(&(now.0 - failure.at.0));
-        again.then(|| Trouble { rejected: false, failure: failure.clone() })
+        again.then(|| AttemptFailure { rejected: false, failure: failure.clone() })
     };
     let remembered = || {
         let failure = before.filter(|_| !options.retry.contains(name))?.failure.as_ref()?;
         let same = failure.inputs.as_ref().is_some_and(|inputs| *inputs == candidate.inputs());
         (same && (!failure.kept_out || observed.kept_out.contains(name)))
-            .then(|| Trouble { rejected: !failure.kept_out, failure: failure.clone() })
+            .then(|| AttemptFailure { rejected: !failure.kept_out, failure: failure.clone() })
     };
 
     if memory.overrides.is_paused(name, now) {
         let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
-        let stopped = matches!(seen.listed.active.as_str(), "" | "inactive" | "failed") && !seen.wanted;
+        let stopped = matches!(seen.listed.active.as_str(), "" | "inactive" | "failed") && !seen.enabled;
         let mut steps: Vec<Step> = lost_roots(name, observed, applied).collect();
         if !stopped {
             steps.push(Step::Pause);
@@ -577,7 +577,7 @@ fn service(
         let other = seen.shows.iter().filter(|path| !held.is_some_and(|h| h.contains(path.base())));
         let mut steps: Vec<Step> =
             lost_roots(name, observed, applied).chain(other.cloned().map(Step::Root)).collect();
-        if seen.unread {
+        if seen.needs_reload {
             steps.push(Step::Reload);
         }
         // Not started anew since: it is as it should be, as long as nobody restarts it.
@@ -650,10 +650,10 @@ fn service(
     };
     match write {
         Some(why) => steps.push(Step::Write(why)),
-        None if seen.unread => steps.push(Step::Reload),
+        None if seen.needs_reload => steps.push(Step::Reload),
         None => {}
     }
-    if !seen.wanted {
+    if !seen.enabled {
         steps.push(Step::Enable);
     }
     if let Some(why) = write {
@@ -665,7 +665,7 @@ fn service(
         steps.push(Step::Restart("it was not running"));
     } else if !outlived.is_empty() {
         steps.push(Step::Restart("it was started with a drop-in that is gone"));
-    } else if seen.astray {
+    } else if seen.wrong_closure {
         steps.push(Step::Restart("its process ran another version than its unit"));
     } else if memory.interrupted.contains(name) && !seen.current {
         steps.push(Step::Restart("an earlier pass was interrupted before it restarted it"));
@@ -701,7 +701,7 @@ fn service(
 /// Whether the new version is to be proved beside the old one: where there is an old one that answers, and
 /// Caddy to lead requests past it. An understudy that is there already has the requests (or had them: an
 /// earlier pass died); the unit is then restarted behind it.
-fn overlaps(goal: &Goal, applied: Option<&Applied>, seen: &UnitSeen, observed: &Observed) -> bool {
+fn overlaps(goal: &Goal, applied: Option<&LastKnownGood>, seen: &UnitSeen, observed: &Observed) -> bool {
     goal.desired
         && !applied.is_some_and(|a| takes_state(&goal.service, &a.service))
         && goal.service.rollout == Rollout::Overlap
@@ -724,7 +724,7 @@ fn takes_state(new: &Service, old: &Service) -> bool {
 
 /// Understudies that an earlier pass left beside a version that is still as it was proved: nothing of the new
 /// version is in place, so requests go back to the proved one before anything else.
-pub fn abandoned<'a>(observed: &'a Observed, memory: &Memory) -> Vec<&'a ServiceName> {
+pub fn abandoned<'a>(observed: &'a Observed, memory: &PersistedState) -> Vec<&'a ServiceName> {
     let intact = |name: &ServiceName| {
         let proved = memory.applied.get(name).map(|a| unit::render(&a.service, &a.path));
         let seen = observed.units.get(name);
@@ -747,10 +747,10 @@ fn stamp(entry: &Service, secrets: Option<&Result<String, String>>, observed: &O
 
 /// Takes down what was refused in this pass as what it is now that the pass is over: with what it requires as
 /// its own start left it.
-pub fn settle_inputs(plan: &mut Plan, desired: &[&Service], observed: &Observed, learned: &Learned) {
+pub fn settle_inputs(plan: &mut Plan, desired: &[&Service], observed: &Observed, learned: &Attempts) {
     for (plan, entry) in plan.services.iter_mut().zip(desired) {
         let stamp = stamp(entry, observed.secrets.get(&plan.name), observed);
-        if let (Some(path), Some(Trouble { failure, .. })) = (&plan.target, &mut plan.trouble)
+        if let (Some(path), Some(AttemptFailure { failure, .. })) = (&plan.target, &mut plan.trouble)
             && failure.inputs.is_some()
             && failure.attempted.as_ref() == Some(path)
             && learned.troubles.values().any(|t| t.failure == *failure)
@@ -764,7 +764,7 @@ pub fn settle_inputs(plan: &mut Plan, desired: &[&Service], observed: &Observed,
 fn lost_roots(
     name: &ServiceName,
     observed: &Observed,
-    applied: Option<&Applied>,
+    applied: Option<&LastKnownGood>,
 ) -> impl Iterator<Item = Step> {
     let held = observed.roots.get(name);
     applied
@@ -781,10 +781,10 @@ fn lost_roots(
 fn unroots(
     name: &ServiceName,
     observed: &Observed,
-    memory: &Memory,
+    memory: &PersistedState,
     current: Option<&StorePath>,
     target: Option<&StorePath>,
-    trouble: Option<&Trouble>,
+    trouble: Option<&AttemptFailure>,
 ) -> Vec<Step> {
     if !memory.readable {
         return Vec::new();
@@ -799,7 +799,7 @@ fn unroots(
 }
 
 /// The versions before the current one, after `current` was proved where `replaced` was before.
-pub fn previous_after(current: &StorePath, replaced: Option<&Applied>) -> Vec<StorePath> {
+pub fn previous_after(current: &StorePath, replaced: Option<&LastKnownGood>) -> Vec<StorePath> {
     let mut previous: Vec<StorePath> = Vec::new();
     for path in replaced.iter().flat_map(|a| [&a.path].into_iter().chain(&a.previous)) {
         if path != current && !previous.contains(path) {
@@ -882,8 +882,8 @@ mod tests {
     #[derive(Clone)]
     struct World {
         observed: Observed,
-        memory: Memory,
-        learned: Learned,
+        memory: PersistedState,
+        learned: Attempts,
         options: Options,
         /// Versions that never come up.
         broken: BTreeSet<StorePath>,
@@ -911,7 +911,7 @@ mod tests {
                         json!({"srv0": {"listen": [":443"], "routes": []}}).as_object().unwrap().clone(),
                     ),
                 },
-                memory: Memory {
+                memory: PersistedState {
                     state,
                     applied: BTreeMap::new(),
                     readable: true,
@@ -919,7 +919,7 @@ mod tests {
                     overrides: Overrides::default(),
                     verified: BTreeMap::new(),
                 },
-                learned: Learned::default(),
+                learned: Attempts::default(),
                 options: Options::default(),
                 broken: BTreeSet::new(),
                 absent: BTreeSet::new(),
@@ -951,9 +951,9 @@ mod tests {
                 match step {
                     Step::Root(_) | Step::Fetch(_) | Step::Overlap(_) | Step::Reload => {}
                     Step::Write(_) => unit.file = UnitFile::Ours(service.goal.as_ref().unwrap().unit.clone()),
-                    Step::Enable => unit.wanted = true,
+                    Step::Enable => unit.enabled = true,
                     Step::Pause => {
-                        unit.wanted = false;
+                        unit.enabled = false;
                         unit.listed = Listed::default();
                     }
                     Step::Restart(_) | Step::Prove(_) | Step::Record => {
@@ -972,13 +972,16 @@ mod tests {
                                 inputs: (!goal.proved).then(|| goal.inputs()),
                                 kept_out: false,
                             };
-                            let trouble = Trouble { rejected: !goal.proved, failure };
+                            let trouble = AttemptFailure { rejected: !goal.proved, failure };
                             self.learned.troubles.insert((service.name.clone(), goal.inputs()), trouble);
                         } else {
                             unit.listed = running();
                             let previous = previous_after(&goal.path, self.memory.applied.get(&service.name));
-                            let proved =
-                                Applied { service: goal.service.clone(), path: goal.path.clone(), previous };
+                            let proved = LastKnownGood {
+                                service: goal.service.clone(),
+                                path: goal.path.clone(),
+                                previous,
+                            };
                             self.memory.applied.insert(service.name.clone(), proved);
                         }
                     }
@@ -1017,7 +1020,7 @@ mod tests {
                         };
                         self.memory.state.services.insert(service.name.clone(), state);
                     }
-                    self.learned = Learned::default();
+                    self.learned = Attempts::default();
                     return plan;
                 }
                 for service in plan.services.iter().chain(&plan.gone) {
@@ -1207,7 +1210,7 @@ mod tests {
             ("it was not running", |w| {
                 w.observed.units.get_mut(&name("ava")).unwrap().listed = Listed::default();
             }),
-            ("Enable", |w| w.observed.units.get_mut(&name("ava")).unwrap().wanted = false),
+            ("Enable", |w| w.observed.units.get_mut(&name("ava")).unwrap().enabled = false),
             ("Root", |w| w.observed.roots.clear()),
             ("Fetch", |w| w.observed.present.clear()),
         ];
@@ -1219,7 +1222,7 @@ mod tests {
             let steps = world.plan(&[&ava]).unwrap().services[0].steps.clone();
             assert!(format!("{steps:?}").contains(reason), "{reason}: {steps:?}");
             world.pass(&[&ava]);
-            assert!(world.runs("ava", 1) && world.unit("ava").wanted && !world.held("ava").is_empty());
+            assert!(world.runs("ava", 1) && world.unit("ava").enabled && !world.held("ava").is_empty());
         }
     }
 

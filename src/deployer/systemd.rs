@@ -102,7 +102,7 @@ pub struct Shown {
     /// Its exit code or signal.
     pub exec_status: i32,
     /// Its files are newer than what systemd has read.
-    pub unread: bool,
+    pub needs_reload: bool,
     /// What systemd would start (`ExecStart=`).
     pub command: String,
     /// Every name of the unit: one that is an alias belongs to another unit.
@@ -191,7 +191,7 @@ fn parse_show(text: &str) -> BTreeMap<String, Shown> {
                 "MainPID" => shown.main_pid = value.parse().unwrap_or(0),
                 "ExecMainCode" => shown.exec_code = value.parse().unwrap_or(0),
                 "ExecStart" => shown.command = value.into(),
-                "NeedDaemonReload" => shown.unread = value == "yes",
+                "NeedDaemonReload" => shown.needs_reload = value == "yes",
                 "ExecMainStatus" => shown.exec_status = value.parse().unwrap_or(0),
                 "Names" => shown.names = value.split_whitespace().map(String::from).collect(),
                 "FragmentPath" if !value.is_empty() => shown.fragment = Some(value.into()),

@@ -11,7 +11,7 @@ use super::versions::{self, Version, archive_key, archive_name};
 use crate::error::{Error, Result};
 use crate::parallel;
 use crate::say::{self, printable};
-use crate::store::{Got, Store, StoreError};
+use crate::store::{GetResult, Store, StoreError};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -267,8 +267,8 @@ pub fn newest_archived(store: &dyn Store, author: &Author) -> Result<Option<Beli
 /// An archived version, or why it is not believed.
 pub fn examine(store: &dyn Store, version: &Version, author: &Author) -> Result<Result<Believed, String>> {
     let bytes = match store.get(&archive_key(&version.name), None, MAX_BYTES) {
-        Ok(Got::Found { bytes, .. }) => bytes,
-        Ok(Got::Missing | Got::NotModified) => return Ok(Err("it is gone".into())),
+        Ok(GetResult::Found { bytes, .. }) => bytes,
+        Ok(GetResult::Missing | GetResult::NotModified) => return Ok(Err("it is gone".into())),
         Err(StoreError::TooLarge(why)) => return Ok(Err(why)),
         Err(e) => return Err(e.into()),
     };

@@ -17,7 +17,9 @@ use crate::error::{Error, Result};
 use crate::keys::SecretKey;
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::say;
-use crate::store::{self, Etag, Got, HOSTS_PREFIX, MANIFEST_KEY, MAX_REPLACED, Store, StoreError, When};
+use crate::store::{
+    self, Condition, Etag, GetResult, HOSTS_PREFIX, MANIFEST_KEY, MAX_REPLACED, Store, StoreError,
+};
 use std::cell::OnceCell;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
@@ -160,8 +162,8 @@ pub fn load_to_replace(store: &dyn Store) -> Result<Option<Current>> {
 
 fn load_within(store: &dyn Store, limit: u64) -> Result<Option<Current>> {
     match store.get(MANIFEST_KEY, None, limit) {
-        Ok(Got::Found { bytes, etag }) => Ok(Some(Current { bytes, etag, manifest: OnceCell::new() })),
-        Ok(Got::Missing | Got::NotModified) => Ok(None),
+        Ok(GetResult::Found { bytes, etag }) => Ok(Some(Current { bytes, etag, manifest: OnceCell::new() })),
+        Ok(GetResult::Missing | GetResult::NotModified) => Ok(None),
         Err(e @ StoreError::TooLarge(_)) if limit == MAX_BYTES => {
             Err(Error::new(format!("{e}; go back with 'deploy-manifest rollback'")))
         }
@@ -233,7 +235,7 @@ fn obedient(store: &dyn Store) -> Result<Option<String>> {
     for key in store.list(HOSTS_PREFIX)?.iter().take(REPORTS) {
         let host = key.strip_prefix(HOSTS_PREFIX).and_then(|name| name.strip_suffix(".json"));
         let Some(host) = host.filter(|host| HostName::parse(host).is_ok()) else { continue };
-        if let Got::Found { bytes, .. } = store.get(key, None, MAX_REPORT)?
+        if let GetResult::Found { bytes, .. } = store.get(key, None, MAX_REPORT)?
             && let Ok(Report { serial: Some(_) }) = serde_json::from_slice(&bytes)
         {
             return Ok(Some(host.to_string()));
@@ -421,10 +423,10 @@ fn swap(
         check_size(&manifest, &bytes)?;
         store::before_writing(store, now())?;
         let when = match &current {
-            None => When::Absent,
+            None => Condition::IfAbsent,
             Some(current) => {
                 archive(store, author, &replaced, &current.bytes)?;
-                When::Still(current.etag.clone())
+                Condition::IfMatch(current.etag.clone())
             }
         };
         match store.put(MANIFEST_KEY, &bytes, &when) {
@@ -621,7 +623,7 @@ fn room_after(store: &dyn Store, serial: u64, key: &str) -> Result<()> {
 
 fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Result<()> {
     let key = archive_key(name);
-    match store.put(&key, bytes, &When::Absent) {
+    match store.put(&key, bytes, &Condition::IfAbsent) {
         Ok(_) => Ok(()),
         // Another writer, about to replace the same version, archived it; or somebody took its name.
         Err(StoreError::Changed(_)) => {
@@ -641,11 +643,11 @@ fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Resu
 /// Whether an object has this content, maybe with other signatures.
 fn holds(store: &dyn Store, key: &str, bytes: &[u8]) -> Result<bool> {
     match store.get(key, None, MAX_REPLACED) {
-        Ok(Got::Found { bytes: there, .. }) if there == bytes => Ok(true),
-        Ok(Got::Found { bytes: there, .. }) => {
+        Ok(GetResult::Found { bytes: there, .. }) if there == bytes => Ok(true),
+        Ok(GetResult::Found { bytes: there, .. }) => {
             Ok(signature::digest(&there).is_ok_and(|there| signature::digest(bytes) == Ok(there)))
         }
-        Ok(Got::Missing | Got::NotModified) | Err(StoreError::TooLarge(_)) => Ok(false),
+        Ok(GetResult::Missing | GetResult::NotModified) | Err(StoreError::TooLarge(_)) => Ok(false),
         Err(e) => Err(e.into()),
     }
 }
@@ -662,8 +664,8 @@ fn landed(store: &dyn Store, current: Option<&Current>, bytes: &[u8], manifest: 
     }
     let key = archive_key(&archive_name(manifest.serial, manifest.generation));
     match store.get(&key, None, MAX_BYTES)? {
-        Got::Found { bytes: archived, .. } => Ok(archived == bytes),
-        Got::Missing | Got::NotModified => Ok(false),
+        GetResult::Found { bytes: archived, .. } => Ok(archived == bytes),
+        GetResult::Missing | GetResult::NotModified => Ok(false),
     }
 }
 
@@ -767,7 +769,7 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
         signature::sign(&mut signed, &store.identity(), key)?;
         store::before_writing(store, Timestamp::now())?;
         let bytes = signed.to_bytes();
-        match store.put(MANIFEST_KEY, &bytes, &When::Still(current.etag.clone())) {
+        match store.put(MANIFEST_KEY, &bytes, &Condition::IfMatch(current.etag.clone())) {
             Ok(_) => {
                 author.remember(store, &bytes);
                 return Ok(true);
@@ -842,11 +844,11 @@ mod tests {
         fn identity(&self) -> String {
             self.url()
         }
-        fn get(&self, key: &str, _: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+        fn get(&self, key: &str, _: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
             match self.objects.lock().unwrap().get(key) {
-                None => Ok(Got::Missing),
+                None => Ok(GetResult::Missing),
                 Some(bytes) if bytes.len() as u64 > limit => Err(StoreError::TooLarge("too large".into())),
-                Some(bytes) => Ok(Got::Found { etag: etag(bytes), bytes: bytes.clone() }),
+                Some(bytes) => Ok(GetResult::Found { etag: etag(bytes), bytes: bytes.clone() }),
             }
         }
         fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
@@ -856,7 +858,7 @@ mod tests {
         fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
             Ok(self.objects.lock().unwrap().get(key).map(|b| b.len() as u64))
         }
-        fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+        fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
             let mut objects = self.objects.lock().unwrap();
             let fault = if key == MANIFEST_KEY { self.script.lock().unwrap().pop() } else { None };
             *self.puts.lock().unwrap() += u32::from(key == MANIFEST_KEY);
@@ -864,9 +866,9 @@ mod tests {
                 objects.insert(key.into(), other.clone());
             }
             let holds = match (when, objects.get(key)) {
-                (When::Always, _) | (When::Absent, None) => true,
-                (When::Still(e), Some(there)) => etag(there) == *e,
-                (When::Absent, Some(_)) | (When::Still(_), None) => false,
+                (Condition::Always, _) | (Condition::IfAbsent, None) => true,
+                (Condition::IfMatch(e), Some(there)) => etag(there) == *e,
+                (Condition::IfAbsent, Some(_)) | (Condition::IfMatch(_), None) => false,
             };
             if matches!(fault, Some(Fault::Down)) {
                 return Err(StoreError::Unreachable("the store is down; try again".into()));

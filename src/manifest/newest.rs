@@ -146,7 +146,7 @@ fn time_in(name: &str) -> Option<Timestamp> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{Etag, Got, Keys, StoreError, When};
+    use crate::store::{Condition, Etag, GetResult, Keys, StoreError};
     use std::sync::Mutex;
 
     /// An archive of names alone, which gives a thousand at once and counts how often it is asked.
@@ -177,7 +177,7 @@ mod tests {
         fn identity(&self) -> String {
             self.url()
         }
-        fn get(&self, _: &str, _: Option<&Etag>, _: u64) -> Result<Got, StoreError> {
+        fn get(&self, _: &str, _: Option<&Etag>, _: u64) -> Result<GetResult, StoreError> {
             unreachable!()
         }
         fn get_start(&self, key: &str, _: u64) -> Result<Option<Vec<u8>>, StoreError> {
@@ -191,7 +191,7 @@ mod tests {
         fn size(&self, _: &str) -> Result<Option<u64>, StoreError> {
             unreachable!()
         }
-        fn put(&self, _: &str, _: &[u8], _: &When) -> Result<Etag, StoreError> {
+        fn put(&self, _: &str, _: &[u8], _: &Condition) -> Result<Etag, StoreError> {
             unreachable!()
         }
         fn delete(&self, _: &str) -> Result<(), StoreError> {

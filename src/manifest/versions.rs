@@ -8,7 +8,7 @@ use super::signature;
 use crate::clock::Timestamp;
 use crate::error::{Error, Result, did_you_mean};
 use crate::keys::PublicKey;
-use crate::store::{ARCHIVE_PREFIX, Got, MANIFEST_KEY, Store};
+use crate::store::{ARCHIVE_PREFIX, GetResult, MANIFEST_KEY, Store};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use std::cmp::Reverse;
 use std::fmt;
@@ -253,8 +253,8 @@ fn one_of<'a>(versions: &[Version], fitting: &[&'a Version], word: &str) -> Resu
 pub fn bytes(store: &dyn Store, version: &Version) -> Result<Vec<u8>> {
     let key = if version.current { MANIFEST_KEY.to_string() } else { archive_key(&version.name) };
     match store.get(&key, None, MAX_BYTES)? {
-        Got::Found { bytes, .. } => Ok(bytes),
-        Got::Missing | Got::NotModified => {
+        GetResult::Found { bytes, .. } => Ok(bytes),
+        GetResult::Missing | GetResult::NotModified => {
             Err(Error::new(format!("{key} is gone from {}; run the command again", store.url())))
         }
     }
@@ -326,8 +326,10 @@ pub fn head(store: &dyn Store, key: &str) -> Result<Option<Head>> {
         return Ok(None);
     }
     match store.get(key, None, WHOLE_BYTES) {
-        Ok(Got::Found { bytes, .. }) => Ok(head_of(&bytes)),
-        Ok(Got::Missing | Got::NotModified) | Err(crate::store::StoreError::TooLarge(_)) => Ok(None),
+        Ok(GetResult::Found { bytes, .. }) => Ok(head_of(&bytes)),
+        Ok(GetResult::Missing | GetResult::NotModified) | Err(crate::store::StoreError::TooLarge(_)) => {
+            Ok(None)
+        }
         Err(e) => Err(e.into()),
     }
 }

@@ -332,7 +332,7 @@ fn is_file(nar: &PathBuf, hash: Sha256) -> Result<(), Failure> {
 mod tests {
     use super::*;
     use crate::store::faulty::{Faults, FaultyStore};
-    use crate::store::{Store, When};
+    use crate::store::{Condition, Store};
     use std::time::Duration;
 
     struct Scene {
@@ -360,7 +360,7 @@ mod tests {
                 ca: None,
             };
             let cache = FaultyStore::new(&dir.path().join("cache"));
-            cache.put("nar/b.nar", &nar, &When::Always).unwrap();
+            cache.put("nar/b.nar", &nar, &Condition::Always).unwrap();
             Scene { cache, nar, found: Found { info, warrant: Some(Warrant::Signature) }, dir }
         }
 
@@ -468,7 +468,7 @@ mod tests {
         ] {
             let scene = Scene::new();
             match &object {
-                Some(bytes) => drop(scene.cache.put("nar/b.nar", bytes, &When::Always).unwrap()),
+                Some(bytes) => drop(scene.cache.put("nar/b.nar", bytes, &Condition::Always).unwrap()),
                 None => scene.cache.delete("nar/b.nar").unwrap(),
             }
             let Some(Failure::Fault(fault)) = scene.fetch() else { panic!("{word}") };

@@ -9,7 +9,7 @@ use crate::http::CONNECTIONS;
 use crate::keys::PublicKey;
 use crate::names::StorePath;
 use crate::parallel;
-use crate::store::{Got, Store, StoreError};
+use crate::store::{GetResult, Store, StoreError};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -177,8 +177,8 @@ fn read(
     // Where it is known what it must say, it is known how long that is: many are read at a time.
     let limit = (local.render().len() as u64).saturating_add(OTHER_FIELDS).min(MAX_BYTES);
     let bytes = match cache.get(&NarInfo::key(&local.path), None, limit) {
-        Ok(Got::Found { bytes, .. }) => bytes,
-        Ok(Got::Missing | Got::NotModified) => return Ok(Err(Fault::Absent)),
+        Ok(GetResult::Found { bytes, .. }) => bytes,
+        Ok(GetResult::Missing | GetResult::NotModified) => return Ok(Err(Fault::Absent)),
         Err(StoreError::TooLarge(_)) => {
             return Ok(Err(Fault::Unreadable(format!("has more than {limit} bytes"))));
         }
@@ -232,7 +232,7 @@ mod tests {
     use super::*;
     use crate::keys::SecretKey;
     use crate::store::dir::DirStore;
-    use crate::store::{Etag, When};
+    use crate::store::{Condition, Etag};
     use std::sync::atomic::AtomicUsize;
 
     /// What a push would write of a path: its narinfo in a cache, signed.
@@ -338,7 +338,7 @@ mod tests {
         let key = SecretKey::generate("dev-1").unwrap();
         let paths: Vec<StorePath> = ['0', '1', '2', '3', '4'].map(|digit| path(digit, "x")).into();
         let closure: Closure = paths.iter().map(|p| (p.clone(), info(p, &[]))).collect();
-        let put = |key: &str, bytes: &[u8]| cache.put(key, bytes, &When::Always).unwrap();
+        let put = |key: &str, bytes: &[u8]| cache.put(key, bytes, &Condition::Always).unwrap();
         for (n, path) in paths.iter().enumerate().skip(1) {
             let info = cached(&closure[path], &key);
             put(&NarInfo::key(path), info.render().as_bytes());
@@ -374,7 +374,7 @@ mod tests {
             self.dir.identity()
         }
 
-        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
             self.dir.get(key, unless, limit)
         }
 
@@ -387,7 +387,7 @@ mod tests {
             self.dir.size(key)
         }
 
-        fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+        fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
             self.dir.put(key, bytes, when)
         }
 
@@ -416,9 +416,9 @@ mod tests {
         let store = |lists| Listing { dir: DirStore::new(dir.path()), lists, asked: AtomicUsize::new(0) };
         let writer = store(Ok(BTreeMap::new()));
         for (n, info) in infos.iter().enumerate() {
-            writer.put(&NarInfo::key(&info.path), info.render().as_bytes(), &When::Always).unwrap();
+            writer.put(&NarInfo::key(&info.path), info.render().as_bytes(), &Condition::Always).unwrap();
             if n > 0 {
-                writer.put(&info.url, b"good", &When::Always).unwrap();
+                writer.put(&info.url, b"good", &Condition::Always).unwrap();
             }
         }
         let whole: BTreeMap<String, u64> = infos.iter().skip(1).map(|i| (i.url.clone(), 4)).collect();

@@ -17,7 +17,7 @@ use crate::keys::{PublicKey, SecretKey};
 use crate::names::StorePath;
 use crate::runner::{RunError, tail};
 use crate::say;
-use crate::store::{self, CacheUrl, Got, Objects, StoreError, StoreUrl, When};
+use crate::store::{self, CacheUrl, Condition, GetResult, Objects, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -141,12 +141,14 @@ fn look(
 fn name(cache: &dyn Objects) -> Result<(), StoreError> {
     let (key, line) = CACHE_INFO;
     let there = match cache.get(key, None, 64 << 10) {
-        Ok(Got::Found { bytes, .. }) => String::from_utf8_lossy(&bytes).lines().any(|l| l.trim() == line),
-        Ok(Got::Missing | Got::NotModified) | Err(StoreError::TooLarge(_)) => false,
+        Ok(GetResult::Found { bytes, .. }) => {
+            String::from_utf8_lossy(&bytes).lines().any(|l| l.trim() == line)
+        }
+        Ok(GetResult::Missing | GetResult::NotModified) | Err(StoreError::TooLarge(_)) => false,
         Err(e) => return Err(e),
     };
     if !there {
-        cache.put(key, format!("{line}\n").as_bytes(), &When::Always)?;
+        cache.put(key, format!("{line}\n").as_bytes(), &Condition::Always)?;
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use super::narinfo::{MAX_BYTES, NarInfo, Warrant};
 use crate::http::CONNECTIONS;
 use crate::keys::PublicKey;
 use crate::names::StorePath;
-use crate::store::{Got, Store, StoreError};
+use crate::store::{GetResult, Store, StoreError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -238,8 +238,8 @@ fn ask(
     keys: &[PublicKey],
 ) -> Result<(Result<Found, Fault>, u64), StoreError> {
     let bytes = match cache.get(&NarInfo::key(path), None, MAX_BYTES) {
-        Ok(Got::Found { bytes, .. }) => bytes,
-        Ok(Got::Missing | Got::NotModified) => return Ok((Err(Fault::Absent), 0)),
+        Ok(GetResult::Found { bytes, .. }) => bytes,
+        Ok(GetResult::Missing | GetResult::NotModified) => return Ok((Err(Fault::Absent), 0)),
         Err(StoreError::TooLarge(_)) => {
             let why = format!("has more than {} MiB", MAX_BYTES >> 20);
             return Ok((Err(Fault::Unreadable(why)), MAX_BYTES));
@@ -270,7 +270,7 @@ mod tests {
     use crate::keys::SecretKey;
     use crate::nix::hash::Sha256;
     use crate::nix::narinfo::Compression;
-    use crate::store::When;
+    use crate::store::Condition;
     use crate::store::dir::DirStore;
     use crate::store::faulty::FaultyStore;
 
@@ -295,7 +295,7 @@ mod tests {
         if let Some(key) = key {
             info.sign(key).unwrap();
         }
-        cache.put(&NarInfo::key(&path(n)), info.render().as_bytes(), &When::Always).unwrap();
+        cache.put(&NarInfo::key(&path(n)), info.render().as_bytes(), &Condition::Always).unwrap();
     }
 
     fn limits() -> Limits {
@@ -418,9 +418,9 @@ mod tests {
         put(&cache, 1, &[2, 3], None);
         put(&cache, 3, &[], None);
         let other = fs_err::read(dir.path().join(NarInfo::key(&path(3)))).unwrap();
-        cache.put(&NarInfo::key(&path(2)), &other, &When::Always).unwrap();
+        cache.put(&NarInfo::key(&path(2)), &other, &Condition::Always).unwrap();
         let huge = vec![b'x'; MAX_BYTES as usize + 1];
-        cache.put(&NarInfo::key(&path(3)), &huge, &When::Always).unwrap();
+        cache.put(&NarInfo::key(&path(3)), &huge, &Condition::Always).unwrap();
         let walked = walk(&cache, &[path(1)], &[], &mut all, limits()).unwrap();
         let texts: Vec<String> = walked.faults.values().map(Fault::text).collect();
         assert!(texts[0].contains("is about") && texts[1].contains("1 MiB"), "{texts:?}");

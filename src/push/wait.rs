@@ -11,7 +11,7 @@ use crate::names::{HostName, ServiceName, StorePath};
 use crate::runner::{Status as Ended, tail};
 use crate::say;
 use crate::see::hint;
-use crate::see::judge::Standing;
+use crate::see::judge::ServiceStatus;
 use crate::see::reports;
 use crate::ssh;
 use crate::store::{MANIFEST_KEY, Store};
@@ -66,7 +66,7 @@ pub struct Newer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Off {
     /// The word that `status` has for it.
-    pub status: Standing,
+    pub status: ServiceStatus,
     /// Whether nothing runs, against somebody's will.
     pub down: bool,
     /// The host's reason.
@@ -79,11 +79,11 @@ impl Outcome {
     /// The word in the output; the same as in `status`, but for `superseded`.
     pub fn word(&self) -> &'static str {
         match self {
-            Outcome::Running => Standing::Running.as_str(),
+            Outcome::Running => ServiceStatus::Running.as_str(),
             Outcome::Superseded(_) => "superseded",
             Outcome::Off(off) => off.status.as_str(),
-            Outcome::Pending(_) => Standing::Pending.as_str(),
-            Outcome::Unknown(_) => Standing::Unknown.as_str(),
+            Outcome::Pending(_) => ServiceStatus::Pending.as_str(),
+            Outcome::Unknown(_) => ServiceStatus::Unknown.as_str(),
         }
     }
 }
@@ -133,15 +133,20 @@ pub fn judge(state: &State, shipped: &Shipped, serial: u64, store: &str) -> Opti
     let attempted = failure.as_ref().and_then(|f| f.attempted.as_ref());
     let runs = store_path.as_ref();
     let attention = found.attention().map_or(String::new(), |text| format!("; {text}"));
-    let off = |status: Standing, otherwise: String| {
+    let off = |status: ServiceStatus, otherwise: String| {
         let reason = failure.as_ref().map_or(otherwise, |f| f.reason.clone()) + &attention;
-        let reason = if runs.is_none() && status != Standing::Stopped {
+        let reason = if runs.is_none() && status != ServiceStatus::Stopped {
             format!("{reason}; nothing runs")
         } else {
             reason
         };
         let journal = failure.as_ref().map(|f| f.journal.clone()).unwrap_or_default();
-        Outcome::Off(Off { status, down: runs.is_none() && status != Standing::Stopped, reason, journal })
+        Outcome::Off(Off {
+            status,
+            down: runs.is_none() && status != ServiceStatus::Stopped,
+            reason,
+            journal,
+        })
     };
     let another_entry = matches!((&found.entry, entry), (Some(theirs), Some(ours)) if theirs != ours);
     Some(match status {
@@ -153,31 +158,32 @@ pub fn judge(state: &State, shipped: &Shipped, serial: u64, store: &str) -> Opti
         // As in `status`: it runs, and not as its unit says.
         Status::Running if runs == Some(path) => match found.attention() {
             Some(reason) => {
-                Outcome::Off(Off { status: Standing::Running, down: false, reason, journal: Vec::new() })
+                Outcome::Off(Off { status: ServiceStatus::Running, down: false, reason, journal: Vec::new() })
             }
             None => Outcome::Running,
         },
         // Somebody pushed in between: what the host says is about their version.
         _ if seen > serial && attempted.is_none_or(|a| a != path) && runs != Some(path) => superseded(),
         Status::Running if found.pinned_since.is_some() => off(
-            Standing::Pinned,
+            ServiceStatus::Pinned,
             format!("it is held at an earlier path; it moves with 'deployer rollback --unpin {name}'"),
         ),
-        Status::Running => {
-            off(Standing::Differs, format!("it runs {} instead", runs.map_or("nothing", StorePath::as_str)))
-        }
+        Status::Running => off(
+            ServiceStatus::Differs,
+            format!("it runs {} instead", runs.map_or("nothing", StorePath::as_str)),
+        ),
         Status::Stopped => {
             let until = found.paused_until.map(|t| format!(" until {t}")).unwrap_or_default();
             off(
-                Standing::Stopped,
+                ServiceStatus::Stopped,
                 format!(
                     "it is paused{until}; this version is published, and starts with 'deployer resume {name}'"
                 ),
             )
         }
-        Status::Failed => off(Standing::Failed, "the host gives no reason".into()),
-        Status::Rejected => off(Standing::Rejected, "the host gives no reason".into()),
-        Status::Waiting => off(Standing::Waiting, "it waits for its first push".into()),
+        Status::Failed => off(ServiceStatus::Failed, "the host gives no reason".into()),
+        Status::Rejected => off(ServiceStatus::Rejected, "the host gives no reason".into()),
+        Status::Waiting => off(ServiceStatus::Waiting, "it waits for its first push".into()),
     })
 }
 
@@ -541,7 +547,7 @@ mod tests {
         let drop_in = "/etc/systemd/system/ava.service.d/x.conf";
         changed.services.values_mut().for_each(|s| s.drop_ins = vec![drop_in.into()]);
         let Some(Outcome::Off(off)) = judge(&changed, &shipped("ava"), 42, STORE) else { panic!("believed") };
-        assert_eq!((off.status, off.down), (Standing::Running, false));
+        assert_eq!((off.status, off.down), (ServiceStatus::Running, false));
         assert!(off.reason.contains(drop_in), "{}", off.reason);
         for (serial, want) in [(41, "pending"), (42, "unknown"), (43, "unknown")] {
             let mut failed = well(serial);
@@ -556,7 +562,7 @@ mod tests {
     fn the_exit_code_tells_the_worst() {
         let off = |down| {
             let (reason, journal) = (String::new(), Vec::new());
-            Outcome::Off(Off { status: Standing::Failed, down, reason, journal })
+            Outcome::Off(Off { status: ServiceStatus::Failed, down, reason, journal })
         };
         let newer = Outcome::Superseded(Newer { serial: 1, by: String::new(), action: String::new() });
         let (unknown, pending) = (Outcome::Unknown(String::new()), Outcome::Pending(String::new()));

@@ -87,7 +87,7 @@ impl Report {
 /// How a service stands on a host, in a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Standing {
+pub enum ServiceStatus {
     /// It runs what the manifest names.
     Running,
     /// The manifest names a placeholder.
@@ -114,22 +114,22 @@ pub enum Standing {
     Unknown,
 }
 
-impl Standing {
+impl ServiceStatus {
     /// The word in the formats.
     pub fn as_str(self) -> &'static str {
         match self {
-            Standing::Running => "running",
-            Standing::Waiting => "waiting",
-            Standing::Stopped => "stopped",
-            Standing::Pinned => "pinned",
-            Standing::Pending => "pending",
-            Standing::Differs => "differs",
-            Standing::Missing => "missing",
-            Standing::Leftover => "leftover",
-            Standing::Removing => "removing",
-            Standing::Failed => "failed",
-            Standing::Rejected => "rejected",
-            Standing::Unknown => "unknown",
+            ServiceStatus::Running => "running",
+            ServiceStatus::Waiting => "waiting",
+            ServiceStatus::Stopped => "stopped",
+            ServiceStatus::Pinned => "pinned",
+            ServiceStatus::Pending => "pending",
+            ServiceStatus::Differs => "differs",
+            ServiceStatus::Missing => "missing",
+            ServiceStatus::Leftover => "leftover",
+            ServiceStatus::Removing => "removing",
+            ServiceStatus::Failed => "failed",
+            ServiceStatus::Rejected => "rejected",
+            ServiceStatus::Unknown => "unknown",
         }
     }
 }
@@ -149,7 +149,7 @@ pub struct Row {
     /// What runs; null when nothing does or nothing is known.
     pub running: Option<StorePath>,
     /// How it stands.
-    pub status: Standing,
+    pub status: ServiceStatus,
     /// Since when the host says so.
     pub since: Option<Timestamp>,
     /// When the host reported.
@@ -194,7 +194,7 @@ pub struct HostRow {
 /// Everything `status` shows.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Picture {
+pub struct StatusReport {
     /// [`STATUS_VERSION`].
     pub version: u64,
     /// The manifest's serial.
@@ -207,9 +207,9 @@ pub struct Picture {
     pub rows: Vec<Row>,
 }
 
-impl Picture {
+impl StatusReport {
     /// Whether anything is off.
-    pub fn off(&self) -> bool {
+    pub fn needs_attention(&self) -> bool {
         self.rows.iter().any(|r| r.off) || self.hosts.iter().any(|h| h.off)
     }
 }
@@ -240,9 +240,9 @@ pub fn judge(
     reports: &BTreeMap<HostName, Report>,
     now: Timestamp,
     only: Only<'_>,
-) -> Picture {
+) -> StatusReport {
     let manifest = wanted.manifest;
-    let mut picture = Picture {
+    let mut picture = StatusReport {
         version: STATUS_VERSION,
         serial: manifest.serial,
         generation: manifest.generation,
@@ -296,7 +296,7 @@ fn blank(service: &ServiceName, host: &HostName) -> Row {
         wanted: None,
         revision: None,
         running: None,
-        status: Standing::Unknown,
+        status: ServiceStatus::Unknown,
         since: None,
         reported_at: None,
         exposure: None,
@@ -328,11 +328,11 @@ fn row(wanted: &Wanted<'_>, service: &Service, host: &HostName, report: &Report,
     let overdue_text = || overdue.then(|| format!("{host} has not picked up version {}", manifest.serial));
     let Some(entry) = state.services.get(&service.name) else {
         (row.status, row.off, row.problem) = if behind {
-            (Standing::Pending, overdue, overdue_text())
+            (ServiceStatus::Pending, overdue, overdue_text())
         } else {
             let why =
                 "worked from this manifest and does not know the service; see 'omni-deploy logs deployer'";
-            (Standing::Missing, true, Some(format!("{host} {why}")))
+            (ServiceStatus::Missing, true, Some(format!("{host} {why}")))
         };
         return row;
     };
@@ -350,57 +350,59 @@ fn row(wanted: &Wanted<'_>, service: &Service, host: &HostName, report: &Report,
         (_, None) => true,
     };
     let same = same_path && same_entry;
-    let unlike = if behind { Standing::Pending } else { Standing::Differs };
+    let unlike = if behind { ServiceStatus::Pending } else { ServiceStatus::Differs };
     row.status = match entry.status {
-        Status::Failed => Standing::Failed,
-        Status::Rejected => Standing::Rejected,
-        Status::Stopped => Standing::Stopped,
-        Status::Running if entry.pinned_since.is_some() => Standing::Pinned,
-        Status::Running if same => Standing::Running,
-        Status::Waiting if same => Standing::Waiting,
+        Status::Failed => ServiceStatus::Failed,
+        Status::Rejected => ServiceStatus::Rejected,
+        Status::Stopped => ServiceStatus::Stopped,
+        Status::Running if entry.pinned_since.is_some() => ServiceStatus::Pinned,
+        Status::Running if same => ServiceStatus::Running,
+        Status::Waiting if same => ServiceStatus::Waiting,
         Status::Running | Status::Waiting => unlike,
     };
     row.off = match row.status {
-        Standing::Running | Standing::Waiting | Standing::Stopped | Standing::Pinned => false,
-        Standing::Pending => overdue,
-        Standing::Differs
-        | Standing::Missing
-        | Standing::Leftover
-        | Standing::Removing
-        | Standing::Failed
-        | Standing::Rejected
-        | Standing::Unknown => true,
+        ServiceStatus::Running | ServiceStatus::Waiting | ServiceStatus::Stopped | ServiceStatus::Pinned => {
+            false
+        }
+        ServiceStatus::Pending => overdue,
+        ServiceStatus::Differs
+        | ServiceStatus::Missing
+        | ServiceStatus::Leftover
+        | ServiceStatus::Removing
+        | ServiceStatus::Failed
+        | ServiceStatus::Rejected
+        | ServiceStatus::Unknown => true,
     };
     let here = wanted.here.as_ref();
     let typed = |command: String| hint::typed(host, here, &command);
     match row.status {
-        Standing::Failed | Standing::Rejected => explain(&mut row, entry.failure.as_ref(), here),
-        Standing::Pending => row.problem = overdue_text(),
-        Standing::Stopped => {
+        ServiceStatus::Failed | ServiceStatus::Rejected => explain(&mut row, entry.failure.as_ref(), here),
+        ServiceStatus::Pending => row.problem = overdue_text(),
+        ServiceStatus::Stopped => {
             let resume = typed(format!("deployer resume {}", service.name));
             row.problem = Some(match entry.paused_until {
                 Some(until) => format!("stopped by 'deployer pause' until {until}, or '{resume}'"),
                 None => format!("stopped by 'deployer pause' until '{resume}'"),
             });
         }
-        Standing::Pinned => {
+        ServiceStatus::Pinned => {
             row.problem = Some(format!(
                 "held by 'deployer rollback' until the manifest names another path or '{}'",
                 typed(format!("deployer rollback --unpin {}", service.name))
             ));
         }
-        Standing::Running if entry.secrets_changed => {
+        ServiceStatus::Running if entry.secrets_changed => {
             row.problem = Some(format!(
                 "its secrets file was changed after it started; '{}' picks that up",
                 typed(format!("systemctl restart {}", service.name))
             ));
         }
-        Standing::Differs if same_path => {
+        ServiceStatus::Differs if same_path => {
             row.problem = Some(format!(
                 "{host} worked from this version and has another entry of it; see 'omni-deploy logs deployer'"
             ));
         }
-        Standing::Differs => {
+        ServiceStatus::Differs => {
             row.problem = Some(format!(
                 "{host} worked from this manifest and runs another version; see 'omni-deploy logs deployer'"
             ));
@@ -432,23 +434,23 @@ fn now_row(row: &mut Row, live: &Live, here: Option<&HostName>) {
         result => format!(" ({result}, {})", unit.exit_status),
     };
     match row.status {
-        Standing::Stopped if unit.running() => {
+        ServiceStatus::Stopped if unit.running() => {
             row.off = true;
             row.problem = Some(format!(
                 "paused, but it runs now; '{}' stops it again",
                 hint::typed(&row.host, here, "deployer")
             ));
         }
-        Standing::Running | Standing::Pinned | Standing::Pending | Standing::Differs
+        ServiceStatus::Running | ServiceStatus::Pinned | ServiceStatus::Pending | ServiceStatus::Differs
             if row.running.is_some() && !unit.running() =>
         {
             if at_work {
-                row.status = Standing::Pending;
+                row.status = ServiceStatus::Pending;
                 row.off = false;
                 row.problem = None;
                 return;
             }
-            row.status = Standing::Failed;
+            row.status = ServiceStatus::Failed;
             row.off = true;
             let starts =
                 format!("the next pass starts it again, '{}' now", hint::typed(&row.host, here, "deployer"));
@@ -472,7 +474,7 @@ fn now_row(row: &mut Row, live: &Live, here: Option<&HostName>) {
                 row.running = None;
             }
         }
-        Standing::Running | Standing::Pinned | Standing::Differs if unit.restarts > 0 => {
+        ServiceStatus::Running | ServiceStatus::Pinned | ServiceStatus::Differs if unit.restarts > 0 => {
             let age = unit.started.map(|t| live.at.0.saturating_sub(t.0));
             if age.is_some_and(|age| age < CALM_SEC) {
                 row.off = true;
@@ -490,7 +492,7 @@ fn now_row(row: &mut Row, live: &Live, here: Option<&HostName>) {
 /// What visitors of its domain meet now; of a service that is down that is known.
 fn visited(row: &mut Row, live: &Live, here: Option<&HostName>) {
     if row.running.is_none()
-        || !matches!(row.status, Standing::Running | Standing::Pinned | Standing::Differs)
+        || !matches!(row.status, ServiceStatus::Running | ServiceStatus::Pinned | ServiceStatus::Differs)
     {
         return;
     }
@@ -521,9 +523,9 @@ fn explain(row: &mut Row, failure: Option<&Failure>, here: Option<&HostName>) {
 fn leftover(wanted: &Wanted<'_>, state: &State, entry: &ServiceState, now: Timestamp) -> Row {
     let (behind, overdue) = behind(wanted.manifest, state, now);
     let status = match (entry.removing, behind) {
-        (true, _) => Standing::Removing,
-        (false, true) => Standing::Pending,
-        (false, false) => Standing::Leftover,
+        (true, _) => ServiceStatus::Removing,
+        (false, true) => ServiceStatus::Pending,
+        (false, false) => ServiceStatus::Leftover,
     };
     let mut row = Row {
         running: entry.store_path.clone(),
@@ -531,10 +533,10 @@ fn leftover(wanted: &Wanted<'_>, state: &State, entry: &ServiceState, now: Times
         since: Some(entry.since),
         reported_at: Some(state.checked_at),
         exposure: entry.exposure,
-        off: status != Standing::Pending || overdue,
+        off: status != ServiceStatus::Pending || overdue,
         ..blank(&entry.name, &state.host)
     };
-    if status != Standing::Pending {
+    if status != ServiceStatus::Pending {
         match &entry.failure {
             Some(failure) => explain(&mut row, Some(failure), wanted.here.as_ref()),
             None => {
@@ -549,7 +551,7 @@ fn leftover(wanted: &Wanted<'_>, state: &State, entry: &ServiceState, now: Times
 /// A unit of ours that neither the manifest nor the host's state knows.
 fn forgotten(state: &State, name: &ServiceName, unit: &Unit) -> Row {
     Row {
-        status: Standing::Leftover,
+        status: ServiceStatus::Leftover,
         reported_at: Some(state.checked_at),
         restarts: Some(unit.restarts),
         problem: Some(format!(
@@ -761,7 +763,7 @@ mod tests {
         BTreeMap::from([(host("biz"), report)])
     }
 
-    fn judged(manifest: &Manifest, state: State) -> Picture {
+    fn judged(manifest: &Manifest, state: State) -> StatusReport {
         judge(&Wanted::only(manifest), &reports(Report::Read(Box::new(state))), NOW, Only::default())
     }
 
@@ -804,28 +806,28 @@ mod tests {
         use Status::*;
         let ava = |status, runs| vec![("ava", status, runs)];
         for (target, age, serial, services, standing, off) in [
-            (Some('1'), 60, 7, ava(Running, Some('1')), Standing::Running, false),
-            (Some('1'), 60, 8, ava(Running, Some('1')), Standing::Running, false),
-            (Some('2'), 60, 6, ava(Running, Some('1')), Standing::Pending, false),
-            (Some('2'), PICK_UP_SEC, 6, ava(Running, Some('1')), Standing::Pending, false),
-            (Some('2'), PICK_UP_SEC + 1, 6, ava(Running, Some('1')), Standing::Pending, true),
-            (Some('2'), 60, 7, ava(Running, Some('1')), Standing::Differs, true),
-            (Some('2'), 60, 7, ava(Rejected, Some('1')), Standing::Rejected, true),
-            (Some('2'), 60, 6, ava(Failed, None), Standing::Failed, true),
-            (Some('1'), 60, 7, ava(Stopped, None), Standing::Stopped, false),
-            (None, 60, 7, ava(Waiting, None), Standing::Waiting, false),
-            (Some('1'), 60, 6, ava(Waiting, None), Standing::Pending, false),
-            (Some('1'), 60, 7, ava(Waiting, None), Standing::Differs, true),
-            (None, 60, 7, ava(Running, Some('1')), Standing::Differs, true),
-            (Some('1'), 60, 6, vec![], Standing::Pending, false),
-            (Some('1'), 60, 7, vec![], Standing::Missing, true),
+            (Some('1'), 60, 7, ava(Running, Some('1')), ServiceStatus::Running, false),
+            (Some('1'), 60, 8, ava(Running, Some('1')), ServiceStatus::Running, false),
+            (Some('2'), 60, 6, ava(Running, Some('1')), ServiceStatus::Pending, false),
+            (Some('2'), PICK_UP_SEC, 6, ava(Running, Some('1')), ServiceStatus::Pending, false),
+            (Some('2'), PICK_UP_SEC + 1, 6, ava(Running, Some('1')), ServiceStatus::Pending, true),
+            (Some('2'), 60, 7, ava(Running, Some('1')), ServiceStatus::Differs, true),
+            (Some('2'), 60, 7, ava(Rejected, Some('1')), ServiceStatus::Rejected, true),
+            (Some('2'), 60, 6, ava(Failed, None), ServiceStatus::Failed, true),
+            (Some('1'), 60, 7, ava(Stopped, None), ServiceStatus::Stopped, false),
+            (None, 60, 7, ava(Waiting, None), ServiceStatus::Waiting, false),
+            (Some('1'), 60, 6, ava(Waiting, None), ServiceStatus::Pending, false),
+            (Some('1'), 60, 7, ava(Waiting, None), ServiceStatus::Differs, true),
+            (None, 60, 7, ava(Running, Some('1')), ServiceStatus::Differs, true),
+            (Some('1'), 60, 6, vec![], ServiceStatus::Pending, false),
+            (Some('1'), 60, 7, vec![], ServiceStatus::Missing, true),
         ] {
             let picture = judged(&manifest(target, age), state(serial, &services));
             let row = &picture.rows[0];
             assert_eq!((row.status, row.off), (standing, off), "{target:?} {age} {serial} {services:?}");
             assert_eq!(picture.rows.len(), 1);
             assert!(
-                (off || standing == Standing::Stopped) == row.problem.is_some(),
+                (off || standing == ServiceStatus::Stopped) == row.problem.is_some(),
                 "what is off or stopped has a reason: {target:?} {age} {serial} {services:?}"
             );
         }
@@ -838,7 +840,11 @@ mod tests {
         let exposure = Exposure::parse("8.8");
         state.services.get_mut(&name("ava")).unwrap().exposure = exposure;
         let picture = judged(&manifest(Some('1'), 60), state);
-        assert_eq!((picture.rows[0].exposure, picture.off()), (exposure, false), "it is no reason to be off");
+        assert_eq!(
+            (picture.rows[0].exposure, picture.needs_attention()),
+            (exposure, false),
+            "it is no reason to be off"
+        );
     }
 
     #[test]
@@ -848,8 +854,8 @@ mod tests {
             [Report::Missing, Report::Unreadable("EOF".into()), Report::Silent("ssh: refused".into())]
         {
             let picture = judge(&Wanted::only(&manifest), &reports(report.clone()), NOW, Only::default());
-            assert_eq!(picture.rows[0].status, Standing::Unknown);
-            assert!(picture.off() && picture.hosts[0].problems.len() == 1, "{report:?}");
+            assert_eq!(picture.rows[0].status, ServiceStatus::Unknown);
+            assert!(picture.needs_attention() && picture.hosts[0].problems.len() == 1, "{report:?}");
         }
     }
 
@@ -857,7 +863,7 @@ mod tests {
     fn silence_a_pending_route_and_a_bad_manifest_are_off_though_every_service_runs() {
         let manifest = manifest(Some('1'), 60);
         let well = state(7, &[("ava", Status::Running, Some('1'))]);
-        assert!(!judged(&manifest, well.clone()).off());
+        assert!(!judged(&manifest, well.clone()).needs_attention());
         let at = |age: i64| State { checked_at: Timestamp(NOW.0 - age), ..well.clone() };
         for (state, word) in [
             (at(STALE_SEC), None),
@@ -873,7 +879,7 @@ mod tests {
             ),
         ] {
             let picture = judged(&manifest, state);
-            assert_eq!(picture.off(), word.is_some(), "{word:?}");
+            assert_eq!(picture.needs_attention(), word.is_some(), "{word:?}");
             let said = picture.hosts[0].problems.join(" ");
             assert!(said.contains(word.unwrap_or_default()), "{said}");
         }
@@ -909,9 +915,9 @@ mod tests {
         let manifest = manifest(Some('1'), 60);
         let both = [("ava", Status::Running, Some('1')), ("old", Status::Running, Some('2'))];
         let picture = judged(&manifest, state(6, &both));
-        assert_eq!((picture.rows[1].status, picture.rows[1].off), (Standing::Pending, false));
+        assert_eq!((picture.rows[1].status, picture.rows[1].off), (ServiceStatus::Pending, false));
         let picture = judged(&manifest, state(7, &both));
-        assert_eq!((picture.rows[1].status, picture.rows[1].off), (Standing::Leftover, true));
+        assert_eq!((picture.rows[1].status, picture.rows[1].off), (ServiceStatus::Leftover, true));
     }
 
     #[test]
@@ -919,7 +925,7 @@ mod tests {
         let mut manifest = manifest(Some('1'), 60);
         manifest.services[0].hosts = vec![host("other")];
         let mut left = state(7, &[("ava", Status::Running, Some('1'))]);
-        let of_biz = |p: &Picture| p.rows.iter().filter(|r| r.host.as_str() == "biz").count();
+        let of_biz = |p: &StatusReport| p.rows.iter().filter(|r| r.host.as_str() == "biz").count();
         assert_eq!(of_biz(&judged(&manifest, left.clone())), 1);
         left.checked_at = Timestamp(NOW.0 - STALE_SEC - 1);
         assert_eq!(of_biz(&judged(&manifest, left)), 0);

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::manifest::Manifest;
 use crate::names::HostName;
 use crate::ssh;
-use crate::store::{Got, HOSTS_PREFIX, Store, StoreError, StoreUrl};
+use crate::store::{GetResult, HOSTS_PREFIX, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -88,7 +88,7 @@ pub fn stored_others(
 /// A host's report, with its bytes.
 fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(Report, u64)> {
     Ok(match store.get(&key(host), None, MAX_REPORT) {
-        Ok(Got::Found { bytes, .. }) => {
+        Ok(GetResult::Found { bytes, .. }) => {
             let report = match read(host, &bytes) {
                 // It is in this store: its host reaches it, by whatever address.
                 Report::Read(mut state)
@@ -101,7 +101,7 @@ fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(Report, u6
             };
             (report, bytes.len() as u64)
         }
-        Ok(Got::Missing | Got::NotModified) => (Report::Missing, 0),
+        Ok(GetResult::Missing | GetResult::NotModified) => (Report::Missing, 0),
         Err(StoreError::TooLarge(why)) => (Report::Unreadable(why), 0),
         Err(e) => return Err(e.into()),
     })
@@ -128,7 +128,7 @@ pub fn same_store(store: &dyn Store, state: &mut State) {
     if state.store.as_deref().is_none_or(|theirs| theirs == identity || !but_for_address(theirs, &identity)) {
         return;
     }
-    if let Ok(Got::Found { bytes, .. }) = store.get(&key(&state.host), None, MAX_REPORT)
+    if let Ok(GetResult::Found { bytes, .. }) = store.get(&key(&state.host), None, MAX_REPORT)
         && let Ok(reported) = parsed(&bytes)
         && (&reported.machine, &reported.store, reported.checked_at)
             == (&state.machine, &state.store, state.checked_at)
@@ -322,7 +322,7 @@ mod tests {
 
     #[test]
     fn made_up_reports_cost_no_more_than_a_few_and_those_left_out_are_counted() {
-        use crate::store::When;
+        use crate::store::Condition;
         let dir = tempfile::tempdir().unwrap();
         let store = crate::store::dir::DirStore::new(dir.path());
         let mut state = State::new(HostName::parse("z").unwrap(), Timestamp(1_800_000_000));
@@ -330,7 +330,7 @@ mod tests {
         let put = |state: &State, host: &HostName, spaces: usize| {
             let mut bytes = serde_json::to_vec(&State { host: host.clone(), ..state.clone() }).unwrap();
             bytes.extend(vec![b' '; spaces]);
-            store.put(&key(host), &bytes, &When::Always).unwrap();
+            store.put(&key(host), &bytes, &Condition::Always).unwrap();
         };
         state.store = None;
         hosts.iter().for_each(|host| put(&state, host, 0));

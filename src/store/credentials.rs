@@ -3,7 +3,7 @@
 //! prints holds a secret.
 
 use crate::clock::Timestamp;
-use crate::http::{self, Limits, Trouble};
+use crate::http::{self, Limits, TransferError};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -238,14 +238,14 @@ impl Provider {
         let ask = |request: ureq::http::request::Builder| -> Result<String, String> {
             let request = request.body(()).map_err(|e| what(e.to_string()))?;
             let path = request.uri().path().to_string();
-            let response = agent.run(request).map_err(|e| what(Trouble::from(e).to_string()))?;
+            let response = agent.run(request).map_err(|e| what(TransferError::from(e).to_string()))?;
             let status = response.status().as_u16();
             if status != 200 {
                 return Err(what(format!("{path} answers {status}")));
             }
             let mut text = String::new();
             let body = response.into_body().into_reader().take(64 << 10).read_to_string(&mut text);
-            body.map_err(|e| what(Trouble::of_body(e).to_string()))?;
+            body.map_err(|e| what(TransferError::of_body(e).to_string()))?;
             Ok(text)
         };
         let token = ask(ureq::http::Request::put(format!("{base}/latest/api/token"))

@@ -5,7 +5,7 @@
 
 use super::beneath::{self, Missing};
 use super::objects::{Download, Exact, Objects, Opened, Upload};
-use super::{ARCHIVE_PREFIX, Etag, Got, HOSTS_PREFIX, MAX_REPLACED, Store, StoreError, When};
+use super::{ARCHIVE_PREFIX, Condition, Etag, GetResult, HOSTS_PREFIX, MAX_REPLACED, Store, StoreError};
 use crate::durable::opened::Folder;
 use crate::error::io_text;
 use crate::say::printable;
@@ -253,8 +253,8 @@ impl Store for DirStore {
         self.url()
     }
 
-    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
-        let Some(bytes) = self.read(key, limit.saturating_add(1))? else { return Ok(Got::Missing) };
+    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
+        let Some(bytes) = self.read(key, limit.saturating_add(1))? else { return Ok(GetResult::Missing) };
         if bytes.len() as u64 > limit {
             return Err(StoreError::TooLarge(format!(
                 "{key} in {} is larger than {limit} bytes; something else wrote it",
@@ -262,7 +262,7 @@ impl Store for DirStore {
             )));
         }
         let etag = etag(&bytes);
-        Ok(if unless == Some(&etag) { Got::NotModified } else { Got::Found { bytes, etag } })
+        Ok(if unless == Some(&etag) { GetResult::NotModified } else { GetResult::Found { bytes, etag } })
     }
 
     fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
@@ -273,27 +273,27 @@ impl Store for DirStore {
         Ok(self.open(key)?.map(|(_, size)| size))
     }
 
-    fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+    fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
         self.checked(key)?;
         let failed = |e: io::Error| self.failed("write", key, &e);
         let root = beneath::root(&self.root, Missing::Made).map_err(failed)?;
         let _lock = self.lock(&root, "write", key)?;
         let holds = match when {
             // Nothing is made for a write that will not take place.
-            When::Still(etag) => self.holds(key, etag)?,
-            When::Absent => {
+            Condition::IfMatch(etag) => self.holds(key, etag)?,
+            Condition::IfAbsent => {
                 match missing_is_none(beneath::place(&root, key, Missing::Error)).map_err(failed)? {
                     Some((folder, name)) => folder.look(name).map_err(failed)?.is_none(),
                     None => true,
                 }
             }
-            When::Always => true,
+            Condition::Always => true,
         };
         if !holds {
             return Err(self.changed(key));
         }
         let (folder, name) = beneath::place(&root, key, Missing::Made).map_err(failed)?;
-        if *when == When::Absent {
+        if *when == Condition::IfAbsent {
             // Exact also where something writes here without the lock.
             let made = folder.create_new(name, bytes, 0o644).map_err(failed)?;
             return if made { Ok(etag(bytes)) } else { Err(self.changed(key)) };
@@ -415,16 +415,16 @@ mod tests {
     #[test]
     fn a_missing_directory_is_empty_until_the_first_write_makes_it() {
         let (_dir, store) = store();
-        assert_eq!(store.get("manifest.json", None, 10), Ok(Got::Missing));
+        assert_eq!(store.get("manifest.json", None, 10), Ok(GetResult::Missing));
         assert_eq!(store.get_start("manifest.json", 10), Ok(None));
         assert_eq!(store.size("manifest.json"), Ok(None));
         assert_eq!(store.list(""), Ok(vec![]));
         assert_eq!(store.delete("manifest.json"), Ok(()));
         assert!(!store.root.exists());
-        let etag = store.put("manifest.json", b"one", &When::Absent).unwrap();
+        let etag = store.put("manifest.json", b"one", &Condition::IfAbsent).unwrap();
         let bytes = b"one".to_vec();
-        assert_eq!(store.get("manifest.json", None, 3), Ok(Got::Found { bytes, etag: etag.clone() }));
-        assert_eq!(store.get("manifest.json", Some(&etag), 3), Ok(Got::NotModified));
+        assert_eq!(store.get("manifest.json", None, 3), Ok(GetResult::Found { bytes, etag: etag.clone() }));
+        assert_eq!(store.get("manifest.json", Some(&etag), 3), Ok(GetResult::NotModified));
         let mode = fs_err::metadata(store.root.join("manifest.json")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o644);
     }
@@ -432,24 +432,24 @@ mod tests {
     #[test]
     fn a_write_whose_condition_does_not_hold_changes_nothing() {
         let (_dir, store) = store();
-        let changed = |when: &When| matches!(store.put("k", b"no", when), Err(StoreError::Changed(_)));
-        assert!(changed(&When::Still(etag(b"one"))), "missing");
-        let one = store.put("k", b"one", &When::Absent).unwrap();
-        assert!(changed(&When::Absent));
-        let two = store.put("k", b"two", &When::Still(one.clone())).unwrap();
-        assert!(changed(&When::Still(one)));
-        assert_eq!(store.get("k", None, 9), Ok(Got::Found { bytes: b"two".to_vec(), etag: two }));
-        store.put("k", b"three", &When::Always).unwrap();
+        let changed = |when: &Condition| matches!(store.put("k", b"no", when), Err(StoreError::Changed(_)));
+        assert!(changed(&Condition::IfMatch(etag(b"one"))), "missing");
+        let one = store.put("k", b"one", &Condition::IfAbsent).unwrap();
+        assert!(changed(&Condition::IfAbsent));
+        let two = store.put("k", b"two", &Condition::IfMatch(one.clone())).unwrap();
+        assert!(changed(&Condition::IfMatch(one)));
+        assert_eq!(store.get("k", None, 9), Ok(GetResult::Found { bytes: b"two".to_vec(), etag: two }));
+        store.put("k", b"three", &Condition::Always).unwrap();
         assert_eq!(store.size("k"), Ok(Some(5)));
         store.delete("k").unwrap();
-        assert_eq!(store.get("k", None, 9), Ok(Got::Missing));
-        assert!(changed(&When::Still(etag(b"three"))));
+        assert_eq!(store.get("k", None, 9), Ok(GetResult::Missing));
+        assert!(changed(&Condition::IfMatch(etag(b"three"))));
         let endless = fs_err::File::create(store.root.join("k")).unwrap();
         endless.set_len(1 << 42).unwrap();
-        assert!(changed(&When::Still(etag(b"three"))), "terabytes of nothing");
+        assert!(changed(&Condition::IfMatch(etag(b"three"))), "terabytes of nothing");
         store.delete("k").unwrap();
-        store.put("a/b/c", b"x", &When::Always).unwrap();
-        store.put("a/d", b"x", &When::Always).unwrap();
+        store.put("a/b/c", b"x", &Condition::Always).unwrap();
+        store.put("a/d", b"x", &Condition::Always).unwrap();
         store.delete("a/b/c").unwrap();
         assert!(!store.root.join("a/b").exists() && store.root.join("a/d").exists());
     }
@@ -457,18 +457,21 @@ mod tests {
     #[test]
     fn an_object_of_any_size_is_compared_in_bounded_memory() {
         let (_dir, store) = store();
-        let one = store.put("k", b"one", &When::Absent).unwrap();
+        let one = store.put("k", b"one", &Condition::IfAbsent).unwrap();
         // As large as somebody else cares to make it, and it takes no room.
         fs_err::OpenOptions::new().write(true).open(store.root.join("k")).unwrap().set_len(1 << 40).unwrap();
-        assert!(matches!(store.put("k", b"two", &When::Still(one)), Err(StoreError::Changed(_))));
-        store.put("k", b"two", &When::Always).unwrap();
+        assert!(matches!(store.put("k", b"two", &Condition::IfMatch(one)), Err(StoreError::Changed(_))));
+        store.put("k", b"two", &Condition::Always).unwrap();
     }
 
     #[test]
     fn keys_cannot_leave_the_directory_or_name_our_own_files() {
         let (_dir, store) = store();
         for bad in ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\nb", "a\0b", LOCK] {
-            assert!(matches!(store.put(bad, b"", &When::Always), Err(StoreError::Refused(_))), "{bad:?}");
+            assert!(
+                matches!(store.put(bad, b"", &Condition::Always), Err(StoreError::Refused(_))),
+                "{bad:?}"
+            );
             assert!(matches!(store.get(bad, None, 1), Err(StoreError::Refused(_))), "{bad:?}");
             assert!(matches!(store.delete(bad), Err(StoreError::Refused(_))), "{bad:?}");
         }
@@ -480,7 +483,7 @@ mod tests {
     fn a_listing_is_recursive_sorted_and_without_our_own_files() {
         let (_dir, store) = store();
         for key in ["manifests/b", "manifests/a", "manifest.json", "hosts/biz.json", "nar/x/y"] {
-            store.put(key, b"x", &When::Always).unwrap();
+            store.put(key, b"x", &Condition::Always).unwrap();
         }
         fs_err::write(store.root.join(".omni-deploy-tmp"), "").unwrap();
         fs_err::write(store.root.join("manifests/.omni-deploy-tmp"), "").unwrap();
@@ -495,9 +498,9 @@ mod tests {
     #[test]
     fn what_is_larger_than_its_limit_is_not_read_and_a_start_is_cut() {
         let (_dir, store) = store();
-        store.put("k", b"0123456789", &When::Always).unwrap();
+        store.put("k", b"0123456789", &Condition::Always).unwrap();
         assert!(matches!(store.get("k", None, 9), Err(StoreError::TooLarge(_))));
-        assert!(matches!(store.get("k", None, 10), Ok(Got::Found { .. })));
+        assert!(matches!(store.get("k", None, 10), Ok(GetResult::Found { .. })));
         assert_eq!(store.get_start("k", 4).unwrap().unwrap(), b"0123");
         assert_eq!(store.get_start("k", 40).unwrap().unwrap(), b"0123456789");
     }
@@ -505,19 +508,19 @@ mod tests {
     #[test]
     fn a_lock_that_is_never_given_back_is_reported_with_its_holder() {
         let (_dir, mut store) = store();
-        store.put("k", b"one", &When::Always).unwrap();
+        store.put("k", b"one", &Condition::Always).unwrap();
         store.lock_wait = Duration::from_millis(30);
         let held = store.lock(&store.folder().unwrap().unwrap(), "write", "k").unwrap();
-        let error = store.put("k", b"two", &When::Always).unwrap_err();
+        let error = store.put("k", b"two", &Condition::Always).unwrap_err();
         assert!(matches!(error, StoreError::Unreachable(_)));
         let (text, pid) = (error.to_string(), format!("process {} ", std::process::id()));
         assert!(text.contains(&pid) && text.contains(LOCK) && text.contains("fuser"), "{text}");
-        assert!(matches!(store.get("k", None, 9), Ok(Got::Found { .. })), "reading takes no lock");
+        assert!(matches!(store.get("k", None, 9), Ok(GetResult::Found { .. })), "reading takes no lock");
         fs_err::write(store.root.join(LOCK), "process 4194305 (gone)\n").unwrap();
-        let text = store.put("k", b"two", &When::Always).unwrap_err().to_string();
+        let text = store.put("k", b"two", &Condition::Always).unwrap_err().to_string();
         assert!(text.contains("by another process") && !text.contains("4194305"), "{text}");
         drop(held);
-        store.put("k", b"two", &When::Always).unwrap();
+        store.put("k", b"two", &Condition::Always).unwrap();
     }
 
     #[test]
@@ -525,34 +528,34 @@ mod tests {
         let (_dir, store) = store();
         let mode = |path: &Path| fs_err::metadata(path).unwrap().permissions().mode() & 0o777;
         let folder = |m| fs_err::set_permissions(&store.root, std::fs::Permissions::from_mode(m)).unwrap();
-        store.put("k", b"one", &When::Always).unwrap();
+        store.put("k", b"one", &Condition::Always).unwrap();
         let lock = store.root.join(LOCK);
         assert_eq!(mode(&lock), 0o600);
         fs_err::set_permissions(&lock, std::fs::Permissions::from_mode(0o644)).unwrap();
-        store.put("k", b"two", &When::Always).unwrap();
+        store.put("k", b"two", &Condition::Always).unwrap();
         assert_eq!(mode(&lock), 0o600, "one of an older version");
         fs_err::remove_file(&lock).unwrap();
         folder(0o775);
-        store.put("k", b"three", &When::Always).unwrap();
+        store.put("k", b"three", &Condition::Always).unwrap();
         assert_eq!(mode(&lock), 0o660, "others who write here must be able to take it, and nobody else");
         folder(0o777);
-        store.put("k", b"three", &When::Always).unwrap();
+        store.put("k", b"three", &Condition::Always).unwrap();
         assert_eq!(mode(&lock), 0o666);
         // Its owner may put anything into a folder: a link leads nowhere.
         let victim = store.root.join("victim");
         fs_err::write(&victim, "precious").unwrap();
         fs_err::remove_file(&lock).unwrap();
         fs_err::os::unix::fs::symlink(&victim, &lock).unwrap();
-        assert!(store.put("k", b"four", &When::Always).is_err());
+        assert!(store.put("k", b"four", &Condition::Always).is_err());
         assert_eq!(fs_err::read_to_string(&victim).unwrap(), "precious");
     }
 
     #[test]
     fn a_file_in_the_place_of_a_folder_is_said() {
         let (_dir, store) = store();
-        store.put("hosts", b"x", &When::Always).unwrap();
-        assert_eq!(store.get("hosts/biz.json", None, 9), Ok(Got::Missing));
-        let error = store.put("hosts/biz.json", b"x", &When::Always).unwrap_err().to_string();
+        store.put("hosts", b"x", &Condition::Always).unwrap();
+        assert_eq!(store.get("hosts/biz.json", None, 9), Ok(GetResult::Missing));
+        let error = store.put("hosts/biz.json", b"x", &Condition::Always).unwrap_err().to_string();
         assert!(error.contains("hosts/biz.json"), "{error}");
         let error = DirStore::new(&store.root.join("hosts")).get("manifest.json", None, 9).unwrap_err();
         assert!(error.to_string().contains("a file stands where a folder is needed"), "{error}");

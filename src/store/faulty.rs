@@ -3,7 +3,7 @@
 
 use super::dir::DirStore;
 use super::objects::{Download, Objects, Opened, Upload};
-use super::{Etag, Got, Store, StoreError, When};
+use super::{Condition, Etag, GetResult, Store, StoreError};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::path::Path;
@@ -78,7 +78,7 @@ impl Store for FaultyStore {
     fn identity(&self) -> String {
         self.url()
     }
-    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
         self.fails(key)?;
         self.inner.get(key, unless, limit)
     }
@@ -88,7 +88,7 @@ impl Store for FaultyStore {
     fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
         self.inner.size(key)
     }
-    fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+    fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
         self.inner.put(key, bytes, when)
     }
     fn delete(&self, key: &str) -> Result<(), StoreError> {

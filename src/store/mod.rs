@@ -39,7 +39,7 @@ pub struct Etag(pub String);
 
 /// The answer to a conditional read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Got {
+pub enum GetResult {
     /// There is no such object.
     Missing,
     /// It is still the version that was named.
@@ -55,13 +55,13 @@ pub enum Got {
 
 /// When a write may take place.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum When {
+pub enum Condition {
     /// Whatever is there.
     Always,
     /// Only if there is no such object (`If-None-Match: *`).
-    Absent,
+    IfAbsent,
     /// Only if it is still this version (`If-Match`).
-    Still(Etag),
+    IfMatch(Etag),
 }
 
 /// How a store wants a version written in the condition of a write.
@@ -127,7 +127,7 @@ pub trait Store: Send + Sync {
     fn identity(&self) -> String;
 
     /// Reads an object of at most `limit` bytes, unless it is still the version `unless`.
-    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError>;
+    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError>;
 
     /// The first `count` bytes of an object (all of a shorter one); None when it is missing.
     fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError>;
@@ -136,7 +136,7 @@ pub trait Store: Send + Sync {
     fn size(&self, key: &str) -> Result<Option<u64>, StoreError>;
 
     /// Writes an object if the condition holds, else [`StoreError::Changed`]; returns the new version.
-    fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError>;
+    fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError>;
 
     /// Removes an object; one that is missing is no error.
     fn delete(&self, key: &str) -> Result<(), StoreError>;

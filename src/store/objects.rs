@@ -107,7 +107,7 @@ impl<R: Read> Read for Exact<R> {
 mod tests {
     use super::*;
     use crate::store::dir::DirStore;
-    use crate::store::{Got, When};
+    use crate::store::{Condition, GetResult};
 
     #[test]
     fn what_was_promised_comes_exactly_or_not_at_all() {
@@ -159,8 +159,10 @@ mod tests {
         fs_err::write(&path, "another").unwrap();
         write(7, &file(&path)).unwrap();
         assert!(matches!(store.read_from("nar/k", 4, Some(&etag)), Ok(Opened::Changed)));
-        assert!(matches!(store.get("nar/k", None, 9), Ok(Got::Found { bytes, .. }) if bytes == b"another"));
-        store.put("nar/k", b"", &When::Always).unwrap();
+        assert!(
+            matches!(store.get("nar/k", None, 9), Ok(GetResult::Found { bytes, .. }) if bytes == b"another")
+        );
+        store.put("nar/k", b"", &Condition::Always).unwrap();
         assert_eq!(rest(&store, 0, None).unwrap().0, b"");
         assert!(store.read_from("../k", 0, None).is_err());
         assert!(store.write_from("../k", &Upload { length: 0, content_type: "", open: &text("") }).is_err());

@@ -5,7 +5,7 @@
 //! [`before_writing`], which remembers what was found on this machine for a week: a store behind an address may be
 //! replaced by another.
 
-use super::{Etag, EtagForm, Got, Store, StoreError, When};
+use super::{Condition, Etag, EtagForm, GetResult, Store, StoreError};
 use crate::clock::Timestamp;
 use crate::{config, durable, say};
 use ring::digest::{SHA256, digest};
@@ -133,12 +133,12 @@ fn conditions(store: &dyn Store, key: &str) -> Result<Result<EtagForm, String>, 
             store.url()
         )))
     };
-    let etag = match store.put(key, b"first", &When::Absent) {
+    let etag = match store.put(key, b"first", &Condition::IfAbsent) {
         Ok(etag) => etag,
         Err(StoreError::Changed(_)) => return Ok(Err(refuses(store))),
         Err(e) => return Err(e),
     };
-    match store.put(key, b"second", &When::Absent) {
+    match store.put(key, b"second", &Condition::IfAbsent) {
         Err(StoreError::Changed(_)) => {}
         Ok(_) => return ignores("If-None-Match"),
         Err(e) => return Err(e),
@@ -147,18 +147,18 @@ fn conditions(store: &dyn Store, key: &str) -> Result<Result<EtagForm, String>, 
     for form in [EtagForm::Quoted, EtagForm::Bare] {
         store.send_etags(form);
         // One that compares nothing would take the right one as well.
-        match store.put(key, b"third", &When::Still(wrong.clone())) {
+        match store.put(key, b"third", &Condition::IfMatch(wrong.clone())) {
             Err(StoreError::Changed(_)) => {}
             Ok(_) => return ignores("If-Match"),
             Err(e) => return Err(e),
         }
-        match store.put(key, b"fourth", &When::Still(etag.clone())) {
+        match store.put(key, b"fourth", &Condition::IfMatch(etag.clone())) {
             Ok(_) => return Ok(Ok(form)),
             Err(StoreError::Changed(_)) => {}
             Err(e) => return Err(e),
         }
         // A write whose answer was lost is made again, and finds its own work.
-        if matches!(store.get(key, None, 16)?, Got::Found { bytes, .. } if bytes == b"fourth") {
+        if matches!(store.get(key, None, 16)?, GetResult::Found { bytes, .. } if bytes == b"fourth") {
             return Ok(Ok(form));
         }
     }
@@ -193,7 +193,7 @@ mod tests {
         fn identity(&self) -> String {
             self.url()
         }
-        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
             self.dir.get(key, unless, limit)
         }
         fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
@@ -202,9 +202,9 @@ mod tests {
         fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
             self.dir.size(key)
         }
-        fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+        fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
             let form = *self.sent.lock().unwrap();
-            if matches!(when, When::Still(_)) && !self.takes.contains(&form) {
+            if matches!(when, Condition::IfMatch(_)) && !self.takes.contains(&form) {
                 return Err(StoreError::Changed("412".into()));
             }
             let written = self.dir.put(key, bytes, when)?;
@@ -248,8 +248,8 @@ mod tests {
             assert_eq!(*store.sent.lock().unwrap(), found.unwrap_or_default(), "{takes:?} {loses}");
             if let Some(found) = found {
                 assert_eq!(probe.etags, found);
-                let one = store.put("k", b"one", &When::Always).unwrap();
-                store.put("k", b"two", &When::Still(one)).unwrap();
+                let one = store.put("k", b"one", &Condition::Always).unwrap();
+                store.put("k", b"two", &Condition::IfMatch(one)).unwrap();
             }
         }
     }

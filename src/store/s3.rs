@@ -12,9 +12,9 @@ use super::codes::{self, Meaning};
 use super::credentials::{Credentials, Env, Provider};
 use super::url::{Addressing, S3Location};
 use super::xml;
-use super::{Etag, EtagForm, Got, Keys, Store, StoreError, When};
+use super::{Condition, Etag, EtagForm, GetResult, Keys, Store, StoreError};
 use crate::clock::{Timestamp, human_seconds};
-use crate::http::{self, Again, GaveUp, Limits, RealPace, Retry, Trouble};
+use crate::http::{self, Again, GaveUp, Limits, RealPace, Retry, TransferError};
 use crate::say::printable;
 use rusoto_core::credential::{AwsCredentials, StaticProvider};
 use rusoto_core::request::{DispatchSignedRequestFuture, HttpResponse};
@@ -145,7 +145,7 @@ impl Answer {
     fn read(self, limit: u64) -> Result<(Vec<u8>, bool), Fault> {
         let mut bytes = Vec::with_capacity(self.length().unwrap_or(0).min(limit).min(1 << 20) as usize);
         let read = self.body.take(limit.saturating_add(1)).read_to_end(&mut bytes);
-        read.map_err(|e| Fault::Trouble(Trouble::of_body(e)))?;
+        read.map_err(|e| Fault::Trouble(TransferError::of_body(e)))?;
         let whole = bytes.len() as u64 <= limit;
         bytes.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
         Ok((bytes, whole))
@@ -173,7 +173,7 @@ struct Refusal {
 enum Fault {
     /// There is nothing to sign with; the text says why.
     Credentials(String),
-    Trouble(Trouble),
+    Trouble(TransferError),
     Refusal(Box<Refusal>),
     /// An answer that is not S3's; what it was.
     Garbage(String),
@@ -315,7 +315,7 @@ fn exchange(
     body: impl AsSendBody,
     patience: Patience,
 ) -> Result<Answer, Fault> {
-    let odd = |e: ureq::http::Error| Fault::Trouble(Trouble::Other(e.to_string()));
+    let odd = |e: ureq::http::Error| Fault::Trouble(TransferError::Other(e.to_string()));
     let query = Some(request.canonical_query_string()).filter(|q| !q.is_empty());
     let uri = format!(
         "{}://{}{}{}{}",
@@ -457,7 +457,7 @@ impl S3Store {
             let said = ready(call(S3Client::new_with_client(client, self.region.clone())));
             match carrier.kept.lock().unwrap_or_else(PoisonError::into_inner).take() {
                 Some(answer) => read(answer?),
-                None => Err(Fault::Trouble(Trouble::Other(
+                None => Err(Fault::Trouble(TransferError::Other(
                     said.flatten().unwrap_or_else(|| "rusoto sent nothing".into()),
                 ))),
             }
@@ -646,30 +646,34 @@ impl S3Store {
                     t if t.is_absence() && proxy.is_some() => {
                         "correct the proxy in the environment, or name the store in NO_PROXY"
                     }
-                    Trouble::Unresolved => "check the store's endpoint or region, and this machine's network",
-                    Trouble::Refused => "start the store, or correct the endpoint in its URL",
-                    Trouble::Unroutable | Trouble::Late => "check this machine's network and the store",
-                    Trouble::Cut => "check the store and the scheme in its URL, and try again",
-                    Trouble::Expired(..) => {
+                    TransferError::Unresolved => {
+                        "check the store's endpoint or region, and this machine's network"
+                    }
+                    TransferError::Refused => "start the store, or correct the endpoint in its URL",
+                    TransferError::Unroutable | TransferError::Late => {
+                        "check this machine's network and the store"
+                    }
+                    TransferError::Cut => "check the store and the scheme in its URL, and try again",
+                    TransferError::Expired(..) => {
                         "if the clock is wrong, run 'timedatectl set-ntp true'; else the store needs a new certificate"
                     }
-                    Trouble::NotYetValid(..) => {
+                    TransferError::NotYetValid(..) => {
                         "if the clock is wrong, run 'timedatectl set-ntp true'; else wait, or give the store another \
                          certificate"
                     }
-                    Trouble::Tls(why) if why.contains("certificate") => {
+                    TransferError::Tls(why) if why.contains("certificate") => {
                         "name the file with its authority's certificate in AWS_CA_BUNDLE, or correct the endpoint"
                     }
-                    Trouble::Tls(_) => "check the endpoint, or add scheme=http to the store's URL",
-                    Trouble::Protocol(_) => "check the endpoint and the scheme in the store's URL",
-                    Trouble::Other(_) => "check the store's URL and the proxy",
+                    TransferError::Tls(_) => "check the endpoint, or add scheme=http to the store's URL",
+                    TransferError::Protocol(_) => "check the endpoint and the scheme in the store's URL",
+                    TransferError::Other(_) => "check the store's URL and the proxy",
                 };
                 let text = format!("{what}: {place}{via}: {trouble}{tried}; {remedy}");
                 match trouble {
-                    Trouble::Tls(_)
-                    | Trouble::Expired(..)
-                    | Trouble::NotYetValid(..)
-                    | Trouble::Protocol(_) => StoreError::Refused(text),
+                    TransferError::Tls(_)
+                    | TransferError::Expired(..)
+                    | TransferError::NotYetValid(..)
+                    | TransferError::Protocol(_) => StoreError::Refused(text),
                     _ => StoreError::Unreachable(text),
                 }
             }
@@ -770,12 +774,12 @@ impl S3Store {
 }
 
 /// The header of a condition.
-fn condition(when: &When, form: EtagForm) -> Option<(&'static str, &str)> {
+fn condition(when: &Condition, form: EtagForm) -> Option<(&'static str, &str)> {
     match (when, form) {
-        (When::Always, _) => None,
-        (When::Absent, _) => Some(("if-none-match", "*")),
-        (When::Still(Etag(etag)), EtagForm::Quoted) => Some(("if-match", etag)),
-        (When::Still(Etag(etag)), EtagForm::Bare) => Some(("if-match", etag.trim_matches('"'))),
+        (Condition::Always, _) => None,
+        (Condition::IfAbsent, _) => Some(("if-none-match", "*")),
+        (Condition::IfMatch(Etag(etag)), EtagForm::Quoted) => Some(("if-match", etag)),
+        (Condition::IfMatch(Etag(etag)), EtagForm::Bare) => Some(("if-match", etag.trim_matches('"'))),
     }
 }
 
@@ -875,29 +879,29 @@ impl Store for S3Store {
         true
     }
 
-    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+    fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
         let request =
             GetObjectRequest { if_none_match: unless.map(|e| e.0.clone()), ..self.get_request(key) };
         let read = |answer: Answer| {
             let etag = answer.etag()?;
             // Some stores know no If-None-Match.
             if Some(&etag) == unless {
-                return Ok(Got::NotModified);
+                return Ok(GetResult::NotModified);
             }
             if answer.length().is_some_and(|length| length > limit) {
                 return Err(Fault::TooLarge(limit));
             }
             match answer.read(limit)? {
-                (bytes, true) => Ok(Got::Found { bytes, etag }),
+                (bytes, true) => Ok(GetResult::Found { bytes, etag }),
                 (_, false) => Err(Fault::TooLarge(limit)),
             }
         };
         match self.object(&request, Patience::within, read) {
             Ok(got) => Ok(got),
             Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NotModified) && unless.is_some() => {
-                Ok(Got::NotModified)
+                Ok(GetResult::NotModified)
             }
-            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NoObject) => Ok(Got::Missing),
+            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NoObject) => Ok(GetResult::Missing),
             Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
         }
     }
@@ -926,7 +930,7 @@ impl Store for S3Store {
     /// A write whose answer is lost is repeated, and the repetition of a conditional one finds its own work:
     /// [`StoreError::Changed`] may then be the echo of our own success. Who gets it and reads again must
     /// compare what is there with what was to be written before writing anew.
-    fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Etag, StoreError> {
+    fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
         let condition = condition(when, self.wants().etags);
         let content_type =
             if key.ends_with(".json") { "application/json" } else { "application/octet-stream" };
@@ -937,7 +941,7 @@ impl Store for S3Store {
         let changed = match gave_up.error.meaning() {
             Some(Meaning::ConditionFailed) => condition.is_some(),
             // The object that was to be still the same is gone (PutObject, "If-Match").
-            Some(Meaning::NoObject) => matches!(when, When::Still(_)),
+            Some(Meaning::NoObject) => matches!(when, Condition::IfMatch(_)),
             _ => false,
         };
         if changed {
@@ -1096,12 +1100,12 @@ mod tests {
 
     #[test]
     fn a_condition_names_the_version_as_the_store_reads_it() {
-        let still = When::Still(Etag("\"abc-2\"".into()));
+        let still = Condition::IfMatch(Etag("\"abc-2\"".into()));
         assert_eq!(condition(&still, EtagForm::Quoted), Some(("if-match", "\"abc-2\"")));
         assert_eq!(condition(&still, EtagForm::Bare), Some(("if-match", "abc-2")));
         for form in [EtagForm::Quoted, EtagForm::Bare] {
-            assert_eq!(condition(&When::Absent, form), Some(("if-none-match", "*")));
-            assert_eq!(condition(&When::Always, form), None);
+            assert_eq!(condition(&Condition::IfAbsent, form), Some(("if-none-match", "*")));
+            assert_eq!(condition(&Condition::Always, form), None);
         }
     }
 
@@ -1158,10 +1162,10 @@ mod tests {
             (fault(404), Again::No),
             (fault(412), Again::No),
             (fault(501), Again::No),
-            (Fault::Trouble(Trouble::Cut), Again::Yes),
-            (Fault::Trouble(Trouble::Late), Again::Yes),
-            (Fault::Trouble(Trouble::Refused), Again::AtMost(TRIES_OF_ABSENCE)),
-            (Fault::Trouble(Trouble::Tls(String::new())), Again::No),
+            (Fault::Trouble(TransferError::Cut), Again::Yes),
+            (Fault::Trouble(TransferError::Late), Again::Yes),
+            (Fault::Trouble(TransferError::Refused), Again::AtMost(TRIES_OF_ABSENCE)),
+            (Fault::Trouble(TransferError::Tls(String::new())), Again::No),
             (Fault::Garbage(String::new()), Again::No),
         ] {
             assert_eq!(fault.again(), again, "{fault:?}");

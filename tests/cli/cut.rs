@@ -15,7 +15,7 @@ use omni_deploy::nix::hash::Sha256;
 use omni_deploy::nix::narinfo::NarInfo;
 use omni_deploy::runner::{Output, Run, Status};
 use omni_deploy::store::dir::DirStore;
-use omni_deploy::store::{Got, Store, When};
+use omni_deploy::store::{Condition, GetResult, Store};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -120,7 +120,7 @@ fn unsound(store: &dyn Store) -> String {
     let mut wrong = String::new();
     let keys = store.list("").unwrap();
     let get = |key: &str| match store.get(key, None, 64 << 20).unwrap() {
-        Got::Found { bytes, .. } => Some(bytes),
+        GetResult::Found { bytes, .. } => Some(bytes),
         _ => None,
     };
     for key in keys.iter().filter(|key| key.ends_with(".narinfo")) {
@@ -297,7 +297,7 @@ fn a_push_killed_at_any_point_leaves_a_bucket_that_is_sound_and_is_made_up_for()
         fs_err::remove_dir_all(&at).unwrap();
         copy(&kept, &at);
         store.list("").unwrap().iter().for_each(|key| store.delete(key).unwrap());
-        had.iter().for_each(|(key, bytes)| drop(store.put(key, bytes, &When::Always).unwrap()));
+        had.iter().for_each(|(key, bytes)| drop(store.put(key, bytes, &Condition::Always).unwrap()));
     };
     fs_err::remove_file(&list).unwrap();
     let undisturbed = desk.push(&listed);

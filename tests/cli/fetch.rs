@@ -9,7 +9,7 @@ use common::S3Server;
 use omni_deploy::config::{Settings, load};
 use omni_deploy::names::StorePath;
 use omni_deploy::nix::{self, FetchError};
-use omni_deploy::store::{Store, When};
+use omni_deploy::store::{Condition, Store};
 use std::path::{Path, PathBuf};
 
 /// A folder as cache, and the host that fetches from it.
@@ -76,7 +76,7 @@ impl Scene {
         for dir in [self.cache(), self.cache().join("nar")] {
             for entry in fs_err::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file()) {
                 let key = entry.strip_prefix(self.cache()).unwrap().to_str().unwrap();
-                store.put(key, &fs_err::read(&entry).unwrap(), &When::Always).unwrap();
+                store.put(key, &fs_err::read(&entry).unwrap(), &Condition::Always).unwrap();
             }
         }
     }

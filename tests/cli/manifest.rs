@@ -9,7 +9,7 @@ use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::runner::{Output, Run, Status};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::s3::S3Store;
-use omni_deploy::store::{Got, Store, StoreUrl};
+use omni_deploy::store::{GetResult, Store, StoreUrl};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -599,7 +599,7 @@ fn many_writers(call: &(dyn Fn(&[&str]) + Sync), store: &dyn Store) {
         }
     });
     let read = |key: &str| match store.get(key, None, 1 << 20).unwrap() {
-        Got::Found { bytes, .. } => parse::manifest(&bytes, Mode::Strict).unwrap(),
+        GetResult::Found { bytes, .. } => parse::manifest(&bytes, Mode::Strict).unwrap(),
         other => panic!("{key}: {other:?}"),
     };
     let archived = store.list("manifests/").unwrap();

@@ -8,8 +8,8 @@ use omni_deploy::clock::Timestamp;
 use omni_deploy::deployer::caddy::{self, RoutePlan};
 use omni_deploy::deployer::overrides::{Overrides, Pause, Pin};
 use omni_deploy::deployer::plan::{
-    self, Applied, Goal, Learned, Memory, Observed, Options, Plan, ServicePlan, Step, Trouble, UnitFile,
-    UnitSeen, previous_after,
+    self, AttemptFailure, Attempts, Goal, LastKnownGood, Observed, Options, PersistedState, Plan,
+    ServicePlan, Step, UnitFile, UnitSeen, previous_after,
 };
 use omni_deploy::deployer::state::{Failure, ServiceState, State, Status};
 use omni_deploy::deployer::systemd::Listed;
@@ -122,7 +122,7 @@ type Done = Result<(), Died>;
 #[derive(Debug, Clone)]
 struct Disk {
     services: BTreeMap<ServiceName, ServiceState>,
-    applied: BTreeMap<ServiceName, Applied>,
+    applied: BTreeMap<ServiceName, LastKnownGood>,
     intent: Option<BTreeSet<ServiceName>>,
     overrides: Overrides,
     manifest: Option<Vec<Service>>,
@@ -266,7 +266,7 @@ impl Machine {
         manifest.iter().map(|s| overrides.apply(s)).collect()
     }
 
-    fn units_seen(&self, desired: &[&Service], memory: &Memory) -> BTreeMap<ServiceName, UnitSeen> {
+    fn units_seen(&self, desired: &[&Service], memory: &PersistedState) -> BTreeMap<ServiceName, UnitSeen> {
         let applied = &memory.applied;
         let named = desired.iter().map(|s| &s.name).chain(applied.keys());
         let ours = self.units.iter().filter(|(_, u)| matches!(u.file, Some(File::Ours(_)))).map(|(n, _)| n);
@@ -317,11 +317,11 @@ impl Machine {
                 let unread = running && (load != "loaded" || suspect && stale) || replaced && stale;
                 let seen = UnitSeen {
                     file,
-                    wanted: unit.wanted,
+                    enabled: unit.wanted,
                     listed,
                     current,
-                    astray,
-                    unread,
+                    wrong_closure: astray,
+                    needs_reload: unread,
                     drop_ins: drop_in.map(|_| "/drop/in.conf".into()).into_iter().collect(),
                     replaced: replaced.then(|| "it starts something else".into()),
                     shows: unit.process.as_ref().filter(|_| suspect).map(|p| p.path.clone()),
@@ -335,7 +335,7 @@ impl Machine {
             .collect()
     }
 
-    fn observe(&self, desired: &[&Service], memory: &Memory) -> Observed {
+    fn observe(&self, desired: &[&Service], memory: &PersistedState) -> Observed {
         let applied = &memory.applied;
         let asked = desired
             .iter()
@@ -373,7 +373,7 @@ impl Machine {
     /// One pass; `Ok(None)` when it refuses to empty the host or has no manifest.
     fn pass(&mut self, options: &Options) -> Result<Option<Plan>, Died> {
         let now = self.now();
-        let mut memory = Memory {
+        let mut memory = PersistedState {
             state: State { services: self.disk.services.clone(), ..State::new(host(), now) },
             applied: self.disk.applied.clone(),
             readable: true,
@@ -398,7 +398,7 @@ impl Machine {
         let entries = self.desired(&manifest, &memory.overrides);
         let desired: Vec<&Service> = entries.iter().collect();
         let mut observed = self.observe(&desired, &memory);
-        let mut learned = Learned::default();
+        let mut learned = Attempts::default();
         let Ok(mut plan) = plan::plan(&desired, &observed, &memory, &learned, options, now) else {
             return Ok(None);
         };
@@ -433,8 +433,8 @@ impl Machine {
         &mut self,
         plan: &Plan,
         observed: &mut Observed,
-        memory: &mut Memory,
-        learned: &mut Learned,
+        memory: &mut PersistedState,
+        learned: &mut Attempts,
     ) -> Done {
         let touched: BTreeSet<ServiceName> = plan
             .services
@@ -489,7 +489,7 @@ impl Machine {
         self.unroot(&plan.services, observed)
     }
 
-    fn write_and_start(&mut self, plan: &Plan, memory: &mut Memory, learned: &mut Learned) -> Done {
+    fn write_and_start(&mut self, plan: &Plan, memory: &mut PersistedState, learned: &mut Attempts) -> Done {
         let mut starts: Vec<(&ServicePlan, &Goal, bool)> = Vec::new();
         let mut reload = !memory.interrupted.is_empty();
         for service in &plan.services {
@@ -536,7 +536,7 @@ impl Machine {
                 kept_out: false,
             };
             let key = (service.name.clone(), goal.inputs());
-            learned.troubles.insert(key, Trouble { rejected: false, failure });
+            learned.troubles.insert(key, AttemptFailure { rejected: false, failure });
         }
         for (service, _, restart) in &starts {
             if *restart {
@@ -568,7 +568,7 @@ impl Machine {
                 kept_out: false,
             };
             let key = (service.name.clone(), goal.inputs());
-            learned.troubles.insert(key, Trouble { rejected: !goal.proved, failure: failure.clone() });
+            learned.troubles.insert(key, AttemptFailure { rejected: !goal.proved, failure: failure.clone() });
             if !goal.proved {
                 self.effect()?;
                 let state = ServiceState { failure: Some(failure), ..blank(&service.name, Status::Rejected) };
@@ -581,9 +581,9 @@ impl Machine {
         Ok(())
     }
 
-    fn proved(&mut self, name: &ServiceName, goal: &Goal, memory: &mut Memory) -> Done {
+    fn proved(&mut self, name: &ServiceName, goal: &Goal, memory: &mut PersistedState) -> Done {
         let previous = previous_after(&goal.path, memory.applied.get(name));
-        let proved = Applied { service: goal.service.clone(), path: goal.path.clone(), previous };
+        let proved = LastKnownGood { service: goal.service.clone(), path: goal.path.clone(), previous };
         if memory.applied.get(name) != Some(&proved) {
             self.effect()?;
             self.disk.applied.insert(name.clone(), proved.clone());
@@ -592,7 +592,7 @@ impl Machine {
         Ok(())
     }
 
-    fn remove(&mut self, services: &[ServicePlan], memory: &mut Memory, observed: &Observed) -> Done {
+    fn remove(&mut self, services: &[ServicePlan], memory: &mut PersistedState, observed: &Observed) -> Done {
         let going = |s: &&ServicePlan| s.steps.iter().any(|s| matches!(s, Step::Remove(_)));
         for service in services.iter().filter(going) {
             let name = &service.name;

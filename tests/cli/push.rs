@@ -16,7 +16,7 @@ use omni_deploy::nix::{self, FetchError, Published, Scope};
 use omni_deploy::push::wait;
 use omni_deploy::runner::{Output, Run, RunError};
 use omni_deploy::store::s3::S3Store;
-use omni_deploy::store::{Store, When};
+use omni_deploy::store::{Condition, Store};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -223,7 +223,8 @@ fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
     };
     let nar =
         |path: &StorePath| info(path).lines().find_map(|l| l.strip_prefix("URL: ")).unwrap().to_string();
-    let put = |key: &str, bytes: &[u8]| store.put(key, bytes, &omni_deploy::store::When::Always).unwrap();
+    let put =
+        |key: &str, bytes: &[u8]| store.put(key, bytes, &omni_deploy::store::Condition::Always).unwrap();
     // A hole below the top; the right size with no content; a good NAR of another path, which has the same size;
     // a narinfo that says what nobody signed.
     store.delete(&nar(&holed.lib)).unwrap();
@@ -362,7 +363,7 @@ impl Team {
     }
 
     fn put(&self, key: &str, bytes: &[u8]) {
-        self.bucket().put(key, bytes, &When::Always).unwrap();
+        self.bucket().put(key, bytes, &Condition::Always).unwrap();
     }
 
     fn info(&self, path: &StorePath) -> NarInfo {

@@ -14,7 +14,7 @@ use omni_deploy::names::HostName;
 use omni_deploy::runner::{Output, Run, Status, Stream};
 use omni_deploy::see::judge::{Only, Report, Wanted, judge};
 use omni_deploy::store::dir::DirStore;
-use omni_deploy::store::{Store, When};
+use omni_deploy::store::{Condition, Store};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
@@ -48,7 +48,7 @@ impl Machine {
     }
 
     fn put(&self, key: &str, bytes: impl AsRef<[u8]>) {
-        DirStore::new(&self.path("store")).put(key, bytes.as_ref(), &When::Always).unwrap();
+        DirStore::new(&self.path("store")).put(key, bytes.as_ref(), &Condition::Always).unwrap();
     }
 
     /// Ava on `hosts`, written a minute ago, and what each host reports.

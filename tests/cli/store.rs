@@ -6,7 +6,9 @@ mod common;
 use common::{BUCKET, DEVELOPER, HOST, KEY, S3Server, SECRET};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::s3::{MAX_SINGLE_PUT, S3Store};
-use omni_deploy::store::{Etag, Got, Objects, Opened, Store, StoreError, StoreUrl, Upload, When, probe};
+use omni_deploy::store::{
+    Condition, Etag, GetResult, Objects, Opened, Store, StoreError, StoreUrl, Upload, probe,
+};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
@@ -34,7 +36,7 @@ fn open(url: &str) -> S3Store {
 
 fn found(store: &dyn Store, key: &str) -> (Vec<u8>, Etag) {
     match store.get(key, None, LIMIT).unwrap() {
-        Got::Found { bytes, etag } => (bytes, etag),
+        GetResult::Found { bytes, etag } => (bytes, etag),
         other => panic!("{key}: {other:?}"),
     }
 }
@@ -42,23 +44,23 @@ fn found(store: &dyn Store, key: &str) -> (Vec<u8>, Etag) {
 /// What both stores promise.
 fn keeps_the_contract(store: &dyn Store) {
     let key = "manifest.json";
-    assert_eq!(store.get(key, None, LIMIT), Ok(Got::Missing));
+    assert_eq!(store.get(key, None, LIMIT), Ok(GetResult::Missing));
     assert_eq!((store.get_start(key, 4), store.size(key), store.delete(key)), (Ok(None), Ok(None), Ok(())));
     assert_eq!(store.list(""), Ok(vec![]));
     let changed = |result: Result<Etag, StoreError>| {
         assert!(matches!(result, Err(StoreError::Changed(_))), "{result:?}");
     };
-    changed(store.put(key, b"no", &When::Still(Etag("\"0123456789abcdef0123456789abcdef\"".into()))));
-    let one = store.put(key, b"one", &When::Absent).unwrap();
-    changed(store.put(key, b"no", &When::Absent));
+    changed(store.put(key, b"no", &Condition::IfMatch(Etag("\"0123456789abcdef0123456789abcdef\"".into()))));
+    let one = store.put(key, b"one", &Condition::IfAbsent).unwrap();
+    changed(store.put(key, b"no", &Condition::IfAbsent));
     assert_eq!(found(store, key), (b"one".to_vec(), one.clone()));
-    assert_eq!(store.get(key, Some(&one), LIMIT), Ok(Got::NotModified));
-    let two = store.put(key, b"two", &When::Still(one.clone())).unwrap();
+    assert_eq!(store.get(key, Some(&one), LIMIT), Ok(GetResult::NotModified));
+    let two = store.put(key, b"two", &Condition::IfMatch(one.clone())).unwrap();
     assert_ne!(one, two);
-    changed(store.put(key, b"no", &When::Still(one.clone())));
-    assert_eq!(store.get(key, Some(&one), LIMIT), Ok(Got::Found { bytes: b"two".to_vec(), etag: two }));
-    store.put("hosts/a b+c&ü%.json", b"0123456789", &When::Always).unwrap();
-    store.put("hosts/empty", b"", &When::Always).unwrap();
+    changed(store.put(key, b"no", &Condition::IfMatch(one.clone())));
+    assert_eq!(store.get(key, Some(&one), LIMIT), Ok(GetResult::Found { bytes: b"two".to_vec(), etag: two }));
+    store.put("hosts/a b+c&ü%.json", b"0123456789", &Condition::Always).unwrap();
+    store.put("hosts/empty", b"", &Condition::Always).unwrap();
     assert_eq!(store.list("hosts/").unwrap(), ["hosts/a b+c&ü%.json", "hosts/empty"]);
     assert_eq!(store.size("hosts/a b+c&ü%.json"), Ok(Some(10)));
     assert_eq!(store.get_start("hosts/a b+c&ü%.json", 4), Ok(Some(b"0123".to_vec())));
@@ -66,7 +68,7 @@ fn keeps_the_contract(store: &dyn Store) {
     assert_eq!(store.get_start("hosts/empty", 4), Ok(Some(vec![])));
     assert_eq!(found(store, "hosts/empty").0, b"");
     assert!(matches!(store.get("hosts/a b+c&ü%.json", None, 9), Err(StoreError::TooLarge(_))));
-    assert!(matches!(store.get("hosts/a b+c&ü%.json", None, 10), Ok(Got::Found { .. })));
+    assert!(matches!(store.get("hosts/a b+c&ü%.json", None, 10), Ok(GetResult::Found { .. })));
     let probed = probe(store).unwrap();
     assert_eq!((probed.complaint, probed.leftover), (None, None));
     store.delete("hosts/empty").unwrap();
@@ -87,7 +89,7 @@ fn count_up(store: &dyn Store) {
     loop {
         let (text, etag) = found(store, "count");
         let number: u32 = String::from_utf8(text).unwrap().parse().unwrap();
-        match store.put("count", (number + 1).to_string().as_bytes(), &When::Still(etag)) {
+        match store.put("count", (number + 1).to_string().as_bytes(), &Condition::IfMatch(etag)) {
             Ok(_) => return,
             Err(StoreError::Changed(_)) => {}
             Err(e) => panic!("{e}"),
@@ -96,7 +98,7 @@ fn count_up(store: &dyn Store) {
 }
 
 fn loses_nothing(open: impl Fn() -> Box<dyn Store> + Sync) {
-    open().put("count", b"0", &When::Absent).unwrap();
+    open().put("count", b"0", &Condition::IfAbsent).unwrap();
     std::thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
@@ -130,7 +132,7 @@ fn threads_share_one_store() {
             scope.spawn(move || {
                 for n in 0..10 {
                     let key = format!("t/{thread}/{n}");
-                    store.put(&key, key.as_bytes(), &When::Absent).unwrap();
+                    store.put(&key, key.as_bytes(), &Condition::IfAbsent).unwrap();
                     assert_eq!(found(store, &key).0, key.as_bytes());
                 }
             });
@@ -147,7 +149,9 @@ fn a_listing_follows_every_page() {
     std::thread::scope(|scope| {
         for part in keys.chunks(300) {
             let store = &store;
-            scope.spawn(move || part.iter().for_each(|k| drop(store.put(k, b"x", &When::Always).unwrap())));
+            scope.spawn(move || {
+                part.iter().for_each(|k| drop(store.put(k, b"x", &Condition::Always).unwrap()))
+            });
         }
     });
     keys.sort();
@@ -160,9 +164,9 @@ fn a_listing_follows_every_page() {
 fn an_unchanged_object_costs_one_request() {
     let server = S3Server::start();
     let store = open(&server.url(""));
-    let etag = store.put("manifest.json", b"{}", &When::Absent).unwrap();
+    let etag = store.put("manifest.json", b"{}", &Condition::IfAbsent).unwrap();
     let before = server.log().len();
-    assert_eq!(store.get("manifest.json", Some(&etag), LIMIT), Ok(Got::NotModified));
+    assert_eq!(store.get("manifest.json", Some(&etag), LIMIT), Ok(GetResult::NotModified));
     assert_eq!(server.log()[before..], ["GET /box/manifest.json 304"]);
 }
 
@@ -172,7 +176,7 @@ fn a_store_that_is_overloaded_for_a_moment_is_waited_for() {
     let store = open(&server.url(""));
     for code in ["SlowDown", "InternalError"] {
         server.faults(&format!(r#"{{"fail": {{"status": 503, "code": "{code}", "count": 5}}}}"#));
-        store.put("k", code.as_bytes(), &When::Always).unwrap();
+        store.put("k", code.as_bytes(), &Condition::Always).unwrap();
         server.faults(&format!(r#"{{"fail": {{"status": 500, "code": "{code}", "count": 5}}}}"#));
         assert_eq!(found(&store, "k").0, code.as_bytes());
         server.faults(&format!(r#"{{"fail": {{"status": 503, "code": "{code}", "count": 5}}}}"#));
@@ -200,12 +204,12 @@ fn a_cut_connection_is_tried_again_and_a_lost_answer_looks_like_somebody_elses_w
     let server = S3Server::start();
     let store = open(&server.url(""));
     server.faults(r#"{"reset": {"count": 3}}"#);
-    let one = store.put("k", b"one", &When::Absent).unwrap();
+    let one = store.put("k", b"one", &Condition::IfAbsent).unwrap();
     server.faults(r#"{"reset": {"count": 3}}"#);
     assert_eq!(found(&store, "k").0, b"one");
     // The write happens, its answer is lost, and its repetition finds the new version.
     server.faults(r#"{"reset": {"count": 1, "after": true}}"#);
-    assert!(matches!(store.put("k", b"two", &When::Still(one)), Err(StoreError::Changed(_))));
+    assert!(matches!(store.put("k", b"two", &Condition::IfMatch(one)), Err(StoreError::Changed(_))));
     assert_eq!(found(&store, "k").0, b"two");
 }
 
@@ -214,7 +218,7 @@ fn an_object_that_comes_in_part_is_never_taken_for_the_whole() {
     let server = S3Server::start();
     let store = open(&server.url(""));
     let bytes = pattern(300_000);
-    store.put("k", &bytes, &When::Always).unwrap();
+    store.put("k", &bytes, &Condition::Always).unwrap();
     server.faults(r#"{"cut": {"bytes": 200000, "count": 2}}"#);
     assert!(found(&store, "k").0 == bytes);
     server.faults(r#"{"cut": {"bytes": 200000}}"#);
@@ -237,7 +241,7 @@ fn one_line(error: &StoreError, parts: &[&str]) {
 fn every_mistake_is_one_line_with_its_remedy_and_is_not_tried_again() {
     let server = S3Server::start();
     let url = server.url("");
-    open(&url).put("k", b"x", &When::Always).unwrap();
+    open(&url).put("k", b"x", &Condition::Always).unwrap();
     let elsewhere = url.replace("//box", "//other-box");
     let before = server.log().len();
     for (store, parts) in [
@@ -250,9 +254,9 @@ fn every_mistake_is_one_line_with_its_remedy_and_is_not_tried_again() {
             store.get("k", None, LIMIT).unwrap_err(),
             store.get("k", Some(&Etag("\"x\"".into())), LIMIT).unwrap_err(),
             store.get_start("k", 1).unwrap_err(),
-            store.put("k", b"y", &When::Always).unwrap_err(),
-            store.put("k", b"y", &When::Absent).unwrap_err(),
-            store.put("k", b"y", &When::Still(Etag("\"x\"".into()))).unwrap_err(),
+            store.put("k", b"y", &Condition::Always).unwrap_err(),
+            store.put("k", b"y", &Condition::IfAbsent).unwrap_err(),
+            store.put("k", b"y", &Condition::IfMatch(Etag("\"x\"".into()))).unwrap_err(),
             store.list("k").unwrap_err(),
             store.delete("k").unwrap_err(),
             store.read_from("k", 0, None).err().unwrap(),
@@ -292,7 +296,7 @@ fn a_key_may_do_what_its_policy_says_and_hears_what_is_missing_of_the_rest() {
             ("hosts/biz.json.more", "r", ""),
         ] {
             for ((id, secret), allowed) in [(DEVELOPER, developer), (HOST, host)] {
-                open(&url).put(key, b"before", &When::Always).unwrap();
+                open(&url).put(key, b"before", &Condition::Always).unwrap();
                 let store = open_as(&url, id, secret);
                 let what = format!("{id} {key}");
                 let check = |right: char, done: Result<(), StoreError>| match (allowed.contains(right), done)
@@ -311,11 +315,11 @@ fn a_key_may_do_what_its_policy_says_and_hears_what_is_missing_of_the_rest() {
                 };
                 check('r', store.get(key, None, LIMIT).map(drop));
                 check('r', store.size(key).map(drop));
-                check('w', store.put(key, b"after", &When::Always).map(drop));
+                check('w', store.put(key, b"after", &Condition::Always).map(drop));
                 check('w', write(&store, key, b"after"));
                 let (_, etag) = found(&open(&url), key);
                 if allowed.contains('r') {
-                    check('w', store.put(key, b"after", &When::Still(etag)).map(drop));
+                    check('w', store.put(key, b"after", &Condition::IfMatch(etag)).map(drop));
                 }
                 let content: &[u8] = if allowed.contains('w') { b"after" } else { b"before" };
                 assert_eq!(found(&open(&url), key).0, content, "{what}");
@@ -326,10 +330,13 @@ fn a_key_may_do_what_its_policy_says_and_hears_what_is_missing_of_the_rest() {
         for (id, secret) in [DEVELOPER, HOST] {
             let store = open_as(&url, id, secret);
             assert!(store.list("hosts/").is_ok());
-            assert_eq!(store.get(&format!("{}.narinfo", "1".repeat(32)), None, LIMIT), Ok(Got::Missing));
+            assert_eq!(
+                store.get(&format!("{}.narinfo", "1".repeat(32)), None, LIMIT),
+                Ok(GetResult::Missing)
+            );
             let elsewhere = open_as(&server.url("other"), id, secret);
             for key in ["manifest.json", "hosts/biz.json"] {
-                let error = elsewhere.put(key, b"x", &When::Always).unwrap_err();
+                let error = elsewhere.put(key, b"x", &Condition::Always).unwrap_err();
                 one_line(&error, &[&format!("allow s3:PutObject on arn:aws:s3:::{BUCKET}/other/{key}")]);
             }
         }
@@ -345,8 +352,8 @@ fn garbage_is_recognized_whatever_was_asked() {
         store.get("k", None, LIMIT).unwrap_err(),
         store.get_start("k", 1).unwrap_err(),
         store.size("k").unwrap_err(),
-        store.put("k", b"y", &When::Always).unwrap_err(),
-        store.put("k", b"y", &When::Absent).unwrap_err(),
+        store.put("k", b"y", &Condition::Always).unwrap_err(),
+        store.put("k", b"y", &Condition::IfAbsent).unwrap_err(),
         store.list("").unwrap_err(),
         store.delete("k").unwrap_err(),
         store.read_from("k", 0, None).err().unwrap(),
@@ -521,11 +528,11 @@ fn a_store_of_another_vendor_keeps_the_contract() {
     assert_eq!(probe(&store).unwrap().complaint, None);
     keeps_the_contract(&store);
     assert!(matches!(
-        store.put("missing", b"no", &When::Still(Etag("\"0123456789abcdef0123456789abcdef\"".into()))),
+        store.put("missing", b"no", &Condition::IfMatch(Etag("\"0123456789abcdef0123456789abcdef\"".into()))),
         Err(StoreError::Changed(_))
     ));
     let store = below("writers");
-    store.put("count", b"0", &When::Absent).unwrap();
+    store.put("count", b"0", &Condition::IfAbsent).unwrap();
     assert_eq!(probe(&store).unwrap().complaint, None);
     std::thread::scope(|scope| {
         (0..8).for_each(|_| drop(scope.spawn(|| (0..5).for_each(|_| count_up(&store)))));
@@ -678,12 +685,12 @@ fn a_connection_is_used_again_after_whatever_was_asked() {
             assert_eq!(rest(&store, "nar/x", 0, None).0.len(), length);
             assert_eq!(store.size("nar/x"), Ok(Some(length as u64)));
         }
-        let etag = store.put("k", format!("{round}").as_bytes(), &When::Always).unwrap();
-        assert_eq!(store.get("k", Some(&etag), LIMIT), Ok(Got::NotModified));
-        assert!(matches!(store.get("k", None, LIMIT), Ok(Got::Found { .. })));
-        assert!(matches!(store.get("missing", None, LIMIT), Ok(Got::Missing)));
+        let etag = store.put("k", format!("{round}").as_bytes(), &Condition::Always).unwrap();
+        assert_eq!(store.get("k", Some(&etag), LIMIT), Ok(GetResult::NotModified));
+        assert!(matches!(store.get("k", None, LIMIT), Ok(GetResult::Found { .. })));
+        assert!(matches!(store.get("missing", None, LIMIT), Ok(GetResult::Missing)));
         assert!(matches!(store.read_from("missing", 0, None), Ok(Opened::Missing)));
-        assert!(matches!(store.put("k", b"no", &When::Absent), Err(StoreError::Changed(_))));
+        assert!(matches!(store.put("k", b"no", &Condition::IfAbsent), Err(StoreError::Changed(_))));
         store.list("").unwrap();
         store.delete("k").unwrap();
     }
@@ -694,7 +701,7 @@ fn a_connection_is_used_again_after_whatever_was_asked() {
 fn no_runtime_is_started() {
     let server = S3Server::start();
     let store = open(&server.url(""));
-    store.put("k", b"x", &When::Always).unwrap();
+    store.put("k", b"x", &Condition::Always).unwrap();
     store.list("").unwrap();
     store.delete("nothing").unwrap();
     rest(&store, "k", 0, None);
@@ -727,9 +734,9 @@ fn what_the_code_calls_transient_is_tried_again_whatever_the_status() {
         let faults = format!(r#"{{"fail": {{"status": {status}, "code": "{code}", "count": 2}}}}"#);
         let key = format!("k{number}");
         server.faults(&faults);
-        let etag = store.put(&key, b"one", &When::Absent).unwrap();
+        let etag = store.put(&key, b"one", &Condition::IfAbsent).unwrap();
         server.faults(&faults);
-        store.put(&key, b"two", &When::Still(etag)).unwrap();
+        store.put(&key, b"two", &Condition::IfMatch(etag)).unwrap();
         server.faults(&faults);
         assert_eq!(found(&store, &key).0, b"two", "{status} {code}");
         server.faults(&faults);
@@ -742,11 +749,11 @@ fn a_conflict_that_stays_is_never_taken_for_an_object_that_is_there() {
     let server = S3Server::start();
     let store = open(&server.url(""));
     server.faults(r#"{"fail": {"status": 409, "code": "ConditionalRequestConflict", "methods": ["PUT"]}}"#);
-    let error = store.put("manifests/x", b"one", &When::Absent).unwrap_err();
+    let error = store.put("manifests/x", b"one", &Condition::IfAbsent).unwrap_err();
     assert!(matches!(error, StoreError::Unreachable(_)), "{error:?}");
     one_line(&error, &["409 ConditionalRequestConflict", "tries", "try again later"]);
     server.faults("{}");
-    assert_eq!(store.get("manifests/x", None, LIMIT), Ok(Got::Missing));
+    assert_eq!(store.get("manifests/x", None, LIMIT), Ok(GetResult::Missing));
 }
 
 #[test]
@@ -779,8 +786,8 @@ fn a_bucket_that_wants_checksums_gets_them_with_small_and_large_objects() {
         if large_first {
             large();
         }
-        let etag = store.put("manifest.json", b"one", &When::Absent).unwrap();
-        store.put("manifest.json", b"two", &When::Still(etag)).unwrap();
+        let etag = store.put("manifest.json", b"one", &Condition::IfAbsent).unwrap();
+        store.put("manifest.json", b"two", &Condition::IfMatch(etag)).unwrap();
         write(&store, "nix-cache-info", b"hello").unwrap();
         large();
         assert_eq!(found(&store, "manifest.json").0, b"two");

@@ -7,7 +7,7 @@ use crate::lab::{FAULTS, Host};
 use crate::solo::web;
 use omni_deploy::clock::Timestamp;
 use omni_deploy::deployer::overrides::Overrides;
-use omni_deploy::deployer::plan::{Applied, previous_after};
+use omni_deploy::deployer::plan::{LastKnownGood, previous_after};
 use omni_deploy::deployer::{caddy, unit};
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::manifest::{Http, Manifest, Service};
@@ -54,7 +54,7 @@ fn sections(text: &str) -> Seen {
 struct Model {
     /// Every version: its name, and whether it comes up.
     versions: BTreeMap<StorePath, (&'static str, bool)>,
-    proved: BTreeMap<ServiceName, Applied>,
+    proved: BTreeMap<ServiceName, LastKnownGood>,
     /// Attempts that were refused and must not be made again.
     refused: BTreeMap<ServiceName, String>,
     /// Services of which a pass that was killed may have refused something.
@@ -367,7 +367,7 @@ fn manifest(text: &str) -> Option<Manifest> {
     parse::manifest(text.as_bytes(), Mode::Tolerant).ok()
 }
 
-fn applied(seen: &Seen) -> BTreeMap<ServiceName, Applied> {
+fn applied(seen: &Seen) -> BTreeMap<ServiceName, LastKnownGood> {
     seen.iter()
         .filter_map(|(title, text)| Some((title.strip_prefix("applied ")?, text)))
         .map(|(file, text)| {
@@ -375,7 +375,7 @@ fn applied(seen: &Seen) -> BTreeMap<ServiceName, Applied> {
             let service = parse::service(value["service"].clone(), Mode::Tolerant, None).unwrap();
             let path = service.artifact.store_path.path().unwrap().clone();
             let previous = serde_json::from_value(value["previous"].clone()).unwrap();
-            (service.name.clone(), Applied { service, path, previous })
+            (service.name.clone(), LastKnownGood { service, path, previous })
         })
         .collect()
 }
@@ -629,7 +629,7 @@ impl Model {
                         say(format!("{who} should be told to run {path}: {told}"));
                     }
                     let record = if expected.status == "running" {
-                        Applied {
+                        LastKnownGood {
                             service: service.clone(),
                             path: path.clone(),
                             previous: previous_after(path, proved),

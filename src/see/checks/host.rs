@@ -19,7 +19,7 @@ use crate::see::domains::{self, Visit};
 use crate::see::judge::STALE_SEC;
 use crate::see::reports;
 use crate::ssh::is_root;
-use crate::store::{Got, HOSTS_PREFIX, Store, StoreError, When};
+use crate::store::{Condition, GetResult, HOSTS_PREFIX, Store, StoreError};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -68,7 +68,7 @@ pub fn report(store: &dyn Store, settings: &Settings) -> Option<Check> {
     const NAME: &str = "report";
     let state = fs_err::read(STATE_FILE).ok()?;
     let key = format!("{HOSTS_PREFIX}{}.json", settings.host);
-    Some(match store.put(&key, &state, &When::Absent) {
+    Some(match store.put(&key, &state, &Condition::IfAbsent) {
         Ok(_) | Err(StoreError::Changed(_)) => match namesake(store, &key, &State::parse(&state).ok()?) {
             Some(text) => Check::fail(NAME, text),
             None => Check::ok(NAME, format!("{key} can be written")),
@@ -81,9 +81,9 @@ pub fn report(store: &dyn Store, settings: &Settings) -> Option<Check> {
 fn namesake(store: &dyn Store, key: &str, state: &State) -> Option<String> {
     let this = machine::this()?;
     let now = match store.get(key, None, reports::MAX_REPORT) {
-        Ok(Got::Found { bytes, .. }) => reports::parsed(&bytes).ok(),
+        Ok(GetResult::Found { bytes, .. }) => reports::parsed(&bytes).ok(),
         // Who may not read it is not told.
-        Ok(Got::Missing | Got::NotModified) | Err(_) => None,
+        Ok(GetResult::Missing | GetResult::NotModified) | Err(_) => None,
     };
     let there = now.and_then(|now| Some((now.machine?, now.checked_at))).filter(|(m, _)| m.id != this.id);
     let there = there.map(|(machine, reported_at)| {

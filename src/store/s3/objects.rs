@@ -2,7 +2,7 @@
 //! cut, and goes on from there. A write is tried again whole.
 
 use super::{Answer, Fault, LIMITS, MAX_SINGLE_PUT, Patience, S3Store, Source, Verb, exchange};
-use crate::http::{Again, GaveUp, RealPace, Retry, Trouble};
+use crate::http::{Again, GaveUp, RealPace, Retry, TransferError};
 use crate::store::codes::Meaning;
 use crate::store::objects::{Download, Exact, Objects, Opened, Upload};
 use crate::store::{Etag, StoreError};
@@ -47,11 +47,11 @@ impl Objects for S3Store {
                     None => return Err(Fault::Garbage("no Content-Length".into())),
                 },
             };
-            let cut = |e| Fault::Trouble(Trouble::of_body(e));
+            let cut = |e| Fault::Trouble(TransferError::of_body(e));
             let mut body = answer.body;
             // A store that knows no Range sends everything.
             if io::copy(&mut body.by_ref().take(skip), &mut io::sink()).map_err(cut)? < skip {
-                return Err(Fault::Trouble(Trouble::Cut));
+                return Err(Fault::Trouble(TransferError::Cut));
             }
             let body = Box::new(Exact::new(body, length).map_err(cut)?);
             Ok(Opened::Found(Download { length, etag, body }))
