@@ -13,7 +13,15 @@ use std::time::{Duration, Instant};
 /// Held while a pass runs.
 #[derive(Debug)]
 pub struct Lock {
-    _file: fs_err::File,
+    file: fs_err::File,
+}
+
+impl Drop for Lock {
+    /// At once: what another thread is about to run has this file as well until it runs.
+    fn drop(&mut self) {
+        // If it fails, the end of this process lets go.
+        let _unlocked = self.file.file().unlock();
+    }
 }
 
 /// What came of asking for the lock.
@@ -49,7 +57,7 @@ pub fn take(root: &Root, now: Timestamp) -> Result<Asked> {
     file.set_len(0)?;
     file.rewind()?;
     write!(file, "process {} since {now}", std::process::id())?;
-    Ok(Asked::Taken(Lock { _file: file }))
+    Ok(Asked::Taken(Lock { file }))
 }
 
 /// Takes the lock of what root does in a folder: a file of ours, named by the folder. A lock on the folder itself would
@@ -74,7 +82,7 @@ pub fn of_folder(run_dir: &Path, folder: &Path, patience: Duration) -> Result<Lo
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    Ok(Lock { _file: file })
+    Ok(Lock { file })
 }
 
 /// How often a lock that is held is asked for again.
@@ -113,15 +121,16 @@ mod tests {
         assert!(matches!(first, Asked::Taken(_)));
         let Asked::Held(who) = take(&root, Timestamp(0)).unwrap() else { panic!("taken twice") };
         assert_eq!(who, format!("process {} since 2026-11-22T18:31:05Z", std::process::id()));
-        let mut told = Vec::new();
+        let (tell, told) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| wait(&root, |who| told.push(who.to_string())).unwrap());
+            let waiting = scope.spawn(|| wait(&root, |who| tell.send(who.to_string()).unwrap()).unwrap());
+            assert_eq!(told.recv().unwrap(), who);
             std::thread::sleep(ASK_EVERY * 3);
             assert!(!waiting.is_finished());
             drop(first);
             waiting.join().unwrap()
         });
-        assert_eq!(told, [who]);
+        assert!(told.try_recv().is_err(), "told once");
         assert!(matches!(take(&root, Timestamp(0)).unwrap(), Asked::Taken(_)));
     }
 }

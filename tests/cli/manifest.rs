@@ -499,10 +499,9 @@ fn an_edit_is_checked_then_published_and_a_wrong_text_is_kept() {
     let bench = Bench::with_ava();
     let edit = |script: &str| {
         let editor = bench.dir.path().join("editor");
-        fs_err::write(&editor, format!("#!/bin/sh\n{script}\n")).unwrap();
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        fs_err::set_permissions(&editor, mode).unwrap();
-        bench.command(&["edit"]).without_env("VISUAL").env("EDITOR", &editor).env("TMPDIR", bench.dir.path())
+        fs_err::write(&editor, format!("{script}\n")).unwrap();
+        let editor = format!("sh {}", editor.display());
+        bench.command(&["edit"]).without_env("VISUAL").env("EDITOR", editor).env("TMPDIR", bench.dir.path())
     };
     let out = edit("true").output().unwrap();
     assert_eq!((out.status, out.stderr.trim_end()), (Status::Exit(0), "unchanged: nothing was published"));

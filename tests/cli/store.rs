@@ -449,19 +449,17 @@ fn a_body_without_end_is_not_read_past_the_limit() {
 
 #[test]
 fn nobody_there_and_no_such_name_are_told_apart_and_given_up_soon() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
     for (endpoint, parts) in [
-        (address.to_string(), ["connection refused", "start the store"]),
-        ("no-such-host.invalid:9000".into(), ["does not resolve", "check the store's endpoint"]),
+        // A port that the kernel gives to nobody.
+        ("127.0.0.1:1", ["connection refused", "start the store"]),
+        ("no-such-host.invalid:9000", ["does not resolve", "check the store's endpoint"]),
     ] {
         let started = Instant::now();
         let store = open(&format!("s3://box?endpoint={endpoint}&scheme=http"));
         let error = store.get("manifest.json", None, LIMIT).unwrap_err();
         assert!(matches!(error, StoreError::Unreachable(_)), "{error:?}");
         one_line(&error, &parts);
-        one_line(&error, &["manifest.json", &endpoint]);
+        one_line(&error, &["manifest.json", endpoint]);
         assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
     }
 }

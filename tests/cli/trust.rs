@@ -79,15 +79,14 @@ impl World {
     /// An edit whose editor does this with the text, `$1`.
     fn edits(&self, who: &str, script: &str) -> Output {
         let editor = self.dir.path().join("editor");
-        fs_err::write(&editor, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs_err::set_permissions(&editor, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        fs_err::write(&editor, format!("{script}\n")).unwrap();
         let home = self.dir.path().join(who);
         Run::new(env!("CARGO_BIN_EXE_omni-deploy"))
             .args(["manifest", "edit"])
             .env("OMNI_DEPLOY_STORE", format!("file://{}", self.dir.path().join("prod").display()))
             .env("HOME", &home)
             .env("USER", who)
-            .env("EDITOR", &editor)
+            .env("EDITOR", format!("sh {}", editor.display()))
             .env("TMPDIR", self.dir.path())
             .without_env("VISUAL")
             .without_env("XDG_CONFIG_HOME")

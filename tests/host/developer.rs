@@ -3,7 +3,7 @@
 
 use crate::bucket;
 use crate::lab::{BINARY, Host, PAGE, TOP};
-use omni_deploy::runner::{Output, Run};
+use omni_deploy::runner::{Output, Run, Status};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -103,12 +103,19 @@ impl Developer {
         output.text()
     }
 
-    /// Types a command that goes on until it is interrupted, and interrupts it after some seconds; returns what
-    /// it printed until then.
+    /// Types a command that goes on until it is interrupted, and interrupts it after some seconds; by then it has
+    /// printed these words, or is given more of them.
     #[track_caller]
-    pub fn watches(&self, command: &str) -> String {
-        let output = self.tries(&format!("timeout 4 {command}"));
-        assert_eq!(output.status, omni_deploy::runner::Status::Exit(124), "$ {command}\n{}", output.stderr);
-        output.text()
+    pub fn watches(&self, command: &str, words: &str) {
+        let mut text = String::new();
+        for seconds in [4, 12, 36] {
+            let output = self.tries(&format!("timeout {seconds} {command}"));
+            assert_eq!(output.status, Status::Exit(124), "$ {command}\n{}", output.stderr);
+            text = output.text();
+            if text.contains(words) {
+                return;
+            }
+        }
+        panic!("$ {command}\nno '{words}' in: {text}");
     }
 }

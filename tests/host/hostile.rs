@@ -508,7 +508,7 @@ whole() {
     find $places \( -type d -printf 'd %p %m %u %g\n' \) -o -printf '%y %p %m %u %g %s %T@ %i %l\n' | sort
 }
 # Every case has the number of the one before, which is no version that anybody published.
-pass() { timeout -k 1 20 deployer run --accept-serial 50 >out 2>&1; }
+pass() { timeout -k 1 120 deployer run --accept-serial 50 >out 2>&1; }
 back() {
     cp good $store; pass || { echo "the good manifest is not obeyed: $?"; cat out; exit 1; }
 }
@@ -537,7 +537,7 @@ fn run(host: &Solo, cases: &[Case], good: &Value) -> Vec<(Fate, i32, Vec<String>
     // Nothing has changed since: also the first pass must leave alone what is not ours.
     host.sh(&format!("{SHELL} seen >base; whole >whole; back; exit 0"));
     let mut results: Vec<(Fate, i32, Vec<String>)> = Vec::new();
-    for part in (0..cases.len()).collect::<Vec<_>>().chunks(100) {
+    for part in (0..cases.len()).collect::<Vec<_>>().chunks(20) {
         let numbers: Vec<String> = part.iter().map(usize::to_string).collect();
         let said = host.sh(&format!("{SHELL} for n in {}; do each $n; done; exit 0", numbers.join(" ")));
         for line in said.lines() {

@@ -105,6 +105,8 @@ pub fn scenarios() -> Vec<Scenario> {
 /// A host of the campaign: the faulty build in place, the versions in the cache, a neighbour that runs.
 pub fn boot(name: &'static str) -> Host {
     let host = Host::boot(name);
+    // What runs cannot be written to.
+    host.only_our_passes();
     fs_err::copy(&*FAULTS, host.path("/usr/local/bin/omni-deploy")).unwrap();
     fs_err::write(host.path("/opt/omni/kill.sh"), include_str!("kill.sh")).unwrap();
     host.sh(

@@ -292,6 +292,8 @@ fn he_sees_nothing_of_the_spool_while_a_closure_is_fetched() {
     let as_him = |script: &str| {
         host.try_sh(&format!("runuser -u mallory -- bash -uo pipefail -c {}", quoted(script))).status.ok()
     };
+    // First of all: when it has come, its service listens.
+    assert_eq!(ports(), before, "a fetch listens nowhere");
     for script in [
         format!("ls {spool}"),
         format!("cat {spool}/nix-cache-info"),
@@ -302,7 +304,6 @@ fn he_sees_nothing_of_the_spool_while_a_closure_is_fetched() {
     ] {
         assert!(!as_him(&script), "{script}");
     }
-    assert_eq!(ports(), before, "a fetch listens nowhere");
     bucket.faults("{}");
     let pass = host.pass();
     assert_eq!(pass.code, 0, "{}", pass.said);

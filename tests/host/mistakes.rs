@@ -263,9 +263,10 @@ fn of_two_passes_at_once_the_second_says_who_is_at_it_and_a_persons_waits() {
     // One that takes its time, because the release never answers.
     let deaf = host.closure("web", "deaf", "port 8999");
     host.update("web", &deaf);
-    let said = host.sh("systemctl start --no-block deployer
+    let said = host.sh("before=$(systemctl show --property=InvocationID --value deployer)
+         systemctl start --no-block deployer
          until id=$(systemctl show --property=InvocationID --value deployer)
-             grep -q starting <<<\"$(journalctl -o cat _SYSTEMD_INVOCATION_ID=$id)\"; do sleep 0.05; done
+             [[ $id != \"$before\" ]] && grep -q starting <<<\"$(journalctl -o cat _SYSTEMD_INVOCATION_ID=$id)\"; do sleep 0.05; done
          pid=$(systemctl show --property=MainPID --value deployer)
          deployer run --timer 2>/tmp/by-timer
          [[ $(systemctl is-active deployer) == activating ]]
@@ -291,7 +292,7 @@ fn what_a_person_decides_waits_for_the_pass_under_way_and_is_then_done() {
     let lock = "/run/omni-deploy/lock";
     let held = |command: &str| {
         host.sh(&format!(
-            "rm -f /tmp/until /tmp/held; mkfifo /tmp/until
+            "rm -f /tmp/until /tmp/held /tmp/said; mkfifo /tmp/until
              flock {lock} sh -c \"echo process $$ since noon >{lock}; touch /tmp/held; cat /tmp/until >/dev/null\" &
              until [[ -e /tmp/held ]]; do sleep 0.05; done
              {command} 2>/tmp/said & pid=$!
@@ -317,7 +318,8 @@ fn what_a_person_decides_waits_for_the_pass_under_way_and_is_then_done() {
              until [[ $(cat /run/omni-deploy/lock) == \"process $(systemctl show --property=MainPID --value deployer) \"* ]]; do
                  sleep 0.05
              done
-             systemctl kill --signal=KILL deployer");
+             systemctl kill --signal=KILL deployer
+             while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done");
     let run = host.try_sh("deployer run");
     assert!(run.status == Status::Exit(3) && !run.stderr.contains("waiting"), "{}", run.stderr);
 }

@@ -116,7 +116,10 @@ impl Campaign<'_> {
     /// Something happens.
     fn happens(&mut self, told: String, snippet: &str) {
         // A shell of its own, which ends where the first of its commands fails.
-        writeln!(self.script, "bash -eu >/dev/null 2>&1 <<'EOS' || true\n{snippet}\nEOS").unwrap();
+        // Its coins fall the same way at every run.
+        let step = self.step;
+        writeln!(self.script, "bash -eu >/dev/null 2>&1 <<'EOS' || true\nRANDOM={step}\n{snippet}\nEOS")
+            .unwrap();
         self.story.push(told);
         self.step += 1;
     }
@@ -805,6 +808,8 @@ fn campaign(host: &Host, seed: u64, steps: usize, unit_dir: &'static str) {
 
 fn boot(name: &'static str, unit_dir: &str) -> Host {
     let host = Host::boot(name);
+    // What runs cannot be written to.
+    host.only_our_passes();
     fs_err::copy(&*FAULTS, host.path("/usr/local/bin/omni-deploy")).unwrap();
     fs_err::write(host.path("/opt/omni/order.sh"), include_str!("order.sh")).unwrap();
     host.sh(&format!(

@@ -113,11 +113,9 @@ fn every_command_of_the_runbook_works_as_written() {
     assert_eq!(state["services"]["ava"]["status"], "running");
 
     // Viewing logs
-    let lines = developer.watches("ssh biz sudo journalctl -u ava -f");
-    assert!(lines.contains("version ava 1 on port 8002"), "{lines}");
-    let story = developer.watches("ssh biz sudo journalctl -u deployer -f");
-    assert!(story.contains("deployer"), "{story}");
-    assert!(developer.watches("ssh biz sudo journalctl -u caddy -f").contains("caddy"));
+    developer.watches("ssh biz sudo journalctl -u ava -f", "version ava 1 on port 8002");
+    developer.watches("ssh biz sudo journalctl -u deployer -f", "deployer");
+    developer.watches("ssh biz sudo journalctl -u caddy -f", "caddy");
 
     // The second version
     developer.write("Biz/PodcastItLater/Web.py", "VERSION = podcasts 2\n");

@@ -30,6 +30,7 @@
 //!
 //! A test must replace the file by a rename: a half-written one makes every request fail with status 500.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
@@ -141,8 +142,9 @@ pub struct Control {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Of the file that `faults` came from. The time too: the same text written again starts again.
-    seen: Option<(SystemTime, Vec<u8>)>,
+    /// Of the file that `faults` came from. Which file and when, too: the same text written again starts again, also
+    /// within one tick of the kernel's clock.
+    seen: Option<(u64, SystemTime, Vec<u8>)>,
     faults: Faults,
 }
 
@@ -220,8 +222,7 @@ impl Control {
         let Some(file) = &self.file else {
             return Ok(());
         };
-        let read =
-            std::fs::metadata(file).and_then(|metadata| Ok((metadata.modified()?, std::fs::read(file)?)));
+        let read = std::fs::metadata(file).and_then(|m| Ok((m.ino(), m.modified()?, std::fs::read(file)?)));
         let now = match read {
             Ok(now) => Some(now),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
@@ -232,7 +233,7 @@ impl Control {
         }
         state.faults = match &now {
             None => Faults::default(),
-            Some((_, text)) => {
+            Some((_, _, text)) => {
                 serde_json::from_slice(text).map_err(|e| format!("control file {}: {e}", file.display()))?
             }
         };

@@ -40,6 +40,8 @@ impl Server {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let dir = dir.join(format!("{}-{count}", std::process::id()));
+        // Of a run with the same number that was killed.
+        let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("policy.json"), GUEST).unwrap();
         std::fs::write(dir.join("blind.json"), GUEST.replace("s3:ListBucket", "s3:GetBucketLocation"))
