@@ -89,7 +89,7 @@ impl Developer {
             .arg("NIX_CONFIG=sandbox = false\nbuild-users-group =\nsubstituters =")
             .args(["bash", "-c", command])
             .dir(self.home.join("src"))
-            .deadline(Duration::from_secs(120))
+            .deadline(Duration::from_secs(600))
             .output()
             .unwrap_or_else(|e| panic!("{command}: {e}"))
     }

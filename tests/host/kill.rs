@@ -37,7 +37,8 @@ pub fn entry(name: &str, port: u16, rollout: &str) -> Value {
     let mut service = web(name, port, "/nix/store/placeholder");
     service["exec"] = json!({"command": "bin/web"});
     service["rollout"] = rollout.into();
-    service["health"]["timeoutSec"] = 1.into();
+    // Also for a page on a machine that stands still for a moment; only the deaf version takes all of it.
+    service["health"]["timeoutSec"] = 3.into();
     service["http"]["drainSec"] = 1.into();
     service
 }

@@ -111,7 +111,7 @@ impl Drop for Background {
 /// Runs tests/lab/lab.sh.
 fn lab(args: &[&str]) -> Output {
     // The first host of a suite waits for its base tree.
-    let minutes = if args[0] == "up" { 30 } else { 4 };
+    let minutes = if args[0] == "up" { 30 } else { 15 };
     Run::new(format!("{TOP}/tests/lab/lab.sh"))
         .args(args)
         .env("OMNI_LAB_DIR", &*LAB_DIR)

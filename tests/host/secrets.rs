@@ -50,17 +50,17 @@ fn a_developer_edits_secrets_on_a_host_and_they_pass_through_nothing_else() {
     developer.write("mark", &mark);
     host.sh(
         "lock=/run/omni-deploy/folder-$(printf %s /var/lib/deployer-secrets | sha256sum | cut -c1-16).lock
-         systemd-run --quiet --unit=hold flock $lock sleep 60
+         systemd-run --quiet --unit=hold flock $lock sleep 600
          until [[ $(flock --nonblock $lock true; echo $?) == 1 ]]; do sleep 0.1; done",
     );
     developer.types(
         "rm -f open typescript; (until [ -e open ]; do sleep 0.1; done; printf '\\003'
               until grep -qs y/N typescript; do sleep 0.1; done; printf 'y\\n'
               until grep -q restarted typescript; do sleep 0.1; done) |
-             EDITOR='bash editor' timeout 60 script --quiet --flush --return --command 'omni-deploy secrets edit ava' typescript >/dev/null &
+             EDITOR='bash editor' timeout 300 script --quiet --flush --return --command 'omni-deploy secrets edit ava' typescript >/dev/null &
          echo $! >typing",
     );
-    soon("the host is about to write", Duration::from_secs(30), || {
+    soon("the host is about to write", Duration::from_secs(120), || {
         let there = host.try_sh("pgrep -f 'on-host writ[e]'");
         if there.status.ok() { Ok(()) } else { Err(there.stderr) }
     });

@@ -104,11 +104,16 @@ nothing_is_left() {
   ! cgroups_of "$number" | grep -xF -e "${cgroups//,/$'\n'}" || { echo "cgroup of $number"; kept=1; }
   ! grep -lx "$device" /sys/class/net/olab*/ifindex 2>/dev/null || kept=1
   [[ ! -e $OMNI_LAB_DIR/$host ]] || { echo "folder $OMNI_LAB_DIR/$host"; kept=1; }
-  ! lsns --noheadings --output NS --type net | grep -w "$netns" || { echo "network namespace"; kept=1; }
-  # Not lsns: a dead process that the machine's init has yet to reap is still in its pid namespace.
+  # Not lsns: a dead process that the machine's init has yet to reap is still in its pid namespace. And the kernel gives
+  # the number of a namespace that is gone to the next one, another lab's host, whose processes are in that host's cgroup.
+  # Ours, which was looked for above, could not have gone with a process in it.
   local process
   for process in /proc/[0-9]*; do
-    [[ $(stat -Lc %i "$process/ns/pid" 2>/dev/null) == "$pidns" ]] || continue
+    case " $(stat -Lc %i "$process/ns/net" "$process/ns/pid" 2>/dev/null | paste -sd' ') " in
+      *" $netns "* | *" $pidns "*) ;;
+      *) continue ;;
+    esac
+    ! grep -qs /omni-deploy-lab- "$process/cgroup" || continue
     # Or has reaped it since.
     state=$(sed -n 's/^State:[[:space:]]*//p' "$process/status" 2>/dev/null) || continue
     [[ -z $state || $state == Z* ]] || { echo "process $process: $state"; kept=1; }
@@ -217,7 +222,10 @@ test_lab() {
     PATH='$ssh_path' ssh biz true"
 
   # --- and nothing stays
-  check making_waits_for_a_removal bash -c "'$lab' down one & '$lab' up one && wait \$! && '$lab' run one true"
+  # The removal has the lock, or is through, before the other begins.
+  check making_waits_for_a_removal bash -c "'$lab' down one & down=\$!
+    while flock --nonblock '$OMNI_LAB_DIR/one' true 2>/dev/null; do sleep 0.01; done
+    '$lab' up one && wait \$down && '$lab' run one true"
   left_one=$(belongings one)
   check two_removals_at_once bash -c "'$lab' down one & '$lab' down one && wait \$!"
   check down_leaves_nothing nothing_is_left "$left_one"
