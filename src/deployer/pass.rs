@@ -800,7 +800,7 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         host.undo_abandoned(&abandoned, &desired, &memory, &mut observed)?;
         changed = true;
     }
-    let mut plan = match apply_override(&observed, &memory, &learned) {
+    let mut plan = match decide(&observed, &memory, &learned) {
         Ok(plan) => plan,
         Err(refused) => {
             // Whoever looks from afar shall see why nothing happens.
@@ -847,7 +847,7 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         learned.disk(remembered);
         (observed.units, _) = observe::units(root, &desired, &memory)?;
         observed.ports = observe::ports(&desired, &memory.applied);
-        plan = apply_override(&observed, &memory, &learned)?;
+        plan = decide(&observed, &memory, &learned)?;
     }
 
     // The route before what is gone: no request is led to a service that is being stopped.
@@ -855,7 +855,7 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
     if waited_for && matches!(observed.caddy, caddy::Observed::Unavailable(_)) {
         // It may answer by now: it opens its endpoint anew at every change, and may have been restarted meanwhile.
         observed.caddy = caddy::observe(&settings.caddy_admin);
-        plan = apply_override(&observed, &memory, &learned)?;
+        plan = decide(&observed, &memory, &learned)?;
     }
     changed |= matches!(plan.route, RoutePlan::Write(_));
     let route = write_route(settings, &plan, &desired);
