@@ -34,7 +34,7 @@ const ELSEWHERE: [(&str, &str); 7] = [
 
 /// What a person asked for instead of having a command done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asked {
+pub enum Information {
     /// Its usage text.
     Help,
     /// The program's version.
@@ -43,11 +43,11 @@ pub enum Asked {
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Meaning {
+pub enum Action {
     /// The command.
     Run,
     /// What was asked for.
-    Answer(Asked),
+    Answer(Information),
     /// Nothing was named; exit 2.
     Nothing,
 }
@@ -68,7 +68,7 @@ pub struct Line<'t> {
     pub words: Vec<String>,
     /// The name of the value that the last word, a flag, still needs.
     pub awaits: Option<&'static str>,
-    asked: Option<Asked>,
+    asked: Option<Information>,
     /// The first thing that was not understood.
     wrong: Option<String>,
     /// How the program was called, if by the name of a command.
@@ -100,8 +100,10 @@ pub fn read<'t>(tree: &'t Command, argv: &[String]) -> Line<'t> {
     while let Some(word) = rest.next() {
         match word.as_str() {
             "--" if !flags_end => flags_end = true,
-            "help" if !flags_end && line.words.is_empty() => line.asked = Some(Asked::Help),
-            "version" if line.path.is_empty() && line.words.is_empty() => line.asked = Some(Asked::Version),
+            "help" if !flags_end && line.words.is_empty() => line.asked = Some(Information::Help),
+            "version" if line.path.is_empty() && line.words.is_empty() => {
+                line.asked = Some(Information::Version)
+            }
             flag if !flags_end && flag.len() > 1 && flag.starts_with('-') => line.flag(flag, &mut rest),
             word if line.words.is_empty() && line.descend(word) => {}
             word => line.words.push(word.into()),
@@ -163,8 +165,8 @@ impl Line<'_> {
 
     fn flag<'a>(&mut self, word: &str, rest: &mut impl Iterator<Item = &'a String>) {
         match word {
-            "--help" | "-h" => return self.asked = Some(Asked::Help),
-            "--version" | "-V" if self.is_group() => return self.asked = Some(Asked::Version),
+            "--help" | "-h" => return self.asked = Some(Information::Help),
+            "--version" | "-V" if self.is_group() => return self.asked = Some(Information::Version),
             _ => {}
         }
         let is_long = word.starts_with("--");
@@ -297,7 +299,7 @@ impl Line<'_> {
     }
 
     /// What is to be done, or why the line is not understood.
-    pub fn meaning(&mut self) -> Result<Meaning> {
+    pub fn meaning(&mut self) -> Result<Action> {
         if self.is_group()
             && let Some(word) = self.words.first()
         {
@@ -307,15 +309,15 @@ impl Line<'_> {
             });
         }
         if let Some(asked) = self.asked {
-            return Ok(Meaning::Answer(asked));
+            return Ok(Action::Answer(asked));
         }
         if let Some(unsaid) = unsaid(self.command) {
             self.descend(unsaid);
         }
         match self.wrong.take().or_else(|| self.lacks()) {
             Some(wrong) => Err(self.usage(&wrong)),
-            None if self.is_group() => Ok(Meaning::Nothing),
-            None => Ok(Meaning::Run),
+            None if self.is_group() => Ok(Action::Nothing),
+            None => Ok(Action::Run),
         }
     }
 
@@ -360,7 +362,7 @@ mod tests {
     fn understood(line: &str) -> Result<(String, Flags)> {
         let tree = tree();
         let mut line = read(&tree, &words(line));
-        assert_eq!(line.meaning()?, Meaning::Run);
+        assert_eq!(line.meaning()?, Action::Run);
         Ok((line.args().join(" "), line.flags))
     }
 
@@ -473,7 +475,7 @@ mod tests {
             let tree = tree();
             let mut read = read(&tree, &words(line));
             let meaning = read.meaning().unwrap();
-            assert_eq!((meaning, read.name().as_str()), (Meaning::Answer(Asked::Help), name), "{line}");
+            assert_eq!((meaning, read.name().as_str()), (Action::Answer(Information::Help), name), "{line}");
         }
     }
 
@@ -483,12 +485,12 @@ mod tests {
         for line in
             ["", "omni-deploy", "deploy-manifest", "omni-deploy secrets", "omni-deploy --store file:///s"]
         {
-            assert_eq!(meaning(line), Meaning::Nothing, "{line}");
+            assert_eq!(meaning(line), Action::Nothing, "{line}");
         }
         for line in
             ["omni-deploy --version", "omni-deploy version", "deployer --version", "deploy-manifest -V"]
         {
-            assert_eq!(meaning(line), Meaning::Answer(Asked::Version), "{line}");
+            assert_eq!(meaning(line), Action::Answer(Information::Version), "{line}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! No memory of ours ends on a disk: what signs, reads credentials or carries secrets leaves no core dump, and no
 //! other process of the same user can look into it.
 
-use crate::say;
+use crate::log;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 
 /// Forbids core dumps of this process, also those that the kernel pipes to a program, for which the limit alone
@@ -14,7 +14,7 @@ pub fn forbid() {
         ("switch", set_dumpable_behavior(DumpableBehavior::NotDumpable)),
     ] {
         if let Err(e) = done {
-            say::warning(format!("core dumps of this process cannot be forbidden (the {what}): {e}"));
+            log::warning(format!("core dumps of this process cannot be forbidden (the {what}): {e}"));
         }
     }
 }

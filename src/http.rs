@@ -17,7 +17,7 @@ pub fn process_env(name: &str) -> Option<String> {
 
 /// How long an exchange may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct HttpLimits {
     /// Until the connection stands: name, TCP, TLS.
     pub connect: Duration,
     /// From the end of the request to the head of the answer.
@@ -33,7 +33,7 @@ pub const CONNECTIONS: usize = 64;
 
 /// An agent for one server. Statuses are answers, redirects are not followed; connections are kept and used
 /// again. Errors name the variable of the environment that is wrong.
-pub fn agent(env: Env, scheme: &str, host: &str, limits: Limits) -> Result<ureq::Agent, String> {
+pub fn agent(env: Env, scheme: &str, host: &str, limits: HttpLimits) -> Result<ureq::Agent, String> {
     let roots = if scheme == "https" { roots(env)? } else { RootCerts::WebPki };
     Ok(ureq::Agent::config_builder()
         .http_status_as_error(false)

@@ -15,25 +15,25 @@ use std::time::{Duration, Instant};
 
 /// How a program ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Status {
+pub enum ProcessStatus {
     /// It exited by itself with this code.
     Exit(i32),
     /// This signal ended it.
     Signal(i32),
 }
 
-impl Status {
+impl ProcessStatus {
     /// Exit code 0.
     pub fn ok(self) -> bool {
-        self == Status::Exit(0)
+        self == ProcessStatus::Exit(0)
     }
 }
 
-impl fmt::Display for Status {
+impl fmt::Display for ProcessStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Status::Exit(code) => write!(f, "exit code {code}"),
-            Status::Signal(signal) => write!(f, "signal {signal}"),
+            ProcessStatus::Exit(code) => write!(f, "exit code {code}"),
+            ProcessStatus::Signal(signal) => write!(f, "signal {signal}"),
         }
     }
 }
@@ -42,7 +42,7 @@ impl fmt::Display for Status {
 #[derive(Debug, Clone)]
 pub struct Output {
     /// How it ended.
-    pub status: Status,
+    pub status: ProcessStatus,
     /// Its stdout, whole.
     pub stdout: Vec<u8>,
     /// Its stderr, with invalid UTF-8 replaced.
@@ -76,7 +76,7 @@ pub enum RunError {
         /// The program with its arguments, for people.
         command: String,
         /// How it ended.
-        status: Status,
+        status: ProcessStatus,
         /// Its stderr.
         stderr: String,
     },
@@ -417,7 +417,7 @@ impl Run {
     }
 
     /// Runs it with our own stdin, stdout and stderr (an editor, a pager, ssh).
-    pub fn inherit(self) -> Result<Status, RunError> {
+    pub fn inherit(self) -> Result<ProcessStatus, RunError> {
         let mut child = self.spawn(self.command())?;
         let status = child
             .wait()
@@ -573,7 +573,7 @@ pub struct Beside(Child);
 
 impl Beside {
     /// Gives it a last word, then the end of its stdin, and waits until it has ended.
-    pub fn finish(mut self, word: &str) -> Result<Status, RunError> {
+    pub fn finish(mut self, word: &str) -> Result<ProcessStatus, RunError> {
         if let Some(mut input) = self.0.stdin.take() {
             // One that does not listen tells by its status.
             drop(input.write_all(word.as_bytes()));
@@ -604,11 +604,11 @@ const CHANNEL_LINES: usize = 256;
 /// buffers: what comes after these is a grandchild's.
 const LEFT_BEHIND: usize = CHANNEL_LINES + (160 << 10);
 
-fn told(status: ExitStatus) -> Status {
+fn told(status: ExitStatus) -> ProcessStatus {
     match (status.code(), status.signal()) {
-        (Some(code), _) => Status::Exit(code),
-        (None, Some(signal)) => Status::Signal(signal),
-        (None, None) => Status::Exit(-1),
+        (Some(code), _) => ProcessStatus::Exit(code),
+        (None, Some(signal)) => ProcessStatus::Signal(signal),
+        (None, None) => ProcessStatus::Exit(-1),
     }
 }
 
@@ -658,10 +658,10 @@ mod tests {
         let exit = Run::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]).output().unwrap();
         assert_eq!(
             (exit.status, exit.text().as_str(), exit.stderr.as_str()),
-            (Status::Exit(3), "out\n", "err\n")
+            (ProcessStatus::Exit(3), "out\n", "err\n")
         );
         let signal = Run::new("sh").args(["-c", "kill -TERM $$"]).output().unwrap();
-        assert_eq!(signal.status, Status::Signal(15));
+        assert_eq!(signal.status, ProcessStatus::Signal(15));
         let missing = Run::new("no-such-program-here").output().unwrap_err();
         assert!(matches!(missing, RunError::NotFound { .. }), "{missing:?}");
         let plain_file = Run::new("/etc/hostname").output().unwrap_err();
@@ -749,7 +749,7 @@ mod tests {
         }
         let script = "head -c 4000000 /dev/zero >&2; echo boom >&2; exit 3";
         let out = Run::new("sh").args(["-c", script]).output().unwrap();
-        assert!(out.status == Status::Exit(3) && out.stderr.ends_with("boom\n"));
+        assert!(out.status == ProcessStatus::Exit(3) && out.stderr.ends_with("boom\n"));
         assert!(out.stderr.len() <= 2 * KEPT_END, "{}", out.stderr.len());
         let out =
             Run::new("sh").args(["-c", "head -c 4000000 /dev/zero; echo end"]).end_kept().output().unwrap();

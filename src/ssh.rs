@@ -4,11 +4,11 @@
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::names::HostName;
-use crate::runner::{Output, Run, RunError, Status, Stream, tail};
+use crate::runner::{Output, ProcessStatus, Run, RunError, Stream, tail};
 use std::time::Duration;
 
 /// What ssh exits with when it could not run the command at all (ssh(1)).
-const SSH_FAILED: Status = Status::Exit(255);
+const SSH_FAILED: ProcessStatus = ProcessStatus::Exit(255);
 
 /// Stands before an answer on both streams: what a host's login shell prints before it, a greeting or a warning, is
 /// no part of it.
@@ -116,7 +116,7 @@ pub fn lines_of(
     host: &HostName,
     run: Run,
     mut line: impl FnMut(Stream, &str),
-) -> Result<Status> {
+) -> Result<ProcessStatus> {
     if is_here(settings, host) {
         return Ok(run.each_line(line)?.status);
     }
@@ -164,7 +164,7 @@ fn said(stderr: &str) -> String {
 }
 
 /// Why a host did not do what it was asked, where that is not the command's own affair.
-fn trouble(settings: &Settings, host: &HostName, status: Status, stderr: &str) -> Option<Error> {
+fn trouble(settings: &Settings, host: &HostName, status: ProcessStatus, stderr: &str) -> Option<Error> {
     let ssh = settings.ssh.join(" ");
     let asks = |line: &str| {
         line.starts_with("sudo")
@@ -327,7 +327,7 @@ mod tests {
                 ("it's a b\n", "oops\n"),
                 "{greets}"
             );
-            assert_eq!(output.status, Status::Exit(3));
+            assert_eq!(output.status, ProcessStatus::Exit(3));
             let mut lines = Vec::new();
             let run = run_on(&settings, &host("biz"), false, &["printf", "%s\\n", "one", "two"]);
             lines_of(&settings, &host("biz"), run, |stream, line| {
@@ -397,12 +397,17 @@ mod tests {
             ),
             (1, "sudo-rs: interactive authentication is required\n", "NOPASSWD"),
         ] {
-            let e = trouble(&settings, &host("web1"), Status::Exit(status), stderr).unwrap().to_string();
+            let e =
+                trouble(&settings, &host("web1"), ProcessStatus::Exit(status), stderr).unwrap().to_string();
             assert!(e.contains(want) && !e.contains(".;") && !e.contains('\r'), "{e}");
         }
         for (status, stderr) in [(0, "sudo: a password is required"), (1, "no password is required"), (3, "")]
         {
-            assert_eq!(trouble(&settings, &host("web1"), Status::Exit(status), stderr), None, "{stderr}");
+            assert_eq!(
+                trouble(&settings, &host("web1"), ProcessStatus::Exit(status), stderr),
+                None,
+                "{stderr}"
+            );
         }
     }
 
@@ -425,7 +430,7 @@ mod tests {
             let words = ["sh", "-c", "echo \"$1\" >&2; exit \"$1\"", "-", code];
             output_on(&settings, &host("biz"), false, &words, Duration::from_secs(20))
         };
-        assert_eq!(run("3").unwrap().status, Status::Exit(3));
+        assert_eq!(run("3").unwrap().status, ProcessStatus::Exit(3));
         let e = run("255").unwrap_err().to_string();
         assert!(e.contains("biz does not answer") && e.contains("255"), "{e}");
     }

@@ -8,7 +8,7 @@ use omni_deploy::manifest::versions;
 use omni_deploy::names::{HostName, ServiceName, StorePath};
 use omni_deploy::nix::narinfo::NarInfo;
 use omni_deploy::push::namespace;
-use omni_deploy::say::printable;
+use omni_deploy::log::printable;
 use omni_deploy::store::xml;
 use omni_deploy::store::{CacheUrl, StoreUrl};
 use std::path::Path;

@@ -4,7 +4,7 @@
 use super::{Call, print};
 use crate::config::{KEYS, Sourced};
 use crate::error::Result;
-use crate::say::printable;
+use crate::log::printable;
 use crate::store::url::without_secrets;
 use argh::{ArgsInfo, FromArgs};
 use serde_json::{Map, Value, json};

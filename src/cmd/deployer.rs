@@ -6,14 +6,14 @@ use crate::config::Settings;
 use crate::deployer::caddy::RoutePlan;
 use crate::deployer::follow;
 use crate::deployer::lines;
-use crate::deployer::live::{self, Answer};
+use crate::deployer::live::{self, LiveState};
 use crate::deployer::pass::{self, Decision, Preview, RunOptions};
 use crate::deployer::plan::{ServicePlan, Step};
 use crate::deployer::root::{Root, STATE_FILE};
-use crate::deployer::state::{LastError, RouteStatus, State, Status, attention};
+use crate::deployer::state::{LastError, RouteStatus, ServicePhase, State, attention};
 use crate::deployer::systemd;
 use crate::error::{Error, Result};
-use crate::say;
+use crate::log;
 use argh::{ArgsInfo, FromArgs};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -184,7 +184,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
             let settings = call.settings()?;
             let preview = pass::preview(&settings, &asks)?;
             if let Some(error) = &preview.manifest_error {
-                say::warning(format!("{error}; planned from the last good manifest"));
+                log::warning(format!("{error}; planned from the last good manifest"));
             }
             print(&if a.json { plan_json(&preview) } else { plan_text(&preview, &settings) })?;
             Ok(0)
@@ -265,13 +265,13 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
     let plan = &preview.plan;
     for service in plan.services.iter().chain(&plan.gone) {
         if let Some(trouble) = &service.trouble {
-            text.push_str(&format!("{}: {}\n", service.name, say::printable(&trouble.failure.reason)));
+            text.push_str(&format!("{}: {}\n", service.name, log::printable(&trouble.failure.reason)));
         }
         if let Some(attention) = attention(&service.name, &service.drop_ins) {
-            text.push_str(&format!("{}: {}\n", service.name, say::printable(&attention)));
+            text.push_str(&format!("{}: {}\n", service.name, log::printable(&attention)));
         }
         if let Some(remark) = &service.remark {
-            text.push_str(&format!("{}: {}\n", service.name, say::printable(remark)));
+            text.push_str(&format!("{}: {}\n", service.name, log::printable(remark)));
         }
         for step in &service.steps {
             text.push_str(&format!("{}: {}\n", service.name, step_text(step)));
@@ -282,10 +282,10 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
     }
     match &plan.route {
         RoutePlan::None | RoutePlan::Current => {}
-        RoutePlan::Pending(why) => text.push_str(&format!("route: pending: {}\n", say::printable(why))),
+        RoutePlan::Pending(why) => text.push_str(&format!("route: pending: {}\n", log::printable(why))),
         RoutePlan::Write(requests) => {
             for request in requests {
-                text.push_str(&format!("route: {}\n", say::printable(&request.what)));
+                text.push_str(&format!("route: {}\n", log::printable(&request.what)));
             }
         }
     }
@@ -329,7 +329,7 @@ fn plan_json(preview: &Preview) -> String {
         "understudies": preview.plan.understudies,
         "route": route,
     });
-    say::printable_json(&format!("{value:#}")).into_owned()
+    log::printable_json(&format!("{value:#}")).into_owned()
 }
 
 fn live(call: &Call, args: &StateArgs) -> Result<u8> {
@@ -349,7 +349,7 @@ fn watch(call: &Call, serial: u64) -> Result<u8> {
 }
 
 /// Prints an answer, for which a configuration that cannot be used is no reason to be silent.
-fn answered(call: &Call, look: impl FnOnce(Option<&Settings>, &Path) -> Result<Answer>) -> Result<u8> {
+fn answered(call: &Call, look: impl FnOnce(Option<&Settings>, &Path) -> Result<LiveState>) -> Result<u8> {
     let settings = call.settings();
     let unit_dir = settings.as_ref().map_or(Path::new("/etc/systemd/system"), |s| s.unit_dir.as_path());
     let mut answer = look(settings.as_ref().ok(), unit_dir)?;
@@ -358,7 +358,7 @@ fn answered(call: &Call, look: impl FnOnce(Option<&Settings>, &Path) -> Result<A
     }
     let text = serde_json::to_string(&answer);
     let text = text.map_err(|e| Error::new(format!("cannot write the answer: {e}")))?;
-    print(&say::printable_json(&text))?;
+    print(&log::printable_json(&text))?;
     Ok(0)
 }
 
@@ -385,7 +385,7 @@ fn state(json: bool) -> Result<u8> {
             // As it is, whatever it is, but for what steers a terminal.
             Ok(_) | Err(_) => bytes,
         };
-        print(&say::printable_json(&String::from_utf8_lossy(&bytes)))?;
+        print(&log::printable_json(&String::from_utf8_lossy(&bytes)))?;
         return Ok(0);
     }
     let state = state.map_err(|e| {
@@ -399,16 +399,16 @@ fn state(json: bool) -> Result<u8> {
         state.checked_at.age(now)
     );
     if let Some(LastError { reason, since }) = &state.last_error {
-        text.push_str(&format!("passes have failed for {}: {}\n", since.age(now), say::printable(reason)));
+        text.push_str(&format!("passes have failed for {}: {}\n", since.age(now), log::printable(reason)));
     }
     if let Some(error) = state.manifest_error.as_ref().filter(|e| !state.failed_with(e)) {
-        text.push_str(&format!("manifest: {}\n", say::printable(error)));
+        text.push_str(&format!("manifest: {}\n", log::printable(error)));
     }
     if let (Some(other), Some(this)) = (&state.other_machine, &state.machine) {
-        text.push_str(&format!("{}\n", say::printable(&other.text(&state.host, this))));
+        text.push_str(&format!("{}\n", log::printable(&other.text(&state.host, this))));
     }
     if !state.manager_environment.is_empty() {
-        text.push_str(&format!("{}\n", say::printable(&systemd::given_text(&state.manager_environment))));
+        text.push_str(&format!("{}\n", log::printable(&systemd::given_text(&state.manager_environment))));
     }
     for name in &state.draining {
         text.push_str(&format!("{name}: the last connections to its candidate are ending\n"));
@@ -430,7 +430,7 @@ fn state(json: bool) -> Result<u8> {
         if let Some(since) = service.pinned_since {
             text.push_str(&format!("    held there by 'deployer rollback' for {}\n", since.age(now)));
         }
-        if service.status == Status::Stopped {
+        if service.status == ServicePhase::Stopped {
             let until = service.paused_until.map_or("it is resumed".to_string(), |t| t.to_string());
             text.push_str(&format!("    paused until {until}\n"));
         }
@@ -438,20 +438,20 @@ fn state(json: bool) -> Result<u8> {
             text.push_str("    its secrets file was changed after it started; restart it to pick that up\n");
         }
         if let Some(failure) = &service.failure {
-            text.push_str(&format!("    {}\n", say::printable(&failure.reason)));
+            text.push_str(&format!("    {}\n", log::printable(&failure.reason)));
             for line in &failure.journal {
-                text.push_str(&format!("    | {}\n", say::printable(line)));
+                text.push_str(&format!("    | {}\n", log::printable(line)));
             }
             if failure.journal.is_empty() && lines::hidden(&root.lines()) {
                 text.push_str("    its last lines are root's to see: sudo deployer state\n");
             }
         }
         if let Some(attention) = service.attention() {
-            text.push_str(&format!("    {}\n", say::printable(&attention)));
+            text.push_str(&format!("    {}\n", log::printable(&attention)));
         }
     }
     if let (RouteStatus::Pending, Some(reason)) = (state.route.status, &state.route.reason) {
-        text.push_str(&format!("route pending: {}\n", say::printable(reason)));
+        text.push_str(&format!("route pending: {}\n", log::printable(reason)));
     }
     print(&text)?;
     Ok(0)

@@ -4,7 +4,7 @@ use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::deployer::live;
 use crate::error::{EXIT_FAILED, Error, Result};
-use crate::say::{self, printable, printable_json};
+use crate::log::{self, printable, printable_json};
 use crate::see::checks::{Check, Verdict, credentials, host, machine};
 use argh::{ArgsInfo, FromArgs};
 use serde_json::json;
@@ -39,7 +39,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
         let text = text.map_err(|e| Error::new(format!("cannot write the checks: {e}")))?;
         print(&printable_json(&text))?;
     } else {
-        let colour = std::io::stdout().is_terminal() && say::colour_wanted();
+        let colour = std::io::stdout().is_terminal() && log::colour_wanted();
         print(&checks.iter().map(|check| line(check, colour)).collect::<String>())?;
     }
     Ok(if failed { EXIT_FAILED } else { 0 })

@@ -4,7 +4,7 @@
 use super::Call;
 use crate::config::{self, KEYS};
 use crate::error::{Error, Result};
-use crate::runner::{Run, Status};
+use crate::runner::{ProcessStatus, Run};
 use std::path::{Path, PathBuf};
 
 /// In the environment of a process that ignores the terminal's signals.
@@ -62,8 +62,8 @@ pub fn edit(draft: &Path, traces: Traces) -> Result<Vec<u8>> {
         .inherit()
         .map_err(|e| Error::new(format!("cannot edit: {e}; or set EDITOR to another editor")))?;
     match status {
-        Status::Exit(0) => Ok(fs_err::read(draft)?),
-        Status::Exit(127) => {
+        ProcessStatus::Exit(0) => Ok(fs_err::read(draft)?),
+        ProcessStatus::Exit(127) => {
             Err(Error::new(format!("cannot edit: no '{shown}'; set EDITOR to another editor")))
         }
         status => Err(Error::new(format!("nothing was written: the editor '{shown}' ended with {status}"))),

@@ -8,10 +8,10 @@ use crate::config::{self, KEYS, Settings};
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
+use crate::log;
 use crate::manifest::edit::{self, Author};
 use crate::manifest::seen::Seen;
 use crate::manifest::signature::{self, Trust};
-use crate::say;
 use crate::store::url::without_secrets;
 use crate::store::{CacheUrl, Store, StoreUrl};
 use argh::{ArgsInfo, FromArgs};
@@ -58,7 +58,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
         return Err(Error::new(complaint));
     }
     if let Some(leftover) = probe.leftover {
-        say::warning(leftover);
+        log::warning(leftover);
     }
     crate::store::probe::remember(store.as_ref(), probe.etags, Timestamp::now());
 
@@ -70,7 +70,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     if let StoreUrl::S3(location) = &settings.store
         && let Some(from) = &location.endpoint_from
     {
-        say::info(format!("store: {location} (endpoint by {from})"));
+        log::info(format!("store: {location} (endpoint by {from})"));
         new.insert("store".into(), Value::from(location.to_string()));
     }
     let (key_file, key) = signing_key(&settings, args.key_name.as_deref())?;
@@ -85,7 +85,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     save(&file, &old, &new)?;
     for key in KEYS.iter().filter(|k| flags.contains_key(k.name)) {
         if std::env::var_os(key.env).is_some_and(|v| !v.is_empty()) {
-            say::warning(format!(
+            log::warning(format!(
                 "{} is set and beats '{}' of {}; unset it",
                 key.env,
                 key.name,
@@ -102,7 +102,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     let made = first_manifest(store.as_ref(), &author);
 
     let text = serde_json::to_string_pretty(&for_hosts(&settings, &public));
-    say::info(match settings.store {
+    log::info(match settings.store {
         StoreUrl::Dir(_) => "a deployer on this machine needs this in /etc/omni-deploy/config.json:",
         StoreUrl::S3(_) => {
             "every host needs this in /etc/omni-deploy/config.json, and credentials of its own for the bucket:"
@@ -117,15 +117,15 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
 fn first_manifest(store: &dyn Store, author: &Author) -> Result<()> {
     let Some(current) = edit::load(store)? else {
         edit::begin(store, &Timestamp::now, author)?;
-        say::notice(format!("manifest: made in {}", store.url()));
+        log::notice(format!("manifest: made in {}", store.url()));
         return Ok(());
     };
     if let Some(objection) = author.objection(store, &current)? {
-        say::warning(format!("warning: {}", author.refusal(store, &current, &objection)));
+        log::warning(format!("warning: {}", author.refusal(store, &current, &objection)));
         return Ok(());
     }
     let manifest = current.manifest().as_ref().map_err(|e| edit::unusable(store, e))?;
-    say::info(format!("manifest: {} has one, serial {}", store.url(), manifest.serial));
+    log::info(format!("manifest: {} has one, serial {}", store.url(), manifest.serial));
     author.remember(store, &current.bytes);
     Ok(())
 }
@@ -143,7 +143,7 @@ fn existing(file: &Path) -> Result<Map<String, Value>> {
             let aside = file.with_extension("json.broken");
             durable::write(&aside, &bytes, 0o600)?;
             durable::remove(file)?;
-            say::warning(format!("{} was no JSON object; kept as {}", file.display(), aside.display()));
+            log::warning(format!("{} was no JSON object; kept as {}", file.display(), aside.display()));
             Ok(Map::new())
         }
     }
@@ -172,19 +172,19 @@ fn signing_key(settings: &Settings, name: Option<&str>) -> Result<(PathBuf, Secr
                 key.public().name()
             )));
         }
-        say::info(format!("signing key: {} (configured)", path.display()));
+        log::info(format!("signing key: {} (configured)", path.display()));
         return Ok((path.clone(), key));
     }
     let name = name.map_or_else(|| default_key_name(&edit::whoami()), String::from);
     let dir = config::user_dir().join("keys");
     let path = dir.join(format!("{name}.secret"));
     if path.exists() {
-        say::info(format!("signing key: {} (was there)", path.display()));
+        log::info(format!("signing key: {} (was there)", path.display()));
         return Ok((path.clone(), SecretKey::read(&path)?));
     }
     let key = SecretKey::generate(&name)?;
     let path = key.write(&dir)?;
-    say::notice(format!("signing key: {} (made; keep a copy where only you can read it)", path.display()));
+    log::notice(format!("signing key: {} (made; keep a copy where only you can read it)", path.display()));
     Ok((path, key))
 }
 
@@ -197,7 +197,7 @@ fn default_key_name(author: &str) -> String {
 fn save(file: &Path, old: &Map<String, Value>, new: &Map<String, Value>) -> Result<()> {
     let at = file.display();
     if old == new {
-        say::info(format!("configuration: {at} needs no change"));
+        log::info(format!("configuration: {at} needs no change"));
         return Ok(());
     }
     let mode = fs_err::metadata(file).map_or(0o600, |m| m.permissions().mode() & 0o777);
@@ -212,7 +212,7 @@ fn save(file: &Path, old: &Map<String, Value>, new: &Map<String, Value>) -> Resu
     };
     for (name, value) in new.iter().filter(|(name, value)| old.get(*name) != Some(*value)) {
         let was = old.get(name).map_or(String::new(), |v| format!(" (was {})", shown(v)));
-        say::notice(format!("configuration: {at}: {name} is now {}{was}", shown(value)));
+        log::notice(format!("configuration: {at}: {name} is now {}{was}", shown(value)));
     }
     Ok(())
 }
@@ -231,7 +231,7 @@ fn for_hosts(settings: &Settings, ours: &PublicKey) -> Value {
     let shown = |name: &str, url: String| {
         let shown = without_secrets(&url);
         if shown != url {
-            say::warning(format!(
+            log::warning(format!(
                 "'{name}' below is shown without what authenticates; fill it in on the hosts"
             ));
         }

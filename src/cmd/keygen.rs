@@ -4,7 +4,7 @@ use super::print;
 use crate::config;
 use crate::error::Result;
 use crate::keys::SecretKey;
-use crate::say;
+use crate::log;
 use argh::{ArgsInfo, FromArgs};
 
 /// Make a signing key. It is NAME.secret (mode 0600) and NAME.pub below ~/.config/omni-deploy/keys; the public key is
@@ -21,7 +21,7 @@ pub(super) struct Args {
 pub(super) fn run(args: Args) -> Result<u8> {
     let key = SecretKey::generate(&args.name)?;
     let path = key.write(&config::user_dir().join("keys"))?;
-    say::notice(format!("made {}; to sign with it: 'secretKeyFile' in the configuration", path.display()));
+    log::notice(format!("made {}; to sign with it: 'secretKeyFile' in the configuration", path.display()));
     print(&key.public().to_string())?;
     Ok(0)
 }

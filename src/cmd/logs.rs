@@ -5,10 +5,10 @@
 use super::{Call, print};
 use crate::config::Settings;
 use crate::error::{EXIT_FAILED, Error, Result, did_you_mean};
+use crate::log::{self, printable};
 use crate::manifest::edit::{self, Author};
 use crate::names::HostName;
 use crate::runner::Stream;
-use crate::say::{self, printable};
 use crate::see::reports;
 use crate::ssh;
 use argh::{ArgsInfo, FromArgs};
@@ -232,7 +232,7 @@ fn together(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<b
             Event::Line(i, stream, line) => show(hosts, &hosts[i], stream, &line)?,
             Event::Failed(why) => {
                 failed = true;
-                say::error(why);
+                log::error(why);
             }
         }
     }
@@ -265,7 +265,7 @@ fn in_turn(settings: &Settings, hosts: &[HostName], words: &[&str], most: usize)
         for (host, answer) in asked {
             let (tail, why) = answer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             if tail.left_out > 0 {
-                say::warning(format!(
+                log::warning(format!(
                     "{host}: {} earlier lines are left out; --host {host} shows all",
                     tail.left_out
                 ));
@@ -275,7 +275,7 @@ fn in_turn(settings: &Settings, hosts: &[HostName], words: &[&str], most: usize)
             }
             if let Some(why) = why {
                 failed = true;
-                say::error(why);
+                log::error(why);
             }
         }
         Ok(failed)
@@ -289,7 +289,7 @@ fn show(hosts: &[HostName], host: &HostName, stream: Stream, line: &str) -> Resu
         (Stream::Stdout, 1) => print(&format!("{text}\n")),
         (Stream::Stdout, _) => print(&format!("{host} | {text}\n")),
         (Stream::Stderr, _) => {
-            say::warning(format!("{host}: {text}"));
+            log::warning(format!("{host}: {text}"));
             Ok(())
         }
     }

@@ -6,18 +6,18 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
 use crate::error::{Error, Result, did_you_mean, io_text};
+use crate::log;
 use crate::manifest::belief::{self, Objection};
 use crate::manifest::diff::{Difference, diff};
-use crate::manifest::edit::{self, Author, COPY_BACK, Current, Published, Start};
+use crate::manifest::edit::{self, Author, COPY_BACK, CurrentManifest, PublishedManifest, StartingPoint};
 use crate::manifest::lineage::{self, Ancestor, Relation};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::{Newest, enough_for, newest};
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::signature::{self, Trust};
-use crate::manifest::versions::{self, Head, Version};
+use crate::manifest::versions::{self, Version, VersionHead};
 use crate::manifest::{changes, json, limits, schema};
 use crate::names::{ServiceName, StorePath};
-use crate::say;
 use crate::store::{MANIFEST_KEY, Store};
 use argh::{ArgsInfo, FromArgs};
 use std::io::{IsTerminal, Read};
@@ -272,7 +272,7 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
             let published = edit::init(store, &Timestamp::now, &Author::of(settings)?)?;
             if !published.written {
                 let serial = published.manifest.serial;
-                say::info(format!(
+                log::info(format!(
                     "unchanged: there is a manifest already, serial {serial} ({})",
                     store.url()
                 ));
@@ -289,14 +289,14 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
         Command::Update(Update { name, path, revision }) => {
             let path = StorePath::parse(&path).map_err(|why| Error::new(format!("'{path}' {why}")))?;
             let revision = revision.filter(|r| !r.is_empty());
-            change(settings, store, Start::Existing, |manifest| {
+            change(settings, store, StartingPoint::Existing, |manifest| {
                 let changed = changes::update(manifest, &name, &path, revision.as_deref())?;
                 Ok(changed.then(|| format!("update {name}")))
             })?;
         }
         Command::AddService(AddService { service }) => add_service(settings, store, &service)?,
         Command::RemoveService(RemoveService { name }) => {
-            change(settings, store, Start::Existing, |manifest| {
+            change(settings, store, StartingPoint::Existing, |manifest| {
                 changes::remove(manifest, &name)?;
                 Ok(Some(format!("remove-service {name}")))
             })?;
@@ -333,9 +333,9 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
 fn change(
     settings: &Settings,
     store: &dyn Store,
-    start: Start,
+    start: StartingPoint,
     change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
-) -> Result<Published> {
+) -> Result<PublishedManifest> {
     let published = edit::publish(store, &Timestamp::now, &Author::of(settings)?, start, change)?;
     edit::report(store, &published);
     Ok(published)
@@ -380,10 +380,10 @@ fn show(settings: &Settings, store: &dyn Store, version: Option<&str>, service: 
         {
             return Err(why);
         }
-        say::warning(format!("warning: {why}"));
+        log::warning(format!("warning: {why}"));
     }
     if let Some(Err(why)) = signed {
-        say::warning(format!("warning: {what} is not to be trusted, and no host obeys it: {why}"));
+        log::warning(format!("warning: {what} is not to be trusted, and no host obeys it: {why}"));
     }
     let Some(name) = service else {
         return print_bytes(&json::pretty(&bytes));
@@ -409,7 +409,7 @@ fn show(settings: &Settings, store: &dyn Store, version: Option<&str>, service: 
 fn print_bytes(bytes: &[u8]) -> Result<()> {
     let text =
         std::str::from_utf8(bytes).map_err(|e| Error::new(format!("the manifest is not UTF-8: {e}")))?;
-    print(&say::printable_json(text))
+    print(&log::printable_json(text))
 }
 
 fn list(settings: &Settings, store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
@@ -423,14 +423,14 @@ fn list(settings: &Settings, store: &dyn Store, as_json: bool, number: usize) ->
     if let Some(current) = current
         && let Some(objection) = author.objection(store, &current)?
     {
-        say::warning(format!("warning: {}", author.refusal(store, &current, &objection)));
+        log::warning(format!("warning: {}", author.refusal(store, &current, &objection)));
     } else if !versions.iter().any(|v| v.current) {
         match edit::load(store)? {
             None if versions.is_empty() => return Err(edit::missing(store)),
-            None => say::warning(format!("warning: {}", edit::missing(store))),
+            None => log::warning(format!("warning: {}", edit::missing(store))),
             Some(current) => {
                 if let Err(e) = current.into_parts().1 {
-                    say::warning(format!("warning: {}", edit::unusable(store, &e)));
+                    log::warning(format!("warning: {}", edit::unusable(store, &e)));
                 }
             }
         }
@@ -443,7 +443,7 @@ fn list(settings: &Settings, store: &dyn Store, as_json: bool, number: usize) ->
             .zip(&heads)
             .map(|(version, head)| {
                 let problem = versions::mismatch(version, head.as_ref());
-                let text = |f: fn(&Head) -> String| head.as_ref().filter(|_| problem.is_none()).map(f);
+                let text = |f: fn(&VersionHead) -> String| head.as_ref().filter(|_| problem.is_none()).map(f);
                 let mut row = serde_json::json!({
                     "name": version.name,
                     "serial": version.serial,
@@ -459,11 +459,11 @@ fn list(settings: &Settings, store: &dyn Store, as_json: bool, number: usize) ->
             })
             .collect();
         let document = serde_json::json!({"version": 1, "versions": rows});
-        return print(&say::printable_json(&format!("{document:#}")));
+        return print(&log::printable_json(&format!("{document:#}")));
     }
     let mut rows = vec![["", "NAME", "SERIAL", "WHEN", "BY", "ACTION"].map(String::from)];
     for (version, head) in shown.iter().zip(heads) {
-        let problem = |action: String| Head {
+        let problem = |action: String| VersionHead {
             serial: version.serial,
             generation: Timestamp::default(),
             change: crate::manifest::Change { action, ..Default::default() },
@@ -480,21 +480,21 @@ fn list(settings: &Settings, store: &dyn Store, as_json: bool, number: usize) ->
             version.name.clone(),
             version.serial.to_string(),
             if known { head.generation.to_string() } else { String::new() },
-            say::printable(&head.change.by).into_owned(),
-            say::printable(&head.change.action).into_owned(),
+            log::printable(&head.change.by).into_owned(),
+            log::printable(&head.change.action).into_owned(),
         ]);
     }
     print(&table(&rows))?;
     if !complete {
-        say::info("older ones: 'deploy-manifest list --all'");
+        log::info("older ones: 'deploy-manifest list --all'");
     } else if shown.len() < versions.len() {
-        say::info(format!("{} older ones: 'deploy-manifest list --all'", versions.len() - shown.len()));
+        log::info(format!("{} older ones: 'deploy-manifest list --all'", versions.len() - shown.len()));
     }
     for name in others.iter().take(10) {
-        say::warning(format!("not a version: {}", say::printable(&versions::archive_key(name))));
+        log::warning(format!("not a version: {}", log::printable(&versions::archive_key(name))));
     }
     if others.len() > 10 {
-        say::warning(format!("not a version: {} more objects beside them", others.len() - 10));
+        log::warning(format!("not a version: {} more objects beside them", others.len() - 10));
     }
     Ok(())
 }
@@ -512,16 +512,16 @@ fn table(rows: &[[String; 6]]) -> String {
             w3 = widths[3],
             w4 = widths[4]
         );
-        out.push_str(&say::printable(line.trim_end()));
+        out.push_str(&log::printable(line.trim_end()));
         out.push('\n');
     }
     out
 }
 
 /// The beginnings of versions, read by up to eight threads.
-fn heads(store: &dyn Store, versions: &[Version]) -> Result<Vec<Option<Head>>> {
+fn heads(store: &dyn Store, versions: &[Version]) -> Result<Vec<Option<VersionHead>>> {
     let next = AtomicUsize::new(0);
-    let found: Mutex<Vec<Option<Head>>> = Mutex::new(vec![None; versions.len()]);
+    let found: Mutex<Vec<Option<VersionHead>>> = Mutex::new(vec![None; versions.len()]);
     let work = || -> Result<()> {
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
@@ -571,12 +571,12 @@ fn add_service(settings: &Settings, store: &dyn Store, word: &str) -> Result<()>
     let service = parse::service_from(&bytes, Mode::Strict, settings.default_hosts.as_deref())
         .map_err(|e| Error::from(e).context("the service"))?;
     let name = service.name.clone();
-    let published = change(settings, store, Start::OrEmpty, |manifest| {
+    let published = change(settings, store, StartingPoint::OrEmpty, |manifest| {
         changes::add(manifest, service.clone())?;
         Ok(Some(format!("add-service {name}")))
     })?;
     if published.manifest.serial == 1 {
-        say::info("there was no manifest yet: this is the first version");
+        log::info("there was no manifest yet: this is the first version");
     }
     Ok(())
 }
@@ -594,7 +594,7 @@ fn set(settings: &Settings, store: &dyn Store, name: &str, fields: &[String]) ->
         }
     }
     let named: Vec<&str> = assignments.iter().map(|(field, _)| field.as_str()).collect();
-    change(settings, store, Start::Existing, |manifest| {
+    change(settings, store, StartingPoint::Existing, |manifest| {
         let changed = changes::set(manifest, name, &assignments)
             .map_err(|e| if manifest.service(name).is_some() { e.context(name) } else { e })?;
         Ok(changed.then(|| format!("set {name} {}", named.join(" "))))
@@ -629,7 +629,7 @@ fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
     durable::write(&file, &text, 0o600)?;
     let result = match editor::edit(&file, editor::Traces::Kept) {
         Ok(bytes) if bytes == text => {
-            say::info(format!("unchanged: nothing was published{next}"));
+            log::info(format!("unchanged: nothing was published{next}"));
             return Ok(());
         }
         Ok(bytes) => publish_edited(settings, store, &bytes, &text),
@@ -659,7 +659,7 @@ enum EditBase {
 }
 
 /// Says what is in force besides, where that is not what the edit starts from.
-fn edit_base(store: &dyn Store, author: &Author, current: &Current) -> Result<EditBase> {
+fn edit_base(store: &dyn Store, author: &Author, current: &CurrentManifest) -> Result<EditBase> {
     let url = store.url();
     let trusting = !author.trust.trusted.is_empty();
     let why = match (author.objection(store, current)?, current.manifest()) {
@@ -670,7 +670,7 @@ fn edit_base(store: &dyn Store, author: &Author, current: &Current) -> Result<Ed
         (None, Ok(_)) => return Ok(EditBase::InForce),
         (None, Err(e)) if e.is_newer_version() => return Err(edit::unusable(store, e)),
         (None, Err(e)) if !trusting => {
-            say::warning(format!("warning: the manifest in {url} cannot be used: {e}"));
+            log::warning(format!("warning: the manifest in {url} cannot be used: {e}"));
             return Ok(EditBase::Broken);
         }
         (None, Err(e)) => format!("the manifest in {url} cannot be used: {e}"),
@@ -682,15 +682,15 @@ fn edit_base(store: &dyn Store, author: &Author, current: &Current) -> Result<Ed
              ('deploy-manifest show'), and if all of it is right, 'deploy-manifest sign'"
         )));
     };
-    say::warning(format!("warning: {why}; you edit {}, the newest that is believed", newest.words()));
+    log::warning(format!("warning: {why}; you edit {}, the newest that is believed", newest.words()));
     match current.manifest() {
         Ok(there) => {
-            say::warning("what is in force differs from it in this, which nobody trusted has signed:");
+            log::warning("what is in force differs from it in this, which nobody trusted has signed:");
             for difference in diff(&newest.manifest, there) {
-                say::warning(format!("  {difference}"));
+                log::warning(format!("  {difference}"));
             }
         }
-        Err(_) => say::warning("what is in force can be looked at with 'deploy-manifest show'"),
+        Err(_) => log::warning("what is in force can be looked at with 'deploy-manifest show'"),
     }
     Ok(EditBase::Believed(newest.bytes))
 }
@@ -755,7 +755,7 @@ fn publish_edited(settings: &Settings, store: &dyn Store, bytes: &[u8], base: &[
     if let Some(reserved) = parse::new_reserved(&edited, made_from.as_ref()) {
         return Err(reserved.into());
     }
-    change(settings, store, Start::Repair, |manifest| {
+    change(settings, store, StartingPoint::Repair, |manifest| {
         let Some(base) = &made_from else {
             // What could not be read cannot be merged with: only what was edited may be replaced.
             if edit::load(store)?.is_none_or(|c| c.bytes != base) {
@@ -787,7 +787,7 @@ fn print_diff(settings: &Settings, store: &dyn Store, words: &[String]) -> Resul
         // It is there to be looked at, as by 'show'.
         let (manifest, doubt) = versions::read_with_doubt(store, version, &author.trust.trusted)?;
         if let Some(why) = doubt {
-            say::warning(format!(
+            log::warning(format!(
                 "warning: {} is not to be trusted, and no host obeys it: {why}",
                 version.name
             ));
@@ -809,10 +809,10 @@ fn print_diff(settings: &Settings, store: &dyn Store, words: &[String]) -> Resul
     };
     let mut lines = String::new();
     for difference in diff(&old, &new) {
-        lines.push_str(&format!("{}\n", say::printable(&difference.to_string())));
+        lines.push_str(&format!("{}\n", log::printable(&difference.to_string())));
     }
     if lines.is_empty() {
-        say::info(format!("serials {} and {} do not differ", old.serial, new.serial));
+        log::info(format!("serials {} and {} do not differ", old.serial, new.serial));
         return Ok(());
     }
     print(&lines)
@@ -841,7 +841,7 @@ fn only_version(store: &dyn Store) -> Error {
 
 /// What is in force, and why it is not built on; None: nothing that can be read is.
 struct InForce {
-    current: Option<Current>,
+    current: Option<CurrentManifest>,
     objection: Option<Objection>,
 }
 
@@ -906,7 +906,7 @@ fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: boo
         }
         let now = &Timestamp::now;
         let published =
-            edit::publish_over(store, now, &author, Start::Replace, shown.as_ref(), |manifest| {
+            edit::publish_over(store, now, &author, StartingPoint::Replace, shown.as_ref(), |manifest| {
                 Ok(restore(manifest, &old, &name))
             })?;
         edit::report(store, &published);
@@ -915,7 +915,7 @@ fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: boo
     let version = rollback_target(store, &author, &versions, word)?;
     let old = believed(&author, store, version)?;
     drop(in_force);
-    change(settings, store, Start::Replace, |manifest| Ok(restore(manifest, &old, &version.name)))?;
+    change(settings, store, StartingPoint::Replace, |manifest| Ok(restore(manifest, &old, &version.name)))?;
     Ok(())
 }
 
@@ -926,19 +926,19 @@ const SHOWN: usize = 30;
 fn show_undone(in_force: &InForce, old: &Manifest) {
     let to = belief::words(old);
     let Some(there) = in_force.believed() else {
-        return say::notice(format!("back to {to}"));
+        return log::notice(format!("back to {to}"));
     };
-    say::notice(format!("from {} back to {to}:", belief::words(there)));
+    log::notice(format!("from {} back to {to}:", belief::words(there)));
     show_differences(diff(there, old).iter());
 }
 
 fn show_differences<'a>(mut differences: impl Iterator<Item = &'a Difference>) {
     for difference in differences.by_ref().take(SHOWN) {
-        say::notice(format!("  {difference}"));
+        log::notice(format!("  {difference}"));
     }
     match differences.count() {
         0 => {}
-        more => say::notice(format!("  and {more} more")),
+        more => log::notice(format!("  and {more} more")),
     }
 }
 
@@ -955,7 +955,7 @@ fn version_before(
         match search.found {
             Some(found) => {
                 if !passed_over.is_empty() {
-                    say::warning(format!("warning: {passed_over}"));
+                    log::warning(format!("warning: {passed_over}"));
                 }
                 let name = found.name();
                 Ok((found.manifest, name))
@@ -977,7 +977,7 @@ fn version_before(
             false => only_version(store),
         };
         if let Some(before) = before.filter(|b| search.found.is_some() && !search.met.contains(&b.serial)) {
-            say::warning(format!(
+            log::warning(format!(
                 "warning: version {}, the one before, is not among the old ones any more",
                 before.serial
             ));
@@ -1042,7 +1042,7 @@ fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8], yes: b
         )));
     }
     if let Some(there) = in_force.signed() {
-        say::notice(format!("from {} to the copy of {}:", belief::words(there), belief::words(&copy)));
+        log::notice(format!("from {} to the copy of {}:", belief::words(there), belief::words(&copy)));
         show_differences(diff(there, &copy).iter());
     }
     let trusting = !trusted.is_empty();
@@ -1062,7 +1062,7 @@ fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8], yes: b
         )));
     }
     drop(in_force);
-    let published = edit::publish(store, &Timestamp::now, &author, Start::Replace, |manifest| {
+    let published = edit::publish(store, &Timestamp::now, &author, StartingPoint::Replace, |manifest| {
         // Whoever has obeyed the copy knows that the new version comes after it.
         let behind = manifest.serial < copy.serial
             || trusting && line.first().is_some_and(|copy| !manifest.previous.contains(copy));
@@ -1133,10 +1133,10 @@ fn rollback_service(
                 )));
             };
             if !passed_over.is_empty() {
-                say::warning(format!("warning: {passed_over}"));
+                log::warning(format!("warning: {passed_over}"));
             }
             let undone = search.after.unwrap_or_else(|| belief::words(&now));
-            say::notice(format!("{name} as it was before {undone}, in {}:", found.words()));
+            log::notice(format!("{name} as it was before {undone}, in {}:", found.words()));
             let of_it = |d: &Difference| d.service().is_some_and(|service| service.as_str() == name);
             show_differences(diff(&now, &found.manifest).iter().filter(|d| of_it(d)));
             if !yes && !confirmed("Publish that?")? {
@@ -1145,7 +1145,7 @@ fn rollback_service(
             (found.name(), found.manifest)
         }
     };
-    change(settings, store, Start::Existing, |manifest| {
+    change(settings, store, StartingPoint::Existing, |manifest| {
         let changed = changes::restore_service(manifest, &old, name)?;
         Ok(changed.then(|| format!("rollback {name} to {version} (serial {})", old.serial)))
     })?;
@@ -1173,7 +1173,7 @@ fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<
     let (_, mut names) = versions::believed(store, version, &trusted)?;
     names.sort();
     names.dedup();
-    print(&names.iter().map(|name| format!("{}\n", say::printable(name))).collect::<String>())
+    print(&names.iter().map(|name| format!("{}\n", log::printable(name))).collect::<String>())
 }
 
 /// Believes the version in force, of this number, from now on.
@@ -1198,7 +1198,7 @@ fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Result<()> {
         )));
     }
     author.believe(store, &current.bytes);
-    say::notice(format!(
+    log::notice(format!(
         "accepted: this machine believes {} from now on ({})",
         belief::words(there),
         store.url()
@@ -1214,9 +1214,9 @@ fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -> Result<()
     let why = match author.objection(store, &current)? {
         None => {
             match edit::add_signature(store, &author)? {
-                true => say::notice(format!("signed ({})", store.url())),
+                true => log::notice(format!("signed ({})", store.url())),
                 false => {
-                    say::info(format!("unchanged: it has this key's signature already ({})", store.url()))
+                    log::info(format!("unchanged: it has this key's signature already ({})", store.url()))
                 }
             }
             return Ok(());
@@ -1260,22 +1260,22 @@ fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -> Result<()
 /// Shows what differs from the newest version that is believed.
 fn show_unsigned(store: &dyn Store, author: &Author, there: &Manifest, why: &str) -> Result<()> {
     let url = store.url();
-    say::warning(format!("{} in {url} is not to be trusted: {why}", belief::words(there)));
+    log::warning(format!("{} in {url} is not to be trusted: {why}", belief::words(there)));
     let empty = Manifest::empty(there.generation, "");
     let newest = author.newest_believed(store)?;
     match &newest {
         Some(newest) => {
-            say::warning(format!("it differs from {}, the newest that is believed, in:", newest.words()))
+            log::warning(format!("it differs from {}, the newest that is believed, in:", newest.words()))
         }
-        None => say::warning("no version here is signed by a trusted key, so all of it is new:"),
+        None => log::warning("no version here is signed by a trusted key, so all of it is new:"),
     }
     for difference in diff(newest.as_ref().map_or(&empty, |n| &n.manifest), there) {
-        say::warning(format!("  {difference:#}"));
+        log::warning(format!("  {difference:#}"));
         if let (Difference::Added(_), Some(service)) =
             (&difference, difference.service().and_then(|n| there.service(n.as_str())))
         {
             let entry = serde_json::to_string_pretty(service).unwrap_or_default();
-            entry.lines().for_each(|line| say::warning(format!("    {}", say::printable(line))));
+            entry.lines().for_each(|line| log::warning(format!("    {}", log::printable(line))));
         }
     }
     Ok(())
@@ -1286,7 +1286,7 @@ fn confirmed(question: &str) -> Result<bool> {
     if !std::io::stdin().is_terminal() {
         return Ok(true);
     }
-    say::notice(format!("{question} [y/N]"));
+    log::notice(format!("{question} [y/N]"));
     let mut answer = String::new();
     std::io::stdin()
         .read_line(&mut answer)
@@ -1309,7 +1309,7 @@ fn validate_file(settings: &Settings, file: &str) -> Result<()> {
         parse::service_from(&bytes, Mode::Strict, hosts).map(|s| format!("service '{}'", s.name))
     };
     let said = said.map_err(|e| Error::from(e).context(shown))?;
-    say::info(format!("valid: {shown} has {said}"));
+    log::info(format!("valid: {shown} has {said}"));
     Ok(())
 }
 
@@ -1321,10 +1321,10 @@ fn validate_store(settings: &Settings, store: &dyn Store) -> Result<()> {
     }
     let manifest = current.into_parts().1.map_err(|e| edit::unusable(store, &e))?;
     if let Some(unknown) = parse::new_unknown(&manifest, None) {
-        say::warning(format!("warning: {unknown}; a newer version may have written it"));
+        log::warning(format!("warning: {unknown}; a newer version may have written it"));
     }
     let said = count(manifest.services.len());
-    say::info(format!("valid: serial {} has {said} ({})", manifest.serial, store.url()));
+    log::info(format!("valid: serial {} has {said} ({})", manifest.serial, store.url()));
     Ok(())
 }
 

@@ -1,5 +1,5 @@
 //! The commands, one file each: they read their arguments, call the modules that do the work, and print.
-//! Data goes to stdout; everything else goes to stderr through [`crate::say`].
+//! Data goes to stdout; everything else goes to stderr through [`crate::log`].
 
 pub mod completions;
 pub mod config;
@@ -17,9 +17,9 @@ pub mod status;
 mod usage;
 
 use crate::config::{Flags, Settings};
-use crate::dispatch::{self, Asked, Meaning};
+use crate::dispatch::{self, Action, Information};
 use crate::error::{Error, Result};
-use crate::say;
+use crate::log;
 use argh::{ArgsInfo, FromArgs};
 use std::io::Write;
 use std::process::ExitCode;
@@ -108,7 +108,7 @@ pub fn main() -> ExitCode {
         match arg.into_string() {
             Ok(arg) => argv.push(arg),
             Err(arg) => {
-                say::error(format!("the argument {arg:?} is not UTF-8; write it in UTF-8"));
+                log::error(format!("the argument {arg:?} is not UTF-8; write it in UTF-8"));
                 return ExitCode::from(crate::error::EXIT_USAGE);
             }
         }
@@ -117,7 +117,7 @@ pub fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(e) => {
             if !e.is_said() {
-                say::error(format!("error: {e}"));
+                log::error(format!("error: {e}"));
             }
             ExitCode::from(e.exit())
         }
@@ -128,13 +128,15 @@ fn run(argv: Vec<String>) -> Result<u8> {
     let tree = tree();
     let mut line = dispatch::read(&tree, &argv);
     match line.meaning()? {
-        Meaning::Run => {}
-        Meaning::Answer(Asked::Help) => return print(&usage::help(line.command, &line.name())).map(|()| 0),
-        Meaning::Answer(Asked::Version) => {
+        Action::Run => {}
+        Action::Answer(Information::Help) => {
+            return print(&usage::help(line.command, &line.name())).map(|()| 0);
+        }
+        Action::Answer(Information::Version) => {
             return print(&format!("omni-deploy {}", env!("CARGO_PKG_VERSION"))).map(|()| 0);
         }
-        Meaning::Nothing => {
-            say::info(usage::help(line.command, &line.name()).trim_end());
+        Action::Nothing => {
+            log::info(usage::help(line.command, &line.name()).trim_end());
             return Err(Error::said(crate::error::EXIT_USAGE));
         }
     }

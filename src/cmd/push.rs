@@ -3,11 +3,11 @@
 use super::Call;
 use crate::config::Settings;
 use crate::error::Result;
+use crate::log;
 use crate::names::{HostName, ServiceName};
 use crate::nix::Scope;
 use crate::push::wait::{self, Newer, Outcome};
 use crate::push::{self, Pushed, What, early};
-use crate::say;
 use argh::{ArgsInfo, FromArgs};
 use std::time::Duration;
 
@@ -112,7 +112,7 @@ pub(super) fn run(call: &Call, args: Push) -> Result<u8> {
     }
     let hosts: Vec<&str> = pushed.hosts.keys().map(HostName::as_str).collect();
     if hosts.is_empty() {
-        say::warning("no host runs what was pushed; name some with 'deploy-manifest set NAME hosts=…'");
+        log::warning("no host runs what was pushed; name some with 'deploy-manifest set NAME hosts=…'");
         return Ok(0);
     }
     if args.wait {
@@ -122,7 +122,7 @@ pub(super) fn run(call: &Call, args: Push) -> Result<u8> {
         };
         return follow(&settings, &pushed, Duration::from_secs(args.timeout));
     }
-    say::info(format!(
+    log::info(format!(
         "{} will pick it up within 5 minutes; 'omni-deploy ship' makes it live at once",
         hosts.join(", ")
     ));
@@ -144,16 +144,16 @@ fn explain(service: &ServiceName, host: &HostName, outcome: &Outcome) {
     match outcome {
         Outcome::Running => {}
         Outcome::Superseded(Newer { serial, by, action }) => {
-            say::warning(format!(
+            log::warning(format!(
                 "{service} on {host}: {by} published version {serial} meanwhile ({action}), and that counts"
             ));
         }
         Outcome::Off(off) => {
-            say::error(format!("{service} on {host}: {}: {}", off.status.as_str(), off.reason));
+            log::error(format!("{service} on {host}: {}: {}", off.status.as_str(), off.reason));
             for line in &off.journal {
-                say::info(format!("  {line}"));
+                log::info(format!("  {line}"));
             }
         }
-        Outcome::Pending(why) | Outcome::Unknown(why) => say::error(format!("{service} on {host}: {why}")),
+        Outcome::Pending(why) | Outcome::Unknown(why) => log::error(format!("{service} on {host}: {why}")),
     }
 }

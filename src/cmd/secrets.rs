@@ -8,13 +8,15 @@ use crate::config::Settings;
 use crate::deployer::root::Root;
 use crate::durable;
 use crate::error::{EXIT_DEGRADED, EXIT_FAILED, EXIT_USAGE, Error, Result, did_you_mean};
+use crate::log::{self, printable};
 use crate::manifest::edit::{self, Author};
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::{Manifest, Service, changes};
 use crate::names::{HostName, ServiceName};
-use crate::runner::{Beside, Run, Status, tail};
-use crate::say::{self, printable};
-use crate::secrets::{self, Form, Found, MAX_FILE, SecretFile, Wanted, Written, environment};
+use crate::runner::{Beside, ProcessStatus, Run, tail};
+use crate::secrets::{
+    self, FileFormat, FileState, MAX_FILE, SecretFile, WriteRequest, WriteResult, environment,
+};
 use crate::ssh;
 use argh::{ArgsInfo, FromArgs};
 use std::io::{BufRead, IsTerminal, Read, Write};
@@ -38,8 +40,8 @@ pub(super) struct Args {
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand)]
 enum Command {
-    Check(Check),
-    Edit(Edit),
+    Check(CheckArgs),
+    Edit(SecretsEditArgs),
     OnHost(OnHost),
     Sweep(Sweep),
 }
@@ -55,7 +57,7 @@ enum Command {
     error_code(1, "no such service, or a host cannot be reached"),
     error_code(3, "something is wrong, and the command to type was printed")
 )]
-struct Check {
+struct CheckArgs {
     /// the service
     #[argh(positional)]
     service: String,
@@ -76,7 +78,7 @@ struct Check {
             said where it goes. vim and nvim are told to keep nothing of it elsewhere (-n -i NONE, noundofile, nobackup); \
             another editor's histories are its own affair."
 )]
-struct Edit {
+struct SecretsEditArgs {
     /// the service
     #[argh(positional)]
     service: String,
@@ -134,7 +136,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
 fn on_host(verb: &str, service: &str, form: &str, path: &str) -> Result<u8> {
     let name = ServiceName::parse(service)
         .map_err(|why| Error::usage(format!("the service '{}' {why}", printable(service))))?;
-    let form = Form::parse(form).ok_or_else(|| Error::usage("no such form of a file"))?;
+    let form = FileFormat::parse(form).ok_or_else(|| Error::usage("no such form of a file"))?;
     if !ssh::is_root() {
         return Err(Error::new("secrets are root's; run this through sudo"));
     }
@@ -145,7 +147,7 @@ fn on_host(verb: &str, service: &str, form: &str, path: &str) -> Result<u8> {
         "write" => {
             let mut wanted = Vec::new();
             std::io::stdin().take(MAX_FILE * 2).read_to_end(&mut wanted)?;
-            let wanted: Wanted = serde_json::from_slice(&wanted)
+            let wanted: WriteRequest = serde_json::from_slice(&wanted)
                 .map_err(|_| Error::new("stdin has something else than what is to be written"))?;
             serde_json::to_string(&secrets::write(path, &wanted)?)
         }
@@ -182,7 +184,7 @@ fn manifest(settings: &Settings) -> Result<Manifest> {
         let last = fs_err::read(&kept).ok().filter(|_| ssh::is_root());
         match last.and_then(|bytes| parse::manifest(&bytes, Mode::Tolerant).ok()) {
             Some(manifest) => {
-                say::warning(format!("{e}; going by the last good manifest, {}", kept.display()));
+                log::warning(format!("{e}; going by the last good manifest, {}", kept.display()));
                 Ok(manifest)
             }
             None => Err(e),
@@ -240,8 +242,8 @@ fn ask<T: serde::de::DeserializeOwned>(
         });
     }
     let said = tail(&output.stderr);
-    let unknown = matches!(output.status, Status::Exit(127)) || said.contains("command not found");
-    Err(Error::new(if unknown || output.status == Status::Exit(EXIT_USAGE.into()) {
+    let unknown = matches!(output.status, ProcessStatus::Exit(127)) || said.contains("command not found");
+    Err(Error::new(if unknown || output.status == ProcessStatus::Exit(EXIT_USAGE.into()) {
         format!("host {host} has no omni-deploy that knows 'secrets': {said}; install this version there")
     } else if said.is_empty() {
         format!("host {host}: omni-deploy there ended with {} and said nothing", output.status)
@@ -258,18 +260,18 @@ fn typed(settings: &Settings, host: &HostName, command: &str) -> String {
     }
 }
 
-fn check(settings: &Settings, args: &Check) -> Result<u8> {
+fn check(settings: &Settings, args: &CheckArgs) -> Result<u8> {
     let manifest = manifest(settings)?;
     let service = service(&manifest, &args.service)?;
     let hosts = hosts(service, args.host.as_deref())?;
     let files = secrets::files(service);
     if files.is_empty() {
-        say::info(no_secrets(service));
+        log::info(no_secrets(service));
         return Ok(0);
     }
     let pairs: Vec<(&HostName, &SecretFile)> =
         hosts.iter().flat_map(|host| files.iter().map(move |file| (host, file))).collect();
-    let answers: Vec<Result<Found>> = std::thread::scope(|scope| {
+    let answers: Vec<Result<FileState>> = std::thread::scope(|scope| {
         let look = |(host, file): &(&HostName, &SecretFile)| {
             ask(settings, host, "look", &service.name, file, Vec::new())
         };
@@ -291,7 +293,7 @@ fn check(settings: &Settings, args: &Check) -> Result<u8> {
             // Whoever does not answer may have anything.
             Err(e) => {
                 failed = true;
-                say::error(format!("error: {e}"));
+                log::error(format!("error: {e}"));
             }
         }
     }
@@ -299,14 +301,20 @@ fn check(settings: &Settings, args: &Check) -> Result<u8> {
 }
 
 /// What is known of a file on a host, a line for each thing.
-fn told(settings: &Settings, service: &Service, host: &HostName, file: &SecretFile, found: &Found) -> String {
+fn told(
+    settings: &Settings,
+    service: &Service,
+    host: &HostName,
+    file: &SecretFile,
+    found: &FileState,
+) -> String {
     let mut lines = found.problems.clone();
     lines.extend(found.mistakes.iter().map(|mistake| format!("{}: {mistake}", file.path)));
     if lines.is_empty() {
         let names = match (file.form, found.names.is_empty()) {
-            (Form::Bytes, _) => "well".to_string(),
-            (Form::Environment, true) => "sets nothing".to_string(),
-            (Form::Environment, false) => found.names.join(", "),
+            (FileFormat::Bytes, _) => "well".to_string(),
+            (FileFormat::Environment, true) => "sets nothing".to_string(),
+            (FileFormat::Environment, false) => found.names.join(", "),
         };
         lines.push(format!("{}: {names}", file.path));
     }
@@ -320,7 +328,7 @@ fn told(settings: &Settings, service: &Service, host: &HostName, file: &SecretFi
     lines.iter().map(|line| format!("{host}: {}\n", printable(line))).collect()
 }
 
-fn edit_on_host(call: &Call, args: &Edit) -> Result<u8> {
+fn edit_on_host(call: &Call, args: &SecretsEditArgs) -> Result<u8> {
     editor::ignore_its_signals(call)?;
     let settings = call.settings()?;
     let manifest = manifest(&settings)?;
@@ -349,12 +357,12 @@ fn edit_on_host(call: &Call, args: &Edit) -> Result<u8> {
             _ => format!("{} has {}; name one of them with --file", service.name, paths.join(", ")),
         }));
     };
-    let found: Found = ask(&settings, host, "read", &service.name, file, Vec::new())?;
+    let found: FileState = ask(&settings, host, "read", &service.name, file, Vec::new())?;
     let old = found.content.as_deref().map(secrets::decode).transpose()?;
     if !edited(&settings, host, service, file, old, found.hash.clone())? {
         return Ok(0);
     }
-    say::info(format!("{host}: wrote {}", file.path));
+    log::info(format!("{host}: wrote {}", file.path));
     after(&settings, host, service, found.running, args.restart)
 }
 
@@ -369,7 +377,7 @@ impl Desk {
         let place = secrets::scratch_place();
         let folder = durable::scratch(&place.dir)?.keep();
         if !place.in_memory {
-            say::warning(format!(
+            log::warning(format!(
                 "this machine has no folder in memory for you (/dev/shm, XDG_RUNTIME_DIR): while you edit, the text is on \
                  the disk, in {}",
                 folder.display()
@@ -416,7 +424,7 @@ fn edited(
         if text == before {
             return Ok(false);
         }
-        if let (Form::Environment, (_, mistakes)) = (file.form, environment::read(&text))
+        if let (FileFormat::Environment, (_, mistakes)) = (file.form, environment::read(&text))
             && !mistakes.is_empty()
         {
             let lines: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
@@ -425,12 +433,12 @@ fn edited(
         if text.len() as u64 > MAX_FILE {
             return Err(Error::new(format!("nothing was written: it has more than {MAX_FILE} bytes")));
         }
-        let wanted = Wanted { instead_of: hash, content: secrets::encode(&text) };
+        let wanted = WriteRequest { instead_of: hash, content: secrets::encode(&text) };
         let wanted = serde_json::to_vec(&wanted)
             .map_err(|_| Error::new("nothing was written: it cannot be put into a message"))?;
         match ask(settings, host, "write", &service.name, file, wanted)? {
-            Written::Done => Ok(true),
-            Written::Changed => Err(Error::new(format!(
+            WriteResult::Done => Ok(true),
+            WriteResult::Changed => Err(Error::new(format!(
                 "nothing was written: somebody else changed {} on {host} meanwhile",
                 file.path
             ))),
@@ -441,7 +449,7 @@ fn edited(
     match result {
         Ok(true) => Ok(true),
         Ok(false) => {
-            say::info("unchanged: nothing was written");
+            log::info("unchanged: nothing was written");
             Ok(false)
         }
         Err(e) if keep => {
@@ -475,17 +483,17 @@ fn after(
         terminal && agreed(&format!("{verb} {short} on {host} now? [y/N] "))?
     };
     if !wanted {
-        say::info(format!("{} sees it after: {typed}", service.name));
+        log::info(format!("{} sees it after: {typed}", service.name));
         return Ok(0);
     }
     let words = ["systemctl", verb, "--", &unit];
     let run = ssh::run_on(settings, host, true, &words).deadline(RESTART_WITHIN);
     let output = ssh::answer_of(settings, host, &words, as_the_terminal_has_it(run))?;
     if !output.status.ok() {
-        say::error(format!("error: host {host}: systemctl {verb} {short}: {}", tail(&output.stderr)));
+        log::error(format!("error: host {host}: systemctl {verb} {short}: {}", tail(&output.stderr)));
         return Ok(EXIT_FAILED);
     }
-    say::info(format!("{host}: {verb}ed {short}"));
+    log::info(format!("{host}: {verb}ed {short}"));
     Ok(0)
 }
 

@@ -5,12 +5,12 @@ use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{EXIT_DEGRADED, Error, Result, did_you_mean};
+use crate::log::{self, printable, printable_json};
 use crate::manifest::edit::{self, Author};
 use crate::manifest::{changes, entry};
 use crate::names::{HostName, StorePath};
 use crate::push::namespace::DIRTY;
-use crate::say::{self, printable, printable_json};
-use crate::see::judge::{Only, Row, ServiceStatus, StatusReport, Wanted, judge};
+use crate::see::judge::{Expected, Only, ServiceRow, ServiceStatus, StatusReport, judge};
 use crate::see::reports;
 use crate::store::HOSTS_PREFIX;
 use argh::{ArgsInfo, FromArgs};
@@ -71,14 +71,14 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     }
     let (picture, left_out) = look(&settings, &args)?;
     if let Some(left_out) = left_out {
-        say::warning(left_out);
+        log::warning(left_out);
     }
     if args.json {
         print(&json(&picture, true)?)?;
     } else if picture.rows.is_empty() {
-        say::info(format!("nothing should run; the manifest has serial {}", picture.serial));
+        log::info(format!("nothing should run; the manifest has serial {}", picture.serial));
     } else {
-        let colour = std::io::stdout().is_terminal() && say::colour_wanted();
+        let colour = std::io::stdout().is_terminal() && log::colour_wanted();
         print(&table(&picture, Timestamp::now(), colour, args.service.is_some()))?;
     }
     Ok(if picture.needs_attention() { EXIT_DEGRADED } else { 0 })
@@ -137,7 +137,7 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
         return Err(Error::new(format!("no host '{host}' in the manifest{near}")));
     }
     let only = Only { service: args.service.as_deref(), host: args.host.as_deref() };
-    let wanted = Wanted {
+    let wanted = Expected {
         manifest: &manifest,
         entries: entry::digests(&bytes),
         store: Some(store.identity()),
@@ -157,7 +157,7 @@ fn watch(settings: &Settings, args: &Args) -> Result<u8> {
                 (line.clone(), line)
             }
             Ok((picture, left_out)) => {
-                let colour = terminal && say::colour_wanted();
+                let colour = terminal && log::colour_wanted();
                 let mut text = table(&picture, Timestamp::now(), colour, args.service.is_some());
                 text.extend(left_out.map(|left_out| format!("\n{left_out}\n")));
                 (text, json(&picture, false)?)
@@ -166,7 +166,7 @@ fn watch(settings: &Settings, args: &Args) -> Result<u8> {
             Err(e) if shown.is_empty() => return Err(e),
             Err(e) if !terminal || args.json => {
                 if e.to_string() != shown {
-                    say::warning(&e);
+                    log::warning(&e);
                 }
                 shown = e.to_string();
                 std::thread::sleep(WATCH_EVERY);
@@ -209,7 +209,7 @@ fn commit(revision: &str) -> String {
     format!("{start}{dirty}")
 }
 
-fn wanted(row: &Row) -> String {
+fn wanted(row: &ServiceRow) -> String {
     let Some(path) = &row.wanted else { return "-".into() };
     match &row.revision {
         Some(revision) => format!("{} ({})", short(path), printable(&commit(revision))),
@@ -269,7 +269,7 @@ fn table(picture: &StatusReport, now: Timestamp, colour: bool, detail: bool) -> 
         }
     }
     let mut out = String::new();
-    let mut line = |cells: &[&str], painted: Option<&Row>| {
+    let mut line = |cells: &[&str], painted: Option<&ServiceRow>| {
         let mut text = String::new();
         for (i, cell) in cells.iter().enumerate() {
             let pad = " ".repeat(if i + 1 == cells.len() { 0 } else { widths[i] - cell.chars().count() + 2 });
@@ -355,7 +355,7 @@ mod tests {
                 off: true,
                 problems: vec!["Caddy's route is pending: \x1b]0;x\x07".into()],
             }],
-            rows: vec![Row {
+            rows: vec![ServiceRow {
                 service: ServiceName::parse("ava").unwrap(),
                 host,
                 wanted: Some(path("2")),

@@ -112,7 +112,7 @@ impl fmt::Display for Endpoint {
 
 /// What Caddy answered.
 #[derive(Debug)]
-pub struct Answer {
+pub struct AdminResponse {
     /// Its status.
     pub status: u16,
     /// Its body.
@@ -123,11 +123,11 @@ pub struct Answer {
     viewed: bool,
 }
 
-impl Answer {
+impl AdminResponse {
     /// One that was not asked for.
     #[cfg(test)]
     pub fn of(status: u16, body: Vec<u8>) -> Self {
-        Answer { status, body, proven: true, viewed: false }
+        AdminResponse { status, body, proven: true, viewed: false }
     }
 
     /// What an answer that was not meant to be says, in one line for people.
@@ -142,7 +142,7 @@ impl Answer {
 }
 
 /// One request and its answer; the error says why there is none, with the next move.
-pub fn exchange(address: &Address, method: &str, path: &str, body: &str) -> Result<Answer, String> {
+pub fn exchange(address: &Address, method: &str, path: &str, body: &str) -> Result<AdminResponse, String> {
     for _ in 0..DRAWS {
         let answer = ask(&address.now(), method, path, body)?;
         if !answer.viewed {
@@ -158,7 +158,7 @@ pub fn exchange(address: &Address, method: &str, path: &str, body: &str) -> Resu
 
 /// What Caddy shows at this path, for whoever only looks and need not be root: where the folder of its socket is closed to
 /// this user, its port is asked, at which either it listens itself or the server that shows its configuration.
-pub fn shown(address: &Address, path: &str) -> Result<Answer, String> {
+pub fn shown(address: &Address, path: &str) -> Result<AdminResponse, String> {
     let answer = exchange(address, "GET", path, "");
     match (&answer, address.now()) {
         (Err(_), Endpoint::Unix(_)) if !rustix::process::geteuid().is_root() => {
@@ -168,7 +168,7 @@ pub fn shown(address: &Address, path: &str) -> Result<Answer, String> {
     }
 }
 
-fn ask(at: &Endpoint, method: &str, path: &str, body: &str) -> Result<Answer, String> {
+fn ask(at: &Endpoint, method: &str, path: &str, body: &str) -> Result<AdminResponse, String> {
     let until = Instant::now() + DEADLINE;
     let mut connection = connect(at)?;
     let broke = |e: io::Error| format!("Caddy's answer at {at} broke off ({e}); the next pass asks again");
@@ -178,12 +178,12 @@ fn ask(at: &Endpoint, method: &str, path: &str, body: &str) -> Result<Answer, St
 }
 
 struct Connection {
-    stream: Stream,
+    stream: AdminStream,
     proven: bool,
 }
 
 #[derive(Debug)]
-enum Stream {
+enum AdminStream {
     Unix(UnixStream),
     Tcp(TcpStream),
 }
@@ -191,7 +191,7 @@ enum Stream {
 /// Connects to Caddy, or to nobody.
 fn connect(at: &Endpoint) -> Result<Connection, String> {
     match at {
-        Endpoint::Unix(path) => Ok(Connection { stream: Stream::Unix(unix(at, path)?), proven: true }),
+        Endpoint::Unix(path) => Ok(Connection { stream: AdminStream::Unix(unix(at, path)?), proven: true }),
         Endpoint::Tcp(host, port) => tcp(at, host, *port),
     }
 }
@@ -273,13 +273,13 @@ fn tcp(at: &Endpoint, host: &str, port: u16) -> Result<Connection, String> {
         // An address of another machine, or of a container's network: who listens there cannot be seen from here.
         if !address.ip().is_loopback() && !is_ours(address.ip()) {
             match TcpStream::connect_timeout(&address, CONNECT) {
-                Ok(stream) => return Ok(Connection { stream: Stream::Tcp(stream), proven: false }),
+                Ok(stream) => return Ok(Connection { stream: AdminStream::Tcp(stream), proven: false }),
                 Err(e) => trouble = Some(silent(at, &e)),
             }
             continue;
         }
         match caddys(at, address) {
-            Ok(stream) => return Ok(Connection { stream: Stream::Tcp(stream), proven: true }),
+            Ok(stream) => return Ok(Connection { stream: AdminStream::Tcp(stream), proven: true }),
             Err(why) => trouble = Some(why),
         }
     }
@@ -361,15 +361,15 @@ fn request(at: &Endpoint, method: &str, path: &str, body: &str) -> Vec<u8> {
     format!("{method} {path} HTTP/1.0\r\nHost: {host}\r\n{content}\r\n{body}").into_bytes()
 }
 
-impl Stream {
+impl AdminStream {
     fn patience(&self, until: Instant) -> io::Result<()> {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(io::Error::new(ErrorKind::TimedOut, format!("it took {} s", DEADLINE.as_secs())));
         }
         match self {
-            Stream::Unix(s) => s.set_read_timeout(Some(left)).and(s.set_write_timeout(Some(left))),
-            Stream::Tcp(s) => s.set_read_timeout(Some(left)).and(s.set_write_timeout(Some(left))),
+            AdminStream::Unix(s) => s.set_read_timeout(Some(left)).and(s.set_write_timeout(Some(left))),
+            AdminStream::Tcp(s) => s.set_read_timeout(Some(left)).and(s.set_write_timeout(Some(left))),
         }
     }
 
@@ -377,8 +377,8 @@ impl Stream {
     fn say(&mut self, bytes: &[u8], until: Instant) -> io::Result<()> {
         self.patience(until)?;
         let sent = match self {
-            Stream::Unix(s) => s.write_all(bytes),
-            Stream::Tcp(s) => s.write_all(bytes),
+            AdminStream::Unix(s) => s.write_all(bytes),
+            AdminStream::Tcp(s) => s.write_all(bytes),
         };
         match sent {
             Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => Ok(()),
@@ -393,8 +393,8 @@ impl Stream {
         while bytes.len() as u64 <= MAX_ANSWER {
             self.patience(until)?;
             let read = match self {
-                Stream::Unix(s) => s.read(&mut buffer),
-                Stream::Tcp(s) => s.read(&mut buffer),
+                AdminStream::Unix(s) => s.read(&mut buffer),
+                AdminStream::Tcp(s) => s.read(&mut buffer),
             };
             match read {
                 Ok(0) => break,
@@ -408,7 +408,7 @@ impl Stream {
 }
 
 /// Takes an answer apart; the error says what is wrong with it, with the next move.
-fn read(bytes: &[u8], proven: bool) -> Result<Answer, String> {
+fn read(bytes: &[u8], proven: bool) -> Result<AdminResponse, String> {
     if bytes.len() as u64 > MAX_ANSWER {
         return Err(format!(
             "has more than {} MiB, more than is read; make its configuration smaller",
@@ -433,7 +433,7 @@ fn read(bytes: &[u8], proven: bool) -> Result<Answer, String> {
     }
     let status = head.code.ok_or_else(broken)?;
     let viewed = header(VIEW_HEADER).is_some();
-    Ok(Answer { status, body: body.to_vec(), proven, viewed })
+    Ok(AdminResponse { status, body: body.to_vec(), proven, viewed })
 }
 
 #[cfg(test)]
@@ -473,11 +473,11 @@ mod tests {
     }
 
     /// What is read of an answer; who answers is not asked here.
-    fn answered(answer: &[u8]) -> Result<Answer, String> {
+    fn answered(answer: &[u8]) -> Result<AdminResponse, String> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let answer = answer.to_vec();
         let other = std::thread::spawn(move || theirs.write_all(&answer));
-        let bytes = Stream::Unix(ours).hear(Instant::now() + DEADLINE).unwrap();
+        let bytes = AdminStream::Unix(ours).hear(Instant::now() + DEADLINE).unwrap();
         // Whoever goes on after we have gone is told.
         let _ = other.join().unwrap();
         read(&bytes, true)
@@ -507,7 +507,8 @@ mod tests {
         ] {
             assert!(answered(broken).unwrap_err().contains("broke off"), "{broken:?}");
         }
-        let of_others = Answer { proven: false, ..answered(b"HTTP/1.1 200 OK\r\n\r\nsession-key").unwrap() };
+        let of_others =
+            AdminResponse { proven: false, ..answered(b"HTTP/1.1 200 OK\r\n\r\nsession-key").unwrap() };
         assert_eq!(of_others.said(), "200");
     }
 

@@ -3,11 +3,11 @@
 
 use super::listeners::{self, Answers, Listeners};
 use super::plan::{
-    AttemptFailure, Attempts, Goal, LastKnownGood, Observed, Pending, PersistedState, Plan, ServicePlan,
+    AttemptFailure, Attempts, Goal, LastKnownGood, Observed, PendingJob, PersistedState, Plan, ServicePlan,
     Step, UnitFile, previous_after,
 };
 use super::root::Root;
-use super::state::{self, Failure};
+use super::state::{self, FailureRecord};
 use super::systemd::{self, Began, CameUp, Listed, Restarted, Shown};
 use super::{applied, intent, observe};
 use crate::clock::{self, Timestamp};
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::manifest::{Service, command};
 use crate::names::{ServiceName, StorePath};
 use crate::secrets;
-use crate::{nix, say};
+use crate::{log, nix};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
@@ -68,7 +68,7 @@ impl Attempts {
     pub fn disk(&mut self, written: Result<()>) -> bool {
         let failed = written.err();
         if let Some(e) = &failed {
-            say::error(e);
+            log::error(e);
             self.unwritten.push(e.to_string());
         }
         failed.is_some()
@@ -151,7 +151,7 @@ impl Host<'_> {
             }
             observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
             if service.goal.as_ref().is_none_or(|g| g.proved || g.path != *path) {
-                say::notice(format!("{}: {path} had lost its root and has one again", service.name));
+                log::notice(format!("{}: {path} had lost its root and has one again", service.name));
             }
         }
         if wanted.is_empty() {
@@ -162,7 +162,7 @@ impl Host<'_> {
             return Ok(());
         }
         let paths: Vec<StorePath> = wanted.keys().map(|p| (*p).clone()).collect();
-        say::info(format!("fetching {} closure(s) from {}", paths.len(), self.settings.cache));
+        log::info(format!("fetching {} closure(s) from {}", paths.len(), self.settings.cache));
         let begun = Instant::now();
         let failures = match nix::fetch_within(self.settings, &paths, &self.root.run_dir) {
             Ok(failures) => failures,
@@ -172,7 +172,7 @@ impl Host<'_> {
                 for path in &paths {
                     learned.unfetchable.insert(path.clone(), reason.clone());
                 }
-                say::error(reason);
+                log::error(reason);
                 return Ok(());
             }
         };
@@ -181,11 +181,11 @@ impl Host<'_> {
             let names = names.join(", ");
             match failures.get(&path) {
                 None => {
-                    say::info(format!("{names}: fetched {path} ({:.1} s)", begun.elapsed().as_secs_f64()));
+                    log::info(format!("{names}: fetched {path} ({:.1} s)", begun.elapsed().as_secs_f64()));
                     observed.present.insert(path);
                 }
                 Some(why) => {
-                    say::error(format!("{names}: {why}"));
+                    log::error(format!("{names}: {why}"));
                     learned.unfetchable.insert(path, why.to_string());
                 }
             }
@@ -242,11 +242,11 @@ impl Host<'_> {
         } else {
             format!("{why}; see 'journalctl -u {name}'")
         };
-        say::error(format!("{name}: {reason}"));
+        log::error(format!("{name}: {reason}"));
         for line in &journal {
-            say::info(format!("{name} | {line}"));
+            log::info(format!("{name} | {line}"));
         }
-        let failure = Failure {
+        let failure = FailureRecord {
             reason,
             attempted: Some(goal.path.clone()),
             at: Timestamp::now(),
@@ -278,8 +278,8 @@ impl Host<'_> {
         learned: &mut Attempts,
     ) {
         let reason = why.to_string();
-        say::error(format!("{name}: {reason}"));
-        let failure = Failure {
+        log::error(format!("{name}: {reason}"));
+        let failure = FailureRecord {
             reason,
             attempted: Some(goal.path.clone()),
             at: Timestamp::now(),
@@ -307,12 +307,12 @@ impl Host<'_> {
         failed.extend(self.enable(plan, &failed)?);
         for service in &plan.services {
             if service.steps.contains(&Step::Reload) {
-                say::notice(format!("{}: systemd had read another unit", service.name));
+                log::notice(format!("{}: systemd had read another unit", service.name));
                 reload = true;
             }
             let Some(goal) = &service.goal else { continue };
             if let Some(remark) = &service.remark {
-                say::warning(format!("{}: {remark}", service.name));
+                log::warning(format!("{}: {remark}", service.name));
             }
             reload |= service.steps.iter().any(|step| matches!(step, Step::Write(_)));
             if let Some(e) = failed.get(&service.name) {
@@ -339,11 +339,11 @@ impl Host<'_> {
         }
         for start in &starts {
             let what = if start.restart { "starting" } else { "watching" };
-            say::notice(format!("{}: {what} {} ({})", start.name, start.goal.path, start.why));
+            log::notice(format!("{}: {what} {} ({})", start.name, start.goal.path, start.why));
         }
         let holders = port_holders(plan, &starts, memory);
         for name in &holders {
-            say::info(format!("{name}: stopping first, another service takes its port"));
+            log::info(format!("{name}: stopping first, another service takes its port"));
         }
         let units: Vec<String> = holders.iter().map(|name| name.unit()).collect();
         let stopping = systemd::stop(&units, EVERYBODY_WAITS)?;
@@ -435,7 +435,7 @@ impl Host<'_> {
             Ok(exposures) => learned.exposures = exposures,
             Err(e) => {
                 learned.exposures.clear();
-                say::info(format!("how exposed the services are is not known: {e}"));
+                log::info(format!("how exposed the services are is not known: {e}"));
             }
         }
         let outcomes = outcomes?;
@@ -447,7 +447,7 @@ impl Host<'_> {
         for start in &starts {
             let why = match (not_begun.get(start.name), outcomes.get(start.name)) {
                 (None, Some(Ok(up))) => {
-                    say::info(format!("{}: up after {:.1} s", start.name, up.after.as_secs_f64()));
+                    log::info(format!("{}: up after {:.1} s", start.name, up.after.as_secs_f64()));
                     match &up.verified {
                         Some(id) => memory.verified.insert(start.name.clone(), id.clone()),
                         None => memory.verified.remove(start.name),
@@ -533,7 +533,7 @@ impl Host<'_> {
 
     fn remove_strays(&self, name: &ServiceName) -> std::io::Result<()> {
         for stray in observe::strays(self.root, name) {
-            say::notice(format!("{name}: removing {}, which would stand in for its unit", stray.display()));
+            log::notice(format!("{name}: removing {}, which would stand in for its unit", stray.display()));
             durable::remove(&stray)?;
         }
         Ok(())
@@ -565,7 +565,7 @@ impl Host<'_> {
         let mut failed = BTreeMap::new();
         for name in all {
             match not.remove(&self.root.wanted(name)) {
-                None => say::info(format!("{name}: started at boot from now on")),
+                None => log::info(format!("{name}: started at boot from now on")),
                 Some(e) => drop(failed.insert(name.clone(), e.into())),
             }
         }
@@ -602,7 +602,7 @@ impl Host<'_> {
             steps(services).filter(|(_, step)| matches!(step, Step::Pause)).map(|(s, _)| &s.name).collect();
         let units: Vec<String> = names.iter().map(|n| n.unit()).collect();
         for name in &names {
-            say::notice(format!("{name}: stopping (paused)"));
+            log::notice(format!("{name}: stopping (paused)"));
             durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
         }
         let stopping = systemd::stop(&units, EVERYBODY_WAITS)?;
@@ -632,7 +632,7 @@ impl Host<'_> {
         }
         let mut marked = Vec::new();
         for (name, why) in &going {
-            say::notice(format!("{name}: removing ({why})"));
+            log::notice(format!("{name}: removing ({why})"));
             // A unit that was deleted by hand leaves its process and its boot link, which are ours as well.
             let ours = match observed.units.get(*name).map(|u| &u.file) {
                 Some(UnitFile::Ours(_)) => true,
@@ -647,7 +647,7 @@ impl Host<'_> {
         let stopping = systemd::stop(&marked, EVERYBODY_WAITS)?;
         for (name, _) in going.iter().filter(|(name, _)| stopping.contains(&name.unit())) {
             durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
-            say::warning(format!("{name}: {}; the next pass removes it", still_stopping(name)));
+            log::warning(format!("{name}: {}; the next pass removes it", still_stopping(name)));
             pend(name, still_stopping(name), name, false, learned);
         }
         going.retain(|(name, _)| !stopping.contains(&name.unit()));
@@ -711,14 +711,14 @@ impl Host<'_> {
     /// Waits for what takes its time, as long as systemd gives it, until one of them is through; false when there
     /// is none to be waited for any longer.
     pub fn wait(&self, learned: &mut Attempts) -> Result<bool> {
-        let awaited: BTreeMap<ServiceName, Pending> =
+        let awaited: BTreeMap<ServiceName, PendingJob> =
             learned.pending.iter().filter(|(_, p)| p.awaited).map(|(n, p)| (n.clone(), p.clone())).collect();
         let units: Vec<String> = awaited.values().map(|p| p.unit.clone()).collect();
         let timeouts = systemd::stop_timeouts(&units)?;
-        let limit = |pending: &Pending| waits_for(timeouts.get(&pending.unit).copied().flatten());
+        let limit = |pending: &PendingJob| waits_for(timeouts.get(&pending.unit).copied().flatten());
         for (name, pending) in &awaited {
             let seconds = limit(pending).as_secs();
-            say::notice(format!("{name}: waiting for {}, for at most {seconds} s", pending.unit));
+            log::notice(format!("{name}: waiting for {}, for at most {seconds} s", pending.unit));
         }
         loop {
             if awaited.values().all(|p| p.since.elapsed() >= limit(p)) {
@@ -761,7 +761,7 @@ fn still_stopping(name: &ServiceName) -> String {
 /// Takes down that systemd is not through with a service.
 fn pend(name: &ServiceName, why: String, on: &ServiceName, awaited: bool, learned: &mut Attempts) {
     let since = Instant::now();
-    learned.pending.insert(name.clone(), Pending { why, unit: on.unit(), since, awaited });
+    learned.pending.insert(name.clone(), PendingJob { why, unit: on.unit(), since, awaited });
 }
 
 /// A complaint of systemctl, for a reason.
@@ -912,7 +912,7 @@ pub fn watch(
     watched: &[Watched],
     mut well: impl FnMut(&ServiceName),
 ) -> Result<BTreeMap<ServiceName, Result<Up, NotUp>>> {
-    struct Pending<'a> {
+    struct Watching<'a> {
         watched: &'a Watched<'a>,
         first: Option<Shown>,
         /// How often systemd had restarted it before.
@@ -921,9 +921,9 @@ pub fn watch(
     }
     let begun = Instant::now();
     let mut outcomes = BTreeMap::new();
-    let mut pending: Vec<Pending> = watched
+    let mut pending: Vec<Watching> = watched
         .iter()
-        .map(|watched| Pending { watched, first: None, restarts: 0, well_since: None })
+        .map(|watched| Watching { watched, first: None, restarts: 0, well_since: None })
         .collect();
     while !pending.is_empty() {
         // One time for all, so that all have settled at the same look.
@@ -931,7 +931,7 @@ pub fn watch(
         // `show` costs systemd far more than the list of all units, and a unit that is listed as running under
         // the invocation of its first look would show the same again.
         let listed = systemd::list_units()?;
-        let unchanged = |p: &Pending| match &p.first {
+        let unchanged = |p: &Watching| match &p.first {
             Some(first) if p.well_since.is_some() => {
                 listed.get(&p.watched.unit).is_some_and(Listed::running)
                     && systemd::invocation(&p.watched.unit).is_some_and(|id| id == first.invocation)
@@ -1012,7 +1012,7 @@ pub fn watch(
         }
         pending = still;
         let end =
-            |p: &Pending| Some(effect::shortened(p.watched.settle).saturating_sub(p.well_since?.elapsed()));
+            |p: &Watching| Some(effect::shortened(p.watched.settle).saturating_sub(p.well_since?.elapsed()));
         let next_end = pending.iter().filter_map(end).min();
         if !pending.is_empty() {
             let look_every = effect::shortened(LOOK_EVERY);

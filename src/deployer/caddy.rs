@@ -28,7 +28,7 @@ const BOUNDS: Bounds = Bounds { values: admin::MAX_ANSWER as usize / 8, depth: 1
 
 /// What Caddy has, as far as it concerns us.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Observed {
+pub enum CaddyState {
     /// Its servers, as its admin API gives them.
     Servers(Map<String, Value>),
     /// It cannot be asked, or has no http app; the reason with the next move.
@@ -37,7 +37,7 @@ pub enum Observed {
 
 /// One request to Caddy's admin API.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Request {
+pub struct AdminRequest {
     /// `PUT`, `PATCH` or `DELETE`.
     pub method: &'static str,
     /// The path below the admin endpoint.
@@ -56,7 +56,7 @@ pub enum RoutePlan {
     /// Caddy has it as it should be.
     Current,
     /// These requests, in this order.
-    Write(Vec<Request>),
+    Write(Vec<AdminRequest>),
     /// It cannot be done now; why, and the next move.
     Pending(String),
 }
@@ -158,12 +158,12 @@ fn segment(name: &str) -> String {
 }
 
 /// Compares what Caddy has with what it should have. `wanted` is the server of the configuration, if set.
-pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) -> RoutePlan {
+pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &CaddyState) -> RoutePlan {
     let servers = match observed {
-        Observed::Unavailable(why) => {
+        CaddyState::Unavailable(why) => {
             return if desired.is_none() { RoutePlan::None } else { RoutePlan::Pending(why.clone()) };
         }
-        Observed::Servers(servers) => servers,
+        CaddyState::Servers(servers) => servers,
     };
     let target: Option<&str> = match wanted {
         Some(name) if name == OWN_SERVER || servers.contains_key(name) => Some(name),
@@ -188,7 +188,7 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) 
         }
         let path = format!("{SERVERS}/{}", segment(name));
         if own_server(name, server) {
-            requests.push(Request {
+            requests.push(AdminRequest {
                 method: "DELETE",
                 path,
                 body: None,
@@ -196,7 +196,7 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) 
             });
         } else {
             let rest: Vec<&Value> = routes_of(server).iter().filter(|r| !is_ours(r)).collect();
-            requests.push(Request {
+            requests.push(AdminRequest {
                 method: "PATCH",
                 path: format!("{path}/routes"),
                 body: Some(json!(rest)),
@@ -210,7 +210,7 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) 
 
     let path = format!("{SERVERS}/{}", segment(target));
     match servers.get(target) {
-        None => requests.push(Request {
+        None => requests.push(AdminRequest {
             method: "PUT",
             path,
             body: Some(json!({"listen": [":443"], "routes": [desired, not_found()]})),
@@ -222,20 +222,20 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) 
                 routes.iter().enumerate().filter(|(_, r)| is_ours(r)).map(|(i, _)| i).collect();
             match ours[..] {
                 [0] if routes[0] == *desired => {}
-                [0] => requests.push(Request {
+                [0] => requests.push(AdminRequest {
                     method: "PATCH",
                     path: format!("/id/{ROUTE_ID}"),
                     body: Some(desired.clone()),
                     what: format!("replace our route in server '{target}'"),
                 }),
                 // Caddy inserts before a route that is there, not into an empty list.
-                [] if !routes.is_empty() => requests.push(Request {
+                [] if !routes.is_empty() => requests.push(AdminRequest {
                     method: "PUT",
                     path: format!("{path}/routes/0"),
                     body: Some(desired.clone()),
                     what: format!("add our route to server '{target}'"),
                 }),
-                [] => requests.push(Request {
+                [] => requests.push(AdminRequest {
                     method: if server.get("routes").is_some() { "PATCH" } else { "PUT" },
                     path: format!("{path}/routes"),
                     body: Some(json!([desired])),
@@ -245,7 +245,7 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) 
                 _ => {
                     let mut all = vec![desired];
                     all.extend(routes.iter().filter(|r| !is_ours(r)));
-                    requests.push(Request {
+                    requests.push(AdminRequest {
                         method: "PATCH",
                         path: format!("{path}/routes"),
                         body: Some(json!(all)),
@@ -258,7 +258,7 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &Observed) 
     if requests.is_empty() { RoutePlan::Current } else { RoutePlan::Write(requests) }
 }
 
-impl Request {
+impl AdminRequest {
     /// Whether it is about the server that shows the configuration, which no visitor meets.
     pub fn is_view(&self) -> bool {
         self.path == format!("{SERVERS}/{VIEW_SERVER}")
@@ -306,8 +306,8 @@ fn view(socket: &Path) -> Value {
 
 /// Adds to a plan what the server that shows the configuration needs: that it is there while Caddy is changed through
 /// a socket, and is not while Caddy's own endpoint has that port, or another server does.
-pub fn with_view(plan: RoutePlan, socket: Option<&Path>, observed: &Observed) -> RoutePlan {
-    let Observed::Servers(servers) = observed else { return plan };
+pub fn with_view(plan: RoutePlan, socket: Option<&Path>, observed: &CaddyState) -> RoutePlan {
+    let CaddyState::Servers(servers) = observed else { return plan };
     let taken =
         servers.iter().any(|(name, server)| name != VIEW_SERVER && ports(server).contains(&VIEW_PORT));
     let wanted = socket.filter(|_| !taken).map(view);
@@ -318,7 +318,7 @@ pub fn with_view(plan: RoutePlan, socket: Option<&Path>, observed: &Observed) ->
         (None, Some(_)) => ("PUT", "make"),
         (Some(_), None) => ("DELETE", "remove"),
     };
-    let request = Request {
+    let request = AdminRequest {
         method,
         path: format!("{SERVERS}/{VIEW_SERVER}"),
         body: wanted,
@@ -347,23 +347,23 @@ fn ports(server: &Value) -> BTreeSet<u16> {
     ports
 }
 
-impl Observed {
+impl CaddyState {
     /// Whether our route may lead visitors to a port of this host: it does, or nobody can tell.
     pub fn may_lead_to(&self, port: u16) -> bool {
         let dial = format!("127.0.0.1:{port}");
         match self {
-            Observed::Servers(servers) => {
+            CaddyState::Servers(servers) => {
                 servers.values().flat_map(routes_of).filter(|route| is_ours(route)).any(|r| dials(r, &dial))
             }
-            Observed::Unavailable(_) => true,
+            CaddyState::Unavailable(_) => true,
         }
     }
 
     /// The ports that its servers listen on.
     pub fn ports(&self) -> BTreeSet<u16> {
         match self {
-            Observed::Servers(servers) => servers.values().flat_map(ports).collect(),
-            Observed::Unavailable(_) => BTreeSet::new(),
+            CaddyState::Servers(servers) => servers.values().flat_map(ports).collect(),
+            CaddyState::Unavailable(_) => BTreeSet::new(),
         }
     }
 }
@@ -380,15 +380,15 @@ fn dials(value: &Value, to: &str) -> bool {
 }
 
 /// Caddy's answer to the question for its servers, not looked into yet.
-pub type Asked = Result<admin::Answer, String>;
+pub type Asked = Result<admin::AdminResponse, String>;
 
 /// Asks Caddy for its servers and reads the answer.
-pub fn observe(at: &Address) -> Observed {
+pub fn observe(at: &Address) -> CaddyState {
     read(at, ask(at))
 }
 
 /// The same for whoever only looks, and need not be root.
-pub fn look(at: &Address) -> Observed {
+pub fn look(at: &Address) -> CaddyState {
     read(at, admin::shown(at, SERVERS))
 }
 
@@ -398,26 +398,26 @@ pub fn ask(at: &Address) -> Asked {
 }
 
 /// What Caddy's answer says.
-pub fn read(at: &Address, answer: Asked) -> Observed {
+pub fn read(at: &Address, answer: Asked) -> CaddyState {
     let answer = match answer {
         Ok(answer) => answer,
-        Err(why) => return Observed::Unavailable(why),
+        Err(why) => return CaddyState::Unavailable(why),
     };
     // Of an address that is not this machine's nobody can tell that it is Caddy who answers.
     if let Err(why) = bounds::check(&answer.body, BOUNDS) {
-        return Observed::Unavailable(format!(
+        return CaddyState::Unavailable(format!(
             "Caddy's answer at {at} is not read: {why}; make its configuration smaller, or correct 'caddyAdmin'"
         ));
     }
     match (answer.status, serde_json::from_slice::<Value>(&answer.body)) {
-        (200, Ok(Value::Object(servers))) => Observed::Servers(servers),
-        (200, Ok(Value::Null)) | (400 | 404, _) => Observed::Unavailable(format!(
+        (200, Ok(Value::Object(servers))) => CaddyState::Servers(servers),
+        (200, Ok(Value::Null)) | (400 | 404, _) => CaddyState::Unavailable(format!(
             "Caddy at {at} has no http app to put a route into; give it a configuration with one server"
         )),
         (200, Err(_)) => {
-            Observed::Unavailable(format!("Caddy's answer at {at} broke off; the next pass asks again"))
+            CaddyState::Unavailable(format!("Caddy's answer at {at} broke off; the next pass asks again"))
         }
-        _ => Observed::Unavailable(format!("Caddy at {at} answered {}", answer.said())),
+        _ => CaddyState::Unavailable(format!("Caddy at {at} answered {}", answer.said())),
     }
 }
 
@@ -436,7 +436,7 @@ fn view_kept_out() -> Option<String> {
 }
 
 /// Performs one request; the error is the reason.
-pub fn perform(at: &Address, request: &Request) -> Result<(), String> {
+pub fn perform(at: &Address, request: &AdminRequest) -> Result<(), String> {
     if request.is_view()
         && request.body.is_some()
         && let Some(why) = view_kept_out()
@@ -478,13 +478,13 @@ mod tests {
         }
     }
 
-    fn servers(value: Value) -> Observed {
-        Observed::Servers(value.as_object().unwrap().clone())
+    fn servers(value: Value) -> CaddyState {
+        CaddyState::Servers(value.as_object().unwrap().clone())
     }
 
     /// What Caddy would have after the requests; enough of its API for this module's own requests.
-    fn apply(observed: &Observed, plan: &RoutePlan) -> Observed {
-        let (Observed::Servers(servers), RoutePlan::Write(requests)) = (observed, plan) else {
+    fn apply(observed: &CaddyState, plan: &RoutePlan) -> CaddyState {
+        let (CaddyState::Servers(servers), RoutePlan::Write(requests)) = (observed, plan) else {
             return observed.clone();
         };
         let mut servers = servers.clone();
@@ -513,7 +513,7 @@ mod tests {
                 other => panic!("no such request in Caddy: {other:?}"),
             }
         }
-        Observed::Servers(servers)
+        CaddyState::Servers(servers)
     }
 
     #[test]
@@ -546,8 +546,8 @@ mod tests {
             assert!(matches!(first, RoutePlan::Write(_)), "{start:?}");
             let after = apply(&start, &first);
             assert_eq!(plan(wanted, Some(&desired), &after), RoutePlan::Current, "{after:?}");
-            let Observed::Servers(after_servers) = &after else { unreachable!() };
-            let Observed::Servers(start_servers) = &start else { unreachable!() };
+            let CaddyState::Servers(after_servers) = &after else { unreachable!() };
+            let CaddyState::Servers(start_servers) = &start else { unreachable!() };
             for (name, server) in start_servers {
                 let theirs = |s: &Value| routes_of(s).iter().filter(|r| **r == foreign).count();
                 if theirs(server) > 0 {
@@ -558,7 +558,7 @@ mod tests {
             let gone = plan(wanted, None, &after);
             let cleaned = apply(&after, &gone);
             assert_eq!(plan(wanted, None, &cleaned), RoutePlan::None);
-            let Observed::Servers(cleaned) = cleaned else { unreachable!() };
+            let CaddyState::Servers(cleaned) = cleaned else { unreachable!() };
             assert!(cleaned.values().all(|s| !routes_of(s).iter().any(is_ours)));
         }
     }
@@ -599,7 +599,7 @@ mod tests {
             let RoutePlan::Write(requests) = with_view(RoutePlan::None, socket, &observed) else { panic!() };
             assert!(requests.len() == 1 && requests[0].method == method, "{requests:?}");
         }
-        let down = Observed::Unavailable("down".into());
+        let down = CaddyState::Unavailable("down".into());
         assert_eq!(with_view(RoutePlan::None, Some(socket), &down), RoutePlan::None);
         assert_eq!(with_view(RoutePlan::None, None, &start), RoutePlan::None);
         assert_eq!(
@@ -611,11 +611,11 @@ mod tests {
     #[test]
     fn an_answer_that_would_cost_memory_is_not_read() {
         let at = Address::parse("http://caddy.internal:2019").unwrap();
-        let read = |body: String| read(&at, Ok(admin::Answer::of(200, body.into_bytes())));
+        let read = |body: String| read(&at, Ok(admin::AdminResponse::of(200, body.into_bytes())));
         let many = format!("{{\"srv0\": {{\"routes\": [{}0]}}}}", "0,".repeat(BOUNDS.values));
         let deep = format!("{{\"srv0\": {}{}}}", "[".repeat(110), "]".repeat(110));
         for (body, word) in [(many, "values"), (deep, "nested")] {
-            let Observed::Unavailable(why) = read(body) else { panic!("read") };
+            let CaddyState::Unavailable(why) = read(body) else { panic!("read") };
             assert!(why.contains(word) && why.contains("caddyAdmin"), "{why}");
         }
         // 8,000 services, and a configuration with ten subroutes within one another.
@@ -624,7 +624,7 @@ mod tests {
         let nested = (0..10).fold(json!([]), |inner, _| json!([{"handle": [{"routes": inner}]}]));
         let text = json!({"srv0": {"routes": [ours]}, "other": {"routes": nested}}).to_string();
         assert!((text.len() as u64) < admin::MAX_ANSWER, "{}", text.len());
-        assert!(matches!(read(text), Observed::Servers(servers) if servers.len() == 2));
+        assert!(matches!(read(text), CaddyState::Servers(servers) if servers.len() == 2));
     }
 
     #[test]
@@ -638,7 +638,7 @@ mod tests {
             assert_eq!(seen.may_lead_to(port), led, "{port}");
         }
         assert!(!servers(json!({})).may_lead_to(8080));
-        assert!(Observed::Unavailable("down".into()).may_lead_to(8080));
+        assert!(CaddyState::Unavailable("down".into()).may_lead_to(8080));
     }
 
     #[test]
@@ -649,14 +649,14 @@ mod tests {
             "c": {},
         }));
         assert_eq!(observed.ports().into_iter().collect::<Vec<_>>(), [80, 443, 8080, 8081, 8082]);
-        assert!(Observed::Unavailable("down".into()).ports().is_empty());
+        assert!(CaddyState::Unavailable("down".into()).ports().is_empty());
     }
 
     #[test]
     fn what_cannot_be_done_now_is_pending_with_a_reason() {
         let a = http("a.example.com", "/", 8080);
         let desired = route(&[&a], &BTreeSet::new()).unwrap();
-        let down = Observed::Unavailable("down".into());
+        let down = CaddyState::Unavailable("down".into());
         assert_eq!(plan(None, Some(&desired), &down), RoutePlan::Pending("down".into()));
         assert_eq!(plan(None, None, &down), RoutePlan::None);
         let RoutePlan::Pending(why) = plan(Some("nosuch"), Some(&desired), &servers(json!({"srv0": {}})))

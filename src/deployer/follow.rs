@@ -1,13 +1,13 @@
 //! Starts the unit that makes the passes and waits for what a pass makes of a version (`deployer watch`), for somebody
 //! who has just published one. It reads the state and asks systemd; it makes no pass itself and decides nothing.
 
-use super::live::{self, Answer, DEPLOYER, Start};
+use super::live::{self, DEPLOYER, LiveState, StartResult};
 use super::root::Root;
 use super::state::State;
 use super::systemd;
 use crate::clock::Timestamp;
 use crate::error::Result;
-use crate::runner::{Output, Status, tail};
+use crate::runner::{Output, ProcessStatus, tail};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
@@ -20,22 +20,25 @@ const ASK_EVERY: u32 = 2;
 /// Starts the deployer by `start`, which does not wait for it, and waits until its pass has ended, or has left a state
 /// that stands: of version `serial` or a later one, with nothing left to do but to let connections end. The unit has a
 /// limit of its own (TimeoutStartSec=), so this ends as well.
-pub fn watch(unit_dir: &Path, serial: u64, start: impl FnOnce() -> Result<Output>) -> Result<Answer> {
+pub fn watch(unit_dir: &Path, serial: u64, start: impl FnOnce() -> Result<Output>) -> Result<LiveState> {
     let root = Root::system(unit_dir);
     let mut seen = written(&root);
     let started = start()?;
     if !started.status.ok() {
         let code = match started.status {
-            Status::Exit(code) => code,
-            Status::Signal(_) => -1,
+            ProcessStatus::Exit(code) => code,
+            ProcessStatus::Signal(_) => -1,
         };
-        return Ok(Answer { start: Some(Start { code, said: tail(&started.stderr) }), ..look(unit_dir)? });
+        return Ok(LiveState {
+            start: Some(StartResult { code, said: tail(&started.stderr) }),
+            ..look(unit_dir)?
+        });
     }
     for looks in 0_u32.. {
         let now = written(&root);
         if now != seen && stands(&root, serial) {
             // Read again: what is answered is one look at everything.
-            return Ok(Answer { start: Some(Start::default()), ..look(unit_dir)? });
+            return Ok(LiveState { start: Some(StartResult::default()), ..look(unit_dir)? });
         }
         seen = now;
         if looks.is_multiple_of(ASK_EVERY) && !systemd::under_way(DEPLOYER)? {
@@ -45,14 +48,14 @@ pub fn watch(unit_dir: &Path, serial: u64, start: impl FnOnce() -> Result<Output
     }
     let answer = look(unit_dir)?;
     let ended = answer.live.deployer.as_ref().filter(|unit| unit.result != "success");
-    let start = ended.map_or(Start::default(), |unit| Start {
+    let start = ended.map_or(StartResult::default(), |unit| StartResult {
         code: 1,
         said: format!("{DEPLOYER} ended with {} ({})", unit.result, unit.exit_status),
     });
-    Ok(Answer { start: Some(start), ..answer })
+    Ok(LiveState { start: Some(start), ..answer })
 }
 
-fn look(unit_dir: &Path) -> Result<Answer> {
+fn look(unit_dir: &Path) -> Result<LiveState> {
     live::look(unit_dir, Timestamp::now())
 }
 

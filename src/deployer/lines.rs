@@ -4,13 +4,13 @@
 //! the time of that. They are for people: nothing is decided by them, and without them nothing is lost.
 
 use super::root::Root;
-use super::state::{Failure, State};
+use super::state::{FailureRecord, State};
 use crate::clock::Timestamp;
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::log::printable_json;
 use crate::names::ServiceName;
 use crate::runner::Run;
-use crate::say::printable_json;
 use crate::ssh::is_root;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -54,7 +54,7 @@ impl Lines {
     /// Those that a state has.
     fn of(state: &State) -> Self {
         let kept = state.services.iter().filter_map(|(name, service)| {
-            let Failure { at, journal, .. } = service.failure.as_ref()?;
+            let FailureRecord { at, journal, .. } = service.failure.as_ref()?;
             let of_service = OfService { at: *at, lines: journal.clone() };
             (!journal.is_empty()).then(|| (name.clone(), of_service))
         });

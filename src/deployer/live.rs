@@ -26,7 +26,7 @@ const TIMER: &str = "deployer.timer";
 /// The answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Answer {
+pub struct LiveState {
     /// [`LIVE_VERSION`].
     pub version: u64,
     /// What the last pass left; null: there is none that can be read.
@@ -38,12 +38,12 @@ pub struct Answer {
     pub live: Live,
     /// What came of starting the deployer, where that was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub start: Option<Start>,
+    pub start: Option<StartResult>,
 }
 
 /// What came of starting the deployer and waiting for its pass.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Start {
+pub struct StartResult {
     /// What `systemctl start` ends with: 0 also when the pass has come to its result and only lets connections end; 5:
     /// there is no such unit (systemctl(1)).
     pub code: i32,
@@ -109,7 +109,7 @@ impl Unit {
     }
 }
 
-impl Answer {
+impl LiveState {
     /// Reads the form; the error is for people.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
         #[derive(Deserialize)]
@@ -125,7 +125,7 @@ impl Answer {
 }
 
 /// Looks, and tries the domains of the services of this host, by the manifest that its deployer obeys.
-pub fn look_with_domains(settings: &Settings, now: Timestamp) -> Result<Answer> {
+pub fn look_with_domains(settings: &Settings, now: Timestamp) -> Result<LiveState> {
     let mut answer = look(&settings.unit_dir, now)?;
     if let Some(manifest) = obeyed(&settings.unit_dir) {
         let state = answer.state.as_ref();
@@ -142,7 +142,7 @@ pub fn obeyed(unit_dir: &Path) -> Option<Manifest> {
 }
 
 /// Looks.
-pub fn look(unit_dir: &Path, now: Timestamp) -> Result<Answer> {
+pub fn look(unit_dir: &Path, now: Timestamp) -> Result<LiveState> {
     let root = Root::system(unit_dir);
     let (state, state_error) = match fs_err::read(root.state_file()) {
         Ok(bytes) => match State::parse(&bytes) {
@@ -184,5 +184,5 @@ pub fn look(unit_dir: &Path, now: Timestamp) -> Result<Answer> {
     let (deployer, timer) = (Some(deployer), Some(timer));
     let live =
         Live { at: now, services, deployer, timer, last_line, domains: Vec::new(), problems: Vec::new() };
-    Ok(Answer { version: LIVE_VERSION, state, state_error, live, start: None })
+    Ok(LiveState { version: LIVE_VERSION, state, state_error, live, start: None })
 }

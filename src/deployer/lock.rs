@@ -26,7 +26,7 @@ impl Drop for Lock {
 
 /// What came of asking for the lock.
 #[derive(Debug)]
-pub enum Asked {
+pub enum LockResult {
     /// It is ours.
     Taken(Lock),
     /// Somebody else's; who and since when.
@@ -34,7 +34,7 @@ pub enum Asked {
 }
 
 /// Asks for the lock, without waiting.
-pub fn take(root: &Root, now: Timestamp) -> Result<Asked> {
+pub fn take(root: &Root, now: Timestamp) -> Result<LockResult> {
     durable::folder(&root.run_dir, 0o755)?;
     let path = root.lock();
     let mut options = fs_err::OpenOptions::new();
@@ -47,7 +47,11 @@ pub fn take(root: &Root, now: Timestamp) -> Result<Asked> {
             let mut holder = String::new();
             file.read_to_string(&mut holder)?;
             let holder = holder.trim();
-            return Ok(Asked::Held(if holder.is_empty() { "another process".into() } else { holder.into() }));
+            return Ok(LockResult::Held(if holder.is_empty() {
+                "another process".into()
+            } else {
+                holder.into()
+            }));
         }
         Err(std::fs::TryLockError::Error(e)) => {
             return Err(Error::new(format!("cannot lock {}: {e}", path.display())));
@@ -57,7 +61,7 @@ pub fn take(root: &Root, now: Timestamp) -> Result<Asked> {
     file.set_len(0)?;
     file.rewind()?;
     write!(file, "process {} since {now}", std::process::id())?;
-    Ok(Asked::Taken(Lock { file }))
+    Ok(LockResult::Taken(Lock { file }))
 }
 
 /// Takes the lock of what root does in a folder: a file of ours, named by the folder. A lock on the folder itself would
@@ -96,8 +100,8 @@ pub fn wait(root: &Root, mut told: impl FnMut(&str)) -> Result<Lock> {
     let mut last: Option<Instant> = None;
     loop {
         match take(root, Timestamp::now())? {
-            Asked::Taken(lock) => return Ok(lock),
-            Asked::Held(who) => {
+            LockResult::Taken(lock) => return Ok(lock),
+            LockResult::Held(who) => {
                 if last.is_none_or(|last| last.elapsed() >= TELL_EVERY) {
                     told(&who);
                     last = Some(Instant::now());
@@ -118,8 +122,8 @@ mod tests {
         let mut root = Root::system(dir.path());
         root.run_dir = dir.path().to_path_buf();
         let first = take(&root, Timestamp(1_795_372_265)).unwrap();
-        assert!(matches!(first, Asked::Taken(_)));
-        let Asked::Held(who) = take(&root, Timestamp(0)).unwrap() else { panic!("taken twice") };
+        assert!(matches!(first, LockResult::Taken(_)));
+        let LockResult::Held(who) = take(&root, Timestamp(0)).unwrap() else { panic!("taken twice") };
         assert_eq!(who, format!("process {} since 2026-11-22T18:31:05Z", std::process::id()));
         let (tell, told) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
@@ -131,6 +135,6 @@ mod tests {
             waiting.join().unwrap()
         });
         assert!(told.try_recv().is_err(), "told once");
-        assert!(matches!(take(&root, Timestamp(0)).unwrap(), Asked::Taken(_)));
+        assert!(matches!(take(&root, Timestamp(0)).unwrap(), LockResult::Taken(_)));
     }
 }

@@ -12,10 +12,10 @@ use crate::clock;
 use crate::durable::{self, Batch};
 use crate::effect;
 use crate::error::{Error, Result};
+use crate::log;
 use crate::manifest::model::DEFAULT_DRAIN_SEC;
 use crate::manifest::{Http, Service};
 use crate::names::ServiceName;
-use crate::say;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
@@ -74,7 +74,7 @@ impl Host<'_> {
         let mut batch = Batch::default();
         for u in &understudies {
             let port = u.service.http.as_ref().map_or(0, |h| h.internal_port);
-            say::notice(format!(
+            log::notice(format!(
                 "{}: proving {} beside the running version, on port {port}",
                 u.name, u.goal.path
             ));
@@ -113,7 +113,7 @@ impl Host<'_> {
         for u in &understudies {
             match (outcomes.get(u.name), &u.service.http) {
                 (Some(Ok(up)), Some(http)) => {
-                    say::info(format!(
+                    log::info(format!(
                         "{}: well beside the running version after {:.1} s",
                         u.name,
                         up.after.as_secs_f64()
@@ -153,7 +153,7 @@ impl Host<'_> {
         let interim = interim_route(desired, memory, &ports);
         let closed = plan::closed(desired, observed, memory);
         if let Err(why) = self.lead(&interim, &closed, observed) {
-            say::error(format!("route: {why}; the new versions take over by a plain restart"));
+            log::error(format!("route: {why}; the new versions take over by a plain restart"));
             return Ok(true);
         }
         let led = understudies
@@ -180,14 +180,15 @@ impl Host<'_> {
     ) -> Result<(), String> {
         let admin = &self.settings.caddy_admin;
         let route = caddy::route(services, closed);
-        let plan =
-            |seen: &caddy::Observed| caddy::plan(self.settings.caddy_server.as_deref(), route.as_ref(), seen);
+        let plan = |seen: &caddy::CaddyState| {
+            caddy::plan(self.settings.caddy_server.as_deref(), route.as_ref(), seen)
+        };
         let asked = match plan(&caddy::observe(admin)) {
             RoutePlan::None | RoutePlan::Current => Ok(()),
             RoutePlan::Pending(why) => Err(why),
             RoutePlan::Write(requests) => requests.iter().try_for_each(|request| {
                 caddy::perform(admin, request)?;
-                say::notice(format!("route: {}", request.what));
+                log::notice(format!("route: {}", request.what));
                 Ok(())
             }),
         };
@@ -208,13 +209,13 @@ impl Host<'_> {
         learned: &Attempts,
         observed: &mut Observed,
     ) {
-        if !matches!(observed.caddy, caddy::Observed::Servers(_)) {
+        if !matches!(observed.caddy, caddy::CaddyState::Servers(_)) {
             return;
         }
         let led = learned.led.iter().map(|(name, (http, _))| (name.clone(), http)).collect();
         let closed = plan::closed(desired, observed, memory);
         if let Err(why) = self.lead(&interim_route(desired, memory, &led), &closed, observed) {
-            say::warning(format!("route: {why}"));
+            log::warning(format!("route: {why}"));
         }
     }
 
@@ -228,14 +229,14 @@ impl Host<'_> {
         observed: &mut Observed,
     ) -> Result<()> {
         for name in names {
-            say::notice(format!(
+            log::notice(format!(
                 "{name}: an earlier pass ended while two versions ran; going back to the proved one"
             ));
         }
         let closed = plan::closed(desired, observed, memory);
         let mut left = names.to_vec();
         if let Err(why) = self.lead(&interim_route(desired, memory, &BTreeMap::new()), &closed, observed) {
-            say::warning(format!("route: {why}"));
+            log::warning(format!("route: {why}"));
             left = self.led_past(names, observed)?;
         }
         self.drain_understudies(&left, memory, observed)?;
@@ -248,7 +249,7 @@ impl Host<'_> {
         let mut left = Vec::new();
         for name in names {
             match self.port_of_understudy(name)? {
-                Some(port) if observed.caddy.may_lead_to(port) => say::warning(format!(
+                Some(port) if observed.caddy.may_lead_to(port) => log::warning(format!(
                     "{name}: its candidate stays on port {port}, to which visitors may still be led; the next pass goes on"
                 )),
                 _ => left.push(name.clone()),
@@ -292,12 +293,12 @@ impl Host<'_> {
         let stopping = systemd::stop(&units, EVERYBODY_WAITS)?;
         for name in names {
             if stopping.contains(&name.next_unit()) {
-                say::warning(format!("{name}: the candidate is still stopping; the next pass removes it"));
+                log::warning(format!("{name}: the candidate is still stopping; the next pass removes it"));
                 continue;
             }
             durable::remove(&self.root.next_unit(name))?;
             observed.understudies.remove(name);
-            say::info(format!("{name}: the understudy is gone"));
+            log::info(format!("{name}: the understudy is gone"));
         }
         systemd::daemon_reload()?;
         let gone: Vec<String> = units.into_iter().filter(|unit| !stopping.contains(unit)).collect();
@@ -359,8 +360,8 @@ fn nobody_listens(port: u16) -> bool {
 /// answer its connection is open, and Caddy ends those that have none. The connections to Caddy itself tell whether a
 /// client may still come by the old route: Caddy ends what it has from before the change, idle ones at once, and until
 /// then nobody can tell old from new, nor where Caddy's ports are not known.
-fn drain(ports: &[(&ServiceName, u16, u32)], caddy: &caddy::Observed) -> Result<()> {
-    let (front, known) = (caddy.ports(), matches!(caddy, caddy::Observed::Servers(_)));
+fn drain(ports: &[(&ServiceName, u16, u32)], caddy: &caddy::CaddyState) -> Result<()> {
+    let (front, known) = (caddy.ports(), matches!(caddy, caddy::CaddyState::Servers(_)));
     let begun = Instant::now();
     let mut open: Vec<&(&ServiceName, u16, u32)> = ports.iter().collect();
     if open.is_empty() {
@@ -383,7 +384,7 @@ fn drain(ports: &[(&ServiceName, u16, u32)], caddy: &caddy::Observed) -> Result<
             let count = peers.get(port).map_or(0, BTreeSet::len);
             let late = waited >= Duration::from_secs((*seconds).into()).max(LEAST_DRAIN);
             if count > 0 && late {
-                say::warning(format!(
+                log::warning(format!(
                     "{name}: {count} connection(s) to port {port} still open after {seconds} s"
                 ));
             }
@@ -527,7 +528,7 @@ mod tests {
             kept_out: BTreeSet::new(),
             understudies: BTreeSet::new(),
             foreign_next: BTreeMap::new(),
-            caddy: caddy::Observed::Unavailable("not asked yet".into()),
+            caddy: caddy::CaddyState::Unavailable("not asked yet".into()),
         }
     }
 

@@ -6,7 +6,7 @@ use super::root::Root;
 use crate::clock::Timestamp;
 use crate::durable;
 use crate::error::{Error, Result};
-use crate::manifest::{Service, Target};
+use crate::manifest::{ArtifactPath, Service};
 use crate::names::{ServiceName, StorePath};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -61,7 +61,7 @@ impl Overrides {
     pub fn apply(&self, service: &Service) -> Service {
         let mut service = service.clone();
         if let Some(pin) = self.pin(&service) {
-            service.artifact.store_path = Target::Path(pin.path.clone());
+            service.artifact.store_path = ArtifactPath::Path(pin.path.clone());
         }
         service
     }

@@ -4,14 +4,14 @@
 use super::admin::Endpoint;
 use super::apply::{Host, would_empty};
 use super::caddy::{self, RoutePlan};
-use super::lock::{self, Asked};
+use super::lock::{self, LockResult};
 use super::overrides::{Pause, Pin};
 use super::plan::{self, Attempts, Observed, Options, PersistedState, Plan, ServicePlan, UnitFile};
-use super::reading::{self, Reading};
+use super::reading::{self, ReadingMark};
 use super::root::Root;
 use super::state::{
-    Failure, LastError, OtherMachine, REPORT_EVERY_SEC, RouteState, RouteStatus, SILENT_SEC, STATE_VERSION,
-    ServiceState, State, Status,
+    FailureRecord, LastError, OtherMachine, REPORT_EVERY_SEC, RouteState, RouteStatus, SILENT_SEC,
+    STATE_VERSION, ServicePhase, ServiceState, State,
 };
 use super::{applied, intent, lines, machine, observe, overrides, systemd};
 use crate::clock::Timestamp;
@@ -20,13 +20,13 @@ use crate::durable;
 use crate::effect;
 use crate::error::{Error, Result};
 use crate::keys::PublicKey;
+use crate::log;
 use crate::manifest::edit::COPY_BACK;
 use crate::manifest::lineage::{self, Ancestor, Relation};
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::{Manifest, Service, entry, signature, versions};
 use crate::names::{HostName, ServiceName, StorePath};
-use crate::say;
 use crate::secrets;
 use crate::secrets::mask::Mask;
 use crate::see::reports;
@@ -53,7 +53,7 @@ pub struct RunOptions {
 }
 
 /// The manifest a pass works from.
-struct Current {
+struct SourceManifest {
     manifest: Manifest,
     /// The hash of its text.
     hash: String,
@@ -64,7 +64,7 @@ struct Current {
 }
 
 /// Why a pass ended without having done its work.
-struct Ended {
+struct PassError {
     error: Error,
     /// Somebody typed what cannot be: nothing is wrong with the host.
     mistyped: bool,
@@ -74,19 +74,19 @@ struct Ended {
     manifest: bool,
 }
 
-impl From<Error> for Ended {
+impl From<Error> for PassError {
     fn from(error: Error) -> Self {
-        Ended { error, mistyped: false, unreachable: false, manifest: false }
+        PassError { error, mistyped: false, unreachable: false, manifest: false }
     }
 }
 
-impl From<StoreError> for Ended {
+impl From<StoreError> for PassError {
     fn from(error: StoreError) -> Self {
         Error::from(error).into()
     }
 }
 
-impl From<std::io::Error> for Ended {
+impl From<std::io::Error> for PassError {
     fn from(error: std::io::Error) -> Self {
         Error::from(error).into()
     }
@@ -94,7 +94,7 @@ impl From<std::io::Error> for Ended {
 
 /// Which version of which store the last good manifest is.
 #[derive(Serialize, Deserialize)]
-struct Origin {
+struct ManifestOrigin {
     store: String,
     etag: String,
     sha256: String,
@@ -122,7 +122,7 @@ struct LastGood {
 /// The last good manifest of this store; None when there is none.
 fn last_good(root: &Root, store: &dyn Store) -> Option<LastGood> {
     let bytes = fs_err::read(root.manifest()).ok()?;
-    let origin: Origin = serde_json::from_slice(&fs_err::read(root.manifest_origin()).ok()?).ok()?;
+    let origin: ManifestOrigin = serde_json::from_slice(&fs_err::read(root.manifest_origin()).ok()?).ok()?;
     if origin.store != store.url() {
         return None;
     }
@@ -134,12 +134,12 @@ fn last_good(root: &Root, store: &dyn Store) -> Option<LastGood> {
     Some(LastGood { bytes, hash, etag: known.then_some(Etag(origin.etag)), refused })
 }
 
-fn keep_manifest(root: &Root, bytes: &[u8], origin: &Origin) -> Result<()> {
+fn keep_manifest(root: &Root, bytes: &[u8], origin: &ManifestOrigin) -> Result<()> {
     durable::write(&root.manifest(), bytes, 0o644)?;
     keep_origin(root, origin)
 }
 
-fn keep_origin(root: &Root, origin: &Origin) -> Result<()> {
+fn keep_origin(root: &Root, origin: &ManifestOrigin) -> Result<()> {
     let origin = serde_json::to_vec(origin)
         .map_err(|e| Error::new(format!("cannot write the manifest's origin: {e}")))?;
     durable::write(&root.manifest_origin(), &origin, 0o644)?;
@@ -155,7 +155,7 @@ fn current(
     belief: &TrustPolicy,
     known: &State,
     keep: bool,
-) -> Result<Current, Ended> {
+) -> Result<SourceManifest, PassError> {
     let mut unreachable = false;
     let cached = last_good(root, store);
     let url = store.url();
@@ -170,8 +170,12 @@ fn current(
             match belief.read(&bytes, store, keep.then_some((root, &etag))) {
                 Ok(manifest) => {
                     let hash = sha256(&bytes);
-                    let origin =
-                        Origin { store: url.clone(), etag: etag.0, sha256: hash.clone(), refused: None };
+                    let origin = ManifestOrigin {
+                        store: url.clone(),
+                        etag: etag.0,
+                        sha256: hash.clone(),
+                        refused: None,
+                    };
                     if let Some(why) = belief.objection(&bytes, &manifest, store, cached.as_ref()) {
                         if let Some(kept) = cached.as_ref().filter(|_| keep) {
                             keep_refused(root, &url, kept, belief, &bytes, &manifest);
@@ -182,7 +186,7 @@ fn current(
                         Some(format!("the new manifest cannot be kept on this host: {e}"))
                     } else {
                         let entries = entries(&bytes, &hash, belief, known);
-                        return Ok(Current { manifest, hash, entries, error: None });
+                        return Ok(SourceManifest { manifest, hash, entries, error: None });
                     }
                 }
                 Err(why) => Some(why),
@@ -203,21 +207,21 @@ fn current(
             }
             None => format!("{url} says that its manifest is unchanged, but none is on this host; run again"),
         });
-        return Err(Ended { unreachable, ..error.into() });
+        return Err(PassError { unreachable, ..error.into() });
     };
     let unusable = |why: &dyn std::fmt::Display| {
         let at = root.manifest();
         let before = error.as_ref().map(|e| format!("{e}; ")).unwrap_or_default();
         Error::new(format!("{before}{} cannot be used: {why}; remove it and run again", at.display()))
     };
-    let manifest =
-        parse::manifest(&bytes, Mode::Tolerant).map_err(|e| Ended { unreachable, ..unusable(&e).into() })?;
+    let manifest = parse::manifest(&bytes, Mode::Tolerant)
+        .map_err(|e| PassError { unreachable, ..unusable(&e).into() })?;
     // It may have been kept before this host was told whom to trust.
     match belief.doubt(&bytes, &manifest, store) {
-        Some(why) => Err(Ended { unreachable, ..unusable(&why).into() }),
+        Some(why) => Err(PassError { unreachable, ..unusable(&why).into() }),
         None => {
             let entries = entries(&bytes, &hash, belief, known);
-            Ok(Current { manifest, hash, entries, error })
+            Ok(SourceManifest { manifest, hash, entries, error })
         }
     }
 }
@@ -244,14 +248,14 @@ fn keep_refused(
     if !fork || refused == kept.refused {
         return;
     }
-    let origin = Origin {
+    let origin = ManifestOrigin {
         store: url.into(),
         etag: etag.0,
         sha256: kept.hash.clone(),
         refused: refused.map(|a| a.to_string()),
     };
     if let Err(e) = keep_origin(root, &origin) {
-        say::warning(format!("that this version was refused is not kept: {e}"));
+        log::warning(format!("that this version was refused is not kept: {e}"));
     }
 }
 
@@ -330,7 +334,7 @@ impl TrustPolicy {
         noted: Option<(&Root, &Etag)>,
     ) -> Result<Manifest, String> {
         let url = store.url();
-        let _note = noted.map(|(root, etag)| Reading::begin(root, &url, etag));
+        let _note = noted.map(|(root, etag)| ReadingMark::begin(root, &url, etag));
         let refused = |why: &str| format!("the manifest in {url} is refused: {why}; {SIGN}");
         let signed = match self.trusted.is_empty() {
             true => None,
@@ -459,7 +463,7 @@ impl TrustPolicy {
 fn load_memory(settings: &Settings, root: &Root, now: Timestamp) -> Result<(PersistedState, bool)> {
     let mut readable = true;
     let mut complain = |text: String| {
-        say::warning(format!("{text}; nothing is removed in this pass"));
+        log::warning(format!("{text}; nothing is removed in this pass"));
         readable = false;
     };
     let mut state = match fs_err::read(root.state_file()) {
@@ -625,7 +629,7 @@ fn last_named(settings: &Settings, root: &Root, name: &ServiceName) -> Result<St
 /// The lock, for a person, who wants it done rather than to be sent away.
 fn patient(root: &Root) -> Result<lock::Lock> {
     lock::wait(root, |who| {
-        say::notice(format!(
+        log::notice(format!(
             "waiting for the pass under way on this host ({who}); Ctrl-C ends the wait, and nothing is done"
         ));
     })
@@ -637,9 +641,9 @@ pub fn run(settings: &Settings, asks: &RunOptions) -> Result<u8> {
     let lock = match asks.timer {
         false => patient(&root)?,
         true => match lock::take(&root, Timestamp::now())? {
-            Asked::Taken(lock) => lock,
-            Asked::Held(who) => {
-                say::info(format!(
+            LockResult::Taken(lock) => lock,
+            LockResult::Held(who) => {
+                log::info(format!(
                     "a pass is under way on this host ({who}); this one leaves the work to it"
                 ));
                 return Ok(0);
@@ -660,7 +664,7 @@ fn pass(
         if !ended.mistyped
             && let Err(e) = leave_reason(settings, root, &ended, now)
         {
-            say::error(format!("why this pass failed could not be recorded: {e}"));
+            log::error(format!("why this pass failed could not be recorded: {e}"));
         }
         ended.error
     })
@@ -668,7 +672,7 @@ fn pass(
 
 /// Leaves the reason of a pass that did not do its work in the state, and reports it where the store takes it:
 /// what ran before may look well for long. An idle pass that fails as the one before writes nothing.
-fn leave_reason(settings: &Settings, root: &Root, ended: &Ended, now: Timestamp) -> Result<()> {
+fn leave_reason(settings: &Settings, root: &Root, ended: &PassError, now: Timestamp) -> Result<()> {
     let Some(before) = last_state(root, &settings.host, now)? else { return Ok(()) };
     let mut state = failed_state(&before, ended.error.to_string(), now);
     state.host = settings.host.clone();
@@ -723,7 +727,7 @@ pub fn could_not_begin(why: &Error) {
     // Its unit folder is not known, and not needed.
     let root = Root::system(Path::new("/etc/systemd/system"));
     let note = || -> Result<()> {
-        let Asked::Taken(_lock) = lock::take(&root, now)? else { return Ok(()) };
+        let LockResult::Taken(_lock) = lock::take(&root, now)? else { return Ok(()) };
         let Some(host) = HostName::of_this_machine() else { return Ok(()) };
         let Some(before) = last_state(&root, &host, now)? else { return Ok(()) };
         let state = State { reported: false, ..failed_state(&before, why.to_string(), now) };
@@ -734,11 +738,11 @@ pub fn could_not_begin(why: &Error) {
         Ok(())
     };
     if let Err(e) = note() {
-        say::error(format!("why this pass failed could not be recorded: {e}"));
+        log::error(format!("why this pass failed could not be recorded: {e}"));
     }
 }
 
-fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> Result<u8, Ended> {
+fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> Result<u8, PassError> {
     // Its unit has it made; a pass started by hand on a fresh host has not.
     durable::folder(&root.state_dir, 0o755)?;
     let store = store::open(&settings.store)?;
@@ -752,7 +756,7 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
     let belief = TrustPolicy::new(settings, store.as_ref(), &memory, asks)?;
     let current = current(root, store.as_ref(), &belief, &before, true)?;
     if let Some(error) = &current.error {
-        say::warning(format!(
+        log::warning(format!(
             "{error}; working from the last good manifest, serial {}",
             current.manifest.serial
         ));
@@ -764,9 +768,9 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
     }
     let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)
-        .map_err(|error| Ended { mistyped: !asks.retry.is_empty(), ..error.into() })?;
+        .map_err(|error| PassError { mistyped: !asks.retry.is_empty(), ..error.into() })?;
     if memory.state.serial != Some(manifest.serial) {
-        say::info(format!(
+        log::info(format!(
             "manifest serial {} ({}, by {}): {} service(s) for host '{}'",
             manifest.serial,
             manifest.change.action,
@@ -784,7 +788,7 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         systemd::reset_failed(&both.filter(|u| !root.unit_dir.join(u).exists()).collect::<Vec<_>>())?;
     }
     if let Err(e) = crate::nix::recover() {
-        say::error(e.to_string());
+        log::error(e.to_string());
     }
     let mut observed = observe::observe(root, &settings.caddy_admin, &desired, &memory)?;
     let mut learned = Attempts::default();
@@ -804,7 +808,7 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         Ok(plan) => plan,
         Err(refused) => {
             // Whoever looks from afar shall see why nothing happens.
-            return Err(Ended { manifest: true, ..refused.into() });
+            return Err(PassError { manifest: true, ..refused.into() });
         }
     };
     if !plan.is_empty() || !memory.interrupted.is_empty() {
@@ -852,7 +856,7 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
 
     // The route before what is gone: no request is led to a service that is being stopped.
     let waited_for = changed || !plan.understudies.is_empty();
-    if waited_for && matches!(observed.caddy, caddy::Observed::Unavailable(_)) {
+    if waited_for && matches!(observed.caddy, caddy::CaddyState::Unavailable(_)) {
         // It may answer by now: it opens its endpoint anew at every change, and may have been restarted meanwhile.
         observed.caddy = caddy::observe(&settings.caddy_admin);
         plan = decide(&observed, &memory, &learned)?;
@@ -960,12 +964,12 @@ fn manager_environment(before: &State, observed: &Observed, learned: &Attempts) 
     match systemd::given_to_all() {
         Ok(names) => {
             if !names.is_empty() && (names != before.manager_environment || !learned.started.is_empty()) {
-                say::warning(systemd::given_text(&names));
+                log::warning(systemd::given_text(&names));
             }
             names
         }
         Err(e) => {
-            say::info(format!("what systemd gives every service is not known: {e}"));
+            log::info(format!("what systemd gives every service is not known: {e}"));
             before.manager_environment.clone()
         }
     }
@@ -977,18 +981,18 @@ fn write_route(settings: &Settings, plan: &Plan, desired: &[&Service]) -> RouteS
         RoutePlan::None => return RouteState::default(),
         RoutePlan::Current => return RouteState { status: RouteStatus::Current, reason: None },
         RoutePlan::Pending(reason) => {
-            say::warning(format!("route: {reason}"));
+            log::warning(format!("route: {reason}"));
             return RouteState { status: RouteStatus::Pending, reason: Some(reason.clone()) };
         }
         RoutePlan::Write(requests) => requests,
     };
     for request in requests {
         match caddy::perform(&settings.caddy_admin, request) {
-            Ok(()) => say::notice(format!("route: {}", request.what)),
+            Ok(()) => log::notice(format!("route: {}", request.what)),
             // No visitor misses it.
-            Err(why) if request.is_view() => say::warning(why),
+            Err(why) if request.is_view() => log::warning(why),
             Err(why) => {
-                say::error(format!("route: {why}; the next pass tries again"));
+                log::error(format!("route: {why}; the next pass tries again"));
                 return RouteState { status: RouteStatus::Pending, reason: Some(why) };
             }
         }
@@ -1011,7 +1015,7 @@ fn remember(root: &Root, memory: &mut PersistedState, learned: &Attempts) -> Res
         let entry = ServiceState {
             name: name.clone(),
             store_path: before.and_then(|b| b.store_path.clone()),
-            status: Status::Rejected,
+            status: ServicePhase::Rejected,
             since: trouble.failure.at,
             previous: before.map(|b| b.previous.clone()).unwrap_or_default(),
             failure: Some(trouble.failure.clone()),
@@ -1053,14 +1057,14 @@ fn service_state(
     // One that drop-ins were seen of is not known to be without them by what is loaded now.
     let invocation = seen.filter(|u| running && (u.verified || u.clean && plan.drop_ins.is_empty()));
     let status = match (&plan.target, &plan.trouble, &runs) {
-        _ if plan.paused => Status::Stopped,
-        (None, None, _) => Status::Waiting,
-        (_, Some(trouble), _) if trouble.rejected => Status::Rejected,
-        (_, None, Some(_)) => Status::Running,
-        (_, Some(_), _) | (_, None, None) => Status::Failed,
+        _ if plan.paused => ServicePhase::Stopped,
+        (None, None, _) => ServicePhase::Waiting,
+        (_, Some(trouble), _) if trouble.rejected => ServicePhase::Rejected,
+        (_, None, Some(_)) => ServicePhase::Running,
+        (_, Some(_), _) | (_, None, None) => ServicePhase::Failed,
     };
     let failure = plan.trouble.as_ref().map(|t| t.failure.clone()).or_else(|| {
-        (status == Status::Failed && !plan.paused).then(|| Failure {
+        (status == ServicePhase::Failed && !plan.paused).then(|| FailureRecord {
             reason: format!("it was up and is not any more; see 'journalctl -u {}'", plan.name),
             attempted: plan.target.clone(),
             at: now,
@@ -1122,7 +1126,7 @@ fn going(
     );
     let before = memory.state.services.get(name);
     let up = listed.is_some_and(|l| matches!(l.active.as_str(), "active" | "deactivating"));
-    let failure = Failure {
+    let failure = FailureRecord {
         reason,
         attempted: None,
         at: now,
@@ -1137,7 +1141,7 @@ fn going(
         removing: true,
         ..ServiceState::new(
             name.clone(),
-            Status::Failed,
+            ServicePhase::Failed,
             before.filter(|b| b.removing).map_or(now, |b| b.since),
         )
     })
@@ -1153,10 +1157,10 @@ fn log_changes(before: &State, after: &State, learned: &Attempts) {
             let said = learned.troubles.values().any(|t| t.failure == *failure)
                 || learned.unfetchable.values().any(|reason| *reason == failure.reason);
             let reason = if said { String::new() } else { format!(": {}", failure.reason) };
-            say::error(format!("{name}: {status}, {runs}{reason}"));
+            log::error(format!("{name}: {status}, {runs}{reason}"));
         }
         if let Some(attention) = service.attention() {
-            say::warning(format!("{name}: {attention}"));
+            log::warning(format!("{name}: {attention}"));
         }
         if service.failure.is_some() {
             continue;
@@ -1166,8 +1170,8 @@ fn log_changes(before: &State, after: &State, learned: &Attempts) {
             continue;
         }
         match (service.status, &service.store_path) {
-            (Status::Running, Some(path)) => say::info(format!("{name}: running {path}")),
-            _ => say::info(format!("{name}: {status}")),
+            (ServicePhase::Running, Some(path)) => log::info(format!("{name}: running {path}")),
+            _ => log::info(format!("{name}: {status}")),
         }
     }
 }
@@ -1186,7 +1190,7 @@ fn fill_exposure(state: &mut State, learned: &Attempts) {
         Ok(exposures) => {
             unrated.iter_mut().for_each(|s| s.exposure = exposures.get(&s.name.unit()).copied());
         }
-        Err(e) => say::info(format!("how exposed the services are is not known: {e}")),
+        Err(e) => log::info(format!("how exposed the services are is not known: {e}")),
     }
 }
 
@@ -1210,7 +1214,7 @@ fn reported_lines(settings: &Settings, state: &State, desired: &[&Service]) -> S
         let mask = match Mask::of(&secrets::files(service)) {
             Ok(mask) => mask,
             Err(e) => {
-                say::info(format!(
+                log::info(format!(
                     "{}: its last lines are not reported: {}",
                     service.name,
                     crate::error::io_text(&e)
@@ -1248,7 +1252,7 @@ fn publish(
     };
     state.reported = reported.is_ok();
     if let Err(e) = reported {
-        say::warning(format!("the report was not written: {e}; the next pass tries again"));
+        log::warning(format!("the report was not written: {e}; the next pass tries again"));
     }
     // A store that goes on refusing is asked again by every pass, and the disk is spared.
     if should_publish(root, before, state) { write_state(root, state) } else { Ok(()) }
@@ -1279,7 +1283,7 @@ fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) ->
         return earlier;
     }
     if state.checked_at.0.saturating_sub(reported_at.0) > SILENT_SEC {
-        say::info(format!(
+        log::info(format!(
             "this machine takes the place of {theirs}, which reported as '{}' before",
             state.host
         ));
@@ -1288,7 +1292,7 @@ fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) ->
     let came_back =
         before.reported && before.machine.as_ref() == Some(this) && reported_at > before.checked_at;
     let other = OtherMachine { machine: theirs, reported_at, came_back };
-    say::warning(other.text(&state.host, this));
+    log::warning(other.text(&state.host, this));
     Some(other)
 }
 
@@ -1296,7 +1300,7 @@ fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) ->
 mod tests {
     use super::*;
     use crate::keys::SecretKey;
-    use crate::manifest::edit::{self, Author, Start};
+    use crate::manifest::edit::{self, Author, StartingPoint};
     use crate::manifest::signature::Trust;
     use crate::store::StoreUrl;
 
@@ -1316,7 +1320,7 @@ mod tests {
             Bench { dir, store, author: Author { by: "ann@laptop".into(), trust, ..Author::default() } }
         }
 
-        fn publishes(&self, start: Start, change: impl Fn(&mut Manifest)) -> Vec<u8> {
+        fn publishes(&self, start: StartingPoint, change: impl Fn(&mut Manifest)) -> Vec<u8> {
             let now = || Timestamp(1_795_372_265);
             edit::publish(&*self.store, &now, &self.author, start, |manifest| {
                 change(manifest);
@@ -1327,7 +1331,7 @@ mod tests {
         }
 
         fn changes(&self, what: &str) -> Vec<u8> {
-            self.publishes(Start::OrEmpty, |m| drop(m.extra.insert("what".into(), what.into())))
+            self.publishes(StartingPoint::OrEmpty, |m| drop(m.extra.insert("what".into(), what.into())))
         }
 
         fn stored(&self) -> Vec<u8> {
@@ -1379,7 +1383,7 @@ mod tests {
         // As a rollback to the copy does it.
         let seen = parse::manifest(&copy, Mode::Tolerant).unwrap();
         let line = lineage::line(&seen, signature::digest(&copy).unwrap());
-        bench.publishes(Start::Replace, |m| {
+        bench.publishes(StartingPoint::Replace, |m| {
             m.previous = lineage::join(&line, &m.previous);
             m.extra = seen.extra.clone();
         });
@@ -1401,7 +1405,7 @@ mod tests {
         let copy = bench.changes("mended");
         assert_eq!(bench.obeyed("biz"), (3, "mended".into(), None));
         bench.store.put(MANIFEST_KEY, &copy[..100], &Condition::Always).unwrap();
-        bench.publishes(Start::Replace, |m| drop(m.extra.insert("what".into(), "hole".into())));
+        bench.publishes(StartingPoint::Replace, |m| drop(m.extra.insert("what".into(), "hole".into())));
         let (serial, what, error) = bench.obeyed("biz");
         assert_eq!((serial, what.as_str()), (3, "mended"));
         assert!(error.unwrap().contains("version 4 was made without the version 3"));
@@ -1409,7 +1413,7 @@ mod tests {
         assert_eq!(bench.obeyed("new"), (4, "hole".into(), None));
         let seen = parse::manifest(&copy, Mode::Tolerant).unwrap();
         let line = lineage::line(&seen, signature::digest(&copy).unwrap());
-        bench.publishes(Start::Replace, |m| {
+        bench.publishes(StartingPoint::Replace, |m| {
             m.previous = lineage::join(&line, &m.previous);
             m.extra = seen.extra.clone();
         });

@@ -5,7 +5,7 @@
 use super::caddy::{self, RoutePlan};
 use super::listeners::{self, Answers, Owner};
 use super::overrides::Overrides;
-use super::state::{Exposure, Failure, State, Status};
+use super::state::{Exposure, FailureRecord, ServicePhase, State};
 use super::systemd::Listed;
 use super::unit;
 use crate::clock::Timestamp;
@@ -43,7 +43,7 @@ pub struct Observed {
     /// Services about to change whose `NAME-next` is somebody else's unit, there.
     pub foreign_next: BTreeMap<ServiceName, PathBuf>,
     /// Caddy.
-    pub caddy: caddy::Observed,
+    pub caddy: caddy::CaddyState,
 }
 
 /// What was seen of one unit.
@@ -126,7 +126,7 @@ pub struct AttemptFailure {
     /// Whether the release itself is bad (and is remembered), or the attempt just did not work out.
     pub rejected: bool,
     /// The reason.
-    pub failure: Failure,
+    pub failure: FailureRecord,
 }
 
 /// Everything that was learned in this pass.
@@ -143,7 +143,7 @@ pub struct Attempts {
     /// Candidates that have the requests of their services, proved with these inputs: where they are asked.
     pub led: BTreeMap<ServiceName, (Http, String)>,
     /// Services whose units systemd is not through with.
-    pub pending: BTreeMap<ServiceName, Pending>,
+    pub pending: BTreeMap<ServiceName, PendingJob>,
     /// What this host's disk did not take, where the pass went on all the same.
     pub unwritten: Vec<String>,
 }
@@ -160,7 +160,7 @@ impl Attempts {
 
 /// A stop or start that takes its time.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pending {
+pub struct PendingJob {
     /// What it is at, for people.
     pub why: String,
     /// The unit that is waited for: its own, or the one that has its port.
@@ -487,7 +487,7 @@ fn service(
     // A reason keeps the time at which it was first found.
     let failed = |reason: String| {
         let old = before.and_then(|b| b.failure.as_ref()).filter(|f| f.reason == reason);
-        let failure = Failure {
+        let failure = FailureRecord {
             at: old.map_or(now, |f| f.at),
             journal: old.map(|f| f.journal.clone()).unwrap_or_default(),
             attempts: old.map_or(0, |f| f.attempts),
@@ -676,7 +676,7 @@ fn service(
         && answers(&goal.service) == Some(&Answers::Nobody)
     {
         // It may still be coming up, as after a boot. If it did not in the last pass, its process has missed its turn.
-        let failed = before.is_some_and(|b| b.status == Status::Failed);
+        let failed = before.is_some_and(|b| b.status == ServicePhase::Failed);
         steps.push(match failed {
             true => Step::Restart("it runs, but nothing listens on its port"),
             false => Step::Prove("nothing listens on its port"),
@@ -707,7 +707,7 @@ fn overlaps(goal: &Goal, applied: Option<&LastKnownGood>, seen: &UnitSeen, obser
         && goal.service.rollout == Rollout::Overlap
         && goal.service.port_variable().is_some()
         && seen.listed.running()
-        && matches!(observed.caddy, caddy::Observed::Servers(_))
+        && matches!(observed.caddy, caddy::CaddyState::Servers(_))
         && !observed.understudies.contains(&goal.service.name)
         && !observed.foreign_next.contains_key(&goal.service.name)
 }
@@ -825,7 +825,7 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::manifest::{Artifact, Exec, Hardening, Rollout, Systemd, Target};
+    use crate::manifest::{Artifact, ArtifactPath, Exec, Hardening, Rollout, Systemd};
     use serde_json::{Map, json};
 
     const NOW: Timestamp = Timestamp(1_000_000);
@@ -843,7 +843,7 @@ mod tests {
             name: name(text),
             artifact: Artifact {
                 kind: "nix-closure".into(),
-                store_path: Target::Path(path(version)),
+                store_path: ArtifactPath::Path(path(version)),
                 extra: Map::new(),
             },
             hosts: Vec::new(),
@@ -870,7 +870,7 @@ mod tests {
 
     fn waiting(text: &str) -> Service {
         let mut service = entry(text, 1);
-        service.artifact.store_path = Target::Placeholder;
+        service.artifact.store_path = ArtifactPath::Placeholder;
         service
     }
 
@@ -907,7 +907,7 @@ mod tests {
                     kept_out: BTreeSet::new(),
                     understudies: BTreeSet::new(),
                     foreign_next: BTreeMap::new(),
-                    caddy: caddy::Observed::Servers(
+                    caddy: caddy::CaddyState::Servers(
                         json!({"srv0": {"listen": [":443"], "routes": []}}).as_object().unwrap().clone(),
                     ),
                 },
@@ -963,7 +963,7 @@ mod tests {
                         }
                         if self.broken.contains(&goal.path) {
                             unit.listed = Listed::default();
-                            let failure = Failure {
+                            let failure = FailureRecord {
                                 reason: "it exits at once".into(),
                                 attempted: Some(goal.path.clone()),
                                 at: NOW,
@@ -1008,9 +1008,9 @@ mod tests {
                     for service in &plan.services {
                         let trouble = service.trouble.as_ref();
                         let status = match trouble {
-                            Some(t) if t.rejected => Status::Rejected,
-                            Some(_) => Status::Failed,
-                            None => Status::Running,
+                            Some(t) if t.rejected => ServicePhase::Rejected,
+                            Some(_) => ServicePhase::Failed,
+                            None => ServicePhase::Running,
                         };
                         let state = super::super::state::ServiceState {
                             store_path: service.goal.as_ref().map(|g| g.path.clone()),
@@ -1062,7 +1062,7 @@ mod tests {
             let mut world = World::new();
             world.pass(&[&old]);
             let mut new = old.clone();
-            new.artifact.store_path = Target::Path(path(2));
+            new.artifact.store_path = ArtifactPath::Path(path(2));
             new.systemd.state_directory = state.map(String::from);
             new.exec.user = user.into();
             new.hardening.dynamic_user = dynamic;
@@ -1281,7 +1281,7 @@ mod tests {
         old.env.insert("PORT".into(), "8080".into());
         world.pass(&[&old]);
         let mut new = old.clone();
-        new.artifact.store_path = Target::Path(path(2));
+        new.artifact.store_path = ArtifactPath::Path(path(2));
         world.observed.foreign_next.insert(name("ava"), "/etc/systemd/system/ava-next.service".into());
         let plan = world.plan(&[&new]).unwrap();
         let service = &plan.services[0];

@@ -7,7 +7,7 @@ use super::root::Root;
 use crate::durable;
 use crate::effect;
 use crate::error::io_text;
-use crate::say;
+use crate::log;
 use crate::store::Etag;
 use serde::{Deserialize, Serialize};
 
@@ -44,9 +44,9 @@ pub(super) fn refusal(root: &Root, store: &str) -> String {
 }
 
 /// A version is being read until this goes out of scope.
-pub(super) struct Reading<'a>(&'a Root);
+pub(super) struct ReadingMark<'a>(&'a Root);
 
-impl<'a> Reading<'a> {
+impl<'a> ReadingMark<'a> {
     /// Takes down which. Where that cannot be written, the version is read nevertheless.
     pub(super) fn begin(root: &'a Root, store: &str, etag: &Etag) -> Self {
         let before = left(root).filter(|note| note.store == store && note.etag == etag.0);
@@ -54,20 +54,20 @@ impl<'a> Reading<'a> {
         let note = Note { store: store.into(), etag: etag.0.clone(), passes };
         let bytes = serde_json::to_vec(&note).unwrap_or_default();
         if let Err(e) = durable::write(&root.reading(), &bytes, 0o644) {
-            say::warning(format!("the manifest is read without a note of it: {}", io_text(&e)));
+            log::warning(format!("the manifest is read without a note of it: {}", io_text(&e)));
         }
         effect::point("within reading", store);
-        Reading(root)
+        ReadingMark(root)
     }
 }
 
-impl Drop for Reading<'_> {
+impl Drop for ReadingMark<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             return;
         }
         if let Err(e) = durable::remove(&self.0.reading()) {
-            say::warning(format!("the note of the manifest that was read stays: {}", io_text(&e)));
+            log::warning(format!("the note of the manifest that was read stays: {}", io_text(&e)));
         }
     }
 }
@@ -82,7 +82,7 @@ mod tests {
         let mut root = Root::system(dir.path());
         root.run_dir = dir.path().to_path_buf();
         let (one, two) = (Etag("1".into()), Etag("2".into()));
-        let dies = |etag: &Etag| std::mem::forget(Reading::begin(&root, "s3://a", etag));
+        let dies = |etag: &Etag| std::mem::forget(ReadingMark::begin(&root, "s3://a", etag));
         dies(&one);
         assert_eq!(deadly(&root, "s3://a"), None, "once is chance");
         dies(&one);
@@ -91,7 +91,7 @@ mod tests {
         assert!(refusal(&root, "s3://a").contains("reading.json"));
         dies(&two);
         assert_eq!(deadly(&root, "s3://a"), None, "another version");
-        drop(Reading::begin(&root, "s3://a", &two));
+        drop(ReadingMark::begin(&root, "s3://a", &two));
         assert_eq!(left(&root), None, "read to its end");
         fs_err::write(root.reading(), "{").unwrap();
         assert_eq!(deadly(&root, "s3://a"), None);

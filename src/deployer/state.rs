@@ -141,7 +141,7 @@ pub struct ServiceState {
     /// What runs; null when nothing does.
     pub store_path: Option<StorePath>,
     /// How it stands.
-    pub status: Status,
+    pub status: ServicePhase,
     /// Since when the status and the path are these.
     pub since: Timestamp,
     /// The closures before this one that are still on the host, newest first.
@@ -149,7 +149,7 @@ pub struct ServiceState {
     pub previous: Vec<StorePath>,
     /// Why it is not as the manifest says, if it is not.
     #[serde(default)]
-    pub failure: Option<Failure>,
+    pub failure: Option<FailureRecord>,
     /// Its secrets file was changed after it started: a restart picks that up.
     #[serde(default)]
     pub secrets_changed: bool,
@@ -268,7 +268,7 @@ impl<'de> Deserialize<'de> for Exposure {
 /// How a service stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Status {
+pub enum ServicePhase {
     /// It runs what the manifest names, and is well.
     Running,
     /// What the manifest names could not be put in place, or is down. `storePath` tells which.
@@ -281,15 +281,15 @@ pub enum Status {
     Stopped,
 }
 
-impl Status {
+impl ServicePhase {
     /// The word in the formats.
     pub fn as_str(self) -> &'static str {
         match self {
-            Status::Running => "running",
-            Status::Failed => "failed",
-            Status::Waiting => "waiting",
-            Status::Rejected => "rejected",
-            Status::Stopped => "stopped",
+            ServicePhase::Running => "running",
+            ServicePhase::Failed => "failed",
+            ServicePhase::Waiting => "waiting",
+            ServicePhase::Rejected => "rejected",
+            ServicePhase::Stopped => "stopped",
         }
     }
 }
@@ -297,7 +297,7 @@ impl Status {
 /// Why a service is not as the manifest says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Failure {
+pub struct FailureRecord {
     /// The object, the cause and the next move.
     pub reason: String,
     /// The path that should run.
@@ -345,7 +345,7 @@ pub enum RouteStatus {
 
 impl ServiceState {
     /// A service of which nothing is known but this.
-    pub fn new(name: ServiceName, status: Status, since: Timestamp) -> Self {
+    pub fn new(name: ServiceName, status: ServicePhase, since: Timestamp) -> Self {
         ServiceState {
             name,
             store_path: None,
@@ -457,7 +457,7 @@ impl State {
 
     /// The exit code it stands for: 4 when something is down, 3 when something is not as it should be.
     pub fn exit_code(&self) -> u8 {
-        let off = |s: &&ServiceState| matches!(s.status, Status::Failed | Status::Rejected);
+        let off = |s: &&ServiceState| matches!(s.status, ServicePhase::Failed | ServicePhase::Rejected);
         let looked_at = |s: &ServiceState| s.removing || !s.drop_ins.is_empty();
         if self.services.values().filter(off).any(|s| s.store_path.is_none() && !s.removing) {
             crate::error::EXIT_DOWN

@@ -5,7 +5,7 @@ use super::state::Exposure;
 use crate::effect;
 use crate::error::{Error, Result};
 use crate::names::{ServiceName, is_variable};
-use crate::runner::{Output, Run, RunError, Status};
+use crate::runner::{Output, ProcessStatus, Run, RunError};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
@@ -548,8 +548,8 @@ fn analyze(files: &[&Path]) -> Result<Option<String>> {
 
 /// What of an answer is about these units. One that a signal ended (for want of memory, say) has judged nothing: that is
 /// this host's trouble, and no release is refused for it.
-fn complaint(names: &[String], status: Status, stderr: &str) -> Result<Option<String>> {
-    if let Status::Signal(_) = status {
+fn complaint(names: &[String], status: ProcessStatus, stderr: &str) -> Result<Option<String>> {
+    if let ProcessStatus::Signal(_) = status {
         return Err(Error::new(format!(
             "systemd-analyze verify was ended by {status}; the next pass tries again, see 'journalctl -k'"
         )));
@@ -819,11 +819,11 @@ mod tests {
     fn a_check_that_was_ended_refuses_nothing() {
         let names = ["ava.service".to_string()];
         let told = |status, stderr| complaint(&names, status, stderr);
-        assert_eq!(told(Status::Exit(0), "other.service:3: Unknown key\n").unwrap(), None);
+        assert_eq!(told(ProcessStatus::Exit(0), "other.service:3: Unknown key\n").unwrap(), None);
         let said = "/x/ava.service:3: Unknown key 'A'\nother.service:1: x\n";
-        assert_eq!(told(Status::Exit(0), said).unwrap().unwrap(), "/x/ava.service:3: Unknown key 'A'");
-        assert_eq!(told(Status::Exit(1), "no such unit\n").unwrap().unwrap(), "no such unit");
-        assert!(told(Status::Signal(9), "").unwrap_err().to_string().contains("signal 9"));
+        assert_eq!(told(ProcessStatus::Exit(0), said).unwrap().unwrap(), "/x/ava.service:3: Unknown key 'A'");
+        assert_eq!(told(ProcessStatus::Exit(1), "no such unit\n").unwrap().unwrap(), "no such unit");
+        assert!(told(ProcessStatus::Signal(9), "").unwrap_err().to_string().contains("signal 9"));
     }
 
     #[test]

@@ -2,15 +2,15 @@
 //! after what this machine has seen. Everything that publishes starts from that, and what else is in the store is
 //! shown, never built upon. Without trusted keys there is nothing to tell by, and what is in force is believed.
 
-use super::edit::{Author, COPY_BACK, Current};
+use super::edit::{Author, COPY_BACK, CurrentManifest};
 use super::lineage::{self, Ancestor, Digest, Relation};
 use super::model::{Change, MAX_BYTES, Manifest};
 use super::parse::{self, Mode};
 use super::signature;
 use super::versions::{self, Version, archive_key, archive_name};
 use crate::error::{Error, Result};
+use crate::log::{self, printable};
 use crate::parallel;
-use crate::say::{self, printable};
 use crate::store::{GetResult, Store, StoreError};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -107,7 +107,7 @@ impl Author {
 
     /// Whether what is in force may be built on; None: it may. What cannot be read is not judged here. Who signed it
     /// is asked before anything is built of what it says.
-    pub fn objection(&self, store: &dyn Store, current: &Current) -> Result<Option<Objection>> {
+    pub fn objection(&self, store: &dyn Store, current: &CurrentManifest) -> Result<Option<Objection>> {
         let trusted = &self.trust.trusted;
         if trusted.is_empty() || current.bytes.len() as u64 > MAX_BYTES {
             return Ok(None);
@@ -123,7 +123,7 @@ impl Author {
     }
 
     /// Why nothing is built on what is in force: what happened, and the ways on.
-    pub fn refusal(&self, store: &dyn Store, current: &Current, objection: &Objection) -> Error {
+    pub fn refusal(&self, store: &dyn Store, current: &CurrentManifest, objection: &Objection) -> Error {
         let url = store.url();
         let seen = match objection {
             Objection::Unsigned(why) => {
@@ -171,7 +171,7 @@ impl Author {
     }
 
     /// Whether what is in force, whoever signed it, goes against what this machine has seen.
-    pub fn contradiction(&self, store: &dyn Store, current: &Current) -> Result<Option<Objection>> {
+    pub fn contradiction(&self, store: &dyn Store, current: &CurrentManifest) -> Result<Option<Objection>> {
         let Ok(manifest) = current.manifest() else { return Ok(None) };
         if self.seen.read(&store.identity())?.is_some_and(|kept| kept == current.bytes) {
             return Ok(None);
@@ -256,7 +256,7 @@ pub fn newest_archived(store: &dyn Store, author: &Author) -> Result<Option<Beli
     // Once: several parts of a call look here.
     static SAID: AtomicBool = AtomicBool::new(false);
     if !SAID.swap(true, Ordering::Relaxed) {
-        say::warning(format!(
+        log::warning(format!(
             "warning: {what}, and no more were looked at: if there is one behind them that is newer than version \
              {known}, it is not known here; whoever may delete in the store should remove what nobody published"
         ));

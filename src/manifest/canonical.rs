@@ -11,7 +11,7 @@ use std::fmt;
 pub(super) fn object(bytes: &[u8], without: &[&str]) -> Result<Vec<u8>, String> {
     let mut out = Vec::with_capacity(bytes.len());
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    let form = Form { out: &mut out, without };
+    let form = CanonicalWriter { out: &mut out, without };
     form.deserialize(&mut deserializer).and_then(|()| deserializer.end()).map_err(|e| match e.is_data() {
         true => e.to_string(),
         false => format!("not JSON: {e}"),
@@ -22,19 +22,19 @@ pub(super) fn object(bytes: &[u8], without: &[&str]) -> Result<Vec<u8>, String> 
     }
 }
 
-struct Form<'a> {
+struct CanonicalWriter<'a> {
     out: &'a mut Vec<u8>,
     without: &'a [&'a str],
 }
 
-impl Form<'_> {
+impl CanonicalWriter<'_> {
     fn put<E: de::Error>(self, value: &(impl serde::Serialize + ?Sized)) -> Result<(), E> {
         // Into memory, which takes everything.
         serde_json::to_writer(self.out, value).map_err(E::custom)
     }
 }
 
-impl<'de> DeserializeSeed<'de> for Form<'_> {
+impl<'de> DeserializeSeed<'de> for CanonicalWriter<'_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<(), D::Error> {
@@ -42,7 +42,7 @@ impl<'de> DeserializeSeed<'de> for Form<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Form<'_> {
+impl<'de> Visitor<'de> for CanonicalWriter<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -81,7 +81,7 @@ impl<'de> Visitor<'de> for Form<'_> {
             if before > first {
                 self.out.push(b',');
             }
-            if seq.next_element_seed(Form { out: self.out, without: &[] })?.is_none() {
+            if seq.next_element_seed(CanonicalWriter { out: self.out, without: &[] })?.is_none() {
                 self.out.truncate(before);
                 break;
             }
@@ -99,7 +99,7 @@ impl<'de> Visitor<'de> for Form<'_> {
             let start = self.out.len();
             serde_json::to_writer(&mut *self.out, &name).map_err(de::Error::custom)?;
             self.out.push(b':');
-            map.next_value_seed(Form { out: self.out, without: &[] })?;
+            map.next_value_seed(CanonicalWriter { out: self.out, without: &[] })?;
             self.out.push(b',');
             members.push((name, start..self.out.len()));
         }

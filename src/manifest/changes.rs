@@ -3,9 +3,9 @@
 
 use super::diff::tree;
 use super::json::{At, shown};
-use super::model::{Hardening, Manifest, Service, Target};
+use super::model::{ArtifactPath, Hardening, Manifest, Service};
 use super::parse::{self, FieldError, Mode};
-use super::schema::{self, Wants};
+use super::schema::{self, FieldKind};
 use crate::error::{Error, Result, did_you_mean};
 use crate::names::StorePath;
 use serde_json::{Map, Value};
@@ -16,7 +16,7 @@ pub fn unknown_service(name: &str, manifest: &Manifest) -> Error {
     let near = did_you_mean(name, manifest.services.iter().map(|s| s.name.as_str()));
     let next =
         if near.is_empty() { "; 'deploy-manifest show' prints those there are" } else { near.as_str() };
-    Error::new(format!("no service '{}' in the manifest{next}", crate::say::printable(name)))
+    Error::new(format!("no service '{}' in the manifest{next}", crate::log::printable(name)))
 }
 
 fn index(manifest: &Manifest, name: &str) -> Result<usize> {
@@ -35,7 +35,7 @@ pub fn update(manifest: &mut Manifest, name: &str, path: &StorePath, revision: O
         Error::new(format!("{e}{joint} with 'deploy-manifest add-service'"))
     })?;
     let service = &mut manifest.services[at];
-    let target = Target::Path(path.clone());
+    let target = ArtifactPath::Path(path.clone());
     let same_path = service.artifact.store_path == target;
     if same_path && revision.is_none_or(|r| service.revision.as_deref() == Some(r)) {
         return Ok(false);
@@ -117,7 +117,7 @@ fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError
     let wants = match schema::wants(&path) {
         Ok(wants) => wants,
         // A newer version's field, which only it understands.
-        Err(_) if there => Wants::Json,
+        Err(_) if there => FieldKind::Json,
         Err((index, known)) => {
             let word = path.get(index).copied().unwrap_or_default();
             let near = match known.is_empty() {
@@ -130,14 +130,14 @@ fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError
     };
     let json = || serde_json::from_str::<Value>(text).ok();
     let value = match wants {
-        Wants::Text => Value::from(text),
-        Wants::TextOrNull | Wants::Variable if text == "null" => Value::Null,
-        Wants::TextOrNull | Wants::Variable => Value::from(text),
-        Wants::List => match json() {
+        FieldKind::Text => Value::from(text),
+        FieldKind::TextOrNull | FieldKind::Variable if text == "null" => Value::Null,
+        FieldKind::TextOrNull | FieldKind::Variable => Value::from(text),
+        FieldKind::List => match json() {
             Some(list @ Value::Array(_)) => list,
             _ => text.split(',').map(str::trim).filter(|w| !w.is_empty()).collect(),
         },
-        Wants::Json => json().unwrap_or_else(|| Value::from(text)),
+        FieldKind::Json => json().unwrap_or_else(|| Value::from(text)),
     };
     let mut node = service;
     let (last, above) = path.split_last().expect("a split text has at least one part");
@@ -155,7 +155,7 @@ fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError
     let Value::Object(map) = node else {
         return Err(error(format!("{} has no fields", shown(node))));
     };
-    if wants == Wants::Variable && value.is_null() {
+    if wants == FieldKind::Variable && value.is_null() {
         map.remove(*last);
     } else {
         map.insert((*last).into(), value);

@@ -44,8 +44,8 @@ impl fmt::Display for Difference {
         let whole = f.alternate();
         let side = |value: &Option<Value>| match value {
             None => "(none)".to_string(),
-            Some(Value::String(text)) if !text.is_empty() => crate::say::printable(text).into_owned(),
-            Some(value) if whole => crate::say::printable(&value.to_string()).into_owned(),
+            Some(Value::String(text)) if !text.is_empty() => crate::log::printable(text).into_owned(),
+            Some(value) if whole => crate::log::printable(&value.to_string()).into_owned(),
             Some(value) => shown(value),
         };
         match self {

@@ -15,8 +15,8 @@ use crate::clock::Timestamp;
 use crate::config::{self, Settings};
 use crate::error::{Error, Result};
 use crate::keys::SecretKey;
+use crate::log;
 use crate::names::{HostName, ServiceName, StorePath};
-use crate::say;
 use crate::store::{
     self, Condition, Etag, GetResult, HOSTS_PREFIX, MANIFEST_KEY, MAX_REPLACED, Store, StoreError,
 };
@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 /// What a change may start from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Start {
+pub enum StartingPoint {
     /// A manifest that can be read and is believed; anything else is an error.
     Existing,
     /// The same, or an empty one where there never was one.
@@ -43,7 +43,7 @@ pub enum Start {
 
 /// The manifest in the store.
 #[derive(Debug, Clone)]
-pub struct Current {
+pub struct CurrentManifest {
     /// As it is stored.
     pub bytes: Vec<u8>,
     /// Its version for the store.
@@ -51,7 +51,7 @@ pub struct Current {
     manifest: OnceCell<Result<Manifest, FieldError>>,
 }
 
-impl Current {
+impl CurrentManifest {
     /// What it says, or why it cannot be used. Read when it is asked for: of what nobody trusted has signed, most
     /// have no use, and it may be made to cost much.
     pub fn manifest(&self) -> &Result<Manifest, FieldError> {
@@ -77,7 +77,7 @@ fn read_bytes(bytes: &[u8]) -> Result<Manifest, FieldError> {
 
 /// What came of a change.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Published {
+pub struct PublishedManifest {
     /// The manifest in force.
     pub manifest: Manifest,
     /// Whether it was written; false: it said so already.
@@ -110,7 +110,7 @@ impl Author {
     }
 
     /// Refuses to build upon what is not believed: a signature on it would be given by the way.
-    fn believes(&self, store: &dyn Store, current: &Current) -> Result<()> {
+    fn believes(&self, store: &dyn Store, current: &CurrentManifest) -> Result<()> {
         match self.objection(store, current)? {
             Some(objection) => Err(self.refusal(store, current, &objection)),
             None => Ok(()),
@@ -151,18 +151,20 @@ pub fn whoami() -> String {
 }
 
 /// Reads what is there; None when there is none.
-pub fn load(store: &dyn Store) -> Result<Option<Current>> {
+pub fn load(store: &dyn Store) -> Result<Option<CurrentManifest>> {
     load_within(store, MAX_BYTES)
 }
 
 /// As [`load`], also what is too large to be read but is replaced.
-pub fn load_to_replace(store: &dyn Store) -> Result<Option<Current>> {
+pub fn load_to_replace(store: &dyn Store) -> Result<Option<CurrentManifest>> {
     load_within(store, MAX_REPLACED)
 }
 
-fn load_within(store: &dyn Store, limit: u64) -> Result<Option<Current>> {
+fn load_within(store: &dyn Store, limit: u64) -> Result<Option<CurrentManifest>> {
     match store.get(MANIFEST_KEY, None, limit) {
-        Ok(GetResult::Found { bytes, etag }) => Ok(Some(Current { bytes, etag, manifest: OnceCell::new() })),
+        Ok(GetResult::Found { bytes, etag }) => {
+            Ok(Some(CurrentManifest { bytes, etag, manifest: OnceCell::new() }))
+        }
         Ok(GetResult::Missing | GetResult::NotModified) => Ok(None),
         Err(e @ StoreError::TooLarge(_)) if limit == MAX_BYTES => {
             Err(Error::new(format!("{e}; go back with 'deploy-manifest rollback'")))
@@ -282,18 +284,20 @@ pub fn unusable(store: &dyn Store, why: &FieldError) -> Error {
 }
 
 /// Creates an empty manifest where there is none, also where there was one.
-pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<Published> {
-    swap(store, now, author, Start::Begin, |_, current| Ok(current.is_none().then(|| "init".into())))
+pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<PublishedManifest> {
+    swap(store, now, author, StartingPoint::Begin, |_, current| Ok(current.is_none().then(|| "init".into())))
 }
 
 /// Creates the first manifest of a store. That there was one before is an error.
-pub fn begin(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<Published> {
-    swap(store, now, author, Start::OrEmpty, |_, current| Ok(current.is_none().then(|| "init".into())))
+pub fn begin(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<PublishedManifest> {
+    swap(store, now, author, StartingPoint::OrEmpty, |_, current| {
+        Ok(current.is_none().then(|| "init".into()))
+    })
 }
 
 /// One service's new closure.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Update {
+pub struct PathUpdate {
     /// The service.
     pub name: ServiceName,
     /// The closure's top path.
@@ -307,11 +311,11 @@ pub fn update(
     store: &dyn Store,
     now: &dyn Fn() -> Timestamp,
     author: &Author,
-    updates: &[Update],
-) -> Result<Published> {
-    publish(store, now, author, Start::Existing, |manifest| {
+    updates: &[PathUpdate],
+) -> Result<PublishedManifest> {
+    publish(store, now, author, StartingPoint::Existing, |manifest| {
         let mut changed = Vec::new();
-        for Update { name, path, revision } in updates {
+        for PathUpdate { name, path, revision } in updates {
             if changes::update(manifest, name.as_str(), path, revision.as_deref())? {
                 changed.push(name.as_str());
             }
@@ -327,9 +331,9 @@ pub fn publish(
     store: &dyn Store,
     now: &dyn Fn() -> Timestamp,
     author: &Author,
-    start: Start,
+    start: StartingPoint,
     mut change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
-) -> Result<Published> {
+) -> Result<PublishedManifest> {
     swap(store, now, author, start, |manifest, _| change(manifest))
 }
 
@@ -338,10 +342,10 @@ pub fn publish_over(
     store: &dyn Store,
     now: &dyn Fn() -> Timestamp,
     author: &Author,
-    start: Start,
+    start: StartingPoint,
     shown: Option<&Etag>,
     mut change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
-) -> Result<Published> {
+) -> Result<PublishedManifest> {
     swap(store, now, author, start, |manifest, current| {
         if current.map(|c| &c.etag) != shown {
             return Err(Error::new(format!(
@@ -361,8 +365,8 @@ pub fn adopt(
     now: &dyn Fn() -> Timestamp,
     author: &Author,
     shown: &Digest,
-) -> Result<Published> {
-    swap(store, now, author, Start::Replace, |manifest, current| {
+) -> Result<PublishedManifest> {
+    swap(store, now, author, StartingPoint::Replace, |manifest, current| {
         let found = current.filter(|c| signature::digest(&c.bytes).as_ref() == Ok(shown));
         let there = found.and_then(|c| c.manifest().as_ref().ok()).ok_or_else(|| {
             Error::new(format!(
@@ -383,14 +387,14 @@ fn swap(
     store: &dyn Store,
     now: &dyn Fn() -> Timestamp,
     author: &Author,
-    start: Start,
-    mut change: impl FnMut(&mut Manifest, Option<&Current>) -> Result<Option<String>>,
-) -> Result<Published> {
+    start: StartingPoint,
+    mut change: impl FnMut(&mut Manifest, Option<&CurrentManifest>) -> Result<Option<String>>,
+) -> Result<PublishedManifest> {
     let mut contention = Contention::new();
     let mut tried: Option<(Vec<u8>, Manifest)> = None;
     let limit = match start {
-        Start::Repair | Start::Replace => MAX_REPLACED,
-        Start::Existing | Start::OrEmpty | Start::Begin => MAX_BYTES,
+        StartingPoint::Repair | StartingPoint::Replace => MAX_REPLACED,
+        StartingPoint::Existing | StartingPoint::OrEmpty | StartingPoint::Begin => MAX_BYTES,
     };
     loop {
         let began = Instant::now();
@@ -399,17 +403,18 @@ fn swap(
             && landed(store, current.as_ref(), &bytes, &manifest)?
         {
             author.remember(store, &bytes);
-            return Ok(Published { manifest, written: true });
+            return Ok(PublishedManifest { manifest, written: true });
         }
         let Base { mut manifest, replaced, known, believed } =
             base(store, author, current.as_ref(), start, now)?;
         manifest.previous = known;
         let Some(action) = change(&mut manifest, current.as_ref())? else {
-            let found = current.map(Current::into_parts).and_then(|(bytes, m)| Some((bytes, m.ok()?)));
+            let found =
+                current.map(CurrentManifest::into_parts).and_then(|(bytes, m)| Some((bytes, m.ok()?)));
             if let (Some((bytes, _)), true) = (&found, believed) {
                 author.remember(store, bytes);
             }
-            return Ok(Published { manifest: found.map_or(manifest, |(_, m)| m), written: false });
+            return Ok(PublishedManifest { manifest: found.map_or(manifest, |(_, m)| m), written: false });
         };
         manifest.version = FORMAT_VERSION;
         manifest.serial += 1;
@@ -433,7 +438,7 @@ fn swap(
             Ok(_) => {
                 author.remember(store, &bytes);
                 say_lost(author, &manifest);
-                return Ok(Published { manifest, written: true });
+                return Ok(PublishedManifest { manifest, written: true });
             }
             Err(StoreError::Changed(_)) => {
                 tried = Some((bytes, manifest));
@@ -445,7 +450,7 @@ fn swap(
                 return match landed {
                     Ok(true) => {
                         author.remember(store, &bytes);
-                        Ok(Published { manifest, written: true })
+                        Ok(PublishedManifest { manifest, written: true })
                     }
                     Ok(false) => Err(Error::new(why)),
                     Err(_) => Err(Error::new(format!(
@@ -472,22 +477,22 @@ struct Base {
 fn base(
     store: &dyn Store,
     author: &Author,
-    current: Option<&Current>,
-    start: Start,
+    current: Option<&CurrentManifest>,
+    start: StartingPoint,
     now: &dyn Fn() -> Timestamp,
 ) -> Result<Base> {
     let objection = current.map(|c| author.objection(store, c)).transpose()?.flatten();
-    let repairs = matches!(start, Start::Replace | Start::Repair);
+    let repairs = matches!(start, StartingPoint::Replace | StartingPoint::Repair);
     match (current, objection) {
         (Some(current), Some(objection)) if !repairs => Err(author.refusal(store, current, &objection)),
         // Whatever nobody trusted has signed says, also that a newer program wrote it.
         (Some(_), Some(Objection::Unsigned(_))) => rebuilt(store, author, current, start, now),
         (Some(found), objection) => match (found.manifest(), objection) {
             // With keys a number is what somebody trusted gave it.
-            (Ok(manifest), None) if start != Start::Replace || manifest.serial < LAST_SERIAL => {
+            (Ok(manifest), None) if start != StartingPoint::Replace || manifest.serial < LAST_SERIAL => {
                 let mut known = line_of(manifest, &found.bytes);
                 let mut serial = manifest.serial;
-                if start == Start::Replace {
+                if start == StartingPoint::Replace {
                     after_archived(store, author, &mut serial, &mut known)?;
                 }
                 room_after(store, serial, MANIFEST_KEY)?;
@@ -504,14 +509,14 @@ fn base(
                 after_archived(store, author, &mut serial, &mut known)?;
                 room_after(store, serial, MANIFEST_KEY)?;
                 let replaced = archive_name(manifest.serial, manifest.generation);
-                let from = if start == Start::Repair { &seen.manifest } else { manifest };
+                let from = if start == StartingPoint::Repair { &seen.manifest } else { manifest };
                 Ok(Base { manifest: Manifest { serial, ..from.clone() }, replaced, known, believed: false })
             }
             (Err(why), _) if !repairs || why.is_newer_version() => Err(unusable(store, why)),
             (_, _) => rebuilt(store, author, current, start, now),
         },
-        (None, _) if start == Start::Existing => Err(lost(store, author)),
-        (None, _) if start == Start::OrEmpty && ever(store, author)? => Err(lost(store, author)),
+        (None, _) if start == StartingPoint::Existing => Err(lost(store, author)),
+        (None, _) if start == StartingPoint::OrEmpty && ever(store, author)? => Err(lost(store, author)),
         (None, _) => rebuilt(store, author, None, start, now),
     }
 }
@@ -540,7 +545,7 @@ fn after_archived(
 fn say_lost(author: &Author, manifest: &Manifest) {
     let Some(Ancestor { serial, digest: None }) = manifest.previous.first() else { return };
     if !author.trust.trusted.is_empty() {
-        say::warning(format!(
+        log::warning(format!(
             "warning: version {serial}, in whose place this was published, is not known here: a host that has obeyed \
              it refuses this one, and on any other what it changed is undone; that host's copy brings it back: \
              '{COPY_BACK}'"
@@ -558,8 +563,8 @@ fn line_of(manifest: &Manifest, bytes: &[u8]) -> Vec<Ancestor> {
 fn rebuilt(
     store: &dyn Store,
     author: &Author,
-    found: Option<&Current>,
-    start: Start,
+    found: Option<&CurrentManifest>,
+    start: StartingPoint,
     now: &dyn Fn() -> Timestamp,
 ) -> Result<Base> {
     let trusting = !author.trust.trusted.is_empty();
@@ -585,7 +590,7 @@ fn rebuilt(
     let known = lineage::join(&line(&archived), &line(&remembered));
     let generation = head.map_or_else(now, |h| h.generation);
     let mut manifest = Manifest::empty(now(), "");
-    if start == Start::Repair
+    if start == StartingPoint::Repair
         && let Some(newest) = belief::newer(remembered, archived)
     {
         manifest = newest.manifest;
@@ -628,7 +633,7 @@ fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Resu
         // Another writer, about to replace the same version, archived it; or somebody took its name.
         Err(StoreError::Changed(_)) => {
             if !author.trust.trusted.is_empty() && !holds(store, &key, bytes)? {
-                say::warning(format!(
+                log::warning(format!(
                     "warning: {key} in {} holds something else than the version that is replaced now, which is kept \
                      nowhere else there: see who can write to the store",
                     store.url()
@@ -654,7 +659,12 @@ fn holds(store: &dyn Store, key: &str, bytes: &[u8]) -> Result<bool> {
 
 /// Whether a write that was answered with "changed" had taken place nevertheless: its answer was lost, and
 /// the repeated request met our own version, in force or replaced by the next writer.
-fn landed(store: &dyn Store, current: Option<&Current>, bytes: &[u8], manifest: &Manifest) -> Result<bool> {
+fn landed(
+    store: &dyn Store,
+    current: Option<&CurrentManifest>,
+    bytes: &[u8],
+    manifest: &Manifest,
+) -> Result<bool> {
     let Some(current) = current else { return Ok(false) };
     if current.bytes == bytes {
         return Ok(true);
@@ -781,11 +791,11 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
 }
 
 /// Says what came of a change: one line on stderr.
-pub fn report(store: &dyn Store, published: &Published) {
+pub fn report(store: &dyn Store, published: &PublishedManifest) {
     let Manifest { serial, change, .. } = &published.manifest;
     match published.written {
-        true => say::notice(format!("serial {serial}: {} ({})", change.action, store.url())),
-        false => say::info(format!("unchanged: serial {serial} says so already ({})", store.url())),
+        true => log::notice(format!("serial {serial}: {} ({})", change.action, store.url())),
+        false => log::info(format!("unchanged: serial {serial} says so already ({})", store.url())),
     }
 }
 
@@ -906,8 +916,8 @@ mod tests {
         parse::service(value, Mode::Strict, None).unwrap()
     }
 
-    fn add(store: &Scripted, name: &str) -> Result<Published> {
-        publish(store, &NOW, &ann(), Start::OrEmpty, |m| {
+    fn add(store: &Scripted, name: &str) -> Result<PublishedManifest> {
+        publish(store, &NOW, &ann(), StartingPoint::OrEmpty, |m| {
             changes::add(m, service(name))?;
             Ok(Some(format!("add-service {name}")))
         })
@@ -971,14 +981,18 @@ mod tests {
         let store = Scripted::default();
         add(&store, "ava").unwrap();
         let path = StorePath::parse("/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava").unwrap();
-        let one = Update { name: ServiceName::parse("ava").unwrap(), path, revision: Some("abc".into()) };
+        let one = PathUpdate { name: ServiceName::parse("ava").unwrap(), path, revision: Some("abc".into()) };
         assert!(update(&store, &NOW, &ann(), std::slice::from_ref(&one)).unwrap().written);
         let before = store.keys();
         assert!(!update(&store, &NOW, &ann(), std::slice::from_ref(&one)).unwrap().written);
-        assert!(!update(&store, &NOW, &ann(), &[Update { revision: None, ..one.clone() }]).unwrap().written);
+        assert!(
+            !update(&store, &NOW, &ann(), &[PathUpdate { revision: None, ..one.clone() }]).unwrap().written
+        );
         assert_eq!((store.keys(), store.current().services[0].revision.as_deref()), (before, Some("abc")));
         assert!(
-            update(&store, &NOW, &ann(), &[Update { revision: Some("d".into()), ..one }]).unwrap().written
+            update(&store, &NOW, &ann(), &[PathUpdate { revision: Some("d".into()), ..one }])
+                .unwrap()
+                .written
         );
     }
 
@@ -987,7 +1001,7 @@ mod tests {
         let store = Scripted::default();
         add(&store, "ava").unwrap();
         let earlier = || Timestamp(1_000_000);
-        publish(&store, &earlier, &ann(), Start::Existing, |m| {
+        publish(&store, &earlier, &ann(), StartingPoint::Existing, |m| {
             changes::remove(m, "ava").map(|()| Some("x".into()))
         })
         .unwrap();
@@ -1002,14 +1016,15 @@ mod tests {
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), b"{\"version\": 1, ".to_vec());
         let e = add(&store, "db").unwrap_err().to_string();
         assert!(e.contains("cut off") && e.contains("rollback"), "{e}");
-        let repaired = publish(&store, &NOW, &ann(), Start::Repair, |_| Ok(Some("mend".into()))).unwrap();
+        let repaired =
+            publish(&store, &NOW, &ann(), StartingPoint::Repair, |_| Ok(Some("mend".into()))).unwrap();
         assert_eq!(repaired.manifest.serial, 3);
         assert_eq!(
             store.objects.lock().unwrap()["manifests/manifest-20261122T183105Z-00000002.json"],
             b"{\"version\": 1, "
         );
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), b"{\"version\": 2}".to_vec());
-        for start in [Start::Existing, Start::OrEmpty, Start::Repair] {
+        for start in [StartingPoint::Existing, StartingPoint::OrEmpty, StartingPoint::Repair] {
             let e = publish(&store, &NOW, &ann(), start, |_| Ok(Some("x".into()))).unwrap_err().to_string();
             assert!(e.contains("newer omni-deploy; upgrade"), "{e}");
         }
@@ -1024,7 +1039,8 @@ mod tests {
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), padded);
         let e = add(&store, "db").unwrap_err().to_string();
         assert!(e.contains("deploy-manifest rollback"), "{e}");
-        let repaired = publish(&store, &NOW, &ann(), Start::Replace, |_| Ok(Some("mend".into()))).unwrap();
+        let repaired =
+            publish(&store, &NOW, &ann(), StartingPoint::Replace, |_| Ok(Some("mend".into()))).unwrap();
         assert_eq!((repaired.manifest.serial, store.current().serial), (2, 2));
     }
 
@@ -1041,7 +1057,7 @@ mod tests {
         let author = Author { seen: Seen::below(dir.path()), ..with_key() };
         let store = Scripted::default();
         let add = |name: &str| {
-            publish(&store, &NOW, &author, Start::OrEmpty, |m| {
+            publish(&store, &NOW, &author, StartingPoint::OrEmpty, |m| {
                 changes::add(m, service(name))?;
                 Ok(Some(format!("add-service {name}")))
             })
@@ -1065,7 +1081,7 @@ mod tests {
         let store = Scripted::default();
         let author = with_key();
         let publish = |name: &str| {
-            publish(&store, &NOW, &author, Start::OrEmpty, |m| {
+            publish(&store, &NOW, &author, StartingPoint::OrEmpty, |m| {
                 changes::add(m, service(name))?;
                 Ok(Some(format!("add-service {name}")))
             })
@@ -1097,14 +1113,15 @@ mod tests {
     fn nobody_without_a_key_drives_the_serial() {
         let author = with_key();
         let add = |store: &Scripted, name: &str| {
-            publish(store, &NOW, &author, Start::OrEmpty, |m| {
+            publish(store, &NOW, &author, StartingPoint::OrEmpty, |m| {
                 changes::add(m, service(name))?;
                 Ok(Some(format!("add-service {name}")))
             })
             .unwrap()
         };
-        let replace =
-            |store: &Scripted| publish(store, &NOW, &author, Start::Replace, |_| Ok(Some("mend".into())));
+        let replace = |store: &Scripted| {
+            publish(store, &NOW, &author, StartingPoint::Replace, |_| Ok(Some("mend".into())))
+        };
         let forged = |store: &Scripted, serial: u64| {
             let mut manifest = store.current();
             manifest.serial = serial;
@@ -1176,7 +1193,7 @@ mod tests {
         assert!(e.contains("manifest.json in file:///test has the serial 9007199254740990"), "{e}");
         // There is a way out of it that needs no hand in the store, unless an archived version says the same.
         store.objects.lock().unwrap().insert(name.clone(), Vec::new());
-        let replace = || publish(&store, &NOW, &ann(), Start::Replace, |_| Ok(Some("mend".into())));
+        let replace = || publish(&store, &NOW, &ann(), StartingPoint::Replace, |_| Ok(Some("mend".into())));
         let e = replace().unwrap_err().to_string();
         assert!(e.contains(&name) && e.contains("remove it if nobody published it"), "{e}");
         store.objects.lock().unwrap().remove(&name);

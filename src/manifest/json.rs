@@ -57,7 +57,7 @@ pub(super) fn shown(value: &Value) -> String {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text.into_owned(),
     };
-    crate::say::printable(&cut).into_owned()
+    crate::log::printable(&cut).into_owned()
 }
 
 /// Takes the beginning of what is written, and no more: a text of megabytes is not copied to be cut.

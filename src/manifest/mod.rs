@@ -26,5 +26,6 @@ pub mod validate;
 pub mod versions;
 
 pub use model::{
-    Artifact, Change, Exec, Hardening, Health, Http, Manifest, Profile, Rollout, Service, Systemd, Target,
+    Artifact, ArtifactPath, Change, Exec, Hardening, Health, Http, Manifest, Profile, Rollout, Service,
+    Systemd,
 };

@@ -101,7 +101,7 @@ pub struct Artifact {
     #[serde(rename = "type")]
     pub kind: String,
     /// The closure's top path, or the placeholder of a service that waits for its first push.
-    pub store_path: Target,
+    pub store_path: ArtifactPath,
     /// Fields of a newer version.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -109,33 +109,33 @@ pub struct Artifact {
 
 /// A store path, or the promise of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
+pub enum ArtifactPath {
     /// `/nix/store/placeholder`: nothing was pushed yet.
     Placeholder,
     /// What to run.
     Path(StorePath),
 }
 
-impl Target {
+impl ArtifactPath {
     /// The path, unless it is still a placeholder.
     pub fn path(&self) -> Option<&StorePath> {
         match self {
-            Target::Placeholder => None,
-            Target::Path(path) => Some(path),
+            ArtifactPath::Placeholder => None,
+            ArtifactPath::Path(path) => Some(path),
         }
     }
 }
 
-impl std::fmt::Display for Target {
+impl std::fmt::Display for ArtifactPath {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Target::Placeholder => write!(f, "{STORE_DIR}/placeholder"),
-            Target::Path(path) => path.fmt(f),
+            ArtifactPath::Placeholder => write!(f, "{STORE_DIR}/placeholder"),
+            ArtifactPath::Path(path) => path.fmt(f),
         }
     }
 }
 
-impl Serialize for Target {
+impl Serialize for ArtifactPath {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(self)
     }

@@ -2,7 +2,7 @@
 //! those behind one. What is found is what [`versions::all`] would say of that part; where it cannot be told from a
 //! part, all of them are listed.
 
-use super::versions::{self, Head, Version, archive_key, archive_name, serial_in};
+use super::versions::{self, Version, VersionHead, archive_key, archive_name, serial_in};
 use crate::clock::Timestamp;
 use crate::error::Result;
 use crate::store::{ARCHIVE_PREFIX, MANIFEST_KEY, Store};
@@ -50,7 +50,11 @@ pub fn newest(store: &dyn Store, wanted: usize) -> Result<Newest> {
 }
 
 /// None: all have to be listed.
-fn part(store: &dyn Store, current: &Head, wanted: usize) -> Result<Option<(Vec<Version>, Vec<String>)>> {
+fn part(
+    store: &dyn Store,
+    current: &VersionHead,
+    wanted: usize,
+) -> Result<Option<(Vec<Version>, Vec<String>)>> {
     let own_name = archive_name(current.serial, current.generation);
     let own_key = archive_key(&own_name);
     let (mut back, mut since) = (FIRST_SEC, current.generation.0.saturating_sub(FIRST_SEC));
@@ -152,7 +156,7 @@ mod tests {
     /// An archive of names alone, which gives a thousand at once and counts how often it is asked.
     struct Archive {
         keys: Vec<String>,
-        current: Head,
+        current: VersionHead,
         lists: Mutex<usize>,
     }
 
@@ -161,7 +165,7 @@ mod tests {
         fn of(count: u64, apart: i64) -> Self {
             let time = |serial: u64| Timestamp(1_600_000_000 + serial as i64 * apart);
             let keys = (1..count).map(|n| archive_key(&archive_name(n, time(n)))).collect();
-            let current = Head { serial: count, generation: time(count), change: Default::default() };
+            let current = VersionHead { serial: count, generation: time(count), change: Default::default() };
             Archive { keys, current, lists: Mutex::default() }
         }
 
@@ -182,7 +186,7 @@ mod tests {
         }
         fn get_start(&self, key: &str, _: u64) -> Result<Option<Vec<u8>>, StoreError> {
             assert_eq!(key, MANIFEST_KEY);
-            let Head { serial, generation, .. } = &self.current;
+            let VersionHead { serial, generation, .. } = &self.current;
             let text = format!(
                 r#"{{"version": 1, "serial": {serial}, "generation": "{generation}", "change": {{}}, "services": []}}"#
             );

@@ -6,8 +6,8 @@ use super::json::{self, At, shown};
 use super::limits::Level;
 use super::lineage::Ancestor;
 use super::model::{
-    Artifact, Change, DEFAULT_TIMEOUT_SEC, Exec, FORMAT_VERSION, Hardening, Health, Http, Manifest, Profile,
-    Rollout, Service, Systemd, Target,
+    Artifact, ArtifactPath, Change, DEFAULT_TIMEOUT_SEC, Exec, FORMAT_VERSION, Hardening, Health, Http,
+    Manifest, Profile, Rollout, Service, Systemd,
 };
 use super::rules::{self, Rule};
 use crate::clock::Timestamp;
@@ -331,9 +331,9 @@ fn artifact_at(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Artifact> {
     let path = fields.required("storePath", "the closure's top path is meant")?;
     let store_path = parsed_text(path, &fields.at("storePath"), "a store path", |text| {
         if text.strip_prefix(STORE_DIR) == Some("/placeholder") {
-            return Ok(Target::Placeholder);
+            return Ok(ArtifactPath::Placeholder);
         }
-        StorePath::parse(text).map(Target::Path)
+        StorePath::parse(text).map(ArtifactPath::Path)
     })?;
     Ok(Artifact { kind, store_path, extra: fields.rest() })
 }

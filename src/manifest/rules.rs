@@ -2,7 +2,7 @@
 //! or the reason why it cannot be, without the text itself. Pure. Whatever passes here may be put into a
 //! unit, into Caddy's configuration or into a path by whoever escapes for those.
 
-use crate::say::is_invisible;
+use crate::log::is_invisible;
 
 /// A rule: the text in its normal form, or the reason.
 pub(super) type Rule = fn(&str) -> Result<String, String>;

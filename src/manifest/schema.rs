@@ -12,7 +12,7 @@ static SCHEMA: LazyLock<Value> =
 
 /// What a field of a service wants, for values that come as text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wants {
+pub enum FieldKind {
     /// A string, as it stands.
     Text,
     /// A string, or null.
@@ -27,11 +27,15 @@ pub enum Wants {
 
 /// What the field at `path` of a service wants; for a path that leads nowhere, the index of the first word that
 /// is unknown and the names that are known there.
-pub fn wants(path: &[&str]) -> Result<Wants, (usize, Vec<&'static str>)> {
+pub fn wants(path: &[&str]) -> Result<FieldKind, (usize, Vec<&'static str>)> {
     let mut node = &SCHEMA["$defs"]["service"];
     for (index, name) in path.iter().enumerate() {
         if node["propertyNames"].is_object() {
-            return if path.len() == index + 1 { Ok(Wants::Variable) } else { Err((index + 1, Vec::new())) };
+            return if path.len() == index + 1 {
+                Ok(FieldKind::Variable)
+            } else {
+                Err((index + 1, Vec::new()))
+            };
         }
         node = match node["properties"].get(*name) {
             Some(node) => node,
@@ -46,10 +50,10 @@ pub fn wants(path: &[&str]) -> Result<Wants, (usize, Vec<&'static str>)> {
         one => one == kind,
     };
     Ok(match () {
-        () if allows("string") && allows("null") => Wants::TextOrNull,
-        () if allows("string") && !allows("boolean") => Wants::Text,
-        () if allows("array") => Wants::List,
-        () => Wants::Json,
+        () if allows("string") && allows("null") => FieldKind::TextOrNull,
+        () if allows("string") && !allows("boolean") => FieldKind::Text,
+        () if allows("array") => FieldKind::List,
+        () => FieldKind::Json,
     })
 }
 
@@ -213,17 +217,17 @@ mod tests {
     #[test]
     fn a_field_says_which_type_it_wants() {
         for (path, expected) in [
-            ("name", Wants::Text),
-            ("revision", Wants::TextOrNull),
-            ("exec.command", Wants::TextOrNull),
-            ("http.internalPort", Wants::Json),
-            ("http", Wants::Json),
-            ("hosts", Wants::List),
-            ("systemd.after", Wants::List),
-            ("hardening.protectSystem", Wants::Json),
-            ("env.PORT", Wants::Variable),
-            ("credentials.token", Wants::Variable),
-            ("hardening.profile", Wants::Text),
+            ("name", FieldKind::Text),
+            ("revision", FieldKind::TextOrNull),
+            ("exec.command", FieldKind::TextOrNull),
+            ("http.internalPort", FieldKind::Json),
+            ("http", FieldKind::Json),
+            ("hosts", FieldKind::List),
+            ("systemd.after", FieldKind::List),
+            ("hardening.protectSystem", FieldKind::Json),
+            ("env.PORT", FieldKind::Variable),
+            ("credentials.token", FieldKind::Variable),
+            ("hardening.profile", FieldKind::Text),
         ] {
             assert_eq!(wants(&path.split('.').collect::<Vec<_>>()), Ok(expected), "{path}");
         }

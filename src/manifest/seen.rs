@@ -8,7 +8,7 @@ use super::model::MAX_BYTES;
 use crate::config;
 use crate::durable;
 use crate::error::{Error, Result};
-use crate::say;
+use crate::log;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -69,7 +69,7 @@ impl Seen {
             durable::write(&file, bytes, 0o600)
         };
         if let Err(e) = write() {
-            say::warning(format!(
+            log::warning(format!(
                 "warning: this machine will not remember which version it has seen, and would not notice an old one put \
                  back: {e}; set HOME or XDG_STATE_HOME to a folder that can be written"
             ));

@@ -12,7 +12,7 @@ use super::model::Manifest;
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
-use crate::say::printable;
+use crate::log::printable;
 use serde::Deserialize;
 
 /// The keys a machine works with.

@@ -26,7 +26,7 @@ pub struct Version {
 
 /// What stands at the beginning of a version, before its services.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Head {
+pub struct VersionHead {
     /// Its serial.
     pub serial: u64,
     /// When it was written.
@@ -155,11 +155,11 @@ pub fn all_and_others(store: &dyn Store) -> Result<(Vec<Version>, Vec<String>)> 
 }
 
 /// Why an object that has the name of a version is none: what it holds has another name. None for a version.
-pub fn mismatch(version: &Version, head: Option<&Head>) -> Option<String> {
+pub fn mismatch(version: &Version, head: Option<&VersionHead>) -> Option<String> {
     if version.current {
         return None;
     }
-    let Some(Head { serial, generation, .. }) = head else {
+    let Some(VersionHead { serial, generation, .. }) = head else {
         return Some("not a version: it cannot be read".into());
     };
     let named = archive_name(*serial, *generation) == version.name;
@@ -271,7 +271,8 @@ pub fn read(store: &dyn Store, version: &Version) -> Result<Manifest> {
 fn parsed(store: &dyn Store, version: &Version, bytes: &[u8]) -> Result<Manifest> {
     let manifest = parse::manifest(bytes, Mode::Tolerant)
         .map_err(|e| Error::new(format!("{} in {}: {e}{ANOTHER}", version.name, store.url())))?;
-    let head = Head { serial: manifest.serial, generation: manifest.generation, change: Change::default() };
+    let head =
+        VersionHead { serial: manifest.serial, generation: manifest.generation, change: Change::default() };
     match mismatch(version, Some(&head)) {
         None => Ok(manifest),
         Some(why) => Err(Error::new(format!(
@@ -316,7 +317,7 @@ pub fn believed(
 }
 
 /// The beginning of a version; None when there is no such object, or no head in it.
-pub fn head(store: &dyn Store, key: &str) -> Result<Option<Head>> {
+pub fn head(store: &dyn Store, key: &str) -> Result<Option<VersionHead>> {
     let Some(start) = store.get_start(key, HEAD_BYTES)? else { return Ok(None) };
     if let Some(head) = head_of(&start) {
         return Ok(Some(head));
@@ -335,11 +336,11 @@ pub fn head(store: &dyn Store, key: &str) -> Result<Option<Head>> {
 }
 
 /// Reads the head out of the first bytes of a version, which may end anywhere after it.
-pub fn head_of(start: &[u8]) -> Option<Head> {
+pub fn head_of(start: &[u8]) -> Option<VersionHead> {
     let mut partial = Partial::default();
     // That it ends in the middle is no error here; what was read until then counts.
     drop(PartialSeed(&mut partial).deserialize(&mut serde_json::Deserializer::from_slice(start)));
-    Some(Head {
+    Some(VersionHead {
         serial: partial.serial?,
         generation: partial.generation?,
         change: partial.change.unwrap_or_default(),

@@ -9,9 +9,9 @@ use super::spool::{ANNOUNCED, Spool};
 use super::{ASK_WITHIN, PER_CALL, explained, missing};
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::log;
 use crate::names::{STORE_DIR, StorePath};
 use crate::runner::Run;
-use crate::say;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -48,7 +48,7 @@ pub fn recover(home: &Path, work: &str) -> Result<()> {
         let whole = whole(&valid)?;
         if !whole {
             forget(&valid)?;
-            say::warning(format!(
+            log::warning(format!(
                 "the machine went down while Nix was copying: {} path(s) of that copy are not whole on the disk, and \
                  are fetched again",
                 valid.len()

@@ -6,7 +6,7 @@ use super::hash::Sha256;
 use super::narinfo::{Compression, NarInfo, Warrant};
 use super::spool::{NARS, Spool};
 use super::unpack::{self, Expected, unpack};
-use super::walk::{Fault, Found};
+use super::walk::{PathFault, VerifiedNarInfo};
 use crate::effect;
 use crate::error::io_text;
 use crate::names::StorePath;
@@ -27,9 +27,9 @@ const BUFFER: usize = 64 << 10;
 
 /// Why a NAR did not come.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Failure {
+pub enum DownloadError {
     /// What the cache has of it is missing or wrong.
-    Fault(Fault),
+    Fault(PathFault),
     /// The cache did not answer or refused us.
     Cache(StoreError),
     /// The time for it was over.
@@ -86,13 +86,13 @@ fn remove(path: &PathBuf) -> io::Result<()> {
     }
 }
 
-fn here(e: io::Error) -> Failure {
-    Failure::Here(io_text(&e))
+fn here(e: io::Error) -> DownloadError {
+    DownloadError::Here(io_text(&e))
 }
 
 /// What lies in the spool of a path, before or after a transfer.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Origin {
+enum SpoolEntry {
     /// All of it came now.
     Fresh,
     /// Some of it was left by an earlier run, and may be damaged.
@@ -104,32 +104,32 @@ enum Origin {
 pub fn download<'a>(
     cache: &dyn Objects,
     spool: &Spool,
-    wanted: &[&'a Found],
+    wanted: &[&'a VerifiedNarInfo],
     until: Instant,
-) -> BTreeMap<StorePath, Failure> {
-    let mut queue: Vec<&'a Found> = wanted.to_vec();
+) -> BTreeMap<StorePath, DownloadError> {
+    let mut queue: Vec<&'a VerifiedNarInfo> = wanted.to_vec();
     queue.sort_by_key(|found| std::cmp::Reverse(found.info.file_size.unwrap_or(found.info.nar_size)));
     let queue = Mutex::new(VecDeque::from(queue));
     let failures = Mutex::new(BTreeMap::new());
-    let stopped: Mutex<Option<Failure>> = Mutex::new(None);
-    let (sender, receiver) = mpsc::channel::<(&'a Found, Origin)>();
+    let stopped: Mutex<Option<DownloadError>> = Mutex::new(None);
+    let (sender, receiver) = mpsc::channel::<(&'a VerifiedNarInfo, SpoolEntry)>();
     let receiver = Mutex::new(receiver);
-    let fail = |found: &Found, failure: Failure| {
+    let fail = |found: &VerifiedNarInfo, failure: DownloadError| {
         // A cache that does not answer for one will not for the others; each waiting for itself, they would take
         // as long as there are paths. One that refuses does so at once, and maybe for one alone.
-        if matches!(failure, Failure::Cache(StoreError::Unreachable(_)) | Failure::Late) {
+        if matches!(failure, DownloadError::Cache(StoreError::Unreachable(_)) | DownloadError::Late) {
             *locked(&stopped) = Some(failure.clone());
         }
         locked(&failures).insert(found.info.path.clone(), failure);
     };
-    let transfer = |sender: mpsc::Sender<(&'a Found, Origin)>| {
+    let transfer = |sender: mpsc::Sender<(&'a VerifiedNarInfo, SpoolEntry)>| {
         while let Some(found) = next(&queue) {
             let stop = locked(&stopped).clone();
             match stop.map_or_else(|| bring(cache, spool, &found.info, until), Err) {
                 Ok(origin) => drop(sender.send((found, origin))),
                 Err(failure) => {
                     // On a full disk, what cannot be finished makes way.
-                    if matches!(failure, Failure::Here(_)) {
+                    if matches!(failure, DownloadError::Here(_)) {
                         drop(Files::of(spool, &found.info.path).forget());
                     }
                     fail(found, failure);
@@ -142,7 +142,7 @@ pub fn download<'a>(
             let received = locked(&receiver).recv();
             let Ok((found, origin)) = received else { return };
             let mut done = settle(spool, found, origin);
-            if let (Err(Failure::Fault(_)), Origin::Left) = (&done, origin) {
+            if let (Err(DownloadError::Fault(_)), SpoolEntry::Left) = (&done, origin) {
                 // What an earlier run left may be what is wrong: once more, from nothing.
                 let again = Files::of(spool, &found.info.path).forget().map_err(here);
                 let brought = again.and_then(|()| bring(cache, spool, &found.info, until));
@@ -172,7 +172,7 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn next<'a>(queue: &Mutex<VecDeque<&'a Found>>) -> Option<&'a Found> {
+fn next<'a>(queue: &Mutex<VecDeque<&'a VerifiedNarInfo>>) -> Option<&'a VerifiedNarInfo> {
     locked(queue).pop_front()
 }
 
@@ -183,13 +183,18 @@ fn most(info: &NarInfo) -> u64 {
 }
 
 /// Transfers the file of a NAR, or what is missing of it.
-fn bring(cache: &dyn Objects, spool: &Spool, info: &NarInfo, until: Instant) -> Result<Origin, Failure> {
+fn bring(
+    cache: &dyn Objects,
+    spool: &Spool,
+    info: &NarInfo,
+    until: Instant,
+) -> Result<SpoolEntry, DownloadError> {
     let files = Files::of(spool, &info.path);
     if files.nar.exists() || files.packed.exists() {
-        return Ok(Origin::Left);
+        return Ok(SpoolEntry::Left);
     }
     let _effect = effect::mark("fetch", &info.url);
-    let mut origin = Origin::Fresh;
+    let mut origin = SpoolEntry::Fresh;
     let (mut tries, mut anew) = (0, 0);
     let mut part = fs_err::OpenOptions::new()
         .read(true)
@@ -206,35 +211,38 @@ fn bring(cache: &dyn Objects, spool: &Spool, info: &NarInfo, until: Instant) -> 
             continue;
         }
         if offset > 0 && tries == 0 {
-            origin = Origin::Left;
+            origin = SpoolEntry::Left;
         }
-        let mut download = match cache.read_from(&info.url, offset, known.as_ref()).map_err(Failure::Cache)? {
-            Opened::Missing => {
-                files.forget().map_err(here)?;
-                return Err(Failure::Fault(Fault::Lost(info.url.clone())));
-            }
-            Opened::Changed if offset == 0 => return Err(Failure::Fault(Fault::Lost(info.url.clone()))),
-            Opened::Changed => {
-                anew += 1;
-                if anew > TRIES {
-                    let why = format!(
-                        "{} in {} is another file each time that it is asked for; look what writes it",
-                        info.url,
-                        cache.url()
-                    );
-                    return Err(Failure::Cache(StoreError::Refused(why)));
+        let mut download =
+            match cache.read_from(&info.url, offset, known.as_ref()).map_err(DownloadError::Cache)? {
+                Opened::Missing => {
+                    files.forget().map_err(here)?;
+                    return Err(DownloadError::Fault(PathFault::Lost(info.url.clone())));
                 }
-                begin_anew(&mut part).map_err(here)?;
-                origin = Origin::Fresh;
-                continue;
-            }
-            Opened::Found(download) => download,
-        };
+                Opened::Changed if offset == 0 => {
+                    return Err(DownloadError::Fault(PathFault::Lost(info.url.clone())));
+                }
+                Opened::Changed => {
+                    anew += 1;
+                    if anew > TRIES {
+                        let why = format!(
+                            "{} in {} is another file each time that it is asked for; look what writes it",
+                            info.url,
+                            cache.url()
+                        );
+                        return Err(DownloadError::Cache(StoreError::Refused(why)));
+                    }
+                    begin_anew(&mut part).map_err(here)?;
+                    origin = SpoolEntry::Fresh;
+                    continue;
+                }
+                Opened::Found(download) => download,
+            };
         let size = offset.saturating_add(download.length);
         if size > most(info) {
             files.forget().map_err(here)?;
             let why = format!("comes in a file of {size} bytes, and unpacked has {}", info.nar_size);
-            return Err(Failure::Fault(Fault::Altered(why)));
+            return Err(DownloadError::Fault(PathFault::Altered(why)));
         }
         if offset == 0 {
             let mut etag = fs_err::File::create(&files.etag).map_err(here)?;
@@ -254,14 +262,14 @@ fn bring(cache: &dyn Objects, spool: &Spool, info: &NarInfo, until: Instant) -> 
                 Err(e) => break Some(e),
             }
             if Instant::now() >= until {
-                return Err(Failure::Late);
+                return Err(DownloadError::Late);
             }
         };
         let Some(e) = cut else { break };
         tries = if offset > began { 1 } else { tries + 1 };
         if tries > TRIES {
             let why = format!("cannot read {} in {}: {}", info.url, cache.url(), io_text(&e));
-            return Err(Failure::Cache(StoreError::Unreachable(why)));
+            return Err(DownloadError::Cache(StoreError::Unreachable(why)));
         }
     }
     drop(part);
@@ -276,12 +284,12 @@ fn begin_anew(part: &mut fs_err::File) -> io::Result<()> {
 }
 
 /// Unpacks what was transferred, compares it, and writes the narinfo that Nix reads: made from what was vouched for.
-fn settle(spool: &Spool, found: &Found, origin: Origin) -> Result<(), Failure> {
-    let Found { info, warrant } = found;
+fn settle(spool: &Spool, found: &VerifiedNarInfo, origin: SpoolEntry) -> Result<(), DownloadError> {
+    let VerifiedNarInfo { info, warrant } = found;
     let files = Files::of(spool, &info.path);
     let expected = Expected { size: info.nar_size, hash: info.nar_hash };
     let _effect = effect::mark("unpack", &info.url);
-    let left = origin == Origin::Left && files.nar.exists();
+    let left = origin == SpoolEntry::Left && files.nar.exists();
     let compared = if left {
         let nar = fs_err::File::open(&files.nar).map_err(here)?;
         unpack(nar, Compression::None, expected, &mut io::sink())
@@ -291,9 +299,9 @@ fn settle(spool: &Spool, found: &Found, origin: Origin) -> Result<(), Failure> {
         unpack(BufReader::with_capacity(BUFFER, packed), info.compression, expected, &mut growing)
     };
     compared.map_err(|fault| match fault {
-        unpack::Fault::Altered(why) => Failure::Fault(Fault::Altered(why)),
-        unpack::Fault::Unknown(why) => Failure::Fault(Fault::Unknown(why)),
-        unpack::Fault::Here(e) => here(e),
+        unpack::UnpackError::Altered(why) => DownloadError::Fault(PathFault::Altered(why)),
+        unpack::UnpackError::Unknown(why) => DownloadError::Fault(PathFault::Unknown(why)),
+        unpack::UnpackError::Here(e) => here(e),
     })?;
     let nar = if left { &files.nar } else { &files.growing };
     if let Some(Warrant::File(hash)) = warrant {
@@ -316,15 +324,15 @@ fn settle(spool: &Spool, found: &Found, origin: Origin) -> Result<(), Failure> {
 }
 
 /// Of a path named after a file's content, the NAR must hold that file: its hash nobody vouched for.
-fn is_file(nar: &PathBuf, hash: Sha256) -> Result<(), Failure> {
+fn is_file(nar: &PathBuf, hash: Sha256) -> Result<(), DownloadError> {
     let nar = fs_err::File::open(nar).map_err(here)?;
     match unpack::plain_file(BufReader::with_capacity(BUFFER, nar)).map_err(here)? {
         Some(found) if found == hash => Ok(()),
         Some(found) => {
             let why = format!("holds a file of the hash {found} instead of {hash}");
-            Err(Failure::Fault(Fault::Altered(why)))
+            Err(DownloadError::Fault(PathFault::Altered(why)))
         }
-        None => Err(Failure::Fault(Fault::Altered("does not hold a plain file".into()))),
+        None => Err(DownloadError::Fault(PathFault::Altered("does not hold a plain file".into()))),
     }
 }
 
@@ -339,7 +347,7 @@ mod tests {
         dir: tempfile::TempDir,
         cache: FaultyStore,
         nar: Vec<u8>,
-        found: Found,
+        found: VerifiedNarInfo,
     }
 
     impl Scene {
@@ -361,14 +369,14 @@ mod tests {
             };
             let cache = FaultyStore::new(&dir.path().join("cache"));
             cache.put("nar/b.nar", &nar, &Condition::Always).unwrap();
-            Scene { cache, nar, found: Found { info, warrant: Some(Warrant::Signature) }, dir }
+            Scene { cache, nar, found: VerifiedNarInfo { info, warrant: Some(Warrant::Signature) }, dir }
         }
 
         fn spool(&self) -> Spool {
             Spool::open(&self.dir.path().join("spool"), "fetch").unwrap()
         }
 
-        fn fetch(&self) -> Option<Failure> {
+        fn fetch(&self) -> Option<DownloadError> {
             let until = Instant::now() + Duration::from_secs(600);
             download(&self.cache, &self.spool(), &[&self.found], until).into_values().next()
         }
@@ -409,11 +417,11 @@ mod tests {
         fs_err::write(&files.etag, &whole.etag.0).unwrap();
         scene.cache.faults().breaks_after = Some(0);
         assert!(
-            matches!(scene.fetch(), Some(Failure::Cache(StoreError::Unreachable(why))) if why.contains("nar/b.nar"))
+            matches!(scene.fetch(), Some(DownloadError::Cache(StoreError::Unreachable(why))) if why.contains("nar/b.nar"))
         );
         assert_eq!(scene.asked(), [1000; TRIES as usize + 1]);
         scene.cache.faults().gone = true;
-        assert!(matches!(scene.fetch(), Some(Failure::Cache(_))));
+        assert!(matches!(scene.fetch(), Some(DownloadError::Cache(_))));
         assert_eq!(fs_err::metadata(&files.part).unwrap().len(), 1000);
         *scene.cache.faults() = Default::default();
         assert_eq!(scene.fetch(), None);
@@ -471,7 +479,7 @@ mod tests {
                 Some(bytes) => drop(scene.cache.put("nar/b.nar", bytes, &Condition::Always).unwrap()),
                 None => scene.cache.delete("nar/b.nar").unwrap(),
             }
-            let Some(Failure::Fault(fault)) = scene.fetch() else { panic!("{word}") };
+            let Some(DownloadError::Fault(fault)) = scene.fetch() else { panic!("{word}") };
             assert!(fault.text().contains(word), "{}", fault.text());
             assert_eq!(fault.is_absence(), object.is_none());
             assert_eq!(scene.spool().files().unwrap(), []);
@@ -483,7 +491,7 @@ mod tests {
         let scene = Scene::new();
         *scene.cache.faults() = Faults { breaks_after: Some(1000), restless: true, ..Faults::default() };
         assert!(
-            matches!(scene.fetch(), Some(Failure::Cache(StoreError::Refused(why))) if why.contains("another file each"))
+            matches!(scene.fetch(), Some(DownloadError::Cache(StoreError::Refused(why))) if why.contains("another file each"))
         );
         assert!(scene.asked().len() <= 2 * (TRIES as usize + 1));
     }
@@ -498,9 +506,9 @@ mod tests {
             (found.info.url, found.info.file_size) = (url.to_string(), Some(1000 - u64::from(n)));
             found
         };
-        let mut all: Vec<Found> = (0..100).map(|n| of(n, "nar/refused.nar")).collect();
+        let mut all: Vec<VerifiedNarInfo> = (0..100).map(|n| of(n, "nar/refused.nar")).collect();
         all.push(of(100, "nar/b.nar"));
-        let all: Vec<&Found> = all.iter().collect();
+        let all: Vec<&VerifiedNarInfo> = all.iter().collect();
         let fetch = |spool: &Spool| {
             download(&scene.cache, spool, &all, Instant::now() + Duration::from_secs(600)).into_keys().count()
         };
@@ -516,7 +524,7 @@ mod tests {
     fn a_path_named_after_a_file_must_hold_that_file() {
         let mut scene = Scene::new();
         scene.found.warrant = Some(Warrant::File(Sha256::of(b"hello\n")));
-        let Some(Failure::Fault(Fault::Altered(why))) = scene.fetch() else { panic!() };
+        let Some(DownloadError::Fault(PathFault::Altered(why))) = scene.fetch() else { panic!() };
         assert!(why.contains("plain file"), "{why}");
         assert_eq!(scene.spool().files().unwrap(), []);
     }

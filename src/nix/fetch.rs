@@ -4,10 +4,10 @@
 //! as they are. One closure that cannot be had keeps no other from coming.
 
 use super::announced;
-use super::download::{self, Failure, download};
-use super::held::{self, Held};
+use super::download::{self, DownloadError, download};
+use super::held::{self, TemporaryRoots};
 use super::spool::{self, Spool};
-use super::walk::{Ended, Fault, Found, Limits, Walked, walk};
+use super::walk::{PathFault, VerifiedNarInfo, WalkError, WalkLimits, Walked, walk};
 use super::{Cache, FetchError, GCROOTS, PER_CALL, Side, errors_of, missing, nix, store_trouble, with_room};
 use crate::config::Settings;
 use crate::durable;
@@ -38,7 +38,7 @@ const WORK: &str = "fetch";
 pub type Reasons = BTreeMap<StorePath, FetchError>;
 
 /// What is to come for each closure, in order of references. What several need is there once.
-type Closures = BTreeMap<StorePath, Vec<Arc<Found>>>;
+type Closures = BTreeMap<StorePath, Vec<Arc<VerifiedNarInfo>>>;
 
 /// Copies closures from the cache into this machine's store. Returns the reason for each path that could not be had; an
 /// error means that nothing could be tried.
@@ -117,7 +117,7 @@ impl Fetch<'_> {
         let mut closures = self.closures(tops);
         self.keep_what_fits(&mut closures);
         // Each path once, after what it refers to.
-        let mut wanted: Vec<Arc<Found>> = Vec::new();
+        let mut wanted: Vec<Arc<VerifiedNarInfo>> = Vec::new();
         let mut seen = BTreeSet::new();
         for found in closures.values().flatten() {
             if seen.insert(found.info.path.clone()) {
@@ -132,7 +132,7 @@ impl Fetch<'_> {
         }
         // What they refer to as well: some of it may be here for no other reason than that nobody has collected it.
         let paths = wanted.iter().flat_map(|found| found.info.references.iter().chain([&found.info.path]));
-        let _held = Held::new(Path::new(GCROOTS), paths);
+        let _held = TemporaryRoots::new(Path::new(GCROOTS), paths);
         for group in groups(&wanted) {
             let copied = self.bring(group, &mut closures)?;
             let copied: BTreeSet<&str> = copied.iter().map(StorePath::hash).collect();
@@ -147,7 +147,7 @@ impl Fetch<'_> {
         match self.walk(&tops, WALK_WITHIN) {
             Ok(walked) => tops.iter().for_each(|top| self.take(&walked, top, &mut closures)),
             // One closure without end keeps no other from coming.
-            Err(Ended::Endless(_) | Ended::Late(_)) if tops.len() > 1 => {
+            Err(WalkError::Endless(_) | WalkError::Late(_)) if tops.len() > 1 => {
                 let share = WALK_WITHIN / u32::try_from(tops.len()).unwrap_or(u32::MAX);
                 for top in &tops {
                     match self.walk(std::slice::from_ref(top), share.max(Duration::from_secs(2))) {
@@ -161,7 +161,7 @@ impl Fetch<'_> {
         closures
     }
 
-    fn walk(&self, tops: &[StorePath], within: Duration) -> Result<Walked, Ended> {
+    fn walk(&self, tops: &[StorePath], within: Duration) -> Result<Walked, WalkError> {
         let mut lacking = |paths: &[StorePath]| {
             // What is not even on the disk is not valid: mostly nobody needs to be asked.
             let (there, mut lacking): (Vec<_>, Vec<_>) =
@@ -172,7 +172,7 @@ impl Fetch<'_> {
             Ok(lacking)
         };
         let within = within.min(self.until.saturating_duration_since(Instant::now()));
-        walk(self.cache.as_ref(), tops, &self.keys, &mut lacking, Limits::within(within))
+        walk(self.cache.as_ref(), tops, &self.keys, &mut lacking, WalkLimits::within(within))
     }
 
     fn take(&mut self, walked: &Walked, top: &StorePath, closures: &mut Closures) {
@@ -182,20 +182,20 @@ impl Fetch<'_> {
         }
     }
 
-    fn ended(&mut self, top: &StorePath, ended: &Ended) {
+    fn ended(&mut self, top: &StorePath, ended: &WalkError) {
         let reason = match ended {
-            Ended::Cache(e) => FetchError::Unreachable(e.to_string()),
-            Ended::Endless(why) => FetchError::Refused(format!(
+            WalkError::Cache(e) => FetchError::Unreachable(e.to_string()),
+            WalkError::Endless(why) => FetchError::Refused(format!(
                 "the closure of {top} has no end in the cache {}: {why}; push it again with 'omni-deploy push', which \
                  writes anew what differs from the pushing machine's store",
                 self.shown
             )),
-            Ended::Late(why) => FetchError::Unreachable(format!(
+            WalkError::Late(why) => FetchError::Unreachable(format!(
                 "cache {}: what it says of the closure of {top} had not come in time: {why}; check this machine's network \
                  and the store, and if both are well, push it again with 'omni-deploy push'",
                 self.shown
             )),
-            Ended::Here(why) => FetchError::Failed(format!("cannot copy {top}: {why}")),
+            WalkError::Here(why) => FetchError::Failed(format!("cannot copy {top}: {why}")),
         };
         self.reasons.insert(top.clone(), reason);
     }
@@ -251,7 +251,7 @@ impl Fetch<'_> {
     }
 
     /// Brings one group of paths into the store; those that are there now.
-    fn bring(&mut self, group: &[Arc<Found>], closures: &mut Closures) -> Result<Vec<StorePath>> {
+    fn bring(&mut self, group: &[Arc<VerifiedNarInfo>], closures: &mut Closures) -> Result<Vec<StorePath>> {
         let wanted = needed(group, closures);
         let failures = download(self.cache.as_ref(), &self.spool, &wanted, self.until);
         closures.retain(|top, found| {
@@ -316,7 +316,7 @@ impl Fetch<'_> {
 
     /// The reason when a part of a closure is missing or wrong in the cache. What it advises is safe to follow: a push
     /// believes nothing that the cache says.
-    fn faulty(&self, top: &StorePath, path: &StorePath, fault: &Fault) -> FetchError {
+    fn faulty(&self, top: &StorePath, path: &StorePath, fault: &PathFault) -> FetchError {
         let (shown, text) = (&self.shown, fault.text());
         let what = if top == path {
             format!("{path} in the cache {shown}")
@@ -325,36 +325,36 @@ impl Fetch<'_> {
         };
         match fault {
             // Its own words have what to do.
-            Fault::Withheld(e) => FetchError::Unreachable(e.to_string()),
-            Fault::Absent if top == path => FetchError::NotInCache(format!(
+            PathFault::Withheld(e) => FetchError::Unreachable(e.to_string()),
+            PathFault::Absent if top == path => FetchError::NotInCache(format!(
                 "{top} is not in the cache {shown}; push it with 'omni-deploy push'"
             )),
-            Fault::Absent | Fault::Lost(_) => FetchError::NotInCache(format!(
+            PathFault::Absent | PathFault::Lost(_) => FetchError::NotInCache(format!(
                 "the closure of {top} is not whole in the cache {shown}: {path} {text}; push it again with \
                  'omni-deploy push'"
             )),
-            Fault::Unsigned => FetchError::Refused(format!(
+            PathFault::Unsigned => FetchError::Refused(format!(
                 "{what} {text}; push it again from a machine whose key is among 'trustedPublicKeys' here"
             )),
-            Fault::Unreadable(_) => FetchError::Refused(format!(
+            PathFault::Unreadable(_) => FetchError::Refused(format!(
                 "{what} {text}; push it again with 'omni-deploy push', which writes it anew"
             )),
-            Fault::Altered(_) | Fault::Unknown(_) => FetchError::Refused(format!(
+            PathFault::Altered(_) | PathFault::Unknown(_) => FetchError::Refused(format!(
                 "{what} {text}; 'omni-deploy push --rewrite' writes it anew from the pushing machine's store"
             )),
         }
     }
 
-    fn failed(&self, top: &StorePath, path: &StorePath, failure: &Failure) -> FetchError {
+    fn failed(&self, top: &StorePath, path: &StorePath, failure: &DownloadError) -> FetchError {
         match failure {
-            Failure::Fault(fault) => self.faulty(top, path, fault),
-            Failure::Cache(e) => FetchError::Unreachable(e.to_string()),
-            Failure::Late => FetchError::Unreachable(format!(
+            DownloadError::Fault(fault) => self.faulty(top, path, fault),
+            DownloadError::Cache(e) => FetchError::Unreachable(e.to_string()),
+            DownloadError::Late => FetchError::Unreachable(format!(
                 "cache {}: {path} had not come after {} min; what came is kept, and the next pass goes on there",
                 self.shown,
                 FETCH_WITHIN.as_secs() / 60
             )),
-            Failure::Here(why) => FetchError::Failed(format!("cannot copy {path}: {why}")),
+            DownloadError::Here(why) => FetchError::Failed(format!("cannot copy {path}: {why}")),
         }
     }
 
@@ -393,17 +393,17 @@ impl Fetch<'_> {
 }
 
 /// What of a group is still needed by a closure.
-fn needed<'g>(group: &'g [Arc<Found>], closures: &Closures) -> Vec<&'g Found> {
+fn needed<'g>(group: &'g [Arc<VerifiedNarInfo>], closures: &Closures) -> Vec<&'g VerifiedNarInfo> {
     let needed: BTreeSet<&StorePath> = closures.values().flatten().map(|found| &found.info.path).collect();
     group.iter().map(Arc::as_ref).filter(|found| needed.contains(&found.info.path)).collect()
 }
 
 /// Cuts a list into parts of about [`GROUP`] bytes.
-fn groups(wanted: &[Arc<Found>]) -> impl Iterator<Item = &[Arc<Found>]> {
+fn groups(wanted: &[Arc<VerifiedNarInfo>]) -> impl Iterator<Item = &[Arc<VerifiedNarInfo>]> {
     let mut left = wanted;
     std::iter::from_fn(move || {
         let mut bytes = 0u64;
-        let fits = |found: &Arc<Found>| {
+        let fits = |found: &Arc<VerifiedNarInfo>| {
             bytes = bytes.saturating_add(found.info.nar_size);
             bytes <= GROUP
         };

@@ -3,8 +3,8 @@
 //! links in a folder of their own beside the services'; no pass that ended leaves one, and the next removes what one that
 //! died has left. Removes nothing but such links.
 
+use crate::log;
 use crate::names::{STORE_DIR, StorePath};
-use crate::say;
 use fs_err::os::unix::fs::symlink;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -14,26 +14,26 @@ const FOLDER: &str = ".fetch";
 
 /// Roots of paths, until the value is dropped.
 #[derive(Debug)]
-pub struct Held {
+pub struct TemporaryRoots {
     dir: PathBuf,
 }
 
-impl Drop for Held {
+impl Drop for TemporaryRoots {
     fn drop(&mut self) {
         release(&self.dir);
     }
 }
 
-impl Held {
+impl TemporaryRoots {
     /// Holds these paths, whether they are there already or still to come: Nix keeps what it is adding itself, and passes
     /// over a root that leads nowhere.
     pub fn new<'a>(gcroots: &Path, paths: impl IntoIterator<Item = &'a StorePath>) -> Self {
-        let held = Held { dir: gcroots.join(FOLDER) };
+        let held = TemporaryRoots { dir: gcroots.join(FOLDER) };
         release(&held.dir);
         match held.hold(paths) {
             // Only root can, and a fetch of others is short.
             Err(e) if e.kind() != ErrorKind::PermissionDenied => {
-                say::warning(format!("cannot keep what comes from Nix's garbage collector meanwhile: {e}"));
+                log::warning(format!("cannot keep what comes from Nix's garbage collector meanwhile: {e}"));
             }
             _ => {}
         }
@@ -84,22 +84,22 @@ mod tests {
             entries.map(|e| fs_err::read_link(e.unwrap().path()).unwrap_or_default()).collect()
         };
         // Of a fetch that died.
-        std::mem::forget(Held::new(dir.path(), [&left]));
+        std::mem::forget(TemporaryRoots::new(dir.path(), [&left]));
         assert_eq!(links(), [Path::new(left.as_str())]);
-        let held = Held::new(dir.path(), [&one, &two, &one]);
+        let held = TemporaryRoots::new(dir.path(), [&one, &two, &one]);
         let mut now = links();
         now.sort();
         assert_eq!(now, [Path::new(one.as_str()), Path::new(two.as_str())]);
         drop(held);
         assert!(!dir.path().join(FOLDER).exists());
-        std::mem::forget(Held::new(dir.path(), [&left]));
+        std::mem::forget(TemporaryRoots::new(dir.path(), [&left]));
         release_left(dir.path());
         assert!(!dir.path().join(FOLDER).exists());
         // What is not ours.
         fs_err::create_dir(dir.path().join(FOLDER)).unwrap();
         fs_err::write(dir.path().join(FOLDER).join("theirs"), "").unwrap();
         symlink("/nix/store/elsewhere", dir.path().join(FOLDER).join("link")).unwrap();
-        drop(Held::new(dir.path(), [&one]));
+        drop(TemporaryRoots::new(dir.path(), [&one]));
         assert_eq!(links().len(), 2);
     }
 }

@@ -82,7 +82,7 @@ impl NarInfo {
             return Err(format!("has more than {MAX_BYTES} bytes"));
         }
         let text = std::str::from_utf8(text).map_err(|_| "is not text".to_string())?;
-        let mut fields = Fields::default();
+        let mut fields = NarInfoFields::default();
         for line in text.split('\n').filter(|line| !line.is_empty()) {
             fields.take(line)?;
         }
@@ -273,7 +273,7 @@ impl NarInfo {
 
 /// The fields as they stand there.
 #[derive(Default)]
-struct Fields<'a> {
+struct NarInfoFields<'a> {
     path: Option<&'a str>,
     url: Option<&'a str>,
     compression: Option<&'a str>,
@@ -287,7 +287,7 @@ struct Fields<'a> {
     signatures: Vec<&'a str>,
 }
 
-impl<'a> Fields<'a> {
+impl<'a> NarInfoFields<'a> {
     fn take(&mut self, line: &'a str) -> Result<(), String> {
         let (name, value) = line
             .split_once(": ")

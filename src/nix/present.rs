@@ -19,7 +19,7 @@ const OTHER_FIELDS: u64 = 4096 + 256 * MAX_SIGNATURES as u64;
 
 /// Why a path does not count as being in a cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fault {
+pub enum AbsenceReason {
     /// There is no narinfo.
     Absent,
     /// There is one that is none: the reason.
@@ -62,32 +62,32 @@ pub enum Voucher {
 }
 
 /// The fault as a clause after the path's name.
-impl fmt::Display for Fault {
+impl fmt::Display for AbsenceReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::Absent => f.write_str("is not there"),
-            Fault::Unreadable(why) => write!(f, "has a broken narinfo (it {why})"),
-            Fault::Differs { field, by: Voucher::Trusted } => {
+            AbsenceReason::Absent => f.write_str("is not there"),
+            AbsenceReason::Unreadable(why) => write!(f, "has a broken narinfo (it {why})"),
+            AbsenceReason::Differs { field, by: Voucher::Trusted } => {
                 write!(f, "has the narinfo of another build (its {field} is not that of this machine's)")
             }
-            Fault::Differs { field, by: Voucher::Nobody } => write!(
+            AbsenceReason::Differs { field, by: Voucher::Nobody } => write!(
                 f,
                 "has a narinfo that no trusted key has signed and whose {field} is not what this machine's store says: \
                  it is forged, or of a stranger's build"
             ),
-            Fault::Differs { field, by: Voucher::Unknown } => {
+            AbsenceReason::Differs { field, by: Voucher::Unknown } => {
                 write!(f, "has a narinfo whose {field} is not what this machine's store says")
             }
-            Fault::Unsigned => f.write_str("has no signature that verifies with a trusted key"),
-            Fault::Planted(field) => {
+            AbsenceReason::Unsigned => f.write_str("has no signature that verifies with a trusted key"),
+            AbsenceReason::Planted(field) => {
                 write!(
                     f,
                     "has a {field} in its narinfo that no signature covers and that is not one for this path"
                 )
             }
-            Fault::Packed => f.write_str("is compressed in a way that hosts do not unpack"),
-            Fault::NoNar(url) => write!(f, "has lost its file {url}"),
-            Fault::NarSize { url, found, promised } => {
+            AbsenceReason::Packed => f.write_str("is compressed in a way that hosts do not unpack"),
+            AbsenceReason::NoNar(url) => write!(f, "has lost its file {url}"),
+            AbsenceReason::NarSize { url, found, promised } => {
                 write!(f, "has the file {url} with {found} bytes instead of {promised}")
             }
         }
@@ -96,11 +96,11 @@ impl fmt::Display for Fault {
 
 /// What a cache has of a closure.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Found {
+pub struct CacheContents {
     /// What is there, with the sizes of the NAR files.
     pub present: BTreeMap<StorePath, u64>,
     /// What is not, and why.
-    pub faults: BTreeMap<StorePath, Fault>,
+    pub faults: BTreeMap<StorePath, AbsenceReason>,
 }
 
 /// Requests at a time: beside them it is asked whether that is a cache at all, and what it lists.
@@ -116,7 +116,7 @@ const NARS: &str = "nar/";
 /// Asks for the whole closure, many requests at a time. `keys` are those that are trusted here and our own;
 /// with none at all, agreement with the local store is all that can be asked. An error is the first that the cache
 /// gave.
-pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<Found, StoreError> {
+pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<CacheContents, StoreError> {
     let all: Vec<&NarInfo> = closure.values().collect();
     let (judged, listed) = std::thread::scope(|scope| {
         let listed = (all.len() >= LISTED_FROM).then(|| scope.spawn(|| cache.sizes(NARS)));
@@ -126,7 +126,7 @@ pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<
     });
     // Who may not list is told of each.
     let listed = listed.and_then(Result::ok).unwrap_or_default();
-    let mut found = Found::default();
+    let mut found = CacheContents::default();
     let mut named = Vec::new();
     for (path, judged) in judged? {
         match judged {
@@ -140,9 +140,9 @@ pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<
     })?;
     for ((path, info), size) in named.into_iter().zip(sizes) {
         let fault = match (size, info.file_size) {
-            (None, _) => Fault::NoNar(info.url),
+            (None, _) => AbsenceReason::NoNar(info.url),
             (Some(found), Some(promised)) if found != promised => {
-                Fault::NarSize { url: info.url, found, promised }
+                AbsenceReason::NarSize { url: info.url, found, promised }
             }
             (Some(size), _) => {
                 found.present.insert(path.clone(), size);
@@ -173,14 +173,14 @@ fn read(
     cache: &dyn Store,
     local: &NarInfo,
     keys: &[PublicKey],
-) -> Result<Result<NarInfo, Fault>, StoreError> {
+) -> Result<Result<NarInfo, AbsenceReason>, StoreError> {
     // Where it is known what it must say, it is known how long that is: many are read at a time.
     let limit = (local.render().len() as u64).saturating_add(OTHER_FIELDS).min(MAX_BYTES);
     let bytes = match cache.get(&NarInfo::key(&local.path), None, limit) {
         Ok(GetResult::Found { bytes, .. }) => bytes,
-        Ok(GetResult::Missing | GetResult::NotModified) => return Ok(Err(Fault::Absent)),
+        Ok(GetResult::Missing | GetResult::NotModified) => return Ok(Err(AbsenceReason::Absent)),
         Err(StoreError::TooLarge(_)) => {
-            return Ok(Err(Fault::Unreadable(format!("has more than {limit} bytes"))));
+            return Ok(Err(AbsenceReason::Unreadable(format!("has more than {limit} bytes"))));
         }
         Err(e) => return Err(e),
     };
@@ -188,8 +188,8 @@ fn read(
 }
 
 /// What a narinfo's bytes are worth beside the local store's word.
-fn judge(bytes: &[u8], local: &NarInfo, keys: &[PublicKey]) -> Result<NarInfo, Fault> {
-    let info = NarInfo::parse(bytes).map_err(Fault::Unreadable)?;
+fn judge(bytes: &[u8], local: &NarInfo, keys: &[PublicKey]) -> Result<NarInfo, AbsenceReason> {
+    let info = NarInfo::parse(bytes).map_err(AbsenceReason::Unreadable)?;
     if let Some(field) = info.differs_from(local) {
         // Also a signed narinfo of another path is not about this one.
         let by = match info.path == local.path && info.verified_by(keys) {
@@ -197,16 +197,16 @@ fn judge(bytes: &[u8], local: &NarInfo, keys: &[PublicKey]) -> Result<NarInfo, F
             false if keys.is_empty() => Voucher::Unknown,
             false => Voucher::Nobody,
         };
-        return Err(Fault::Differs { field, by });
+        return Err(AbsenceReason::Differs { field, by });
     }
     if !keys.is_empty() && info.warrant(keys).is_none() {
-        return Err(Fault::Unsigned);
+        return Err(AbsenceReason::Unsigned);
     }
     if let Some(field) = info.planted() {
-        return Err(Fault::Planted(field));
+        return Err(AbsenceReason::Planted(field));
     }
     match info.compression {
-        Compression::Other => Err(Fault::Packed),
+        Compression::Other => Err(AbsenceReason::Packed),
         Compression::None | Compression::Zstd | Compression::Xz => Ok(info),
     }
 }
@@ -263,7 +263,7 @@ mod tests {
             change(&mut info);
             info.render()
         };
-        let differs = |field, by| Err(Fault::Differs { field, by });
+        let differs = |field, by| Err(AbsenceReason::Differs { field, by });
         let rows = [
             ("as a push wrote it", good.render(), Ok(())),
             (
@@ -271,7 +271,7 @@ mod tests {
                 signed_by(&ours, &|i| i.nar_size += 1),
                 differs("NarSize", Voucher::Trusted),
             ),
-            ("signed by a key of the same name", signed_by(&stranger, &|_| {}), Err(Fault::Unsigned)),
+            ("signed by a key of the same name", signed_by(&stranger, &|_| {}), Err(AbsenceReason::Unsigned)),
             (
                 "a forged hash under the old signature",
                 changed(&|i| i.nar_hash = crate::nix::hash::Sha256::of(b"forged")),
@@ -281,9 +281,9 @@ mod tests {
             (
                 "our name, no signature",
                 changed(&|i| i.signatures = vec!["dev-1:AAAA".into()]),
-                Err(Fault::Unsigned),
+                Err(AbsenceReason::Unsigned),
             ),
-            ("no signature at all", changed(&|i| i.signatures.clear()), Err(Fault::Unsigned)),
+            ("no signature at all", changed(&|i| i.signatures.clear()), Err(AbsenceReason::Unsigned)),
             (
                 "about another path",
                 signed_by(&ours, &|i| i.path = dependency.clone()),
@@ -292,22 +292,22 @@ mod tests {
             (
                 "a content address that is none",
                 changed(&|i| i.ca = Some("garbage".into())),
-                Err(Fault::Planted("CA")),
+                Err(AbsenceReason::Planted("CA")),
             ),
             (
                 "a content address that is another's",
                 changed(&|i| i.ca = Some(format!("fixed:r:{}", i.nar_hash))),
-                Err(Fault::Planted("CA")),
+                Err(AbsenceReason::Planted("CA")),
             ),
             (
                 "a deriver that is none",
                 changed(&|i| i.deriver = Some(format!("{}-x", "3".repeat(32)))),
-                Err(Fault::Planted("Deriver")),
+                Err(AbsenceReason::Planted("Deriver")),
             ),
             (
                 "a signature that is none beside a good one",
                 changed(&|i| i.signatures.push("nocolon".into())),
-                Err(Fault::Planted("Sig")),
+                Err(AbsenceReason::Planted("Sig")),
             ),
             (
                 "another machine's deriver",
@@ -317,13 +317,13 @@ mod tests {
             (
                 "packed so that no host can unpack it",
                 changed(&|i| i.compression = Compression::Other),
-                Err(Fault::Packed),
+                Err(AbsenceReason::Packed),
             ),
         ];
         for (what, text, want) in rows {
             assert_eq!(judge(text.as_bytes(), &local, &keys).map(drop), want, "{what}");
         }
-        assert!(matches!(judge(b"garbage", &local, &keys), Err(Fault::Unreadable(_))));
+        assert!(matches!(judge(b"garbage", &local, &keys), Err(AbsenceReason::Unreadable(_))));
         // Without any key agreement is all there is.
         let unsigned = changed(&|i| i.signatures.clear());
         assert!(judge(unsigned.as_bytes(), &local, &[]).is_ok());
@@ -351,11 +351,11 @@ mod tests {
         put(&NarInfo::key(&paths[4]), &vec![b'x'; OTHER_FIELDS as usize + 512]);
         let found = look(&cache, &closure, &[key.public()]).unwrap();
         assert_eq!(found.present, BTreeMap::from([(paths[3].clone(), 4)]));
-        assert_eq!(found.faults[&paths[0]], Fault::Absent);
-        assert!(matches!(&found.faults[&paths[1]], Fault::NoNar(url) if url.starts_with("nar/1111")));
-        assert!(matches!(&found.faults[&paths[2]], Fault::NarSize { found: 6, promised: 4, .. }));
-        assert!(matches!(&found.faults[&paths[4]], Fault::Unreadable(why) if why.contains("bytes")));
-        assert_eq!(look(&cache, &Closure::new(), &[]), Ok(Found::default()));
+        assert_eq!(found.faults[&paths[0]], AbsenceReason::Absent);
+        assert!(matches!(&found.faults[&paths[1]], AbsenceReason::NoNar(url) if url.starts_with("nar/1111")));
+        assert!(matches!(&found.faults[&paths[2]], AbsenceReason::NarSize { found: 6, promised: 4, .. }));
+        assert!(matches!(&found.faults[&paths[4]], AbsenceReason::Unreadable(why) if why.contains("bytes")));
+        assert_eq!(look(&cache, &Closure::new(), &[]), Ok(CacheContents::default()));
     }
 
     /// A store that lists what it has, or refuses to, and counts what it is asked one by one.
@@ -435,8 +435,11 @@ mod tests {
             let found = look(&cache, &closure, &[key.public()]).unwrap();
             assert_eq!(cache.asked.load(Ordering::Relaxed), asked);
             assert_eq!(found.faults.len(), 1 + usize::from(wrong));
-            assert!(matches!(found.faults[&paths[0]], Fault::NoNar(_)));
-            assert_eq!(wrong, matches!(found.faults.get(&paths[1]), Some(Fault::NarSize { found: 5, .. })));
+            assert!(matches!(found.faults[&paths[0]], AbsenceReason::NoNar(_)));
+            assert_eq!(
+                wrong,
+                matches!(found.faults.get(&paths[1]), Some(AbsenceReason::NarSize { found: 5, .. }))
+            );
             assert_eq!(found.present.len() + found.faults.len(), paths.len());
         }
         // A small one is not worth a list.

@@ -4,7 +4,7 @@
 
 use super::local::{self, Closure};
 use super::narinfo::NarInfo;
-use super::present::{self, Fault, Voucher};
+use super::present::{self, AbsenceReason, Voucher};
 use super::spool::{self, Spool};
 use super::upload::Uploads;
 use super::{
@@ -14,9 +14,9 @@ use crate::config::Settings;
 use crate::effect;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
+use crate::log;
 use crate::names::StorePath;
 use crate::runner::{RunError, tail};
-use crate::say;
 use crate::store::{self, CacheUrl, Condition, GetResult, Objects, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -119,14 +119,14 @@ fn look(
     closure: &Closure,
     scope: Scope,
     keys: &[PublicKey],
-) -> Result<present::Found, StoreError> {
+) -> Result<present::CacheContents, StoreError> {
     std::thread::scope(|scope_of_threads| {
         let named = scope_of_threads.spawn(|| name(cache));
         let found = match scope {
             Scope::Missing => present::look(cache, closure, keys),
-            Scope::Everything => Ok(present::Found {
-                faults: closure.keys().map(|path| (path.clone(), Fault::Absent)).collect(),
-                ..present::Found::default()
+            Scope::Everything => Ok(present::CacheContents {
+                faults: closure.keys().map(|path| (path.clone(), AbsenceReason::Absent)).collect(),
+                ..present::CacheContents::default()
             }),
         };
         match named.join() {
@@ -154,17 +154,17 @@ fn name(cache: &dyn Objects) -> Result<(), StoreError> {
 }
 
 /// Names what is wrong in the cache.
-fn tell(faults: &BTreeMap<StorePath, Fault>, shown: &str) {
-    let wrong: Vec<_> = faults.iter().filter(|(_, fault)| **fault != Fault::Absent).collect();
+fn tell(faults: &BTreeMap<StorePath, AbsenceReason>, shown: &str) {
+    let wrong: Vec<_> = faults.iter().filter(|(_, fault)| **fault != AbsenceReason::Absent).collect();
     for (path, fault) in wrong.iter().take(TOLD) {
-        say::warning(format!("in {shown} {path} {fault}; writing it anew"));
+        log::warning(format!("in {shown} {path} {fault}; writing it anew"));
     }
     if wrong.len() > TOLD {
-        say::warning(format!("the same or the like of {} more paths", wrong.len() - TOLD));
+        log::warning(format!("the same or the like of {} more paths", wrong.len() - TOLD));
     }
-    let forged = |fault: &Fault| matches!(fault, Fault::Differs { by: Voucher::Nobody, .. });
+    let forged = |fault: &AbsenceReason| matches!(fault, AbsenceReason::Differs { by: Voucher::Nobody, .. });
     if wrong.iter().any(|(_, fault)| forged(fault)) {
-        say::warning(format!(
+        log::warning(format!(
             "look who can write to {shown}: hosts refuse what no trusted key has signed, and nobody of yours writes that"
         ));
     }
@@ -226,7 +226,7 @@ impl Copy<'_> {
         drop(spool.clear(|_| false));
         let awaited = awaited.into_inner().unwrap_or_else(PoisonError::into_inner);
         if awaited.unsigned > 0 {
-            say::warning(format!(
+            log::warning(format!(
                 "{} of the paths in {} carry no signature by a key that is trusted here, and hosts with these keys refuse \
                  them; set 'secretKeyFile' and push again",
                 awaited.unsigned, self.shown

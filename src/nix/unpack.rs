@@ -20,7 +20,7 @@ const BUFFER: usize = 64 << 10;
 
 /// Why the file was not accepted. The text is a clause after the path's name.
 #[derive(Debug)]
-pub enum Fault {
+pub enum UnpackError {
     /// It is not what was vouched for.
     Altered(String),
     /// It is compressed in a way that is not read here.
@@ -45,18 +45,18 @@ pub fn unpack(
     compression: Compression,
     expected: Expected,
     nar: &mut dyn Write,
-) -> Result<(), Fault> {
+) -> Result<(), UnpackError> {
     match compression {
         Compression::None => copy(packed, expected, nar),
         Compression::Zstd => copy(Frames::new(packed), expected, nar),
         Compression::Xz => copy(Streams::new(packed), expected, nar),
         Compression::Other => {
-            Err(Fault::Unknown("is compressed with something else than zstd or xz".to_string()))
+            Err(UnpackError::Unknown("is compressed with something else than zstd or xz".to_string()))
         }
     }
 }
 
-fn copy(mut from: impl Read, expected: Expected, nar: &mut dyn Write) -> Result<(), Fault> {
+fn copy(mut from: impl Read, expected: Expected, nar: &mut dyn Write) -> Result<(), UnpackError> {
     let mut buffer = vec![0; BUFFER];
     let mut left = expected.size;
     let mut hasher = Hasher::default();
@@ -66,18 +66,21 @@ fn copy(mut from: impl Read, expected: Expected, nar: &mut dyn Write) -> Result<
             break;
         }
         if count as u64 > left {
-            return Err(Fault::Altered(format!("unpacks to more than its {} bytes", expected.size)));
+            return Err(UnpackError::Altered(format!("unpacks to more than its {} bytes", expected.size)));
         }
         left -= count as u64;
         hasher.update(&buffer[..count]);
-        nar.write_all(&buffer[..count]).map_err(Fault::Here)?;
+        nar.write_all(&buffer[..count]).map_err(UnpackError::Here)?;
     }
     if left > 0 {
-        return Err(Fault::Altered(format!("unpacks to {left} bytes fewer than its {}", expected.size)));
+        return Err(UnpackError::Altered(format!(
+            "unpacks to {left} bytes fewer than its {}",
+            expected.size
+        )));
     }
     let hash = hasher.finish();
     if hash != expected.hash {
-        return Err(Fault::Altered(format!(
+        return Err(UnpackError::Altered(format!(
             "unpacks to a NAR of the hash {hash} instead of {}",
             expected.hash
         )));
@@ -86,32 +89,32 @@ fn copy(mut from: impl Read, expected: Expected, nar: &mut dyn Write) -> Result<
 }
 
 /// What failed while unpacking: the file's own fault, or this machine's.
-fn fault(e: io::Error) -> Fault {
+fn fault(e: io::Error) -> UnpackError {
     match e.kind() {
         io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
-            Fault::Altered(format!("does not unpack ({e})"))
+            UnpackError::Altered(format!("does not unpack ({e})"))
         }
-        io::ErrorKind::Unsupported => Fault::Unknown(e.to_string()),
-        _ => Fault::Here(e),
+        io::ErrorKind::Unsupported => UnpackError::Unknown(e.to_string()),
+        _ => UnpackError::Here(e),
     }
 }
 
 /// The content of a zstd file: any number of frames one after the other, with skippable ones between, as the format has
 /// it (RFC 8878, section 3.1).
 struct Frames<R> {
-    source: Source<R>,
+    source: HashingReader<R>,
     decoder: FrameDecoder,
     open: bool,
     any: bool,
 }
 
 /// A source whose own errors are told from those of what it contains.
-struct Source<R> {
+struct HashingReader<R> {
     inner: R,
     failed: Option<io::Error>,
 }
 
-impl<R: Read> Read for Source<R> {
+impl<R: Read> Read for HashingReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.inner.read(buffer).inspect_err(|e| {
             if e.kind() != io::ErrorKind::Interrupted {
@@ -125,7 +128,7 @@ impl<R: Read> Frames<R> {
     fn new(inner: R) -> Self {
         let mut decoder = FrameDecoder::new();
         decoder.set_max_window_size(MAX_WINDOW);
-        Frames { source: Source { inner, failed: None }, decoder, open: false, any: false }
+        Frames { source: HashingReader { inner, failed: None }, decoder, open: false, any: false }
     }
 
     /// Begins the next frame; false at the end of the file.
@@ -192,12 +195,12 @@ impl<R: Read> Read for Frames<R> {
 }
 
 /// The content of an xz file: any number of streams one after the other, with padding between, as the format has it.
-struct Streams<R: Read>(XzReader<Source<R>>);
+struct Streams<R: Read>(XzReader<HashingReader<R>>);
 
 impl<R: Read> Streams<R> {
     fn new(inner: R) -> Self {
         let limit = lzma2_get_memory_usage(MAX_DICTIONARY);
-        Streams(XzReader::new_mem_limit(Source { inner, failed: None }, true, limit))
+        Streams(XzReader::new_mem_limit(HashingReader { inner, failed: None }, true, limit))
     }
 }
 
@@ -327,7 +330,7 @@ mod tests {
         STANDARD.decode(base64).unwrap()
     }
 
-    fn unpacked(packed: &[u8], compression: Compression, expected: Expected) -> Result<Vec<u8>, Fault> {
+    fn unpacked(packed: &[u8], compression: Compression, expected: Expected) -> Result<Vec<u8>, UnpackError> {
         let mut nar = Vec::new();
         unpack(packed, compression, expected, &mut nar).map(|()| nar)
     }
@@ -356,7 +359,7 @@ mod tests {
     fn what_is_not_what_was_vouched_for_is_refused_and_cut_at_its_size() {
         let nar = b"a NAR of some length".repeat(1000);
         let altered = |packed: &[u8], compression| match unpacked(packed, compression, expected(&nar)) {
-            Err(Fault::Altered(why)) => why,
+            Err(UnpackError::Altered(why)) => why,
             other => panic!("{other:?}"),
         };
         let mut other = nar.clone();
@@ -383,7 +386,7 @@ mod tests {
         assert_eq!(hello.unwrap(), b"hello");
 
         let altered = |packed: &[u8], nar: &[u8]| match unpacked(packed, Compression::Xz, expected(nar)) {
-            Err(Fault::Altered(why)) => why,
+            Err(UnpackError::Altered(why)) => why,
             other => panic!("{other:?}"),
         };
         let mut other = nar.clone();
@@ -398,7 +401,10 @@ mod tests {
             let mut struck = packed.clone();
             struck[at] ^= 0x55;
             let refused = unpacked(&struck, Compression::Xz, expected(&nar));
-            assert!(matches!(refused, Err(Fault::Altered(_) | Fault::Unknown(_))), "{at}: {refused:?}");
+            assert!(
+                matches!(refused, Err(UnpackError::Altered(_) | UnpackError::Unknown(_))),
+                "{at}: {refused:?}"
+            );
         }
         assert!(altered(&[&packed[..], b"tail"].concat(), &nar).contains("does not unpack"));
     }
@@ -432,11 +438,11 @@ mod tests {
         let mut counter = Counter(0);
         let small = Expected { size: 300_000, hash: Sha256::of(b"") };
         let cut = unpack(&bomb[..], Compression::Zstd, small, &mut counter);
-        assert!(matches!(cut, Err(Fault::Altered(why)) if why.contains("300000")));
+        assert!(matches!(cut, Err(UnpackError::Altered(why)) if why.contains("300000")));
         assert!(counter.0 <= 300_000);
         let mut counter = Counter(0);
         let cut = unpack(&xz(ZEROS_XZ).repeat(64)[..], Compression::Xz, small, &mut counter);
-        assert!(matches!(cut, Err(Fault::Altered(why)) if why.contains("300000")));
+        assert!(matches!(cut, Err(UnpackError::Altered(why)) if why.contains("300000")));
         assert!(counter.0 <= 300_000);
     }
 
@@ -449,7 +455,7 @@ mod tests {
             (b"", Compression::Other, "zstd"),
         ] {
             let refused = unpacked(packed, compression, expected(b""));
-            assert!(matches!(&refused, Err(Fault::Unknown(why)) if why.contains(word)), "{refused:?}");
+            assert!(matches!(&refused, Err(UnpackError::Unknown(why)) if why.contains(word)), "{refused:?}");
         }
         struct Broken;
         impl Read for Broken {
@@ -459,7 +465,7 @@ mod tests {
         }
         for compression in [Compression::None, Compression::Zstd, Compression::Xz] {
             let refused = unpack(Broken, compression, expected(b""), &mut Vec::new());
-            assert!(matches!(refused, Err(Fault::Here(_))), "{refused:?}");
+            assert!(matches!(refused, Err(UnpackError::Here(_))), "{refused:?}");
         }
     }
 

@@ -25,7 +25,7 @@ const LARGE_AT_A_TIME: usize = 16;
 pub struct Uploads<'a> {
     cache: &'a dyn Objects,
     stop: Arc<AtomicBool>,
-    state: Mutex<State>,
+    state: Mutex<UploadState>,
     /// There is something to do, or nothing any more.
     work: Condvar,
     /// There is more room in the spool.
@@ -59,7 +59,7 @@ enum NarState {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct UploadState {
     entries: BTreeMap<StorePath, Entry>,
     nars: BTreeMap<String, Nar>,
     /// Narinfos that may be written.
@@ -82,7 +82,7 @@ enum Job {
     Info { path: StorePath, text: Vec<u8> },
 }
 
-impl State {
+impl UploadState {
     fn is_large(size: u64) -> bool {
         size >= LARGE
     }
@@ -94,13 +94,13 @@ impl State {
             return Some(Job::Info { path, text });
         }
         let may = |key: &String| {
-            let large = self.nars.get(key).is_some_and(|nar| State::is_large(nar.size));
+            let large = self.nars.get(key).is_some_and(|nar| UploadState::is_large(nar.size));
             !large || self.busy_large < LARGE_AT_A_TIME
         };
         let at = self.queued.iter().position(may)?;
         let key = self.queued.remove(at)?;
         let nar = self.nars.get(&key)?;
-        self.busy_large += usize::from(State::is_large(nar.size));
+        self.busy_large += usize::from(UploadState::is_large(nar.size));
         Some(Job::Nar { file: nar.file.clone(), size: nar.size, key })
     }
 
@@ -117,7 +117,7 @@ impl State {
     fn acknowledged(&mut self, job: Job) {
         let waiting = match job {
             Job::Nar { key, size, .. } => {
-                self.busy_large -= usize::from(State::is_large(size));
+                self.busy_large -= usize::from(UploadState::is_large(size));
                 self.spooled -= size;
                 self.written += size;
                 match self
@@ -165,7 +165,7 @@ impl<'a> Uploads<'a> {
         Uploads {
             cache,
             stop,
-            state: Mutex::new(State { entries, ..State::default() }),
+            state: Mutex::new(UploadState { entries, ..UploadState::default() }),
             work: Condvar::new(),
             room: Condvar::new(),
         }
@@ -176,7 +176,7 @@ impl<'a> Uploads<'a> {
         self.lock().entries.len().saturating_mul(2).min(CONNECTIONS)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, UploadState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -206,7 +206,7 @@ impl<'a> Uploads<'a> {
     /// Waits until the spool holds nothing, or so little that `more` bytes do not bring it above `limit`. False: there
     /// is no need for more, since the push has failed.
     pub fn wait_for_room(&self, more: u64, limit: u64) -> bool {
-        let full = |state: &mut State| {
+        let full = |state: &mut UploadState| {
             state.failed.is_none() && state.spooled > 0 && state.spooled.saturating_add(more) > limit
         };
         let state = self.room.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);

@@ -16,7 +16,7 @@ const REQUESTS: usize = CONNECTIONS - 1;
 
 /// How far a walk goes.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct WalkLimits {
     /// The most paths.
     pub paths: usize,
     /// The most bytes of narinfos.
@@ -25,16 +25,16 @@ pub struct Limits {
     pub until: Instant,
 }
 
-impl Limits {
+impl WalkLimits {
     /// Room for ten times the largest closures, and so long for it.
     pub fn within(time: Duration) -> Self {
-        Limits { paths: 50_000, bytes: 48 << 20, until: Instant::now() + time }
+        WalkLimits { paths: 50_000, bytes: 48 << 20, until: Instant::now() + time }
     }
 }
 
 /// What is wrong with one path in a cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fault {
+pub enum PathFault {
     /// There is no narinfo.
     Absent,
     /// There is one, and it cannot be read: the reason.
@@ -51,29 +51,29 @@ pub enum Fault {
     Withheld(StoreError),
 }
 
-impl Fault {
+impl PathFault {
     /// The fault as a clause after the path's name.
     pub fn text(&self) -> String {
         match self {
-            Fault::Absent => "is not there".into(),
-            Fault::Unreadable(why) => format!("has a broken narinfo (it {why})"),
-            Fault::Unsigned => "has no signature by a key that is trusted here".into(),
-            Fault::Lost(url) => format!("has lost its file {url}"),
-            Fault::Altered(why) => format!("has a NAR that was altered or damaged (it {why})"),
-            Fault::Unknown(why) => format!("has a NAR that {why}"),
-            Fault::Withheld(e) => format!("is not given out ({e})"),
+            PathFault::Absent => "is not there".into(),
+            PathFault::Unreadable(why) => format!("has a broken narinfo (it {why})"),
+            PathFault::Unsigned => "has no signature by a key that is trusted here".into(),
+            PathFault::Lost(url) => format!("has lost its file {url}"),
+            PathFault::Altered(why) => format!("has a NAR that was altered or damaged (it {why})"),
+            PathFault::Unknown(why) => format!("has a NAR that {why}"),
+            PathFault::Withheld(e) => format!("is not given out ({e})"),
         }
     }
 
     /// Whether something is missing, rather than wrong.
     pub fn is_absence(&self) -> bool {
-        matches!(self, Fault::Absent | Fault::Lost(_))
+        matches!(self, PathFault::Absent | PathFault::Lost(_))
     }
 }
 
 /// A narinfo that may be followed.
 #[derive(Debug, Clone)]
-pub struct Found {
+pub struct VerifiedNarInfo {
     /// What it says, as far as somebody vouches for it; and where its NAR is.
     pub info: NarInfo,
     /// Who vouches for it; None where that is left to Nix's own settings.
@@ -84,14 +84,14 @@ pub struct Found {
 #[derive(Debug, Default)]
 pub struct Walked {
     /// The narinfos that may be followed.
-    pub found: BTreeMap<StorePath, Arc<Found>>,
+    pub found: BTreeMap<StorePath, Arc<VerifiedNarInfo>>,
     /// What is wrong.
-    pub faults: BTreeMap<StorePath, Fault>,
+    pub faults: BTreeMap<StorePath, PathFault>,
 }
 
 /// Why a walk ended early.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ended {
+pub enum WalkError {
     /// The cache did not answer or refused us.
     Cache(StoreError),
     /// It went on and on: the reason.
@@ -105,7 +105,7 @@ pub enum Ended {
 impl Walked {
     /// What of the closure of `top` is to be had: paths after what they refer to. The error is the first that is
     /// missing or wrong.
-    pub fn closure(&self, top: &StorePath) -> Result<Vec<&Arc<Found>>, (StorePath, Fault)> {
+    pub fn closure(&self, top: &StorePath) -> Result<Vec<&Arc<VerifiedNarInfo>>, (StorePath, PathFault)> {
         let mut order = Vec::new();
         let mut seen = BTreeSet::new();
         // With each path, whether what it refers to was put before it.
@@ -137,8 +137,8 @@ pub fn walk(
     tops: &[StorePath],
     keys: &[PublicKey],
     lacking: &mut Lacking<'_>,
-    limits: Limits,
-) -> Result<Walked, Ended> {
+    limits: WalkLimits,
+) -> Result<Walked, WalkError> {
     let mut walked = Walked::default();
     let mut seen: BTreeSet<StorePath> = tops.iter().cloned().collect();
     let mut next: Vec<StorePath> = seen.iter().cloned().collect();
@@ -151,7 +151,7 @@ pub fn walk(
                     references.extend(found.info.references.iter().filter(|r| !seen.contains(r)).cloned());
                     let paths = seen.len() + references.len();
                     if paths > limits.paths {
-                        return Err(Ended::Endless(format!(
+                        return Err(WalkError::Endless(format!(
                             "at {path} the walk has come to {paths} paths, and no closure has more than {}",
                             limits.paths
                         )));
@@ -163,26 +163,27 @@ pub fn walk(
         }
         let references: Vec<StorePath> = references.into_iter().collect();
         seen.extend(references.iter().cloned());
-        next = if references.is_empty() { references } else { lacking(&references).map_err(Ended::Here)? };
+        next =
+            if references.is_empty() { references } else { lacking(&references).map_err(WalkError::Here)? };
     }
     Ok(walked)
 }
 
-type Judged = (StorePath, Result<Found, Fault>);
+type Judged = (StorePath, Result<VerifiedNarInfo, PathFault>);
 
 /// Asks for the narinfos of these paths, many at a time.
 fn level(
     cache: &dyn Store,
     paths: &[StorePath],
     keys: &[PublicKey],
-    limits: Limits,
+    limits: WalkLimits,
     bytes: &mut u64,
-) -> Result<Vec<Judged>, Ended> {
+) -> Result<Vec<Judged>, WalkError> {
     struct Level<'a> {
         left: std::slice::Iter<'a, StorePath>,
         bytes: u64,
         judged: Vec<Judged>,
-        ended: Option<Ended>,
+        ended: Option<WalkError>,
     }
     let state = Mutex::new(Level { left: paths.iter(), bytes: *bytes, judged: Vec::new(), ended: None });
     let lock = || state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -195,7 +196,7 @@ fn level(
                 }
                 let Some(path) = state.left.next() else { return };
                 if Instant::now() >= limits.until {
-                    state.ended = Some(Ended::Late(format!("at {path} the time for the walk was over")));
+                    state.ended = Some(WalkError::Late(format!("at {path} the time for the walk was over")));
                     return;
                 }
                 path
@@ -211,11 +212,11 @@ fn level(
                             "at {path} the walk has read more than {} MiB of narinfos",
                             limits.bytes >> 20
                         );
-                        state.ended.get_or_insert(Ended::Endless(why));
+                        state.ended.get_or_insert(WalkError::Endless(why));
                     }
                 }
                 // The first is what counts: the others asked at the same time.
-                Err(e) => drop(state.ended.get_or_insert(Ended::Cache(e))),
+                Err(e) => drop(state.ended.get_or_insert(WalkError::Cache(e))),
             }
         }
     };
@@ -236,32 +237,34 @@ fn ask(
     cache: &dyn Store,
     path: &StorePath,
     keys: &[PublicKey],
-) -> Result<(Result<Found, Fault>, u64), StoreError> {
+) -> Result<(Result<VerifiedNarInfo, PathFault>, u64), StoreError> {
     let bytes = match cache.get(&NarInfo::key(path), None, MAX_BYTES) {
         Ok(GetResult::Found { bytes, .. }) => bytes,
-        Ok(GetResult::Missing | GetResult::NotModified) => return Ok((Err(Fault::Absent), 0)),
+        Ok(GetResult::Missing | GetResult::NotModified) => return Ok((Err(PathFault::Absent), 0)),
         Err(StoreError::TooLarge(_)) => {
             let why = format!("has more than {} MiB", MAX_BYTES >> 20);
-            return Ok((Err(Fault::Unreadable(why)), MAX_BYTES));
+            return Ok((Err(PathFault::Unreadable(why)), MAX_BYTES));
         }
         // Archived, say, or encrypted with another key: of one object that says nothing about the others.
-        Err(e @ (StoreError::Denied(_) | StoreError::Refused(_))) => return Ok((Err(Fault::Withheld(e)), 0)),
+        Err(e @ (StoreError::Denied(_) | StoreError::Refused(_))) => {
+            return Ok((Err(PathFault::Withheld(e)), 0));
+        }
         Err(e) => return Err(e),
     };
     Ok((judge(path, &bytes, keys), bytes.len() as u64))
 }
 
 /// What a narinfo that was asked for under the name of `path` is worth. Pure.
-pub fn judge(path: &StorePath, bytes: &[u8], keys: &[PublicKey]) -> Result<Found, Fault> {
-    let info = NarInfo::parse(bytes).map_err(Fault::Unreadable)?;
+pub fn judge(path: &StorePath, bytes: &[u8], keys: &[PublicKey]) -> Result<VerifiedNarInfo, PathFault> {
+    let info = NarInfo::parse(bytes).map_err(PathFault::Unreadable)?;
     if info.path != *path {
-        return Err(Fault::Unreadable(format!("is about {}", info.path)));
+        return Err(PathFault::Unreadable(format!("is about {}", info.path)));
     }
     let warrant = info.warrant(keys);
     if warrant.is_none() && !keys.is_empty() {
-        return Err(Fault::Unsigned);
+        return Err(PathFault::Unsigned);
     }
-    Ok(Found { info: info.vouched(keys), warrant })
+    Ok(VerifiedNarInfo { info: info.vouched(keys), warrant })
 }
 
 #[cfg(test)]
@@ -298,8 +301,8 @@ mod tests {
         cache.put(&NarInfo::key(&path(n)), info.render().as_bytes(), &Condition::Always).unwrap();
     }
 
-    fn limits() -> Limits {
-        Limits::within(Duration::from_secs(600))
+    fn limits() -> WalkLimits {
+        WalkLimits::within(Duration::from_secs(600))
     }
 
     fn all(paths: &[StorePath]) -> Result<Vec<StorePath>, String> {
@@ -360,12 +363,12 @@ mod tests {
         put(&cache, 2, &[4], None);
         put(&cache, 3, &[], Some(&key));
         let walked = walk(&cache, &[path(1)], &[key.public()], &mut all, limits()).unwrap();
-        assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(2), Fault::Unsigned));
+        assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(2), PathFault::Unsigned));
         assert_eq!(walked.closure(&path(3)).unwrap().len(), 1);
         assert!(!walked.faults.contains_key(&path(4)) && !walked.found.contains_key(&path(4)));
         // The same cache for who has no keys: Nix's own settings decide later.
         let walked = walk(&cache, &[path(1)], &[], &mut all, limits()).unwrap();
-        assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(4), Fault::Absent));
+        assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(4), PathFault::Absent));
     }
 
     #[test]
@@ -375,14 +378,14 @@ mod tests {
         for n in 0..50 {
             put(&cache, n, &[n + 1, n + 100], None);
         }
-        let few = Limits { paths: 20, ..limits() };
-        let small = Limits { bytes: 2000, ..limits() };
-        let over = Limits { until: Instant::now(), ..limits() };
+        let few = WalkLimits { paths: 20, ..limits() };
+        let small = WalkLimits { bytes: 2000, ..limits() };
+        let over = WalkLimits { until: Instant::now(), ..limits() };
         for limits in [few, small, over] {
             let ended = walk(&cache, &[path(0)], &[], &mut all, limits).unwrap_err();
             let late = limits.until == over.until;
-            let (Ended::Endless(why) | Ended::Late(why)) = &ended else { panic!("{ended:?}") };
-            assert!(why.contains("/nix/store/") && matches!(ended, Ended::Late(_)) == late, "{ended:?}");
+            let (WalkError::Endless(why) | WalkError::Late(why)) = &ended else { panic!("{ended:?}") };
+            assert!(why.contains("/nix/store/") && matches!(ended, WalkError::Late(_)) == late, "{ended:?}");
         }
         // Two that refer to each other are no walk without end.
         put(&cache, 200, &[201], None);
@@ -402,13 +405,13 @@ mod tests {
         let denied = StoreError::Denied("403 InvalidObjectState".into());
         cache.faults().refused.insert(NarInfo::key(&path(2)), denied.clone());
         let walked = walk(&cache, &[path(1), path(4)], &[], &mut all, limits()).unwrap();
-        assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(2), Fault::Withheld(denied)));
+        assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(2), PathFault::Withheld(denied)));
         // What two closures have in common is held once.
         let (of_4, of_3) = (walked.closure(&path(4)).unwrap(), walked.closure(&path(3)).unwrap());
         assert!(of_4.len() == 2 && Arc::ptr_eq(of_4[0], of_3[0]));
         cache.faults().gone = true;
         let ended = walk(&cache, &[path(1)], &[], &mut all, limits()).unwrap_err();
-        assert!(matches!(ended, Ended::Cache(StoreError::Unreachable(_))), "{ended:?}");
+        assert!(matches!(ended, WalkError::Cache(StoreError::Unreachable(_))), "{ended:?}");
     }
 
     #[test]
@@ -422,7 +425,7 @@ mod tests {
         let huge = vec![b'x'; MAX_BYTES as usize + 1];
         cache.put(&NarInfo::key(&path(3)), &huge, &Condition::Always).unwrap();
         let walked = walk(&cache, &[path(1)], &[], &mut all, limits()).unwrap();
-        let texts: Vec<String> = walked.faults.values().map(Fault::text).collect();
+        let texts: Vec<String> = walked.faults.values().map(PathFault::text).collect();
         assert!(texts[0].contains("is about") && texts[1].contains("1 MiB"), "{texts:?}");
     }
 }

@@ -9,12 +9,12 @@ pub mod wait;
 use crate::clock::{Timestamp, human_seconds};
 use crate::config::Settings;
 use crate::error::{Error, Result, did_you_mean};
-use crate::manifest::edit::{self, Author, Update};
+use crate::log;
+use crate::manifest::edit::{self, Author, PathUpdate};
 use crate::manifest::{Manifest, entry};
 use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
 use crate::nix::{self, Scope};
 use crate::runner::{Run, Stream, tail};
-use crate::say;
 use crate::store::{self, Objects, Store};
 use namespace::{DIRTY, How, Target};
 use std::collections::{BTreeMap, BTreeSet};
@@ -111,7 +111,7 @@ pub fn push(
             clean(target, revision.as_deref())?;
         }
         tell_revision(&manifest, target, revision.as_deref())?;
-        built.push(Update { name: target.service.clone(), path, revision });
+        built.push(PathUpdate { name: target.service.clone(), path, revision });
     }
     let paths: Vec<StorePath> = built.iter().map(|u| u.path.clone()).collect();
     for update in &built {
@@ -130,7 +130,7 @@ pub fn push(
     let (serial, written) = (version.manifest.serial, version.written);
     let entries = entries(store.as_ref(), &version)?;
     let mut hosts: BTreeMap<HostName, Vec<Shipped>> = BTreeMap::new();
-    for Update { name, path, .. } in &built {
+    for PathUpdate { name, path, .. } in &built {
         for host in version.manifest.service(name.as_str()).map(|s| s.hosts.as_slice()).unwrap_or_default() {
             let (name, path, entry) = (name.clone(), path.clone(), entries.get(name).cloned());
             hosts.entry(host.clone()).or_default().push(Shipped { name, path, entry });
@@ -138,9 +138,9 @@ pub fn push(
     }
     let url = store.url();
     if written {
-        say::notice(format!("published serial {serial} to {url} in {}", took(since)));
+        log::notice(format!("published serial {serial} to {url} in {}", took(since)));
     } else {
-        say::info(format!("nothing to publish: serial {serial} in {url} says so already"));
+        log::info(format!("nothing to publish: serial {serial} in {url} says so already"));
     }
     Ok(Pushed { serial, services: built.into_iter().map(|u| (u.name, u.path)).collect(), hosts })
 }
@@ -172,7 +172,7 @@ fn tell_revision(manifest: &Manifest, target: &Target, revision: Option<&str>) -
     let name = &target.service;
     let short = |revision: &str| revision.chars().take(10).collect::<String>();
     if revision.ends_with(DIRTY) {
-        say::warning(format!(
+        log::warning(format!(
             "{name} is built from {} with changes that are not committed, and will be shown as {}{DIRTY}",
             short(revision),
             short(revision)
@@ -186,19 +186,20 @@ fn tell_revision(manifest: &Manifest, target: &Target, revision: Option<&str>) -
             true => format!("leaves out {count} {commits} of"),
             false => format!("is {count} {commits} behind"),
         };
-        say::warning(format!("{name}: {} {how} {}, which the manifest has", short(revision), short(before)));
+        log::warning(format!("{name}: {} {how} {}, which the manifest has", short(revision), short(before)));
     }
     Ok(())
 }
 
 /// The digests of a version's entries, as hosts make them from its text. Empty where that is not there any more.
-fn entries(store: &dyn Store, version: &edit::Published) -> Result<BTreeMap<ServiceName, String>> {
+fn entries(store: &dyn Store, version: &edit::PublishedManifest) -> Result<BTreeMap<ServiceName, String>> {
     if version.written {
         return Ok(entry::digests(&version.manifest.to_bytes()));
     }
     // Somebody else wrote it, maybe with another program: its text is theirs.
     let current = edit::load(store)?;
-    let same = |c: &edit::Current| c.manifest().as_ref().is_ok_and(|m| m.serial == version.manifest.serial);
+    let same =
+        |c: &edit::CurrentManifest| c.manifest().as_ref().is_ok_and(|m| m.serial == version.manifest.serial);
     Ok(current.filter(same).map(|c| entry::digests(&c.bytes)).unwrap_or_default())
 }
 
@@ -218,7 +219,7 @@ fn known(manifest: &Manifest, target: &Target) -> Result<()> {
 
 fn build(settings: &Settings, target: &Target) -> Result<StorePath> {
     let since = Instant::now();
-    let mut progress = |line: &str| say::info(line);
+    let mut progress = |line: &str| log::info(line);
     let path = match &target.how {
         How::Built(path) => path.clone(),
         How::Flake(reference) => nix::build_flake(reference, &target.dir, &mut progress)?,
@@ -232,7 +233,7 @@ fn build(settings: &Settings, target: &Target) -> Result<StorePath> {
     }
     match target.how {
         How::Built(_) => {}
-        _ => say::info(format!("built {} as {path} in {}", target.shown, took(since))),
+        _ => log::info(format!("built {} as {path} in {}", target.shown, took(since))),
     }
     Ok(path)
 }
@@ -248,7 +249,7 @@ fn build_with_command(settings: &Settings, namespace: &str, dir: &Path) -> Resul
     let mut found = None;
     let output = run.each_line(|stream, line| match path_in(stream, line) {
         Some(path) => found = Some(path.to_string()),
-        None => say::info(line),
+        None => log::info(line),
     })?;
     if !output.status.ok() {
         let said = if output.stderr.trim().is_empty() { output.text() } else { output.stderr };
@@ -286,11 +287,11 @@ fn path_in(stream: Stream, line: &str) -> Option<&str> {
 }
 
 /// Says early what the host would refuse: a closure without the program that the unit starts.
-fn warn_without_program(manifest: &Manifest, Update { name, path, .. }: &Update) {
+fn warn_without_program(manifest: &Manifest, PathUpdate { name, path, .. }: &PathUpdate) {
     let own_command = manifest.service(name.as_str()).is_some_and(|s| s.exec.command.is_some());
     let program = format!("{path}/bin/{name}");
     if !own_command && fs_err::metadata(&program).is_err() {
-        say::warning(format!(
+        log::warning(format!(
             "there is no {program}, which '{name}' starts by default; set it with 'deploy-manifest set {name} \
              exec.command=…'"
         ));
@@ -302,7 +303,7 @@ fn copy(settings: &Settings, paths: &[StorePath], scope: Scope, store: &Arc<dyn 
     let url = settings.cache.to_string();
     let cache = url.split('?').next().unwrap_or(&url);
     let since = Instant::now();
-    let on_line = &mut |line: &str| say::info(line.replace(&url, cache));
+    let on_line = &mut |line: &str| log::info(line.replace(&url, cache));
     let published = nix::publish(settings, paths, scope, Some(store), on_line)?;
     let counted = |count: usize| format!("{count} {}", if count == 1 { "path" } else { "paths" });
     let bytes = published.figures.bytes.map(|b| format!(", {}", size(b))).unwrap_or_default();
@@ -313,7 +314,7 @@ fn copy(settings: &Settings, paths: &[StorePath], scope: Scope, store: &Arc<dyn 
         }
         Some(_) | None => format!("copied to {cache} in {}", took(since)),
     };
-    say::info(format!("closure of {}{bytes} {done}", counted(published.figures.paths)));
+    log::info(format!("closure of {}{bytes} {done}", counted(published.figures.paths)));
     Ok(())
 }
 

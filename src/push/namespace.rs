@@ -2,9 +2,9 @@
 //! reference or a store path. Pure, but for [`resolve`], which looks at the files.
 
 use crate::error::{Error, Result};
+use crate::log;
 use crate::names::{STORE_DIR, ServiceName, StorePath};
 use crate::runner::{Run, RunError, tail};
-use crate::say;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
@@ -19,7 +19,7 @@ const CLOSERS: [&str; 3] = ["-}", "*)", "*/"];
 
 /// A target by its form.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Form<'a> {
+pub enum TargetForm<'a> {
     /// A closure that is built already.
     StorePath(StorePath),
     /// `REFERENCE#ATTRIBUTE`, for `nix build`.
@@ -31,7 +31,7 @@ pub enum Form<'a> {
 }
 
 /// Tells a target's form; the error is the reason alone.
-pub fn form(text: &str) -> Result<Form<'_>, String> {
+pub fn form(text: &str) -> Result<TargetForm<'_>, String> {
     if text.is_empty() || text.contains(|c: char| c.is_control()) {
         return Err("is empty or has control characters".into());
     }
@@ -39,14 +39,14 @@ pub fn form(text: &str) -> Result<Form<'_>, String> {
         return Err("looks like an option; write ./ before a file of that name".into());
     }
     if text == STORE_DIR || text.starts_with(&format!("{STORE_DIR}/")) {
-        return StorePath::parse(text).map(Form::StorePath);
+        return StorePath::parse(text).map(TargetForm::StorePath);
     }
     Ok(if text.contains('#') {
-        Form::Flake(text)
+        TargetForm::Flake(text)
     } else if text.ends_with(".nix") {
-        Form::NixFile(text)
+        TargetForm::NixFile(text)
     } else {
-        Form::Namespace(text)
+        TargetForm::Namespace(text)
     })
 }
 
@@ -139,7 +139,7 @@ pub fn resolve(text: &str, service: Option<&str>, cwd: &Path) -> Result<Target> 
         Ok(Target { shown: text.to_string(), service, how, dir: dir.to_path_buf(), repository })
     };
     match form {
-        Form::StorePath(path) => {
+        TargetForm::StorePath(path) => {
             let Some(name) = service else {
                 return Err(Error::usage(format!(
                     "{path} does not say which service it is; add --service NAME"
@@ -147,7 +147,7 @@ pub fn resolve(text: &str, service: Option<&str>, cwd: &Path) -> Result<Target> 
             };
             target(named(name, "--service")?, How::Built(path), cwd, None)
         }
-        Form::Flake(reference) => {
+        TargetForm::Flake(reference) => {
             let Some(name) = service.or_else(|| name_of_flake(reference)) else {
                 return Err(Error::usage(format!("{reference} does not name a service; add --service NAME")));
             };
@@ -158,7 +158,7 @@ pub fn resolve(text: &str, service: Option<&str>, cwd: &Path) -> Result<Target> 
             let repository = if folder.is_dir() { repository(&folder)? } else { None };
             target(name, How::Flake(reference.to_string()), cwd, repository)
         }
-        Form::NixFile(file) | Form::Namespace(file) => {
+        TargetForm::NixFile(file) | TargetForm::Namespace(file) => {
             let (path, repository) = find(file, cwd)?;
             let root = repository.clone().unwrap_or_else(|| cwd.to_path_buf());
             let Ok(relative) = path.strip_prefix(&root) else {
@@ -174,7 +174,7 @@ pub fn resolve(text: &str, service: Option<&str>, cwd: &Path) -> Result<Target> 
                 None => named(&name_of_path(relative), "its path")?,
             };
             let how = match form {
-                Form::NixFile(_) => How::NixFile(path.clone()),
+                TargetForm::NixFile(_) => How::NixFile(path.clone()),
                 _ => How::Command(relative.to_string_lossy().into_owned()),
             };
             target(name, how, &root, repository)
@@ -216,7 +216,7 @@ fn git(dir: &Path, words: &[&str]) -> Result<Option<String>> {
         Ok(output) => {
             let none = ["not a git repository", "Needed a single revision"];
             if !none.iter().any(|text| output.stderr.contains(text)) {
-                say::warning(format!("git tells nothing about {}: {}", dir.display(), tail(&output.stderr)));
+                log::warning(format!("git tells nothing about {}: {}", dir.display(), tail(&output.stderr)));
             }
             Ok(None)
         }
@@ -283,11 +283,11 @@ mod tests {
     #[test]
     fn the_form_of_a_target_is_told_by_its_looks() {
         let path = "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava";
-        assert_eq!(form(path), Ok(Form::StorePath(StorePath::parse(path).unwrap())));
-        assert_eq!(form(".#ava"), Ok(Form::Flake(".#ava")));
-        assert_eq!(form("github:o/r#x"), Ok(Form::Flake("github:o/r#x")));
-        assert_eq!(form("Biz/App.nix"), Ok(Form::NixFile("Biz/App.nix")));
-        assert_eq!(form("Biz/PodcastItLater/Web.py"), Ok(Form::Namespace("Biz/PodcastItLater/Web.py")));
+        assert_eq!(form(path), Ok(TargetForm::StorePath(StorePath::parse(path).unwrap())));
+        assert_eq!(form(".#ava"), Ok(TargetForm::Flake(".#ava")));
+        assert_eq!(form("github:o/r#x"), Ok(TargetForm::Flake("github:o/r#x")));
+        assert_eq!(form("Biz/App.nix"), Ok(TargetForm::NixFile("Biz/App.nix")));
+        assert_eq!(form("Biz/PodcastItLater/Web.py"), Ok(TargetForm::Namespace("Biz/PodcastItLater/Web.py")));
         for bad in ["", "-x", "--service", "a\nb", "/nix/store/x", &format!("{path}/bin/ava"), "/nix/store"] {
             assert!(form(bad).is_err(), "{bad:?} passed");
         }

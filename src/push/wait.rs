@@ -3,13 +3,13 @@
 //! else, and never believes that a start which returned was a pass that saw this push.
 
 use crate::config::Settings;
-use crate::deployer::live::{Answer, Start, Unit};
-use crate::deployer::state::{ServiceState, State, Status};
+use crate::deployer::live::{LiveState, StartResult, Unit};
+use crate::deployer::state::{ServicePhase, ServiceState, State};
 use crate::error::{EXIT_DEGRADED, EXIT_DOWN, EXIT_FAILED, Error, Result};
+use crate::log;
 use crate::manifest::versions;
 use crate::names::{HostName, ServiceName, StorePath};
-use crate::runner::{Status as Ended, tail};
-use crate::say;
+use crate::runner::{ProcessStatus as Ended, tail};
 use crate::see::hint;
 use crate::see::judge::ServiceStatus;
 use crate::see::reports;
@@ -151,12 +151,12 @@ pub fn judge(state: &State, shipped: &Shipped, serial: u64, store: &str) -> Opti
     let another_entry = matches!((&found.entry, entry), (Some(theirs), Some(ours)) if theirs != ours);
     Some(match status {
         // The path is the same and the rest is not: somebody changed the rest since.
-        Status::Running if runs == Some(path) && another_entry && seen > serial => superseded(),
-        Status::Running if runs == Some(path) && another_entry => {
+        ServicePhase::Running if runs == Some(path) && another_entry && seen > serial => superseded(),
+        ServicePhase::Running if runs == Some(path) && another_entry => {
             Outcome::Unknown("it works from another entry of that version; run it again".into())
         }
         // As in `status`: it runs, and not as its unit says.
-        Status::Running if runs == Some(path) => match found.attention() {
+        ServicePhase::Running if runs == Some(path) => match found.attention() {
             Some(reason) => {
                 Outcome::Off(Off { status: ServiceStatus::Running, down: false, reason, journal: Vec::new() })
             }
@@ -164,15 +164,15 @@ pub fn judge(state: &State, shipped: &Shipped, serial: u64, store: &str) -> Opti
         },
         // Somebody pushed in between: what the host says is about their version.
         _ if seen > serial && attempted.is_none_or(|a| a != path) && runs != Some(path) => superseded(),
-        Status::Running if found.pinned_since.is_some() => off(
+        ServicePhase::Running if found.pinned_since.is_some() => off(
             ServiceStatus::Pinned,
             format!("it is held at an earlier path; it moves with 'deployer rollback --unpin {name}'"),
         ),
-        Status::Running => off(
+        ServicePhase::Running => off(
             ServiceStatus::Differs,
             format!("it runs {} instead", runs.map_or("nothing", StorePath::as_str)),
         ),
-        Status::Stopped => {
+        ServicePhase::Stopped => {
             let until = found.paused_until.map(|t| format!(" until {t}")).unwrap_or_default();
             off(
                 ServiceStatus::Stopped,
@@ -181,16 +181,16 @@ pub fn judge(state: &State, shipped: &Shipped, serial: u64, store: &str) -> Opti
                 ),
             )
         }
-        Status::Failed => off(ServiceStatus::Failed, "the host gives no reason".into()),
-        Status::Rejected => off(ServiceStatus::Rejected, "the host gives no reason".into()),
-        Status::Waiting => off(ServiceStatus::Waiting, "it waits for its first push".into()),
+        ServicePhase::Failed => off(ServiceStatus::Failed, "the host gives no reason".into()),
+        ServicePhase::Rejected => off(ServiceStatus::Rejected, "the host gives no reason".into()),
+        ServicePhase::Waiting => off(ServiceStatus::Waiting, "it waits for its first push".into()),
     })
 }
 
 /// Who published a version that a host has seen, as this store knows it: a number alone may be another store's.
 fn name_newer(store: &dyn Store, host: &HostName, outcome: Outcome) -> Outcome {
     let Outcome::Superseded(newer) = outcome else { return outcome };
-    let find = || -> Result<Option<versions::Head>> {
+    let find = || -> Result<Option<versions::VersionHead>> {
         let all = versions::all(store)?;
         let Some(version) = all.iter().find(|v| v.serial == newer.serial) else { return Ok(None) };
         let archived = versions::archive_key(&version.name);
@@ -245,7 +245,7 @@ pub fn follow(
 }
 
 /// How one start of the deployer and the look at the state after it ended.
-enum Step {
+enum WaitStep {
     /// Every service has its outcome.
     Done(Vec<Outcome>),
     /// The pass worked from an older manifest; how that looks.
@@ -273,7 +273,7 @@ impl Follower<'_> {
         let mut last_said = String::new();
         let mut tell = |text: &str| {
             if last_said != text {
-                say::info(format!("{host}: {text}"));
+                log::info(format!("{host}: {text}"));
                 last_said = text.to_string();
             }
         };
@@ -282,29 +282,29 @@ impl Follower<'_> {
         loop {
             // Whether the host was heard: what it has not taken up is pending, of the rest nothing is known.
             let (heard, why) = match self.step(host, shipped) {
-                Step::Done(outcomes) => {
+                WaitStep::Done(outcomes) => {
                     for (service, outcome) in shipped.iter().zip(&outcomes) {
                         tell(&format!("{} {}", service.name, outcome.word()));
                     }
                     return outcomes;
                 }
-                Step::Failed(why) => {
+                WaitStep::Failed(why) => {
                     failures = TRIES;
                     (true, why)
                 }
-                Step::Hopeless(why) => {
+                WaitStep::Hopeless(why) => {
                     failures = TRIES;
                     (false, why)
                 }
-                Step::Trouble(why) => {
+                WaitStep::Trouble(why) => {
                     failures += 1;
                     (false, why)
                 }
-                Step::Stuck(why) => {
+                WaitStep::Stuck(why) => {
                     failures += 1;
                     (true, why)
                 }
-                Step::Behind(why) => {
+                WaitStep::Behind(why) => {
                     failures = 0;
                     (true, why)
                 }
@@ -320,15 +320,15 @@ impl Follower<'_> {
         }
     }
 
-    fn step(&self, host: &HostName, shipped: &[Shipped]) -> Step {
+    fn step(&self, host: &HostName, shipped: &[Shipped]) -> WaitStep {
         let Follower { settings, store, serial, until } = self;
         let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
         let (started, answer) = match self.start(host, left) {
             Ok(both) => both,
-            Err(e) => return Step::Trouble(e.to_string()),
+            Err(e) => return WaitStep::Trouble(e.to_string()),
         };
         if started.code == NO_UNIT {
-            return Step::Hopeless(format!(
+            return WaitStep::Hopeless(format!(
                 "it has no deployer ({}); install it with contrib/install.sh",
                 started.said
             ));
@@ -336,19 +336,19 @@ impl Follower<'_> {
         let well = started.code == 0;
         let answer = match answer {
             Ok(answer) => answer,
-            Err(e) if well => return Step::Trouble(e.to_string()),
+            Err(e) if well => return WaitStep::Trouble(e.to_string()),
             Err(e) => {
                 return match self.last_words(host) {
-                    Some(why) => Step::Failed(format!("its pass failed: {why}")),
-                    None => Step::Trouble(e.to_string()),
+                    Some(why) => WaitStep::Failed(format!("its pass failed: {why}")),
+                    None => WaitStep::Trouble(e.to_string()),
                 };
             }
         };
         let Some(mut state) = answer.state else {
             let why = answer.state_error.unwrap_or_else(|| "it has no state".into());
             return match (well, answer.live.last_line.or_else(|| self.last_words(host))) {
-                (false, Some(line)) => Step::Failed(format!("its pass failed: {line}")),
-                _ => Step::Trouble(why),
+                (false, Some(line)) => WaitStep::Failed(format!("its pass failed: {line}")),
+                _ => WaitStep::Trouble(why),
             };
         };
         reports::same_store(*store, &mut state);
@@ -360,26 +360,30 @@ impl Follower<'_> {
             && state.last_error.is_none()
             && let Some(why) = self.broke_off(host, answer.live.deployer.as_ref(), answer.live.last_line)
         {
-            return Step::Failed(why);
+            return WaitStep::Failed(why);
         }
         if let Some(outcomes) = judged {
             let read = |outcome| self.as_read_here(host, name_newer(*store, host, outcome));
-            return Step::Done(outcomes.into_iter().map(read).collect());
+            return WaitStep::Done(outcomes.into_iter().map(read).collect());
         }
         let at = state.serial.map_or("none".to_string(), |s| s.to_string());
         let behind = format!("its last pass saw serial {at}, not yet {serial}");
         match &state.manifest_error {
             Some(why) => {
-                Step::Stuck(format!("{behind}: {}", hint::translated(why, host, Some(&settings.host))))
+                WaitStep::Stuck(format!("{behind}: {}", hint::translated(why, host, Some(&settings.host))))
             }
-            None if !well => Step::Stuck(format!("{behind} (start: {})", started.said)),
-            None => Step::Behind(format!("{behind}; starting another")),
+            None if !well => WaitStep::Stuck(format!("{behind} (start: {})", started.said)),
+            None => WaitStep::Behind(format!("{behind}; starting another")),
         }
     }
 
     /// Starts the deployer, and asks the host for its state when there is a result: by one command where the host knows
     /// how. The plain way waits for the pass to end, and fails when a service did: the state says which.
-    fn start(&self, host: &HostName, left: impl Fn() -> Duration) -> Result<(Start, Result<Answer>)> {
+    fn start(
+        &self,
+        host: &HostName,
+        left: impl Fn() -> Duration,
+    ) -> Result<(StartResult, Result<LiveState>)> {
         let Follower { settings, serial, .. } = self;
         if let Some(mut answer) = reports::watch(settings, host, *serial, left())?
             && let Some(start) = answer.start.take()
@@ -391,7 +395,7 @@ impl Follower<'_> {
             Ended::Exit(code) => code,
             Ended::Signal(_) => -1,
         };
-        let start = Start { code, said: tail(&started.stderr) };
+        let start = StartResult { code, said: tail(&started.stderr) };
         let answer = if code == NO_UNIT {
             Err(Error::new(start.said.clone()))
         } else {
@@ -451,17 +455,17 @@ impl Follower<'_> {
 mod tests {
     use super::*;
     use crate::clock::Timestamp;
-    use crate::deployer::state::{Failure, LastError};
+    use crate::deployer::state::{FailureRecord, LastError};
 
     fn path(n: u32) -> StorePath {
         StorePath::parse(&format!("/nix/store/{n:032}-ava")).unwrap()
     }
 
-    fn state(serial: u64, status: Status, runs: Option<u32>, attempted: Option<u32>) -> State {
+    fn state(serial: u64, status: ServicePhase, runs: Option<u32>, attempted: Option<u32>) -> State {
         let name = ServiceName::parse("ava").unwrap();
         let mut state = State::new(HostName::parse("biz").unwrap(), Timestamp(0));
         state.serial = Some(serial);
-        let failure = attempted.map(|n| Failure {
+        let failure = attempted.map(|n| FailureRecord {
             attempts: 0,
             reason: "it exits at once".into(),
             attempted: Some(path(n)),
@@ -488,40 +492,40 @@ mod tests {
     #[test]
     fn only_a_pass_that_saw_the_push_is_believed() {
         for (serial, status, runs, attempted, want) in [
-            (41, Status::Running, Some(2), None, None),
-            (42, Status::Running, Some(2), None, Some("running")),
-            (43, Status::Running, Some(2), None, Some("running")),
-            (43, Status::Running, Some(3), None, Some("superseded")),
-            (43, Status::Failed, Some(1), Some(3), Some("superseded")),
-            (43, Status::Rejected, Some(1), Some(2), Some("rejected")),
-            (42, Status::Rejected, Some(1), Some(2), Some("rejected")),
-            (42, Status::Failed, Some(1), Some(2), Some("failed")),
-            (42, Status::Failed, None, Some(2), Some("failed")),
-            (42, Status::Failed, Some(2), Some(2), Some("failed")),
-            (42, Status::Running, Some(1), None, Some("differs")),
-            (42, Status::Stopped, None, None, Some("stopped")),
-            (42, Status::Waiting, None, None, Some("waiting")),
+            (41, ServicePhase::Running, Some(2), None, None),
+            (42, ServicePhase::Running, Some(2), None, Some("running")),
+            (43, ServicePhase::Running, Some(2), None, Some("running")),
+            (43, ServicePhase::Running, Some(3), None, Some("superseded")),
+            (43, ServicePhase::Failed, Some(1), Some(3), Some("superseded")),
+            (43, ServicePhase::Rejected, Some(1), Some(2), Some("rejected")),
+            (42, ServicePhase::Rejected, Some(1), Some(2), Some("rejected")),
+            (42, ServicePhase::Failed, Some(1), Some(2), Some("failed")),
+            (42, ServicePhase::Failed, None, Some(2), Some("failed")),
+            (42, ServicePhase::Failed, Some(2), Some(2), Some("failed")),
+            (42, ServicePhase::Running, Some(1), None, Some("differs")),
+            (42, ServicePhase::Stopped, None, None, Some("stopped")),
+            (42, ServicePhase::Waiting, None, None, Some("waiting")),
         ] {
             let outcome = judge(&state(serial, status, runs, attempted), &shipped("ava"), 42, STORE);
             let what = format!("{serial} {status:?} {runs:?} {attempted:?}");
             assert_eq!(outcome.as_ref().map(Outcome::word), want, "{what}");
             if let Some(Outcome::Off(off)) = outcome {
-                assert_eq!(off.down, runs.is_none() && status != Status::Stopped, "{what}");
+                assert_eq!(off.down, runs.is_none() && status != ServicePhase::Stopped, "{what}");
                 if attempted.is_some() {
                     assert!(off.reason.starts_with("it exits at once") && off.journal.len() == 1, "{what}");
                 }
             }
         }
-        let unknown = judge(&state(42, Status::Running, Some(2), None), &shipped("other"), 42, STORE);
+        let unknown = judge(&state(42, ServicePhase::Running, Some(2), None), &shipped("other"), 42, STORE);
         assert!(matches!(unknown, Some(Outcome::Unknown(_))), "{unknown:?}");
-        let mut fresh = state(42, Status::Running, Some(2), None);
+        let mut fresh = state(42, ServicePhase::Running, Some(2), None);
         fresh.serial = None;
         assert_eq!(judge(&fresh, &shipped("ava"), 42, STORE), None);
     }
 
     #[test]
     fn another_store_another_entry_and_a_pass_that_failed_are_no_success() {
-        let well = |serial| state(serial, Status::Running, Some(2), None);
+        let well = |serial| state(serial, ServicePhase::Running, Some(2), None);
         let word = |state: &State| judge(state, &shipped("ava"), 42, STORE).map(|o| o.word());
         let mut other = well(40);
         other.store = Some("s3://releases2".into());

@@ -36,7 +36,7 @@ const NOT_CLOSED: &str = "ends with '\\\"', which systemd does not take for the 
 const AFTER_QUOTE: &str = "has something after its closing quote, which systemd adds to the value: put all of it between \
                            the quotes, and a comment on a line of its own";
 
-enum State {
+enum ReaderState {
     Before,
     Name,
     BeforeValue,
@@ -74,19 +74,19 @@ fn read_all(bytes: &[u8]) -> Reader {
         }
     };
     let mut reader = Reader::default();
-    let mut state = State::Before;
+    let mut state = ReaderState::Before;
     for c in text.chars() {
         state = reader.step(state, c);
         reader.line += usize::from(c == '\n');
     }
     match state {
-        State::Before | State::Comment | State::CommentEscape => {}
-        State::Name => reader.mistake("has no '='; systemd ignores it"),
-        State::Single | State::Double | State::DoubleEscape => {
+        ReaderState::Before | ReaderState::Comment | ReaderState::CommentEscape => {}
+        ReaderState::Name => reader.mistake("has no '='; systemd ignores it"),
+        ReaderState::Single | ReaderState::Double | ReaderState::DoubleEscape => {
             reader.mistake("opens a quote that nothing closes: the rest of the file is part of the value");
         }
-        State::BeforeValue | State::Value => reader.assigned(),
-        State::ValueEscape => {
+        ReaderState::BeforeValue | ReaderState::Value => reader.assigned(),
+        ReaderState::ValueEscape => {
             reader.here(BACKSLASH);
             reader.assigned();
         }
@@ -118,99 +118,99 @@ impl Reader {
         Reader { mistakes: vec![why], ..Reader::default() }
     }
 
-    fn step(&mut self, state: State, c: char) -> State {
+    fn step(&mut self, state: ReaderState, c: char) -> ReaderState {
         let newline = matches!(c, '\n' | '\r');
         let white = newline || matches!(c, ' ' | '\t');
         match state {
-            State::Before => match c {
-                '#' | ';' => State::Comment,
-                _ if white => State::Before,
+            ReaderState::Before => match c {
+                '#' | ';' => ReaderState::Comment,
+                _ if white => ReaderState::Before,
                 _ => {
                     (self.began, self.after_quote) = (self.line, None);
                     self.value.clear();
                     self.name = c.to_string();
                     // Also '=': for systemd it begins a name.
-                    State::Name
+                    ReaderState::Name
                 }
             },
-            State::Name if newline => {
+            ReaderState::Name if newline => {
                 self.mistake("has no '='; systemd ignores it");
-                State::Before
+                ReaderState::Before
             }
-            State::Name if c == '=' => State::BeforeValue,
-            State::Name => {
+            ReaderState::Name if c == '=' => ReaderState::BeforeValue,
+            ReaderState::Name => {
                 self.name.push(c);
-                State::Name
+                ReaderState::Name
             }
-            State::BeforeValue if newline => self.ended(),
-            State::BeforeValue => match c {
-                '\'' => State::Single,
-                '"' => State::Double,
-                '\\' => State::ValueEscape,
+            ReaderState::BeforeValue if newline => self.ended(),
+            ReaderState::BeforeValue => match c {
+                '\'' => ReaderState::Single,
+                '"' => ReaderState::Double,
+                '\\' => ReaderState::ValueEscape,
                 _ if white => {
                     self.after_quote = self.after_quote.map(|_| true);
-                    State::BeforeValue
+                    ReaderState::BeforeValue
                 }
                 _ => {
                     // Without a space it is as a shell has it.
                     if self.after_quote == Some(true) {
                         self.here(AFTER_QUOTE);
                     }
-                    self.more(c, State::Value)
+                    self.more(c, ReaderState::Value)
                 }
             },
-            State::Value if newline => self.ended(),
-            State::Value if c == '\\' => State::ValueEscape,
-            State::Value => self.more(c, State::Value),
+            ReaderState::Value if newline => self.ended(),
+            ReaderState::Value if c == '\\' => ReaderState::ValueEscape,
+            ReaderState::Value => self.more(c, ReaderState::Value),
             // The value goes on in the next line.
-            State::ValueEscape if newline => {
+            ReaderState::ValueEscape if newline => {
                 self.here(if c == '\n' { JOINED } else { BACKSLASH });
-                State::Value
+                ReaderState::Value
             }
-            State::ValueEscape => {
+            ReaderState::ValueEscape => {
                 self.here(BACKSLASH);
-                self.more(c, State::Value)
+                self.more(c, ReaderState::Value)
             }
-            State::Single if c == '\'' => self.closed(),
-            State::Single => self.more(c, State::Single),
-            State::Double if c == '"' => self.closed(),
-            State::Double if c == '\\' => State::DoubleEscape,
-            State::Double => {
+            ReaderState::Single if c == '\'' => self.closed(),
+            ReaderState::Single => self.more(c, ReaderState::Single),
+            ReaderState::Double if c == '"' => self.closed(),
+            ReaderState::Double if c == '\\' => ReaderState::DoubleEscape,
+            ReaderState::Double => {
                 if newline && self.quoted_last {
                     self.here(NOT_CLOSED);
                 }
                 self.quoted_last = false;
-                self.more(c, State::Double)
+                self.more(c, ReaderState::Double)
             }
             // As a shell has it: quotes, '$', '`' and backslashes lose their backslash, a newline goes, others keep it.
-            State::DoubleEscape => {
+            ReaderState::DoubleEscape => {
                 self.quoted_last = c == '"';
                 match c {
-                    '\n' => return State::Double,
+                    '\n' => return ReaderState::Double,
                     '"' | '\\' | '`' | '$' => {}
                     _ => self.value.push('\\'),
                 }
-                self.more(c, State::Double)
+                self.more(c, ReaderState::Double)
             }
-            State::Comment if newline => State::Before,
-            State::Comment if c == '\\' => State::CommentEscape,
-            State::CommentEscape if newline => {
+            ReaderState::Comment if newline => ReaderState::Before,
+            ReaderState::Comment if c == '\\' => ReaderState::CommentEscape,
+            ReaderState::CommentEscape if newline => {
                 self.began = self.line;
                 self.mistake("is a comment that ends with '\\': systemd before 254 takes the next line for a part of it");
-                State::Before
+                ReaderState::Before
             }
-            State::Comment | State::CommentEscape => State::Comment,
+            ReaderState::Comment | ReaderState::CommentEscape => ReaderState::Comment,
         }
     }
 
-    fn more(&mut self, c: char, next: State) -> State {
+    fn more(&mut self, c: char, next: ReaderState) -> ReaderState {
         self.value.push(c);
         next
     }
 
-    fn closed(&mut self) -> State {
+    fn closed(&mut self) -> ReaderState {
         (self.after_quote, self.quoted_last) = (Some(false), false);
-        State::BeforeValue
+        ReaderState::BeforeValue
     }
 
     /// A mistake in the line that is being read, told once.
@@ -221,9 +221,9 @@ impl Reader {
         }
     }
 
-    fn ended(&mut self) -> State {
+    fn ended(&mut self) -> ReaderState {
         self.assigned();
-        State::Before
+        ReaderState::Before
     }
 
     fn assigned(&mut self) {

@@ -48,7 +48,7 @@ fn judge(at: &str, uid: u32, mode: u32) -> Option<String> {
         true => String::new(),
         false => format!(", or keep the file in {KEPT}"),
     };
-    let at = crate::say::printable(at);
+    let at = crate::log::printable(at);
     if uid != 0 {
         Some(format!(
             "{at} belongs to user {uid}, who can put another file of secrets there; run: chown root:root {at}{elsewhere}"

@@ -2,7 +2,7 @@
 //! value, or like a part of one, is hidden, also where it was meant otherwise. What it cannot know, such as a value that
 //! a program has encoded in a way of its own, it does not hide.
 
-use super::{Form, MAX_FILE, SecretFile, environment};
+use super::{FileFormat, MAX_FILE, SecretFile, environment};
 use crate::deployer::systemd::CUT;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -31,14 +31,14 @@ impl Mask {
             let mut bytes = Vec::new();
             fs_err::File::open(&file.path)?.take(MAX_FILE).read_to_end(&mut bytes)?;
             match file.form {
-                Form::Environment => {
+                FileFormat::Environment => {
                     values.extend(environment::values(&bytes));
                     // What systemd drops or reads otherwise may have been a value before, or will be one.
                     let text = String::from_utf8_lossy(&bytes);
                     let written = text.lines().filter_map(|line| Some(line.split_once('=')?.1.trim()));
                     values.extend(written.map(|value| value.trim_matches(['"', '\'']).to_string()));
                 }
-                Form::Bytes => values.push(String::from_utf8_lossy(&bytes).into_owned()),
+                FileFormat::Bytes => values.push(String::from_utf8_lossy(&bytes).into_owned()),
             }
         }
         Ok(Self::from_values(&values))
@@ -188,7 +188,7 @@ PIN=17
 
     #[test]
     fn a_file_that_cannot_be_read_hides_everything() {
-        let file = SecretFile { path: "/nonexistent/x.env".into(), form: Form::Environment };
+        let file = SecretFile { path: "/nonexistent/x.env".into(), form: FileFormat::Environment };
         assert!(Mask::of(&[file]).is_err());
         assert_eq!(Mask::of(&[]).unwrap().hide("as it is"), "as it is");
     }

@@ -30,25 +30,25 @@ const LOCK_WAIT: Duration = Duration::from_secs(10);
 
 /// What a file must be to be of use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum FileFormat {
     /// `NAME=value` lines, for systemd's `EnvironmentFile=`.
     Environment,
     /// Whatever the service makes of it.
     Bytes,
 }
 
-impl Form {
+impl FileFormat {
     /// The word for it on a command line.
     pub fn as_str(self) -> &'static str {
         match self {
-            Form::Environment => "environment",
-            Form::Bytes => "bytes",
+            FileFormat::Environment => "environment",
+            FileFormat::Bytes => "bytes",
         }
     }
 
     /// The form that a word of a command line means.
     pub fn parse(word: &str) -> Option<Self> {
-        [Form::Environment, Form::Bytes].into_iter().find(|form| form.as_str() == word)
+        [FileFormat::Environment, FileFormat::Bytes].into_iter().find(|form| form.as_str() == word)
     }
 }
 
@@ -58,19 +58,19 @@ pub struct SecretFile {
     /// Where it is on every host that runs the service.
     pub path: String,
     /// What must be in it.
-    pub form: Form,
+    pub form: FileFormat,
 }
 
 /// The files of secrets that a service's entry names.
 pub fn files(service: &Service) -> Vec<SecretFile> {
-    let environment = |path: &String| SecretFile { path: path.clone(), form: Form::Environment };
-    let bytes = |path: &String| SecretFile { path: path.clone(), form: Form::Bytes };
+    let environment = |path: &String| SecretFile { path: path.clone(), form: FileFormat::Environment };
+    let bytes = |path: &String| SecretFile { path: path.clone(), form: FileFormat::Bytes };
     service.env_file.iter().map(environment).chain(service.credentials.values().map(bytes)).collect()
 }
 
 /// What a host says of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Found {
+pub struct FileState {
     /// The form of this answer.
     pub version: u32,
     /// Why the deployer would not start the service with it, each with what to type.
@@ -91,7 +91,7 @@ pub struct Found {
 
 /// What a host is told to write.
 #[derive(Serialize, Deserialize)]
-pub struct Wanted {
+pub struct WriteRequest {
     /// The hash of the content that was read; None when there was no file.
     pub instead_of: Option<String>,
     /// The new content in base64.
@@ -101,7 +101,7 @@ pub struct Wanted {
 /// What came of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Written {
+pub enum WriteResult {
     /// It is on the disk.
     Done,
     /// Somebody else changed the file meanwhile; nothing was written.
@@ -125,19 +125,19 @@ pub fn hash(bytes: &[u8]) -> String {
 }
 
 /// On the host: looks at a file, and reads it if `content` is wanted.
-pub fn look(name: &ServiceName, path: &Path, form: Form, content: bool) -> Result<Found> {
+pub fn look(name: &ServiceName, path: &Path, form: FileFormat, content: bool) -> Result<FileState> {
     let mut problems: Vec<String> = observe::secrets_file(name, path).err().into_iter().collect();
     // Where others could lead us to another file nothing is read, and that is all there is to be said.
     let astray = !content && path.parent().is_some_and(|folder| folders::trouble(folder).is_some());
     let bytes = if astray { None } else { read(path)? };
     problems.extend(path.parent().and_then(secret_dir));
     let (names, mistakes) = match (&bytes, form) {
-        (Some((bytes, _)), Form::Environment) => environment::read(bytes),
+        (Some((bytes, _)), FileFormat::Environment) => environment::read(bytes),
         _ => Default::default(),
     };
     let running = Run::new("systemctl").args(["--quiet", "is-active", "--", &name.unit()]);
     let running = running.deadline(Duration::from_secs(20)).output().is_ok_and(|o| o.status.ok());
-    Ok(Found {
+    Ok(FileState {
         version: 1,
         problems,
         mistakes: mistakes.iter().map(ToString::to_string).collect(),
@@ -161,7 +161,7 @@ pub fn secret_dir(dir: &Path) -> Option<String> {
 /// The first line of a file that keeps its service from being started, with the next move: systemd would refuse it, or
 /// write it to the journal.
 pub fn illegible(name: &ServiceName, file: &SecretFile) -> io::Result<Option<String>> {
-    if file.form == Form::Bytes {
+    if file.form == FileFormat::Bytes {
         return Ok(None);
     }
     let (_, mistakes) = environment::read(&fs_err::read(&file.path)?);
@@ -171,7 +171,7 @@ pub fn illegible(name: &ServiceName, file: &SecretFile) -> io::Result<Option<Str
 
 /// The lines of a file that systemd reads otherwise than they are written, without what they say.
 pub fn misread(file: &SecretFile) -> io::Result<Vec<environment::Mistake>> {
-    if file.form == Form::Bytes {
+    if file.form == FileFormat::Bytes {
         return Ok(vec![]);
     }
     let (_, mistakes) = environment::read(&fs_err::read(&file.path)?);
@@ -180,7 +180,7 @@ pub fn misread(file: &SecretFile) -> io::Result<Vec<environment::Mistake>> {
 
 /// On the host: puts a content in place, if what is there now is what it is meant to replace. The file keeps its
 /// mode and owner; a new one is root's alone, and so is a folder that has to be made for it.
-pub fn write(path: &Path, wanted: &Wanted) -> Result<Written> {
+pub fn write(path: &Path, wanted: &WriteRequest) -> Result<WriteResult> {
     let content = decode(&wanted.content)?;
     let (Some(folder), true) = (path.parent(), path.is_absolute()) else {
         return Err(Error::new(format!("{} is no file below a folder", path.display())));
@@ -197,7 +197,7 @@ pub fn write(path: &Path, wanted: &Wanted) -> Result<Written> {
     }
     let present = read(path)?;
     if present.as_ref().map(|(bytes, _)| hash(bytes)) != wanted.instead_of {
-        return Ok(Written::Changed);
+        return Ok(WriteResult::Changed);
     }
     match present {
         Some((_, meta)) => {
@@ -205,7 +205,7 @@ pub fn write(path: &Path, wanted: &Wanted) -> Result<Written> {
         }
         None => durable::write(path, &content, 0o600)?,
     }
-    Ok(Written::Done)
+    Ok(WriteResult::Done)
 }
 
 /// A file's content; None when there is none. Links are not followed, also not to a file that may be read.
@@ -275,8 +275,8 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    fn wanted(instead_of: Option<&[u8]>, content: &[u8]) -> Wanted {
-        Wanted { instead_of: instead_of.map(hash), content: encode(content) }
+    fn wanted(instead_of: Option<&[u8]>, content: &[u8]) -> WriteRequest {
+        WriteRequest { instead_of: instead_of.map(hash), content: encode(content) }
     }
 
     /// Needs root, as the whole of this machine's tests does: these files are root's.
@@ -286,14 +286,14 @@ mod tests {
         let dir = tempfile::tempdir_in("/root").unwrap();
         let path = dir.path().join("new/ava.env");
         let mode = |p: &Path| fs_err::metadata(p).unwrap().mode() & 0o7777;
-        assert_eq!(write(&path, &wanted(Some(b"x"), b"A=1")).unwrap(), Written::Changed);
+        assert_eq!(write(&path, &wanted(Some(b"x"), b"A=1")).unwrap(), WriteResult::Changed);
         assert!(!path.exists());
-        assert_eq!(write(&path, &wanted(None, b"A=1")).unwrap(), Written::Done);
+        assert_eq!(write(&path, &wanted(None, b"A=1")).unwrap(), WriteResult::Done);
         assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
         fs_err::set_permissions(&path, std::fs::Permissions::from_mode(0o440)).unwrap();
         std::os::unix::fs::chown(&path, Some(0), Some(7)).unwrap();
-        assert_eq!(write(&path, &wanted(None, b"A=2")).unwrap(), Written::Changed);
-        assert_eq!(write(&path, &wanted(Some(b"A=1"), b"A=2")).unwrap(), Written::Done);
+        assert_eq!(write(&path, &wanted(None, b"A=2")).unwrap(), WriteResult::Changed);
+        assert_eq!(write(&path, &wanted(Some(b"A=1"), b"A=2")).unwrap(), WriteResult::Done);
         assert_eq!((mode(&path), fs_err::metadata(&path).unwrap().gid()), (0o440, 7));
         assert_eq!(fs_err::read(&path).unwrap(), b"A=2");
         assert_eq!(fs_err::read_dir(path.parent().unwrap()).unwrap().count(), 1);

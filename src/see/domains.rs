@@ -5,12 +5,12 @@
 mod visitor;
 
 use super::checks::Verdict;
-use crate::deployer::caddy::{Observed, ROUTE_ID};
-use crate::deployer::state::{State, Status};
+use crate::deployer::caddy::{CaddyState, ROUTE_ID};
+use crate::deployer::state::{ServicePhase, State};
 use crate::deployer::systemd;
+use crate::log::printable;
 use crate::manifest::{Manifest, Service};
 use crate::names::{HostName, ServiceName};
-use crate::say::printable;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
-use visitor::{Answer, Certificate, Fault, Met, NoAnswer, Request, Trust};
+use visitor::{Certificate, CertificateFault, CertificateTrust, Met, NoAnswer, Request, ResponseHead};
 
 /// How many domains are visited at most, at the same time; the others are said not to have been.
 pub const MOST: usize = 64;
@@ -53,7 +53,7 @@ pub struct Visit {
 }
 
 /// Visits the domains of these services, which run on this host, all at the same time. `caddy` is what Caddy has.
-pub fn visit(services: &[&Service], caddy: &Observed) -> Vec<Visit> {
+pub fn visit(services: &[&Service], caddy: &CaddyState) -> Vec<Visit> {
     let mut domains: BTreeMap<&str, Vec<&Service>> = BTreeMap::new();
     for service in services {
         if let Some(http) = &service.http {
@@ -61,12 +61,12 @@ pub fn visit(services: &[&Service], caddy: &Observed) -> Vec<Visit> {
         }
     }
     let all: Vec<(&str, Vec<&Service>)> = domains.into_iter().collect();
-    let trust = Trust::of_the_system();
+    let trust = CertificateTrust::of_the_system();
     let some = &all[..all.len().min(MOST)];
-    let seen: Vec<(&(&str, Vec<&Service>), Seen)> = std::thread::scope(|scope| {
+    let seen: Vec<(&(&str, Vec<&Service>), DomainView)> = std::thread::scope(|scope| {
         let looks: Vec<_> =
             some.iter().map(|one| (one, scope.spawn(|| look(one.0, &one.1, caddy, &trust)))).collect();
-        let joined = |look: std::thread::ScopedJoinHandle<'_, Seen>| {
+        let joined = |look: std::thread::ScopedJoinHandle<'_, DomainView>| {
             look.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
         looks.into_iter().map(|(one, look)| (one, joined(look))).collect()
@@ -92,10 +92,15 @@ pub fn visit(services: &[&Service], caddy: &Observed) -> Vec<Visit> {
 
 /// Visits the domains of the services that run on this host. One that was never pushed, or is stopped on purpose, serves
 /// nobody.
-pub fn of_host(host: &HostName, manifest: &Manifest, state: Option<&State>, caddy: &Observed) -> Vec<Visit> {
+pub fn of_host(
+    host: &HostName,
+    manifest: &Manifest,
+    state: Option<&State>,
+    caddy: &CaddyState,
+) -> Vec<Visit> {
     let stopped = |s: &Service| {
         let known = state.and_then(|state| state.services.get(&s.name));
-        known.is_some_and(|known| known.status == Status::Stopped)
+        known.is_some_and(|known| known.status == ServicePhase::Stopped)
     };
     let here = manifest.services.iter().filter(|s| s.hosts.contains(host));
     let serving: Vec<&Service> =
@@ -135,19 +140,19 @@ enum Door {
 
 /// What one service behind the domain said.
 #[derive(Debug, Clone)]
-struct Asked {
+struct ServiceVisit {
     service: ServiceName,
     path: String,
     port: u16,
     /// To a visitor.
     visitor: Met,
     /// To somebody on the host.
-    direct: Result<Answer, NoAnswer>,
+    direct: Result<ResponseHead, NoAnswer>,
 }
 
 /// Everything that was seen of a domain.
 #[derive(Debug, Clone)]
-struct Seen {
+struct DomainView {
     name: String,
     dns: Dns,
     /// The address that this host uses towards the outside.
@@ -155,11 +160,11 @@ struct Seen {
     door: Door,
     /// Somebody else's route answers before ours.
     behind: bool,
-    asked: Vec<Asked>,
+    asked: Vec<ServiceVisit>,
     /// For these no time was left.
     not_asked: Vec<ServiceName>,
     /// What :80 answers where :443 is the door and time was left.
-    plain: Option<Result<Answer, NoAnswer>>,
+    plain: Option<Result<ResponseHead, NoAnswer>>,
     /// Who else shows the same certificate: DNS leads there, and from there to here.
     forwarded: bool,
     /// What DNS's address shows instead.
@@ -167,7 +172,7 @@ struct Seen {
     now: crate::clock::Timestamp,
 }
 
-impl Seen {
+impl DomainView {
     fn lacks_a_certificate(&self) -> bool {
         self.asked.iter().any(|a| {
             matches!(a.visitor.answer, Err(NoAnswer::NoCertificate))
@@ -176,7 +181,7 @@ impl Seen {
     }
 }
 
-fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) -> Seen {
+fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &CertificateTrust) -> DomainView {
     let name = concrete(domain, services);
     let resolving = resolve(&name);
     let until = within(DOMAIN);
@@ -210,7 +215,7 @@ fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) ->
             );
             let to = SocketAddr::from((Ipv4Addr::LOCALHOST, route.internal_port));
             let request = Request { to, host: &name, path: &path, forwarded: &forwarded };
-            asked.push(Asked {
+            asked.push(ServiceVisit {
                 service: service.name.clone(),
                 direct: visitor::http(request, soon()).answer,
                 port: route.internal_port,
@@ -240,7 +245,7 @@ fn look(domain: &str, services: &[&Service], caddy: &Observed, trust: &Trust) ->
     let forwarded = shown.is_some_and(|ours| theirs.is_some_and(|theirs| theirs.der == ours.der));
     let own = source_towards(Ipv4Addr::new(192, 0, 2, 1).into());
     let now = crate::clock::Timestamp::now();
-    Seen { own, forwarded, elsewhere, name, dns, door, behind, asked, not_asked, plain, now }
+    DomainView { own, forwarded, elsewhere, name, dns, door, behind, asked, not_asked, plain, now }
 }
 
 /// A request as a visitor makes it.
@@ -298,10 +303,10 @@ fn source_towards(address: IpAddr) -> Option<IpAddr> {
 }
 
 /// The server of Caddy that has our route with this domain, and where it listens.
-fn door(domain: &str, caddy: &Observed) -> Door {
+fn door(domain: &str, caddy: &CaddyState) -> Door {
     let servers = match caddy {
-        Observed::Unavailable(why) => return Door::Unknown(why.clone()),
-        Observed::Servers(servers) => servers,
+        CaddyState::Unavailable(why) => return Door::Unknown(why.clone()),
+        CaddyState::Servers(servers) => servers,
     };
     let ours = |server: &Value| list(server, "routes").iter().any(|route| leads(route, domain));
     let Some((name, server)) = servers.iter().find(|(_, server)| ours(server)) else {
@@ -329,8 +334,8 @@ fn leads(route: &Value, domain: &str) -> bool {
 
 /// Whether somebody else's route stands before ours and answers all visitors of the domain. What only adds to an answer
 /// lets requests go on to ours.
-fn behind(domain: &str, caddy: &Observed) -> bool {
-    let Observed::Servers(servers) = caddy else { return false };
+fn behind(domain: &str, caddy: &CaddyState) -> bool {
+    let CaddyState::Servers(servers) = caddy else { return false };
     let covers = |host: &str| {
         let below = host.strip_prefix('*').filter(|rest| rest.starts_with('.'));
         host == domain
@@ -413,7 +418,7 @@ impl Findings {
 }
 
 /// Says what is wrong, the cause before what follows from it. `reason`: Caddy's, for having no certificate.
-fn judge(seen: &Seen, reason: Option<String>) -> (Verdict, String) {
+fn judge(seen: &DomainView, reason: Option<String>) -> (Verdict, String) {
     let mut found = Findings { verdict: Verdict::Ok, wrong: vec![], well: vec![] };
     // A certificate that others vouch for shows that the name led here, whatever DNS says to this host.
     let proved = seen.asked.iter().any(|a| a.visitor.certificate.as_ref().is_some_and(|c| c.fault.is_none()));
@@ -450,7 +455,7 @@ fn judge(seen: &Seen, reason: Option<String>) -> (Verdict, String) {
     (found.verdict, told.join("; "))
 }
 
-fn certificate(seen: &Seen, reason: Option<String>, found: &mut Findings) {
+fn certificate(seen: &DomainView, reason: Option<String>, found: &mut Findings) {
     const OUTSIDE: &str = "DNS must lead here and ports 80 and 443 be reachable from outside";
     let because = reason.map_or_else(
         || format!("{OUTSIDE}; 'omni-deploy logs caddy' has its attempts"),
@@ -465,43 +470,43 @@ fn certificate(seen: &Seen, reason: Option<String>, found: &mut Findings) {
     let until = until.map_or_else(|| "an unknown time".to_string(), |until| until.to_string());
     match fault {
         None => found.well(format!("certificate of '{issuer}' until {until}")),
-        Some(Fault::Expired) => found.fail(format!(
+        Some(CertificateFault::Expired) => found.fail(format!(
             "its certificate of '{issuer}' expired at {until} (it is {} here): Caddy did not renew it; {because}",
             seen.now
         )),
-        Some(Fault::NotYetValid) => found.fail(format!(
+        Some(CertificateFault::NotYetValid) => found.fail(format!(
             "its certificate of '{issuer}' is not valid yet, and it is {} here: set the clock ('timedatectl')",
             seen.now
         )),
-        Some(Fault::OtherName) => found.fail(format!(
+        Some(CertificateFault::OtherName) => found.fail(format!(
             "the certificate that is shown, of '{issuer}', is for another name: what listens on :443 has none for {}; \
              {because}",
             seen.name
         )),
-        Some(Fault::UnknownIssuer) if *self_signed => found.fail(
+        Some(CertificateFault::UnknownIssuer) if *self_signed => found.fail(
             "its certificate is self-signed, which browsers refuse: take 'tls' with that file out of Caddy's \
              configuration, and Caddy gets one",
         ),
-        Some(Fault::UnknownIssuer) => found.fail(format!(
+        Some(CertificateFault::UnknownIssuer) => found.fail(format!(
             "its certificate is of '{issuer}', whom this host does not trust, nor does a browser: take 'tls internal' \
              (or that issuer) out of Caddy's configuration; if the authority is your own, put its root into \
              /usr/local/share/ca-certificates and run update-ca-certificates"
         )),
-        Some(Fault::NotVerified) => found.warn(format!(
+        Some(CertificateFault::NotVerified) => found.warn(format!(
             "its certificate of '{issuer}' until {until} could not be verified, as this host trusts no authority: \
              install ca-certificates"
         )),
-        Some(Fault::Other(why)) => found.fail(format!("its certificate of '{issuer}' is not valid: {why}; {because}")),
+        Some(CertificateFault::Other(why)) => found.fail(format!("its certificate of '{issuer}' is not valid: {why}; {because}")),
     }
 }
 
-fn answers(seen: &Seen, found: &mut Findings) {
+fn answers(seen: &DomainView, found: &mut Findings) {
     if !seen.not_asked.is_empty() {
         let names: Vec<&str> = seen.not_asked.iter().map(ServiceName::as_str).collect();
         let names = names.join(", ");
         found.warn(format!("not asked, because what was asked before took too long: {names}"));
     }
-    for Asked { service, path, port, visitor, direct } in &seen.asked {
+    for ServiceVisit { service, path, port, visitor, direct } in &seen.asked {
         let scheme = if visitor.certificate.is_some() { "https" } else { "http" };
         let url = format!("{scheme}://{}{path}", seen.name);
         match (&visitor.answer, direct) {
@@ -539,9 +544,9 @@ fn answers(seen: &Seen, found: &mut Findings) {
     }
 }
 
-fn on_port_80(plain: &Result<Answer, NoAnswer>, found: &mut Findings) {
+fn on_port_80(plain: &Result<ResponseHead, NoAnswer>, found: &mut Findings) {
     match plain {
-        Ok(Answer { status: 300..=399, location: Some(to), .. }) if to.starts_with("https://") => {
+        Ok(ResponseHead { status: 300..=399, location: Some(to), .. }) if to.starts_with("https://") => {
             found.well("http leads to https");
         }
         Ok(answer) => found.warn(format!(
@@ -556,7 +561,7 @@ fn on_port_80(plain: &Result<Answer, NoAnswer>, found: &mut Findings) {
     }
 }
 
-fn dns(seen: &Seen, proved: bool, found: &mut Findings) {
+fn dns(seen: &DomainView, proved: bool, found: &mut Findings) {
     let name = &seen.name;
     let addresses = match &seen.dns {
         Dns::Late => {
@@ -634,19 +639,19 @@ mod tests {
     use crate::clock::Timestamp;
     use serde_json::json;
 
-    fn answer(status: u16) -> Answer {
-        Answer { status, location: None, empty: false }
+    fn answer(status: u16) -> ResponseHead {
+        ResponseHead { status, location: None, empty: false }
     }
 
-    fn certificate(fault: Option<Fault>) -> Certificate {
+    fn certificate(fault: Option<CertificateFault>) -> Certificate {
         let until = Timestamp::parse("2026-12-01T00:00:00Z");
         Certificate { issuer: "R11".into(), self_signed: false, until, fault, der: vec![1] }
     }
 
     /// A domain with which all is well.
-    fn well() -> Seen {
+    fn well() -> DomainView {
         let address: IpAddr = Ipv4Addr::new(198, 51, 100, 7).into();
-        Seen {
+        DomainView {
             name: "shop.example.com".into(),
             dns: Dns::To(vec![(address, true)]),
             own: Some(address),
@@ -657,7 +662,7 @@ mod tests {
                 http: None,
                 other: None,
             },
-            asked: vec![Asked {
+            asked: vec![ServiceVisit {
                 service: ServiceName::parse("shop").unwrap(),
                 path: "/".into(),
                 port: 8080,
@@ -665,7 +670,10 @@ mod tests {
                 direct: Ok(answer(204)),
             }],
             not_asked: vec![],
-            plain: Some(Ok(Answer { location: Some("https://shop.example.com/".into()), ..answer(308) })),
+            plain: Some(Ok(ResponseHead {
+                location: Some("https://shop.example.com/".into()),
+                ..answer(308)
+            })),
             forwarded: false,
             elsewhere: None,
             now: Timestamp::parse("2026-11-27T00:00:00Z").unwrap(),
@@ -673,7 +681,7 @@ mod tests {
     }
 
     /// A name and what it says of the host, with what is changed of a domain with which all is well.
-    type Row<'a> = (&'a str, Verdict, &'a [&'a str], fn(&mut Seen));
+    type Row<'a> = (&'a str, Verdict, &'a [&'a str], fn(&mut DomainView));
 
     #[test]
     fn whatever_keeps_visitors_away_is_named_with_its_cause() {
@@ -692,20 +700,22 @@ mod tests {
                 |_| {},
             ),
             ("expired", Verdict::Fail, &["expired at 2026-12-01", "did not renew"], |s| {
-                s.asked[0].visitor.certificate = Some(certificate(Some(Fault::Expired)));
+                s.asked[0].visitor.certificate = Some(certificate(Some(CertificateFault::Expired)));
             }),
             ("not yet valid", Verdict::Fail, &["timedatectl"], |s| {
-                s.asked[0].visitor.certificate = Some(certificate(Some(Fault::NotYetValid)));
+                s.asked[0].visitor.certificate = Some(certificate(Some(CertificateFault::NotYetValid)));
             }),
             ("for another name", Verdict::Fail, &["is for another name"], |s| {
-                s.asked[0].visitor.certificate = Some(certificate(Some(Fault::OtherName)));
+                s.asked[0].visitor.certificate = Some(certificate(Some(CertificateFault::OtherName)));
             }),
             ("self-signed", Verdict::Fail, &["self-signed"], |s| {
-                s.asked[0].visitor.certificate =
-                    Some(Certificate { self_signed: true, ..certificate(Some(Fault::UnknownIssuer)) });
+                s.asked[0].visitor.certificate = Some(Certificate {
+                    self_signed: true,
+                    ..certificate(Some(CertificateFault::UnknownIssuer))
+                });
             }),
             ("nobody is trusted", Verdict::Warn, &["install ca-certificates"], |s| {
-                s.asked[0].visitor.certificate = Some(certificate(Some(Fault::NotVerified)));
+                s.asked[0].visitor.certificate = Some(certificate(Some(CertificateFault::NotVerified)));
             }),
             ("no certificate", Verdict::Fail, &["no certificate yet", "its last attempt: HTTP 429"], |s| {
                 s.asked[0].visitor = Met { certificate: None, answer: Err(NoAnswer::NoCertificate) };
@@ -718,7 +728,7 @@ mod tests {
                 s.asked[0].visitor.answer = Ok(answer(502));
             }),
             ("Caddy's empty page", Verdict::Fail, &["an empty page"], |s| {
-                s.asked[0].visitor.answer = Ok(Answer { empty: true, ..answer(200) });
+                s.asked[0].visitor.answer = Ok(ResponseHead { empty: true, ..answer(200) });
             }),
             ("somebody else's page", Verdict::Fail, &["something else answers"], |s| {
                 s.asked[0].visitor.answer = Ok(answer(404));
@@ -780,7 +790,7 @@ mod tests {
             let route = json!({"@id": ROUTE_ID, "match": [{"host": ["*.example.com"]}]});
             let servers = json!({"a": {"listen": [":443"], "routes": [{"match": [{"host": ["*.example.com"]}]}]},
                 "b": {"listen": listen, "routes": [route]}});
-            Observed::Servers(servers.as_object().unwrap().clone())
+            CaddyState::Servers(servers.as_object().unwrap().clone())
         };
         let at = |listen: Value| match door("*.example.com", &caddy(listen)) {
             Door::Server { name, https, http, other } if name == "b" => {
@@ -802,7 +812,7 @@ mod tests {
         let says = json!([{"handler": "static_response"}]);
         let behind = |first: Value| {
             let servers = json!({"a": {"listen": [":443"], "routes": [first, ours]}});
-            super::behind("shop.example.com", &Observed::Servers(servers.as_object().unwrap().clone()))
+            super::behind("shop.example.com", &CaddyState::Servers(servers.as_object().unwrap().clone()))
         };
         for host in ["shop.example.com", "*.example.com"] {
             assert!(behind(json!({"match": [{"host": [host]}], "handle": says})), "{host}");

@@ -4,9 +4,11 @@
 use super::hint;
 use crate::clock::{Timestamp, human_seconds};
 use crate::deployer::live::{Live, Unit};
-use crate::deployer::state::{Exposure, Failure, RouteStatus, SILENT_SEC, ServiceState, State, Status};
+use crate::deployer::state::{
+    Exposure, FailureRecord, RouteStatus, SILENT_SEC, ServicePhase, ServiceState, State,
+};
 use crate::deployer::systemd;
-use crate::manifest::{Manifest, Service, Target};
+use crate::manifest::{ArtifactPath, Manifest, Service};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::see::checks::Verdict;
 use serde::Serialize;
@@ -29,7 +31,7 @@ const CALM_SEC: i64 = 10 * 60;
 
 /// What the reports are held against.
 #[derive(Debug, Clone)]
-pub struct Wanted<'a> {
+pub struct Expected<'a> {
     /// The manifest in force.
     pub manifest: &'a Manifest,
     /// The digest of each of its entries ([`crate::manifest::entry`]).
@@ -40,10 +42,10 @@ pub struct Wanted<'a> {
     pub here: Option<HostName>,
 }
 
-impl<'a> Wanted<'a> {
+impl<'a> Expected<'a> {
     /// The manifest alone: entries and stores are not compared.
     pub fn only(manifest: &'a Manifest) -> Self {
-        Wanted { manifest, entries: BTreeMap::new(), store: None, here: None }
+        Expected { manifest, entries: BTreeMap::new(), store: None, here: None }
     }
 
     /// The store that a host obeys, if it is another one.
@@ -55,7 +57,7 @@ impl<'a> Wanted<'a> {
 
 /// What is known of a host.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Report {
+pub enum HostReport {
     /// The store has no report of it.
     Missing,
     /// There is one, but it cannot be read: the reason.
@@ -68,18 +70,20 @@ pub enum Report {
     Live(Box<State>, Box<Live>),
 }
 
-impl Report {
+impl HostReport {
     fn state(&self) -> Option<&State> {
         match self {
-            Report::Missing | Report::Unreadable(_) | Report::Silent(_) => None,
-            Report::Read(state) | Report::Live(state, _) => Some(state),
+            HostReport::Missing | HostReport::Unreadable(_) | HostReport::Silent(_) => None,
+            HostReport::Read(state) | HostReport::Live(state, _) => Some(state),
         }
     }
 
     fn live(&self) -> Option<&Live> {
         match self {
-            Report::Missing | Report::Unreadable(_) | Report::Silent(_) | Report::Read(_) => None,
-            Report::Live(_, live) => Some(live),
+            HostReport::Missing | HostReport::Unreadable(_) | HostReport::Silent(_) | HostReport::Read(_) => {
+                None
+            }
+            HostReport::Live(_, live) => Some(live),
         }
     }
 }
@@ -137,7 +141,7 @@ impl ServiceStatus {
 /// One service on one host.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Row {
+pub struct ServiceRow {
     /// The service.
     pub service: ServiceName,
     /// The host.
@@ -204,7 +208,7 @@ pub struct StatusReport {
     /// The hosts, by name.
     pub hosts: Vec<HostRow>,
     /// Services by hosts, in the manifest's order; what should not be there comes last.
-    pub rows: Vec<Row>,
+    pub rows: Vec<ServiceRow>,
 }
 
 impl StatusReport {
@@ -236,8 +240,8 @@ impl Only<'_> {
 /// Holds reports against the manifest. Hosts that no service names are shown only if they still run something
 /// of ours and still report.
 pub fn judge(
-    wanted: &Wanted<'_>,
-    reports: &BTreeMap<HostName, Report>,
+    wanted: &Expected<'_>,
+    reports: &BTreeMap<HostName, HostReport>,
     now: Timestamp,
     only: Only<'_>,
 ) -> StatusReport {
@@ -251,7 +255,7 @@ pub fn judge(
     };
     for service in manifest.services.iter().filter(|s| only.service(&s.name)) {
         for host in service.hosts.iter().filter(|h| only.host(h)) {
-            let report = reports.get(host).unwrap_or(&Report::Missing);
+            let report = reports.get(host).unwrap_or(&HostReport::Missing);
             picture.rows.push(row(wanted, service, host, report, now));
         }
     }
@@ -289,8 +293,8 @@ fn behind(manifest: &Manifest, state: &State, now: Timestamp) -> (bool, bool) {
 }
 
 /// A row of which nothing is known.
-fn blank(service: &ServiceName, host: &HostName) -> Row {
-    Row {
+fn blank(service: &ServiceName, host: &HostName) -> ServiceRow {
+    ServiceRow {
         service: service.clone(),
         host: host.clone(),
         wanted: None,
@@ -308,21 +312,29 @@ fn blank(service: &ServiceName, host: &HostName) -> Row {
     }
 }
 
-fn row(wanted: &Wanted<'_>, service: &Service, host: &HostName, report: &Report, now: Timestamp) -> Row {
+fn row(
+    wanted: &Expected<'_>,
+    service: &Service,
+    host: &HostName,
+    report: &HostReport,
+    now: Timestamp,
+) -> ServiceRow {
     let manifest = wanted.manifest;
-    let mut row = Row {
+    let mut row = ServiceRow {
         wanted: service.artifact.store_path.path().cloned(),
         revision: service.revision.clone(),
         ..blank(&service.name, host)
     };
     let state = match report {
-        Report::Missing => return Row { problem: Some(format!("{host} never reported")), ..row },
-        Report::Unreadable(why) | Report::Silent(why) => return Row { problem: Some(why.clone()), ..row },
-        Report::Read(state) | Report::Live(state, _) => state,
+        HostReport::Missing => return ServiceRow { problem: Some(format!("{host} never reported")), ..row },
+        HostReport::Unreadable(why) | HostReport::Silent(why) => {
+            return ServiceRow { problem: Some(why.clone()), ..row };
+        }
+        HostReport::Read(state) | HostReport::Live(state, _) => state,
     };
     row.reported_at = Some(state.checked_at);
     if let Some(theirs) = wanted.other_store(state) {
-        return Row { problem: Some(format!("{host} reads {theirs}")), ..row };
+        return ServiceRow { problem: Some(format!("{host} reads {theirs}")), ..row };
     }
     let (behind, overdue) = behind(manifest, state, now);
     let overdue_text = || overdue.then(|| format!("{host} has not picked up version {}", manifest.serial));
@@ -340,8 +352,8 @@ fn row(wanted: &Wanted<'_>, service: &Service, host: &HostName, report: &Report,
     row.since = Some(entry.since);
     row.exposure = entry.exposure;
     let same_path = match &service.artifact.store_path {
-        Target::Placeholder => entry.status == Status::Waiting,
-        Target::Path(path) => entry.store_path.as_ref() == Some(path),
+        ArtifactPath::Placeholder => entry.status == ServicePhase::Waiting,
+        ArtifactPath::Path(path) => entry.store_path.as_ref() == Some(path),
     };
     // The path alone is not what the manifest says. An older program tells no more than which version it saw.
     let same_entry = match (&entry.entry, wanted.entries.get(&service.name)) {
@@ -352,13 +364,13 @@ fn row(wanted: &Wanted<'_>, service: &Service, host: &HostName, report: &Report,
     let same = same_path && same_entry;
     let unlike = if behind { ServiceStatus::Pending } else { ServiceStatus::Differs };
     row.status = match entry.status {
-        Status::Failed => ServiceStatus::Failed,
-        Status::Rejected => ServiceStatus::Rejected,
-        Status::Stopped => ServiceStatus::Stopped,
-        Status::Running if entry.pinned_since.is_some() => ServiceStatus::Pinned,
-        Status::Running if same => ServiceStatus::Running,
-        Status::Waiting if same => ServiceStatus::Waiting,
-        Status::Running | Status::Waiting => unlike,
+        ServicePhase::Failed => ServiceStatus::Failed,
+        ServicePhase::Rejected => ServiceStatus::Rejected,
+        ServicePhase::Stopped => ServiceStatus::Stopped,
+        ServicePhase::Running if entry.pinned_since.is_some() => ServiceStatus::Pinned,
+        ServicePhase::Running if same => ServiceStatus::Running,
+        ServicePhase::Waiting if same => ServiceStatus::Waiting,
+        ServicePhase::Running | ServicePhase::Waiting => unlike,
     };
     row.off = match row.status {
         ServiceStatus::Running | ServiceStatus::Waiting | ServiceStatus::Stopped | ServiceStatus::Pinned => {
@@ -423,7 +435,7 @@ fn row(wanted: &Wanted<'_>, service: &Service, host: &HostName, report: &Report,
 }
 
 /// What systemd says now beats what the last pass left.
-fn now_row(row: &mut Row, live: &Live, here: Option<&HostName>) {
+fn now_row(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
     let Some(unit) = live.services.get(&row.service) else { return };
     row.restarts = Some(unit.restarts);
     let does = format!("{}/{}", unit.active, unit.sub);
@@ -490,7 +502,7 @@ fn now_row(row: &mut Row, live: &Live, here: Option<&HostName>) {
 }
 
 /// What visitors of its domain meet now; of a service that is down that is known.
-fn visited(row: &mut Row, live: &Live, here: Option<&HostName>) {
+fn visited(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
     if row.running.is_none()
         || !matches!(row.status, ServiceStatus::Running | ServiceStatus::Pinned | ServiceStatus::Differs)
     {
@@ -504,12 +516,12 @@ fn visited(row: &mut Row, live: &Live, here: Option<&HostName>) {
     }
 }
 
-fn explain(row: &mut Row, failure: Option<&Failure>, here: Option<&HostName>) {
+fn explain(row: &mut ServiceRow, failure: Option<&FailureRecord>, here: Option<&HostName>) {
     let Some(failure) = failure else {
         row.problem = Some("the host gives no reason; see 'omni-deploy logs deployer'".into());
         return;
     };
-    let Failure { reason, attempted, at: _, journal, attempts: _, inputs: _, kept_out: _ } = failure;
+    let FailureRecord { reason, attempted, at: _, journal, attempts: _, inputs: _, kept_out: _ } = failure;
     let reason = hint::translated(reason, &row.host, here);
     row.problem = Some(if attempted.is_some() && *attempted != row.wanted {
         format!("{reason} (the manifest names another version by now)")
@@ -520,14 +532,14 @@ fn explain(row: &mut Row, failure: Option<&Failure>, here: Option<&HostName>) {
     row.journal = journal.clone();
 }
 
-fn leftover(wanted: &Wanted<'_>, state: &State, entry: &ServiceState, now: Timestamp) -> Row {
+fn leftover(wanted: &Expected<'_>, state: &State, entry: &ServiceState, now: Timestamp) -> ServiceRow {
     let (behind, overdue) = behind(wanted.manifest, state, now);
     let status = match (entry.removing, behind) {
         (true, _) => ServiceStatus::Removing,
         (false, true) => ServiceStatus::Pending,
         (false, false) => ServiceStatus::Leftover,
     };
-    let mut row = Row {
+    let mut row = ServiceRow {
         running: entry.store_path.clone(),
         status,
         since: Some(entry.since),
@@ -549,8 +561,8 @@ fn leftover(wanted: &Wanted<'_>, state: &State, entry: &ServiceState, now: Times
 }
 
 /// A unit of ours that neither the manifest nor the host's state knows.
-fn forgotten(state: &State, name: &ServiceName, unit: &Unit) -> Row {
-    Row {
+fn forgotten(state: &State, name: &ServiceName, unit: &Unit) -> ServiceRow {
+    ServiceRow {
         status: ServiceStatus::Leftover,
         reported_at: Some(state.checked_at),
         restarts: Some(unit.restarts),
@@ -562,7 +574,7 @@ fn forgotten(state: &State, name: &ServiceName, unit: &Unit) -> Row {
     }
 }
 
-fn host_row(wanted: &Wanted<'_>, host: &HostName, report: &Report, now: Timestamp) -> HostRow {
+fn host_row(wanted: &Expected<'_>, host: &HostName, report: &HostReport, now: Timestamp) -> HostRow {
     let manifest = wanted.manifest;
     let mut row = HostRow {
         host: host.clone(),
@@ -575,22 +587,22 @@ fn host_row(wanted: &Wanted<'_>, host: &HostName, report: &Report, now: Timestam
     };
     let here = wanted.here.as_ref();
     let state = match report {
-        Report::Missing => {
+        HostReport::Missing => {
             row.problems.push(format!(
                 "never reported; check 'systemctl status deployer.timer' on {host}, and that it can write hosts/{host}.json"
             ));
             return row;
         }
-        Report::Unreadable(why) => {
+        HostReport::Unreadable(why) => {
             row.problems
                 .push(format!("its report cannot be read: {why}; upgrade whichever omni-deploy is older"));
             return row;
         }
-        Report::Silent(why) => {
+        HostReport::Silent(why) => {
             row.problems.push(why.clone());
             return row;
         }
-        Report::Read(state) | Report::Live(state, _) => state,
+        HostReport::Read(state) | HostReport::Live(state, _) => state,
     };
     // Every field is looked at: a new one is to be judged here.
     let State {
@@ -726,7 +738,7 @@ mod tests {
     fn manifest(target: Option<char>, age: i64) -> Manifest {
         let mut manifest = Manifest::empty(Timestamp(NOW.0 - age), "ann@laptop");
         manifest.serial = 7;
-        let store_path = target.map_or(Target::Placeholder, |d| Target::Path(path(d)));
+        let store_path = target.map_or(ArtifactPath::Placeholder, |d| ArtifactPath::Path(path(d)));
         manifest.services.push(Service {
             name: name("ava"),
             artifact: Artifact { kind: "nix-closure".into(), store_path, extra: Map::new() },
@@ -746,7 +758,7 @@ mod tests {
         manifest
     }
 
-    fn state(serial: u64, services: &[(&str, Status, Option<char>)]) -> State {
+    fn state(serial: u64, services: &[(&str, ServicePhase, Option<char>)]) -> State {
         let mut state = State::new(host("biz"), Timestamp(NOW.0 - 60));
         state.serial = Some(serial);
         for (service, status, runs) in services {
@@ -759,34 +771,34 @@ mod tests {
         state
     }
 
-    fn reports(report: Report) -> BTreeMap<HostName, Report> {
+    fn reports(report: HostReport) -> BTreeMap<HostName, HostReport> {
         BTreeMap::from([(host("biz"), report)])
     }
 
     fn judged(manifest: &Manifest, state: State) -> StatusReport {
-        judge(&Wanted::only(manifest), &reports(Report::Read(Box::new(state))), NOW, Only::default())
+        judge(&Expected::only(manifest), &reports(HostReport::Read(Box::new(state))), NOW, Only::default())
     }
 
     #[test]
     fn somebodys_drop_in_needs_attention_and_is_named_with_what_to_type() {
         for (status, file, words) in [
             (
-                Status::Running,
+                ServicePhase::Running,
                 "/etc/systemd/system/ava.service.d/override.conf",
                 "ssh biz 'sudo systemctl revert ava && sudo systemctl start deployer'",
             ),
             (
-                Status::Failed,
+                ServicePhase::Failed,
                 "/etc/systemd/system.control/ava.service.d/50-CPUQuota.conf",
                 "ssh biz 'sudo systemctl revert ava && sudo systemctl start deployer'",
             ),
             (
-                Status::Running,
+                ServicePhase::Running,
                 "/etc/systemd/system/service.d/all.conf",
                 "remove that, then 'ssh biz sudo systemctl start deployer'",
             ),
             (
-                Status::Running,
+                ServicePhase::Running,
                 "/run/systemd/generator/ava.service.d/x.conf",
                 "remove that, then 'ssh biz sudo systemctl start deployer'",
             ),
@@ -803,7 +815,7 @@ mod tests {
 
     #[test]
     fn each_standing_follows_from_manifest_and_report() {
-        use Status::*;
+        use ServicePhase::*;
         let ava = |status, runs| vec![("ava", status, runs)];
         for (target, age, serial, services, standing, off) in [
             (Some('1'), 60, 7, ava(Running, Some('1')), ServiceStatus::Running, false),
@@ -835,7 +847,7 @@ mod tests {
 
     #[test]
     fn how_exposed_a_service_is_comes_from_its_host() {
-        let mut state = state(7, &[("ava", Status::Running, Some('1'))]);
+        let mut state = state(7, &[("ava", ServicePhase::Running, Some('1'))]);
         assert_eq!(judged(&manifest(Some('1'), 60), state.clone()).rows[0].exposure, None);
         let exposure = Exposure::parse("8.8");
         state.services.get_mut(&name("ava")).unwrap().exposure = exposure;
@@ -850,10 +862,12 @@ mod tests {
     #[test]
     fn a_host_that_cannot_be_known_is_off_and_says_why() {
         let manifest = manifest(Some('1'), 60);
-        for report in
-            [Report::Missing, Report::Unreadable("EOF".into()), Report::Silent("ssh: refused".into())]
-        {
-            let picture = judge(&Wanted::only(&manifest), &reports(report.clone()), NOW, Only::default());
+        for report in [
+            HostReport::Missing,
+            HostReport::Unreadable("EOF".into()),
+            HostReport::Silent("ssh: refused".into()),
+        ] {
+            let picture = judge(&Expected::only(&manifest), &reports(report.clone()), NOW, Only::default());
             assert_eq!(picture.rows[0].status, ServiceStatus::Unknown);
             assert!(picture.needs_attention() && picture.hosts[0].problems.len() == 1, "{report:?}");
         }
@@ -862,7 +876,7 @@ mod tests {
     #[test]
     fn silence_a_pending_route_and_a_bad_manifest_are_off_though_every_service_runs() {
         let manifest = manifest(Some('1'), 60);
-        let well = state(7, &[("ava", Status::Running, Some('1'))]);
+        let well = state(7, &[("ava", ServicePhase::Running, Some('1'))]);
         assert!(!judged(&manifest, well.clone()).needs_attention());
         let at = |age: i64| State { checked_at: Timestamp(NOW.0 - age), ..well.clone() };
         for (state, word) in [
@@ -887,7 +901,7 @@ mod tests {
 
     #[test]
     fn a_failure_is_explained_with_its_journal_and_a_forgotten_one_is_not_shown() {
-        let failure = Failure {
+        let failure = FailureRecord {
             attempts: 0,
             reason: "exited with 1".into(),
             attempted: Some(path('2')),
@@ -901,19 +915,19 @@ mod tests {
             state.services.get_mut(&name("ava")).unwrap().failure = Some(failure.clone());
             state
         };
-        let row = judged(&manifest(Some('2'), 60), with(Status::Rejected)).rows.remove(0);
+        let row = judged(&manifest(Some('2'), 60), with(ServicePhase::Rejected)).rows.remove(0);
         assert_eq!((row.problem.as_deref(), row.attempted), (Some("exited with 1"), Some(path('2'))));
         assert_eq!(row.journal, ["boom"]);
-        let row = judged(&manifest(Some('3'), 60), with(Status::Rejected)).rows.remove(0);
+        let row = judged(&manifest(Some('3'), 60), with(ServicePhase::Rejected)).rows.remove(0);
         assert!(row.problem.unwrap().contains("another version by now"));
-        let row = judged(&manifest(Some('1'), 60), with(Status::Running)).rows.remove(0);
+        let row = judged(&manifest(Some('1'), 60), with(ServicePhase::Running)).rows.remove(0);
         assert_eq!((row.off, row.problem), (false, None));
     }
 
     #[test]
     fn what_the_manifest_does_not_place_on_a_host_is_leaving_or_left_over() {
         let manifest = manifest(Some('1'), 60);
-        let both = [("ava", Status::Running, Some('1')), ("old", Status::Running, Some('2'))];
+        let both = [("ava", ServicePhase::Running, Some('1')), ("old", ServicePhase::Running, Some('2'))];
         let picture = judged(&manifest, state(6, &both));
         assert_eq!((picture.rows[1].status, picture.rows[1].off), (ServiceStatus::Pending, false));
         let picture = judged(&manifest, state(7, &both));
@@ -924,7 +938,7 @@ mod tests {
     fn a_host_no_service_names_is_shown_only_while_it_still_runs_something_and_reports() {
         let mut manifest = manifest(Some('1'), 60);
         manifest.services[0].hosts = vec![host("other")];
-        let mut left = state(7, &[("ava", Status::Running, Some('1'))]);
+        let mut left = state(7, &[("ava", ServicePhase::Running, Some('1'))]);
         let of_biz = |p: &StatusReport| p.rows.iter().filter(|r| r.host.as_str() == "biz").count();
         assert_eq!(of_biz(&judged(&manifest, left.clone())), 1);
         left.checked_at = Timestamp(NOW.0 - STALE_SEC - 1);
@@ -940,7 +954,7 @@ mod tests {
         second.hosts.push(host("two"));
         manifest.services.push(second);
         let shown = |service, host| {
-            let picture = judge(&Wanted::only(&manifest), &BTreeMap::new(), NOW, Only { service, host });
+            let picture = judge(&Expected::only(&manifest), &BTreeMap::new(), NOW, Only { service, host });
             picture.rows.iter().map(|r| format!("{}@{}", r.service, r.host)).collect::<Vec<_>>()
         };
         assert_eq!(shown(None, None), ["ava@biz", "web@biz", "web@two"]);

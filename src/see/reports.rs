@@ -2,12 +2,12 @@
 //! asked for over ssh. A report that is missing, oversized or malformed is an answer, not an error.
 
 use super::hint;
-use super::judge::Report;
+use super::judge::HostReport;
 use crate::bounds::{self, Bounds};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::follow;
-use crate::deployer::live::{self, Answer, LIVE_VERSION, Live};
+use crate::deployer::live::{self, LIVE_VERSION, Live, LiveState};
 use crate::deployer::root::STATE_FILE;
 use crate::deployer::state::State;
 use crate::error::{Error, Result};
@@ -56,7 +56,7 @@ pub fn listed(store: &dyn Store) -> Result<BTreeSet<HostName>> {
 }
 
 /// The reports of all these hosts in the store.
-pub fn stored(store: &dyn Store, hosts: &BTreeSet<HostName>) -> Result<BTreeMap<HostName, Report>> {
+pub fn stored(store: &dyn Store, hosts: &BTreeSet<HostName>) -> Result<BTreeMap<HostName, HostReport>> {
     let identity = store.identity();
     each(hosts, REPORTS_AT_ONCE, |host| Ok(one(store, &identity, host)?.0))
 }
@@ -65,7 +65,7 @@ pub fn stored(store: &dyn Store, hosts: &BTreeSet<HostName>) -> Result<BTreeMap<
 pub fn stored_others(
     store: &dyn Store,
     hosts: &BTreeSet<HostName>,
-) -> Result<(BTreeMap<HostName, Report>, usize)> {
+) -> Result<(BTreeMap<HostName, HostReport>, usize)> {
     let identity = store.identity();
     let bytes = AtomicU64::new(0);
     let all: Vec<&HostName> = hosts.iter().take(OTHERS).collect();
@@ -86,23 +86,23 @@ pub fn stored_others(
 }
 
 /// A host's report, with its bytes.
-fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(Report, u64)> {
+fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(HostReport, u64)> {
     Ok(match store.get(&key(host), None, MAX_REPORT) {
         Ok(GetResult::Found { bytes, .. }) => {
             let report = match read(host, &bytes) {
                 // It is in this store: its host reaches it, by whatever address.
-                Report::Read(mut state)
+                HostReport::Read(mut state)
                     if state.store.as_deref().is_some_and(|s| but_for_address(s, identity)) =>
                 {
                     state.store = Some(identity.to_string());
-                    Report::Read(state)
+                    HostReport::Read(state)
                 }
                 report => report,
             };
             (report, bytes.len() as u64)
         }
-        Ok(GetResult::Missing | GetResult::NotModified) => (Report::Missing, 0),
-        Err(StoreError::TooLarge(why)) => (Report::Unreadable(why), 0),
+        Ok(GetResult::Missing | GetResult::NotModified) => (HostReport::Missing, 0),
+        Err(StoreError::TooLarge(why)) => (HostReport::Unreadable(why), 0),
         Err(e) => return Err(e.into()),
     })
 }
@@ -142,20 +142,20 @@ pub fn live(
     settings: &Settings,
     store: &dyn Store,
     hosts: &BTreeSet<HostName>,
-) -> Result<BTreeMap<HostName, Report>> {
+) -> Result<BTreeMap<HostName, HostReport>> {
     each(hosts, HOSTS_AT_ONCE, |host| {
         Ok(match ask_for(settings, host, With::Domains, LIVE_DEADLINE) {
-            Err(e) => Report::Silent(e.to_string()),
-            Ok(Answer { state: Some(mut state), live, .. }) if state.host == *host => {
+            Err(e) => HostReport::Silent(e.to_string()),
+            Ok(LiveState { state: Some(mut state), live, .. }) if state.host == *host => {
                 same_store(store, &mut state);
-                Report::Live(Box::new(state), Box::new(live))
+                HostReport::Live(Box::new(state), Box::new(live))
             }
-            Ok(Answer { state: Some(state), .. }) => {
-                Report::Unreadable(format!("it is by a host that calls itself {}", state.host))
+            Ok(LiveState { state: Some(state), .. }) => {
+                HostReport::Unreadable(format!("it is by a host that calls itself {}", state.host))
             }
-            Ok(Answer { state: None, state_error, live, .. }) => {
+            Ok(LiveState { state: None, state_error, live, .. }) => {
                 let line = live.last_line.map(|line| format!("; the deployer says: {line}"));
-                Report::Silent(format!(
+                HostReport::Silent(format!(
                     "its state could not be read: {}{}; run '{}'",
                     state_error.unwrap_or_else(|| "it is not there".into()),
                     line.unwrap_or_default(),
@@ -168,7 +168,7 @@ pub fn live(
 
 /// Asks a host for its state and for what systemd says there now. One that has an older program, or none that can
 /// be found, gives its state alone, and that is among the problems.
-pub fn ask(settings: &Settings, host: &HostName, deadline: Duration) -> Result<Answer> {
+pub fn ask(settings: &Settings, host: &HostName, deadline: Duration) -> Result<LiveState> {
     ask_for(settings, host, With::Units, deadline)
 }
 
@@ -179,7 +179,7 @@ pub fn watch(
     host: &HostName,
     serial: u64,
     deadline: Duration,
-) -> Result<Option<Answer>> {
+) -> Result<Option<LiveState>> {
     if ssh::is_here(settings, host) {
         let words = ["systemctl", "start", "--no-block", "deployer"];
         let start = || ssh::output_on(settings, host, true, &words, LIVE_DEADLINE);
@@ -194,7 +194,7 @@ pub fn watch(
     if let Err(why) = bounds::check(&output.stdout, BOUNDS) {
         return Err(not_read(&why));
     }
-    Ok(Answer::parse(&output.stdout).ok())
+    Ok(LiveState::parse(&output.stdout).ok())
 }
 
 /// What is looked at.
@@ -206,7 +206,7 @@ enum With {
     Domains,
 }
 
-fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration) -> Result<Answer> {
+fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration) -> Result<LiveState> {
     if ssh::is_here(settings, host) {
         return match with {
             With::Units => live::look(&settings.unit_dir, Timestamp::now()),
@@ -243,7 +243,7 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
                 .into(),
         ];
         let live = Live { at: Timestamp::now(), problems, ..Live::default() };
-        return Ok(Answer {
+        return Ok(LiveState {
             version: LIVE_VERSION,
             state: Some(state),
             state_error: None,
@@ -251,7 +251,7 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
             start: None,
         });
     }
-    Answer::parse(&output.stdout).map_err(unusable)
+    LiveState::parse(&output.stdout).map_err(unusable)
 }
 
 fn not_read(why: &str) -> Error {
@@ -264,11 +264,11 @@ pub fn parsed(bytes: &[u8]) -> Result<State, String> {
     State::parse(bytes)
 }
 
-fn read(host: &HostName, bytes: &[u8]) -> Report {
+fn read(host: &HostName, bytes: &[u8]) -> HostReport {
     match parsed(bytes) {
-        Ok(state) if state.host == *host => Report::Read(Box::new(state)),
-        Ok(state) => Report::Unreadable(format!("it is by a host that calls itself {}", state.host)),
-        Err(why) => Report::Unreadable(why),
+        Ok(state) if state.host == *host => HostReport::Read(Box::new(state)),
+        Ok(state) => HostReport::Unreadable(format!("it is by a host that calls itself {}", state.host)),
+        Err(why) => HostReport::Unreadable(why),
     }
 }
 
@@ -276,11 +276,11 @@ fn read(host: &HostName, bytes: &[u8]) -> Report {
 fn each(
     hosts: &BTreeSet<HostName>,
     at_once: usize,
-    ask: impl Fn(&HostName) -> Result<Report> + Sync,
-) -> Result<BTreeMap<HostName, Report>> {
+    ask: impl Fn(&HostName) -> Result<HostReport> + Sync,
+) -> Result<BTreeMap<HostName, HostReport>> {
     let queue = Mutex::new(hosts.iter());
     let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-    let worker = || -> Result<Vec<(HostName, Report)>> {
+    let worker = || -> Result<Vec<(HostName, HostReport)>> {
         std::iter::from_fn(next).map(|host| Ok((host.clone(), ask(host)?))).collect()
     };
     let mut reports = BTreeMap::new();
@@ -304,7 +304,7 @@ mod tests {
         let now = crate::clock::Timestamp(1_800_000_000);
         let bytes =
             |name: &str| serde_json::to_vec(&State::new(HostName::parse(name).unwrap(), now)).unwrap();
-        assert!(matches!(read(&biz, &bytes("biz")), Report::Read(_)));
+        assert!(matches!(read(&biz, &bytes("biz")), HostReport::Read(_)));
         for (bytes, word) in [
             (bytes("other"), "other"),
             (b"".to_vec(), "EOF"),
@@ -314,7 +314,7 @@ mod tests {
             (format!("{{\"version\": 1, \"x\": {}", "[".repeat(100)).into_bytes(), "nested"),
         ] {
             match read(&biz, &bytes) {
-                Report::Unreadable(why) => assert!(why.contains(word), "{why}"),
+                HostReport::Unreadable(why) => assert!(why.contains(word), "{why}"),
                 other => panic!("{other:?}"),
             }
         }
@@ -337,7 +337,7 @@ mod tests {
         assert_eq!(listed(&store).unwrap(), hosts);
         let (reports, left_out) = stored_others(&store, &hosts).unwrap();
         assert_eq!((reports.len(), left_out), (OTHERS, hosts.len() - OTHERS));
-        assert!(reports.values().all(|report| matches!(report, Report::Read(_))));
+        assert!(reports.values().all(|report| matches!(report, HostReport::Read(_))));
         // Of those whom the manifest names, and of one that is asked for, all are read.
         assert_eq!(stored(&store, &hosts).unwrap().len(), hosts.len());
         // Large ones end it sooner.
@@ -353,13 +353,13 @@ mod tests {
         let asked = Mutex::new(Vec::new());
         let reports = each(&hosts, 7, |host| {
             asked.lock().unwrap().push(host.clone());
-            Ok(Report::Missing)
+            Ok(HostReport::Missing)
         });
         assert_eq!(reports.unwrap().len(), 100);
         assert_eq!(asked.lock().unwrap().len(), 100);
         let failing = each(&hosts, 7, |host| match host.as_str() {
             "h50" => Err(Error::new("down")),
-            _ => Ok(Report::Missing),
+            _ => Ok(HostReport::Missing),
         });
         assert_eq!(failing.unwrap_err().to_string(), "down");
     }

@@ -7,7 +7,7 @@
 
 /// What an answer that is no success comes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Meaning {
+pub enum ErrorClass {
     /// The same request may succeed a moment later.
     Transient,
     /// Another write of this object is under way: neither written nor decided; the same request again tells.
@@ -50,10 +50,10 @@ pub enum Meaning {
     Other,
 }
 
-use Meaning::*;
+use ErrorClass::*;
 
 /// Code and meaning. A code's status is not looked at: other servers send the same codes with other ones.
-const CODES: [(&str, Meaning); 41] = [
+const CODES: [(&str, ErrorClass); 41] = [
     ("InternalError", Transient),
     ("ServiceUnavailable", Transient),
     ("SlowDown", Transient),
@@ -101,7 +101,7 @@ const CODES: [(&str, Meaning); 41] = [
 ];
 
 /// What an answer means. `code` is empty where the answer had no document that could be read.
-pub fn meaning(status: u16, code: &str) -> Meaning {
+pub fn meaning(status: u16, code: &str) -> ErrorClass {
     if let Some((_, meaning)) = CODES.iter().find(|(known, _)| *known == code) {
         return *meaning;
     }

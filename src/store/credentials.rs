@@ -3,7 +3,7 @@
 //! prints holds a secret.
 
 use crate::clock::Timestamp;
-use crate::http::{self, Limits, TransferError};
+use crate::http::{self, HttpLimits, TransferError};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,7 +17,7 @@ pub type Env = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
 
 /// Where credentials came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source {
+pub enum CredentialSource {
     /// `AWS_ACCESS_KEY_ID` and its companions.
     Environment,
     /// A profile of a file.
@@ -34,12 +34,12 @@ pub enum Source {
     },
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for CredentialSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Source::Environment => f.write_str("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
-            Source::Profile { name, file } => write!(f, "profile '{name}' in {}", file.display()),
-            Source::Instance { role } => write!(f, "the instance's role '{role}'"),
+            CredentialSource::Environment => f.write_str("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+            CredentialSource::Profile { name, file } => write!(f, "profile '{name}' in {}", file.display()),
+            CredentialSource::Instance { role } => write!(f, "the instance's role '{role}'"),
         }
     }
 }
@@ -56,7 +56,7 @@ pub struct Credentials {
     /// When they stop working, if they do.
     pub expires: Option<Timestamp>,
     /// Where they came from.
-    pub source: Source,
+    pub source: CredentialSource,
 }
 
 impl fmt::Debug for Credentials {
@@ -84,7 +84,7 @@ const REFRESH_SEC: i64 = 300;
 const AGAIN_SEC: i64 = 10;
 
 /// The metadata service is on the link itself: what does not answer at once is not there.
-const METADATA_LIMITS: Limits = Limits {
+const METADATA_LIMITS: HttpLimits = HttpLimits {
     connect: Duration::from_secs(1),
     answer: Duration::from_secs(2),
     total: Some(Duration::from_secs(3)),
@@ -97,12 +97,12 @@ const METADATA: &str = "http://169.254.169.254";
 pub struct Provider {
     env: Env,
     profile: Option<String>,
-    found: Mutex<Found>,
+    found: Mutex<LookupCache>,
 }
 
 /// What came of looking.
 #[derive(Default)]
-struct Found {
+struct LookupCache {
     kept: Option<Arc<Credentials>>,
     /// When nothing was found last, and why.
     failed: Option<(Timestamp, String)>,
@@ -189,7 +189,13 @@ impl Provider {
         match (self.var("AWS_ACCESS_KEY_ID"), self.var("AWS_SECRET_ACCESS_KEY")) {
             (Some(id), Some(secret)) => {
                 let token = self.var("AWS_SESSION_TOKEN");
-                return Ok(Credentials { id, secret, token, expires: None, source: Source::Environment });
+                return Ok(Credentials {
+                    id,
+                    secret,
+                    token,
+                    expires: None,
+                    source: CredentialSource::Environment,
+                });
             }
             (Some(_), None) => {
                 return Err(
@@ -266,7 +272,7 @@ impl Provider {
             secret: found.secret_access_key,
             token: found.token,
             expires: found.expiration.as_deref().and_then(Timestamp::parse),
-            source: Source::Instance { role },
+            source: CredentialSource::Instance { role },
         })
     }
 }
@@ -292,7 +298,7 @@ fn of_profile(
             secret,
             token: settings.remove("aws_session_token"),
             expires: None,
-            source: Source::Profile { name: name.into(), file: file.into() },
+            source: CredentialSource::Profile { name: name.into(), file: file.into() },
         })),
         (Some(_), None) => Err(format!("{} has no aws_secret_access_key; add it", place())),
         (None, Some(_)) => Err(format!("{} has no aws_access_key_id; add it", place())),
@@ -387,7 +393,7 @@ mod tests {
         let (_dir, home) = home();
         let keys = [("AWS_ACCESS_KEY_ID", "E"), ("AWS_SECRET_ACCESS_KEY", "es")];
         let found = provider(Some("work"), &[("HOME", &home), keys[0], keys[1]]).get(Timestamp(0)).unwrap();
-        assert_eq!((found.id.as_str(), &found.source), ("E", &Source::Environment));
+        assert_eq!((found.id.as_str(), &found.source), ("E", &CredentialSource::Environment));
         for (profile, var, id, secret, token) in [
             (None, None, "D", "ds", None),
             (Some("work"), None, "W", "w=s=", Some("wt")),
@@ -398,7 +404,9 @@ mod tests {
             let found = provider.get(Timestamp(0)).unwrap();
             let got = (found.id.as_str(), found.secret.as_str(), found.token.as_deref());
             assert_eq!(got, (id, secret, token), "{profile:?} {var:?}");
-            assert!(matches!(&found.source, Source::Profile { file, .. } if file.starts_with(&home)));
+            assert!(
+                matches!(&found.source, CredentialSource::Profile { file, .. } if file.starts_with(&home))
+            );
         }
     }
 
@@ -480,7 +488,7 @@ mod tests {
         let provider = provider(None, &[("HOME", &empty), ("AWS_EC2_METADATA_SERVICE_ENDPOINT", &base)]);
         let found = provider.get(Timestamp(0)).unwrap();
         assert_eq!((found.id.as_str(), found.token.as_deref()), ("ONE", Some("it")));
-        assert_eq!(found.source, Source::Instance { role: "biz-role".into() });
+        assert_eq!(found.source, CredentialSource::Instance { role: "biz-role".into() });
         assert_eq!(found.expires, Some(Timestamp(3600)));
         assert_eq!(provider.get(Timestamp(3000)).unwrap().id, "ONE", "kept while it lasts");
         assert_eq!(provider.get(Timestamp(3400)).unwrap().id, "TWO", "looked up before it ends");

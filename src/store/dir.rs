@@ -8,7 +8,7 @@ use super::objects::{Download, Exact, Objects, Opened, Upload};
 use super::{ARCHIVE_PREFIX, Condition, Etag, GetResult, HOSTS_PREFIX, MAX_REPLACED, Store, StoreError};
 use crate::durable::opened::Folder;
 use crate::error::io_text;
-use crate::say::printable;
+use crate::log::printable;
 use fs_err::File;
 use rustix::fs::FileType;
 use std::collections::BTreeSet;
@@ -27,12 +27,12 @@ const LOCK: &str = ".omni-deploy.lock";
 const LOCK_WAIT: Duration = Duration::from_secs(30);
 
 /// The lock, with a note in it of who has it: a hint for the person who waits.
-struct Held {
+struct StoreLock {
     file: File,
     ours: bool,
 }
 
-impl Drop for Held {
+impl Drop for StoreLock {
     fn drop(&mut self) {
         if self.ours {
             // What stays costs the next writer a look at the folders, no more.
@@ -144,7 +144,7 @@ impl DirStore {
     }
 
     /// Takes the lock of all writers; dropping it gives it back.
-    fn lock(&self, root: &Folder, verb: &str, key: &str) -> Result<Held, StoreError> {
+    fn lock(&self, root: &Folder, verb: &str, key: &str) -> Result<StoreLock, StoreError> {
         let path = self.root.join(LOCK);
         let (file, ours) = beneath::lock(root, LOCK, 0o664).map_err(|e| self.failed(verb, key, &e))?;
         if ours {
@@ -195,7 +195,7 @@ impl DirStore {
             let noted = file.file().set_len(0).and_then(|()| (&mut file.file()).write_all(note.as_bytes()));
             noted.map_err(|e| self.failed(verb, key, &e))?;
         }
-        Ok(Held { file, ours })
+        Ok(StoreLock { file, ours })
     }
 }
 

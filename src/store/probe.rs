@@ -7,7 +7,7 @@
 
 use super::{Condition, Etag, EtagForm, GetResult, Store, StoreError};
 use crate::clock::Timestamp;
-use crate::{config, durable, say};
+use crate::{config, durable, log};
 use ring::digest::{SHA256, digest};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -57,7 +57,7 @@ pub fn before_writing(store: &dyn Store, now: Timestamp) -> Result<(), StoreErro
         Ok(Probe { complaint: Some(why), .. }) => Err(StoreError::Refused(why)),
         Ok(Probe { complaint: None, etags, leftover }) => {
             if let Some(leftover) = leftover {
-                say::warning(leftover);
+                log::warning(leftover);
             }
             tried().insert(store.identity(), etags);
             remember(store, etags, now);
@@ -65,7 +65,7 @@ pub fn before_writing(store: &dyn Store, now: Timestamp) -> Result<(), StoreErro
         }
         // Who may write the manifest and not here works on, as before there was a trial.
         Err(StoreError::Denied(why)) => {
-            say::warning(format!("whether the store honours conditional writes was not tried: {why}"));
+            log::warning(format!("whether the store honours conditional writes was not tried: {why}"));
             tried().insert(store.identity(), EtagForm::default());
             Ok(())
         }
@@ -95,14 +95,14 @@ pub fn remember(store: &dyn Store, etags: EtagForm, now: Timestamp) {
         && fs_err::create_dir_all(folder).is_ok()
         && let Err(e) = durable::write(&note, text.as_bytes(), 0o600)
     {
-        say::info(format!("{} cannot be written: {e}; the store will be tried again", note.display()));
+        log::info(format!("{} cannot be written: {e}; the store will be tried again", note.display()));
     }
 }
 
 /// Takes back what [`remember`] noted.
 pub fn forget(store: &dyn Store) {
     if let Err(e) = durable::remove(&note(store)) {
-        say::info(format!("{} cannot be removed: {e}", note(store).display()));
+        log::info(format!("{} cannot be removed: {e}", note(store).display()));
     }
 }
 

@@ -8,14 +8,14 @@
 
 mod objects;
 
-use super::codes::{self, Meaning};
+use super::codes::{self, ErrorClass};
 use super::credentials::{Credentials, Env, Provider};
 use super::url::{Addressing, S3Location};
 use super::xml;
 use super::{Condition, Etag, EtagForm, GetResult, Keys, Store, StoreError};
 use crate::clock::{Timestamp, human_seconds};
-use crate::http::{self, Again, GaveUp, Limits, RealPace, Retry, TransferError};
-use crate::say::printable;
+use crate::http::{self, Again, GaveUp, HttpLimits, RealPace, Retry, TransferError};
+use crate::log::printable;
 use rusoto_core::credential::{AwsCredentials, StaticProvider};
 use rusoto_core::request::{DispatchSignedRequestFuture, HttpResponse};
 use rusoto_core::signature::SignedRequest;
@@ -41,7 +41,7 @@ pub const MAX_SINGLE_PUT: u64 = 5 << 30;
 const ERROR_LIMIT: u64 = 64 << 10;
 const PAGE_LIMIT: u64 = 16 << 20;
 
-const LIMITS: Limits = Limits {
+const LIMITS: HttpLimits = HttpLimits {
     connect: Duration::from_secs(5),
     answer: Duration::from_secs(10),
     total: None,
@@ -80,12 +80,12 @@ pub struct S3Store {
     region: Region,
     agent: ureq::Agent,
     credentials: Provider,
-    wants: Mutex<Wants>,
+    wants: Mutex<StoreDemands>,
 }
 
 /// What a store has refused to do without. Nobody is asked in advance: most stores want none of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Wants {
+struct StoreDemands {
     /// The bucket in the host's name.
     virtual_host: bool,
     /// A checksum of what is written.
@@ -105,13 +105,13 @@ impl fmt::Debug for S3Store {
 }
 
 /// The head of an answer, and its body still on the wire.
-struct Answer {
+struct S3Response {
     status: u16,
     headers: HeaderMap,
     body: ureq::BodyReader<'static>,
 }
 
-impl Answer {
+impl S3Response {
     fn header(&self, name: &str) -> Option<String> {
         header(&self.headers, name)
     }
@@ -121,15 +121,15 @@ impl Answer {
     }
 
     /// The version; what comes without one comes from no S3.
-    fn etag(&self) -> Result<Etag, Fault> {
+    fn etag(&self) -> Result<Etag, AttemptError> {
         self.header("etag").map(Etag).ok_or_else(|| {
             let kind = self.header("content-type").unwrap_or_else(|| "nothing S3 would send".into());
-            Fault::Garbage(format!("{} with {kind} and no ETag", self.status))
+            AttemptError::Garbage(format!("{} with {kind} and no ETag", self.status))
         })
     }
 
     /// The version of what was written.
-    fn written(self) -> Result<Etag, Fault> {
+    fn written(self) -> Result<Etag, AttemptError> {
         let etag = self.etag()?;
         self.finish();
         Ok(etag)
@@ -142,10 +142,10 @@ impl Answer {
     }
 
     /// At most `limit` bytes of the body, and whether that was all of it.
-    fn read(self, limit: u64) -> Result<(Vec<u8>, bool), Fault> {
+    fn read(self, limit: u64) -> Result<(Vec<u8>, bool), AttemptError> {
         let mut bytes = Vec::with_capacity(self.length().unwrap_or(0).min(limit).min(1 << 20) as usize);
         let read = self.body.take(limit.saturating_add(1)).read_to_end(&mut bytes);
-        read.map_err(|e| Fault::Trouble(TransferError::of_body(e)))?;
+        read.map_err(|e| AttemptError::Trouble(TransferError::of_body(e)))?;
         let whole = bytes.len() as u64 <= limit;
         bytes.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
         Ok((bytes, whole))
@@ -170,7 +170,7 @@ struct Refusal {
 
 /// Why a try failed.
 #[derive(Debug)]
-enum Fault {
+enum AttemptError {
     /// There is nothing to sign with; the text says why.
     Credentials(String),
     Trouble(TransferError),
@@ -183,17 +183,17 @@ enum Fault {
     Source(String),
 }
 
-impl Fault {
+impl AttemptError {
     fn status(&self) -> u16 {
         match self {
-            Fault::Refusal(refusal) => refusal.status,
+            AttemptError::Refusal(refusal) => refusal.status,
             _ => 0,
         }
     }
 
-    fn meaning(&self) -> Option<Meaning> {
+    fn meaning(&self) -> Option<ErrorClass> {
         match self {
-            Fault::Refusal(refusal) => Some(refusal.meaning()),
+            AttemptError::Refusal(refusal) => Some(refusal.meaning()),
             _ => None,
         }
     }
@@ -201,24 +201,24 @@ impl Fault {
     /// Trouble on the way and what S3 calls transient may pass; what it understood and refused stays refused.
     fn again(&self) -> Again {
         match self {
-            Fault::Trouble(trouble) if trouble.is_absence() => Again::AtMost(TRIES_OF_ABSENCE),
-            Fault::Trouble(trouble) if trouble.passes() => Again::Yes,
-            Fault::Refusal(refusal) if refusal.may_pass() => Again::Yes,
+            AttemptError::Trouble(trouble) if trouble.is_absence() => Again::AtMost(TRIES_OF_ABSENCE),
+            AttemptError::Trouble(trouble) if trouble.passes() => Again::Yes,
+            AttemptError::Refusal(refusal) if refusal.may_pass() => Again::Yes,
             _ => Again::No,
         }
     }
 }
 
 impl Refusal {
-    fn meaning(&self) -> Meaning {
+    fn meaning(&self) -> ErrorClass {
         codes::meaning(self.status, &self.code)
     }
 
     fn may_pass(&self) -> bool {
-        matches!(self.meaning(), Meaning::Transient | Meaning::Conflict)
+        matches!(self.meaning(), ErrorClass::Transient | ErrorClass::Conflict)
     }
 
-    fn read(answer: Answer) -> Result<Self, Fault> {
+    fn read(answer: S3Response) -> Result<Self, AttemptError> {
         let (status, headers) = (answer.status, answer.headers.clone());
         let mut refusal =
             Refusal { status, code: String::new(), message: String::new(), region: None, headers };
@@ -314,8 +314,8 @@ fn exchange(
     extra: &[(&str, &str)],
     body: impl AsSendBody,
     patience: Patience,
-) -> Result<Answer, Fault> {
-    let odd = |e: ureq::http::Error| Fault::Trouble(TransferError::Other(e.to_string()));
+) -> Result<S3Response, AttemptError> {
+    let odd = |e: ureq::http::Error| AttemptError::Trouble(TransferError::Other(e.to_string()));
     let query = Some(request.canonical_query_string()).filter(|q| !q.is_empty());
     let uri = format!(
         "{}://{}{}{}{}",
@@ -342,12 +342,12 @@ fn exchange(
         .timeout_global(patience.total)
         .timeout_recv_response(Some(patience.answer))
         .build();
-    let (head, body) = agent.run(request).map_err(|e| Fault::Trouble(e.into()))?.into_parts();
-    let answer = Answer { status: head.status.as_u16(), headers: head.headers, body: body.into_reader() };
+    let (head, body) = agent.run(request).map_err(|e| AttemptError::Trouble(e.into()))?.into_parts();
+    let answer = S3Response { status: head.status.as_u16(), headers: head.headers, body: body.into_reader() };
     if (200..300).contains(&answer.status) {
         return Ok(answer);
     }
-    Err(Fault::Refusal(Box::new(Refusal::read(answer)?)))
+    Err(AttemptError::Refusal(Box::new(Refusal::read(answer)?)))
 }
 
 /// Carries one request of rusoto's typed client and keeps its answer.
@@ -356,7 +356,7 @@ struct Carrier {
     patience: Patience,
     /// The bucket that goes into the host's name, and what the request is signed with anew then.
     virtual_host: Option<(String, AwsCredentials)>,
-    kept: Mutex<Option<Result<Answer, Fault>>>,
+    kept: Mutex<Option<Result<S3Response, AttemptError>>>,
 }
 
 impl DispatchSignedRequest for Carrier {
@@ -423,7 +423,10 @@ impl S3Store {
             .map_err(|_| refused(format!("'{host}' is no endpoint; HOST or HOST:PORT is meant")))?;
         let agent = http::agent(&*env, &location.scheme, uri.host(), LIMITS).map_err(refused)?;
         let region = Region::Custom { name: region, endpoint: place.clone() };
-        let wants = Wants { virtual_host: location.addressing == Addressing::Virtual, ..Wants::default() };
+        let wants = StoreDemands {
+            virtual_host: location.addressing == Addressing::Virtual,
+            ..StoreDemands::default()
+        };
         let wants = Mutex::new(wants);
         Ok(S3Store { location: location.clone(), place, region, agent, credentials, wants })
     }
@@ -432,8 +435,8 @@ impl S3Store {
         format!("{}{key}", self.location.prefix)
     }
 
-    fn sign_with(&self) -> Result<Arc<Credentials>, Fault> {
-        self.credentials.get(Timestamp::now()).map_err(Fault::Credentials)
+    fn sign_with(&self) -> Result<Arc<Credentials>, AttemptError> {
+        self.credentials.get(Timestamp::now()).map_err(AttemptError::Credentials)
     }
 
     /// One request of rusoto's typed client, again and again as the policy has it; `read` makes the result of
@@ -442,8 +445,8 @@ impl S3Store {
         &self,
         patience: impl Fn(Duration) -> Patience,
         call: impl Fn(S3Client) -> F,
-        read: impl Fn(Answer) -> Result<T, Fault>,
-    ) -> Result<T, GaveUp<Fault>> {
+        read: impl Fn(S3Response) -> Result<T, AttemptError>,
+    ) -> Result<T, GaveUp<AttemptError>> {
         self.tried(|left, wants| {
             let c = self.sign_with()?;
             let provider = StaticProvider::new(c.id.clone(), c.secret.clone(), c.token.clone(), None);
@@ -457,7 +460,7 @@ impl S3Store {
             let said = ready(call(S3Client::new_with_client(client, self.region.clone())));
             match carrier.kept.lock().unwrap_or_else(PoisonError::into_inner).take() {
                 Some(answer) => read(answer?),
-                None => Err(Fault::Trouble(TransferError::Other(
+                None => Err(AttemptError::Trouble(TransferError::Other(
                     said.flatten().unwrap_or_else(|| "rusoto sent nothing".into()),
                 ))),
             }
@@ -466,9 +469,9 @@ impl S3Store {
 
     fn tried<T>(
         &self,
-        mut attempt: impl FnMut(Duration, Wants) -> Result<T, Fault>,
-    ) -> Result<T, GaveUp<Fault>> {
-        let given = Cell::new(Wants::default());
+        mut attempt: impl FnMut(Duration, StoreDemands) -> Result<T, AttemptError>,
+    ) -> Result<T, GaveUp<AttemptError>> {
+        let given = Cell::new(StoreDemands::default());
         let attempt = |left| {
             given.set(self.wants());
             attempt(left, given.get())
@@ -479,20 +482,20 @@ impl S3Store {
         })
     }
 
-    fn wants(&self) -> Wants {
+    fn wants(&self) -> StoreDemands {
         *self.wants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a request that was refused can be made as the store wants it; from now on every one is. `given` is
     /// what the refused one had.
-    fn learns(&self, fault: &Fault, given: Wants) -> bool {
+    fn learns(&self, fault: &AttemptError, given: StoreDemands) -> bool {
         let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
         match fault.meaning() {
-            Some(Meaning::WantsVirtualHost) if self.may_be_virtual() && !given.virtual_host => {
+            Some(ErrorClass::WantsVirtualHost) if self.may_be_virtual() && !given.virtual_host => {
                 wants.virtual_host = true;
             }
-            Some(Meaning::MissingHeader) if !given.checksum => wants.checksum = true,
-            Some(Meaning::NoExpect) if !given.no_expect => wants.no_expect = true,
+            Some(ErrorClass::MissingHeader) if !given.checksum => wants.checksum = true,
+            Some(ErrorClass::NoExpect) if !given.no_expect => wants.no_expect = true,
             _ => return false,
         }
         true
@@ -519,8 +522,8 @@ impl S3Store {
         &self,
         request: &GetObjectRequest,
         patience: impl Fn(Duration) -> Patience,
-        read: impl Fn(Answer) -> Result<T, Fault>,
-    ) -> Result<T, GaveUp<Fault>> {
+        read: impl Fn(S3Response) -> Result<T, AttemptError>,
+    ) -> Result<T, GaveUp<AttemptError>> {
         let call = |client: S3Client| {
             let request = request.clone();
             async move { client.get_object(request).await.err().map(|e| e.to_string()) }
@@ -541,7 +544,7 @@ impl S3Store {
         request
     }
 
-    fn sign(&self, request: &mut SignedRequest, wants: Wants) -> Result<(), Fault> {
+    fn sign(&self, request: &mut SignedRequest, wants: StoreDemands) -> Result<(), AttemptError> {
         if wants.virtual_host {
             to_virtual_host(request, &self.location.bucket);
         }
@@ -557,7 +560,7 @@ impl S3Store {
         content_type: &str,
         bytes: &[u8],
         condition: Option<(&str, &str)>,
-    ) -> Result<Etag, GaveUp<Fault>> {
+    ) -> Result<Etag, GaveUp<AttemptError>> {
         self.tried(|left, wants| {
             let mut request = self.put_request(key, content_type, Some(bytes));
             if let Some((name, value)) = condition {
@@ -586,9 +589,9 @@ impl S3Store {
             };
             async move { client.head_object(request).await.err().map(|e| e.to_string()) }
         };
-        let read = |answer: Answer| {
+        let read = |answer: S3Response| {
             let etag = Some(answer.etag()?);
-            let size = answer.length().ok_or_else(|| Fault::Garbage("no Content-Length".into()))?;
+            let size = answer.length().ok_or_else(|| AttemptError::Garbage("no Content-Length".into()))?;
             Ok(ObjectHead { size, content_type: answer.header("content-type"), etag })
         };
         match self.typed(Patience::within, call, read) {
@@ -596,7 +599,7 @@ impl S3Store {
             Err(gave_up) if gave_up.error.status() == 404 => Ok(None),
             Err(gave_up) => {
                 // The reason of a refusal is in the body that a HEAD does not have: ask for it.
-                if let Fault::Refusal(refusal) = &gave_up.error
+                if let AttemptError::Refusal(refusal) = &gave_up.error
                     && !refusal.may_pass()
                 {
                     self.get_start(key, 1)?;
@@ -619,7 +622,7 @@ impl S3Store {
     }
 
     /// The error of an operation, in one line.
-    fn told(&self, verb: Verb, key: &str, gave_up: GaveUp<Fault>) -> StoreError {
+    fn told(&self, verb: Verb, key: &str, gave_up: GaveUp<AttemptError>) -> StoreError {
         let GaveUp { error, tries, after } = gave_up;
         let place = &self.place;
         let url = self.url();
@@ -628,18 +631,20 @@ impl S3Store {
         let tried =
             if tries > 1 { format!(" ({tries} tries in {} s)", after.as_secs()) } else { String::new() };
         match error {
-            Fault::Credentials(why) => StoreError::Refused(format!("{what}: {why}")),
-            Fault::TooLarge(limit) => StoreError::TooLarge(format!(
+            AttemptError::Credentials(why) => StoreError::Refused(format!("{what}: {why}")),
+            AttemptError::TooLarge(limit) => StoreError::TooLarge(format!(
                 "{object} is larger than {limit} bytes; something else wrote it"
             )),
-            Fault::Source(why) => {
+            AttemptError::Source(why) => {
                 StoreError::Unreachable(format!("{what}: its content could not be read: {why}; run it again"))
             }
-            Fault::Garbage(how) => StoreError::Refused(format!(
+            AttemptError::Garbage(how) => StoreError::Refused(format!(
                 "{what}: {place} answers {how}, which is not S3; check the store's endpoint and the proxy"
             )),
-            Fault::Refusal(refusal) => self.refused(verb, key, &what, &tried, &refusal, Timestamp::now()),
-            Fault::Trouble(trouble) => {
+            AttemptError::Refusal(refusal) => {
+                self.refused(verb, key, &what, &tried, &refusal, Timestamp::now())
+            }
+            AttemptError::Trouble(trouble) => {
                 let proxy = self.agent.config().proxy();
                 let via = proxy.map_or(String::new(), |p| format!(" by the proxy {}:{}", p.host(), p.port()));
                 let remedy = match &trouble {
@@ -698,25 +703,25 @@ impl S3Store {
         };
         let said = refusal.said();
         let why = match refusal.meaning() {
-            Meaning::Transient | Meaning::Conflict => {
+            ErrorClass::Transient | ErrorClass::Conflict => {
                 return StoreError::Unreachable(format!(
                     "{what}: {place} answers {said}{tried}; try again later"
                 ));
             }
-            Meaning::NoBucket => {
+            ErrorClass::NoBucket => {
                 format!("there is no bucket '{bucket}' at {place}; create it, or correct the store's URL")
             }
-            Meaning::UnknownKey => {
+            ErrorClass::UnknownKey => {
                 format!("{place} does not know the access key {id}; correct {source}")
             }
-            Meaning::WrongSecret => {
+            ErrorClass::WrongSecret => {
                 format!("the secret key is not the one of access key {id}; correct {source}")
             }
-            Meaning::ExpiredToken => {
+            ErrorClass::ExpiredToken => {
                 format!("the session token has expired; renew {source}")
             }
-            Meaning::InvalidToken => format!("the session token is not valid; renew {source}"),
-            Meaning::ClockSkew => {
+            ErrorClass::InvalidToken => format!("the session token is not valid; renew {source}"),
+            ErrorClass::ClockSkew => {
                 let skew = match refusal.skew(now) {
                     Some(s) if s.abs() >= 60 => {
                         let side = if s > 0 { "ahead of" } else { "behind" };
@@ -726,7 +731,7 @@ impl S3Store {
                 };
                 format!("this machine's clock is {skew}; run 'timedatectl set-ntp true'")
             }
-            Meaning::Elsewhere => match region {
+            ErrorClass::Elsewhere => match region {
                 Some(region) => format!(
                     "the bucket is in region {region}, not {}; write region={region} in the store's URL",
                     self.region.name()
@@ -736,15 +741,15 @@ impl S3Store {
                      store's URL"
                 ),
             },
-            Meaning::Archived => format!(
+            ErrorClass::Archived => format!(
                 "{place} has archived it ({said}); restore it there, or, if it is of a closure, write it anew with \
                  'omni-deploy push --rewrite', and take away the rule that archives what is below {}",
                 self.url()
             ),
-            Meaning::Unsupported => {
+            ErrorClass::Unsupported => {
                 format!("{place} cannot do this ({said}); use a store that has S3's conditional writes")
             }
-            Meaning::WantsVirtualHost => match self.location.addressing {
+            ErrorClass::WantsVirtualHost => match self.location.addressing {
                 Addressing::Path => format!(
                     "{place} wants the bucket in the host's name ({said}); take addressing-style=path out of the \
                      store's URL"
@@ -754,11 +759,11 @@ impl S3Store {
                      use a bucket whose name is of a-z, 0-9 and '-'"
                 ),
             },
-            Meaning::MissingHeader if matches!(verb, Verb::Write) => format!(
+            ErrorClass::MissingHeader if matches!(verb, Verb::Write) => format!(
                 "{place} answers {said}, also when a checksum is sent with it; if the bucket has Object Lock, \
                  take its default retention away or use another bucket"
             ),
-            Meaning::Denied => {
+            ErrorClass::Denied => {
                 return StoreError::Denied(format!(
                     "{what}: {place} denies it to access key {id} ({said}); allow {}",
                     verb.permission(bucket, &self.full_key(key))
@@ -789,19 +794,19 @@ fn signing(c: &Credentials) -> AwsCredentials {
 }
 
 /// Exactly as many bytes as were promised, and what became of them.
-struct Source<'a> {
+struct ExactReader<'a> {
     inner: &'a mut dyn Read,
     left: u64,
     failed: Option<String>,
 }
 
-impl<'a> Source<'a> {
+impl<'a> ExactReader<'a> {
     fn new(inner: &'a mut dyn Read, length: u64) -> Self {
-        Source { inner, left: length, failed: None }
+        ExactReader { inner, left: length, failed: None }
     }
 }
 
-impl Read for Source<'_> {
+impl Read for ExactReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.left == 0 || buffer.is_empty() {
             return Ok(0);
@@ -882,26 +887,26 @@ impl Store for S3Store {
     fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
         let request =
             GetObjectRequest { if_none_match: unless.map(|e| e.0.clone()), ..self.get_request(key) };
-        let read = |answer: Answer| {
+        let read = |answer: S3Response| {
             let etag = answer.etag()?;
             // Some stores know no If-None-Match.
             if Some(&etag) == unless {
                 return Ok(GetResult::NotModified);
             }
             if answer.length().is_some_and(|length| length > limit) {
-                return Err(Fault::TooLarge(limit));
+                return Err(AttemptError::TooLarge(limit));
             }
             match answer.read(limit)? {
                 (bytes, true) => Ok(GetResult::Found { bytes, etag }),
-                (_, false) => Err(Fault::TooLarge(limit)),
+                (_, false) => Err(AttemptError::TooLarge(limit)),
             }
         };
         match self.object(&request, Patience::within, read) {
             Ok(got) => Ok(got),
-            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NotModified) && unless.is_some() => {
+            Err(gave_up) if gave_up.error.meaning() == Some(ErrorClass::NotModified) && unless.is_some() => {
                 Ok(GetResult::NotModified)
             }
-            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NoObject) => Ok(GetResult::Missing),
+            Err(gave_up) if gave_up.error.meaning() == Some(ErrorClass::NoObject) => Ok(GetResult::Missing),
             Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
         }
     }
@@ -909,16 +914,16 @@ impl Store for S3Store {
     fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
         let range = Some(format!("bytes=0-{}", count.max(1) - 1));
         let request = GetObjectRequest { range, ..self.get_request(key) };
-        let read = |answer: Answer| {
+        let read = |answer: S3Response| {
             answer.etag()?;
             // A store that knows no Range sends everything: the rest stays unread.
             Ok(answer.read(count)?.0)
         };
         match self.object(&request, Patience::within, read) {
             Ok(bytes) => Ok(Some(bytes)),
-            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NoObject) => Ok(None),
+            Err(gave_up) if gave_up.error.meaning() == Some(ErrorClass::NoObject) => Ok(None),
             // An empty object has no first byte.
-            Err(gave_up) if gave_up.error.meaning() == Some(Meaning::NoRange) => Ok(Some(Vec::new())),
+            Err(gave_up) if gave_up.error.meaning() == Some(ErrorClass::NoRange) => Ok(Some(Vec::new())),
             Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
         }
     }
@@ -939,9 +944,9 @@ impl Store for S3Store {
             Err(gave_up) => gave_up,
         };
         let changed = match gave_up.error.meaning() {
-            Some(Meaning::ConditionFailed) => condition.is_some(),
+            Some(ErrorClass::ConditionFailed) => condition.is_some(),
             // The object that was to be still the same is gone (PutObject, "If-Match").
-            Some(Meaning::NoObject) => matches!(when, Condition::IfMatch(_)),
+            Some(ErrorClass::NoObject) => matches!(when, Condition::IfMatch(_)),
             _ => false,
         };
         if changed {
@@ -963,9 +968,9 @@ impl Store for S3Store {
             async move { client.delete_object(request).await.err().map(|e| e.to_string()) }
         };
         // S3 answers 204. A page of some other server comes with 200.
-        let read = |answer: Answer| match answer.header("content-type") {
+        let read = |answer: S3Response| match answer.header("content-type") {
             Some(kind) if answer.status == 200 && kind.starts_with("text/html") => {
-                Err(Fault::Garbage("with a web page".into()))
+                Err(AttemptError::Garbage("with a web page".into()))
             }
             _ => {
                 answer.finish();
@@ -973,7 +978,7 @@ impl Store for S3Store {
             }
         };
         match self.typed(Patience::within, call, read) {
-            Err(gave_up) if gave_up.error.meaning() != Some(Meaning::NoObject) => {
+            Err(gave_up) if gave_up.error.meaning() != Some(ErrorClass::NoObject) => {
                 Err(self.told(Verb::Delete, key, gave_up))
             }
             _ => Ok(()),
@@ -1034,16 +1039,16 @@ impl S3Store {
             };
             async move { client.list_objects_v2(request).await.err().map(|e| e.to_string()) }
         };
-        let read = |answer: Answer| {
+        let read = |answer: S3Response| {
             let (bytes, whole) = answer.read(PAGE_LIMIT)?;
             if !whole {
-                return Err(Fault::TooLarge(PAGE_LIMIT));
+                return Err(AttemptError::TooLarge(PAGE_LIMIT));
             }
-            let text =
-                String::from_utf8(bytes).map_err(|_| Fault::Garbage("bytes that are no text".into()))?;
-            let page = page(&text).map_err(Fault::Garbage)?;
+            let text = String::from_utf8(bytes)
+                .map_err(|_| AttemptError::Garbage("bytes that are no text".into()))?;
+            let page = page(&text).map_err(AttemptError::Garbage)?;
             if page.next.is_some() && page.next.as_deref() == token {
-                return Err(Fault::Garbage("the same part of a listing again and again".into()));
+                return Err(AttemptError::Garbage("the same part of a listing again and again".into()));
             }
             Ok(page)
         };
@@ -1152,7 +1157,7 @@ mod tests {
 
     #[test]
     fn only_what_may_pass_is_tried_again() {
-        let fault = |status| Fault::Refusal(Box::new(refusal(status, "")));
+        let fault = |status| AttemptError::Refusal(Box::new(refusal(status, "")));
         for (fault, again) in [
             (fault(500), Again::Yes),
             (fault(503), Again::Yes),
@@ -1162,11 +1167,11 @@ mod tests {
             (fault(404), Again::No),
             (fault(412), Again::No),
             (fault(501), Again::No),
-            (Fault::Trouble(TransferError::Cut), Again::Yes),
-            (Fault::Trouble(TransferError::Late), Again::Yes),
-            (Fault::Trouble(TransferError::Refused), Again::AtMost(TRIES_OF_ABSENCE)),
-            (Fault::Trouble(TransferError::Tls(String::new())), Again::No),
-            (Fault::Garbage(String::new()), Again::No),
+            (AttemptError::Trouble(TransferError::Cut), Again::Yes),
+            (AttemptError::Trouble(TransferError::Late), Again::Yes),
+            (AttemptError::Trouble(TransferError::Refused), Again::AtMost(TRIES_OF_ABSENCE)),
+            (AttemptError::Trouble(TransferError::Tls(String::new())), Again::No),
+            (AttemptError::Garbage(String::new()), Again::No),
         ] {
             assert_eq!(fault.again(), again, "{fault:?}");
         }
@@ -1200,7 +1205,7 @@ mod tests {
     fn a_source_gives_what_was_promised_or_fails() {
         let source = |left, text: &'static str| {
             let mut inner = text.as_bytes();
-            let mut source = Source { inner: &mut inner, left, failed: None };
+            let mut source = ExactReader { inner: &mut inner, left, failed: None };
             let mut got = String::new();
             let result = source.read_to_string(&mut got).map(drop);
             (result.is_ok(), got, source.failed.is_some())

@@ -13,7 +13,7 @@ use common::{DEVELOPER, S3Server, wait_until};
 use omni_deploy::names::StorePath;
 use omni_deploy::nix::hash::Sha256;
 use omni_deploy::nix::narinfo::NarInfo;
-use omni_deploy::runner::{Output, Run, Status};
+use omni_deploy::runner::{Output, ProcessStatus, Run};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::{Condition, GetResult, Store};
 use std::collections::BTreeMap;
@@ -33,7 +33,7 @@ static FAULTS: LazyLock<PathBuf> = LazyLock::new(|| {
     tests.ancestors().nth(2).unwrap().join("examples/faults")
 });
 
-const KILLED: Status = Status::Signal(9);
+const KILLED: ProcessStatus = ProcessStatus::Signal(9);
 
 /// Runs a test again in a mount namespace of its own; true there.
 fn in_namespace(test: &str) -> bool {

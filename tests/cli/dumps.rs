@@ -4,7 +4,7 @@
 mod common;
 
 use common::wait_until;
-use omni_deploy::runner::{Run, Status};
+use omni_deploy::runner::{ProcessStatus, Run};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -41,7 +41,7 @@ fn dies(dir: &Path, program: &[&str], signal: &str, look: impl FnOnce(&str)) -> 
         died.is_finished()
     });
     let status = died.join().unwrap();
-    assert!(matches!(status, Status::Signal(_)), "{status}");
+    assert!(matches!(status, ProcessStatus::Signal(_)), "{status}");
     fs_err::remove_file(pid_file).unwrap();
     let names = fs_err::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned());
     names.filter(|name| name.starts_with("core")).collect()

@@ -6,7 +6,7 @@ mod common;
 use common::{DEVELOPER, S3Server};
 use omni_deploy::clock::Timestamp;
 use omni_deploy::manifest::parse::{self, Mode};
-use omni_deploy::runner::{Output, Run, Status};
+use omni_deploy::runner::{Output, ProcessStatus, Run};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::s3::S3Store;
 use omni_deploy::store::{GetResult, Store, StoreUrl};
@@ -54,7 +54,7 @@ impl Bench {
     /// Runs a command that must succeed; its stdout.
     fn ok(&self, args: &[&str]) -> String {
         let out = self.run(args);
-        assert_eq!(out.status, Status::Exit(0), "{args:?}: {}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{args:?}: {}", out.stderr);
         out.text()
     }
 
@@ -62,7 +62,7 @@ impl Bench {
     fn refused(&self, code: i32, args: &[&str]) -> String {
         let before = self.files();
         let out = self.run(args);
-        assert_eq!(out.status, Status::Exit(code), "{args:?}: {} {}", out.text(), out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(code), "{args:?}: {} {}", out.text(), out.stderr);
         assert_eq!(out.text(), "", "{args:?}");
         assert_eq!(self.files(), before, "{args:?} changed the store");
         assert_eq!(out.stderr.lines().count(), 1, "{args:?}: {}", out.stderr);
@@ -162,7 +162,7 @@ fn every_write_says_one_line_and_archives_what_it_replaced() {
         (vec!["remove-service", "ava"], format!("serial 5: remove-service ava ({url})")),
     ] {
         let out = bench.run(&args);
-        assert_eq!((out.status, out.stderr.trim_end()), (Status::Exit(0), line.as_str()), "{args:?}");
+        assert_eq!((out.status, out.stderr.trim_end()), (ProcessStatus::Exit(0), line.as_str()), "{args:?}");
         if line.starts_with("serial") {
             expected.extend(replaced.take());
         }
@@ -277,7 +277,7 @@ fn every_mistake_is_one_line_and_changes_nothing() {
     }
     for args in [&["list", "-n", "x"][..], &["update", "ava"], &["show", "--nope"], &[]] {
         let before = bench.files();
-        assert_eq!(bench.run(args).status, Status::Exit(2), "{args:?}");
+        assert_eq!(bench.run(args).status, ProcessStatus::Exit(2), "{args:?}");
         assert_eq!(bench.files(), before);
     }
 }
@@ -297,7 +297,7 @@ fn what_is_no_regular_file_in_a_store_is_named_and_neither_waited_for_nor_follow
     ];
     let refused = |said: &str| {
         let output = bench.command(&add).deadline(std::time::Duration::from_secs(60)).output().unwrap();
-        assert_eq!(output.status, Status::Exit(1), "{}", output.stderr);
+        assert_eq!(output.status, ProcessStatus::Exit(1), "{}", output.stderr);
         assert!(output.stderr.contains(said), "{said}: {}", output.stderr);
         let left: Vec<_> = fs_err::read_dir(&elsewhere).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, [".omni-deploy-a1b2c3"]);
@@ -337,7 +337,7 @@ fn a_service_without_hosts_needs_default_hosts() {
         .env("OMNI_DEPLOY_DEFAULT_HOSTS", "one two")
         .output()
         .unwrap();
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     assert_eq!(bench.manifest()["services"][0]["hosts"], json!(["one", "two"]));
 }
 
@@ -349,9 +349,9 @@ fn a_service_comes_from_a_file_or_from_stdin() {
     bench.ok(&["add-service", &format!("@{}", file.display())]);
     let stdin = r#"{"name": "b", "artifact": {"storePath": "/nix/store/placeholder"}}"#;
     let out = bench.command(&["add-service", "-"]).stdin(stdin).output().unwrap();
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     let out = bench.command(&["validate", "-"]).stdin(stdin).output().unwrap();
-    assert_eq!((out.status, out.stderr.trim_end()), (Status::Exit(0), "valid: stdin has service 'b'"));
+    assert_eq!((out.status, out.stderr.trim_end()), (ProcessStatus::Exit(0), "valid: stdin has service 'b'"));
     bench.ok(&["validate", file.to_str().unwrap()]);
     bench.ok(&["validate", bench.store().join("manifest.json").to_str().unwrap()]);
     bench.ok(&["validate"]);
@@ -385,7 +385,10 @@ fn show_prints_what_is_stored_in_its_own_order_with_fields_of_a_newer_version() 
     // JSON that says nothing usable is shown all the same, and said.
     fs_err::write(bench.store().join("manifest.json"), r#"{"version": 9, "x": 1}"#).unwrap();
     let out = bench.run(&["show"]);
-    assert_eq!((out.status, out.text().as_str()), (Status::Exit(0), "{\n  \"version\": 9,\n  \"x\": 1\n}\n"));
+    assert_eq!(
+        (out.status, out.text().as_str()),
+        (ProcessStatus::Exit(0), "{\n  \"version\": 9,\n  \"x\": 1\n}\n")
+    );
     assert!(out.stderr.contains("warning") && out.stderr.contains("newer omni-deploy"), "{}", out.stderr);
     let line = bench.refused(1, &["update", "ava", &path("a")]);
     assert!(line.contains("upgrade this one"), "{line}");
@@ -504,9 +507,12 @@ fn an_edit_is_checked_then_published_and_a_wrong_text_is_kept() {
         bench.command(&["edit"]).without_env("VISUAL").env("EDITOR", editor).env("TMPDIR", bench.dir.path())
     };
     let out = edit("true").output().unwrap();
-    assert_eq!((out.status, out.stderr.trim_end()), (Status::Exit(0), "unchanged: nothing was published"));
+    assert_eq!(
+        (out.status, out.stderr.trim_end()),
+        (ProcessStatus::Exit(0), "unchanged: nothing was published")
+    );
     let out = edit(r#"sed -i 's/"restartSec": 5/"restartSec": 7/' "$1""#).output().unwrap();
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     assert_eq!(bench.manifest()["services"][0]["systemd"]["restartSec"], 7);
     assert_eq!(bench.manifest()["change"]["action"], "edit ava");
     // Ctrl-C in an editor is the editor's, though the terminal sends it to both.
@@ -514,7 +520,7 @@ fn an_edit_is_checked_then_published_and_a_wrong_text_is_kept() {
         r#"kill -INT $PPID; kill -QUIT $PPID; sed -i 's/"restartSec": 7/"restartSec": 8/' "$1""#;
     for (script, seconds) in [(interrupted, 8), (r#"sed -i 's/"restartSec": 8/"restartSec": 7/' "$1""#, 7)] {
         let out = edit(script).output().unwrap();
-        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
         assert_eq!(bench.manifest()["services"][0]["systemd"]["restartSec"], seconds);
     }
     let before = bench.files();
@@ -530,13 +536,13 @@ fn an_edit_is_checked_then_published_and_a_wrong_text_is_kept() {
         (r#"printf '{' > "$1""#, "cut off"),
     ] {
         let out = edit(script).output().unwrap();
-        assert_eq!(out.status, Status::Exit(1), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(1), "{}", out.stderr);
         assert!(out.stderr.contains(said), "{}", out.stderr);
         let kept = out.stderr.split("kept in ").nth(1).unwrap().split(':').next().unwrap();
         assert!(Path::new(kept).is_file(), "{}", out.stderr);
     }
     let out = edit("exit 3").output().unwrap();
-    assert!(out.status == Status::Exit(1) && out.stderr.contains("exit code 3"), "{}", out.stderr);
+    assert!(out.status == ProcessStatus::Exit(1) && out.stderr.contains("exit code 3"), "{}", out.stderr);
     assert_eq!(bench.files(), before);
     // What somebody else publishes while the text is open stays.
     let other = bench.dir.path().join("deploy-manifest");
@@ -546,7 +552,7 @@ fn an_edit_is_checked_then_published_and_a_wrong_text_is_kept() {
         other.display()
     );
     let out = edit(&script).output().unwrap();
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     assert_eq!(bench.manifest()["services"][0]["systemd"]["restartSec"], 9);
     assert_eq!(bench.manifest()["services"][1]["name"], "web");
 }
@@ -632,7 +638,7 @@ fn many_writers_at_once_lose_no_update_in_a_bucket() {
             .env("OMNI_DEPLOY_STORE", server.url(""))
             .env("AWS_ACCESS_KEY_ID", DEVELOPER.0);
         let out = run.env("AWS_SECRET_ACCESS_KEY", DEVELOPER.1).output().unwrap();
-        assert_eq!(out.status, Status::Exit(0), "{args:?}: {}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{args:?}: {}", out.stderr);
     };
     let path = format!("/nix/store/{HASH}-ava");
     let ava = json!({"name": "ava", "artifact": {"storePath": path}, "hosts": ["biz"]}).to_string();
@@ -672,7 +678,7 @@ impl Bucket {
 
     fn ok(&self, args: &[&str]) -> Output {
         let out = self.run(args);
-        assert_eq!(out.status, Status::Exit(0), "{args:?}: {}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{args:?}: {}", out.stderr);
         out
     }
 
@@ -729,7 +735,7 @@ fn whatever_writes_first_refuses_a_store_that_ignores_conditions() {
         let bucket = Bucket::new();
         bucket.server.faults(r#"{"ignore_conditions": true}"#);
         let refused = bucket.run(args);
-        assert_eq!(refused.status, Status::Exit(1), "{args:?}: {}", refused.stderr);
+        assert_eq!(refused.status, ProcessStatus::Exit(1), "{args:?}: {}", refused.stderr);
         assert!(refused.stderr.contains("ignores If-None-Match"), "{args:?}: {}", refused.stderr);
         assert_eq!((bucket.object("manifest.json"), bucket.history()), (None, vec![]), "{args:?}");
     }
@@ -762,7 +768,7 @@ fn a_store_is_tried_once_and_remembered_also_where_nothing_can_be_written() {
     // What reads tries nothing.
     let elsewhere = |args: &[&str]| {
         let out = bucket.command(args).env("HOME", "/proc/nowhere").output().unwrap();
-        assert_eq!(out.status, Status::Exit(0), "{args:?}: {}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{args:?}: {}", out.stderr);
     };
     elsewhere(&["show"]);
     elsewhere(&["list"]);
@@ -788,7 +794,7 @@ fn a_manifest_that_was_lost_is_put_back_from_the_copy_a_host_kept() {
     let says = |parts: &[&str]| {
         for args in [&["set", "ava", "env.X=2"][..], &["show"]] {
             let out = bucket.run(args);
-            assert_eq!(out.status, Status::Exit(1), "{}", out.stderr);
+            assert_eq!(out.status, ProcessStatus::Exit(1), "{}", out.stderr);
             assert!(parts.iter().all(|p| out.stderr.contains(p)), "{parts:?} in {}", out.stderr);
         }
     };
@@ -800,12 +806,12 @@ fn a_manifest_that_was_lost_is_put_back_from_the_copy_a_host_kept() {
     fs_err::write(root.join("hosts/biz.json"), r#"{"serial": 2}"#).unwrap();
     says(&["any more", "ssh biz cat /var/lib/deployer/manifest.json | deploy-manifest rollback -"]);
     let out = bucket.command(&["rollback", "-"]).stdin(fs_err::read(&copy).unwrap()).output().unwrap();
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     let now: Value = serde_json::from_slice(&bucket.object("manifest.json").unwrap()).unwrap();
     assert_eq!((&now["serial"], &now["services"][0]["env"]["X"]), (&json!(3), &json!("1")), "{now}");
     let copy = format!("@{}", copy.display());
     let part = bucket.run(&["rollback", &copy, "--service", "ava"]);
-    assert_eq!(part.status, Status::Exit(2), "{}", part.stderr);
+    assert_eq!(part.status, ProcessStatus::Exit(2), "{}", part.stderr);
     let again = bucket.ok(&["rollback", &copy]);
     assert!(again.stderr.contains("unchanged"), "{}", again.stderr);
 }
@@ -860,7 +866,7 @@ fn the_newest_of_thousands_of_versions_cost_two_listings() {
         ] {
             let (output, listings, _) = requests_of(&bucket, args);
             let text = format!("{}{}", output.text(), output.stderr);
-            assert_eq!(output.status, Status::Exit(0), "{args:?}: {text}");
+            assert_eq!(output.status, ProcessStatus::Exit(0), "{args:?}: {text}");
             assert!(text.contains(said), "{args:?}: {text}");
             assert!((1..=most).contains(&listings), "{args:?}: {listings} listings");
         }
@@ -871,7 +877,7 @@ fn the_newest_of_thousands_of_versions_cost_two_listings() {
 fn a_services_last_change_is_searched_without_reading_a_version_twice() {
     let bucket = bucket_with_versions(1..=260, 60);
     let (output, listings, read) = requests_of(&bucket, &["rollback", "--service", "ava"]);
-    assert_eq!(output.status, Status::Exit(1), "{}", output.text());
+    assert_eq!(output.status, ProcessStatus::Exit(1), "{}", output.text());
     assert!(
         output.stderr.contains("no version before the current one has 'ava' otherwise"),
         "{}",
@@ -880,7 +886,7 @@ fn a_services_last_change_is_searched_without_reading_a_version_twice() {
     assert_eq!((listings, read), (1, 200));
     // What is found at once is not searched for among all.
     let (output, _, read) = requests_of(&bucket, &["rollback", "--service", "bob"]);
-    assert_eq!(output.status, Status::Exit(0), "{}", output.stderr);
+    assert_eq!(output.status, ProcessStatus::Exit(0), "{}", output.stderr);
     assert!(
         output.stderr.contains("rollback bob to manifest-") && output.stderr.contains("259"),
         "{}",
@@ -906,7 +912,7 @@ fn nothing_of_a_manifest_steers_the_terminal_that_shows_it() {
         out
     };
     for args in [&["diff"][..], &["validate"], &["list"], &["list", "--json"]] {
-        assert_eq!(clean(args).status, Status::Exit(0), "{args:?}");
+        assert_eq!(clean(args).status, ProcessStatus::Exit(0), "{args:?}");
     }
     let read = |out: Output| serde_json::from_slice::<Value>(&out.stdout).unwrap();
     assert_eq!(read(clean(&["show"])), manifest, "what parses it finds what is there");

@@ -11,11 +11,11 @@ use omni_deploy::deployer::plan::{
     self, AttemptFailure, Attempts, Goal, LastKnownGood, Observed, Options, PersistedState, Plan,
     ServicePlan, Step, UnitFile, UnitSeen, previous_after,
 };
-use omni_deploy::deployer::state::{Failure, ServiceState, State, Status};
+use omni_deploy::deployer::state::{FailureRecord, ServicePhase, ServiceState, State};
 use omni_deploy::deployer::systemd::Listed;
 use omni_deploy::deployer::unit;
 use omni_deploy::manifest::parse::{self, Mode};
-use omni_deploy::manifest::{Http, Service, Target};
+use omni_deploy::manifest::{ArtifactPath, Http, Service};
 use omni_deploy::names::{HostName, ServiceName, StorePath};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -358,9 +358,9 @@ impl Machine {
             understudies: BTreeSet::new(),
             foreign_next: BTreeMap::new(),
             caddy: if self.caddy_up {
-                caddy::Observed::Servers(self.servers.clone())
+                caddy::CaddyState::Servers(self.servers.clone())
             } else {
-                caddy::Observed::Unavailable("down".into())
+                caddy::CaddyState::Unavailable("down".into())
             },
         }
     }
@@ -526,7 +526,7 @@ impl Machine {
         let (left, starts): (Vec<_>, Vec<_>) =
             starts.into_iter().partition(|(service, goal, _)| replaced(self, service, goal));
         for (service, goal, _) in left {
-            let failure = Failure {
+            let failure = FailureRecord {
                 reason: "it starts something else".into(),
                 attempted: Some(goal.path.clone()),
                 at: self.now(),
@@ -558,7 +558,7 @@ impl Machine {
                 self.proved(&service.name, goal, memory)?;
                 continue;
             }
-            let failure = Failure {
+            let failure = FailureRecord {
                 reason: "it exits at once".into(),
                 attempted: Some(goal.path.clone()),
                 at: self.now(),
@@ -571,7 +571,8 @@ impl Machine {
             learned.troubles.insert(key, AttemptFailure { rejected: !goal.proved, failure: failure.clone() });
             if !goal.proved {
                 self.effect()?;
-                let state = ServiceState { failure: Some(failure), ..blank(&service.name, Status::Rejected) };
+                let state =
+                    ServiceState { failure: Some(failure), ..blank(&service.name, ServicePhase::Rejected) };
                 let attempt = self.attempt(&goal.service);
                 self.refused.insert(service.name.clone(), attempt);
                 memory.state.services.insert(service.name.clone(), state.clone());
@@ -633,7 +634,7 @@ impl Machine {
         Ok(())
     }
 
-    fn caddy_takes(&mut self, request: &caddy::Request) {
+    fn caddy_takes(&mut self, request: &caddy::AdminRequest) {
         let parts: Vec<&str> = request.path.split('/').skip(1).collect();
         let body = request.body.clone();
         match (request.method, &parts[..]) {
@@ -670,7 +671,7 @@ fn host() -> HostName {
     HostName::parse("biz").unwrap()
 }
 
-fn blank(name: &ServiceName, status: Status) -> ServiceState {
+fn blank(name: &ServiceName, status: ServicePhase) -> ServiceState {
     ServiceState::new(name.clone(), status, Timestamp(0))
 }
 
@@ -678,12 +679,12 @@ fn state_of(plan: &ServicePlan, observed: &Observed) -> ServiceState {
     let seen = &observed.units[&plan.name];
     let runs = seen.listed.running();
     let status = match &plan.trouble {
-        _ if plan.paused => Status::Stopped,
-        Some(t) if t.rejected => Status::Rejected,
-        Some(_) => Status::Failed,
-        None if plan.target.is_none() => Status::Waiting,
-        None if runs => Status::Running,
-        None => Status::Failed,
+        _ if plan.paused => ServicePhase::Stopped,
+        Some(t) if t.rejected => ServicePhase::Rejected,
+        Some(_) => ServicePhase::Failed,
+        None if plan.target.is_none() => ServicePhase::Waiting,
+        None if runs => ServicePhase::Running,
+        None => ServicePhase::Failed,
     };
     let failure = plan.trouble.as_ref().map(|t| t.failure.clone());
     let known = runs && (seen.verified || seen.clean && plan.drop_ins.is_empty());
@@ -709,7 +710,7 @@ fn happens(m: &mut Machine, r: &mut Random) -> String {
         }
         2..=5 => {
             let Some(service) = m.manifest.iter_mut().find(|s| s.name == who) else { return String::new() };
-            service.artifact.store_path = Target::Path(path(version));
+            service.artifact.store_path = ArtifactPath::Path(path(version));
             format!("manifest: update {who} v{version}")
         }
         6 => {
@@ -728,7 +729,7 @@ fn happens(m: &mut Machine, r: &mut Random) -> String {
                     format!("manifest: {who} path /{version}")
                 }
                 2 => {
-                    service.artifact.store_path = Target::Placeholder;
+                    service.artifact.store_path = ArtifactPath::Placeholder;
                     format!("manifest: {who} waits")
                 }
                 3 => {
@@ -991,7 +992,7 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
             _ => false,
         };
         if theirs {
-            if state.status != Status::Failed {
+            if state.status != ServicePhase::Failed {
                 say(format!("{name} is somebody's, but {:?}", state.status));
             }
             if unit.file != before.units[name].file {
@@ -1012,7 +1013,7 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
             continue;
         };
         if m.disk.overrides.is_paused(name, before.now()) {
-            if unit.process.is_some() || unit.wanted || state.status != Status::Stopped {
+            if unit.process.is_some() || unit.wanted || state.status != ServicePhase::Stopped {
                 say(format!("{name} is paused, but {unit:?} {:?}", state.status));
             }
             routed.extend(m.disk.applied.get(name).map_or(entry.http.as_ref(), |a| a.service.http.as_ref()));
@@ -1031,7 +1032,7 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
             if let DropIn::Starts(_) = drop_in {
                 let intact = unit.process.as_ref().is_some_and(|p| p.path == *target)
                     && unit.file == Some(File::Ours(unit::render(entry, target)));
-                if state.status == Status::Running && !intact {
+                if state.status == ServicePhase::Running && !intact {
                     say(format!("{name} counts as running, but {unit:?}"));
                 }
                 unroutable = true;
@@ -1061,7 +1062,7 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
         let refused =
             !is_proved(entry, target) && (bad(target) || remembers(before, name, &m.attempt(entry)));
         let expected = if refused { proved.map(|a| (&a.service, &a.path)) } else { Some((entry, target)) };
-        let status = if refused { Status::Rejected } else { Status::Running };
+        let status = if refused { ServicePhase::Rejected } else { ServicePhase::Running };
         if state.status != status {
             say(format!("{name} should be {status:?}, is {:?} {:?}", state.status, state.failure));
         }

@@ -7,7 +7,7 @@ use cache::{Chain, Closure, Many, NIX_CONFIG, ask, at_home, bucket, key, whole_b
 use common::{DEVELOPER, S3Server};
 use omni_deploy::clock::Timestamp;
 use omni_deploy::config::{Flags, Settings, load};
-use omni_deploy::deployer::state::{Failure, ServiceState, State, Status};
+use omni_deploy::deployer::state::{FailureRecord, ServicePhase, ServiceState, State};
 use omni_deploy::keys::PublicKey;
 use omni_deploy::names::{HostName, ServiceName, StorePath};
 use omni_deploy::nix::hash::Sha256;
@@ -860,11 +860,11 @@ fn a_bucket_that_refuses_a_file_is_named_and_nothing_is_published() {
 }
 
 /// What a host's state says of `ava`.
-fn state(serial: u64, status: Status, runs: &StorePath, attempted: Option<&StorePath>) -> String {
+fn state(serial: u64, status: ServicePhase, runs: &StorePath, attempted: Option<&StorePath>) -> String {
     let name = ServiceName::parse("ava").unwrap();
     let mut state = State::new(HostName::parse("biz").unwrap(), Timestamp(0));
     state.serial = Some(serial);
-    let failure = attempted.map(|path| Failure {
+    let failure = attempted.map(|path| FailureRecord {
         reason: "it exits at once; read 'journalctl -u ava'".into(),
         attempted: Some(path.clone()),
         at: Timestamp(0),
@@ -920,12 +920,13 @@ fn shipping_ends_with_the_truth_about_every_host() {
     let line = format!("ava {} serial 3\n", closure.app);
 
     // The first start joins a pass that read an older manifest.
-    let states = [state(2, Status::Running, &old, None), state(3, Status::Running, &closure.app, None)];
+    let states =
+        [state(2, ServicePhase::Running, &old, None), state(3, ServicePhase::Running, &closure.app, None)];
     let output = ship(&states, "30");
     assert_eq!(output.text(), format!("{line}ava biz running\n"), "{}", output.stderr);
     assert!(output.status.ok() && starts() == 2, "{} starts: {}", starts(), output.stderr);
 
-    let output = ship(&[state(3, Status::Rejected, &old, Some(&closure.app))], "30");
+    let output = ship(&[state(3, ServicePhase::Rejected, &old, Some(&closure.app))], "30");
     assert_eq!(output.text(), format!("{line}ava biz rejected\n"));
     assert_eq!(output.status.to_string(), "exit code 3");
     assert!(output.stderr.contains("exits at once") && output.stderr.contains("panic: no database"));
@@ -946,7 +947,7 @@ fn shipping_ends_with_the_truth_about_every_host() {
         let output = desk.run(&["ship", "--timeout", "30", "--service", "ava", closure.app.as_str()]);
         (output, fs_err::read_to_string(desk.path("host/starts")).unwrap())
     };
-    let well = state(3, Status::Running, &closure.app, None);
+    let well = state(3, ServicePhase::Running, &closure.app, None);
     let (output, starts_made) = answers(&well, serde_json::json!({"code": 0}));
     assert_eq!(output.text(), format!("{line}ava biz running\n"), "{}", output.stderr);
     assert!(output.status.ok() && starts_made == "watch\n", "{starts_made}: {}", output.stderr);
@@ -959,7 +960,7 @@ fn shipping_ends_with_the_truth_about_every_host() {
     );
 
     // It runs, as an earlier pass left it, and this pass failed: of an older program the journal tells why.
-    let well = state(3, Status::Running, &closure.app, None);
+    let well = state(3, ServicePhase::Running, &closure.app, None);
     drop(fs_err::remove_dir_all(desk.path("host")));
     fs_err::create_dir(desk.path("host")).unwrap();
     fs_err::write(desk.path("host/state"), &well).unwrap();
@@ -993,13 +994,13 @@ fn shipping_ends_with_the_truth_about_every_host() {
     let both = ["biz reads s3://releases2, you published to file://", "correct 'store'"];
     assert!(both.iter().all(|part| output.stderr.contains(part)), "{}", output.stderr);
     // Of a program that does not say: a number that this store does not have.
-    let output = ship(&[state(42, Status::Running, &old, None)], "30");
+    let output = ship(&[state(42, ServicePhase::Running, &old, None)], "30");
     assert_eq!(output.text(), format!("{line}ava biz unknown\n"), "{}", output.stderr);
     assert!(output.stderr.contains("worked from version 42, which is not in file://"), "{}", output.stderr);
 
     // A host that never gets there is not waited for beyond the timeout.
     let started = std::time::Instant::now();
-    let output = ship(&[state(2, Status::Running, &old, None)], "7");
+    let output = ship(&[state(2, ServicePhase::Running, &old, None)], "7");
     assert_eq!(output.status.to_string(), "exit code 1");
     assert!(output.stderr.contains("saw serial 2, not yet 3"), "{}", output.stderr);
     assert!(started.elapsed().as_secs() < 20);
@@ -1008,7 +1009,7 @@ fn shipping_ends_with_the_truth_about_every_host() {
     // Somebody publishes in between: it is said who, as the store knows.
     let other = desk.run(&["manifest", "update", "ava", old.as_str()]);
     assert!(other.status.ok(), "{}", other.stderr);
-    fs_err::write(desk.path("host/state.1"), state(4, Status::Running, &old, None)).unwrap();
+    fs_err::write(desk.path("host/state.1"), state(4, ServicePhase::Running, &old, None)).unwrap();
     fs_err::remove_file(desk.path("host/starts")).unwrap();
     let settings = desk.settings(&[("ssh", &format!("sh {}", desk.path("bin/enter").display()))]);
     let shipped =

@@ -5,7 +5,7 @@
 mod common;
 
 use common::wait_until;
-use omni_deploy::runner::{Output, Run, Status};
+use omni_deploy::runner::{Output, ProcessStatus, Run};
 use serde_json::json;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -150,7 +150,7 @@ impl Machine {
 
 fn exit(output: &Output) -> i32 {
     match output.status {
-        Status::Exit(code) => code,
+        ProcessStatus::Exit(code) => code,
         other => panic!("{other}: {}", output.stderr),
     }
 }
@@ -431,7 +431,7 @@ fn ctrl_c_is_the_editors_and_any_other_end_leaves_nothing_on_the_disk() {
         } else {
             wait_until(LIMIT, "the folder is gone", || !folder.exists());
             fs_err::write(machine.path("go"), "").unwrap();
-            assert!(matches!(editing.join().unwrap().status, Status::Signal(_)), "{signal}");
+            assert!(matches!(editing.join().unwrap().status, ProcessStatus::Signal(_)), "{signal}");
             assert_eq!(machine.text(), format!("TOKEN={MARK}\n"));
         }
         assert!(!folder.exists(), "{signal}");

@@ -6,13 +6,13 @@ mod common;
 use common::{DEVELOPER, HOST, KEY, S3Server, SECRET};
 use omni_deploy::clock::Timestamp;
 use omni_deploy::cmd::tree;
-use omni_deploy::deployer::live::Answer;
+use omni_deploy::deployer::live::LiveState;
 use omni_deploy::deployer::state::State;
 use omni_deploy::dispatch;
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::names::HostName;
-use omni_deploy::runner::{Output, Run, Status, Stream};
-use omni_deploy::see::judge::{Only, Report, Wanted, judge};
+use omni_deploy::runner::{Output, ProcessStatus, Run, Stream};
+use omni_deploy::see::judge::{Expected, HostReport, Only, judge};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::{Condition, Store};
 use serde_json::{Value, json};
@@ -109,7 +109,7 @@ fn json_of(output: &Output) -> Value {
 
 fn exit(output: &Output) -> i32 {
     match output.status {
-        Status::Exit(code) => code,
+        ProcessStatus::Exit(code) => code,
         other => panic!("{other}: {}", output.stderr),
     }
 }
@@ -126,11 +126,11 @@ fn a_state_of_version_1_is_still_read_whole() {
 #[test]
 fn an_answer_of_version_1_is_still_read_whole() {
     let fixture: Value = serde_json::from_str(include_str!("../fixtures/live-v1.json")).unwrap();
-    let answer = Answer::parse(fixture.to_string().as_bytes()).unwrap();
+    let answer = LiveState::parse(fixture.to_string().as_bytes()).unwrap();
     kept(&fixture, &serde_json::to_value(&answer).unwrap());
     let mut newer = fixture;
     newer["version"] = json!(2);
-    assert!(Answer::parse(newer.to_string().as_bytes()).unwrap_err().contains("version 2"));
+    assert!(LiveState::parse(newer.to_string().as_bytes()).unwrap_err().contains("version 2"));
 }
 
 /// Everything of `old` is in `new`; fields may have come since.
@@ -150,10 +150,10 @@ fn status_json_keeps_its_form() {
     let biz = HostName::parse("biz").unwrap();
     let web = HostName::parse("web-1.example.com").unwrap();
     let state = State::parse(STATE.as_bytes()).unwrap();
-    let reports = BTreeMap::from([(biz, Report::Read(Box::new(state))), (web, Report::Missing)]);
+    let reports = BTreeMap::from([(biz, HostReport::Read(Box::new(state))), (web, HostReport::Missing)]);
     let now = Timestamp::parse("2026-11-22T18:35:00Z").unwrap();
     let picture =
-        serde_json::to_value(judge(&Wanted::only(&manifest), &reports, now, Only::default())).unwrap();
+        serde_json::to_value(judge(&Expected::only(&manifest), &reports, now, Only::default())).unwrap();
     let fixture: Value = serde_json::from_str(include_str!("../fixtures/status-v1.json")).unwrap();
     assert_eq!(picture, fixture, "{}", serde_json::to_string_pretty(&picture).unwrap());
 }
@@ -484,7 +484,7 @@ fn watching_on_a_pipe_prints_only_what_changed() {
     let second: Value = serde_json::from_str(&next()).unwrap();
     assert_eq!(second["rows"][0]["status"], "failed");
     Run::new("kill").arg(pid).success().unwrap();
-    assert_eq!(watcher.join().unwrap().unwrap().status, Status::Signal(15));
+    assert_eq!(watcher.join().unwrap().unwrap().status, ProcessStatus::Signal(15));
     assert_eq!(lines.try_iter().count(), 0);
 }
 

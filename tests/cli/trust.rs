@@ -1,7 +1,7 @@
 //! Signed manifests through the built binary, over directories: what somebody who can write the store, but has
 //! no key, can make of it.
 
-use omni_deploy::runner::{Output, Run, Status};
+use omni_deploy::runner::{Output, ProcessStatus, Run};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -47,7 +47,7 @@ impl World {
 
     fn ok(&self, who: &str, args: &[&str]) -> String {
         let out = self.call_in("prod", who, args);
-        assert_eq!(out.status, Status::Exit(0), "{args:?}: {}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{args:?}: {}", out.stderr);
         out.text()
     }
 
@@ -55,7 +55,7 @@ impl World {
     fn refused(&self, who: &str, args: &[&str], reason: &str) {
         let before = fs_err::read(self.file("prod")).unwrap();
         let out = self.call_in("prod", who, args);
-        assert_eq!(out.status, Status::Exit(1), "{args:?}: {}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(1), "{args:?}: {}", out.stderr);
         assert!(out.stderr.contains(reason) && out.stderr.lines().count() == 1, "{args:?}: {}", out.stderr);
         assert_eq!(fs_err::read(self.file("prod")).unwrap(), before, "{args:?}");
     }
@@ -176,7 +176,7 @@ fn no_change_is_built_upon_what_nobody_trusted_has_signed() {
         world.refused("ann", &["manifest", "set", "ava", "env.A=1"], reason);
         world.refused("ann", &["manifest", "update", "ava", OTHER], reason);
         world.refused("ann", &["manifest", "rollback", "--service", "ava", "1"], reason);
-        assert_eq!(world.call_in("prod", "ann", &["manifest", "verify"]).status, Status::Exit(1));
+        assert_eq!(world.call_in("prod", "ann", &["manifest", "verify"]).status, ProcessStatus::Exit(1));
         // The way back does not need what is there, nor does it take the serial from it.
         fs_err::write(
             world.file("prod").with_file_name("manifests/manifest-20991231T235959Z-9007199254740991.json"),
@@ -195,7 +195,7 @@ fn a_manifest_of_one_store_means_nothing_in_another() {
     fs_err::create_dir_all(world.dir.path().join("staging")).unwrap();
     fs_err::copy(world.file("prod"), world.file("staging")).unwrap();
     let out = world.call_in("staging", "ann", &["manifest", "update", "ava", OTHER]);
-    assert_eq!(out.status, Status::Exit(1));
+    assert_eq!(out.status, ProcessStatus::Exit(1));
     assert!(out.stderr.contains("was signed for the store"), "{}", out.stderr);
 }
 
@@ -229,7 +229,7 @@ fn a_copy_from_elsewhere_is_gone_back_to_only_if_it_was_signed_for_this_store() 
     fs_err::write(&copy, &good).unwrap();
     // What came after it is undone only by who means that: a host may say that its copy be put back, and be nobody's.
     let out = world.call_in("prod", "ann", &["manifest", "rollback", &at]);
-    assert!(out.status == Status::Exit(1) && out.stderr.contains("add '-y'"), "{}", out.stderr);
+    assert!(out.status == ProcessStatus::Exit(1) && out.stderr.contains("add '-y'"), "{}", out.stderr);
     assert_eq!((world.env(), serial("prod")), (json!({"A": "1"}), before + 1));
     world.ok("ann", &["manifest", "rollback", "-y", &at]);
     assert_eq!(serial("prod"), before + 2);
@@ -303,11 +303,11 @@ fn an_old_version_put_back_is_not_built_upon_and_what_it_took_the_place_of_is_pu
         world.refused("ann", args, "an older version was put back");
     }
     let out = world.edits("ann", "echo >>$1");
-    assert!(out.status == Status::Exit(1) && out.stderr.contains("was put back"), "{}", out.stderr);
+    assert!(out.status == ProcessStatus::Exit(1) && out.stderr.contains("was put back"), "{}", out.stderr);
     // She does what she is told.
     let said = world.says("ann", &["manifest", "set", "ava", "env.COLOUR=blue"], "has seen version 4");
     let out = world.types("ann", &said, "rollback @");
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     world.ok("ann", &["manifest", "set", "ava", "env.COLOUR=blue"]);
     assert_eq!(world.env(), json!({"AUTH": "required", "COLOUR": "blue"}));
     assert_eq!(world.manifest()["serial"], 6);
@@ -319,7 +319,7 @@ fn an_old_version_put_back_is_not_built_upon_and_what_it_took_the_place_of_is_pu
     fs_err::copy(world.archived(3), world.file("prod")).unwrap();
     let said = world.says("ann", &["manifest", "set", "ava", "env.COLOUR=blue"], "has seen version 6");
     let out = world.types("ann", &said, "rollback 3");
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "none"}), &json!(7)));
     world.ok("ann", &["manifest", "verify"]);
 }
@@ -338,7 +338,7 @@ fn what_somebody_published_upon_an_old_version_is_noticed_by_everybody_else_and_
     world.ok("bob", &["manifest", "set", "ava", "env.COLOUR=red"]);
     world.refused("ann", &["manifest", "set", "ava", "env.A=1"], "does not come after version 4");
     let out = world.types("ann", &said, "rollback @");
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "required"}), &json!(6)));
     world.ok("bob", &["manifest", "set", "ava", "env.COLOUR=red"]);
     world.ok("ann", &["manifest", "set", "ava", "env.A=1"]);
@@ -354,7 +354,7 @@ fn a_store_that_was_made_anew_or_restored_on_purpose_is_accepted_by_its_number()
     let said = world.says("ann", &["manifest", "set", "ava", "env.B=1"], "verify --accept-version 2");
     world.refused("ann", &["manifest", "verify", "--accept-version", "3"], "not version 3");
     let out = world.types("ann", &said, "verify --accept-version");
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     world.ok("ann", &["manifest", "set", "ava", "env.B=1"]);
     assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"B": "1"}), &json!(3)));
     // Emptied: what was seen is put back as it is said, or the number goes on.
@@ -364,9 +364,9 @@ fn a_store_that_was_made_anew_or_restored_on_purpose_is_accepted_by_its_number()
         assert!(set.stderr.contains("any more, and this machine has seen version"), "{}", set.stderr);
         let ava = json!({"name": "b", "artifact": {"storePath": PATH}, "hosts": ["biz"]}).to_string();
         let add = world.call_in("prod", "ann", &["manifest", "add-service", &ava]);
-        assert_eq!(add.status, Status::Exit(1), "nothing else is lost by the way: {}", add.stderr);
+        assert_eq!(add.status, ProcessStatus::Exit(1), "nothing else is lost by the way: {}", add.stderr);
         let out = world.types("ann", &set.stderr, &words.join(" "));
-        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     }
     assert_eq!((&world.manifest()["serial"], &world.manifest()["services"]), (&json!(5), &json!([])));
 }
@@ -387,7 +387,7 @@ fn without_a_home_it_is_said_that_nothing_is_remembered_and_the_work_goes_on() {
         .without_env("JOURNAL_STREAM")
         .output()
         .unwrap();
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     assert_eq!(out.stderr.matches("will not remember").count(), 1, "{}", out.stderr);
     assert_eq!(world.env(), json!({"A": "1"}));
 }
@@ -419,7 +419,7 @@ fn an_edit_of_a_damaged_or_forged_manifest_starts_from_the_newest_that_is_believ
                 fs_err::remove_dir_all(world.dir.path().join("ann/.local/state")).unwrap();
             }
             let (out, seen) = mend(&world);
-            assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+            assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
             assert!(out.stderr.contains(said) && !seen.contains("/bin/sh"), "{}{seen}", out.stderr);
             let base = if forgets { "you edit version 2" } else { "you edit version 3" };
             assert!(out.stderr.contains(base), "{}", out.stderr);
@@ -439,7 +439,7 @@ fn an_edit_of_a_damaged_or_forged_manifest_starts_from_the_newest_that_is_believ
 fn a_kept_draft_is_published_upon_what_it_was_made_from_and_nothing_else() {
     let world = World::new();
     let kept = |out: &Output| {
-        assert_eq!(out.status, Status::Exit(1), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(1), "{}", out.stderr);
         PathBuf::from(out.stderr.split("kept in ").nth(1).unwrap().split(": correct").next().unwrap())
     };
     let out = world.edits("ann", "sed -i 's/\"restartSec\": 5/\"restartSec\": -7/' $1");
@@ -450,7 +450,7 @@ fn a_kept_draft_is_published_upon_what_it_was_made_from_and_nothing_else() {
     let web = json!({"name": "web", "artifact": {"storePath": PATH}, "hosts": ["biz"]}).to_string();
     world.ok("ann", &["manifest", "add-service", &web]);
     let out = world.types("ann", &out.stderr, "edit --draft");
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     let manifest = world.manifest();
     assert_eq!(manifest["services"][0]["systemd"]["restartSec"], 7);
     assert_eq!(manifest["services"][1]["name"], "web");
@@ -484,7 +484,7 @@ fn an_archived_version_counts_only_under_the_name_that_its_content_makes() {
         fs_err::write(world.archive().join(name), &old).unwrap();
     }
     let list = world.call_in("prod", "ann", &["manifest", "list"]);
-    assert_eq!(list.status, Status::Exit(0), "{}", list.stderr);
+    assert_eq!(list.status, ProcessStatus::Exit(0), "{}", list.stderr);
     assert_eq!(list.text().matches("not a version: it holds version 2").count(), 2, "{}", list.text());
     assert!(list.stderr.contains("not a version: manifests/manifest-2099\\u{9b}"), "{}", list.stderr);
     assert!(!(list.text() + &list.stderr).contains('\u{9b}'));
@@ -515,7 +515,11 @@ fn sign_shows_what_nobody_trusted_has_signed_and_signs_only_what_was_looked_at()
     let good = fs_err::read(world.file("prod")).unwrap();
     world.tamper(|m| m["services"][0]["env"] = json!({"A": "1"}));
     let out = world.call_in("prod", "ann", &["manifest", "sign"]);
-    assert!(out.status == Status::Exit(1) && out.stderr.contains("ava: env.A (none) → 1"), "{}", out.stderr);
+    assert!(
+        out.status == ProcessStatus::Exit(1) && out.stderr.contains("ava: env.A (none) → 1"),
+        "{}",
+        out.stderr
+    );
     assert!(out.stderr.contains("no host that obeyed version 2"), "{}", out.stderr);
     fs_err::write(world.file("prod"), good).unwrap();
     world.tamper(|m| {
@@ -531,7 +535,7 @@ fn sign_shows_what_nobody_trusted_has_signed_and_signs_only_what_was_looked_at()
     });
     let before = fs_err::read(world.file("prod")).unwrap();
     let shown = world.call_in("prod", "ann", &["manifest", "sign"]);
-    assert_eq!(shown.status, Status::Exit(1), "{}", shown.stderr);
+    assert_eq!(shown.status, ProcessStatus::Exit(1), "{}", shown.stderr);
     for part in [
         "ava: exec.command null → /bin/sh -c id",
         "+ service evil",
@@ -546,13 +550,17 @@ fn sign_shows_what_nobody_trusted_has_signed_and_signs_only_what_was_looked_at()
     // What is signed is what was shown.
     world.tamper(|m| m["services"][0]["env"] = json!({"LATER": "1"}));
     let late = world.types("ann", &shown.stderr, "sign --hash");
-    assert!(late.status == Status::Exit(1) && late.stderr.contains("look at it again"), "{}", late.stderr);
+    assert!(
+        late.status == ProcessStatus::Exit(1) && late.stderr.contains("look at it again"),
+        "{}",
+        late.stderr
+    );
     fs_err::write(world.file("prod"), before).unwrap();
     // Two that begin alike are soon found.
     let whole = hash_in(&world);
     world.refused("ann", &["manifest", "sign", "--hash", &whole[..32]], "look at it again");
     let out = world.types("ann", &shown.stderr, "sign --hash");
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     world.ok("ann", &["manifest", "verify"]);
 }
 
@@ -625,8 +633,8 @@ fn the_largest_manifest_of_a_stranger_costs_no_command_more_than_200_mib() {
             let script = "ulimit -v 204800 && exec \"$@\"";
             let out = world.run_in("prod", "ann", Run::new("sh").args(["-c", script, "sh", bin]).args(*args));
             let fine = match args[1..].first() {
-                Some(&"list" | &"show") => matches!(out.status, Status::Exit(0 | 1)),
-                _ => out.status == Status::Exit(1),
+                Some(&"list" | &"show") => matches!(out.status, ProcessStatus::Exit(0 | 1)),
+                _ => out.status == ProcessStatus::Exit(1),
             };
             let said: String = out.stderr.chars().take(500).collect();
             assert!(fine, "{what}, {args:?}: {} {said}", out.status);
@@ -654,7 +662,7 @@ fn whoever_only_reads_follows_nobody_who_is_not_trusted() {
     }
     assert!(!asked.exists(), "somebody was asked");
     let shown = world.call_in("prod", "ann", &["manifest", "show"]);
-    assert_eq!(shown.status, Status::Exit(0));
+    assert_eq!(shown.status, ProcessStatus::Exit(0));
     assert!(shown.text().contains("git.evil.example.com"), "it is there to be looked at");
     assert!(shown.stderr.contains("not to be trusted"), "{}", shown.stderr);
     let doctor = world.call_in("prod", "ann", &["doctor"]);
@@ -669,7 +677,7 @@ fn where_a_manifest_was_taken_away_nothing_begins_anew_by_the_way() {
     let web = json!({"name": "web", "artifact": {"storePath": PATH}, "hosts": ["biz"]}).to_string();
     let refused = |who: &str, args: &[&str], said: &str| {
         let out = world.call_in("prod", who, args);
-        assert_eq!(out.status, Status::Exit(1), "{who} {args:?}: {}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(1), "{who} {args:?}: {}", out.stderr);
         assert!(out.stderr.contains(said), "{who} {args:?}: {}", out.stderr);
         assert!(!world.file("prod").exists(), "{who} {args:?}");
     };
@@ -706,7 +714,7 @@ fn what_says_that_a_newer_program_wrote_it_is_replaced_unless_somebody_trusted_h
     assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"A": "1"}), &json!(4)));
     fs_err::write(world.file("prod"), newer).unwrap();
     let out = world.edits("ann", "sed -i 's/\"restartSec\": 5/\"restartSec\": 7/' $1");
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     world.ok("ann", &["manifest", "verify"]);
     assert_eq!(world.manifest()["services"][0]["systemd"]["restartSec"], 7);
 }
@@ -725,11 +733,15 @@ fn no_copy_takes_the_place_of_what_is_known_to_be_newer() {
         world.ok("ann", &["manifest", "set", "ava", "env.COLOUR=blue"]);
         fs_err::remove_file(world.file("prod")).unwrap();
         let out = world.call_in("prod", who, &["manifest", "rollback", &at]);
-        assert!(out.status == Status::Exit(1) && !world.file("prod").exists(), "{who}: {}", out.stderr);
+        assert!(
+            out.status == ProcessStatus::Exit(1) && !world.file("prod").exists(),
+            "{who}: {}",
+            out.stderr
+        );
         assert!(out.stderr.contains("the copy is version 3"), "{who}: {}", out.stderr);
         assert!(out.stderr.contains(newer), "{who}: {}", out.stderr);
         let out = world.types(who, &out.stderr, "rollback");
-        assert_eq!(out.status, Status::Exit(0), "{who}: {}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{who}: {}", out.stderr);
         assert_eq!(
             (&world.env()["AUTH"], &world.manifest()["serial"]),
             (&json!("required"), &json!(6)),
@@ -740,7 +752,7 @@ fn no_copy_takes_the_place_of_what_is_known_to_be_newer() {
         assert_eq!(lost, who == "bob", "{}", out.stderr);
         // On purpose it may, and what that changes is said.
         let out = world.call_in("prod", who, &["manifest", "rollback", "-y", &at]);
-        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
         assert!(out.stderr.contains("ava: env.AUTH required → none"), "{}", out.stderr);
     }
 }
@@ -764,7 +776,7 @@ fn of_what_was_put_back_the_newest_that_the_store_has_is_published_again() {
     let said =
         world.says("ann", &["manifest", "set", "ava", "env.A=1"], "has among the replaced ones version 4");
     let out = world.types("ann", &said, "rollback manifest-");
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "required"}), &json!(6)));
     assert!(out.stderr.contains("version 5, in whose place this was published"), "{}", out.stderr);
 }
@@ -783,7 +795,11 @@ fn who_signs_what_a_stranger_wrote_takes_neither_its_number_nor_its_history() {
     assert!(shown.stderr.contains("ava: env.B (none) → 1"), "{}", shown.stderr);
     // To this machine it is a fork of what it has seen.
     let out = world.call_in("prod", "ann", &["manifest", "sign", "--hash", &hash_in(&world)]);
-    assert!(out.status == Status::Exit(1) && out.stderr.contains("no host that obeyed"), "{}", out.stderr);
+    assert!(
+        out.status == ProcessStatus::Exit(1) && out.stderr.contains("no host that obeyed"),
+        "{}",
+        out.stderr
+    );
     for forgets in [false, true] {
         world.tamper(|m| m["previous"] = json!(["9007199254740989:lost"]));
         if forgets {
@@ -791,7 +807,7 @@ fn who_signs_what_a_stranger_wrote_takes_neither_its_number_nor_its_history() {
         }
         let shown = world.call_in("prod", "ann", &["manifest", "sign"]);
         let out = world.types("ann", &shown.stderr, "sign --hash");
-        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
         assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"A": "1", "B": "1"}), &json!(4)));
         let previous = world.manifest()["previous"].to_string();
         assert!(!previous.contains("9007199254740989") && previous.contains("\"2:"), "{previous}");
@@ -817,7 +833,12 @@ fn what_is_signed_after_many_versions_names_the_one_that_it_takes_the_place_of()
     fs_err::remove_dir_all(world.dir.path().join("ann/.local/state")).unwrap();
     let hash = hash_in(&world);
     let shown = world.call_in("prod", "ann", &["manifest", "sign"]);
-    assert_eq!(world.types("ann", &shown.stderr, "sign --hash").status, Status::Exit(0), "{}", shown.stderr);
+    assert_eq!(
+        world.types("ann", &shown.stderr, "sign --hash").status,
+        ProcessStatus::Exit(0),
+        "{}",
+        shown.stderr
+    );
     let manifest = world.manifest();
     let previous: Vec<&str> =
         manifest["previous"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
@@ -842,7 +863,7 @@ fn a_name_that_no_signature_vouches_for_leaves_room_for_the_numbers_after_it() {
         fs_err::write(world.archive().join("manifest-20991231T235959Z-9007199254740980.json"), "").unwrap();
         let run = Run::new(env!("CARGO_BIN_EXE_omni-deploy")).args(args).stdin(copy);
         let out = world.run_in("prod", "ann", run);
-        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
         assert!(world.manifest()["serial"].as_u64().unwrap() < 10, "{}", world.manifest());
     }
 }
@@ -860,7 +881,7 @@ fn a_rollback_passes_over_what_it_does_not_believe_and_says_what_it_undoes() {
     let name = "manifest-20991231T235959Z-00000004.json";
     fs_err::write(world.archive().join(name), forged.to_string()).unwrap();
     let out = world.call_in("prod", "ann", &["manifest", "rollback"]);
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"N": "2"}), &json!(6)));
     for part in [
         "from version 5 (set ava env.N by ann@",
@@ -872,20 +893,20 @@ fn a_rollback_passes_over_what_it_does_not_believe_and_says_what_it_undoes() {
     }
     world.ok("ann", &["manifest", "rollback", "4"]);
     let out = world.call_in("prod", "ann", &["manifest", "rollback", "--service", "ava"]);
-    assert_eq!((out.status, world.env()), (Status::Exit(0), json!({"N": "3"})), "{}", out.stderr);
+    assert_eq!((out.status, world.env()), (ProcessStatus::Exit(0), json!({"N": "3"})), "{}", out.stderr);
     let said = "ava as it was before version 6 (rollback to manifest-";
     assert!(out.stderr.contains(said) && out.stderr.contains("ava: env.N 2 → 3"), "{}", out.stderr);
     // A damaged manifest is gone back from, and what it was is passed over by the next rollback.
     let text = fs_err::read_to_string(world.file("prod")).unwrap();
     fs_err::write(world.file("prod"), &text[..text.len() / 2]).unwrap();
     let out = world.call_in("prod", "ann", &["manifest", "rollback"]);
-    assert_eq!((out.status, world.env()), (Status::Exit(0), json!({"N": "3"})), "{}", out.stderr);
+    assert_eq!((out.status, world.env()), (ProcessStatus::Exit(0), json!({"N": "3"})), "{}", out.stderr);
     fs_err::write(world.file("prod"), &text[..text.len() / 2]).unwrap();
     fs_err::remove_dir_all(world.dir.path().join("ann/.local/state")).unwrap();
     let mut back = Vec::new();
     for _ in 0..3 {
         let out = world.call_in("prod", "ann", &["manifest", "rollback"]);
-        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
         back.push(world.env()["N"].as_str().unwrap().to_string());
     }
     // The newest that is believed, and then to and fro.
@@ -906,7 +927,11 @@ fn what_reads_says_of_a_version_that_nobody_trusted_has_signed_it() {
             _ => drop(fs_err::copy(world.archived(2), world.file("prod")).unwrap()),
         }
         let list = world.call_in("prod", "ann", &["manifest", "list"]);
-        assert!(list.status == Status::Exit(0) && list.stderr.contains(said), "{what}: {}", list.stderr);
+        assert!(
+            list.status == ProcessStatus::Exit(0) && list.stderr.contains(said),
+            "{what}: {}",
+            list.stderr
+        );
         world.refused("ann", &["manifest", "validate"], said);
         fs_err::write(world.file("prod"), &good).unwrap();
     }
@@ -932,7 +957,7 @@ fn what_was_published_without_a_version_that_was_lost_is_noticed_by_whoever_has_
         let said = world.says("bob", &["manifest", "set", "ava", "env.COLOUR=blue"], "cut off");
         let out = world.types("bob", &said, "rollback");
         assert!(
-            out.status == Status::Exit(0) && out.stderr.contains("a host that has obeyed it refuses"),
+            out.status == ProcessStatus::Exit(0) && out.stderr.contains("a host that has obeyed it refuses"),
             "{}",
             out.stderr
         );
@@ -941,7 +966,7 @@ fn what_was_published_without_a_version_that_was_lost_is_noticed_by_whoever_has_
         assert!(world.manifest()["previous"].to_string().contains("4:lost"), "{}", world.manifest());
         let said = world.says("ann", &["manifest", "set", "ava", "env.A=1"], "does not come after version 4");
         match by_host {
-            false => assert_eq!(world.types("ann", &said, "rollback @").status, Status::Exit(0)),
+            false => assert_eq!(world.types("ann", &said, "rollback @").status, ProcessStatus::Exit(0)),
             true => drop(world.ok("bob", &["manifest", "rollback", &format!("@{}", copy.display())])),
         }
         assert_eq!(world.env(), json!({"AUTH": "required"}));
@@ -972,7 +997,7 @@ fn an_empty_list_of_trusted_keys_makes_nobody_sign_what_a_stranger_wrote() {
         });
         let why = if strip { "it is not signed" } else { "was changed after it was signed" };
         let out = world.edits("ann", "echo >>$1");
-        assert_eq!(out.status, Status::Exit(1), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(1), "{}", out.stderr);
         assert!(
             out.stderr.contains("cat /var/lib/deployer/manifest.json | deploy-manifest rollback -'"),
             "{}",
@@ -984,7 +1009,7 @@ fn an_empty_list_of_trusted_keys_makes_nobody_sign_what_a_stranger_wrote() {
         let forged = world.manifest().to_string();
         fs_err::write(world.archived(2), forged.replace("\"serial\":3", "\"serial\":2")).unwrap();
         let out = world.call_in("prod", "ann", &[none, "manifest", "rollback", "2"]);
-        assert_eq!(out.status, Status::Exit(1), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(1), "{}", out.stderr);
         world.ok("ann", &["manifest", "rollback", &format!("@{}", copy.display())]);
         assert_eq!(world.manifest()["services"][0]["exec"]["command"], Value::Null);
         world.ok("ann", &["manifest", "verify"]);
@@ -1002,7 +1027,7 @@ fn what_reads_says_of_a_damaged_manifest_that_it_is_damaged_and_what_it_says_los
         let said = world.says("ann", &["manifest", command], "cannot be used");
         assert!(!said.contains("any more"), "{said}");
         let out = world.types("ann", &said, "rollback");
-        assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+        assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
         assert_eq!(world.env(), json!({"AUTH": "required"}));
     }
 }
@@ -1025,14 +1050,14 @@ fn however_many_names_somebody_puts_into_the_archive_what_is_known_is_published_
     let said = world.call_in("prod", "ann", &["manifest", "set", "ava", "env.A=1"]).stderr;
     assert!(said.contains("an older version was put back"), "{said}");
     let out = world.types("ann", &said, "rollback @");
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     assert!(out.stderr.contains("no more were looked at"), "{}", out.stderr);
     assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "required"}), &json!(5)));
     // From the copy that a host has kept, on a machine that has seen nothing.
     put_back();
     let out = world.call_in("prod", "bob", &["manifest", "rollback"]);
     assert!(
-        out.status == Status::Exit(1) && out.stderr.contains("deploy-manifest rollback -'"),
+        out.status == ProcessStatus::Exit(1) && out.stderr.contains("deploy-manifest rollback -'"),
         "{}",
         out.stderr
     );
@@ -1064,5 +1089,5 @@ fn a_kept_draft_that_somebody_else_could_have_written_is_not_published() {
         }
     }
     let out = world.types("ann", &said, "edit --draft");
-    assert_eq!(out.status, Status::Exit(0), "{}", out.stderr);
+    assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
 }

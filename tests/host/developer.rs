@@ -3,7 +3,7 @@
 
 use crate::bucket;
 use crate::lab::{BINARY, Host, PAGE, TOP};
-use omni_deploy::runner::{Output, Run, Status};
+use omni_deploy::runner::{Output, ProcessStatus, Run};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -110,7 +110,7 @@ impl Developer {
         let mut text = String::new();
         for seconds in [4, 12, 36] {
             let output = self.tries(&format!("timeout {seconds} {command}"));
-            assert_eq!(output.status, Status::Exit(124), "$ {command}\n{}", output.stderr);
+            assert_eq!(output.status, ProcessStatus::Exit(124), "$ {command}\n{}", output.stderr);
             text = output.text();
             if text.contains(words) {
                 return;

@@ -2,7 +2,7 @@
 
 use crate::lab::{Host, lock, soon};
 use crate::solo::web;
-use omni_deploy::runner::{Run, Status};
+use omni_deploy::runner::{ProcessStatus, Run};
 use serde_json::Value;
 use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::Duration;
@@ -55,7 +55,7 @@ fn says(host: &Host) -> (String, String) {
     assert_eq!(of_domains.len(), 1, "{checks:?}");
     let text = |key: &str| of_domains[0][key].as_str().unwrap().to_string();
     let failed = text("verdict") == "fail";
-    assert!(!failed || output.status == Status::Exit(1), "{}", output.status);
+    assert!(!failed || output.status == ProcessStatus::Exit(1), "{}", output.status);
     (text("verdict"), text("text"))
 }
 
@@ -111,7 +111,7 @@ fn doctor_tries_a_domain_as_a_visitor_does_and_names_what_dns_says_of_it() {
     assert!(live.status.ok() && !live.text().contains("DNS"), "{}", live.text());
     resolves(&host, None);
     let live = host.try_sh("omni-deploy status --live");
-    assert_eq!(live.status, Status::Exit(3), "{}", live.text());
+    assert_eq!(live.status, ProcessStatus::Exit(3), "{}", live.text());
     assert!(
         live.text().contains("web on doors: running: web.example.com: DNS has no address"),
         "{}",
@@ -198,13 +198,13 @@ fn secrets_that_systemd_reads_otherwise_than_they_are_written_are_named() {
         let doctor = host.try_sh("omni-deploy doctor").text();
         let edit = host.try_sh("EDITOR='sed -i $a#' omni-deploy secrets edit web");
         if line == 0 {
-            assert_eq!(check.status, Status::Exit(0), "{text}: {}", check.text());
+            assert_eq!(check.status, ProcessStatus::Exit(0), "{text}: {}", check.text());
             assert!(edit.status.ok(), "{text}: {}", edit.stderr);
             assert!(!doctor.contains("secrets edit web"), "{text}: {doctor}");
             continue;
         }
         let said = format!("line {line} ");
-        assert_eq!(check.status, Status::Exit(3), "{text}: {}", check.text());
+        assert_eq!(check.status, ProcessStatus::Exit(3), "{text}: {}", check.text());
         assert!(check.text().contains(&said), "{text}: {}", check.text());
         assert!(doctor.contains(&format!("secrets file {file}: {said}")), "{text}: {doctor}");
         assert!(
@@ -347,7 +347,7 @@ fn who_is_kept_from_nixs_daemon_is_told_what_to_do_and_who_is_not_trusted_is_not
     let push = format!("omni-deploy push --service tool {path}");
     let refused = |why: &str, remedy: &str| {
         let pushed = as_dev(&push);
-        assert_eq!(pushed.status, Status::Exit(1), "{why}: {}", pushed.stderr);
+        assert_eq!(pushed.status, ProcessStatus::Exit(1), "{why}: {}", pushed.stderr);
         assert!(pushed.stderr.contains(remedy), "{why}: {}", pushed.stderr);
         let doctor = as_dev("omni-deploy doctor --json").text();
         let doctor: Value = serde_json::from_str(&doctor).unwrap();

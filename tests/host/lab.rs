@@ -3,7 +3,7 @@
 //! about the product; the tests do.
 
 use crate::built::cargo;
-use omni_deploy::runner::{Output, Run, Status};
+use omni_deploy::runner::{Output, ProcessStatus, Run};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
@@ -308,7 +308,7 @@ impl Host {
             .output()
             .unwrap();
         match output.status {
-            Status::Exit(0) => Ok(output.text().trim_end().to_string()),
+            ProcessStatus::Exit(0) => Ok(output.text().trim_end().to_string()),
             _ => Err(output.stderr),
         }
     }

@@ -2,7 +2,7 @@
 //! every kind are named and left alone, what runs because of them is kept, and what they leave behind goes.
 
 use crate::solo::{Solo, solo, web};
-use omni_deploy::runner::Status;
+use omni_deploy::runner::ProcessStatus;
 use serde_json::Value;
 
 const OVERRIDE: &str = "/etc/systemd/system/web.service.d/override.conf";
@@ -59,7 +59,7 @@ impl Bare {
         let pass = self.passes_with(3);
         assert!(pass.said.contains(file) && pass.said.contains("needs attention"), "{}", pass.said);
         let status = self.try_sh("omni-deploy status");
-        assert_eq!(status.status, Status::Exit(3), "{}", status.text());
+        assert_eq!(status.status, ProcessStatus::Exit(3), "{}", status.text());
         let text = status.text();
         // Read on the host itself, it is typed there.
         assert!(text.contains(file) && text.contains("'sudo systemctl ") && !text.contains("ssh"), "{text}");
@@ -107,7 +107,7 @@ fn a_drop_in_that_starts_another_program_is_named_and_what_runs_is_kept() {
     host.good_pass();
     assert_eq!(host.invocation("web"), after, "restarted once");
     assert_eq!(host.service("web")["dropIns"], Value::Array(Vec::new()));
-    assert_eq!(host.try_sh("omni-deploy status").status, Status::Exit(0));
+    assert_eq!(host.try_sh("omni-deploy status").status, ProcessStatus::Exit(0));
     assert!(host.is_garbage(&old), "nothing needs it any more");
 }
 
@@ -121,7 +121,7 @@ fn a_drop_in_that_was_there_first_is_named_and_nothing_is_started() {
     assert!(pass.said.contains(OVERRIDE), "{}", pass.said);
     assert_eq!(host.sh("systemctl is-active web || true"), "inactive");
     host.sh("test ! -e /var/lib/deployer/applied/web.json");
-    assert_ne!(host.try_sh("omni-deploy status").status, Status::Exit(0));
+    assert_ne!(host.try_sh("omni-deploy status").status, ProcessStatus::Exit(0));
     let again = host.passes_with(4);
     assert!(!again.said.contains("starting"), "{}", again.said);
     host.sh(&format!("rm {OVERRIDE}"));
@@ -345,7 +345,7 @@ fn a_variable_that_the_manager_gives_every_service_is_named() {
     assert_eq!(pass.code, 3, "{}", pass.said);
     assert!(pass.said.contains("OMNI_TEST") && !pass.said.contains("hunter2"), "{}", pass.said);
     let status = host.try_sh("omni-deploy status");
-    assert_eq!(status.status, Status::Exit(3), "{}", status.text());
+    assert_eq!(status.status, ProcessStatus::Exit(3), "{}", status.text());
     assert!(status.text().contains("systemctl unset-environment OMNI_TEST"), "{}", status.text());
     assert_eq!(host.state()["managerEnvironment"], serde_json::json!(["OMNI_TEST"]));
     // The system's own configuration may name it: then it is meant.
@@ -364,5 +364,5 @@ fn a_variable_that_the_manager_gives_every_service_is_named() {
     assert!(pass.said.contains("OMNI_TEST") && !pass.said.contains("hunter2"), "{}", pass.said);
     host.sh("systemctl unset-environment OMNI_TEST");
     host.good_pass();
-    assert_eq!(host.try_sh("omni-deploy status").status, Status::Exit(0));
+    assert_eq!(host.try_sh("omni-deploy status").status, ProcessStatus::Exit(0));
 }

@@ -156,7 +156,7 @@ EOF
     // Who wants them in the bucket gets them without what is in the secrets file.
     let config = "/etc/omni-deploy/config.json";
     host.sh(&format!("cp {config} /root/config; jq '.reportLines = true' /root/config >{config}"));
-    assert!(host.try_sh("deployer run --retry web").status == omni_deploy::runner::Status::Exit(3));
+    assert!(host.try_sh("deployer run --retry web").status == omni_deploy::runner::ProcessStatus::Exit(3));
     let told = host.sh(&format!("cat {report}"));
     assert!(told.contains("fatal: *** does not answer") || told.contains("postgres://app:***@db"), "{told}");
     he_learns_nothing("with lines in the report");

@@ -2,7 +2,7 @@
 //! leaves what runs alone.
 
 use crate::solo::{Solo, solo, web};
-use omni_deploy::runner::Status;
+use omni_deploy::runner::ProcessStatus;
 use serde_json::json;
 
 /// What runs of the service `web`, to be compared: another invocation would be a restart.
@@ -28,7 +28,7 @@ fn a_path_that_is_not_in_the_cache_leaves_the_running_version_and_is_fetched_whe
     assert!(pass.said.contains(&reason), "{}", pass.said);
     assert_eq!(host.service("web")["storePath"], one);
     let status = host.try_sh("omni-deploy status");
-    assert_eq!(status.status, Status::Exit(3), "{}", status.text());
+    assert_eq!(status.status, ProcessStatus::Exit(3), "{}", status.text());
     assert!(status.text().contains(two.trim_start_matches("/nix/store/")), "{}", status.text());
     // It is not the release's fault: tried again by itself.
     host.sh("cp -rn /root/elsewhere/. /var/lib/omni-deploy/");
@@ -198,11 +198,11 @@ fn a_release_that_does_not_come_up_is_refused_and_the_one_before_it_runs() {
         assert!(!pass.said.contains("starting"), "{}", pass.said);
         unharmed(&host, &invocation);
         let status = host.try_sh("omni-deploy status web");
-        assert_eq!(status.status, Status::Exit(3));
+        assert_eq!(status.status, ProcessStatus::Exit(3));
         assert!(status.text().contains("rejected"), "{}", status.text());
         // Until a person asks.
         let again = host.try_sh("deployer run --retry web");
-        assert_eq!(again.status, Status::Exit(3), "{}", again.stderr);
+        assert_eq!(again.status, ProcessStatus::Exit(3), "{}", again.stderr);
         assert!(again.stderr.contains(part), "{}", again.stderr);
         host.serves("web", "one");
     }
@@ -321,7 +321,7 @@ fn what_a_person_decides_waits_for_the_pass_under_way_and_is_then_done() {
              systemctl kill --signal=KILL deployer
              while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done");
     let run = host.try_sh("deployer run");
-    assert!(run.status == Status::Exit(3) && !run.stderr.contains("waiting"), "{}", run.stderr);
+    assert!(run.status == ProcessStatus::Exit(3) && !run.stderr.contains("waiting"), "{}", run.stderr);
 }
 
 #[test]
@@ -329,7 +329,7 @@ fn a_program_that_is_not_there_is_named_with_its_package() {
     let host = solo();
     let one = host.deploys_web();
     let bare = host.try_sh("env -i PATH=/nonexistent /usr/local/bin/deployer run");
-    assert_eq!(bare.status, Status::Exit(1), "{}", bare.stderr);
+    assert_eq!(bare.status, ProcessStatus::Exit(1), "{}", bare.stderr);
     assert!(bare.stderr.contains("systemctl not found: install systemd"), "{}", bare.stderr);
 
     let two = host.closure("web", "two", "");
@@ -339,14 +339,14 @@ fn a_program_that_is_not_there_is_named_with_its_package() {
         "mkdir -p /opt/without-nix; ln -sf /usr/bin/{systemctl,systemd-analyze,journalctl} /opt/without-nix/
          env -i PATH=/opt/without-nix /usr/local/bin/deployer run",
     );
-    assert_eq!(run.status, Status::Exit(3), "{}", run.stderr);
+    assert_eq!(run.status, ProcessStatus::Exit(3), "{}", run.stderr);
     assert!(run.stderr.contains("not found: install Nix (Debian: apt install nix-bin"), "{}", run.stderr);
     host.serves("web", "one");
     assert_eq!(host.service("web")["storePath"], one);
 
     host.sh("deploy-manifest set web 'hosts=[\"solo\",\"far\"]'");
     let logs = host.try_sh("env PATH=/nonexistent /usr/local/bin/omni-deploy logs web --host far");
-    assert_eq!(logs.status, Status::Exit(1), "{}", logs.stderr);
+    assert_eq!(logs.status, ProcessStatus::Exit(1), "{}", logs.stderr);
     assert!(
         logs.stderr.contains("ssh not found") && logs.stderr.contains("openssh-client"),
         "{}",

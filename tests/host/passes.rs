@@ -3,7 +3,7 @@
 
 use crate::runbook::{Biz, biz};
 use crate::solo::{Solo, solo, web};
-use omni_deploy::runner::Status;
+use omni_deploy::runner::ProcessStatus;
 use serde_json::{Value, json};
 
 /// What a pass may change on a host that is as it should be: nothing. Whatever was touched on its disks since
@@ -354,9 +354,9 @@ fn a_person_on_the_host_finds_what_is_going_on() {
     assert!(host.sh("omni-deploy logs deployer -n 50").contains("web: up after"));
     host.sh("omni-deploy logs caddy -n 5");
     let unknown = host.try_sh("omni-deploy logs wep");
-    assert_eq!(unknown.status, Status::Exit(1));
+    assert_eq!(unknown.status, ProcessStatus::Exit(1));
     assert!(unknown.stderr.contains("did you mean 'web'"), "{}", unknown.stderr);
-    assert_eq!(host.try_sh("omni-deploy status wep").status, Status::Exit(1));
+    assert_eq!(host.try_sh("omni-deploy status wep").status, ProcessStatus::Exit(1));
     host.sh("systemctl start deployer.timer");
     let doctor = host.try_sh("omni-deploy doctor");
     host.sh("systemctl stop deployer.timer");
@@ -373,7 +373,7 @@ fn a_port_goes_from_one_service_to_another_in_one_pass() {
     host.add(&web("shop", 8001, &shop));
     host.good_pass();
     host.serves("shop", "shop");
-    assert_ne!(host.try_sh("systemctl is-active web").status, Status::Exit(0));
+    assert_ne!(host.try_sh("systemctl is-active web").status, ProcessStatus::Exit(0));
     // And two that swap theirs.
     host.add(&web("web", 8002, &path));
     host.good_pass();

@@ -3,7 +3,7 @@
 
 use crate::lab::soon;
 use crate::solo::{Solo, solo, web};
-use omni_deploy::runner::Status;
+use omni_deploy::runner::ProcessStatus;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -73,7 +73,7 @@ fn blames_the_stranger(host: &Solo, code: i32) -> Value {
     }
     let status = host.try_sh("omni-deploy status web");
     assert!(status.text().contains("stranger.service"), "{}", status.text());
-    assert_ne!(status.status, Status::Exit(0));
+    assert_ne!(status.status, ProcessStatus::Exit(0));
     service
 }
 
@@ -334,7 +334,7 @@ fn a_service_that_stops_listening_is_not_left_as_running() {
     host.sh("systemctl kill --signal=USR1 web");
     soon("it stopped listening", Duration::from_secs(10), || {
         match host.try_sh("curl -sf 127.0.0.1:8001").status {
-            Status::Exit(7) => Ok(()),
+            ProcessStatus::Exit(7) => Ok(()),
             other => Err(format!("{other}")),
         }
     });

@@ -4,7 +4,7 @@
 use crate::bucket::{self, Bucket};
 use crate::lab::{Host, soon};
 use crate::solo::{solo, web};
-use omni_deploy::runner::Status;
+use omni_deploy::runner::ProcessStatus;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -54,7 +54,7 @@ fn a_refused_version_is_tried_again_only_when_something_that_goes_into_it_change
     tries("what it requires was stopped", true);
     assert_eq!(host.sh("systemctl is-active dep"), "active");
     let again = host.try_sh("deployer run --retry web");
-    assert!(again.status == Status::Exit(3) && again.stderr.contains(&tried), "{}", again.stderr);
+    assert!(again.status == ProcessStatus::Exit(3) && again.stderr.contains(&tried), "{}", again.stderr);
     tries("a person asked", false);
     // Back to what runs: nothing is refused any more, and nothing restarts.
     let invocation = host.invocation("web");
@@ -77,7 +77,7 @@ fn what_cannot_be_fetched_is_tried_again_more_and_more_rarely_by_the_timer_alone
     host.update("web", &two);
     let timer = |fetches: bool| {
         let run = host.try_sh("TRIGGER_UNIT=deployer.timer deployer run --timer");
-        assert_eq!(run.status, Status::Exit(3), "{}", run.stderr);
+        assert_eq!(run.status, ProcessStatus::Exit(3), "{}", run.stderr);
         assert_eq!(run.stderr.contains("fetching"), fetches, "{}", run.stderr);
         let service = host.service("web");
         assert_eq!((&service["status"], &service["storePath"]), (&json!("failed"), &json!(one)));
@@ -345,7 +345,7 @@ fn a_rollback_on_the_host_needs_no_network_and_holds_until_the_manifest_moves_on
     host.sh("ip link set host0 down");
     let begun = Instant::now();
     let run = host.try_sh(". /root/.profile-host; deployer rollback web");
-    assert_eq!(run.status, Status::Exit(0), "{}", run.stderr);
+    assert_eq!(run.status, ProcessStatus::Exit(0), "{}", run.stderr);
     println!("rollback without a network: {:.1} s", begun.elapsed().as_secs_f64());
     let here = |host: &Host| host.sh("curl -sSf -H 'Host: web.example.com' localhost/");
     assert_eq!(here(&host), "one");
@@ -356,7 +356,7 @@ fn a_rollback_on_the_host_needs_no_network_and_holds_until_the_manifest_moves_on
     // There is nothing before that.
     let again = host.try_sh(". /root/.profile-host; deployer rollback web");
     assert!(
-        again.status == Status::Exit(1) && again.stderr.contains("no earlier closure"),
+        again.status == ProcessStatus::Exit(1) && again.stderr.contains("no earlier closure"),
         "{}",
         again.stderr
     );
@@ -383,7 +383,11 @@ fn a_rollback_on_the_host_needs_no_network_and_holds_until_the_manifest_moves_on
     host.sh(". /root/.profile-host; deployer rollback web --unpin");
     assert_eq!(here(&host), "three");
     let unpin = host.try_sh(". /root/.profile-host; deployer rollback web --unpin");
-    assert!(unpin.status == Status::Exit(1) && unpin.stderr.contains("not pinned"), "{}", unpin.stderr);
+    assert!(
+        unpin.status == ProcessStatus::Exit(1) && unpin.stderr.contains("not pinned"),
+        "{}",
+        unpin.stderr
+    );
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use crate::bucket::{self, Bucket};
 use crate::developer::Developer;
 use crate::lab::{Host, lock, soon};
-use omni_deploy::runner::Status;
+use omni_deploy::runner::ProcessStatus;
 use serde_json::{Value, json};
 use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::Duration;
@@ -141,7 +141,7 @@ fn every_command_of_the_runbook_works_as_written() {
     // many the ten newest, of which two have come since.
     let day =
         developer.tries(&format!("deploy-manifest rollback {}.json", &before[.."manifest-YYYYMMDD".len()]));
-    assert_eq!(day.status, Status::Exit(1), "{}", day.stderr);
+    assert_eq!(day.status, ProcessStatus::Exit(1), "{}", day.stderr);
     assert!(versions.iter().take(8).all(|v| day.stderr.contains(v)), "{}", day.stderr);
 
     // Secrets; the editor is a person at the keyboard.

@@ -99,7 +99,7 @@ fn a_developer_edits_secrets_on_a_host_and_they_pass_through_nothing_else() {
     host.sh("chmod 644 /var/lib/deployer-secrets/ava.env; chmod 755 /var/lib/deployer-secrets");
     let open = developer.tries("omni-deploy secrets check ava");
     let text = open.text();
-    assert_eq!(open.status, omni_deploy::runner::Status::Exit(3), "{text}");
+    assert_eq!(open.status, omni_deploy::runner::ProcessStatus::Exit(3), "{text}");
     for typed in ["chmod 600 /var/lib/deployer-secrets/ava.env", "chmod 700 /var/lib/deployer-secrets"] {
         assert!(text.contains(typed), "{text}");
         host.sh(typed);

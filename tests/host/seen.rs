@@ -3,7 +3,7 @@
 use crate::lab::soon;
 use crate::runbook::{Biz, biz};
 use crate::solo::{solo, web};
-use omni_deploy::runner::{Output, Status};
+use omni_deploy::runner::{Output, ProcessStatus};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -51,7 +51,7 @@ fn live_says_what_systemd_has_at_this_moment() {
     let (status, shown, _) = row(&live());
     assert_eq!((status.as_str(), &shown["off"], &shown["running"]), ("failed", &true.into(), &Value::Null));
     assert!(shown["problem"].as_str().unwrap().contains("it is stopped now"), "{shown}");
-    assert_eq!(developer.tries("omni-deploy status seen --live").status, Status::Exit(3));
+    assert_eq!(developer.tries("omni-deploy status seen --live").status, ProcessStatus::Exit(3));
     // The report is of the pass before.
     assert_eq!(row(&developer.tries("omni-deploy status seen --json")).0, "running");
 
@@ -83,14 +83,14 @@ fn live_says_what_systemd_has_at_this_moment() {
     );
     host.sh("systemctl start deployer.timer");
     let well = developer.tries("omni-deploy status seen --live");
-    assert_eq!(well.status, Status::Exit(0), "{}", well.text());
+    assert_eq!(well.status, ProcessStatus::Exit(0), "{}", well.text());
 
     // A login shell that greets, as `ship`, `logs` and `status --live` meet it.
     host.sh("printf 'echo Welcome to biz; echo careful >&2; printf unfinished\\n' | cat - /home/admin/.bashrc >/tmp/rc || true
              [ -s /tmp/rc ] || printf 'echo Welcome to biz; echo careful >&2; printf unfinished\\n' >/tmp/rc
              install -o admin -m 644 /tmp/rc /home/admin/.bashrc");
     assert!(developer.types("ssh biz true").contains("Welcome"), "the shell greets");
-    assert_eq!(developer.tries("omni-deploy status seen --live").status, Status::Exit(0));
+    assert_eq!(developer.tries("omni-deploy status seen --live").status, ProcessStatus::Exit(0));
     assert!(developer.types("Omni/Ide/ship.sh Biz/Seen.py").ends_with("seen biz running\n"));
     let logs = developer.types("omni-deploy logs seen -n 5");
     assert!(!logs.contains("Welcome") && logs.contains("seen"), "{logs}");
@@ -149,15 +149,15 @@ fn a_host_whose_passes_fail_says_so_to_everybody_and_writes_no_more_than_that() 
         let error = host.state()["lastError"]["reason"].as_str().unwrap_or_default().to_string();
         assert!(error.contains(says), "{what}: {error}");
         let live = developer.tries("omni-deploy status --live");
-        assert_eq!(live.status, Status::Exit(3), "{what}: {}", live.text());
+        assert_eq!(live.status, ProcessStatus::Exit(3), "{what}: {}", live.text());
         assert!(live.text().contains("last pass failed: ") && live.text().contains(says), "{what}: {}", live.text());
         if reported {
             let stored = developer.tries("omni-deploy status");
-            assert_eq!(stored.status, Status::Exit(3), "{what}: {}", stored.text());
+            assert_eq!(stored.status, ProcessStatus::Exit(3), "{what}: {}", stored.text());
             assert!(stored.text().contains("last pass failed: "), "{what}: {}", stored.text());
         }
         let ship = developer.tries("Omni/Ide/ship.sh Biz/Seen.py");
-        assert_eq!(ship.status, Status::Exit(1), "{what}: {}{}", ship.text(), ship.stderr);
+        assert_eq!(ship.status, ProcessStatus::Exit(1), "{what}: {}{}", ship.text(), ship.stderr);
         assert!(ship.stderr.contains("last pass failed: ") && ship.stderr.contains(says), "{what}: {}", ship.stderr);
         // A pass that fails as the one before leaves the disk and the bucket alone.
         let written = host.sh("stat -c %Z%Y /var/lib/deployer/state.json");
@@ -175,7 +175,7 @@ fn a_host_whose_passes_fail_says_so_to_everybody_and_writes_no_more_than_that() 
         host.good_pass();
         assert!(host.state()["lastError"].is_null(), "{what}");
         let well = developer.tries("omni-deploy status");
-        assert_eq!(well.status, Status::Exit(0), "{what}: {}", well.text());
+        assert_eq!(well.status, ProcessStatus::Exit(0), "{what}: {}", well.text());
     }
 }
 
@@ -193,7 +193,7 @@ fn a_host_that_reads_another_store_is_not_taken_for_one_that_has_it() {
     host.good_pass();
     let ship = developer.tries("Omni/Ide/ship.sh Biz/Seen.py");
     assert!(ship.text().ends_with("seen biz unknown\n"), "{}{}", ship.text(), ship.stderr);
-    assert_eq!(ship.status, Status::Exit(1), "{}", ship.stderr);
+    assert_eq!(ship.status, ProcessStatus::Exit(1), "{}", ship.stderr);
     let both = ["biz reads file:///var/lib/omni-deploy, you published to s3://deploys", "correct 'store'"];
     assert!(both.iter().all(|part| ship.stderr.contains(part)), "{}", ship.stderr);
     let (status, _, problems) = row(&developer.tries("omni-deploy status seen --live --json"));
@@ -201,7 +201,7 @@ fn a_host_that_reads_another_store_is_not_taken_for_one_that_has_it() {
     host.sh("cp /root/config.json /etc/omni-deploy/config.json; rm -rf /var/lib/omni-deploy/*");
     // Back in its own, whose numbers are lower, without being told.
     host.good_pass();
-    assert_eq!(developer.tries("omni-deploy status").status, Status::Exit(0));
+    assert_eq!(developer.tries("omni-deploy status").status, ProcessStatus::Exit(0));
 }
 
 #[test]
@@ -222,13 +222,13 @@ fn two_machines_of_one_name_are_told_and_one_that_replaced_another_is_told_once(
     );
     host.passes_with(0);
     let told = status();
-    assert_eq!(told.status, Status::Exit(3), "{}", told.text());
+    assert_eq!(told.status, ProcessStatus::Exit(3), "{}", told.text());
     assert!(told.text().contains("two machines report as host 'solo'") && told.text().contains(&first[..8]));
     assert!(host.try_sh("omni-deploy doctor").text().contains("two machines report as host 'solo'"));
     // The first one is gone: the next report that is due says so no more.
     host.sh(due);
     host.passes_with(0);
-    assert_eq!(status().status, Status::Exit(0), "{}", status().text());
+    assert_eq!(status().status, ProcessStatus::Exit(0), "{}", status().text());
 
     // It is not: it comes back, and finds the other's.
     host.sh("cp /var/lib/deployer/state.json /root/second.json; cp /root/machine-id /etc/machine-id
@@ -239,11 +239,11 @@ fn two_machines_of_one_name_are_told_and_one_that_replaced_another_is_told_once(
         "{said}"
     );
     let told = status();
-    assert_eq!(told.status, Status::Exit(3), "{}", told.text());
+    assert_eq!(told.status, ProcessStatus::Exit(3), "{}", told.text());
     // And goes on saying so, by every report, while the other one is at work.
     host.sh("jq '.changedAt = null | .reported = false' /var/lib/deployer/state.json >/root/s && cp /root/s /var/lib/deployer/state.json");
     host.passes_with(0);
-    assert_eq!(status().status, Status::Exit(3), "{}", status().text());
+    assert_eq!(status().status, ProcessStatus::Exit(3), "{}", status().text());
     host.sh("jq 'del(.otherMachine)' /var/lib/deployer/state.json >/root/s && cp /root/s /var/lib/deployer/state.json");
     host.passes_with(0);
 }
@@ -261,7 +261,7 @@ fn a_removal_that_is_not_done_is_shown_until_it_is() {
     let pass = host.pass();
     assert_ne!(pass.code, 0, "{}", pass.said);
     let shown = host.try_sh("omni-deploy status");
-    assert_eq!(shown.status, Status::Exit(3), "{}", shown.text());
+    assert_eq!(shown.status, ProcessStatus::Exit(3), "{}", shown.text());
     let row = shown.text().lines().find(|l| l.starts_with("going ")).unwrap_or_default().to_string();
     assert!(row.contains("removing"), "{}", shown.text());
     assert!(shown.text().contains("not gone yet"), "{}", shown.text());
@@ -269,6 +269,6 @@ fn a_removal_that_is_not_done_is_shown_until_it_is() {
     host.sh("umount /etc/systemd/system/going.service");
     host.good_pass();
     let shown = host.try_sh("omni-deploy status");
-    assert!(shown.status == Status::Exit(0) && !shown.text().contains("going"), "{}", shown.text());
+    assert!(shown.status == ProcessStatus::Exit(0) && !shown.text().contains("going"), "{}", shown.text());
     host.sh("[[ ! -e /etc/systemd/system/going.service ]]");
 }

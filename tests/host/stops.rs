@@ -3,7 +3,7 @@
 use crate::lab::soon;
 use crate::ports::{SERVER, program};
 use crate::solo::{Solo, solo, web};
-use omni_deploy::runner::Status;
+use omni_deploy::runner::ProcessStatus;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
@@ -44,7 +44,7 @@ fn a_slow_stop_of_a_paused_service_holds_nobody_up_and_is_said_until_it_is_done(
     host.update("web", &host.closure("web", "two", ""));
     let begun = Instant::now();
     let paused = host.try_sh("deployer pause slow");
-    assert_eq!(paused.status, Status::Exit(0), "{}", paused.stderr);
+    assert_eq!(paused.status, ProcessStatus::Exit(0), "{}", paused.stderr);
     assert!(begun.elapsed() < Duration::from_secs(120), "it waited for {:?}", begun.elapsed());
     host.serves("web", "two");
     assert_eq!(host.sh("systemctl is-active slow || true"), "deactivating");
@@ -150,7 +150,7 @@ SH
     host.sh("rm /usr/local/sbin/systemctl");
     assert!(pass.stderr.contains("waiting for two.service"), "{}", pass.stderr);
     assert!(!pass.stderr.contains("rejected"), "{}", pass.stderr);
-    assert_eq!(pass.status, Status::Exit(0), "{}", pass.stderr);
+    assert_eq!(pass.status, ProcessStatus::Exit(0), "{}", pass.stderr);
     host.serves("one", "one");
     host.serves("two", "two");
 }

@@ -3,7 +3,7 @@
 
 use crate::runbook::{Biz, biz};
 use crate::solo::{Solo, solo};
-use omni_deploy::runner::Status;
+use omni_deploy::runner::ProcessStatus;
 use serde_json::Value;
 
 /// The host obeys signed manifests only, while this lives.
@@ -255,12 +255,12 @@ fn a_hosts_key_to_the_bucket_publishes_nothing() {
         ("deploy-manifest rollback", "allow s3:GetObject on arn:aws:s3:::deploys/manifests/manifest-"),
     ] {
         let tried = host.try_sh(&format!("{stolen}\n{command}"));
-        assert_eq!(tried.status, Status::Exit(1), "{command}: {}", tried.stderr);
+        assert_eq!(tried.status, ProcessStatus::Exit(1), "{command}: {}", tried.stderr);
         assert!(tried.stderr.contains(missing), "{command}: {}", tried.stderr);
     }
     // Nor does a closure get into the cache.
     let tried = host.try_sh(&format!("{stolen}\nomni-deploy push --service evil {path}"));
-    assert_eq!(tried.status, Status::Exit(1), "{}", tried.stderr);
+    assert_eq!(tried.status, ProcessStatus::Exit(1), "{}", tried.stderr);
     assert!(tried.stderr.contains("allow s3:PutObject on arn:aws:s3:::deploys/n"), "{}", tried.stderr);
     assert_eq!(bucket.get("manifest.json"), before);
     developer.types("deploy-manifest remove-service evil");

@@ -4,8 +4,8 @@
 
 use super::Check;
 use crate::config::{self, SYSTEM_FILE};
+use crate::log::printable;
 use crate::runner::Run;
-use crate::say::printable;
 use crate::store::credentials;
 use crate::store::url::without_secrets;
 use std::collections::BTreeSet;

@@ -5,15 +5,15 @@ use super::{Check, said, writable};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::admin::{self, Endpoint};
-use crate::deployer::caddy::{self, Observed, RoutePlan};
+use crate::deployer::caddy::{self, CaddyState, RoutePlan};
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
 use crate::deployer::state::{Exposure, OtherMachine, State};
 use crate::deployer::{machine, observe, systemd};
 use crate::error::did_you_mean;
+use crate::log::printable;
 use crate::manifest::Manifest;
 use crate::names::{HostName, ServiceName};
-use crate::runner::{Run, RunError, Status};
-use crate::say::printable;
+use crate::runner::{ProcessStatus, Run, RunError};
 use crate::secrets::{self, SecretFile};
 use crate::see::domains::{self, Visit};
 use crate::see::judge::STALE_SEC;
@@ -274,7 +274,7 @@ fn last_pass(now: Timestamp) -> Check {
 }
 
 /// Whether Caddy can be told, and which of its servers gets our route: both by the deployer's own rule.
-fn caddy(settings: &Settings, manifest: Option<&Manifest>, observed: &Observed) -> Vec<Check> {
+fn caddy(settings: &Settings, manifest: Option<&Manifest>, observed: &CaddyState) -> Vec<Check> {
     let needed = manifest.is_some_and(|manifest| {
         manifest.services.iter().any(|s| s.http.is_some() && s.hosts.contains(&settings.host))
     });
@@ -283,11 +283,11 @@ fn caddy(settings: &Settings, manifest: Option<&Manifest>, observed: &Observed) 
     checks
 }
 
-fn route(observed: &Observed, settings: &Settings, needed: bool) -> Vec<Check> {
+fn route(observed: &CaddyState, settings: &Settings, needed: bool) -> Vec<Check> {
     let bad = |name, why: String| if needed { Check::fail(name, why) } else { Check::warn(name, why) };
     let servers = match observed {
-        Observed::Unavailable(why) => return vec![bad("caddy admin", why.clone())],
-        Observed::Servers(servers) => servers,
+        CaddyState::Unavailable(why) => return vec![bad("caddy admin", why.clone())],
+        CaddyState::Servers(servers) => servers,
     };
     const SERVER: &str = "caddy server";
     let ours = json!({"@id": caddy::ROUTE_ID});
@@ -335,7 +335,7 @@ fn admin(at: &Endpoint) -> Check {
 }
 
 /// What visitors of each domain meet.
-fn domains(settings: &Settings, manifest: &Manifest, observed: &Observed) -> Vec<Check> {
+fn domains(settings: &Settings, manifest: &Manifest, observed: &CaddyState) -> Vec<Check> {
     let state = state_file().ok();
     let check = |visit: Visit| Check {
         name: "domain",
@@ -535,7 +535,7 @@ fn space() -> Vec<Check> {
         .map(|dir| {
             let run = Run::new("df").args(["--output=avail,iavail", "--block-size=1", "--", dir]);
             match run.env("LC_ALL", "C").deadline(DEADLINE).output() {
-                Ok(output) if output.status == Status::Exit(0) => free(dir, &output.text()),
+                Ok(output) if output.status == ProcessStatus::Exit(0) => free(dir, &output.text()),
                 Ok(output) => Check::warn(NAME, format!("of {dir}: {}", crate::runner::tail(&output.stderr))),
                 Err(e) => said(NAME, e),
             }
@@ -567,21 +567,21 @@ fn free(dir: &str, df: &str) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::secrets::Form;
+    use crate::secrets::FileFormat;
     use crate::see::checks::Verdict;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn the_server_that_gets_our_route_is_named_and_trouble_counts_when_it_is_needed() {
         let servers = |value: Value| match value {
-            Value::Object(servers) => Observed::Servers(servers),
+            Value::Object(servers) => CaddyState::Servers(servers),
             other => panic!("{other}"),
         };
         let two = servers(json!({
             "srv0": {"listen": [":80"], "routes": []},
             "srv1": {"listen": [":443"], "routes": [{"@id": "deployer"}]}}));
         let plain = servers(json!({"srv0": {"listen": [":80"], "routes": []}}));
-        let down = Observed::Unavailable("down".into());
+        let down = CaddyState::Unavailable("down".into());
         for (observed, configured, needed, verdict, word) in [
             (&two, None, true, Verdict::Ok, "'srv1' has our route"),
             (&two, Some("srv9"), true, Verdict::Fail, "srv0, srv1"),
@@ -607,25 +607,25 @@ mod tests {
             let file = SecretFile { path: path.to_str().unwrap().into(), form };
             super::secret_file(&ServiceName::parse("ava").unwrap(), &file)
         };
-        assert!(secret_file(&file, Form::Environment).unwrap().contains("missing"));
+        assert!(secret_file(&file, FileFormat::Environment).unwrap().contains("missing"));
         fs_err::write(&file, "K=v").unwrap();
         let mode = |m| fs_err::set_permissions(&file, std::fs::Permissions::from_mode(m)).unwrap();
         for (m, well) in
             [(0o644, false), (0o640, false), (0o700, false), (0o4600, false), (0o600, true), (0o400, true)]
         {
             mode(m);
-            let why = secret_file(&file, Form::Environment);
+            let why = secret_file(&file, FileFormat::Environment);
             assert_eq!(why.is_none(), well, "{m:o}: {why:?}");
             assert!(well || why.unwrap().contains(&format!("chmod 600 {}", file.display())));
         }
         mode(0o600);
         fs_err::write(&file, "A=1\nexport K=hunter2").unwrap();
-        let why = secret_file(&file, Form::Environment).unwrap();
+        let why = secret_file(&file, FileFormat::Environment).unwrap();
         assert!(why.contains("line 2 ") && !why.contains("hunter2"), "{why}");
-        assert_eq!(secret_file(&file, Form::Bytes), None);
+        assert_eq!(secret_file(&file, FileFormat::Bytes), None);
         fs_err::os::unix::fs::symlink(&file, &link).unwrap();
-        assert!(secret_file(&link, Form::Environment).unwrap().contains("symbolic link"));
-        assert!(secret_file(dir.path(), Form::Environment).unwrap().contains("not a regular file"));
+        assert!(secret_file(&link, FileFormat::Environment).unwrap().contains("symbolic link"));
+        assert!(secret_file(dir.path(), FileFormat::Environment).unwrap().contains("not a regular file"));
     }
 
     #[test]

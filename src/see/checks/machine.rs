@@ -54,7 +54,7 @@ pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
 pub fn manifest(store: &dyn Store, settings: &Settings) -> (Check, Option<Manifest>) {
     const NAME: &str = "manifest";
     let found = edit::load(store).and_then(|c| c.ok_or_else(|| edit::missing(store)));
-    let (bytes, manifest) = match found.map(edit::Current::into_parts) {
+    let (bytes, manifest) = match found.map(edit::CurrentManifest::into_parts) {
         Ok((bytes, Ok(manifest))) => (bytes, manifest),
         Ok((_, Err(e))) => return (Check::fail(NAME, edit::unusable(store, &e).to_string()), None),
         Err(e) => return (Check::fail(NAME, e.to_string()), None),

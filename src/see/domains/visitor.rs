@@ -28,13 +28,13 @@ const ROOTS: [&str; 3] =
 
 /// What a certificate is held against.
 #[derive(Debug, Clone)]
-pub struct Trust {
+pub struct CertificateTrust {
     provider: Arc<CryptoProvider>,
     /// None: this machine trusts nobody.
     roots: Option<Arc<WebPkiServerVerifier>>,
 }
 
-impl Trust {
+impl CertificateTrust {
     /// The authorities that this system trusts.
     pub fn of_the_system() -> Self {
         let named = std::env::var_os("SSL_CERT_FILE").filter(|file| !file.is_empty());
@@ -50,13 +50,13 @@ impl Trust {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let roots =
             WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().ok();
-        Trust { provider, roots }
+        CertificateTrust { provider, roots }
     }
 }
 
 /// What is wrong with a certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fault {
+pub enum CertificateFault {
     /// Its time is over.
     Expired,
     /// Its time has not come, or the clock is wrong.
@@ -81,14 +81,14 @@ pub struct Certificate {
     /// Until when it holds, if that can be read.
     pub until: Option<Timestamp>,
     /// What is wrong with it.
-    pub fault: Option<Fault>,
+    pub fault: Option<CertificateFault>,
     /// All of it: the same bytes are the same certificate.
     pub der: Vec<u8>,
 }
 
 /// The head of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer {
+pub struct ResponseHead {
     /// Its status.
     pub status: u16,
     /// Where it leads, if anywhere. Text of the server.
@@ -133,7 +133,7 @@ pub struct Met {
     /// The certificate, where TLS was spoken and one was shown.
     pub certificate: Option<Certificate>,
     /// The answer, or why there is none.
-    pub answer: Result<Answer, NoAnswer>,
+    pub answer: Result<ResponseHead, NoAnswer>,
 }
 
 /// What is asked for.
@@ -150,7 +150,7 @@ pub struct Request<'a> {
 }
 
 /// Asks over TLS.
-pub fn https(request: Request, trust: &Trust, deadline: Instant) -> Met {
+pub fn https(request: Request, trust: &CertificateTrust, deadline: Instant) -> Met {
     let witness = Arc::new(Witness { trust: trust.clone(), seen: Mutex::new(None) });
     let answer = encrypted(request, &witness, deadline);
     let seen = witness.seen.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -167,7 +167,7 @@ pub fn http(request: Request, deadline: Instant) -> Met {
     Met { certificate: None, answer: answer.map_err(|e| no_answer(&e)) }
 }
 
-fn encrypted(request: Request, witness: &Arc<Witness>, deadline: Instant) -> Result<Answer, NoAnswer> {
+fn encrypted(request: Request, witness: &Arc<Witness>, deadline: Instant) -> Result<ResponseHead, NoAnswer> {
     let other = |e: &dyn fmt::Display| NoAnswer::Other(e.to_string());
     let mut config = ClientConfig::builder_with_provider(witness.trust.provider.clone())
         .with_safe_default_protocol_versions()
@@ -242,7 +242,7 @@ impl Write for Timed {
     }
 }
 
-fn exchange(mut stream: impl Read + Write, request: Request) -> io::Result<Answer> {
+fn exchange(mut stream: impl Read + Write, request: Request) -> io::Result<ResponseHead> {
     let Request { host, path, forwarded, .. } = request;
     let text = format!(
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: omni-deploy/{}\r\nAccept: */*\r\n{forwarded}Connection: \
@@ -272,7 +272,7 @@ fn exchange(mut stream: impl Read + Write, request: Request) -> io::Result<Answe
                         && !chunked
                         && head.len() == end
                         && stream.read(&mut buffer).is_ok_and(|n| n == 0);
-                return Ok(Answer {
+                return Ok(ResponseHead {
                     status: response.code.unwrap_or_default(),
                     location: value("location"),
                     empty,
@@ -291,8 +291,8 @@ fn exchange(mut stream: impl Read + Write, request: Request) -> io::Result<Answe
 /// Keeps what was shown and what is wrong with it, and lets the visit go on.
 #[derive(Debug)]
 struct Witness {
-    trust: Trust,
-    seen: Mutex<Option<(Vec<u8>, Option<Fault>)>>,
+    trust: CertificateTrust,
+    seen: Mutex<Option<(Vec<u8>, Option<CertificateFault>)>>,
 }
 
 impl ServerCertVerifier for Witness {
@@ -305,11 +305,11 @@ impl ServerCertVerifier for Witness {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let fault = match &self.trust.roots {
-            None => Some(Fault::NotVerified),
+            None => Some(CertificateFault::NotVerified),
             Some(roots) => match roots.verify_server_cert(leaf, between, name, ocsp, now) {
                 Ok(_) => None,
                 Err(rustls::Error::InvalidCertificate(why)) => Some(fault(&why)),
-                Err(other) => Some(Fault::Other(other.to_string())),
+                Err(other) => Some(CertificateFault::Other(other.to_string())),
             },
         };
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some((leaf.to_vec(), fault));
@@ -349,15 +349,17 @@ impl ServerCertVerifier for Witness {
     }
 }
 
-fn fault(why: &CertificateError) -> Fault {
+fn fault(why: &CertificateError) -> CertificateFault {
     match why {
-        CertificateError::Expired | CertificateError::ExpiredContext { .. } => Fault::Expired,
-        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Fault::NotYetValid,
-        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
-            Fault::OtherName
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => CertificateFault::Expired,
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+            CertificateFault::NotYetValid
         }
-        CertificateError::UnknownIssuer => Fault::UnknownIssuer,
-        other => Fault::Other(other.to_string()),
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+            CertificateFault::OtherName
+        }
+        CertificateError::UnknownIssuer => CertificateFault::UnknownIssuer,
+        other => CertificateFault::Other(other.to_string()),
     }
 }
 

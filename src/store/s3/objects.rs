@@ -1,9 +1,11 @@
 //! A bucket's objects as streams. Of a read only its beginning is tried again: who reads has what came before it was
 //! cut, and goes on from there. A write is tried again whole.
 
-use super::{Answer, Fault, LIMITS, MAX_SINGLE_PUT, Patience, S3Store, Source, Verb, exchange};
+use super::{
+    AttemptError, ExactReader, LIMITS, MAX_SINGLE_PUT, Patience, S3Response, S3Store, Verb, exchange,
+};
 use crate::http::{Again, GaveUp, RealPace, Retry, TransferError};
-use crate::store::codes::Meaning;
+use crate::store::codes::ErrorClass;
 use crate::store::objects::{Download, Exact, Objects, Opened, Upload};
 use crate::store::{Etag, StoreError};
 use base64::Engine;
@@ -34,7 +36,7 @@ impl Objects for S3Store {
         let mut request = self.get_request(key);
         request.range = (offset > 0).then(|| format!("bytes={offset}-"));
         // The version is compared here: not every store knows the conditions of a read.
-        let read = |answer: Answer| {
+        let read = |answer: S3Response| {
             let etag = answer.etag()?;
             if only.is_some_and(|only| *only != etag) {
                 return Ok(Opened::Changed);
@@ -44,14 +46,14 @@ impl Objects for S3Store {
                 _ => match answer.length() {
                     Some(size) if offset > 0 && offset >= size => return Ok(Opened::Changed),
                     Some(size) => (offset, size - offset),
-                    None => return Err(Fault::Garbage("no Content-Length".into())),
+                    None => return Err(AttemptError::Garbage("no Content-Length".into())),
                 },
             };
-            let cut = |e| Fault::Trouble(TransferError::of_body(e));
+            let cut = |e| AttemptError::Trouble(TransferError::of_body(e));
             let mut body = answer.body;
             // A store that knows no Range sends everything.
             if io::copy(&mut body.by_ref().take(skip), &mut io::sink()).map_err(cut)? < skip {
-                return Err(Fault::Trouble(TransferError::Cut));
+                return Err(AttemptError::Trouble(TransferError::Cut));
             }
             let body = Box::new(Exact::new(body, length).map_err(cut)?);
             Ok(Opened::Found(Download { length, etag, body }))
@@ -59,8 +61,8 @@ impl Objects for S3Store {
         match self.object(&request, |_| Patience { answer: LIMITS.answer, ..Patience::STREAM }, read) {
             Ok(opened) => Ok(opened),
             Err(gave_up) => match gave_up.error.meaning() {
-                Some(Meaning::NoObject) => Ok(Opened::Missing),
-                Some(Meaning::NoRange) if offset > 0 => Ok(Opened::Changed),
+                Some(ErrorClass::NoObject) => Ok(Opened::Missing),
+                Some(ErrorClass::NoRange) if offset > 0 => Ok(Opened::Changed),
                 _ => Err(self.told(Verb::Read, key, gave_up)),
             },
         }
@@ -74,14 +76,16 @@ impl Objects for S3Store {
         let written = if length <= HELD {
             let read = || {
                 let mut bytes = Vec::with_capacity(length as usize);
-                Source::new(&mut *open()?, length).read_to_end(&mut bytes)?;
+                ExactReader::new(&mut *open()?, length).read_to_end(&mut bytes)?;
                 io::Result::Ok(bytes)
             };
             match read() {
                 Ok(bytes) => self.put_bytes(key, content_type, &bytes, None).map(drop),
-                Err(e) => {
-                    Err(GaveUp { error: Fault::Source(e.to_string()), tries: 1, after: Duration::ZERO })
-                }
+                Err(e) => Err(GaveUp {
+                    error: AttemptError::Source(e.to_string()),
+                    tries: 1,
+                    after: Duration::ZERO,
+                }),
             }
         } else {
             self.write_opened(key, upload)
@@ -91,9 +95,9 @@ impl Objects for S3Store {
 }
 
 impl S3Store {
-    fn write_opened(&self, key: &str, upload: &Upload<'_>) -> Result<(), GaveUp<Fault>> {
+    fn write_opened(&self, key: &str, upload: &Upload<'_>) -> Result<(), GaveUp<AttemptError>> {
         let Upload { length, content_type, open } = *upload;
-        let unread = |e: io::Error| Fault::Source(e.to_string());
+        let unread = |e: io::Error| AttemptError::Source(e.to_string());
         let said_length = length.to_string();
         let given = Cell::new(self.wants());
         let checksum: OnceCell<String> = OnceCell::new();
@@ -105,8 +109,8 @@ impl S3Store {
                 let sha256 = match checksum.get() {
                     Some(known) => known,
                     None => {
-                        let sum =
-                            sha256(Source::new(&mut *open().map_err(unread)?, length)).map_err(unread)?;
+                        let sum = sha256(ExactReader::new(&mut *open().map_err(unread)?, length))
+                            .map_err(unread)?;
                         checksum.get_or_init(|| sum)
                     }
                 };
@@ -119,11 +123,11 @@ impl S3Store {
                 extra.push(("expect", "100-continue"));
             }
             let mut content = open().map_err(unread)?;
-            let mut source = Source::new(&mut *content, length);
+            let mut source = ExactReader::new(&mut *content, length);
             let sent =
                 exchange(&self.agent, &request, &extra, SendBody::from_reader(&mut source), Patience::STREAM);
             match (sent, source.failed.take()) {
-                (Err(_), Some(why)) => Err(Fault::Source(why)),
+                (Err(_), Some(why)) => Err(AttemptError::Source(why)),
                 (Err(fault), None) => Err(fault),
                 (Ok(answer), _) => answer.written().map(drop),
             }
@@ -136,7 +140,7 @@ impl S3Store {
 }
 
 /// The length of a part that is to begin at `offset`.
-fn part(answer: &Answer, offset: u64) -> Result<u64, Fault> {
+fn part(answer: &S3Response, offset: u64) -> Result<u64, AttemptError> {
     let range = answer.header("content-range").unwrap_or_default();
     let told = || {
         let (first, rest) = range.strip_prefix("bytes ")?.split_once('-')?;
@@ -145,7 +149,9 @@ fn part(answer: &Answer, offset: u64) -> Result<u64, Fault> {
         // Otherwise the end of what comes is not the object's.
         (first == offset && size.parse() == Ok(last.checked_add(1)?)).then_some(last - first + 1)
     };
-    told().ok_or_else(|| Fault::Garbage(format!("another part of the object than was asked for ({range:?})")))
+    told().ok_or_else(|| {
+        AttemptError::Garbage(format!("another part of the object than was asked for ({range:?})"))
+    })
 }
 
 fn sha256(mut source: impl Read) -> io::Result<String> {
