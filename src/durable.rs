@@ -4,7 +4,7 @@
 
 pub mod opened;
 
-use crate::effect::{self, Effect};
+use crate::failpoint::{self, Effect};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -33,7 +33,7 @@ fn named(error: io::Error, what: &str, path: &Path) -> io::Error {
 fn temp_with(path: &Path, mut bytes: &[u8], mode: u32) -> io::Result<tempfile::NamedTempFile> {
     let temp = unsynced(path, &mut bytes, mode)?;
     temp.as_file().sync_all().map_err(|e| named(e, "sync", path))?;
-    effect::point("within write", path.display());
+    failpoint::point("within write", path.display());
     Ok(temp)
 }
 
@@ -53,14 +53,14 @@ fn unsynced(path: &Path, source: &mut dyn Read, mode: u32) -> io::Result<tempfil
 /// Replaces `path` with `bytes` and `mode`, whole or not at all, and returns when it is on the disk.
 /// The folder must exist. Errors name the path.
 pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
+    let _effect = failpoint::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
     temp_with(path, bytes, mode)?.persist(path).map_err(|e| named(e.error, "write", path))?;
     sync_dir(parent(path)?)
 }
 
 /// The same, for a file that belongs to this user and group.
 pub fn write_owned(path: &Path, bytes: &[u8], mode: u32, (user, group): (u32, u32)) -> io::Result<()> {
-    let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
+    let _effect = failpoint::begin("write", path.display()).map_err(|e| named(e, "write", path))?;
     let temp = temp_with(path, bytes, 0o600)?;
     // The owner first: a change of owner takes bits of the mode away.
     std::os::unix::fs::fchown(temp.as_file(), Some(user), Some(group))
@@ -73,7 +73,7 @@ pub fn write_owned(path: &Path, bytes: &[u8], mode: u32, (user, group): (u32, u3
 
 /// Creates `path`; false, with nothing changed, when something of that name is there already.
 pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
-    let _effect = effect::begin("create", path.display()).map_err(|e| named(e, "create", path))?;
+    let _effect = failpoint::begin("create", path.display()).map_err(|e| named(e, "create", path))?;
     match temp_with(path, bytes, mode)?.persist_noclobber(path) {
         Ok(_) => sync_dir(parent(path)?).map(|()| true),
         Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
@@ -92,13 +92,13 @@ fn linked(target: &Path, link: &Path) -> io::Result<Effect> {
     let dir = parent(link)?;
     let name = link.file_name().unwrap_or_default().to_string_lossy();
     let temp: PathBuf = dir.join(format!("{TEMP_PREFIX}{}-{name}", std::process::id()));
-    let effect = effect::begin("link", link.display()).map_err(|e| named(e, "link", link))?;
+    let effect = failpoint::begin("link", link.display()).map_err(|e| named(e, "link", link))?;
     // Where nothing is in the way, there is nothing to leave behind either.
     match std::os::unix::fs::symlink(target, link) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
             remove(&temp)?;
             fs_err::os::unix::fs::symlink(target, &temp)?;
-            effect::point("within link", link.display());
+            failpoint::point("within link", link.display());
             fs_err::rename(&temp, link)?;
         }
         made => made.map_err(|e| named(e, "link", link))?,
@@ -108,7 +108,7 @@ fn linked(target: &Path, link: &Path) -> io::Result<Effect> {
 
 /// Removes a file or link; one that is not there is no error. Returns whether there was one.
 pub fn remove(path: &Path) -> io::Result<bool> {
-    let _effect = effect::begin("remove", path.display()).map_err(|e| named(e, "remove", path))?;
+    let _effect = failpoint::begin("remove", path.display()).map_err(|e| named(e, "remove", path))?;
     match fs_err::remove_file(path) {
         Ok(()) => sync_dir(parent(path)?).map(|()| true),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -135,7 +135,7 @@ pub struct Batch {
 impl Batch {
     /// As [`write`](write()) does.
     pub fn write(&mut self, path: &Path, mut bytes: &[u8], mode: u32) {
-        let begun = effect::begin("write", path.display()).map_err(|e| named(e, "write", path));
+        let begun = failpoint::begin("write", path.display()).map_err(|e| named(e, "write", path));
         match begun.and_then(|effect| Ok((unsynced(path, &mut bytes, mode)?, effect))) {
             Ok((temp, effect)) => self.open.push((path.to_path_buf(), temp, effect)),
             Err(e) => drop(self.failed.insert(path.to_path_buf(), e)),
@@ -155,7 +155,7 @@ impl Batch {
 
     /// As [`remove`] does; what is not there is no error, nor is a folder that is not there.
     pub fn remove(&mut self, path: &Path) {
-        let begun = effect::begin("remove", path.display()).map_err(|e| named(e, "remove", path));
+        let begun = failpoint::begin("remove", path.display()).map_err(|e| named(e, "remove", path));
         match begun.and_then(|effect| fs_err::remove_file(path).map(|()| effect)) {
             Ok(effect) => self.done.push((path.to_path_buf(), effect)),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
@@ -200,7 +200,7 @@ impl Batch {
         for ((path, temp, effect), ended) in std::mem::take(&mut self.open).into_iter().zip(ended) {
             match ended {
                 Ok(()) => {
-                    effect::point("within write", path.display());
+                    failpoint::point("within write", path.display());
                     self.synced.push((path, temp.into_temp_path(), effect));
                 }
                 Err(e) => drop(self.failed.insert(path.clone(), named(e, "sync", &path))),
@@ -231,7 +231,7 @@ fn side_by_side<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> V
 
 /// Removes a folder that is empty; one that is not, or is not there, is no error. Returns whether it was removed.
 pub fn remove_folder(path: &Path) -> io::Result<bool> {
-    let _effect = effect::begin("remove folder", path.display()).map_err(|e| named(e, "remove", path))?;
+    let _effect = failpoint::begin("remove folder", path.display()).map_err(|e| named(e, "remove", path))?;
     match fs_err::remove_dir(path) {
         Ok(()) => sync_dir(parent(path)?).map(|()| true),
         Err(e) if matches!(e.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound) => Ok(false),
@@ -247,14 +247,14 @@ pub fn folder(path: &Path, mode: u32) -> io::Result<()> {
     {
         return Ok(());
     }
-    let _effect = effect::begin("make folder", path.display()).map_err(|e| named(e, "make", path))?;
+    let _effect = failpoint::begin("make folder", path.display()).map_err(|e| named(e, "make", path))?;
     fs_err::create_dir_all(path)?;
     fs_err::set_permissions(path, std::fs::Permissions::from_mode(mode))
 }
 
 /// Returns when all that was written so far to the file system of this folder is on the disk, by whomever it was.
 pub fn flush(dir: &Path) -> io::Result<()> {
-    let _effect = effect::mark("flush", dir.display());
+    let _effect = failpoint::mark("flush", dir.display());
     let flushed = rustix::fs::syncfs(fs_err::File::open(dir)?).map_err(io::Error::from);
     flushed.map_err(|e| named(e, "flush the file system of", dir))
 }

@@ -3,12 +3,12 @@
 
 use omni_deploy::clock::Timestamp;
 use omni_deploy::deployer::state::State;
+use omni_deploy::log::printable;
 use omni_deploy::manifest::command::split_command;
 use omni_deploy::manifest::versions;
 use omni_deploy::names::{HostName, ServiceName, StorePath};
 use omni_deploy::nix::narinfo::NarInfo;
 use omni_deploy::push::namespace;
-use omni_deploy::log::printable;
 use omni_deploy::store::xml;
 use omni_deploy::store::{CacheUrl, StoreUrl};
 use std::path::Path;

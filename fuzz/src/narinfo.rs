@@ -7,7 +7,7 @@ use omni_deploy::keys::SecretKey;
 use omni_deploy::names::StorePath;
 use omni_deploy::nix::hash::{BASE32_DIGITS, Sha256};
 use omni_deploy::nix::narinfo::{Compression, MAX_REFERENCES, MAX_SIGNATURES, NarInfo, is_nar_key};
-use omni_deploy::nix::walk::{Fault, judge};
+use omni_deploy::nix::walk::{PathFault, judge};
 use std::sync::LazyLock;
 
 /// A key that is trusted, and a stranger's of the same name.
@@ -105,7 +105,7 @@ fn written(choices: &mut Choices<'_>) {
     info.sign(signer).expect("a key signs");
     sound_but_for_strangers(&info);
     assert!(judge(&info.path, info.render().as_bytes(), &trusted).is_ok());
-    assert!(matches!(judge(&path(9), info.render().as_bytes(), &trusted), Err(Fault::Unreadable(_))));
+    assert!(matches!(judge(&path(9), info.render().as_bytes(), &trusted), Err(PathFault::Unreadable(_))));
     // One byte is another: whoever is still believed says the same of what was signed.
     let mut bytes = info.render().into_bytes();
     let at = (usize::from(choices.byte()) << 8 | usize::from(choices.byte())) % bytes.len();
@@ -120,7 +120,7 @@ fn written(choices: &mut Choices<'_>) {
             assert_eq!(found.info.differs_from(&info), None, "a changed narinfo passes for the signed one");
             assert!(is_nar_key(&found.info.url), "{}", found.info.url);
         }
-        Err(Fault::Unreadable(why)) => plain(&why),
+        Err(PathFault::Unreadable(why)) => plain(&why),
         Err(_) => {}
     }
 }

@@ -6,8 +6,8 @@ use crate::narinfo::{KEYS, path};
 use omni_deploy::names::StorePath;
 use omni_deploy::nix::hash::Sha256;
 use omni_deploy::nix::narinfo::{Compression, NarInfo};
-use omni_deploy::nix::walk::{Limits, walk};
-use omni_deploy::store::{Etag, Got, Store, StoreError, When};
+use omni_deploy::nix::walk::{WalkLimits, walk};
+use omni_deploy::store::{Condition, Etag, GetResult, Store, StoreError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -32,12 +32,12 @@ impl Store for Cache {
     fn identity(&self) -> String {
         self.url()
     }
-    fn get(&self, key: &str, _: Option<&Etag>, limit: u64) -> Result<Got, StoreError> {
+    fn get(&self, key: &str, _: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
         self.asked.lock().expect("nobody panics").push(key.to_string());
         match self.objects.get(key) {
-            None => Ok(Got::Missing),
+            None => Ok(GetResult::Missing),
             Some(bytes) if bytes.len() as u64 > limit => Err(StoreError::TooLarge(key.into())),
-            Some(bytes) => Ok(Got::Found { bytes: bytes.clone(), etag: Etag("x".into()) }),
+            Some(bytes) => Ok(GetResult::Found { bytes: bytes.clone(), etag: Etag("x".into()) }),
         }
     }
     fn get_start(&self, _: &str, _: u64) -> Result<Option<Vec<u8>>, StoreError> {
@@ -46,7 +46,7 @@ impl Store for Cache {
     fn size(&self, _: &str) -> Result<Option<u64>, StoreError> {
         unreachable!("a walk reads narinfos")
     }
-    fn put(&self, _: &str, _: &[u8], _: &When) -> Result<Etag, StoreError> {
+    fn put(&self, _: &str, _: &[u8], _: &Condition) -> Result<Etag, StoreError> {
         unreachable!("a walk changes nothing")
     }
     fn delete(&self, _: &str) -> Result<(), StoreError> {
@@ -107,7 +107,7 @@ pub fn check(data: &[u8]) {
     let cache = Cache { objects: made.collect(), asked: Mutex::default() };
     let keys = if with_keys { vec![KEYS[0].public()] } else { Vec::new() };
     let mut lacking = |paths: &[StorePath]| Ok(paths.iter().filter(|p| !here.contains(p)).cloned().collect());
-    let limits = Limits::within(Duration::from_secs(600));
+    let limits = WalkLimits::within(Duration::from_secs(600));
     let walked = walk(&cache, std::slice::from_ref(&top), &keys, &mut lacking, limits).expect("few paths");
     let mut asked = cache.asked.into_inner().expect("nobody panics");
     asked.sort();
@@ -145,7 +145,7 @@ pub fn check(data: &[u8]) {
     if reach.len() <= FEW {
         return;
     }
-    let few = Limits { paths: FEW, ..limits };
+    let few = WalkLimits { paths: FEW, ..limits };
     let cache = Cache { asked: Mutex::default(), objects: cache.objects };
     let ended = walk(&cache, &[top], &keys, &mut lacking, few);
     let asked = cache.asked.into_inner().expect("nobody panics").len();

@@ -6,7 +6,7 @@ use super::{print, tree};
 use crate::config::{self, KEYS};
 use crate::dispatch;
 use crate::error::{Error, Result};
-use crate::manifest::edit;
+use crate::manifest::publish;
 use crate::see::reports;
 use crate::store::ARCHIVE_PREFIX;
 use argh::{ArgsInfo, FromArgs, Optionality};
@@ -259,7 +259,7 @@ fn look_up(kind: Kind, flags: &config::Flags) -> Result<Vec<String>> {
         };
         return Ok(store.list(ARCHIVE_PREFIX)?.iter().filter_map(|key| plain(key)).collect());
     }
-    let manifest = edit::read(store.as_ref())?;
+    let manifest = publish::read(store.as_ref())?;
     Ok(match kind {
         Kind::Host => reports::hosts(&manifest).iter().map(|h| h.to_string()).collect(),
         _ => manifest

@@ -9,7 +9,7 @@ use crate::durable;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
 use crate::log;
-use crate::manifest::edit::{self, Author};
+use crate::manifest::publish::{self, Author};
 use crate::manifest::seen::Seen;
 use crate::manifest::signature::{self, Trust};
 use crate::store::url::without_secrets;
@@ -98,7 +98,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
         trusted.push(public.clone());
     }
     let trust = Trust { signer: Some(key), trusted };
-    let author = Author { by: edit::whoami(), trust, seen: Seen::of_user(), at_hand: 0 };
+    let author = Author { by: publish::whoami(), trust, seen: Seen::of_user(), at_hand: 0 };
     let made = first_manifest(store.as_ref(), &author);
 
     let text = serde_json::to_string_pretty(&for_hosts(&settings, &public));
@@ -115,8 +115,8 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
 /// Makes the manifest, unless there is or was one: in the place of one that was lost, or taken away, an empty one would
 /// be signed that hosts obey.
 fn first_manifest(store: &dyn Store, author: &Author) -> Result<()> {
-    let Some(current) = edit::load(store)? else {
-        edit::begin(store, &Timestamp::now, author)?;
+    let Some(current) = publish::load(store)? else {
+        publish::begin(store, &Timestamp::now, author)?;
         log::notice(format!("manifest: made in {}", store.url()));
         return Ok(());
     };
@@ -124,7 +124,7 @@ fn first_manifest(store: &dyn Store, author: &Author) -> Result<()> {
         log::warning(format!("warning: {}", author.refusal(store, &current, &objection)));
         return Ok(());
     }
-    let manifest = current.manifest().as_ref().map_err(|e| edit::unusable(store, e))?;
+    let manifest = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;
     log::info(format!("manifest: {} has one, serial {}", store.url(), manifest.serial));
     author.remember(store, &current.bytes);
     Ok(())
@@ -175,7 +175,7 @@ fn signing_key(settings: &Settings, name: Option<&str>) -> Result<(PathBuf, Secr
         log::info(format!("signing key: {} (configured)", path.display()));
         return Ok((path.clone(), key));
     }
-    let name = name.map_or_else(|| default_key_name(&edit::whoami()), String::from);
+    let name = name.map_or_else(|| default_key_name(&publish::whoami()), String::from);
     let dir = config::user_dir().join("keys");
     let path = dir.join(format!("{name}.secret"));
     if path.exists() {
@@ -274,7 +274,7 @@ mod tests {
     #[test]
     fn the_default_key_name_is_a_key_name() {
         assert_eq!(default_key_name("ann@laptop"), "omni-deploy-ann-laptop-1");
-        crate::keys::check_name(&default_key_name(&edit::whoami())).unwrap();
+        crate::keys::check_name(&default_key_name(&publish::whoami())).unwrap();
     }
 
     #[test]

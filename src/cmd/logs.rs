@@ -6,7 +6,7 @@ use super::{Call, print};
 use crate::config::Settings;
 use crate::error::{EXIT_FAILED, Error, Result, did_you_mean};
 use crate::log::{self, printable};
-use crate::manifest::edit::{self, Author};
+use crate::manifest::publish::{self, Author};
 use crate::names::HostName;
 use crate::runner::Stream;
 use crate::see::reports;
@@ -138,7 +138,7 @@ fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
         return Ok((format!("{}.service", args.name), vec![host]));
     }
     let store = crate::store::open(&settings.store)?;
-    let manifest = edit::believed(store.as_ref(), &Author::reader(settings)?)?;
+    let manifest = publish::believed(store.as_ref(), &Author::reader(settings)?)?;
     if everywhere {
         let hosts: Vec<HostName> = reports::hosts(&manifest).into_iter().collect();
         if hosts.is_empty() {

@@ -1,5 +1,5 @@
 //! `deploy-manifest`: reads, edits and publishes the manifest. What a change is, is in
-//! [`crate::manifest::changes`]; how it is published, in [`crate::manifest::edit`].
+//! [`crate::manifest::edit`]; how it is published, in [`crate::manifest::publish`].
 
 use super::{Call, editor, print};
 use crate::clock::Timestamp;
@@ -9,14 +9,14 @@ use crate::error::{Error, Result, did_you_mean, io_text};
 use crate::log;
 use crate::manifest::belief::{self, Objection};
 use crate::manifest::diff::{Difference, diff};
-use crate::manifest::edit::{self, Author, COPY_BACK, CurrentManifest, PublishedManifest, StartingPoint};
 use crate::manifest::lineage::{self, Ancestor, Relation};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::{Newest, enough_for, newest};
 use crate::manifest::parse::{self, Mode};
+use crate::manifest::publish::{self, Author, COPY_BACK, CurrentManifest, PublishedManifest, StartingPoint};
 use crate::manifest::signature::{self, Trust};
 use crate::manifest::versions::{self, Version, VersionHead};
-use crate::manifest::{changes, json, limits, schema};
+use crate::manifest::{edit, json, limits, schema};
 use crate::names::{ServiceName, StorePath};
 use crate::store::{MANIFEST_KEY, Store};
 use argh::{ArgsInfo, FromArgs};
@@ -269,7 +269,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
 fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Result<()> {
     match command {
         Command::Init(Init {}) => {
-            let published = edit::init(store, &Timestamp::now, &Author::of(settings)?)?;
+            let published = publish::init(store, &Timestamp::now, &Author::of(settings)?)?;
             if !published.written {
                 let serial = published.manifest.serial;
                 log::info(format!(
@@ -278,7 +278,7 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
                 ));
                 return Ok(());
             }
-            edit::report(store, &published);
+            publish::report(store, &published);
         }
         Command::Show(Show { version, service }) => {
             show(settings, store, version.as_deref(), service.as_deref())?;
@@ -290,14 +290,14 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
             let path = StorePath::parse(&path).map_err(|why| Error::new(format!("'{path}' {why}")))?;
             let revision = revision.filter(|r| !r.is_empty());
             change(settings, store, StartingPoint::Existing, |manifest| {
-                let changed = changes::update(manifest, &name, &path, revision.as_deref())?;
+                let changed = edit::update(manifest, &name, &path, revision.as_deref())?;
                 Ok(changed.then(|| format!("update {name}")))
             })?;
         }
         Command::AddService(AddService { service }) => add_service(settings, store, &service)?,
         Command::RemoveService(RemoveService { name }) => {
             change(settings, store, StartingPoint::Existing, |manifest| {
-                changes::remove(manifest, &name)?;
+                edit::remove(manifest, &name)?;
                 Ok(Some(format!("remove-service {name}")))
             })?;
         }
@@ -336,8 +336,8 @@ fn change(
     start: StartingPoint,
     change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
 ) -> Result<PublishedManifest> {
-    let published = edit::publish(store, &Timestamp::now, &Author::of(settings)?, start, change)?;
-    edit::report(store, &published);
+    let published = publish::publish(store, &Timestamp::now, &Author::of(settings)?, start, change)?;
+    publish::report(store, &published);
     Ok(published)
 }
 
@@ -345,7 +345,7 @@ fn show(settings: &Settings, store: &dyn Store, version: Option<&str>, service: 
     let versions = version.map(|word| enough_for(store, &[word])).transpose()?.unwrap_or_default();
     let (what, bytes, version) = match version {
         None => {
-            let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
+            let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
             ("the manifest".to_string(), current.bytes, None)
         }
         Some(word) => {
@@ -363,7 +363,7 @@ fn show(settings: &Settings, store: &dyn Store, version: Option<&str>, service: 
     let unusable = match (&signed, version) {
         // What nobody trusted has signed is not read, which may be made to cost much.
         (Some(Err(_)), _) => None,
-        (_, None) => parse::manifest(&bytes, Mode::Tolerant).err().map(|e| edit::unusable(store, &e)),
+        (_, None) => parse::manifest(&bytes, Mode::Tolerant).err().map(|e| publish::unusable(store, &e)),
         (_, Some(version)) => {
             let why = match parse::manifest(&bytes, Mode::Tolerant) {
                 Ok(_) => versions::mismatch(version, versions::head_of(&bytes).as_ref())
@@ -418,19 +418,19 @@ fn list(settings: &Settings, store: &dyn Store, as_json: bool, number: usize) ->
     let current = match author.trust.trusted.is_empty() {
         true => None,
         // What is too large to be read is said below.
-        false => edit::load(store).ok().flatten(),
+        false => publish::load(store).ok().flatten(),
     };
     if let Some(current) = current
         && let Some(objection) = author.objection(store, &current)?
     {
         log::warning(format!("warning: {}", author.refusal(store, &current, &objection)));
     } else if !versions.iter().any(|v| v.current) {
-        match edit::load(store)? {
-            None if versions.is_empty() => return Err(edit::missing(store)),
-            None => log::warning(format!("warning: {}", edit::missing(store))),
+        match publish::load(store)? {
+            None if versions.is_empty() => return Err(publish::missing(store)),
+            None => log::warning(format!("warning: {}", publish::missing(store))),
             Some(current) => {
                 if let Err(e) = current.into_parts().1 {
-                    log::warning(format!("warning: {}", edit::unusable(store, &e)));
+                    log::warning(format!("warning: {}", publish::unusable(store, &e)));
                 }
             }
         }
@@ -572,7 +572,7 @@ fn add_service(settings: &Settings, store: &dyn Store, word: &str) -> Result<()>
         .map_err(|e| Error::from(e).context("the service"))?;
     let name = service.name.clone();
     let published = change(settings, store, StartingPoint::OrEmpty, |manifest| {
-        changes::add(manifest, service.clone())?;
+        edit::add(manifest, service.clone())?;
         Ok(Some(format!("add-service {name}")))
     })?;
     if published.manifest.serial == 1 {
@@ -595,7 +595,7 @@ fn set(settings: &Settings, store: &dyn Store, name: &str, fields: &[String]) ->
     }
     let named: Vec<&str> = assignments.iter().map(|(field, _)| field.as_str()).collect();
     change(settings, store, StartingPoint::Existing, |manifest| {
-        let changed = changes::set(manifest, name, &assignments)
+        let changed = edit::set(manifest, name, &assignments)
             .map_err(|e| if manifest.service(name).is_some() { e.context(name) } else { e })?;
         Ok(changed.then(|| format!("set {name} {}", named.join(" "))))
     })?;
@@ -616,7 +616,7 @@ const BASE: &str = "base.json";
 
 fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
     let author = Author::of(settings)?;
-    let current = edit::load(store)?.ok_or_else(|| edit::lost(store, &author))?;
+    let current = publish::load(store)?.ok_or_else(|| publish::lost(store, &author))?;
     let (text, next) = match edit_base(store, &author, &current)? {
         EditBase::InForce => (json::pretty(&current.bytes), ""),
         EditBase::Broken => (current.bytes, ""),
@@ -668,7 +668,7 @@ fn edit_base(store: &dyn Store, author: &Author, current: &CurrentManifest) -> R
         }
         (Some(objection), _) => return Err(author.refusal(store, current, &objection)),
         (None, Ok(_)) => return Ok(EditBase::InForce),
-        (None, Err(e)) if e.is_newer_version() => return Err(edit::unusable(store, e)),
+        (None, Err(e)) if e.is_newer_version() => return Err(publish::unusable(store, e)),
         (None, Err(e)) if !trusting => {
             log::warning(format!("warning: the manifest in {url} cannot be used: {e}"));
             return Ok(EditBase::Broken);
@@ -758,13 +758,13 @@ fn publish_edited(settings: &Settings, store: &dyn Store, bytes: &[u8], base: &[
     change(settings, store, StartingPoint::Repair, |manifest| {
         let Some(base) = &made_from else {
             // What could not be read cannot be merged with: only what was edited may be replaced.
-            if edit::load(store)?.is_none_or(|c| c.bytes != base) {
+            if publish::load(store)?.is_none_or(|c| c.bytes != base) {
                 return Err(Error::new("the manifest was changed meanwhile"));
             }
-            changes::restore(manifest, &edited);
+            edit::restore(manifest, &edited);
             return Ok(Some("edit".into()));
         };
-        if !changes::merge(manifest, base, &edited)? {
+        if !edit::merge(manifest, base, &edited)? {
             return Ok(None);
         }
         let differences = diff(base, &edited);
@@ -821,12 +821,12 @@ fn print_diff(settings: &Settings, store: &dyn Store, words: &[String]) -> Resul
 /// Why none of the versions is the one in force: there is none, or what is there is not one.
 fn none_in_force(store: &dyn Store, author: &Author) -> Error {
     let why = || -> Result<Error> {
-        let Some(current) = edit::load(store)? else { return Ok(edit::lost(store, author)) };
+        let Some(current) = publish::load(store)? else { return Ok(publish::lost(store, author)) };
         if let Some(objection) = author.objection(store, &current)? {
             return Ok(author.refusal(store, &current, &objection));
         }
         Ok(match current.manifest() {
-            Err(e) => edit::unusable(store, e),
+            Err(e) => publish::unusable(store, e),
             Ok(_) => {
                 Error::new(format!("the manifest in {} was changed meanwhile; run it again", store.url()))
             }
@@ -847,7 +847,7 @@ struct InForce {
 
 impl InForce {
     fn of(store: &dyn Store, author: &Author) -> Result<Self> {
-        let current = edit::load_to_replace(store)?;
+        let current = publish::load_to_replace(store)?;
         let objection = current.as_ref().map(|c| author.objection(store, c)).transpose()?.flatten();
         let mut in_force = InForce { current, objection };
         // Who has seen nothing of this store is told by what it has replaced.
@@ -894,7 +894,7 @@ fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: boo
     let restore = |manifest: &mut Manifest, old: &Manifest, name: &str| {
         // A repair starts from nothing, and restoring nothing is a change there.
         let repaired = manifest.change.by.is_empty();
-        let changed = changes::restore(manifest, old) || repaired || outrun;
+        let changed = edit::restore(manifest, old) || repaired || outrun;
         changed.then(|| format!("rollback to {name} (serial {})", old.serial))
     };
     let Some(word) = word else {
@@ -906,10 +906,10 @@ fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: boo
         }
         let now = &Timestamp::now;
         let published =
-            edit::publish_over(store, now, &author, StartingPoint::Replace, shown.as_ref(), |manifest| {
+            publish::publish_over(store, now, &author, StartingPoint::Replace, shown.as_ref(), |manifest| {
                 Ok(restore(manifest, &old, &name))
             })?;
-        edit::report(store, &published);
+        publish::report(store, &published);
         return Ok(());
     };
     let version = rollback_target(store, &author, &versions, word)?;
@@ -994,7 +994,7 @@ fn version_before(
     }
     let all = Manifest { serial: u64::MAX, ..Manifest::empty(Timestamp::default(), "") };
     let none = match &in_force.current {
-        None => edit::missing(store),
+        None => publish::missing(store),
         Some(current) => match current.manifest() {
             Err(e) if in_force.objection.is_none() => Error::new(format!("{e}, and {}", only_version(store))),
             _ => only_version(store),
@@ -1062,16 +1062,16 @@ fn rollback_to_copy(settings: &Settings, store: &dyn Store, bytes: &[u8], yes: b
         )));
     }
     drop(in_force);
-    let published = edit::publish(store, &Timestamp::now, &author, StartingPoint::Replace, |manifest| {
+    let published = publish::publish(store, &Timestamp::now, &author, StartingPoint::Replace, |manifest| {
         // Whoever has obeyed the copy knows that the new version comes after it.
         let behind = manifest.serial < copy.serial
             || trusting && line.first().is_some_and(|copy| !manifest.previous.contains(copy));
         manifest.previous = lineage::join(&line, &manifest.previous);
         manifest.serial = manifest.serial.max(copy.serial);
-        let changed = changes::restore(manifest, &copy) || behind || manifest.change.by.is_empty();
+        let changed = edit::restore(manifest, &copy) || behind || manifest.change.by.is_empty();
         Ok(changed.then(|| format!("rollback to a copy of serial {}", copy.serial)))
     })?;
-    edit::report(store, &published);
+    publish::report(store, &published);
     Ok(())
 }
 
@@ -1120,8 +1120,8 @@ fn rollback_service(
         }
         None => {
             let versions = newest(store, SEARCHED)?.versions;
-            let (bytes, now) = edit::believed_text(store, &author)?;
-            let entry = now.service(name).ok_or_else(|| changes::unknown_service(name, &now))?;
+            let (bytes, now) = publish::believed_text(store, &author)?;
+            let entry = now.service(name).ok_or_else(|| edit::unknown_service(name, &now))?;
             let digest = signature::digest(&bytes).ok();
             let otherwise = |old: &Manifest| old.service(name).is_some_and(|o| o != entry);
             let search = belief::before(store, &author, &versions, &now, digest.as_ref(), otherwise)?;
@@ -1146,7 +1146,7 @@ fn rollback_service(
         }
     };
     change(settings, store, StartingPoint::Existing, |manifest| {
-        let changed = changes::restore_service(manifest, &old, name)?;
+        let changed = edit::restore_service(manifest, &old, name)?;
         Ok(changed.then(|| format!("rollback {name} to {version} (serial {})", old.serial)))
     })?;
     Ok(())
@@ -1168,7 +1168,7 @@ fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<
         },
     };
     if version.current {
-        edit::believed(store, &Author::of(settings)?)?;
+        publish::believed(store, &Author::of(settings)?)?;
     }
     let (_, mut names) = versions::believed(store, version, &trusted)?;
     names.sort();
@@ -1184,12 +1184,12 @@ fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Result<()> {
             "nothing is remembered without 'trustedPublicKeys': there is nothing to accept",
         ));
     }
-    let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
+    let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
     match author.objection(store, &current)? {
         Some(objection @ Objection::Unsigned(_)) => return Err(author.refusal(store, &current, &objection)),
         Some(Objection::PutBack(_) | Objection::Fork(_)) | None => {}
     }
-    let there = current.manifest().as_ref().map_err(|e| edit::unusable(store, e))?;
+    let there = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;
     if there.serial != number {
         return Err(Error::new(format!(
             "the manifest in {} is {}, not version {number}; nothing was accepted",
@@ -1210,10 +1210,10 @@ fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Result<()> {
 fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -> Result<()> {
     let author = Author::of(settings)?;
     author.signer()?;
-    let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
+    let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
     let why = match author.objection(store, &current)? {
         None => {
-            match edit::add_signature(store, &author)? {
+            match publish::add_signature(store, &author)? {
                 true => log::notice(format!("signed ({})", store.url())),
                 false => {
                     log::info(format!("unchanged: it has this key's signature already ({})", store.url()))
@@ -1224,7 +1224,7 @@ fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -> Result<()
         Some(Objection::Unsigned(why)) => why,
         Some(objection) => return Err(author.refusal(store, &current, &objection)),
     };
-    let there = current.manifest().as_ref().map_err(|e| edit::unusable(store, e))?;
+    let there = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;
     let digest = signature::digest(&current.bytes).map_err(Error::new)?;
     match hash {
         // Whole: two documents whose hashes begin alike are soon found, and one of them could be shown.
@@ -1253,7 +1253,7 @@ fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -> Result<()
     if hash.is_none() && !confirmed("Is all of it right, and shall it be signed?")? {
         return Err(Error::new("nothing was signed"));
     }
-    edit::report(store, &edit::adopt(store, &Timestamp::now, &author, &digest)?);
+    publish::report(store, &publish::adopt(store, &Timestamp::now, &author, &digest)?);
     Ok(())
 }
 
@@ -1315,11 +1315,11 @@ fn validate_file(settings: &Settings, file: &str) -> Result<()> {
 
 fn validate_store(settings: &Settings, store: &dyn Store) -> Result<()> {
     let author = Author::reader(settings)?;
-    let current = edit::load(store)?.ok_or_else(|| edit::missing(store))?;
+    let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
     if let Some(objection) = author.objection(store, &current)? {
         return Err(author.refusal(store, &current, &objection));
     }
-    let manifest = current.into_parts().1.map_err(|e| edit::unusable(store, &e))?;
+    let manifest = current.into_parts().1.map_err(|e| publish::unusable(store, &e))?;
     if let Some(unknown) = parse::new_unknown(&manifest, None) {
         log::warning(format!("warning: {unknown}; a newer version may have written it"));
     }

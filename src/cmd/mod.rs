@@ -102,7 +102,7 @@ pub fn print(text: &str) -> Result<()> {
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    crate::dumps::forbid();
+    crate::coredump::forbid();
     let mut argv = Vec::new();
     for arg in std::env::args_os() {
         match arg.into_string() {

@@ -9,9 +9,9 @@ use crate::deployer::root::Root;
 use crate::durable;
 use crate::error::{EXIT_DEGRADED, EXIT_FAILED, EXIT_USAGE, Error, Result, did_you_mean};
 use crate::log::{self, printable};
-use crate::manifest::edit::{self, Author};
 use crate::manifest::parse::{self, Mode};
-use crate::manifest::{Manifest, Service, changes};
+use crate::manifest::publish::{self, Author};
+use crate::manifest::{Manifest, Service, edit};
 use crate::names::{HostName, ServiceName};
 use crate::runner::{Beside, ProcessStatus, Run, tail};
 use crate::secrets::{
@@ -177,7 +177,7 @@ fn sweep(folder: &Path) -> Result<u8> {
 fn manifest(settings: &Settings) -> Result<Manifest> {
     let read = || {
         let store = crate::store::open(&settings.store)?;
-        edit::believed(store.as_ref(), &Author::of(settings)?)
+        publish::believed(store.as_ref(), &Author::of(settings)?)
     };
     read().or_else(|e| {
         let kept = Root::system(&settings.unit_dir).manifest();
@@ -193,7 +193,7 @@ fn manifest(settings: &Settings) -> Result<Manifest> {
 }
 
 fn service<'a>(manifest: &'a Manifest, name: &str) -> Result<&'a Service> {
-    manifest.service(name).ok_or_else(|| changes::unknown_service(name, manifest))
+    manifest.service(name).ok_or_else(|| edit::unknown_service(name, manifest))
 }
 
 /// The hosts of a service, or the one of them that is named.

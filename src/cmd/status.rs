@@ -6,8 +6,8 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{EXIT_DEGRADED, Error, Result, did_you_mean};
 use crate::log::{self, printable, printable_json};
-use crate::manifest::edit::{self, Author};
-use crate::manifest::{changes, entry};
+use crate::manifest::publish::{self, Author};
+use crate::manifest::{edit, entry};
 use crate::names::{HostName, StorePath};
 use crate::push::namespace::DIRTY;
 use crate::see::judge::{Expected, Only, ServiceRow, ServiceStatus, StatusReport, judge};
@@ -91,7 +91,7 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
     let (current, listed) = std::thread::scope(|scope| {
         // Which reports there are is asked for beside the manifest: both answers are waited for.
         let listed = (!args.live).then(|| scope.spawn(|| reports::listed(store.as_ref())));
-        let current = edit::believed_text(store.as_ref(), &author);
+        let current = publish::believed_text(store.as_ref(), &author);
         let joined = |thread: std::thread::ScopedJoinHandle<'_, _>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
@@ -102,7 +102,7 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
     let asked_for = |host: &HostName| args.host.as_deref().is_none_or(|only| only == host.as_str());
     let mut hosts = named.clone();
     if let Some(name) = &args.service {
-        let service = manifest.service(name).ok_or_else(|| changes::unknown_service(name, &manifest))?;
+        let service = manifest.service(name).ok_or_else(|| edit::unknown_service(name, &manifest))?;
         hosts.retain(|h| service.hosts.contains(h));
     }
     let mut left_out = 0;

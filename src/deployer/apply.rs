@@ -13,8 +13,8 @@ use super::{applied, intent, observe};
 use crate::clock::{self, Timestamp};
 use crate::config::Settings;
 use crate::durable::{self, Batch};
-use crate::effect;
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::manifest::{Service, command};
 use crate::names::{ServiceName, StorePath};
 use crate::secrets;
@@ -991,7 +991,7 @@ pub fn watch(
                         well(one.watched.name);
                     }
                     let since = *one.well_since.get_or_insert(looked);
-                    if looked.duration_since(since) >= effect::shortened(one.watched.settle) {
+                    if looked.duration_since(since) >= failpoint::shortened(one.watched.settle) {
                         let clean = now.drop_ins.iter().all(|path| systemd::is_vendor_drop_in(path));
                         let verified = clean.then(|| now.invocation.clone());
                         outcomes.insert(name, Ok(Up { after: since.duration_since(begun), verified }));
@@ -1011,11 +1011,12 @@ pub fn watch(
             still.push(one);
         }
         pending = still;
-        let end =
-            |p: &Watching| Some(effect::shortened(p.watched.settle).saturating_sub(p.well_since?.elapsed()));
+        let end = |p: &Watching| {
+            Some(failpoint::shortened(p.watched.settle).saturating_sub(p.well_since?.elapsed()))
+        };
         let next_end = pending.iter().filter_map(end).min();
         if !pending.is_empty() {
-            let look_every = effect::shortened(LOOK_EVERY);
+            let look_every = failpoint::shortened(LOOK_EVERY);
             std::thread::sleep(next_end.map_or(look_every, |end| end.min(look_every)));
         }
     }

@@ -444,7 +444,7 @@ pub fn perform(at: &Address, request: &AdminRequest) -> Result<(), String> {
         return Err(format!("cannot {}: {why}", request.what));
     }
     let body = request.body.as_ref().map(Value::to_string).unwrap_or_default();
-    let _effect = crate::effect::mark(request.method, &request.path);
+    let _effect = crate::failpoint::mark(request.method, &request.path);
     let answer = admin::exchange(at, request.method, &request.path, &body);
     let answer = answer.map_err(|why| format!("cannot {}: {why}", request.what))?;
     match answer.status {

@@ -10,8 +10,8 @@ use super::systemd::{self, Began, Restarted};
 use super::unit;
 use crate::clock;
 use crate::durable::{self, Batch};
-use crate::effect;
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::log;
 use crate::manifest::model::DEFAULT_DRAIN_SEC;
 use crate::manifest::{Http, Service};
@@ -379,7 +379,7 @@ fn drain(ports: &[(&ServiceName, u16, u32)], caddy: &caddy::CaddyState) -> Resul
         clients = clients.intersection(&clients_of(&peers)).cloned().collect();
         let waited = begun.elapsed();
         let least = if clients.is_empty() && known { LEAST_DRAIN } else { SILENT_CLIENTS };
-        let quiet = waited >= effect::shortened(least);
+        let quiet = waited >= failpoint::shortened(least);
         open.retain(|(name, port, seconds)| {
             let count = peers.get(port).map_or(0, BTreeSet::len);
             let late = waited >= Duration::from_secs((*seconds).into()).max(LEAST_DRAIN);

@@ -17,14 +17,14 @@ use super::{applied, intent, lines, machine, observe, overrides, systemd};
 use crate::clock::Timestamp;
 use crate::config::{self, Settings};
 use crate::durable;
-use crate::effect;
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::keys::PublicKey;
 use crate::log;
-use crate::manifest::edit::COPY_BACK;
 use crate::manifest::lineage::{self, Ancestor, Relation};
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
+use crate::manifest::publish::COPY_BACK;
 use crate::manifest::{Manifest, Service, entry, signature, versions};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::secrets;
@@ -1245,7 +1245,7 @@ fn publish(
     state.other_machine = other_machine(store, &key, before, state);
     // The report first: a pass that dies between the two finds its old state, and reports again.
     let reported = {
-        let _effect = effect::mark("put", &key);
+        let _effect = failpoint::mark("put", &key);
         // What drains is of this moment, and a report stands for long.
         let report = lines::to_bytes(&State { draining: BTreeSet::new(), ..open(state) })?;
         store.put(&key, &report, &Condition::Always)
@@ -1300,7 +1300,7 @@ fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) ->
 mod tests {
     use super::*;
     use crate::keys::SecretKey;
-    use crate::manifest::edit::{self, Author, StartingPoint};
+    use crate::manifest::publish::{self, Author, StartingPoint};
     use crate::manifest::signature::Trust;
     use crate::store::StoreUrl;
 
@@ -1322,7 +1322,7 @@ mod tests {
 
         fn publishes(&self, start: StartingPoint, change: impl Fn(&mut Manifest)) -> Vec<u8> {
             let now = || Timestamp(1_795_372_265);
-            edit::publish(&*self.store, &now, &self.author, start, |manifest| {
+            publish::publish(&*self.store, &now, &self.author, start, |manifest| {
                 change(manifest);
                 Ok(Some("set".into()))
             })

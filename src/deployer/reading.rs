@@ -5,8 +5,8 @@
 
 use super::root::Root;
 use crate::durable;
-use crate::effect;
 use crate::error::io_text;
+use crate::failpoint;
 use crate::log;
 use crate::store::Etag;
 use serde::{Deserialize, Serialize};
@@ -56,7 +56,7 @@ impl<'a> ReadingMark<'a> {
         if let Err(e) = durable::write(&root.reading(), &bytes, 0o644) {
             log::warning(format!("the manifest is read without a note of it: {}", io_text(&e)));
         }
-        effect::point("within reading", store);
+        failpoint::point("within reading", store);
         ReadingMark(root)
     }
 }

@@ -2,8 +2,8 @@
 //! whether a service came up.
 
 use super::state::Exposure;
-use crate::effect;
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::names::{ServiceName, is_variable};
 use crate::runner::{Output, ProcessStatus, Run, RunError};
 use serde_json::Value;
@@ -334,7 +334,7 @@ pub fn given_text(names: &[String]) -> String {
 
 /// Makes systemd read unit files again.
 pub fn daemon_reload() -> Result<()> {
-    let _effect = effect::mark("systemctl", "daemon-reload");
+    let _effect = failpoint::mark("systemctl", "daemon-reload");
     systemctl().arg("daemon-reload").deadline(QUICK).success()?;
     Ok(())
 }
@@ -345,7 +345,7 @@ pub fn reset_failed(units: &[String]) -> Result<()> {
     if units.is_empty() {
         return Ok(());
     }
-    let _effect = effect::mark("systemctl reset-failed", format_args!("{units:?}"));
+    let _effect = failpoint::mark("systemctl reset-failed", format_args!("{units:?}"));
     let output = systemctl().args(["reset-failed", "--"]).args(units).deadline(QUICK).output()?;
     if !output.status.ok() && !output.stderr.contains("not loaded") {
         return Err(Error::new(format!("systemctl reset-failed: {}", output.stderr.trim())));
@@ -368,7 +368,7 @@ pub fn restart(units: &[String], within: Duration) -> Result<Restarted> {
     if units.is_empty() {
         return Ok(Restarted::All(None));
     }
-    let _effect = effect::mark("systemctl restart", format_args!("{units:?}"));
+    let _effect = failpoint::mark("systemctl restart", format_args!("{units:?}"));
     let before: Vec<Option<String>> = units.iter().map(|unit| invocation(unit)).collect();
     match systemctl().args(["restart", "--"]).args(units).deadline(within).output() {
         Ok(output) if output.status.ok() => Ok(Restarted::All(None)),
@@ -399,7 +399,7 @@ pub fn stop(units: &[String], within: Duration) -> Result<BTreeSet<String>> {
     if units.is_empty() {
         return Ok(BTreeSet::new());
     }
-    let _effect = effect::mark("systemctl stop", format_args!("{units:?}"));
+    let _effect = failpoint::mark("systemctl stop", format_args!("{units:?}"));
     match systemctl().args(["stop", "--"]).args(units).deadline(within).output() {
         Ok(output) if output.status.ok() || output.stderr.contains("not loaded") => Ok(BTreeSet::new()),
         Ok(output) => {
@@ -513,7 +513,7 @@ pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMa
         return Ok(complaints);
     }
     let dir = crate::durable::scratch(scratch)?;
-    let _effect = effect::mark("verify below", scratch.display());
+    let _effect = failpoint::mark("verify below", scratch.display());
     let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
     for (name, text) in units {
         let file = dir.path().join(name.unit());

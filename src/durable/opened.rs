@@ -2,7 +2,7 @@
 //! nothing else. No link is followed, and nothing but a regular file is swept.
 
 use super::{TEMP_PREFIX, named};
-use crate::effect;
+use crate::failpoint;
 use fs_err::File;
 use ring::rand::{SecureRandom, SystemRandom};
 use rustix::fs::{self, AtFlags, FileType, FlockOperation, Mode, OFlags};
@@ -69,7 +69,7 @@ impl Folder {
             other => other?,
         }
         let made = self.folder(name)?;
-        effect::point("made folder", made.shown.display());
+        failpoint::point("made folder", made.shown.display());
         let open = made.reading()?;
         let stat = fs::fstat(&open)?;
         // Whoever else can write here may have put another in its place: one with something in it is not the one.
@@ -111,7 +111,7 @@ impl Folder {
     /// The same with what a reader gives, which may be more than fits into memory.
     pub fn write_from(&self, name: &str, source: &mut dyn Read, mode: u32) -> io::Result<()> {
         let path = self.shown.join(name);
-        let _effect = effect::begin("write", path.display()).map_err(|e| named(e, "write", &path))?;
+        let _effect = failpoint::begin("write", path.display()).map_err(|e| named(e, "write", &path))?;
         let (temp, _held) = self.temp(&path, source, mode)?;
         self.placed(&temp, fs::renameat(&self.fd, &temp, &self.fd, name))
             .map_err(|e| named(e, "write", &path))?;
@@ -121,7 +121,7 @@ impl Folder {
     /// [`super::create_new`].
     pub fn create_new(&self, name: &str, mut bytes: &[u8], mode: u32) -> io::Result<bool> {
         let path = self.shown.join(name);
-        let _effect = effect::begin("create", path.display()).map_err(|e| named(e, "create", &path))?;
+        let _effect = failpoint::begin("create", path.display()).map_err(|e| named(e, "create", &path))?;
         let (temp, _held) = self.temp(&path, &mut bytes, mode)?;
         let linked = fs::linkat(&self.fd, &temp, &self.fd, name, AtFlags::empty());
         fs::unlinkat(&self.fd, &temp, AtFlags::empty())?;
@@ -135,7 +135,7 @@ impl Folder {
     /// [`super::remove`].
     pub fn remove(&self, name: &str) -> io::Result<bool> {
         let path = self.shown.join(name);
-        let _effect = effect::begin("remove", path.display()).map_err(|e| named(e, "remove", &path))?;
+        let _effect = failpoint::begin("remove", path.display()).map_err(|e| named(e, "remove", &path))?;
         match fs::unlinkat(&self.fd, name, AtFlags::empty()) {
             Ok(()) => self.sync().map(|()| true),
             Err(rustix::io::Errno::NOENT) => Ok(false),
@@ -191,7 +191,7 @@ impl Folder {
             .and_then(|_| Ok(fs::fchmod(file.file(), Mode::from_raw_mode(mode))?))
             .and_then(|()| file.file().sync_all());
         self.placed(&temp, filled).map_err(|e| named(e, "write", path))?;
-        effect::point("within write", path.display());
+        failpoint::point("within write", path.display());
         Ok((temp, file))
     }
 

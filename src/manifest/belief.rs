@@ -2,10 +2,10 @@
 //! after what this machine has seen. Everything that publishes starts from that, and what else is in the store is
 //! shown, never built upon. Without trusted keys there is nothing to tell by, and what is in force is believed.
 
-use super::edit::{Author, COPY_BACK, CurrentManifest};
 use super::lineage::{self, Ancestor, Digest, Relation};
 use super::model::{Change, MAX_BYTES, Manifest};
 use super::parse::{self, Mode};
+use super::publish::{Author, COPY_BACK, CurrentManifest};
 use super::signature;
 use super::versions::{self, Version, archive_key, archive_name};
 use crate::error::{Error, Result};
@@ -136,7 +136,7 @@ impl Author {
         };
         let there = match current.manifest() {
             Ok(there) => there,
-            Err(e) => return super::edit::unusable(store, e),
+            Err(e) => return super::publish::unusable(store, e),
         };
         let serial = there.serial;
         if let Objection::Fork(_) = objection {

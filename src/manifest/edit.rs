@@ -1,1227 +1,394 @@
-//! Writing the manifest: every write is a compare-and-swap that archives what it replaces, so that two people
-//! publishing at once lose nothing and history only grows. What is changed is the caller's ([`super::changes`]).
+//! The changes that people make to a manifest, each a pure function on it: what was there before decides,
+//! nothing is read or written. The caller publishes the result ([`super::publish`]).
 
-use super::belief::{self, Believed, Objection};
-use super::changes;
-use super::limits;
-use super::lineage::{self, Ancestor, Digest};
-use super::model::{Change, FORMAT_VERSION, MAX_BYTES, Manifest};
-use super::parse::{self, FieldError, MAX_SERIAL, Mode};
-use super::seen::Seen;
-use super::signature::{self, Trust};
-use super::validate::clashes;
-use super::versions::{self, Version, archive_key, archive_name};
-use crate::clock::Timestamp;
-use crate::config::{self, Settings};
-use crate::error::{Error, Result};
-use crate::keys::SecretKey;
-use crate::log;
-use crate::names::{HostName, ServiceName, StorePath};
-use crate::store::{
-    self, Condition, Etag, GetResult, HOSTS_PREFIX, MANIFEST_KEY, MAX_REPLACED, Store, StoreError,
-};
-use std::cell::OnceCell;
-use std::hash::{BuildHasher, Hasher, RandomState};
-use std::time::{Duration, Instant};
+use super::diff::tree;
+use super::json::{At, shown};
+use super::model::{ArtifactPath, Hardening, Manifest, Service};
+use super::parse::{self, FieldError, Mode};
+use super::schema::{self, FieldKind};
+use crate::error::{Error, Result, did_you_mean};
+use crate::names::StorePath;
+use serde_json::{Map, Value};
+use std::collections::{HashMap, HashSet};
 
-/// What a change may start from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum StartingPoint {
-    /// A manifest that can be read and is believed; anything else is an error.
-    Existing,
-    /// The same, or an empty one where there never was one.
-    OrEmpty,
-    /// The same, or an empty one where there is none, also if there was one.
-    Begin,
-    /// Whatever is there, also what cannot be read or is not believed (it is archived like any other), or nothing:
-    /// the change brings the content. Not a manifest of a newer version.
-    Replace,
-    /// As `Replace`, and where what is there cannot be read or is not believed, the change is made to the newest
-    /// version that is.
-    Repair,
+/// There is no such service: with the nearest names, or where those are that there are.
+pub fn unknown_service(name: &str, manifest: &Manifest) -> Error {
+    let near = did_you_mean(name, manifest.services.iter().map(|s| s.name.as_str()));
+    let next =
+        if near.is_empty() { "; 'deploy-manifest show' prints those there are" } else { near.as_str() };
+    Error::new(format!("no service '{}' in the manifest{next}", crate::log::printable(name)))
 }
 
-/// The manifest in the store.
-#[derive(Debug, Clone)]
-pub struct CurrentManifest {
-    /// As it is stored.
-    pub bytes: Vec<u8>,
-    /// Its version for the store.
-    pub etag: Etag,
-    manifest: OnceCell<Result<Manifest, FieldError>>,
+fn index(manifest: &Manifest, name: &str) -> Result<usize> {
+    manifest
+        .services
+        .iter()
+        .position(|s| s.name.as_str() == name)
+        .ok_or_else(|| unknown_service(name, manifest))
 }
 
-impl CurrentManifest {
-    /// What it says, or why it cannot be used. Read when it is asked for: of what nobody trusted has signed, most
-    /// have no use, and it may be made to cost much.
-    pub fn manifest(&self) -> &Result<Manifest, FieldError> {
-        self.manifest.get_or_init(|| read_bytes(&self.bytes))
-    }
-
-    /// Its bytes, and what it says.
-    pub fn into_parts(self) -> (Vec<u8>, Result<Manifest, FieldError>) {
-        let manifest = self.manifest.into_inner().unwrap_or_else(|| read_bytes(&self.bytes));
-        (self.bytes, manifest)
-    }
-}
-
-fn read_bytes(bytes: &[u8]) -> Result<Manifest, FieldError> {
-    match bytes.len() as u64 > MAX_BYTES {
-        true => {
-            let reason = format!("it has {} bytes, at most {MAX_BYTES} are read", bytes.len());
-            Err(FieldError { path: String::new(), reason })
-        }
-        false => parse::manifest(bytes, Mode::Tolerant),
-    }
-}
-
-/// What came of a change.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PublishedManifest {
-    /// The manifest in force.
-    pub manifest: Manifest,
-    /// Whether it was written; false: it said so already.
-    pub written: bool,
-}
-
-/// Who writes, and with what keys.
-#[derive(Debug, Default)]
-pub struct Author {
-    /// `user@host`.
-    pub by: String,
-    /// The key that signs, and those that are believed.
-    pub trust: Trust,
-    /// What this machine remembers of the store.
-    pub seen: Seen,
-    /// The number of a copy that was given to be published, if it is believed; else 0.
-    pub at_hand: u64,
-}
-
-impl Author {
-    /// The one who runs this, with the keys of the configuration.
-    pub fn of(settings: &Settings) -> Result<Self> {
-        Ok(Author { by: whoami(), trust: Trust::of(settings)?, seen: Seen::of_user(), at_hand: 0 })
-    }
-
-    /// The same for who only reads: no key that signs is looked for.
-    pub fn reader(settings: &Settings) -> Result<Self> {
-        let trust = Trust { signer: None, trusted: signature::trusted(settings)? };
-        Ok(Author { by: whoami(), trust, seen: Seen::of_user(), at_hand: 0 })
-    }
-
-    /// Refuses to build upon what is not believed: a signature on it would be given by the way.
-    fn believes(&self, store: &dyn Store, current: &CurrentManifest) -> Result<()> {
-        match self.objection(store, current)? {
-            Some(objection) => Err(self.refusal(store, current, &objection)),
-            None => Ok(()),
-        }
-    }
-
-    /// The key that signs.
-    pub fn signer(&self) -> Result<&SecretKey> {
-        self.trust.signer.as_ref().ok_or_else(|| {
-            Error::new("there is no key to sign with; set 'secretKeyFile' ('omni-deploy keygen' makes one)")
-        })
-    }
-
-    /// Signs what is about to be published. Without a key, nothing is published where signatures are expected.
-    fn sign(&self, store: &dyn Store, manifest: &mut Manifest) -> Result<()> {
-        let signed = !manifest.signatures.is_empty();
-        manifest.signatures.clear();
-        match &self.trust.signer {
-            Some(key) => signature::sign(manifest, &store.identity(), key),
-            None if signed || !self.trust.trusted.is_empty() => Err(Error::new(format!(
-                "the manifest in {} is signed, and this machine has no key: hosts would refuse what it publishes; set \
-                 'secretKeyFile' ('omni-deploy init' or 'omni-deploy keygen' make one)",
-                store.url()
-            ))),
-            None => Ok(()),
-        }
-    }
-}
-
-/// `user@host`, from `USER` or `LOGNAME`, else the user's number; only plain characters.
-pub fn whoami() -> String {
-    let named = ["USER", "LOGNAME"].iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()));
-    let user = named.unwrap_or_else(|| rustix::process::geteuid().as_raw().to_string());
-    let host = HostName::of_this_machine().map_or_else(|| "unknown".into(), |h| h.to_string());
-    let clean = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
-    let user: String = user.chars().take(64).map(clean).collect();
-    format!("{user}@{host}")
-}
-
-/// Reads what is there; None when there is none.
-pub fn load(store: &dyn Store) -> Result<Option<CurrentManifest>> {
-    load_within(store, MAX_BYTES)
-}
-
-/// As [`load`], also what is too large to be read but is replaced.
-pub fn load_to_replace(store: &dyn Store) -> Result<Option<CurrentManifest>> {
-    load_within(store, MAX_REPLACED)
-}
-
-fn load_within(store: &dyn Store, limit: u64) -> Result<Option<CurrentManifest>> {
-    match store.get(MANIFEST_KEY, None, limit) {
-        Ok(GetResult::Found { bytes, etag }) => {
-            Ok(Some(CurrentManifest { bytes, etag, manifest: OnceCell::new() }))
-        }
-        Ok(GetResult::Missing | GetResult::NotModified) => Ok(None),
-        Err(e @ StoreError::TooLarge(_)) if limit == MAX_BYTES => {
-            Err(Error::new(format!("{e}; go back with 'deploy-manifest rollback'")))
-        }
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// Reads the manifest; that there is none, or that it cannot be used, is an error.
-pub fn read(store: &dyn Store) -> Result<Manifest> {
-    load(store)?.ok_or_else(|| missing(store))?.into_parts().1.map_err(|e| unusable(store, &e))
-}
-
-/// As [`read`], and that nobody trusted has signed it is an error too.
-pub fn believed(store: &dyn Store, author: &Author) -> Result<Manifest> {
-    Ok(believed_text(store, author)?.1)
-}
-
-/// As [`believed`], with the text that it was read from.
-pub fn believed_text(store: &dyn Store, author: &Author) -> Result<(Vec<u8>, Manifest)> {
-    let current = load(store)?.ok_or_else(|| lost(store, author))?;
-    author.believes(store, &current)?;
-    let (bytes, manifest) = current.into_parts();
-    match manifest {
-        Ok(manifest) => {
-            author.remember(store, &bytes);
-            Ok((bytes, manifest))
-        }
-        Err(e) => Err(unusable(store, &e)),
-    }
-}
-
-/// There is no manifest: nothing is configured, it was lost, or there never was one.
-pub fn missing(store: &dyn Store) -> Error {
-    let url = store.url();
-    if config::is_unconfigured(&url) {
-        return Error::new(
-            "nothing is configured here, and there is no manifest in this machine's own folder; run 'omni-deploy init \
-             s3://BUCKET?region=…' (on a host: write the 'store' that it prints into /etc/omni-deploy/config.json), \
-             or 'deploy-manifest init' to deploy on this machine alone",
-        );
-    }
-    let newest = versions::archived(store).ok().and_then(|archived| archived.into_iter().next());
-    if let Some(Version { name, serial, .. }) = newest {
-        return Error::new(format!(
-            "no manifest in {url} any more, only older ones up to serial {serial}; put a host's copy back \
-             ('{COPY_BACK}') or go back with 'deploy-manifest rollback {name}'"
-        ));
-    }
-    if let Ok(Some(host)) = obedient(store) {
-        return Error::new(format!(
-            "no manifest in {url} any more, and the host {host} reports there that it has obeyed one; put its copy \
-             back: '{}'",
-            COPY_BACK.replace("HOST", &host)
-        ));
-    }
-    Error::new(format!("no manifest in {url} yet; run 'deploy-manifest init'"))
-}
-
-/// How many hosts' reports are read to know whether there ever was a manifest.
-const REPORTS: usize = 8;
-
-/// A host which reports that it has obeyed a manifest. One that was set up before there was any reports, too.
-fn obedient(store: &dyn Store) -> Result<Option<String>> {
-    #[derive(serde::Deserialize)]
-    struct Report {
-        #[serde(default)]
-        serial: Option<u64>,
-    }
-    for key in store.list(HOSTS_PREFIX)?.iter().take(REPORTS) {
-        let host = key.strip_prefix(HOSTS_PREFIX).and_then(|name| name.strip_suffix(".json"));
-        let Some(host) = host.filter(|host| HostName::parse(host).is_ok()) else { continue };
-        if let GetResult::Found { bytes, .. } = store.get(key, None, MAX_REPORT)?
-            && let Ok(Report { serial: Some(_) }) = serde_json::from_slice(&bytes)
-        {
-            return Ok(Some(host.to_string()));
-        }
-    }
-    Ok(None)
-}
-
-/// The most of a report that is read here, in bytes.
-const MAX_REPORT: u64 = 4 << 20;
-
-/// Whether there ever was a manifest in a store that has none now, as far as can be told.
-fn ever(store: &dyn Store, author: &Author) -> Result<bool> {
-    Ok(author.remembered(store)?.is_some()
-        || !versions::archived(store)?.is_empty()
-        || obedient(store)?.is_some())
-}
-
-/// As [`missing`], of a store in which this machine has seen one: that is put back from here.
-pub fn lost(store: &dyn Store, author: &Author) -> Error {
-    match author.remembered(store) {
-        Ok(Some(seen)) => Error::new(format!(
-            "no manifest in {} any more, and this machine has seen {} there; put it back with 'deploy-manifest rollback \
-             @{}', or begin anew with 'deploy-manifest init'",
-            store.url(),
-            seen.words(),
-            seen.kept.unwrap_or_default().display()
-        )),
-        Ok(None) => missing(store),
-        Err(e) => e,
-    }
-}
-
-/// How the copy that a host keeps is published again.
-pub const COPY_BACK: &str = "ssh HOST cat /var/lib/deployer/manifest.json | deploy-manifest rollback -";
-
-/// There is one that cannot be used.
-pub fn unusable(store: &dyn Store, why: &FieldError) -> Error {
-    let next = match why.is_newer_version() {
-        true => "",
-        false => "; mend it with 'deploy-manifest edit' or go back with 'deploy-manifest rollback'",
-    };
-    Error::new(format!("the manifest in {} cannot be used: {why}{next}", store.url()))
-}
-
-/// Creates an empty manifest where there is none, also where there was one.
-pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<PublishedManifest> {
-    swap(store, now, author, StartingPoint::Begin, |_, current| Ok(current.is_none().then(|| "init".into())))
-}
-
-/// Creates the first manifest of a store. That there was one before is an error.
-pub fn begin(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<PublishedManifest> {
-    swap(store, now, author, StartingPoint::OrEmpty, |_, current| {
-        Ok(current.is_none().then(|| "init".into()))
-    })
-}
-
-/// One service's new closure.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PathUpdate {
-    /// The service.
-    pub name: ServiceName,
-    /// The closure's top path.
-    pub path: StorePath,
-    /// The commit it was built from.
-    pub revision: Option<String>,
-}
-
-/// Publishes new closures of services, all in one version: `update ava, web`.
-pub fn update(
-    store: &dyn Store,
-    now: &dyn Fn() -> Timestamp,
-    author: &Author,
-    updates: &[PathUpdate],
-) -> Result<PublishedManifest> {
-    publish(store, now, author, StartingPoint::Existing, |manifest| {
-        let mut changed = Vec::new();
-        for PathUpdate { name, path, revision } in updates {
-            if changes::update(manifest, name.as_str(), path, revision.as_deref())? {
-                changed.push(name.as_str());
-            }
-        }
-        Ok((!changed.is_empty()).then(|| format!("update {}", changed.join(", "))))
-    })
-}
-
-/// Changes the manifest and publishes the result as a new version. `change` gives the action in words, or None
-/// when there is nothing to change; it is called again on what others wrote meanwhile. Ends within about a
-/// minute, also when the store never takes the write.
-pub fn publish(
-    store: &dyn Store,
-    now: &dyn Fn() -> Timestamp,
-    author: &Author,
-    start: StartingPoint,
-    mut change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
-) -> Result<PublishedManifest> {
-    swap(store, now, author, start, |manifest, _| change(manifest))
-}
-
-/// As [`publish`], in the place of what somebody was shown and of nothing else (None: of nothing).
-pub fn publish_over(
-    store: &dyn Store,
-    now: &dyn Fn() -> Timestamp,
-    author: &Author,
-    start: StartingPoint,
-    shown: Option<&Etag>,
-    mut change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
-) -> Result<PublishedManifest> {
-    swap(store, now, author, start, |manifest, current| {
-        if current.map(|c| &c.etag) != shown {
-            return Err(Error::new(format!(
-                "the manifest in {} was changed meanwhile, and nothing was published; run it again",
-                store.url()
-            )));
-        }
-        change(manifest)
-    })
-}
-
-/// Publishes what is in force, which nobody trusted has signed, as a new version of this machine's: `shown` is what
-/// a person has looked at. Its content alone is taken over; which number the new one has, and which versions it
-/// comes after, is not for a stranger to say.
-pub fn adopt(
-    store: &dyn Store,
-    now: &dyn Fn() -> Timestamp,
-    author: &Author,
-    shown: &Digest,
-) -> Result<PublishedManifest> {
-    swap(store, now, author, StartingPoint::Replace, |manifest, current| {
-        let found = current.filter(|c| signature::digest(&c.bytes).as_ref() == Ok(shown));
-        let there = found.and_then(|c| c.manifest().as_ref().ok()).ok_or_else(|| {
-            Error::new(format!(
-                "the manifest in {} was changed meanwhile, and nothing was signed; run it again",
-                store.url()
-            ))
-        })?;
-        if there.serial == manifest.serial {
-            // The nearest first: of a long list the last are left out.
-            manifest.previous.insert(0, Ancestor { serial: there.serial, digest: Some(shown.clone()) });
-        }
-        changes::restore(manifest, there);
-        Ok(Some(format!("sign version {}", there.serial)))
-    })
-}
-
-fn swap(
-    store: &dyn Store,
-    now: &dyn Fn() -> Timestamp,
-    author: &Author,
-    start: StartingPoint,
-    mut change: impl FnMut(&mut Manifest, Option<&CurrentManifest>) -> Result<Option<String>>,
-) -> Result<PublishedManifest> {
-    let mut contention = Contention::new();
-    let mut tried: Option<(Vec<u8>, Manifest)> = None;
-    let limit = match start {
-        StartingPoint::Repair | StartingPoint::Replace => MAX_REPLACED,
-        StartingPoint::Existing | StartingPoint::OrEmpty | StartingPoint::Begin => MAX_BYTES,
-    };
-    loop {
-        let began = Instant::now();
-        let current = load_within(store, limit)?;
-        if let Some((bytes, manifest)) = tried.take()
-            && landed(store, current.as_ref(), &bytes, &manifest)?
-        {
-            author.remember(store, &bytes);
-            return Ok(PublishedManifest { manifest, written: true });
-        }
-        let Base { mut manifest, replaced, known, believed } =
-            base(store, author, current.as_ref(), start, now)?;
-        manifest.previous = known;
-        let Some(action) = change(&mut manifest, current.as_ref())? else {
-            let found =
-                current.map(CurrentManifest::into_parts).and_then(|(bytes, m)| Some((bytes, m.ok()?)));
-            if let (Some((bytes, _)), true) = (&found, believed) {
-                author.remember(store, bytes);
-            }
-            return Ok(PublishedManifest { manifest: found.map_or(manifest, |(_, m)| m), written: false });
-        };
-        manifest.version = FORMAT_VERSION;
-        manifest.serial += 1;
-        manifest.previous = lineage::before(manifest.serial, std::mem::take(&mut manifest.previous));
-        manifest.generation = manifest.generation.max(now());
-        manifest.change =
-            Change { action, by: author.by.clone(), extra: std::mem::take(&mut manifest.change.extra) };
-        clashes(&manifest)?;
-        author.sign(store, &mut manifest)?;
-        let bytes = manifest.to_bytes();
-        check_size(&manifest, &bytes)?;
-        store::before_writing(store, now())?;
-        let when = match &current {
-            None => Condition::IfAbsent,
-            Some(current) => {
-                archive(store, author, &replaced, &current.bytes)?;
-                Condition::IfMatch(current.etag.clone())
-            }
-        };
-        match store.put(MANIFEST_KEY, &bytes, &when) {
-            Ok(_) => {
-                author.remember(store, &bytes);
-                say_lost(author, &manifest);
-                return Ok(PublishedManifest { manifest, written: true });
-            }
-            Err(StoreError::Changed(_)) => {
-                tried = Some((bytes, manifest));
-                contention.wait(began.elapsed(), current.map(|c| c.etag), store)?;
-            }
-            // Without an answer it may have taken place.
-            Err(StoreError::Unreachable(why)) => {
-                let landed = load(store).and_then(|c| landed(store, c.as_ref(), &bytes, &manifest));
-                return match landed {
-                    Ok(true) => {
-                        author.remember(store, &bytes);
-                        Ok(PublishedManifest { manifest, written: true })
-                    }
-                    Ok(false) => Err(Error::new(why)),
-                    Err(_) => Err(Error::new(format!(
-                        "{why}; whether it was written is not known: see 'deploy-manifest list'"
-                    ))),
-                };
-            }
-            Err(e) => return Err(e.into()),
-        }
-    }
-}
-
-/// What a change starts from.
-struct Base {
-    manifest: Manifest,
-    /// The name that what is there is archived under.
-    replaced: String,
-    /// The versions that the next one comes after, as far as they are known.
-    known: Vec<Ancestor>,
-    /// Whether it is what is in force.
-    believed: bool,
-}
-
-fn base(
-    store: &dyn Store,
-    author: &Author,
-    current: Option<&CurrentManifest>,
-    start: StartingPoint,
-    now: &dyn Fn() -> Timestamp,
-) -> Result<Base> {
-    let objection = current.map(|c| author.objection(store, c)).transpose()?.flatten();
-    let repairs = matches!(start, StartingPoint::Replace | StartingPoint::Repair);
-    match (current, objection) {
-        (Some(current), Some(objection)) if !repairs => Err(author.refusal(store, current, &objection)),
-        // Whatever nobody trusted has signed says, also that a newer program wrote it.
-        (Some(_), Some(Objection::Unsigned(_))) => rebuilt(store, author, current, start, now),
-        (Some(found), objection) => match (found.manifest(), objection) {
-            // With keys a number is what somebody trusted gave it.
-            (Ok(manifest), None) if start != StartingPoint::Replace || manifest.serial < LAST_SERIAL => {
-                let mut known = line_of(manifest, &found.bytes);
-                let mut serial = manifest.serial;
-                if start == StartingPoint::Replace {
-                    after_archived(store, author, &mut serial, &mut known)?;
-                }
-                room_after(store, serial, MANIFEST_KEY)?;
-                let replaced = archive_name(manifest.serial, manifest.generation);
-                let manifest = Manifest { serial, ..manifest.clone() };
-                Ok(Base { manifest, replaced, known, believed: true })
-            }
-            // Signed, and hosts have obeyed what it took the place of: the new version comes after both.
-            (Ok(manifest), Some(Objection::PutBack(seen) | Objection::Fork(seen)))
-                if manifest.serial < LAST_SERIAL =>
-            {
-                let mut known = lineage::join(&seen.line(), &line_of(manifest, &found.bytes));
-                let mut serial = manifest.serial.max(seen.manifest.serial);
-                after_archived(store, author, &mut serial, &mut known)?;
-                room_after(store, serial, MANIFEST_KEY)?;
-                let replaced = archive_name(manifest.serial, manifest.generation);
-                let from = if start == StartingPoint::Repair { &seen.manifest } else { manifest };
-                Ok(Base { manifest: Manifest { serial, ..from.clone() }, replaced, known, believed: false })
-            }
-            (Err(why), _) if !repairs || why.is_newer_version() => Err(unusable(store, why)),
-            (_, _) => rebuilt(store, author, current, start, now),
-        },
-        (None, _) if start == StartingPoint::Existing => Err(lost(store, author)),
-        (None, _) if start == StartingPoint::OrEmpty && ever(store, author)? => Err(lost(store, author)),
-        (None, _) => rebuilt(store, author, None, start, now),
-    }
-}
-
-/// Moves the number behind the newest archived version that is believed: where an old one was put back, hosts have
-/// obeyed what it took the place of, which is not in the archive.
-fn after_archived(
-    store: &dyn Store,
-    author: &Author,
-    serial: &mut u64,
-    known: &mut Vec<Ancestor>,
-) -> Result<()> {
-    if author.trust.trusted.is_empty() {
-        return Ok(());
-    }
-    if let Some(newest) = belief::newest_archived(store, author)?
-        && !newest.line().first().is_some_and(|newest| known.contains(newest))
-    {
-        *serial = (*serial).max(newest.manifest.serial + 1);
-        *known = lineage::join(&newest.line(), known);
-    }
-    Ok(())
-}
-
-/// Says that nobody here knows what a new version took the place of: who does shall bring it back.
-fn say_lost(author: &Author, manifest: &Manifest) {
-    let Some(Ancestor { serial, digest: None }) = manifest.previous.first() else { return };
-    if !author.trust.trusted.is_empty() {
-        log::warning(format!(
-            "warning: version {serial}, in whose place this was published, is not known here: a host that has obeyed \
-             it refuses this one, and on any other what it changed is undone; that host's copy brings it back: \
-             '{COPY_BACK}'"
-        ));
-    }
-}
-
-/// What a version says of itself and those before it; nothing where it has no canonical form.
-fn line_of(manifest: &Manifest, bytes: &[u8]) -> Vec<Ancestor> {
-    signature::digest(bytes).map(|digest| lineage::line(manifest, digest)).unwrap_or_default()
-}
-
-/// Where nothing is in force that could be built on: the number goes on from the highest there was, since a host
-/// may have obeyed it. Of what nobody trusted has signed, or nobody has published, not even the number is taken.
-fn rebuilt(
-    store: &dyn Store,
-    author: &Author,
-    found: Option<&CurrentManifest>,
-    start: StartingPoint,
-    now: &dyn Fn() -> Timestamp,
-) -> Result<Base> {
-    let trusting = !author.trust.trusted.is_empty();
-    let remembered = author.remembered(store)?;
-    let archived = if trusting { belief::newest_archived(store, author)? } else { None };
-    let highest = match (&archived, &remembered) {
-        (Some(newest), _) => newest.manifest.serial,
-        (None, Some(seen)) => seen.manifest.serial.saturating_sub(1),
-        (None, None) => newest_name(store, trusting)?,
-    };
-    // What is lost or cannot be read was the one after that.
-    let lost = if highest == 0 { 0 } else { highest + 1 };
-    let head = found.and_then(|c| versions::head_of(&c.bytes));
-    let said = head.as_ref().map(|h| h.serial).filter(|said| !trusting && *said < LAST_SERIAL);
-    let serial = match (found, said) {
-        (None, _) => lost,
-        (Some(_), None) => highest + 1,
-        (Some(_), Some(serial)) => highest.max(serial),
-    };
-    let serial = serial.max(remembered.as_ref().map_or(0, |r| r.manifest.serial));
-    room_after(store, serial, MANIFEST_KEY)?;
-    let line = |version: &Option<Believed>| version.as_ref().map(Believed::line).unwrap_or_default();
-    let known = lineage::join(&line(&archived), &line(&remembered));
-    let generation = head.map_or_else(now, |h| h.generation);
-    let mut manifest = Manifest::empty(now(), "");
-    if start == StartingPoint::Repair
-        && let Some(newest) = belief::newer(remembered, archived)
-    {
-        manifest = newest.manifest;
-    }
-    manifest.serial = serial;
-    Ok(Base { manifest, replaced: archive_name(serial, generation), known, believed: false })
-}
-
-/// The first serial that leaves no room for what is lost after it and the version that is written then.
-const LAST_SERIAL: u64 = MAX_SERIAL - 1;
-
-/// The highest number that nobody's signature vouches for and that is taken nevertheless, where there are keys: a
-/// number that strangers chose shall leave room for all that come after it.
-const MOST_UNSIGNED: u64 = 1 << 40;
-
-/// The highest number among the names of the archived versions; 0 when there is none.
-fn newest_name(store: &dyn Store, trusting: bool) -> Result<u64> {
-    let archived = versions::archived(store)?;
-    let Some(newest) = archived.iter().find(|v| !trusting || v.serial < MOST_UNSIGNED) else { return Ok(0) };
-    room_after(store, newest.serial, &archive_key(&newest.name))?;
-    Ok(newest.serial)
-}
-
-/// Refuses a serial that leaves no room: nobody published so many versions.
-fn room_after(store: &dyn Store, serial: u64, key: &str) -> Result<()> {
-    if serial < LAST_SERIAL {
-        return Ok(());
-    }
-    Err(Error::new(format!(
-        "{key} in {} has the serial {serial}, and at most {MAX_SERIAL} is possible: remove it if nobody published it, \
-         else begin a new store",
-        store.url()
-    )))
-}
-
-fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Result<()> {
-    let key = archive_key(name);
-    match store.put(&key, bytes, &Condition::IfAbsent) {
-        Ok(_) => Ok(()),
-        // Another writer, about to replace the same version, archived it; or somebody took its name.
-        Err(StoreError::Changed(_)) => {
-            if !author.trust.trusted.is_empty() && !holds(store, &key, bytes)? {
-                log::warning(format!(
-                    "warning: {key} in {} holds something else than the version that is replaced now, which is kept \
-                     nowhere else there: see who can write to the store",
-                    store.url()
-                ));
-            }
-            Ok(())
-        }
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// Whether an object has this content, maybe with other signatures.
-fn holds(store: &dyn Store, key: &str, bytes: &[u8]) -> Result<bool> {
-    match store.get(key, None, MAX_REPLACED) {
-        Ok(GetResult::Found { bytes: there, .. }) if there == bytes => Ok(true),
-        Ok(GetResult::Found { bytes: there, .. }) => {
-            Ok(signature::digest(&there).is_ok_and(|there| signature::digest(bytes) == Ok(there)))
-        }
-        Ok(GetResult::Missing | GetResult::NotModified) | Err(StoreError::TooLarge(_)) => Ok(false),
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// Whether a write that was answered with "changed" had taken place nevertheless: its answer was lost, and
-/// the repeated request met our own version, in force or replaced by the next writer.
-fn landed(
-    store: &dyn Store,
-    current: Option<&CurrentManifest>,
-    bytes: &[u8],
-    manifest: &Manifest,
-) -> Result<bool> {
-    let Some(current) = current else { return Ok(false) };
-    if current.bytes == bytes {
-        return Ok(true);
-    }
-    if !current.manifest().as_ref().is_ok_and(|c| c.serial > manifest.serial) {
+/// Gives a service its closure, and the commit it was built from. Returns whether anything changed: the same
+/// path again, without a commit or with the same, changes nothing.
+pub fn update(manifest: &mut Manifest, name: &str, path: &StorePath, revision: Option<&str>) -> Result<bool> {
+    let at = index(manifest, name).map_err(|e| {
+        let joint = if e.to_string().ends_with('?') { " a new one is added" } else { "; add it" };
+        Error::new(format!("{e}{joint} with 'deploy-manifest add-service'"))
+    })?;
+    let service = &mut manifest.services[at];
+    let target = ArtifactPath::Path(path.clone());
+    let same_path = service.artifact.store_path == target;
+    if same_path && revision.is_none_or(|r| service.revision.as_deref() == Some(r)) {
         return Ok(false);
     }
-    let key = archive_key(&archive_name(manifest.serial, manifest.generation));
-    match store.get(&key, None, MAX_BYTES)? {
-        GetResult::Found { bytes: archived, .. } => Ok(archived == bytes),
-        GetResult::Missing | GetResult::NotModified => Ok(false),
+    service.artifact.store_path = target;
+    service.revision = revision.map(String::from);
+    Ok(true)
+}
+
+/// Adds a service at the end.
+pub fn add(manifest: &mut Manifest, service: Service) -> Result<()> {
+    if manifest.service(service.name.as_str()).is_some() {
+        let name = &service.name;
+        return Err(Error::new(format!(
+            "service '{name}' is in the manifest already; change it with 'deploy-manifest set {name} …' or \
+             'deploy-manifest edit'"
+        )));
+    }
+    manifest.services.push(service);
+    Ok(())
+}
+
+/// Takes a service out.
+pub fn remove(manifest: &mut Manifest, name: &str) -> Result<()> {
+    let at = index(manifest, name)?;
+    manifest.services.remove(at);
+    Ok(())
+}
+
+/// Sets fields of a service: dotted paths with their values as a person types them. Returns whether anything
+/// changed. The result is checked as strictly as a new service; fields of a newer version stay.
+pub fn set(manifest: &mut Manifest, name: &str, assignments: &[(String, String)]) -> Result<bool> {
+    let at = index(manifest, name)?;
+    let before = &manifest.services[at];
+    let mut value = tree(before);
+    for (field, text) in assignments {
+        assign(&mut value, field, text)?;
+    }
+    follow_profile(&mut value, before, assignments);
+    let service = parse::service(value, Mode::Tolerant, None)?;
+    if let Some(unknown) = parse::new_unknown_in_service(&service, Some(before)) {
+        return Err(unknown.into());
+    }
+    if let Some(reserved) = parse::new_reserved_in_service(&service, Some(before)) {
+        return Err(reserved.into());
+    }
+    if service == *before {
+        return Ok(false);
+    }
+    manifest.services[at] = service;
+    Ok(true)
+}
+
+/// What came with a profile goes with it: where another one is set, the fields that were as the old one has them
+/// are left to the new one, unless they are set as well.
+fn follow_profile(service: &mut Value, before: &Service, assignments: &[(String, String)]) {
+    let set = |name: &str| assignments.iter().any(|(field, _)| field == &format!("hardening.{name}"));
+    let old = Hardening::of(before.hardening.profile, &before.exec);
+    if let (true, Some(fields)) = (set("profile"), service["hardening"].as_object_mut())
+        && fields.get("profile") != tree(before)["hardening"].get("profile")
+        && let Ok(Value::Object(old)) = serde_json::to_value(old)
+    {
+        for (name, value) in old.iter().filter(|(name, _)| *name != "profile" && !set(name)) {
+            if fields.get(name) == Some(value) {
+                fields.remove(name);
+            }
+        }
     }
 }
 
-fn check_size(manifest: &Manifest, bytes: &[u8]) -> Result<()> {
-    if bytes.len() as u64 > MAX_BYTES {
-        return Err(Error::new(format!(
-            "the manifest would have {} bytes, at most {MAX_BYTES} are read; take services or variables out",
-            bytes.len()
-        )));
+fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError> {
+    let error = |reason: String| FieldError { path: field.to_string(), reason };
+    let path: Vec<&str> = match field.split_once('.') {
+        // Its name may have points.
+        Some(("credentials", name)) => vec!["credentials", name],
+        _ => field.split('.').collect(),
+    };
+    let there = service.pointer(&format!("/{}", field.replace('.', "/"))).is_some();
+    let wants = match schema::wants(&path) {
+        Ok(wants) => wants,
+        // A newer version's field, which only it understands.
+        Err(_) if there => FieldKind::Json,
+        Err((index, known)) => {
+            let word = path.get(index).copied().unwrap_or_default();
+            let near = match known.is_empty() {
+                true => "nothing has a name below this".into(),
+                false if index == 0 => parse::unknown_in_service(&At::Root, word).reason,
+                false => format!("unknown field{}", did_you_mean(word, known)),
+            };
+            return Err(error(near));
+        }
+    };
+    let json = || serde_json::from_str::<Value>(text).ok();
+    let value = match wants {
+        FieldKind::Text => Value::from(text),
+        FieldKind::TextOrNull | FieldKind::Variable if text == "null" => Value::Null,
+        FieldKind::TextOrNull | FieldKind::Variable => Value::from(text),
+        FieldKind::List => match json() {
+            Some(list @ Value::Array(_)) => list,
+            _ => text.split(',').map(str::trim).filter(|w| !w.is_empty()).collect(),
+        },
+        FieldKind::Json => json().unwrap_or_else(|| Value::from(text)),
+    };
+    let mut node = service;
+    let (last, above) = path.split_last().expect("a split text has at least one part");
+    for name in above {
+        let map = match node {
+            Value::Object(map) => map,
+            other => return Err(error(format!("{} has no fields", shown(other)))),
+        };
+        let below = map.entry(*name).or_insert(Value::Null);
+        if below.is_null() {
+            *below = Value::Object(Map::new());
+        }
+        node = below;
     }
-    limits::manifest(bytes).map_err(|e| Error::from(e).context("the manifest would be too large"))?;
-    if manifest.serial > MAX_SERIAL {
-        return Err(Error::new(format!(
-            "the serial would be {}, at most {MAX_SERIAL} is possible; begin a new store",
-            manifest.serial
-        )));
+    let Value::Object(map) = node else {
+        return Err(error(format!("{} has no fields", shown(node))));
+    };
+    if wants == FieldKind::Variable && value.is_null() {
+        map.remove(*last);
+    } else {
+        map.insert((*last).into(), value);
     }
     Ok(())
 }
 
-/// The waiting of a writer that others were faster than. How long depends on how long an attempt takes here
-/// (a directory, a bucket far away): first more, so that many writers share the store without
-/// standing in one another's way, then less with every attempt, so that those who wait longest
-/// come before those who have just begun.
-struct Contention {
-    started: Instant,
-    attempts: u32,
-    /// The version the store last refused to replace, and since when it has been that one.
-    refused: (Option<Etag>, Instant),
-}
-
-/// How long a writer tries at most.
-const DEADLINE: Duration = Duration::from_secs(60);
-/// How long a store may refuse to replace a version that does not change, before it is said to be at fault.
-const STUCK: Duration = Duration::from_secs(15);
-
-impl Contention {
-    fn new() -> Self {
-        let now = Instant::now();
-        Contention { started: now, attempts: 0, refused: (None, now) }
+/// Brings what a person made of `base` into `current`, which others may have changed meanwhile: service by
+/// service, and never over somebody else's change. Returns whether anything changed.
+pub fn merge(current: &mut Manifest, base: &Manifest, edited: &Manifest) -> Result<bool> {
+    if current.services == base.services && current.extra == base.extra {
+        let changed = current.services != edited.services || current.extra != edited.extra;
+        current.services.clone_from(&edited.services);
+        current.extra.clone_from(&edited.extra);
+        return Ok(changed);
     }
-
-    fn wait(&mut self, attempt: Duration, refused: Option<Etag>, store: &dyn Store) -> Result<()> {
-        self.attempts += 1;
-        if self.refused.0 != refused {
-            self.refused = (refused, Instant::now());
-        }
-        if self.attempts > 4 && self.refused.1.elapsed() > STUCK {
-            return Err(Error::new(format!(
-                "{} has refused for {} s to replace {MANIFEST_KEY}, as if others had changed it, which nobody did; \
-                 nothing was published; check the store with 'omni-deploy doctor'",
-                store.url(),
-                STUCK.as_secs()
-            )));
-        }
-        if self.started.elapsed() > DEADLINE {
-            return Err(Error::new(format!(
-                "{} kept refusing for {} s: others changed {MANIFEST_KEY} before each of {} attempts; nothing \
-                 was published; try again",
-                store.url(),
-                DEADLINE.as_secs(),
-                self.attempts
-            )));
-        }
-        let unit = attempt.clamp(Duration::from_millis(2), Duration::from_millis(500));
-        const UNITS: [u32; 6] = [6, 12, 8, 6, 4, 3];
-        let units = UNITS[(self.attempts as usize - 1).min(UNITS.len() - 1)];
-        let most = (unit * units).min(Duration::from_secs(4));
-        std::thread::sleep(most.mul_f64(random()));
-        Ok(())
+    let by_name = |m: &Manifest| -> HashMap<String, Service> {
+        m.services.iter().map(|s| (s.name.to_string(), s.clone())).collect()
+    };
+    let (before, mine, theirs) = (by_name(base), by_name(edited), by_name(current));
+    let touched = |name: &String| before.get(name) != mine.get(name) && theirs.get(name) != mine.get(name);
+    let names = base.services.iter().chain(&edited.services).map(|s| s.name.to_string());
+    let mut seen = HashSet::new();
+    let names: Vec<String> = names.filter(|n| seen.insert(n.clone())).filter(touched).collect();
+    if let Some(name) = names.iter().find(|name| theirs.get(*name) != before.get(*name)) {
+        return Err(Error::new(format!(
+            "service '{name}' was changed meanwhile (serial {}: {} by {})",
+            current.serial, current.change.action, current.change.by
+        )));
     }
-}
-
-/// From 0 to 1; the keys of std's hash maps are random.
-fn random() -> f64 {
-    let bits = RandomState::new().build_hasher().finish();
-    (bits >> 11) as f64 / (1u64 << 53) as f64
-}
-
-/// Adds this machine's signature to the manifest as it is, which must be believed already: its number stays, so
-/// nothing is archived. Returns false when it was there.
-pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
-    let key = author.signer()?;
-    let mut contention = Contention::new();
-    loop {
-        let began = Instant::now();
-        let current = load(store)?.ok_or_else(|| missing(store))?;
-        author.believes(store, &current)?;
-        let manifest = current.manifest().as_ref().map_err(|e| unusable(store, e))?;
-        if signature::check(&current.bytes, manifest, &store.identity(), &[key.public()]).is_ok() {
-            return Ok(false);
-        }
-        let mut signed = manifest.clone();
-        // A signature of other content vouches for nothing.
-        signed.signatures.retain(|s| {
-            author.trust.trusted.iter().any(|k| {
-                let alone = Manifest { signatures: vec![s.clone()], ..manifest.clone() };
-                signature::check(&current.bytes, &alone, &store.identity(), std::slice::from_ref(k)).is_ok()
-            })
-        });
-        signature::sign(&mut signed, &store.identity(), key)?;
-        store::before_writing(store, Timestamp::now())?;
-        let bytes = signed.to_bytes();
-        match store.put(MANIFEST_KEY, &bytes, &Condition::IfMatch(current.etag.clone())) {
-            Ok(_) => {
-                author.remember(store, &bytes);
-                return Ok(true);
+    if edited.extra != base.extra && current.extra != base.extra && edited.extra != current.extra {
+        return Err(Error::new(format!("the manifest was changed meanwhile (serial {})", current.serial)));
+    }
+    let mut changed = false;
+    if edited.extra != base.extra {
+        changed |= current.extra != edited.extra;
+        current.extra.clone_from(&edited.extra);
+    }
+    for name in names {
+        changed = true;
+        let at = current.services.iter().position(|s| s.name.as_str() == name);
+        match (at, mine.get(&name)) {
+            (Some(at), Some(service)) => current.services[at] = service.clone(),
+            (Some(at), None) => {
+                current.services.remove(at);
             }
-            Err(StoreError::Changed(_)) => contention.wait(began.elapsed(), Some(current.etag), store)?,
-            Err(e) => return Err(e.into()),
+            (None, Some(service)) => current.services.push(service.clone()),
+            (None, None) => {}
         }
     }
+    Ok(changed)
 }
 
-/// Says what came of a change: one line on stderr.
-pub fn report(store: &dyn Store, published: &PublishedManifest) {
-    let Manifest { serial, change, .. } = &published.manifest;
-    match published.written {
-        true => log::notice(format!("serial {serial}: {} ({})", change.action, store.url())),
-        false => log::info(format!("unchanged: serial {serial} says so already ({})", store.url())),
+/// Puts back what an older version said. Returns whether anything changed.
+pub fn restore(current: &mut Manifest, old: &Manifest) -> bool {
+    let changed = current.services != old.services || current.extra != old.extra;
+    current.services.clone_from(&old.services);
+    current.extra.clone_from(&old.extra);
+    changed
+}
+
+/// Puts back what an older version said of one service. Returns whether anything changed.
+pub fn restore_service(current: &mut Manifest, old: &Manifest, name: &str) -> Result<bool> {
+    let at = current.services.iter().position(|s| s.name.as_str() == name);
+    match (at, old.service(name)) {
+        (None, None) => Err(unknown_service(name, current)),
+        (Some(_), None) => Err(Error::new(format!(
+            "serial {} has no service '{name}'; take it out with 'deploy-manifest remove-service {name}'",
+            old.serial
+        ))),
+        (Some(at), Some(service)) => {
+            let changed = current.services[at] != *service;
+            current.services[at] = service.clone();
+            Ok(changed)
+        }
+        (None, Some(service)) => {
+            current.services.push(service.clone());
+            Ok(true)
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
-    use std::sync::Mutex;
+    use serde_json::json;
 
-    /// A store in memory that does what a script says with the next writes of the manifest.
-    #[derive(Default)]
-    struct Scripted {
-        objects: Mutex<BTreeMap<String, Vec<u8>>>,
-        script: Mutex<Vec<Fault>>,
-        puts: Mutex<u32>,
+    fn base() -> Manifest {
+        let document = json!({"version": 1, "serial": 3, "generation": "2026-11-22T18:31:05Z", "services": [
+            {"name": "ava", "artifact": {"storePath": "/nix/store/placeholder"}, "hosts": ["biz"], "env": {"A": "1"},
+             "http": {"domain": "a.org", "internalPort": 80}, "revision": "abc", "later": 1},
+            {"name": "web", "artifact": {"storePath": "/nix/store/placeholder"}, "hosts": ["biz"]}]});
+        parse::manifest(document.to_string().as_bytes(), Mode::Tolerant).unwrap()
     }
 
-    enum Fault {
-        /// Somebody else writes this first.
-        Overtaken(Vec<u8>),
-        /// It is written, and the answer says that it was not.
-        AnswerLost,
-        /// It is written, somebody else writes the next version upon it, and the answer is lost.
-        AnswerLostAndReplaced,
-        /// It is written, and no answer comes.
-        NoAnswer,
-        /// It fails.
-        Down,
-    }
-
-    fn ann() -> Author {
-        Author { by: "ann@laptop".into(), ..Author::default() }
-    }
-
-    fn etag(bytes: &[u8]) -> Etag {
-        use std::hash::{DefaultHasher, Hash};
-        let mut hasher = DefaultHasher::new();
-        bytes.hash(&mut hasher);
-        Etag(format!("{:x}", hasher.finish()))
-    }
-
-    impl Scripted {
-        fn current(&self) -> Manifest {
-            parse::manifest(&self.objects.lock().unwrap()[MANIFEST_KEY], Mode::Strict).unwrap()
-        }
-
-        fn keys(&self) -> Vec<String> {
-            self.objects.lock().unwrap().keys().cloned().collect()
-        }
-    }
-
-    impl Store for Scripted {
-        fn url(&self) -> String {
-            "file:///test".into()
-        }
-        fn identity(&self) -> String {
-            self.url()
-        }
-        fn get(&self, key: &str, _: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
-            match self.objects.lock().unwrap().get(key) {
-                None => Ok(GetResult::Missing),
-                Some(bytes) if bytes.len() as u64 > limit => Err(StoreError::TooLarge("too large".into())),
-                Some(bytes) => Ok(GetResult::Found { etag: etag(bytes), bytes: bytes.clone() }),
-            }
-        }
-        fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
-            let objects = self.objects.lock().unwrap();
-            Ok(objects.get(key).map(|b| b[..b.len().min(count as usize)].to_vec()))
-        }
-        fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
-            Ok(self.objects.lock().unwrap().get(key).map(|b| b.len() as u64))
-        }
-        fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
-            let mut objects = self.objects.lock().unwrap();
-            let fault = if key == MANIFEST_KEY { self.script.lock().unwrap().pop() } else { None };
-            *self.puts.lock().unwrap() += u32::from(key == MANIFEST_KEY);
-            if let Some(Fault::Overtaken(other)) = &fault {
-                objects.insert(key.into(), other.clone());
-            }
-            let holds = match (when, objects.get(key)) {
-                (Condition::Always, _) | (Condition::IfAbsent, None) => true,
-                (Condition::IfMatch(e), Some(there)) => etag(there) == *e,
-                (Condition::IfAbsent, Some(_)) | (Condition::IfMatch(_), None) => false,
-            };
-            if matches!(fault, Some(Fault::Down)) {
-                return Err(StoreError::Unreachable("the store is down; try again".into()));
-            }
-            if !holds {
-                return Err(StoreError::Changed("changed".into()));
-            }
-            objects.insert(key.into(), bytes.to_vec());
-            match fault {
-                Some(Fault::AnswerLost) => Err(StoreError::Changed("changed".into())),
-                Some(Fault::NoAnswer) => Err(StoreError::Unreachable("no answer in time".into())),
-                Some(Fault::AnswerLostAndReplaced) => {
-                    let mut next = parse::manifest(bytes, Mode::Strict).unwrap();
-                    objects.insert(archive_key(&archive_name(next.serial, next.generation)), bytes.to_vec());
-                    next.serial += 1;
-                    objects.insert(key.into(), next.to_bytes());
-                    Err(StoreError::Changed("changed".into()))
-                }
-                _ => Ok(etag(bytes)),
-            }
-        }
-        fn delete(&self, key: &str) -> Result<(), StoreError> {
-            self.objects.lock().unwrap().remove(key);
-            Ok(())
-        }
-        fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-            Ok(self.keys().into_iter().filter(|k| k.starts_with(prefix)).collect())
-        }
-    }
-
-    const NOW: fn() -> Timestamp = || Timestamp(1_795_372_265);
-
-    fn service(name: &str) -> crate::manifest::Service {
-        let value = serde_json::json!({"name": name, "artifact": {"storePath": "/nix/store/placeholder"}, "hosts": ["biz"]});
-        parse::service(value, Mode::Strict, None).unwrap()
-    }
-
-    fn add(store: &Scripted, name: &str) -> Result<PublishedManifest> {
-        publish(store, &NOW, &ann(), StartingPoint::OrEmpty, |m| {
-            changes::add(m, service(name))?;
-            Ok(Some(format!("add-service {name}")))
-        })
-    }
-
-    fn names(store: &Scripted) -> Vec<String> {
-        store.current().services.iter().map(|s| s.name.to_string()).collect()
+    fn assignments(list: &[&str]) -> Vec<(String, String)> {
+        list.iter().map(|a| a.split_once('=').unwrap()).map(|(f, v)| (f.into(), v.into())).collect()
     }
 
     #[test]
-    fn a_write_archives_what_it_replaces_byte_for_byte() {
-        let store = Scripted::default();
-        assert!(init(&store, &NOW, &ann()).unwrap().written);
-        assert!(!init(&store, &NOW, &ann()).unwrap().written);
-        let first = store.objects.lock().unwrap()[MANIFEST_KEY].clone();
-        assert!(add(&store, "ava").unwrap().written);
-        let key = "manifests/manifest-20261122T183105Z-00000001.json";
-        assert_eq!(store.keys(), [MANIFEST_KEY, key]);
-        assert_eq!(store.objects.lock().unwrap()[key], first);
-        let now = store.current();
+    fn values_are_read_as_their_fields_want_them() {
+        for (assignment, pointer, expected) in [
+            ("http.internalPort=8081", "/http/internalPort", json!(8081)),
+            ("env.PORT=8081", "/env/PORT", json!("8081")),
+            ("env.A=", "/env/A", json!("")),
+            ("env.A=x=y", "/env/A", json!("x=y")),
+            ("env.A=null", "/env", json!({})),
+            ("revision=null", "/revision", json!(null)),
+            ("revision=123", "/revision", json!("123")),
+            ("health.path=/health", "/health", json!({"path": "/health", "timeoutSec": 30})),
+            ("hosts=biz, web1", "/hosts", json!(["biz", "web1"])),
+            ("hosts=[\"x\"]", "/hosts", json!(["x"])),
+            ("systemd.after=", "/systemd/after", json!([])),
+            ("systemd.memoryMax=1G", "/systemd/memoryMax", json!("1G")),
+            ("hardening.protectSystem=true", "/hardening/protectSystem", json!("yes")),
+            ("hardening.protectSystem=full", "/hardening/protectSystem", json!("full")),
+            ("hardening.privateTmp=false", "/hardening/privateTmp", json!(false)),
+            ("hardening.profile=strict", "/hardening/profile", json!("strict")),
+            ("hardening.profile=strict", "/hardening/dynamicUser", json!(true)),
+            ("hardening={\"profile\": \"strict\"}", "/hardening/dynamicUser", json!(true)),
+            ("credentials.token=/s/token", "/credentials", json!({"token": "/s/token"})),
+            ("credentials.tls.key=/s/key", "/credentials", json!({"tls.key": "/s/key"})),
+            ("http=null", "/http", json!(null)),
+            ("http={\"domain\": \"b.org\", \"internalPort\": 1}", "/http/domain", json!("b.org")),
+            ("exec.command=bin/x -v", "/exec/command", json!("bin/x -v")),
+            ("later=2", "/later", json!(2)),
+        ] {
+            let mut manifest = base();
+            assert!(set(&mut manifest, "ava", &assignments(&[assignment])).unwrap(), "{assignment}");
+            assert_eq!(tree(&manifest.services[0]).pointer(pointer), Some(&expected), "{assignment}");
+            assert_eq!(manifest.services[0].extra.len(), 1, "a newer version's field is lost");
+        }
+        assert!(!set(&mut base(), "ava", &assignments(&["env.A=1", "http.path=/"])).unwrap());
+    }
+
+    #[test]
+    fn another_profile_brings_its_own_values_for_what_nobody_set() {
+        let hardening = |steps: &[&[&str]]| {
+            let mut manifest = base();
+            for step in steps {
+                set(&mut manifest, "ava", &assignments(step)).unwrap();
+            }
+            let Hardening { profile: _, dynamic_user, private_tmp, .. } = manifest.services[0].hardening;
+            (dynamic_user, private_tmp)
+        };
+        assert_eq!(hardening(&[&["hardening.profile=strict"]]), (true, true));
         assert_eq!(
-            (now.serial, now.change.action.as_str(), now.change.by.as_str()),
-            (2, "add-service ava", "ann@laptop")
+            hardening(&[&["hardening.profile=strict"], &["hardening.profile=default"]]),
+            (false, true)
         );
+        assert_eq!(hardening(&[&["hardening.profile=strict", "hardening.dynamicUser=false"]]), (false, true));
+        assert_eq!(
+            hardening(&[&["hardening.privateTmp=false"], &["hardening.profile=strict"]]),
+            (true, false)
+        );
+        assert_eq!(hardening(&[&["exec.user=www-data"], &["hardening.profile=strict"]]), (false, true));
+        assert_eq!(hardening(&[&["hardening.profile=strict", "exec.user=www-data"]]), (false, true));
+        // The same again is no other profile.
+        let kept =
+            [&["hardening.profile=strict", "hardening.dynamicUser=false"][..], &["hardening.profile=strict"]];
+        assert_eq!(hardening(&kept), (false, true));
     }
 
     #[test]
-    fn a_writer_that_was_overtaken_builds_on_what_the_other_wrote() {
-        let store = Scripted::default();
-        add(&store, "ava").unwrap();
-        let mut other = store.current();
-        other.serial += 1;
-        other.services.push(service("web"));
-        store.script.lock().unwrap().push(Fault::Overtaken(other.to_bytes()));
-        assert_eq!(add(&store, "db").unwrap().manifest.serial, 3);
-        assert_eq!(names(&store), ["ava", "web", "db"]);
-    }
-
-    #[test]
-    fn a_write_whose_answer_was_lost_is_not_made_twice() {
-        for fault in [Fault::AnswerLost, Fault::AnswerLostAndReplaced, Fault::NoAnswer] {
-            let store = Scripted::default();
-            add(&store, "ava").unwrap();
-            store.script.lock().unwrap().push(fault);
-            assert_eq!(add(&store, "db").unwrap().manifest.serial, 2);
-            assert_eq!(names(&store), ["ava", "db"]);
-            assert_eq!(*store.puts.lock().unwrap(), 2);
+    fn what_cannot_be_set_is_refused_and_changes_nothing() {
+        for (assignment, message) in [
+            ("port=1", "port: unknown field; did you mean 'http.internalPort' or 'http.portEnv'?"),
+            ("http.port=1", "http.port: unknown field; did you mean 'internalPort' or 'portEnv'?"),
+            ("http.internalPort=99999", "http.internalPort: 99999 is not a port"),
+            ("http.internalPort=x", "http.internalPort: \"x\" is a string"),
+            ("http={\"port\": 1}", "http.domain: missing"),
+            ("http={\"domain\": \"b.org\", \"internalPort\": 1, \"x\": 2}", "http.x: unknown field"),
+            ("name.x=1", "name.x: nothing has a name below this"),
+            ("env.A.B=1", "env.A.B: nothing has a name below this"),
+            ("env.A-B=1", "env[\"A-B\"]: \"A-B\" is no name of a variable"),
+            ("systemd.restart=null", "systemd.restart: \"null\" is not known"),
+            ("hardening.profile=loose", "hardening.profile: \"loose\" is not known; one of default, strict"),
+            ("credentials.token=token", "credentials.token: \"token\" is not absolute"),
+            ("credentials.a/b=/s", "credentials[\"a/b\"]: \"a/b\" is no name of a credential"),
+            ("credentials=null", "credentials: null was found"),
+            ("hosts=", "hosts: [] names no host"),
+            (".=1", ".: unknown field"),
+        ] {
+            let mut manifest = base();
+            let error = set(&mut manifest, "ava", &assignments(&[assignment])).unwrap_err().to_string();
+            assert!(error.starts_with(message), "{assignment}: {error}");
+            assert_eq!(manifest, base());
         }
-    }
-
-    #[test]
-    fn a_store_that_fails_ends_the_write_with_its_own_words() {
-        let store = Scripted::default();
-        store.script.lock().unwrap().push(Fault::Down);
-        assert!(add(&store, "ava").unwrap_err().to_string().contains("the store is down"));
-        assert!(store.keys().is_empty());
-    }
-
-    #[test]
-    fn nothing_to_change_writes_nothing() {
-        let store = Scripted::default();
-        add(&store, "ava").unwrap();
+        assert!(set(&mut base(), "avaa", &[]).unwrap_err().to_string().contains("did you mean 'ava'"));
         let path = StorePath::parse("/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava").unwrap();
-        let one = PathUpdate { name: ServiceName::parse("ava").unwrap(), path, revision: Some("abc".into()) };
-        assert!(update(&store, &NOW, &ann(), std::slice::from_ref(&one)).unwrap().written);
-        let before = store.keys();
-        assert!(!update(&store, &NOW, &ann(), std::slice::from_ref(&one)).unwrap().written);
-        assert!(
-            !update(&store, &NOW, &ann(), &[PathUpdate { revision: None, ..one.clone() }]).unwrap().written
-        );
-        assert_eq!((store.keys(), store.current().services[0].revision.as_deref()), (before, Some("abc")));
-        assert!(
-            update(&store, &NOW, &ann(), &[PathUpdate { revision: Some("d".into()), ..one }])
-                .unwrap()
-                .written
-        );
+        let error = update(&mut base(), "zzz", &path, None).unwrap_err().to_string();
+        assert!(error.ends_with("add it with 'deploy-manifest add-service'"), "{error}");
     }
 
     #[test]
-    fn the_time_of_a_version_never_goes_back() {
-        let store = Scripted::default();
-        add(&store, "ava").unwrap();
-        let earlier = || Timestamp(1_000_000);
-        publish(&store, &earlier, &ann(), StartingPoint::Existing, |m| {
-            changes::remove(m, "ava").map(|()| Some("x".into()))
-        })
-        .unwrap();
-        assert_eq!(store.current().generation, NOW());
+    fn an_edit_is_merged_service_by_service_and_never_over_anothers_change() {
+        let mut edited = base();
+        set(&mut edited, "ava", &assignments(&["env.A=2"])).unwrap();
+        let mut theirs = base();
+        set(&mut theirs, "web", &assignments(&["env.B=1"])).unwrap();
+        let mut both = theirs.clone();
+        assert!(merge(&mut both, &base(), &edited).unwrap());
+        assert_eq!((&both.services[0], &both.services[1]), (&edited.services[0], &theirs.services[1]));
+
+        let mut conflict = base();
+        set(&mut conflict, "ava", &assignments(&["env.A=3"])).unwrap();
+        let before = conflict.clone();
+        let error = merge(&mut conflict, &base(), &edited).unwrap_err().to_string();
+        assert!(error.contains("service 'ava' was changed meanwhile") && conflict == before, "{error}");
+
+        let mut removed = base();
+        removed.services.remove(0);
+        let mut current = theirs.clone();
+        assert!(merge(&mut current, &base(), &removed).unwrap());
+        assert_eq!(current.services, theirs.services[1..]);
+
+        let mut same = edited.clone();
+        assert!(!merge(&mut same, &base(), &edited).unwrap(), "somebody else made the same change");
+        assert!(!merge(&mut base(), &base(), &base()).unwrap());
     }
 
     #[test]
-    fn what_cannot_be_read_is_never_written_over_but_by_a_repair_which_archives_it() {
-        let store = Scripted::default();
-        add(&store, "ava").unwrap();
-        add(&store, "web").unwrap();
-        store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), b"{\"version\": 1, ".to_vec());
-        let e = add(&store, "db").unwrap_err().to_string();
-        assert!(e.contains("cut off") && e.contains("rollback"), "{e}");
-        let repaired =
-            publish(&store, &NOW, &ann(), StartingPoint::Repair, |_| Ok(Some("mend".into()))).unwrap();
-        assert_eq!(repaired.manifest.serial, 3);
-        assert_eq!(
-            store.objects.lock().unwrap()["manifests/manifest-20261122T183105Z-00000002.json"],
-            b"{\"version\": 1, "
-        );
-        store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), b"{\"version\": 2}".to_vec());
-        for start in [StartingPoint::Existing, StartingPoint::OrEmpty, StartingPoint::Repair] {
-            let e = publish(&store, &NOW, &ann(), start, |_| Ok(Some("x".into()))).unwrap_err().to_string();
-            assert!(e.contains("newer omni-deploy; upgrade"), "{e}");
-        }
-    }
-
-    #[test]
-    fn what_is_too_large_to_be_read_can_be_rolled_back() {
-        let store = Scripted::default();
-        add(&store, "ava").unwrap();
-        let mut padded = store.current().to_bytes();
-        padded.resize(MAX_BYTES as usize + 1, b' ');
-        store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), padded);
-        let e = add(&store, "db").unwrap_err().to_string();
-        assert!(e.contains("deploy-manifest rollback"), "{e}");
-        let repaired =
-            publish(&store, &NOW, &ann(), StartingPoint::Replace, |_| Ok(Some("mend".into()))).unwrap();
-        assert_eq!((repaired.manifest.serial, store.current().serial), (2, 2));
-    }
-
-    /// Ann with a key that signs and is trusted.
-    fn with_key() -> Author {
-        let key = SecretKey::generate("ann-1").unwrap();
-        let trust = Trust { trusted: vec![key.public()], signer: Some(key) };
-        Author { by: "ann@laptop".into(), trust, ..Author::default() }
-    }
-
-    #[test]
-    fn what_was_written_is_remembered_also_without_an_answer_and_nothing_older_after_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let author = Author { seen: Seen::below(dir.path()), ..with_key() };
-        let store = Scripted::default();
-        let add = |name: &str| {
-            publish(&store, &NOW, &author, StartingPoint::OrEmpty, |m| {
-                changes::add(m, service(name))?;
-                Ok(Some(format!("add-service {name}")))
-            })
-            .unwrap()
-        };
-        let seen = || author.remembered(&store).unwrap().unwrap().manifest.serial;
-        add("a");
-        let first = store.objects.lock().unwrap()[MANIFEST_KEY].clone();
-        store.script.lock().unwrap().push(Fault::NoAnswer);
-        add("b");
-        assert_eq!(seen(), 2);
-        // Another call of this user, which read before and is done later.
-        author.remember(&store, &first);
-        assert_eq!(seen(), 2);
-        author.believe(&store, &first);
-        assert_eq!(seen(), 1);
-    }
-
-    #[test]
-    fn what_a_stranger_has_put_in_the_place_of_an_old_version_is_no_copy_of_it() {
-        let store = Scripted::default();
-        let author = with_key();
-        let publish = |name: &str| {
-            publish(&store, &NOW, &author, StartingPoint::OrEmpty, |m| {
-                changes::add(m, service(name))?;
-                Ok(Some(format!("add-service {name}")))
-            })
-            .unwrap()
-        };
-        publish("a");
-        let (key, bytes) = {
-            let objects = store.objects.lock().unwrap();
-            let Manifest { serial, generation, .. } =
-                parse::manifest(&objects[MANIFEST_KEY], Mode::Strict).unwrap();
-            (archive_key(&archive_name(serial, generation)), objects[MANIFEST_KEY].clone())
-        };
-        let put = |bytes: &[u8]| store.objects.lock().unwrap().insert(key.clone(), bytes.to_vec());
-        put(&bytes);
-        assert!(holds(&store, &key, &bytes).unwrap());
-        let mut more = store.current();
-        signature::sign(&mut more, "file:///test", &SecretKey::generate("bob-1").unwrap()).unwrap();
-        put(&more.to_bytes());
-        assert!(holds(&store, &key, &bytes).unwrap(), "another signature");
-        more.extra.insert("forged".into(), true.into());
-        put(&more.to_bytes());
-        assert!(!holds(&store, &key, &bytes).unwrap());
-        put(b"");
-        assert!(!holds(&store, &key, &bytes).unwrap());
-        publish("b");
-    }
-
-    #[test]
-    fn nobody_without_a_key_drives_the_serial() {
-        let author = with_key();
-        let add = |store: &Scripted, name: &str| {
-            publish(store, &NOW, &author, StartingPoint::OrEmpty, |m| {
-                changes::add(m, service(name))?;
-                Ok(Some(format!("add-service {name}")))
-            })
-            .unwrap()
-        };
-        let replace = |store: &Scripted| {
-            publish(store, &NOW, &author, StartingPoint::Replace, |_| Ok(Some("mend".into())))
-        };
-        let forged = |store: &Scripted, serial: u64| {
-            let mut manifest = store.current();
-            manifest.serial = serial;
-            manifest.extra.insert("forged".into(), true.into());
-            manifest.to_bytes()
-        };
-        let name = |serial: u64| format!("manifests/manifest-20261122T183105Z-{serial:08}.json");
-        type Attack = fn(&Scripted, &dyn Fn(&Scripted, u64) -> Vec<u8>, &dyn Fn(u64) -> String);
-        fn put(store: &Scripted, bytes: Vec<u8>) {
-            store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), bytes);
-        }
-        let attacks: [Attack; 6] = [
-            |s, f, _| put(s, f(s, MAX_SERIAL)),
-            |s, f, _| put(s, f(s, 1_000_000)),
-            |s, _, _| {
-                let text = format!("{{\"serial\": {}, \"generation\": \"2026-11-22T18:31:05Z\", ", u64::MAX);
-                put(s, text.into_bytes());
-            },
-            |s, f, n| {
-                let bytes = f(s, 1_000_000);
-                let mut objects = s.objects.lock().unwrap();
-                objects.insert(n(1_000_000), bytes);
-                objects.remove(MANIFEST_KEY);
-            },
-            |s, _, n| {
-                let mut objects = s.objects.lock().unwrap();
-                objects.insert(n(u64::MAX), Vec::new());
-                objects.insert(n(MAX_SERIAL), Vec::new());
-                objects.remove(MANIFEST_KEY);
-            },
-            |s, _, n| {
-                let mut objects = s.objects.lock().unwrap();
-                objects.insert(n(u64::MAX), Vec::new());
-                objects.insert(MANIFEST_KEY.into(), b"garbage".to_vec());
-            },
-        ];
-        for (number, attack) in attacks.iter().enumerate() {
-            let store = Scripted::default();
-            for name in ["a", "b", "c", "d"] {
-                add(&store, name);
-            }
-            // The versions 1 to 3 are archived; 4, which was lost or replaced, may have been seen by a host.
-            attack(&store, &forged, &name);
-            let mended = replace(&store).unwrap_or_else(|e| panic!("attack {number}: {e}")).manifest;
-            assert_eq!(mended.serial, 5, "attack {number}");
-            assert!(mended.extra.is_empty(), "attack {number}: {:?}", mended.extra);
-            assert_eq!(add(&store, "e").manifest.serial, 6, "attack {number}");
-        }
-        // More forged versions than are read: they are named.
-        let store = Scripted::default();
-        add(&store, "a");
-        for serial in 0..300 {
-            store.objects.lock().unwrap().insert(name(1_000 + serial), Vec::new());
-        }
-        store.objects.lock().unwrap().remove(MANIFEST_KEY);
-        let e = replace(&store).unwrap_err().to_string();
-        assert!(e.contains(&name(1_299)) && e.contains("remove what nobody published"), "{e}");
-    }
-
-    #[test]
-    fn a_serial_that_leaves_no_room_is_named_with_its_object() {
-        let store = Scripted::default();
-        add(&store, "ava").unwrap();
-        let name = format!("manifests/manifest-20261122T183105Z-{}.json", MAX_SERIAL - 1);
-        let mut manifest = store.current();
-        manifest.serial = MAX_SERIAL - 1;
-        store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), manifest.to_bytes());
-        let e = add(&store, "web").unwrap_err().to_string();
-        assert!(e.contains("manifest.json in file:///test has the serial 9007199254740990"), "{e}");
-        // There is a way out of it that needs no hand in the store, unless an archived version says the same.
-        store.objects.lock().unwrap().insert(name.clone(), Vec::new());
-        let replace = || publish(&store, &NOW, &ann(), StartingPoint::Replace, |_| Ok(Some("mend".into())));
-        let e = replace().unwrap_err().to_string();
-        assert!(e.contains(&name) && e.contains("remove it if nobody published it"), "{e}");
-        store.objects.lock().unwrap().remove(&name);
-        assert!(replace().unwrap().manifest.serial < 10);
-    }
-
-    #[test]
-    fn a_manifest_that_was_lost_goes_on_from_the_highest_serial_there_was() {
-        let store = Scripted::default();
-        for name in ["a", "b", "c"] {
-            add(&store, name).unwrap();
-        }
-        store.objects.lock().unwrap().remove(MANIFEST_KEY);
-        let e = update(&store, &NOW, &ann(), &[]).unwrap_err().to_string();
-        assert!(
-            e.contains("no manifest in file:///test any more")
-                && e.contains("'deploy-manifest rollback manifest-"),
-            "{e}"
-        );
-        assert_eq!(init(&store, &NOW, &ann()).unwrap().manifest.serial, 4, "hosts may have seen 3");
-    }
-
-    #[test]
-    fn the_author_is_plain() {
-        let by = whoami();
-        assert!(
-            by.contains('@') && by.chars().all(|c| c.is_ascii_alphanumeric() || "@._-".contains(c)),
-            "{by}"
-        );
+    fn a_restore_brings_back_what_was_and_says_whether_it_differed() {
+        let mut now = base();
+        set(&mut now, "ava", &assignments(&["env.A=2"])).unwrap();
+        remove(&mut now, "web").unwrap();
+        let mut one = now.clone();
+        assert!(restore_service(&mut one, &base(), "ava").unwrap());
+        assert_eq!(one.services, base().services[..1]);
+        assert!(restore_service(&mut one, &base(), "web").unwrap());
+        assert_eq!(one.services, base().services);
+        assert!(restore(&mut now, &base()) && !restore(&mut now, &base()));
+        let error = restore_service(&mut base(), &one, "wbe").unwrap_err().to_string();
+        assert!(error.contains("did you mean 'web'"), "{error}");
     }
 }

@@ -7,7 +7,6 @@
 
 pub mod belief;
 mod canonical;
-pub mod changes;
 pub mod command;
 pub mod diff;
 pub mod edit;
@@ -18,6 +17,7 @@ pub mod lineage;
 pub mod model;
 pub mod newest;
 pub mod parse;
+pub mod publish;
 mod rules;
 pub mod schema;
 pub mod seen;

@@ -1,5 +1,5 @@
 //! The versions of the manifest in a store: the current one and those it replaced, which are kept byte for
-//! byte under `manifests/`. Finds and reads them; writing is [`super::edit`]'s. A name is what anybody who can
+//! byte under `manifests/`. Finds and reads them; writing is [`super::publish`]'s. A name is what anybody who can
 //! write the store makes of it: an object counts as a version only if what it holds has that name.
 
 use super::model::{Change, MAX_BYTES, Manifest};

@@ -7,8 +7,8 @@ use super::narinfo::{Compression, NarInfo, Warrant};
 use super::spool::{NARS, Spool};
 use super::unpack::{self, Expected, unpack};
 use super::walk::{PathFault, VerifiedNarInfo};
-use crate::effect;
 use crate::error::io_text;
+use crate::failpoint;
 use crate::names::StorePath;
 use crate::store::{Etag, Objects, Opened, StoreError};
 use std::collections::{BTreeMap, VecDeque};
@@ -193,7 +193,7 @@ fn bring(
     if files.nar.exists() || files.packed.exists() {
         return Ok(SpoolEntry::Left);
     }
-    let _effect = effect::mark("fetch", &info.url);
+    let _effect = failpoint::mark("fetch", &info.url);
     let mut origin = SpoolEntry::Fresh;
     let (mut tries, mut anew) = (0, 0);
     let mut part = fs_err::OpenOptions::new()
@@ -255,7 +255,7 @@ fn bring(
                 Ok(0) => break None,
                 Ok(count) => {
                     part.write_all(&buffer[..count]).map_err(here)?;
-                    effect::point("within fetch", &info.url);
+                    failpoint::point("within fetch", &info.url);
                     offset += count as u64;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -288,7 +288,7 @@ fn settle(spool: &Spool, found: &VerifiedNarInfo, origin: SpoolEntry) -> Result<
     let VerifiedNarInfo { info, warrant } = found;
     let files = Files::of(spool, &info.path);
     let expected = Expected { size: info.nar_size, hash: info.nar_hash };
-    let _effect = effect::mark("unpack", &info.url);
+    let _effect = failpoint::mark("unpack", &info.url);
     let left = origin == SpoolEntry::Left && files.nar.exists();
     let compared = if left {
         let nar = fs_err::File::open(&files.nar).map_err(here)?;
@@ -308,7 +308,7 @@ fn settle(spool: &Spool, found: &VerifiedNarInfo, origin: SpoolEntry) -> Result<
         is_file(nar, *hash)?;
     }
     if !left {
-        effect::point("within unpack", &info.url);
+        failpoint::point("within unpack", &info.url);
         fs_err::rename(&files.growing, &files.nar).map_err(here)?;
         remove(&files.packed).map_err(here)?;
     }

@@ -11,8 +11,8 @@ use super::walk::{PathFault, VerifiedNarInfo, WalkError, WalkLimits, Walked, wal
 use super::{Cache, FetchError, GCROOTS, PER_CALL, Side, errors_of, missing, nix, store_trouble, with_room};
 use crate::config::Settings;
 use crate::durable;
-use crate::effect;
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::keys::PublicKey;
 use crate::names::{STORE_DIR, StorePath};
 use crate::runner::{RunError, tail};
@@ -304,7 +304,7 @@ impl Fetch<'_> {
             }
             let within = self.until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
             let copy = || {
-                let _effect = effect::mark("nix copy", &self.shown);
+                let _effect = failpoint::mark("nix copy", &self.shown);
                 run.args(some).deadline(within).success()
             };
             if let Err(e) = announced::copying(&self.spool, some, copy)? {
@@ -448,7 +448,7 @@ fn copy_through_nix(
     for some in paths.chunks(PER_CALL) {
         let (run, _scratch) = cache.nix(settings, Side::From, &["copy"]).map_err(spawn)?;
         let within = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
-        let _effect = effect::mark("nix copy", &cache.shown);
+        let _effect = failpoint::mark("nix copy", &cache.shown);
         run.args(some).deadline(within).success()?;
     }
     Ok(())

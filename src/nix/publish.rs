@@ -11,8 +11,8 @@ use super::{
     Figures, PER_CALL, check, encoded, errors_of, is_news, nix, store_trouble, with_params, with_room,
 };
 use crate::config::Settings;
-use crate::effect;
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::keys::{PublicKey, SecretKey};
 use crate::log;
 use crate::names::StorePath;
@@ -271,7 +271,7 @@ impl Copy<'_> {
             }
             let (run, _scratch) = nix(&["nix-command"], spool.dir())?;
             let run = run.args(["copy", "--no-recursive", "--to", &url]).args(batch).stop(stop);
-            let _effect = effect::mark("nix copy", self.shown);
+            let _effect = failpoint::mark("nix copy", self.shown);
             let output = run.each_line(|_, line| {
                 if is_news(line) {
                     on_line(&clean(line));

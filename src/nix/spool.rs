@@ -4,8 +4,8 @@
 //! and whoever uses it checks again what an earlier run left. Never reads or judges what it keeps.
 
 use crate::durable;
-use crate::effect;
 use crate::error::{Error, Result};
+use crate::failpoint;
 use fs_err::os::unix::fs::OpenOptionsExt;
 use std::ffi::OsString;
 use std::fs::DirBuilder;
@@ -205,7 +205,7 @@ impl Spool {
 
     /// Removes all files but those that are to be kept.
     pub fn clear(&self, keep: impl Fn(&str) -> bool) -> io::Result<()> {
-        let _effect = effect::mark("clear", self.dir.display());
+        let _effect = failpoint::mark("clear", self.dir.display());
         for (key, _) in self.files()? {
             if !keep(&key) {
                 self.remove(&key)?;

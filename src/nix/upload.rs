@@ -5,7 +5,7 @@
 
 use super::local::Closure;
 use super::narinfo::NarInfo;
-use crate::effect;
+use crate::failpoint;
 use crate::http::CONNECTIONS;
 use crate::names::StorePath;
 use crate::store::{Objects, StoreError, Upload, objects};
@@ -265,7 +265,7 @@ impl<'a> Uploads<'a> {
             Job::Nar { key, file, size } => {
                 let open = objects::file(file);
                 let upload = Upload { length: *size, content_type: "application/x-nix-nar", open: &open };
-                let _effect = effect::mark("upload", key);
+                let _effect = failpoint::mark("upload", key);
                 self.cache.write_from(key, &upload)?;
                 remove(file);
                 Ok(())
@@ -276,7 +276,7 @@ impl<'a> Uploads<'a> {
                 let content_type = "text/x-nix-narinfo";
                 let upload = Upload { length: text.len() as u64, content_type, open: &open };
                 let key = NarInfo::key(path);
-                let _effect = effect::mark("upload", &key);
+                let _effect = failpoint::mark("upload", &key);
                 self.cache.write_from(&key, &upload)
             }
         }

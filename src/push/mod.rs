@@ -10,7 +10,7 @@ use crate::clock::{Timestamp, human_seconds};
 use crate::config::Settings;
 use crate::error::{Error, Result, did_you_mean};
 use crate::log;
-use crate::manifest::edit::{self, Author, PathUpdate};
+use crate::manifest::publish::{self, Author, PathUpdate};
 use crate::manifest::{Manifest, entry};
 use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
 use crate::nix::{self, Scope};
@@ -92,7 +92,7 @@ pub fn push(
     let store = store::open_shared(&settings.store)?;
     // Before anything is built: a key that cannot be read, or a manifest that is not to be trusted.
     let author = Author::of(settings)?;
-    let manifest = edit::believed(store.as_ref(), &author)?;
+    let manifest = publish::believed(store.as_ref(), &author)?;
     for target in &resolved {
         known(&manifest, target)?;
         if require_clean {
@@ -126,7 +126,7 @@ pub fn push(
     let since = Instant::now();
     let now = || Timestamp::now();
     let version =
-        edit::update(store.as_ref(), &now, &author, &built).map_err(|e| e.context("publishing failed"))?;
+        publish::update(store.as_ref(), &now, &author, &built).map_err(|e| e.context("publishing failed"))?;
     let (serial, written) = (version.manifest.serial, version.written);
     let entries = entries(store.as_ref(), &version)?;
     let mut hosts: BTreeMap<HostName, Vec<Shipped>> = BTreeMap::new();
@@ -192,14 +192,15 @@ fn tell_revision(manifest: &Manifest, target: &Target, revision: Option<&str>) -
 }
 
 /// The digests of a version's entries, as hosts make them from its text. Empty where that is not there any more.
-fn entries(store: &dyn Store, version: &edit::PublishedManifest) -> Result<BTreeMap<ServiceName, String>> {
+fn entries(store: &dyn Store, version: &publish::PublishedManifest) -> Result<BTreeMap<ServiceName, String>> {
     if version.written {
         return Ok(entry::digests(&version.manifest.to_bytes()));
     }
     // Somebody else wrote it, maybe with another program: its text is theirs.
-    let current = edit::load(store)?;
-    let same =
-        |c: &edit::CurrentManifest| c.manifest().as_ref().is_ok_and(|m| m.serial == version.manifest.serial);
+    let current = publish::load(store)?;
+    let same = |c: &publish::CurrentManifest| {
+        c.manifest().as_ref().is_ok_and(|m| m.serial == version.manifest.serial)
+    };
     Ok(current.filter(same).map(|c| entry::digests(&c.bytes)).unwrap_or_default())
 }
 

@@ -3,7 +3,7 @@
 use super::{Check, writable};
 use crate::config::{self, SYSTEM_FILE, Settings};
 use crate::keys::{self, PublicKey, SecretKey};
-use crate::manifest::{Manifest, edit, signature};
+use crate::manifest::{Manifest, publish, signature};
 use crate::store::url::without_secrets;
 use crate::store::{CacheUrl, Probe, Store, StoreError, StoreUrl};
 use std::path::Path;
@@ -53,10 +53,10 @@ pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
 /// no further: what it names is not to be visited, nor read as root.
 pub fn manifest(store: &dyn Store, settings: &Settings) -> (Check, Option<Manifest>) {
     const NAME: &str = "manifest";
-    let found = edit::load(store).and_then(|c| c.ok_or_else(|| edit::missing(store)));
-    let (bytes, manifest) = match found.map(edit::CurrentManifest::into_parts) {
+    let found = publish::load(store).and_then(|c| c.ok_or_else(|| publish::missing(store)));
+    let (bytes, manifest) = match found.map(publish::CurrentManifest::into_parts) {
         Ok((bytes, Ok(manifest))) => (bytes, manifest),
-        Ok((_, Err(e))) => return (Check::fail(NAME, edit::unusable(store, &e).to_string()), None),
+        Ok((_, Err(e))) => return (Check::fail(NAME, publish::unusable(store, &e).to_string()), None),
         Err(e) => return (Check::fail(NAME, e.to_string()), None),
     };
     let text = format!("serial {}, services: {}", manifest.serial, manifest.services.len());
