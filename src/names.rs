@@ -79,7 +79,7 @@ impl ServiceName {
         format!("{}.service", self.0)
     }
 
-    /// The name of the unit of its understudy while a rollout overlaps, `NAME-next.service`.
+    /// The name of the unit of its candidate while a rollout overlaps, `NAME-next.service`.
     pub fn next_unit(&self) -> String {
         format!("{}{NEXT_SUFFIX}.service", self.0)
     }

@@ -38,7 +38,7 @@ fn rendered(service: &Service, words: Option<&[String]>) {
 
     let port = 40_000;
     let Some(next) = unit::render_next(service, path, port) else {
-        assert!(service.port_variable().is_none(), "an understudy can be told its port");
+        assert!(service.port_variable().is_none(), "a candidate can be told its port");
         return;
     };
     assert!(unit::is_ours(next.as_bytes()));

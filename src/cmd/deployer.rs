@@ -277,8 +277,8 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
             text.push_str(&format!("{}: {}\n", service.name, step_text(step)));
         }
     }
-    for name in &plan.understudies {
-        text.push_str(&format!("{name}: stop and remove the understudy that an earlier pass left\n"));
+    for name in &plan.candidates {
+        text.push_str(&format!("{name}: stop and remove the candidate that an earlier pass left\n"));
     }
     match &plan.route {
         RoutePlan::None | RoutePlan::Current => {}
@@ -326,7 +326,7 @@ fn plan_json(preview: &Preview) -> String {
         "empty": preview.plan.is_empty(),
         "services": preview.plan.services.iter().map(service).collect::<Vec<_>>(),
         "gone": preview.plan.gone.iter().map(service).collect::<Vec<_>>(),
-        "understudies": preview.plan.understudies,
+        "understudies": preview.plan.candidates,
         "route": route,
     });
     log::printable_json(&format!("{value:#}")).into_owned()
@@ -468,7 +468,7 @@ mod tests {
         let settings = load(&Flags::from([("host", "here".to_string())])).unwrap();
         let why = "'\u{9b}2J\x1b]0;x' (process 7) listens";
         let route = RoutePlan::Pending(why.into());
-        let plan = Plan { services: Vec::new(), gone: Vec::new(), route, understudies: Vec::new() };
+        let plan = Plan { services: Vec::new(), gone: Vec::new(), route, candidates: Vec::new() };
         let preview = Preview { serial: 1, generation: Timestamp(0), manifest_error: None, plan };
         for text in [plan_text(&preview, &settings), plan_json(&preview)] {
             assert!(!text.chars().any(|c| c != '\n' && c.is_control()), "{text:?}");

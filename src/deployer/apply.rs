@@ -77,16 +77,16 @@ impl Attempts {
 
 impl Host<'_> {
     /// Performs the steps of the services (not those of what is gone, not the route) and keeps `observed`,
-    /// `memory` and `learned` true. Returns whether anything on the host was changed.
+    /// `persisted` and `attempts` true. Returns whether anything on the host was changed.
     pub fn round(
         &self,
         plan: &Plan,
         desired: &[&Service],
         observed: &mut Observed,
-        memory: &mut PersistedState,
-        learned: &mut Attempts,
+        persisted: &mut PersistedState,
+        attempts: &mut Attempts,
     ) -> Result<bool> {
-        let known = learned.troubles.len() + learned.unfetchable.len();
+        let known = attempts.failures.len() + attempts.unfetchable.len();
         let touched: BTreeSet<ServiceName> = plan
             .services
             .iter()
@@ -100,31 +100,31 @@ impl Host<'_> {
             let touched = plan.services.iter().filter(|s| touched.contains(&s.name));
             let goals = touched.map(|s| s.goal.as_ref().map(|g| (&s.name, g))).collect::<Option<Vec<_>>>();
             for (name, goal) in goals.ok_or_else(|| e.clone())? {
-                self.fail_on_host(name, goal, &e, learned);
+                self.fail_on_host(name, goal, &e, attempts);
             }
             return Ok(false);
         }
-        self.root_and_fetch(plan, observed, learned)?;
-        self.check(plan, learned)?;
-        if learned.troubles.len() + learned.unfetchable.len() > known {
+        self.root_and_fetch(plan, observed, attempts)?;
+        self.check(plan, attempts)?;
+        if attempts.failures.len() + attempts.unfetchable.len() > known {
             // What was refused has another goal now: everything that restarts shall restart in one call.
             return Ok(false);
         }
-        let overlapped = self.overlap(plan, desired, memory, observed, learned)?;
-        if learned.troubles.len() + learned.unfetchable.len() > known {
+        let overlapped = self.overlap(plan, desired, persisted, observed, attempts)?;
+        if attempts.failures.len() + attempts.unfetchable.len() > known {
             return Ok(overlapped);
         }
-        let paused = self.pause(&plan.services, learned)?;
-        let removed = self.remove(&plan.services, memory, observed, learned)?;
-        let started = self.write_and_start(plan, desired, observed, memory, learned)?;
-        self.record(plan, memory, learned);
-        let unrooted = self.unroot(&plan.services, observed, learned);
-        learned.disk(unrooted);
+        let paused = self.pause(&plan.services, attempts)?;
+        let removed = self.remove(&plan.services, persisted, observed, attempts)?;
+        let started = self.write_and_start(plan, desired, observed, persisted, attempts)?;
+        self.record(plan, persisted, attempts);
+        let unrooted = self.unroot(&plan.services, observed, attempts);
+        attempts.disk(unrooted);
         Ok(paused || removed || started)
     }
 
     /// Roots first, so that no collection can come between; then all closures in one copy.
-    fn root_and_fetch(&self, plan: &Plan, observed: &mut Observed, learned: &mut Attempts) -> Result<()> {
+    fn root_and_fetch(&self, plan: &Plan, observed: &mut Observed, attempts: &mut Attempts) -> Result<()> {
         let mut wanted: BTreeMap<&StorePath, Vec<&ServiceName>> = BTreeMap::new();
         let mut rooting = Vec::new();
         let mut batch = Batch::default();
@@ -146,7 +146,7 @@ impl Host<'_> {
         let mut failed = batch.finish();
         for (service, path, link, not_made) in rooting {
             if let (Some(e), Some(goal)) = (not_made.or_else(|| failed.remove(&link)), &service.goal) {
-                self.fail_on_host(&service.name, goal, &e.into(), learned);
+                self.fail_on_host(&service.name, goal, &e.into(), attempts);
                 continue;
             }
             observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
@@ -156,7 +156,7 @@ impl Host<'_> {
         }
         if wanted.is_empty() {
             // Also what a pass that died has left of something that was taken back since.
-            if learned.unfetchable.is_empty() {
+            if attempts.unfetchable.is_empty() {
                 nix::forget_transfers();
             }
             return Ok(());
@@ -170,7 +170,7 @@ impl Host<'_> {
             Err(e) => {
                 let reason = e.to_string();
                 for path in &paths {
-                    learned.unfetchable.insert(path.clone(), reason.clone());
+                    attempts.unfetchable.insert(path.clone(), reason.clone());
                 }
                 log::error(reason);
                 return Ok(());
@@ -186,7 +186,7 @@ impl Host<'_> {
                 }
                 Some(why) => {
                     log::error(format!("{names}: {why}"));
-                    learned.unfetchable.insert(path, why.to_string());
+                    attempts.unfetchable.insert(path, why.to_string());
                 }
             }
         }
@@ -194,15 +194,15 @@ impl Host<'_> {
     }
 
     /// What can be known before anything is touched: the executable is there, and systemd takes every line.
-    fn check(&self, plan: &Plan, learned: &mut Attempts) -> Result<()> {
+    fn check(&self, plan: &Plan, attempts: &mut Attempts) -> Result<()> {
         let mut to_verify = Vec::new();
         for Start { name, goal, .. } in starts(plan) {
-            if goal.proved || learned.unfetchable.contains_key(&goal.path) {
+            if goal.proved || attempts.unfetchable.contains_key(&goal.path) {
                 continue;
             }
             match executable(&goal.service, &goal.path).and_then(|()| legible(&goal.service)) {
                 Ok(()) => to_verify.push((name.clone(), goal.unit.clone())),
-                Err(why) => self.refuse(name, goal, why, Vec::new(), learned),
+                Err(why) => self.refuse(name, goal, why, Vec::new(), attempts),
             }
         }
         for (name, complaint) in systemd::verify(&to_verify, &self.root.run_dir)? {
@@ -216,7 +216,7 @@ impl Host<'_> {
                     ),
                     false => format!("systemd does not take its unit: {complaint}"),
                 };
-                self.refuse(&name, goal, why, Vec::new(), learned);
+                self.refuse(&name, goal, why, Vec::new(), attempts);
             }
         }
         Ok(())
@@ -229,7 +229,7 @@ impl Host<'_> {
         goal: &Goal,
         why: String,
         journal: Vec<String>,
-        learned: &mut Attempts,
+        attempts: &mut Attempts,
     ) {
         let rejected = !goal.proved;
         let reason = if rejected && goal.unit_proved {
@@ -256,17 +256,17 @@ impl Host<'_> {
             inputs: rejected.then(|| goal.inputs()),
             kept_out: false,
         };
-        learned.troubles.insert((name.clone(), goal.inputs()), AttemptFailure { rejected, failure });
+        attempts.failures.insert((name.clone(), goal.inputs()), AttemptFailure { rejected, failure });
     }
 
     /// The host's trouble, not the release's: taken down for this pass, and tried again by the next.
-    pub fn fail_on_host(&self, name: &ServiceName, goal: &Goal, why: &Error, learned: &mut Attempts) {
-        self.not_the_release(name, goal, why, None, learned);
+    pub fn fail_on_host(&self, name: &ServiceName, goal: &Goal, why: &Error, attempts: &mut Attempts) {
+        self.not_the_release(name, goal, why, None, attempts);
     }
 
     /// The same, where only a try tells, and a try ends what runs: tried again when nobody has the port any more.
-    fn kept_out(&self, name: &ServiceName, goal: &Goal, why: &Error, learned: &mut Attempts) {
-        self.not_the_release(name, goal, why, Some(goal.inputs()), learned);
+    fn kept_out(&self, name: &ServiceName, goal: &Goal, why: &Error, attempts: &mut Attempts) {
+        self.not_the_release(name, goal, why, Some(goal.inputs()), attempts);
     }
 
     fn not_the_release(
@@ -275,7 +275,7 @@ impl Host<'_> {
         goal: &Goal,
         why: &Error,
         inputs: Option<String>,
-        learned: &mut Attempts,
+        attempts: &mut Attempts,
     ) {
         let reason = why.to_string();
         log::error(format!("{name}: {reason}"));
@@ -289,7 +289,7 @@ impl Host<'_> {
             inputs,
         };
         let key = (name.clone(), goal.inputs());
-        learned.troubles.insert(key, AttemptFailure { rejected: false, failure });
+        attempts.failures.insert(key, AttemptFailure { rejected: false, failure });
     }
 
     /// Writes units, makes systemd read them, restarts in one call, and watches them come up.
@@ -298,8 +298,8 @@ impl Host<'_> {
         plan: &Plan,
         desired: &[&Service],
         observed: &mut Observed,
-        memory: &mut PersistedState,
-        learned: &mut Attempts,
+        persisted: &mut PersistedState,
+        attempts: &mut Attempts,
     ) -> Result<bool> {
         let mut reload = false;
         let mut starts: Vec<Start> = Vec::new();
@@ -316,7 +316,7 @@ impl Host<'_> {
             }
             reload |= service.steps.iter().any(|step| matches!(step, Step::Write(_)));
             if let Some(e) = failed.get(&service.name) {
-                self.fail_on_host(&service.name, goal, e, learned);
+                self.fail_on_host(&service.name, goal, e, attempts);
                 continue;
             }
             for step in &service.steps {
@@ -333,7 +333,7 @@ impl Host<'_> {
             self.stop_waiting(&starts, observed)?;
             systemd::daemon_reload()?;
         }
-        self.leave_replaced(&mut starts, observed, learned)?;
+        self.leave_replaced(&mut starts, observed, attempts)?;
         if starts.is_empty() {
             return Ok(reload);
         }
@@ -341,7 +341,7 @@ impl Host<'_> {
             let what = if start.restart { "starting" } else { "watching" };
             log::notice(format!("{}: {what} {} ({})", start.name, start.goal.path, start.why));
         }
-        let holders = port_holders(plan, &starts, memory);
+        let holders = port_holders(plan, &starts, persisted);
         for name in &holders {
             log::info(format!("{name}: stopping first, another service takes its port"));
         }
@@ -349,17 +349,17 @@ impl Host<'_> {
         let stopping = systemd::stop(&units, EVERYBODY_WAITS)?;
         for holder in holders.into_iter().filter(|name| stopping.contains(&name.unit())) {
             // Its port is free once it has stopped: then whoever takes it is started.
-            let port = memory.applied.get(holder).and_then(|a| a.service.port());
+            let port = persisted.applied.get(holder).and_then(|a| a.service.port());
             let waits = |s: &Start| s.name == holder || s.restart && port == s.goal.service.port();
             for start in starts.iter().filter(|s| waits(s)) {
                 let why = match start.name == holder {
                     true => still_stopping(holder),
                     false => format!("it waits for the port of {holder}, which is still stopping"),
                 };
-                pend(start.name, why, holder, true, learned);
+                pend(start.name, why, holder, true, attempts);
             }
         }
-        starts.retain(|s| !learned.pending.contains_key(s.name));
+        starts.retain(|s| !attempts.pending.contains_key(s.name));
         if starts.is_empty() {
             return Ok(true);
         }
@@ -375,9 +375,9 @@ impl Host<'_> {
         };
         for start in restarts().filter(|s| busy.contains(&s.name.unit())) {
             let name = start.name;
-            memory.interrupted.remove(name);
+            persisted.interrupted.remove(name);
             let why = format!("systemd is still stopping or starting it (see 'systemctl status {name}')");
-            pend(name, why, name, true, learned);
+            pend(name, why, name, true, attempts);
         }
         let starts: Vec<Start> = starts.iter().filter(|s| !busy.contains(&s.name.unit())).cloned().collect();
         let restarts = || starts.iter().filter(|s| s.restart);
@@ -397,7 +397,7 @@ impl Host<'_> {
                 unit: s.name.unit(),
                 service: &s.goal.service,
                 was_up: !s.restart && (s.goal.proved || s.goal.unit_proved),
-                settle: match learned.led.get(s.name) {
+                settle: match attempts.led.get(s.name) {
                     Some((_, inputs)) if *inputs == s.goal.inputs() => SETTLE_AGAIN,
                     _ => SETTLE,
                 },
@@ -411,18 +411,18 @@ impl Host<'_> {
             .collect();
         // Done for those: a clock that was set back must not make them look older than their units for ever.
         for start in restarts() {
-            memory.interrupted.remove(start.name);
+            persisted.interrupted.remove(start.name);
         }
         // Those that were never up: there is nothing older to be put back, and nobody else to answer meanwhile.
         let first = |name: &ServiceName| {
             let new = |s: &Start| *s.name == *name && s.goal.desired && s.goal.service.http.is_some();
-            !memory.applied.contains_key(name) && starts.iter().any(new)
+            !persisted.applied.contains_key(name) && starts.iter().any(new)
         };
         let mut led = false;
         let mut well = |name: &ServiceName| {
             if !led && first(name) {
                 led = true;
-                self.lead_to_first(desired, memory, learned, observed);
+                self.lead_to_first(desired, persisted, attempts, observed);
             }
         };
         // What it says is known before the watch has settled: it costs the pass no time.
@@ -430,11 +430,11 @@ impl Host<'_> {
             let exposures = scope.spawn(systemd::exposures);
             (watch(self.root, &watched, &mut well), exposures.join())
         });
-        learned.started.extend(starts.iter().map(|s| s.name.clone()));
+        attempts.started.extend(starts.iter().map(|s| s.name.clone()));
         match exposures.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
-            Ok(exposures) => learned.exposures = exposures,
+            Ok(exposures) => attempts.exposures = exposures,
             Err(e) => {
-                learned.exposures.clear();
+                attempts.exposures.clear();
                 log::info(format!("how exposed the services are is not known: {e}"));
             }
         }
@@ -442,20 +442,20 @@ impl Host<'_> {
         let up = starts.iter().filter(|start| {
             !not_begun.contains_key(start.name) && matches!(outcomes.get(start.name), Some(Ok(_)))
         });
-        // What came up is taken down first: a pass that dies among the others' troubles leaves it proved.
-        self.proved(up.map(|start| (start.name, start.goal)), memory, learned);
+        // What came up is taken down first: a pass that dies among the others' failures leaves it proved.
+        self.proved(up.map(|start| (start.name, start.goal)), persisted, attempts);
         for start in &starts {
             let why = match (not_begun.get(start.name), outcomes.get(start.name)) {
                 (None, Some(Ok(up))) => {
                     log::info(format!("{}: up after {:.1} s", start.name, up.after.as_secs_f64()));
                     match &up.verified {
-                        Some(id) => memory.verified.insert(start.name.clone(), id.clone()),
-                        None => memory.verified.remove(start.name),
+                        Some(id) => persisted.verified.insert(start.name.clone(), id.clone()),
+                        None => persisted.verified.remove(start.name),
                     };
                     continue;
                 }
                 (None, Some(Err(NotUp::Host(why)))) => {
-                    self.fail_on_host(start.name, start.goal, &Error::new(why), learned);
+                    self.fail_on_host(start.name, start.goal, &Error::new(why), attempts);
                     continue;
                 }
                 (Some(why), _) | (None, Some(Err(NotUp::Release(why)))) => why.clone(),
@@ -465,9 +465,9 @@ impl Host<'_> {
             let journal = systemd::journal(&start.name.unit(), &began, JOURNAL_LINES);
             match taken(start.name, &start.goal.service, &journal) {
                 Some(other) => {
-                    self.kept_out(start.name, start.goal, &Error::new(format!("{other} ({why})")), learned)
+                    self.kept_out(start.name, start.goal, &Error::new(format!("{other} ({why})")), attempts)
                 }
-                None => self.refuse(start.name, start.goal, why, journal, learned),
+                None => self.refuse(start.name, start.goal, why, journal, attempts),
             }
         }
         Ok(true)
@@ -490,7 +490,7 @@ impl Host<'_> {
         &self,
         starts: &mut Vec<Start>,
         observed: &Observed,
-        learned: &mut Attempts,
+        attempts: &mut Attempts,
     ) -> Result<()> {
         let has_drop_ins = |s: &&Start| observed.units.get(s.name).is_some_and(|u| !u.drop_ins.is_empty());
         let units: Vec<String> = starts.iter().filter(has_drop_ins).map(|s| s.name.unit()).collect();
@@ -506,7 +506,7 @@ impl Host<'_> {
             };
             let why = shown.get(&watched.unit).and_then(|shown| watched.replaced(self.root, shown));
             if let Some(why) = &why {
-                self.fail_on_host(start.name, start.goal, &Error::new(why), learned);
+                self.fail_on_host(start.name, start.goal, &Error::new(why), attempts);
             }
             why.is_none()
         });
@@ -575,29 +575,29 @@ impl Host<'_> {
     fn proved<'g>(
         &self,
         goals: impl IntoIterator<Item = (&'g ServiceName, &'g Goal)>,
-        memory: &mut PersistedState,
-        learned: &mut Attempts,
+        persisted: &mut PersistedState,
+        attempts: &mut Attempts,
     ) {
         let proved = goals.into_iter().filter_map(|(name, goal)| {
-            let before = memory.applied.get(name);
+            let before = persisted.applied.get(name);
             let previous = previous_after(&goal.path, before);
             let proved = LastKnownGood { service: goal.service.clone(), path: goal.path.clone(), previous };
             (before != Some(&proved)).then(|| (name.clone(), proved))
         });
         let proved: Vec<(ServiceName, LastKnownGood)> = proved.collect();
         for e in applied::record(self.root, proved.iter().map(|(_, applied)| applied)) {
-            learned.disk(Err(e));
+            attempts.disk(Err(e));
         }
-        memory.applied.extend(proved);
+        persisted.applied.extend(proved);
     }
 
     /// Entries that changed without changing their unit (a route, a health path).
-    fn record(&self, plan: &Plan, memory: &mut PersistedState, learned: &mut Attempts) {
-        self.proved(with_goal(plan, |step| matches!(step, Step::Record)), memory, learned);
+    fn record(&self, plan: &Plan, persisted: &mut PersistedState, attempts: &mut Attempts) {
+        self.proved(with_goal(plan, |step| matches!(step, Step::Record)), persisted, attempts);
     }
 
     /// Stops what is paused and keeps it from starting at boot; its unit stays.
-    fn pause(&self, services: &[ServicePlan], learned: &mut Attempts) -> Result<bool> {
+    fn pause(&self, services: &[ServicePlan], attempts: &mut Attempts) -> Result<bool> {
         let names: Vec<&ServiceName> =
             steps(services).filter(|(_, step)| matches!(step, Step::Pause)).map(|(s, _)| &s.name).collect();
         let units: Vec<String> = names.iter().map(|n| n.unit()).collect();
@@ -607,7 +607,7 @@ impl Host<'_> {
         }
         let stopping = systemd::stop(&units, EVERYBODY_WAITS)?;
         for name in names.iter().filter(|name| stopping.contains(&name.unit())) {
-            pend(name, still_stopping(name), name, false, learned);
+            pend(name, still_stopping(name), name, false, attempts);
         }
         Ok(!names.is_empty())
     }
@@ -617,9 +617,9 @@ impl Host<'_> {
     pub fn remove(
         &self,
         services: &[ServicePlan],
-        memory: &mut PersistedState,
+        persisted: &mut PersistedState,
         observed: &Observed,
-        learned: &mut Attempts,
+        attempts: &mut Attempts,
     ) -> Result<bool> {
         let mut going: Vec<(&ServiceName, &str)> = steps(services)
             .filter_map(|(service, step)| match step {
@@ -636,7 +636,7 @@ impl Host<'_> {
             // A unit that was deleted by hand leaves its process and its boot link, which are ours as well.
             let ours = match observed.units.get(*name).map(|u| &u.file) {
                 Some(UnitFile::Ours(_)) => true,
-                Some(UnitFile::Absent) => memory.applied.contains_key(*name),
+                Some(UnitFile::Absent) => persisted.applied.contains_key(*name),
                 Some(UnitFile::Foreign(_)) | None => false,
             };
             if ours {
@@ -648,7 +648,7 @@ impl Host<'_> {
         for (name, _) in going.iter().filter(|(name, _)| stopping.contains(&name.unit())) {
             durable::remove(&self.root.wanted(name)).or_else(missing_folder)?;
             log::warning(format!("{name}: {}; the next pass removes it", still_stopping(name)));
-            pend(name, still_stopping(name), name, false, learned);
+            pend(name, still_stopping(name), name, false, attempts);
         }
         going.retain(|(name, _)| !stopping.contains(&name.unit()));
         marked.retain(|unit| !stopping.contains(unit));
@@ -666,7 +666,7 @@ impl Host<'_> {
         // Last: while it is remembered as proved, an interrupted removal is begun anew.
         remove_all(going.iter().map(|(name, _)| self.root.applied(name)))?;
         for (name, _) in &going {
-            memory.applied.remove(*name);
+            persisted.applied.remove(*name);
         }
         Ok(true)
     }
@@ -676,12 +676,12 @@ impl Host<'_> {
         &self,
         services: &[ServicePlan],
         observed: &mut Observed,
-        learned: &Attempts,
+        attempts: &Attempts,
     ) -> Result<()> {
         let unrooted: Vec<(&ServiceName, &String)> = steps(services)
             .filter_map(|(service, step)| match step {
                 // What still stops runs from there.
-                Step::Unroot(base) if !learned.pending.contains_key(&service.name) => {
+                Step::Unroot(base) if !attempts.pending.contains_key(&service.name) => {
                     Some((&service.name, base))
                 }
                 _ => None,
@@ -710,9 +710,9 @@ impl Host<'_> {
 impl Host<'_> {
     /// Waits for what takes its time, as long as systemd gives it, until one of them is through; false when there
     /// is none to be waited for any longer.
-    pub fn wait(&self, learned: &mut Attempts) -> Result<bool> {
+    pub fn wait(&self, attempts: &mut Attempts) -> Result<bool> {
         let awaited: BTreeMap<ServiceName, PendingJob> =
-            learned.pending.iter().filter(|(_, p)| p.awaited).map(|(n, p)| (n.clone(), p.clone())).collect();
+            attempts.pending.iter().filter(|(_, p)| p.awaited).map(|(n, p)| (n.clone(), p.clone())).collect();
         let units: Vec<String> = awaited.values().map(|p| p.unit.clone()).collect();
         let timeouts = systemd::stop_timeouts(&units)?;
         let limit = |pending: &PendingJob| waits_for(timeouts.get(&pending.unit).copied().flatten());
@@ -725,9 +725,9 @@ impl Host<'_> {
                 return Ok(false);
             }
             let busy = systemd::busy(&units)?;
-            let before = learned.pending.len();
-            learned.pending.retain(|_, p| !p.awaited || busy.contains(&p.unit));
-            if learned.pending.len() < before {
+            let before = attempts.pending.len();
+            attempts.pending.retain(|_, p| !p.awaited || busy.contains(&p.unit));
+            if attempts.pending.len() < before {
                 return Ok(true);
             }
             std::thread::sleep(LOOK_EVERY);
@@ -735,16 +735,16 @@ impl Host<'_> {
     }
 
     /// An error that kept a round from going on is the trouble of those that it was made for, and of nobody else.
-    pub fn hinder_all(&self, plan: &Plan, error: &Error, learned: &mut Attempts) {
+    pub fn hinder_all(&self, plan: &Plan, error: &Error, attempts: &mut Attempts) {
         let mut alone = true;
         for service in plan.services.iter().filter(|s| !s.steps.is_empty()) {
             if let Some(goal) = &service.goal {
-                self.fail_on_host(&service.name, goal, error, learned);
+                self.fail_on_host(&service.name, goal, error, attempts);
                 alone = false;
             }
         }
         if alone {
-            learned.disk(Err(error.clone()));
+            attempts.disk(Err(error.clone()));
         }
     }
 }
@@ -759,9 +759,9 @@ fn still_stopping(name: &ServiceName) -> String {
 }
 
 /// Takes down that systemd is not through with a service.
-fn pend(name: &ServiceName, why: String, on: &ServiceName, awaited: bool, learned: &mut Attempts) {
+fn pend(name: &ServiceName, why: String, on: &ServiceName, awaited: bool, attempts: &mut Attempts) {
     let since = Instant::now();
-    learned.pending.insert(name.clone(), PendingJob { why, unit: on.unit(), since, awaited });
+    attempts.pending.insert(name.clone(), PendingJob { why, unit: on.unit(), since, awaited });
 }
 
 /// A complaint of systemctl, for a reason.
@@ -799,7 +799,11 @@ fn starts(plan: &Plan) -> impl Iterator<Item = Start<'_>> {
 
 /// Services that have, up to now, a port on which another one is about to start: those that go, and those that
 /// move to another port in the same call, which systemd would restart in any order.
-fn port_holders<'a>(plan: &'a Plan, starts: &[Start<'a>], memory: &PersistedState) -> Vec<&'a ServiceName> {
+fn port_holders<'a>(
+    plan: &'a Plan,
+    starts: &[Start<'a>],
+    persisted: &PersistedState,
+) -> Vec<&'a ServiceName> {
     let port = |service: &Service| service.http.as_ref().map(|h| h.internal_port);
     let taken: BTreeMap<u16, &ServiceName> =
         starts.iter().filter(|s| s.restart).filter_map(|s| Some((port(&s.goal.service)?, s.name))).collect();
@@ -807,7 +811,7 @@ fn port_holders<'a>(plan: &'a Plan, starts: &[Start<'a>], memory: &PersistedStat
         plan.gone.iter().map(|s| &s.name).chain(starts.iter().filter(|s| s.restart).map(|s| s.name));
     leaving
         .filter(|name| {
-            let held = memory.applied.get(*name).and_then(|a| port(&a.service));
+            let held = persisted.applied.get(*name).and_then(|a| port(&a.service));
             held.and_then(|p| taken.get(&p)).is_some_and(|taker| taker != name)
         })
         .collect()

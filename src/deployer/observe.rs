@@ -26,9 +26,9 @@ pub fn observe(
     root: &Root,
     caddy_admin: &Address,
     desired: &[&Service],
-    memory: &PersistedState,
+    persisted: &PersistedState,
 ) -> Result<Observed> {
-    let applied = &memory.applied;
+    let applied = &persisted.applied;
     let mut present = BTreeSet::new();
     let mut unproved = BTreeSet::new();
     let proved: BTreeSet<&StorePath> =
@@ -61,12 +61,12 @@ pub fn observe(
         // kernel page by page.
         let caddy = scope.spawn(|| caddy::ask(caddy_admin));
         // While systemd answers, for which `units` waits.
-        let listening = scope.spawn(|| ports(desired, &memory.applied));
-        let (units, active) = units(root, desired, memory)?;
-        let (roots, understudies) = (roots(root)?, understudies(root)?);
-        let foreign_next = foreign_next(root, desired, memory, &units, &understudies)?;
+        let listening = scope.spawn(|| ports(desired, &persisted.applied));
+        let (units, active) = units(root, desired, persisted)?;
+        let (roots, candidates) = (roots(root)?, candidates(root)?);
+        let foreign_next = foreign_next(root, desired, persisted, &units, &candidates)?;
         let ports = joined(listening);
-        let kept_out = kept_out(desired, memory);
+        let kept_out = kept_out(desired, persisted);
         let caddy = caddy::read(caddy_admin, joined(caddy));
         Ok(Observed {
             units,
@@ -76,7 +76,7 @@ pub fn observe(
             present,
             roots,
             secrets,
-            understudies,
+            candidates,
             foreign_next,
             caddy,
         })
@@ -96,9 +96,9 @@ fn is_there(path: &StorePath) -> Result<bool> {
 pub fn units(
     root: &Root,
     desired: &[&Service],
-    memory: &PersistedState,
+    persisted: &PersistedState,
 ) -> Result<(BTreeMap<ServiceName, UnitSeen>, BTreeSet<String>)> {
-    let applied = &memory.applied;
+    let applied = &persisted.applied;
     // So does systemd.
     let (listed, marked, folders) = std::thread::scope(|scope| {
         let listed = scope.spawn(systemd::list_units);
@@ -161,7 +161,7 @@ pub fn units(
             seen.current = placed.get(name).is_some_and(|written| *written <= started);
             seen.invocation = systemd::invocation(&unit);
             seen.verified =
-                seen.invocation.is_some() && seen.invocation.as_ref() == memory.verified.get(name);
+                seen.invocation.is_some() && seen.invocation.as_ref() == persisted.verified.get(name);
             // What runs since the last pass's look, as it was then, is as it was then.
             suspect |= !seen.current || !seen.verified;
         }
@@ -210,12 +210,12 @@ pub fn ports(
 
 /// Services whose last try found the port in use, where somebody else still has it at whatever address. Rare: asked
 /// only of those.
-fn kept_out(desired: &[&Service], memory: &PersistedState) -> BTreeSet<ServiceName> {
+fn kept_out(desired: &[&Service], persisted: &PersistedState) -> BTreeSet<ServiceName> {
     let asked: Vec<(&ServiceName, u16)> = desired
         .iter()
         .filter_map(|service| {
             let port = service.port()?;
-            let failure = memory.state.services.get(&service.name)?.failure.as_ref()?;
+            let failure = persisted.state.services.get(&service.name)?.failure.as_ref()?;
             failure.kept_out.then_some((&service.name, port))
         })
         .collect();
@@ -282,15 +282,15 @@ fn owner(root: &Root, unit: &str, was_ours: bool, shown: &Shown) -> Option<PathB
 fn foreign_next(
     root: &Root,
     desired: &[&Service],
-    memory: &PersistedState,
+    persisted: &PersistedState,
     units: &BTreeMap<ServiceName, UnitSeen>,
-    understudies: &BTreeSet<ServiceName>,
+    candidates: &BTreeSet<ServiceName>,
 ) -> Result<BTreeMap<ServiceName, PathBuf>> {
     let about_to_change = |service: &&&Service| {
         service.rollout == Rollout::Overlap
             && units.get(&service.name).is_some_and(|seen| seen.listed.running())
-            && !understudies.contains(&service.name)
-            && memory.applied.get(&service.name).is_some_and(|a| a.service != ***service)
+            && !candidates.contains(&service.name)
+            && persisted.applied.get(&service.name).is_some_and(|a| a.service != ***service)
     };
     let names: Vec<&ServiceName> = desired.iter().filter(about_to_change).map(|s| &s.name).collect();
     let shown = systemd::show(&names.iter().map(|name| name.next_unit()).collect::<Vec<_>>())?;
@@ -511,8 +511,8 @@ fn marked(dir: &Path, ending: &str) -> Result<Vec<Marked>> {
     Ok(found)
 }
 
-/// The services that have an understudy with our mark.
-pub fn understudies(root: &Root) -> Result<BTreeSet<ServiceName>> {
+/// The services that have a candidate with our mark.
+pub fn candidates(root: &Root) -> Result<BTreeSet<ServiceName>> {
     let ending = format!("{}.service", crate::names::NEXT_SUFFIX);
     Ok(marked(&root.unit_dir, &ending)?.into_iter().map(|marked| marked.name).collect())
 }

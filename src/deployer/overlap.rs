@@ -1,7 +1,7 @@
 //! A rollout that overlaps: the new version is started beside the old one as `NAME-next.service` on a spare
 //! port and proved there; then requests move to it, and the real unit can be restarted with nobody waiting.
 //! Several services go through every phase together. Nothing here is remembered: what an interruption leaves
-//! (an understudy, a route to it) is seen by the next pass and undone or finished by it.
+//! (a candidate, a route to it) is seen by the next pass and undone or finished by it.
 
 use super::apply::{EVERYBODY_WAITS, Host, NotUp, SETTLE, Watched, watch};
 use super::caddy::{self, RoutePlan};
@@ -44,18 +44,18 @@ struct Candidate<'a> {
 }
 
 impl Host<'_> {
-    /// Starts and proves understudies, and leads requests to those that are well. What fails is learned.
+    /// Starts and proves candidates, and leads requests to those that are well. What fails is learned.
     pub fn overlap(
         &self,
         plan: &Plan,
         desired: &[&Service],
-        memory: &PersistedState,
+        persisted: &PersistedState,
         observed: &mut Observed,
-        learned: &mut Attempts,
+        attempts: &mut Attempts,
     ) -> Result<bool> {
         let mut taken: BTreeSet<u16> =
             desired.iter().filter_map(|s| s.http.as_ref()).map(|h| h.internal_port).collect();
-        let mut understudies = Vec::new();
+        let mut candidates = Vec::new();
         for service in &plan.services {
             let (Some(goal), true) =
                 (&service.goal, service.steps.iter().any(|s| matches!(s, Step::Overlap(_))))
@@ -65,14 +65,14 @@ impl Host<'_> {
             let port = spare_port(&mut taken)?;
             let texts = goal.service.on_port(port).zip(unit::render_next(&goal.service, &goal.path, port));
             if let Some((on_port, text)) = texts {
-                understudies.push(Candidate { name: &service.name, goal, service: on_port, text });
+                candidates.push(Candidate { name: &service.name, goal, service: on_port, text });
             }
         }
-        if understudies.is_empty() {
+        if candidates.is_empty() {
             return Ok(false);
         }
         let mut batch = Batch::default();
-        for u in &understudies {
+        for u in &candidates {
             let port = u.service.http.as_ref().map_or(0, |h| h.internal_port);
             log::notice(format!(
                 "{}: proving {} beside the running version, on port {port}",
@@ -81,25 +81,25 @@ impl Host<'_> {
             batch.write(&self.root.next_unit(u.name), u.text.as_bytes(), 0o644);
         }
         let mut failed = batch.finish();
-        for u in &understudies {
+        for u in &candidates {
             match failed.remove(&self.root.next_unit(u.name)) {
-                None => drop(observed.understudies.insert(u.name.clone())),
-                Some(e) => self.fail_on_host(u.name, u.goal, &e.into(), learned),
+                None => drop(observed.candidates.insert(u.name.clone())),
+                Some(e) => self.fail_on_host(u.name, u.goal, &e.into(), attempts),
             }
         }
-        understudies.retain(|u| observed.understudies.contains(u.name));
-        if understudies.is_empty() {
+        candidates.retain(|u| observed.candidates.contains(u.name));
+        if candidates.is_empty() {
             return Ok(false);
         }
         systemd::daemon_reload()?;
-        let units: Vec<String> = understudies.iter().map(|u| u.name.next_unit()).collect();
+        let units: Vec<String> = candidates.iter().map(|u| u.name.next_unit()).collect();
         systemd::reset_failed(&units)?;
         let begun = clock::journal_now();
         let (complaint, busy) = match systemd::restart(&units, EVERYBODY_WAITS)? {
             Restarted::All(complaint) => (complaint, BTreeSet::new()),
             Restarted::Not(busy) => (None, busy),
         };
-        let watched: Vec<Watched> = understudies
+        let watched: Vec<Watched> = candidates
             .iter()
             .filter(|u| !busy.contains(&u.name.next_unit()))
             .map(|u| {
@@ -110,7 +110,7 @@ impl Host<'_> {
         let outcomes = watch(self.root, &watched, |_| {})?;
         let mut ports: BTreeMap<ServiceName, &Http> = BTreeMap::new();
         let mut refused = Vec::new();
-        for u in &understudies {
+        for u in &candidates {
             match (outcomes.get(u.name), &u.service.http) {
                 (Some(Ok(up)), Some(http)) => {
                     log::info(format!(
@@ -123,11 +123,11 @@ impl Host<'_> {
                 (None, _) if busy.contains(&u.name.next_unit()) => {
                     let unit = u.name.next_unit();
                     let why = format!("systemd does not get to start {unit}; see 'systemctl list-jobs'");
-                    self.fail_on_host(u.name, u.goal, &Error::new(why), learned);
+                    self.fail_on_host(u.name, u.goal, &Error::new(why), attempts);
                     refused.push(u.name.clone());
                 }
                 (Some(Err(NotUp::Host(why))), _) => {
-                    self.fail_on_host(u.name, u.goal, &Error::new(why), learned);
+                    self.fail_on_host(u.name, u.goal, &Error::new(why), attempts);
                     refused.push(u.name.clone());
                 }
                 (outcome, _) => {
@@ -140,30 +140,30 @@ impl Host<'_> {
                     };
                     let began = Began::At(begun);
                     let journal = systemd::journal(&u.name.next_unit(), &began, super::apply::JOURNAL_LINES);
-                    self.refuse(u.name, u.goal, why, journal, learned);
+                    self.refuse(u.name, u.goal, why, journal, attempts);
                     refused.push(u.name.clone());
                 }
             }
         }
         // Nobody was led to these yet.
-        self.remove_understudies(&refused, observed)?;
+        self.remove_candidates(&refused, observed)?;
         if ports.is_empty() {
             return Ok(true);
         }
-        let interim = interim_route(desired, memory, &ports);
-        let closed = plan::closed(desired, observed, memory);
+        let interim = interim_route(desired, persisted, &ports);
+        let closed = plan::closed(desired, observed, persisted);
         if let Err(why) = self.lead(&interim, &closed, observed) {
             log::error(format!("route: {why}; the new versions take over by a plain restart"));
             return Ok(true);
         }
-        let led = understudies
+        let led = candidates
             .iter()
             .filter_map(|u| Some((u.name.clone(), ((*ports.get(u.name)?).clone(), u.goal.inputs()))));
-        learned.led.extend(led);
+        attempts.led.extend(led);
         let old: Vec<(&ServiceName, u16, u32)> = ports
             .keys()
             .filter_map(|name| {
-                let before = &memory.applied.get(name)?.service;
+                let before = &persisted.applied.get(name)?.service;
                 Some((name, before.http.as_ref()?.internal_port, before.drain_sec()))
             })
             .collect();
@@ -205,27 +205,27 @@ impl Host<'_> {
     pub fn lead_to_first(
         &self,
         desired: &[&Service],
-        memory: &PersistedState,
-        learned: &Attempts,
+        persisted: &PersistedState,
+        attempts: &Attempts,
         observed: &mut Observed,
     ) {
         if !matches!(observed.caddy, caddy::CaddyState::Servers(_)) {
             return;
         }
-        let led = learned.led.iter().map(|(name, (http, _))| (name.clone(), http)).collect();
-        let closed = plan::closed(desired, observed, memory);
-        if let Err(why) = self.lead(&interim_route(desired, memory, &led), &closed, observed) {
+        let led = attempts.led.iter().map(|(name, (http, _))| (name.clone(), http)).collect();
+        let closed = plan::closed(desired, observed, persisted);
+        if let Err(why) = self.lead(&interim_route(desired, persisted, &led), &closed, observed) {
             log::warning(format!("route: {why}"));
         }
     }
 
-    /// Leads requests back to versions that are still as they were proved, and removes the understudies that an
+    /// Leads requests back to versions that are still as they were proved, and removes the candidates that an
     /// earlier pass left beside them.
     pub fn undo_abandoned(
         &self,
         names: &[ServiceName],
         desired: &[&Service],
-        memory: &PersistedState,
+        persisted: &PersistedState,
         observed: &mut Observed,
     ) -> Result<()> {
         for name in names {
@@ -233,22 +233,22 @@ impl Host<'_> {
                 "{name}: an earlier pass ended while two versions ran; going back to the proved one"
             ));
         }
-        let closed = plan::closed(desired, observed, memory);
+        let closed = plan::closed(desired, observed, persisted);
         let mut left = names.to_vec();
-        if let Err(why) = self.lead(&interim_route(desired, memory, &BTreeMap::new()), &closed, observed) {
+        if let Err(why) = self.lead(&interim_route(desired, persisted, &BTreeMap::new()), &closed, observed) {
             log::warning(format!("route: {why}"));
             left = self.led_past(names, observed)?;
         }
-        self.drain_understudies(&left, memory, observed)?;
-        self.remove_understudies(&left, observed)
+        self.drain_candidates(&left, persisted, observed)?;
+        self.remove_candidates(&left, observed)
     }
 
-    /// Those of these understudies that nobody can be led to by what Caddy was seen to have. The others stay: without
+    /// Those of these candidates that nobody can be led to by what Caddy was seen to have. The others stay: without
     /// them, visitors would get a 502 until Caddy can be told.
     pub fn led_past(&self, names: &[ServiceName], observed: &Observed) -> Result<Vec<ServiceName>> {
         let mut left = Vec::new();
         for name in names {
-            match self.port_of_understudy(name)? {
+            match self.port_of_candidate(name)? {
                 Some(port) if observed.caddy.may_lead_to(port) => log::warning(format!(
                     "{name}: its candidate stays on port {port}, to which visitors may still be led; the next pass goes on"
                 )),
@@ -258,8 +258,8 @@ impl Host<'_> {
         Ok(left)
     }
 
-    /// Where an understudy listens, by its unit; None where there is none.
-    fn port_of_understudy(&self, name: &ServiceName) -> Result<Option<u16>> {
+    /// Where a candidate listens, by its unit; None where there is none.
+    fn port_of_candidate(&self, name: &ServiceName) -> Result<Option<u16>> {
         match fs_err::read_to_string(self.root.next_unit(name)) {
             Ok(text) => Ok(unit::next_port(&text)),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
@@ -267,25 +267,26 @@ impl Host<'_> {
         }
     }
 
-    /// Lets the connections of understudies end, as long as their services allow.
-    pub fn drain_understudies(
+    /// Lets the connections of candidates end, as long as their services allow.
+    pub fn drain_candidates(
         &self,
         names: &[ServiceName],
-        memory: &PersistedState,
+        persisted: &PersistedState,
         observed: &Observed,
     ) -> Result<()> {
         let mut ports = Vec::new();
         for name in names {
-            if let Some(port) = self.port_of_understudy(name)? {
-                let seconds = memory.applied.get(name).map_or(DEFAULT_DRAIN_SEC, |a| a.service.drain_sec());
+            if let Some(port) = self.port_of_candidate(name)? {
+                let seconds =
+                    persisted.applied.get(name).map_or(DEFAULT_DRAIN_SEC, |a| a.service.drain_sec());
                 ports.push((name, port, seconds));
             }
         }
         drain(&ports, &observed.caddy)
     }
 
-    /// Stops understudies and removes their units.
-    pub fn remove_understudies(&self, names: &[ServiceName], observed: &mut Observed) -> Result<()> {
+    /// Stops candidates and removes their units.
+    pub fn remove_candidates(&self, names: &[ServiceName], observed: &mut Observed) -> Result<()> {
         if names.is_empty() {
             return Ok(());
         }
@@ -297,8 +298,8 @@ impl Host<'_> {
                 continue;
             }
             durable::remove(&self.root.next_unit(name))?;
-            observed.understudies.remove(name);
-            log::info(format!("{name}: the understudy is gone"));
+            observed.candidates.remove(name);
+            log::info(format!("{name}: the candidate is gone"));
         }
         systemd::daemon_reload()?;
         let gone: Vec<String> = units.into_iter().filter(|unit| !stopping.contains(unit)).collect();
@@ -306,18 +307,18 @@ impl Host<'_> {
     }
 }
 
-/// What requests are led to between the phases: understudies that are well, and for all others what was proved
+/// What requests are led to between the phases: candidates that are well, and for all others what was proved
 /// last (what was never proved is led to where it will be).
 fn interim_route<'a>(
     desired: &[&'a Service],
-    memory: &'a PersistedState,
-    understudies: &BTreeMap<ServiceName, &'a Http>,
+    persisted: &'a PersistedState,
+    candidates: &BTreeMap<ServiceName, &'a Http>,
 ) -> Vec<&'a Http> {
     let mut claimed = BTreeSet::new();
     desired
         .iter()
         .filter(|s| s.artifact.store_path.path().is_some())
-        .filter_map(|s| match (understudies.get(&s.name), memory.applied.get(&s.name)) {
+        .filter_map(|s| match (candidates.get(&s.name), persisted.applied.get(&s.name)) {
             (Some(http), _) => Some(*http),
             (None, Some(applied)) => applied.service.http.as_ref(),
             (None, None) => s.http.as_ref(),
@@ -526,7 +527,7 @@ mod tests {
             active: BTreeSet::new(),
             ports: BTreeMap::new(),
             kept_out: BTreeSet::new(),
-            understudies: BTreeSet::new(),
+            candidates: BTreeSet::new(),
             foreign_next: BTreeMap::new(),
             caddy: caddy::CaddyState::Unavailable("not asked yet".into()),
         }

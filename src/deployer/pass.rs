@@ -311,12 +311,12 @@ impl TrustPolicy {
     fn new(
         settings: &Settings,
         store: &dyn Store,
-        memory: &PersistedState,
+        persisted: &PersistedState,
         asks: &RunOptions,
     ) -> Result<Self> {
         // Another store counts its versions anew.
-        let of_this = memory.state.store.as_ref().is_none_or(|s| *s == store.identity());
-        let highest = memory.state.serial.filter(|_| of_this).unwrap_or(0);
+        let of_this = persisted.state.store.as_ref().is_none_or(|s| *s == store.identity());
+        let highest = persisted.state.serial.filter(|_| of_this).unwrap_or(0);
         Ok(TrustPolicy {
             host: settings.host.clone(),
             trusted: signature::trusted(settings)?,
@@ -502,13 +502,13 @@ pub struct Preview {
 fn services_for_host(
     manifest: &Manifest,
     settings: &Settings,
-    memory: &mut PersistedState,
+    persisted: &mut PersistedState,
     now: Timestamp,
 ) -> (Vec<Service>, bool) {
     let services: Vec<&Service> =
         manifest.services.iter().filter(|s| s.hosts.contains(&settings.host)).collect();
-    let expired = memory.overrides.expire(&services, now);
-    (services.into_iter().map(|s| memory.overrides.apply(s)).collect(), expired)
+    let expired = persisted.overrides.expire(&services, now);
+    (services.into_iter().map(|s| persisted.overrides.apply(s)).collect(), expired)
 }
 
 fn options(settings: &Settings, asks: &RunOptions, desired: &[&Service]) -> Result<Options> {
@@ -535,15 +535,15 @@ pub fn preview(settings: &Settings, asks: &RunOptions) -> Result<Preview> {
     let now = Timestamp::now();
     let root = Root::system(&settings.unit_dir);
     let store = store::open(&settings.store)?;
-    let (mut memory, _) = load_memory(settings, &root, now)?;
-    let belief = TrustPolicy::new(settings, store.as_ref(), &memory, asks)?;
+    let (mut persisted, _) = load_memory(settings, &root, now)?;
+    let belief = TrustPolicy::new(settings, store.as_ref(), &persisted, asks)?;
     let current =
-        current(&root, store.as_ref(), &belief, &memory.state, false).map_err(|ended| ended.error)?;
-    let (desired, _) = services_for_host(&current.manifest, settings, &mut memory, now);
+        current(&root, store.as_ref(), &belief, &persisted.state, false).map_err(|ended| ended.error)?;
+    let (desired, _) = services_for_host(&current.manifest, settings, &mut persisted, now);
     let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)?;
-    let observed = observe::observe(&root, &settings.caddy_admin, &desired, &memory)?;
-    let plan = plan::plan(&desired, &observed, &memory, &Attempts::default(), &options, now)
+    let observed = observe::observe(&root, &settings.caddy_admin, &desired, &persisted)?;
+    let plan = plan::plan(&desired, &observed, &persisted, &Attempts::default(), &options, now)
         .map_err(|e| would_empty(settings.host.as_str(), &e.0))?;
     Ok(Preview {
         serial: current.manifest.serial,
@@ -571,13 +571,13 @@ pub fn apply_override(settings: &Settings, name: &str, decision: Decision) -> Re
     let root = Root::system(&settings.unit_dir);
     let lock = patient(&root)?;
     let now = Timestamp::now();
-    let (memory, _) = load_memory(settings, &root, now)?;
-    let Some(applied) = memory.applied.values().find(|a| a.service.name.as_str() == name) else {
-        let near = crate::error::did_you_mean(name, memory.applied.keys().map(|n| n.as_str()));
+    let (persisted, _) = load_memory(settings, &root, now)?;
+    let Some(applied) = persisted.applied.values().find(|a| a.service.name.as_str() == name) else {
+        let near = crate::error::did_you_mean(name, persisted.applied.keys().map(|n| n.as_str()));
         return Err(Error::new(format!("no service '{name}' was ever up on host '{}'{near}", settings.host)));
     };
     let name = applied.service.name.clone();
-    let mut overrides = memory.overrides.clone();
+    let mut overrides = persisted.overrides.clone();
     match decision {
         Decision::Pause(length) => {
             let pause =
@@ -746,14 +746,14 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
     // Its unit has it made; a pass started by hand on a fresh host has not.
     durable::folder(&root.state_dir, 0o755)?;
     let store = store::open(&settings.store)?;
-    let (mut memory, exposed) = load_memory(settings, root, now)?;
+    let (mut persisted, exposed) = load_memory(settings, root, now)?;
     if exposed {
         // In the bucket, too.
-        memory.state.reported = false;
-        lines::keep(root, &memory.state)?;
+        persisted.state.reported = false;
+        lines::keep(root, &persisted.state)?;
     }
-    let before = memory.state.clone();
-    let belief = TrustPolicy::new(settings, store.as_ref(), &memory, asks)?;
+    let before = persisted.state.clone();
+    let belief = TrustPolicy::new(settings, store.as_ref(), &persisted, asks)?;
     let current = current(root, store.as_ref(), &belief, &before, true)?;
     if let Some(error) = &current.error {
         log::warning(format!(
@@ -762,14 +762,14 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         ));
     }
     let manifest = &current.manifest;
-    let (desired, expired) = services_for_host(manifest, settings, &mut memory, now);
+    let (desired, expired) = services_for_host(manifest, settings, &mut persisted, now);
     if expired {
-        overrides::save(root, &memory.overrides)?;
+        overrides::save(root, &persisted.overrides)?;
     }
     let desired: Vec<&Service> = desired.iter().collect();
     let options = options(settings, asks, &desired)
         .map_err(|error| PassError { mistyped: !asks.retry.is_empty(), ..error.into() })?;
-    if memory.state.serial != Some(manifest.serial) {
+    if persisted.state.serial != Some(manifest.serial) {
         log::info(format!(
             "manifest serial {} ({}, by {}): {} service(s) for host '{}'",
             manifest.serial,
@@ -780,38 +780,38 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         ));
     }
     durable::sweep(&root.state_dir)?;
-    if !memory.interrupted.is_empty() {
+    if !persisted.interrupted.is_empty() {
         // A pass that died after a write or a removal leaves systemd with what it had read before.
-        stop_rewritten(root, &memory.interrupted)?;
+        stop_rewritten(root, &persisted.interrupted)?;
         systemd::daemon_reload()?;
-        let both = memory.interrupted.iter().flat_map(|n| [n.unit(), n.next_unit()]);
+        let both = persisted.interrupted.iter().flat_map(|n| [n.unit(), n.next_unit()]);
         systemd::reset_failed(&both.filter(|u| !root.unit_dir.join(u).exists()).collect::<Vec<_>>())?;
     }
     if let Err(e) = crate::nix::recover() {
         log::error(e.to_string());
     }
-    let mut observed = observe::observe(root, &settings.caddy_admin, &desired, &memory)?;
-    let mut learned = Attempts::default();
+    let mut observed = observe::observe(root, &settings.caddy_admin, &desired, &persisted)?;
+    let mut attempts = Attempts::default();
     let host = Host { settings, root };
     let mut changed = false;
-    let decide = |observed: &Observed, memory: &PersistedState, learned: &Attempts| {
-        plan::plan(&desired, observed, memory, learned, &options, now)
+    let decide = |observed: &Observed, persisted: &PersistedState, attempts: &Attempts| {
+        plan::plan(&desired, observed, persisted, attempts, &options, now)
             .map_err(|e| would_empty(settings.host.as_str(), &e.0))
     };
 
-    let abandoned: Vec<ServiceName> = plan::abandoned(&observed, &memory).into_iter().cloned().collect();
+    let abandoned: Vec<ServiceName> = plan::abandoned(&observed, &persisted).into_iter().cloned().collect();
     if !abandoned.is_empty() {
-        host.undo_abandoned(&abandoned, &desired, &memory, &mut observed)?;
+        host.undo_abandoned(&abandoned, &desired, &persisted, &mut observed)?;
         changed = true;
     }
-    let mut plan = match decide(&observed, &memory, &learned) {
+    let mut plan = match decide(&observed, &persisted, &attempts) {
         Ok(plan) => plan,
         Err(refused) => {
             // Whoever looks from afar shall see why nothing happens.
             return Err(PassError { manifest: true, ..refused.into() });
         }
     };
-    if !plan.is_empty() || !memory.interrupted.is_empty() {
+    if !plan.is_empty() || !persisted.interrupted.is_empty() {
         let links = root.unit_dir.join("multi-user.target.wants");
         for dir in [&root.unit_dir, &root.applied_dir(), &root.run_dir, &links] {
             durable::sweep(dir)?;
@@ -827,43 +827,43 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
     while rounds < MAX_ROUNDS {
         if plan.services.iter().any(|s| !s.steps.is_empty()) {
             rounds += 1;
-            match host.round(&plan, &desired, &mut observed, &mut memory, &mut learned) {
+            match host.round(&plan, &desired, &mut observed, &mut persisted, &mut attempts) {
                 Ok(any) => changed |= any,
                 Err(e) => {
                     changed = true;
-                    host.hinder_all(&plan, &e, &mut learned);
+                    host.hinder_all(&plan, &e, &mut attempts);
                 }
             }
-        } else if learned.pending.values().any(|p| p.awaited) {
+        } else if attempts.pending.values().any(|p| p.awaited) {
             // Everybody else has what is due to him, requests included, before a slow one is waited for.
             if let RoutePlan::Write(_) = &plan.route {
                 changed = true;
                 write_route(settings, &plan, &desired);
                 observed.caddy = caddy::observe(&settings.caddy_admin);
             }
-            if !host.wait(&mut learned)? {
+            if !host.wait(&mut attempts)? {
                 break;
             }
         } else {
             break;
         }
-        let remembered = remember(root, &mut memory, &learned);
-        learned.disk(remembered);
-        (observed.units, _) = observe::units(root, &desired, &memory)?;
-        observed.ports = observe::ports(&desired, &memory.applied);
-        plan = decide(&observed, &memory, &learned)?;
+        let remembered = remember(root, &mut persisted, &attempts);
+        attempts.disk(remembered);
+        (observed.units, _) = observe::units(root, &desired, &persisted)?;
+        observed.ports = observe::ports(&desired, &persisted.applied);
+        plan = decide(&observed, &persisted, &attempts)?;
     }
 
     // The route before what is gone: no request is led to a service that is being stopped.
-    let waited_for = changed || !plan.understudies.is_empty();
+    let waited_for = changed || !plan.candidates.is_empty();
     if waited_for && matches!(observed.caddy, caddy::CaddyState::Unavailable(_)) {
         // It may answer by now: it opens its endpoint anew at every change, and may have been restarted meanwhile.
         observed.caddy = caddy::observe(&settings.caddy_admin);
-        plan = decide(&observed, &memory, &learned)?;
+        plan = decide(&observed, &persisted, &attempts)?;
     }
     changed |= matches!(plan.route, RoutePlan::Write(_));
     let route = write_route(settings, &plan, &desired);
-    let mut leaving = plan.understudies.clone();
+    let mut leaving = plan.candidates.clone();
     if route.status == RouteStatus::Pending && !leaving.is_empty() {
         observed.caddy = caddy::observe(&settings.caddy_admin);
         // One of a service that is stopped on purpose, or gone, has no visitors to wait for.
@@ -878,17 +878,17 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
     let mut not_gone = None;
     if !plan.gone.is_empty() {
         let gone = intent::record(root, plan.gone.iter().map(|s| s.name.clone()).collect())
-            .and_then(|()| host.remove(&plan.gone, &mut memory, &observed, &mut learned))
+            .and_then(|()| host.remove(&plan.gone, &mut persisted, &observed, &mut attempts))
             .and_then(|removed| {
-                host.unroot(&plan.gone, &mut observed, &learned).map(|()| changed |= removed)
+                host.unroot(&plan.gone, &mut observed, &attempts).map(|()| changed |= removed)
             });
         not_gone = gone.as_ref().err().map(Error::to_string);
-        learned.disk(gone);
+        attempts.disk(gone);
     }
     if changed || not_gone.is_some() {
-        (observed.units, observed.active) = observe::units(root, &desired, &memory)?;
+        (observed.units, observed.active) = observe::units(root, &desired, &persisted)?;
         // An attempt starts what it requires: what this changed is no reason to try again.
-        plan::settle_inputs(&mut plan, &desired, &observed, &learned);
+        plan::settle_inputs(&mut plan, &desired, &observed, &attempts);
     }
 
     let mut services = plan
@@ -896,10 +896,14 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         .iter()
         .map(|p| {
             let entry = current.entries.get(&p.name).cloned();
-            (p.name.clone(), ServiceState { entry, ..service_state(p, &observed, &memory, &learned, now) })
+            (
+                p.name.clone(),
+                ServiceState { entry, ..service_state(p, &observed, &persisted, &attempts, now) },
+            )
         })
         .collect::<BTreeMap<_, _>>();
-    let going = plan.gone.iter().filter_map(|p| going(&p.name, &observed, &memory, not_gone.as_deref(), now));
+    let going =
+        plan.gone.iter().filter_map(|p| going(&p.name, &observed, &persisted, not_gone.as_deref(), now));
     services.extend(going.map(|service| (service.name.clone(), service)));
     let mut state = State {
         version: STATE_VERSION,
@@ -908,7 +912,7 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         serial: Some(manifest.serial),
         generation: Some(manifest.generation),
         checked_at: now,
-        changed_at: if changed { Some(Timestamp::now()) } else { memory.state.changed_at },
+        changed_at: if changed { Some(Timestamp::now()) } else { persisted.state.changed_at },
         manifest_error: current.error,
         route,
         reported: true,
@@ -916,30 +920,30 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         manifest_hash: Some(current.hash),
         machine: machine::this(),
         other_machine: before.other_machine.clone(),
-        manager_environment: manager_environment(&before, &observed, &learned),
+        manager_environment: manager_environment(&before, &observed, &attempts),
         last_error: None,
         draining: leaving.iter().cloned().collect(),
         services,
     };
     if should_publish(root, &before, &state) {
-        fill_exposure(&mut state, &learned);
+        fill_exposure(&mut state, &attempts);
     }
-    log_changes(&before, &state, &learned);
+    log_changes(&before, &state, &attempts);
     let code = state.exit_code();
     // Before the last connections of the candidates end: whoever waits for the release need not wait for those.
     let open = |state: &State| reported_lines(settings, state, &desired);
-    let mut unwritten = learned.disk(publish(root, store.as_ref(), &before, &mut state, open));
+    let mut unwritten = attempts.disk(publish(root, store.as_ref(), &before, &mut state, open));
     if !leaving.is_empty() {
-        host.drain_understudies(&leaving, &memory, &observed)?;
-        host.remove_understudies(&leaving, &mut observed)?;
+        host.drain_candidates(&leaving, &persisted, &observed)?;
+        host.remove_candidates(&leaving, &mut observed)?;
         state.draining.clear();
-        unwritten |= learned.disk(write_state(root, &state));
+        unwritten |= attempts.disk(write_state(root, &state));
     }
-    if !unwritten && learned.unwritten.is_empty() && root.intent().exists() {
+    if !unwritten && attempts.unwritten.is_empty() && root.intent().exists() {
         intent::clear(root)?;
     }
     // The intent stays with what is not on the disk: the next pass looks at it all again.
-    Ok(if learned.unwritten.is_empty() { code } else { code.max(crate::error::EXIT_FAILED) })
+    Ok(if attempts.unwritten.is_empty() { code } else { code.max(crate::error::EXIT_FAILED) })
 }
 
 /// Stops those of an interrupted pass's services that would be started twice ([`systemd::stop_waiting`]), by another unit
@@ -956,14 +960,14 @@ fn stop_rewritten(root: &Root, interrupted: &BTreeSet<ServiceName>) -> Result<()
 
 /// What somebody has systemd give every service. It reaches what is started after that, so it is asked for when
 /// something was started since an earlier pass looked, and while it was there when last asked.
-fn manager_environment(before: &State, observed: &Observed, learned: &Attempts) -> Vec<String> {
+fn manager_environment(before: &State, observed: &Observed, attempts: &Attempts) -> Vec<String> {
     let started = observed.units.values().any(|u| u.invocation.is_some() && !u.verified);
-    if !started && learned.started.is_empty() && before.manager_environment.is_empty() {
+    if !started && attempts.started.is_empty() && before.manager_environment.is_empty() {
         return Vec::new();
     }
     match systemd::given_to_all() {
         Ok(names) => {
-            if !names.is_empty() && (names != before.manager_environment || !learned.started.is_empty()) {
+            if !names.is_empty() && (names != before.manager_environment || !attempts.started.is_empty()) {
                 log::warning(systemd::given_text(&names));
             }
             names
@@ -1005,10 +1009,10 @@ fn write_route(settings: &Settings, plan: &Plan, desired: &[&Service]) -> RouteS
 
 /// Takes refusals down at once: should this pass die on the way back, the next one goes back as well and does
 /// not try the bad version again.
-fn remember(root: &Root, memory: &mut PersistedState, learned: &Attempts) -> Result<()> {
+fn remember(root: &Root, persisted: &mut PersistedState, attempts: &Attempts) -> Result<()> {
     let mut new = false;
-    for ((name, _), trouble) in learned.troubles.iter().filter(|(_, t)| t.rejected) {
-        let before = memory.state.services.get(name);
+    for ((name, _), trouble) in attempts.failures.iter().filter(|(_, t)| t.rejected) {
+        let before = persisted.state.services.get(name);
         if before.and_then(|b| b.failure.as_ref()) == Some(&trouble.failure) {
             continue;
         }
@@ -1028,13 +1032,13 @@ fn remember(root: &Root, memory: &mut PersistedState, learned: &Attempts) -> Res
             entry: before.and_then(|b| b.entry.clone()),
             removing: false,
         };
-        memory.state.services.insert(name.clone(), entry);
+        persisted.state.services.insert(name.clone(), entry);
         new = true;
     }
     if new {
         // Not what the bucket has: the pass that finishes reports it.
-        memory.state.reported = false;
-        write_state(root, &memory.state)?;
+        persisted.state.reported = false;
+        write_state(root, &persisted.state)?;
     }
     Ok(())
 }
@@ -1043,8 +1047,8 @@ fn remember(root: &Root, memory: &mut PersistedState, learned: &Attempts) -> Res
 fn service_state(
     plan: &ServicePlan,
     observed: &Observed,
-    memory: &PersistedState,
-    learned: &Attempts,
+    persisted: &PersistedState,
+    attempts: &Attempts,
     now: Timestamp,
 ) -> ServiceState {
     let seen = observed.units.get(&plan.name);
@@ -1074,17 +1078,17 @@ fn service_state(
             kept_out: false,
         })
     });
-    let before = memory.state.services.get(&plan.name);
+    let before = persisted.state.services.get(&plan.name);
     let since = before.filter(|b| b.status == status && b.store_path == runs).map_or(now, |b| b.since);
-    let previous = memory.applied.get(&plan.name).into_iter().flat_map(|a| &a.previous);
+    let previous = persisted.applied.get(&plan.name).into_iter().flat_map(|a| &a.previous);
     let previous = previous.filter(|p| observed.present.contains(*p)).cloned().collect();
-    let exposure = match learned.started.contains(&plan.name) {
-        true => learned.exposures.get(&plan.name.unit()).copied(),
+    let exposure = match attempts.started.contains(&plan.name) {
+        true => attempts.exposures.get(&plan.name.unit()).copied(),
         // It may have been started by the pass that was interrupted.
-        false if memory.interrupted.contains(&plan.name) => None,
+        false if persisted.interrupted.contains(&plan.name) => None,
         false => before.and_then(|b| b.exposure),
     };
-    let overrides = &memory.overrides;
+    let overrides = &persisted.overrides;
     ServiceState {
         name: plan.name.clone(),
         exposure: exposure.filter(|_| runs.is_some()),
@@ -1107,12 +1111,12 @@ fn service_state(
 fn going(
     name: &ServiceName,
     observed: &Observed,
-    memory: &PersistedState,
+    persisted: &PersistedState,
     why: Option<&str>,
     now: Timestamp,
 ) -> Option<ServiceState> {
     let seen = observed.units.get(name);
-    let applied = memory.applied.get(name);
+    let applied = persisted.applied.get(name);
     // What was proved is forgotten last.
     if applied.is_none() && !seen.is_some_and(|s| matches!(s.file, UnitFile::Ours(_))) {
         return None;
@@ -1124,7 +1128,7 @@ fn going(
         "it is not in the manifest any more, and not gone yet ({does}){why}; the next pass goes on with it, see \
          'journalctl -u {name}'"
     );
-    let before = memory.state.services.get(name);
+    let before = persisted.state.services.get(name);
     let up = listed.is_some_and(|l| matches!(l.active.as_str(), "active" | "deactivating"));
     let failure = FailureRecord {
         reason,
@@ -1149,13 +1153,13 @@ fn going(
 
 /// The story's last lines: everything that is off, with its reason unless this pass has just said it, so that an
 /// exit code of 3 or 4 never stands alone; and what is well again.
-fn log_changes(before: &State, after: &State, learned: &Attempts) {
+fn log_changes(before: &State, after: &State, attempts: &Attempts) {
     for (name, service) in &after.services {
         let status = service.status.as_str();
         if let Some(failure) = &service.failure {
             let runs = service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
-            let said = learned.troubles.values().any(|t| t.failure == *failure)
-                || learned.unfetchable.values().any(|reason| *reason == failure.reason);
+            let said = attempts.failures.values().any(|t| t.failure == *failure)
+                || attempts.unfetchable.values().any(|reason| *reason == failure.reason);
             let reason = if said { String::new() } else { format!(": {}", failure.reason) };
             log::error(format!("{name}: {status}, {runs}{reason}"));
         }
@@ -1178,9 +1182,9 @@ fn log_changes(before: &State, after: &State, learned: &Attempts) {
 
 /// Finds out how exposed those services are of which it is not known: one that a person started, or that ran
 /// before this program could tell. Only where something is written anyway, so that an idle pass asks nobody.
-fn fill_exposure(state: &mut State, learned: &Attempts) {
+fn fill_exposure(state: &mut State, attempts: &Attempts) {
     let unrated = |s: &&mut ServiceState| {
-        s.store_path.is_some() && s.exposure.is_none() && !learned.started.contains(&s.name)
+        s.store_path.is_some() && s.exposure.is_none() && !attempts.started.contains(&s.name)
     };
     let mut unrated: Vec<&mut ServiceState> = state.services.values_mut().filter(unrated).collect();
     if unrated.is_empty() {

@@ -38,8 +38,8 @@ pub struct Observed {
     /// Services that found their port in use at another address than 127.0.0.1 when they were tried last, where
     /// somebody still has it.
     pub kept_out: BTreeSet<ServiceName>,
-    /// Services that have an understudy: one that an earlier pass left, or this one started.
-    pub understudies: BTreeSet<ServiceName>,
+    /// Services that have a candidate: one that an earlier pass left, or this one started.
+    pub candidates: BTreeSet<ServiceName>,
     /// Services about to change whose `NAME-next` is somebody else's unit, there.
     pub foreign_next: BTreeMap<ServiceName, PathBuf>,
     /// Caddy.
@@ -133,7 +133,7 @@ pub struct AttemptFailure {
 #[derive(Debug, Clone, Default)]
 pub struct Attempts {
     /// Attempts that failed, by service and inputs.
-    pub troubles: BTreeMap<(ServiceName, String), AttemptFailure>,
+    pub failures: BTreeMap<(ServiceName, String), AttemptFailure>,
     /// Paths that could not be fetched, with the reason.
     pub unfetchable: BTreeMap<StorePath, String>,
     /// Services that were started: what was known of their exposure was of their unit before.
@@ -151,10 +151,10 @@ pub struct Attempts {
 impl Attempts {
     /// What came of an attempt at this goal in this pass, if it failed.
     fn trouble_of(&self, name: &ServiceName, goal: &Goal) -> Option<&AttemptFailure> {
-        if self.troubles.is_empty() {
+        if self.failures.is_empty() {
             return None;
         }
-        self.troubles.get(&(name.clone(), goal.inputs()))
+        self.failures.get(&(name.clone(), goal.inputs()))
     }
 }
 
@@ -284,8 +284,8 @@ pub struct Plan {
     pub gone: Vec<ServicePlan>,
     /// Caddy's route.
     pub route: RoutePlan,
-    /// Understudies to stop and remove once the route leads past them.
-    pub understudies: Vec<ServiceName>,
+    /// Candidates to stop and remove once the route leads past them.
+    pub candidates: Vec<ServiceName>,
 }
 
 /// The manifest would remove everything: refused.
@@ -308,26 +308,26 @@ fn inputs_hash(unit: &str, service: &Service, stamp: &str) -> String {
 pub fn plan(
     desired: &[&Service],
     observed: &Observed,
-    memory: &PersistedState,
-    learned: &Attempts,
+    persisted: &PersistedState,
+    attempts: &Attempts,
     options: &Options,
     now: Timestamp,
 ) -> Result<Plan, WouldEmpty> {
     let names: BTreeSet<&ServiceName> = desired.iter().map(|s| &s.name).collect();
-    let ours = ours(observed, memory);
+    let ours = ours(observed, persisted);
     if desired.iter().all(|s| s.artifact.store_path.path().is_none())
         && !ours.is_empty()
         && !options.allow_empty
     {
         return Err(WouldEmpty(ours.into_iter().cloned().collect()));
     }
-    let others = others(desired, observed, memory);
+    let others = others(desired, observed, persisted);
     let services: Vec<ServicePlan> =
-        desired.iter().map(|s| service(s, observed, &others, memory, learned, options, now)).collect();
-    let gone = if memory.readable {
+        desired.iter().map(|s| service(s, observed, &others, persisted, attempts, options, now)).collect();
+    let gone = if persisted.readable {
         ours.into_iter()
             .filter(|n| !names.contains(n))
-            .map(|n| match learned.pending.contains_key(n) {
+            .map(|n| match attempts.pending.contains_key(n) {
                 true => ServicePlan { steps: Vec::new(), ..removal(n, observed, "") },
                 false => removal(n, observed, "not in the manifest"),
             })
@@ -337,12 +337,12 @@ pub fn plan(
     };
     let routed = routed(desired, &services);
     let entries: Vec<&Http> = routed.values().copied().collect();
-    let closed = closed(desired, observed, memory);
+    let closed = closed(desired, observed, persisted);
     let route = caddy::route(&entries, &closed);
     let route = caddy::plan(options.caddy_server.as_deref(), route.as_ref(), &observed.caddy);
     let route = caddy::with_view(route, options.caddy_socket.as_deref(), &observed.caddy);
-    let understudies = observed.understudies.iter().cloned().collect();
-    Ok(Plan { services, gone, route, understudies })
+    let candidates = observed.candidates.iter().cloned().collect();
+    Ok(Plan { services, gone, route, candidates })
 }
 
 /// How long the timer's passes leave a closure alone that could not be fetched, in seconds: twice as long with
@@ -380,13 +380,13 @@ pub fn routed<'a>(desired: &[&'a Service], plans: &'a [ServicePlan]) -> BTreeMap
 fn others(
     desired: &[&Service],
     observed: &Observed,
-    memory: &PersistedState,
+    persisted: &PersistedState,
 ) -> BTreeMap<(ServiceName, u16), Vec<Owner>> {
     let entries: BTreeMap<&str, &Service> = desired.iter().map(|s| (s.name.as_str(), *s)).collect();
     let leaves = |owner: &Owner, port: u16| {
         let Some(name) = owner.unit.as_deref().and_then(|u| u.strip_suffix(".service")) else { return false };
         let name = name.strip_suffix(crate::names::NEXT_SUFFIX).unwrap_or(name);
-        let had = memory.applied.iter().find(|(n, _)| n.as_str() == name).map(|(_, a)| a.service.port());
+        let had = persisted.applied.iter().find(|(n, _)| n.as_str() == name).map(|(_, a)| a.service.port());
         match (had, entries.get(name)) {
             (None, _) => false,
             (Some(_), None) => true,
@@ -405,17 +405,17 @@ fn others(
 }
 
 /// Ports to which nobody may be led: of services that do not run, where somebody else would answer for them.
-pub fn closed(desired: &[&Service], observed: &Observed, memory: &PersistedState) -> BTreeSet<u16> {
+pub fn closed(desired: &[&Service], observed: &Observed, persisted: &PersistedState) -> BTreeSet<u16> {
     let runs = |name: &ServiceName| observed.units.get(name).is_some_and(|u| u.listed.running());
-    let held = others(desired, observed, memory).into_keys();
+    let held = others(desired, observed, persisted).into_keys();
     held.filter(|(name, _)| !runs(name)).map(|(_, port)| port).collect()
 }
 
 /// The services that are ours to remove: a unit with our mark, a proved entry, or roots.
-fn ours<'a>(observed: &'a Observed, memory: &'a PersistedState) -> BTreeSet<&'a ServiceName> {
+fn ours<'a>(observed: &'a Observed, persisted: &'a PersistedState) -> BTreeSet<&'a ServiceName> {
     let units =
         observed.units.iter().filter(|(_, u)| matches!(u.file, UnitFile::Ours(_))).map(|(name, _)| name);
-    units.chain(memory.applied.keys()).chain(observed.roots.keys()).collect()
+    units.chain(persisted.applied.keys()).chain(observed.roots.keys()).collect()
 }
 
 fn removal(name: &ServiceName, observed: &Observed, why: &'static str) -> ServicePlan {
@@ -455,16 +455,16 @@ fn service(
     entry: &Service,
     observed: &Observed,
     others: &BTreeMap<(ServiceName, u16), Vec<Owner>>,
-    memory: &PersistedState,
-    learned: &Attempts,
+    persisted: &PersistedState,
+    attempts: &Attempts,
     options: &Options,
     now: Timestamp,
 ) -> ServicePlan {
     let name = &entry.name;
     let unseen = UnitSeen::default();
     let seen = observed.units.get(name).unwrap_or(&unseen);
-    let applied = memory.applied.get(name);
-    let before = memory.state.services.get(name);
+    let applied = persisted.applied.get(name);
+    let before = persisted.state.services.get(name);
     let target = entry.artifact.store_path.path();
     // What earlier passes saw of a process that is still the same, and those did not verify, it was started with.
     let outlived = before.filter(|_| seen.listed.running() && !seen.verified && seen.drop_ins.is_empty());
@@ -511,7 +511,7 @@ fn service(
         if matches!(seen.file, UnitFile::Ours(_)) || applied.is_some() || observed.roots.contains_key(name) {
             steps = removal(name, observed, "the manifest names a placeholder").steps;
         }
-        if learned.pending.contains_key(name) {
+        if attempts.pending.contains_key(name) {
             steps.clear();
         }
         return done(None, None, steps);
@@ -521,8 +521,8 @@ fn service(
     let stamp = stamp(entry, secrets, observed);
     let candidate = goal_of(entry, path, &stamp, applied, true);
     let tried = candidate.unit.clone();
-    if let Some(pending) = learned.pending.get(name) {
-        let paused = memory.overrides.is_paused(name, now);
+    if let Some(pending) = attempts.pending.get(name) {
+        let paused = persisted.overrides.is_paused(name, now);
         let trouble = failed(format!("{}; the next pass goes on with it", pending.why));
         return ServicePlan { paused, ..done(Some(candidate), Some(trouble), Vec::new()) };
     }
@@ -535,10 +535,10 @@ fn service(
     let answers =
         |service: &Service| service.port().and_then(|port| observed.ports.get(&(name.clone(), port)));
     let trouble_of = |goal: &Goal| -> Option<AttemptFailure> {
-        if let Some(trouble) = learned.trouble_of(name, goal) {
+        if let Some(trouble) = attempts.trouble_of(name, goal) {
             return Some(trouble.clone());
         }
-        if let Some(reason) = learned.unfetchable.get(&goal.path) {
+        if let Some(reason) = attempts.unfetchable.get(&goal.path) {
             let mut trouble = failed(reason.clone());
             trouble.failure.attempts += 1;
             trouble.failure.at = now;
@@ -562,7 +562,7 @@ fn service(
             .then(|| AttemptFailure { rejected: !failure.kept_out, failure: failure.clone() })
     };
 
-    if memory.overrides.is_paused(name, now) {
+    if persisted.overrides.is_paused(name, now) {
         let goal = applied.map(|a| goal_of(&a.service, &a.path, &stamp, applied, false));
         let stopped = matches!(seen.listed.active.as_str(), "" | "inactive" | "failed") && !seen.enabled;
         let mut steps: Vec<Step> = lost_roots(name, observed, applied).collect();
@@ -598,7 +598,7 @@ fn service(
         return done(goal, Some(failed(reason.clone())), steps);
     }
     // A refusal before what cannot be fetched: that may be another service's attempt with the same closure.
-    let attempted = learned.trouble_of(name, &candidate).cloned();
+    let attempted = attempts.trouble_of(name, &candidate).cloned();
     let trouble = attempted.or_else(remembered).or_else(|| trouble_of(&candidate));
     let (goal, trouble) = match trouble {
         None => (Some(candidate), None),
@@ -607,7 +607,7 @@ fn service(
             // Whose port is held is left as it is, but for a version that this pass has put in its place.
             let there = |goal: &Goal| matches!(&seen.file, UnitFile::Ours(text) if *text == goal.unit);
             let untried = |goal: &Goal| {
-                let tried = learned.trouble_of(name, goal).is_some();
+                let tried = attempts.trouble_of(name, goal).is_some();
                 !tried && held(&goal.service).is_some() && !there(goal)
             };
             match previous {
@@ -625,7 +625,7 @@ fn service(
         if matches!(seen.file, UnitFile::Ours(_)) {
             steps.push(Step::Remove("it was refused and there is no version before it"));
         }
-        steps.extend(unroots(name, observed, memory, None, Some(path), trouble.as_ref()));
+        steps.extend(unroots(name, observed, persisted, None, Some(path), trouble.as_ref()));
         return done(None, trouble, steps);
     };
 
@@ -667,12 +667,12 @@ fn service(
         steps.push(Step::Restart("it was started with a drop-in that is gone"));
     } else if seen.wrong_closure {
         steps.push(Step::Restart("its process ran another version than its unit"));
-    } else if memory.interrupted.contains(name) && !seen.current {
+    } else if persisted.interrupted.contains(name) && !seen.current {
         steps.push(Step::Restart("an earlier pass was interrupted before it restarted it"));
     } else if goal.unit_proved && !goal.proved {
         steps.push(Step::Prove("how it is asked for its health changed"));
     } else if goal.proved
-        && !learned.started.contains(name)
+        && !attempts.started.contains(name)
         && answers(&goal.service) == Some(&Answers::Nobody)
     {
         // It may still be coming up, as after a boot. If it did not in the last pass, its process has missed its turn.
@@ -688,7 +688,7 @@ fn service(
     } else if goal.desired && applied.is_none_or(|a| a.service != goal.service) {
         steps.push(Step::Record);
     }
-    steps.extend(unroots(name, observed, memory, Some(&goal.path), Some(path), trouble.as_ref()));
+    steps.extend(unroots(name, observed, persisted, Some(&goal.path), Some(path), trouble.as_ref()));
     let remark = observed.foreign_next.get(name).filter(|_| write.is_some() && goal.desired).map(|theirs| {
         format!(
             "restarted without an overlap, because {} exists and is not ours; remove or rename that",
@@ -699,7 +699,7 @@ fn service(
 }
 
 /// Whether the new version is to be proved beside the old one: where there is an old one that answers, and
-/// Caddy to lead requests past it. An understudy that is there already has the requests (or had them: an
+/// Caddy to lead requests past it. A candidate that is there already has the requests (or had them: an
 /// earlier pass died); the unit is then restarted behind it.
 fn overlaps(goal: &Goal, applied: Option<&LastKnownGood>, seen: &UnitSeen, observed: &Observed) -> bool {
     goal.desired
@@ -708,7 +708,7 @@ fn overlaps(goal: &Goal, applied: Option<&LastKnownGood>, seen: &UnitSeen, obser
         && goal.service.port_variable().is_some()
         && seen.listed.running()
         && matches!(observed.caddy, caddy::CaddyState::Servers(_))
-        && !observed.understudies.contains(&goal.service.name)
+        && !observed.candidates.contains(&goal.service.name)
         && !observed.foreign_next.contains_key(&goal.service.name)
 }
 
@@ -722,17 +722,17 @@ fn takes_state(new: &Service, old: &Service) -> bool {
     new.systemd.state_directory.is_some() && user(new) != user(old)
 }
 
-/// Understudies that an earlier pass left beside a version that is still as it was proved: nothing of the new
+/// Candidates that an earlier pass left beside a version that is still as it was proved: nothing of the new
 /// version is in place, so requests go back to the proved one before anything else.
-pub fn abandoned<'a>(observed: &'a Observed, memory: &PersistedState) -> Vec<&'a ServiceName> {
+pub fn abandoned<'a>(observed: &'a Observed, persisted: &PersistedState) -> Vec<&'a ServiceName> {
     let intact = |name: &ServiceName| {
-        let proved = memory.applied.get(name).map(|a| unit::render(&a.service, &a.path));
+        let proved = persisted.applied.get(name).map(|a| unit::render(&a.service, &a.path));
         let seen = observed.units.get(name);
         seen.is_some_and(|s| {
             s.listed.running() && matches!((&s.file, &proved), (UnitFile::Ours(t), Some(p)) if t == p)
         })
     };
-    observed.understudies.iter().filter(|name| intact(name)).collect()
+    observed.candidates.iter().filter(|name| intact(name)).collect()
 }
 
 /// What goes into an attempt besides the unit: its secrets, and whether what it requires runs.
@@ -747,13 +747,13 @@ fn stamp(entry: &Service, secrets: Option<&Result<String, String>>, observed: &O
 
 /// Takes down what was refused in this pass as what it is now that the pass is over: with what it requires as
 /// its own start left it.
-pub fn settle_inputs(plan: &mut Plan, desired: &[&Service], observed: &Observed, learned: &Attempts) {
+pub fn settle_inputs(plan: &mut Plan, desired: &[&Service], observed: &Observed, attempts: &Attempts) {
     for (plan, entry) in plan.services.iter_mut().zip(desired) {
         let stamp = stamp(entry, observed.secrets.get(&plan.name), observed);
         if let (Some(path), Some(AttemptFailure { failure, .. })) = (&plan.target, &mut plan.trouble)
             && failure.inputs.is_some()
             && failure.attempted.as_ref() == Some(path)
-            && learned.troubles.values().any(|t| t.failure == *failure)
+            && attempts.failures.values().any(|t| t.failure == *failure)
         {
             failure.inputs = Some(inputs_hash(&unit::render(entry, path), entry, &stamp));
         }
@@ -781,16 +781,16 @@ fn lost_roots(
 fn unroots(
     name: &ServiceName,
     observed: &Observed,
-    memory: &PersistedState,
+    persisted: &PersistedState,
     current: Option<&StorePath>,
     target: Option<&StorePath>,
     trouble: Option<&AttemptFailure>,
 ) -> Vec<Step> {
-    if !memory.readable {
+    if !persisted.readable {
         return Vec::new();
     }
-    let applied = memory.applied.get(name).map(|a| &a.path);
-    let previous = memory.applied.get(name).map(|a| a.previous.as_slice()).unwrap_or_default();
+    let applied = persisted.applied.get(name).map(|a| &a.path);
+    let previous = persisted.applied.get(name).map(|a| a.previous.as_slice()).unwrap_or_default();
     let pending = target.filter(|_| trouble.is_none_or(|t| !t.rejected));
     let kept: BTreeSet<&str> =
         current.into_iter().chain(applied).chain(pending).chain(previous).map(StorePath::base).collect();
@@ -818,7 +818,7 @@ impl Plan {
 
     /// Whether there is nothing to do at all.
     pub fn is_empty(&self) -> bool {
-        self.services_settled() && self.understudies.is_empty() && !matches!(self.route, RoutePlan::Write(_))
+        self.services_settled() && self.candidates.is_empty() && !matches!(self.route, RoutePlan::Write(_))
     }
 }
 
@@ -882,8 +882,8 @@ mod tests {
     #[derive(Clone)]
     struct World {
         observed: Observed,
-        memory: PersistedState,
-        learned: Attempts,
+        persisted: PersistedState,
+        attempts: Attempts,
         options: Options,
         /// Versions that never come up.
         broken: BTreeSet<StorePath>,
@@ -905,13 +905,13 @@ mod tests {
                     active: BTreeSet::new(),
                     ports: BTreeMap::new(),
                     kept_out: BTreeSet::new(),
-                    understudies: BTreeSet::new(),
+                    candidates: BTreeSet::new(),
                     foreign_next: BTreeMap::new(),
                     caddy: caddy::CaddyState::Servers(
                         json!({"srv0": {"listen": [":443"], "routes": []}}).as_object().unwrap().clone(),
                     ),
                 },
-                memory: PersistedState {
+                persisted: PersistedState {
                     state,
                     applied: BTreeMap::new(),
                     readable: true,
@@ -919,7 +919,7 @@ mod tests {
                     overrides: Overrides::default(),
                     verified: BTreeMap::new(),
                 },
-                learned: Attempts::default(),
+                attempts: Attempts::default(),
                 options: Options::default(),
                 broken: BTreeSet::new(),
                 absent: BTreeSet::new(),
@@ -928,7 +928,7 @@ mod tests {
         }
 
         fn plan(&self, desired: &[&Service]) -> Result<Plan, WouldEmpty> {
-            plan(desired, &self.observed, &self.memory, &self.learned, &self.options, NOW)
+            plan(desired, &self.observed, &self.persisted, &self.attempts, &self.options, NOW)
         }
 
         fn act(&mut self, service: &ServicePlan) {
@@ -942,7 +942,7 @@ mod tests {
             }
             if let Some(path) = fetching {
                 if self.absent.contains(path) {
-                    self.learned.unfetchable.insert(path.clone(), "not in the cache".into());
+                    self.attempts.unfetchable.insert(path.clone(), "not in the cache".into());
                     return;
                 }
                 self.observed.present.insert(path.clone());
@@ -973,21 +973,22 @@ mod tests {
                                 kept_out: false,
                             };
                             let trouble = AttemptFailure { rejected: !goal.proved, failure };
-                            self.learned.troubles.insert((service.name.clone(), goal.inputs()), trouble);
+                            self.attempts.failures.insert((service.name.clone(), goal.inputs()), trouble);
                         } else {
                             unit.listed = running();
-                            let previous = previous_after(&goal.path, self.memory.applied.get(&service.name));
+                            let previous =
+                                previous_after(&goal.path, self.persisted.applied.get(&service.name));
                             let proved = LastKnownGood {
                                 service: goal.service.clone(),
                                 path: goal.path.clone(),
                                 previous,
                             };
-                            self.memory.applied.insert(service.name.clone(), proved);
+                            self.persisted.applied.insert(service.name.clone(), proved);
                         }
                     }
                     Step::Remove(_) => {
                         *unit = UnitSeen::default();
-                        self.memory.applied.remove(&service.name);
+                        self.persisted.applied.remove(&service.name);
                     }
                     Step::Unroot(base) => {
                         let held = self.observed.roots.get_mut(&service.name).unwrap();
@@ -1018,9 +1019,9 @@ mod tests {
                             drop_ins: service.drop_ins.clone(),
                             ..super::super::state::ServiceState::new(service.name.clone(), status, NOW)
                         };
-                        self.memory.state.services.insert(service.name.clone(), state);
+                        self.persisted.state.services.insert(service.name.clone(), state);
                     }
-                    self.learned = Attempts::default();
+                    self.attempts = Attempts::default();
                     return plan;
                 }
                 for service in plan.services.iter().chain(&plan.gone) {
@@ -1261,7 +1262,7 @@ mod tests {
         assert_eq!(goal.as_ref().map(|g| &g.path), Some(&path(2)), "its route stays");
         assert!(!trouble.as_ref().unwrap().rejected);
         world.pass(&[&latest]);
-        assert!(world.memory.applied[&name("ava")].path == path(2) && world.held("ava").len() == 3);
+        assert!(world.persisted.applied[&name("ava")].path == path(2) && world.held("ava").len() == 3);
         // Gone: what it started, and what a pass saw it with, is restarted.
         let gone = world.observed.units.get_mut(&name("ava")).unwrap();
         (gone.drop_ins, gone.replaced) = (Vec::new(), None);
@@ -1357,7 +1358,7 @@ mod tests {
         assert!(world.plan(&[&waiting("a")]).is_err(), "a placeholder runs nothing either");
         world.options.allow_empty = true;
         assert_eq!(world.plan(&[]).unwrap().gone.len(), 2);
-        world.memory.readable = false;
+        world.persisted.readable = false;
         assert!(world.plan(&[]).unwrap().gone.is_empty(), "what cannot be read disables deletion");
     }
 

@@ -91,7 +91,7 @@ impl Root {
         self.unit_dir.join(name.unit())
     }
 
-    /// The unit of a service's understudy.
+    /// The unit of a service's candidate.
     pub fn next_unit(&self, name: &ServiceName) -> PathBuf {
         self.unit_dir.join(name.next_unit())
     }

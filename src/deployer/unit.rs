@@ -205,7 +205,7 @@ pub fn program_of(text: &str) -> Option<String> {
     }
 }
 
-/// The unit of the understudy: the same service on a spare port, never started at boot. None when nothing in
+/// The unit of the candidate: the same service on a spare port, never started at boot. None when nothing in
 /// its environment says its port.
 pub fn render_next(service: &Service, path: &StorePath, port: u16) -> Option<String> {
     let text = render(&service.on_port(port)?, path);
@@ -214,10 +214,10 @@ pub fn render_next(service: &Service, path: &StorePath, port: u16) -> Option<Str
     Some(format!("{MARK}\n{NEXT_PORT}{port}{}", body.replacen(" (deployed", " (taking over, deployed", 1)))
 }
 
-/// The second line of an understudy's unit: the port it was given.
+/// The second line of a candidate's unit: the port it was given.
 const NEXT_PORT: &str = "# An understudy on port ";
 
-/// The port of an understudy, from its unit.
+/// The port of a candidate, from its unit.
 pub fn next_port(text: &str) -> Option<u16> {
     text.lines().nth(1)?.strip_prefix(NEXT_PORT)?.parse().ok()
 }
@@ -345,7 +345,7 @@ WantedBy=multi-user.target
     }
 
     #[test]
-    fn an_understudy_is_the_same_user_with_the_same_secrets_and_as_confined() {
+    fn an_candidate_is_the_same_user_with_the_same_secrets_and_as_confined() {
         let (service, text) = rendered(serde_json::json!({"env": {"PORT": "8080"}, "rollout": "overlap",
             "http": {"domain": "a.org", "internalPort": 8080}, "hardening": {"profile": "strict"},
             "credentials": {"token": "/s/token", "tls.key": "/s/a:b=~,@+"}}));

@@ -266,8 +266,12 @@ impl Machine {
         manifest.iter().map(|s| overrides.apply(s)).collect()
     }
 
-    fn units_seen(&self, desired: &[&Service], memory: &PersistedState) -> BTreeMap<ServiceName, UnitSeen> {
-        let applied = &memory.applied;
+    fn units_seen(
+        &self,
+        desired: &[&Service],
+        persisted: &PersistedState,
+    ) -> BTreeMap<ServiceName, UnitSeen> {
+        let applied = &persisted.applied;
         let named = desired.iter().map(|s| &s.name).chain(applied.keys());
         let ours = self.units.iter().filter(|(_, u)| matches!(u.file, Some(File::Ours(_)))).map(|(n, _)| n);
         let none = Unit::default();
@@ -298,7 +302,7 @@ impl Machine {
                 let invocation = unit.process.as_ref().map(|p| p.started.to_string());
                 let verified = ours.is_some()
                     && invocation.is_some()
-                    && invocation.as_ref() == memory.verified.get(name);
+                    && invocation.as_ref() == persisted.verified.get(name);
                 // Only then is a unit looked at closely.
                 let suspect = ours.is_some() && (older || running && !verified || drop_in.is_some());
                 let stale = unit.loaded != unit.file || unit.loaded_drop_in != unit.drop_in;
@@ -335,14 +339,14 @@ impl Machine {
             .collect()
     }
 
-    fn observe(&self, desired: &[&Service], memory: &PersistedState) -> Observed {
-        let applied = &memory.applied;
+    fn observe(&self, desired: &[&Service], persisted: &PersistedState) -> Observed {
+        let applied = &persisted.applied;
         let asked = desired
             .iter()
             .filter_map(|s| s.artifact.store_path.path())
             .chain(applied.values().flat_map(|a| [&a.path].into_iter().chain(&a.previous)));
         Observed {
-            units: self.units_seen(desired, memory),
+            units: self.units_seen(desired, persisted),
             present: asked.filter(|p| self.store.contains(p)).cloned().collect(),
             roots: self.roots.clone(),
             secrets: desired
@@ -355,7 +359,7 @@ impl Machine {
             active: self.active(),
             ports: BTreeMap::new(),
             kept_out: BTreeSet::new(),
-            understudies: BTreeSet::new(),
+            candidates: BTreeSet::new(),
             foreign_next: BTreeMap::new(),
             caddy: if self.caddy_up {
                 caddy::CaddyState::Servers(self.servers.clone())
@@ -373,7 +377,7 @@ impl Machine {
     /// One pass; `Ok(None)` when it refuses to empty the host or has no manifest.
     fn pass(&mut self, options: &Options) -> Result<Option<Plan>, Died> {
         let now = self.now();
-        let mut memory = PersistedState {
+        let mut persisted = PersistedState {
             state: State { services: self.disk.services.clone(), ..State::new(host(), now) },
             applied: self.disk.applied.clone(),
             readable: true,
@@ -391,24 +395,24 @@ impl Machine {
             self.disk.manifest = Some(self.manifest.clone());
         }
         let Some(manifest) = self.disk.manifest.clone() else { return Ok(None) };
-        if memory.overrides.expire(&manifest.iter().collect::<Vec<_>>(), now) {
+        if persisted.overrides.expire(&manifest.iter().collect::<Vec<_>>(), now) {
             self.effect()?;
-            self.disk.overrides = memory.overrides.clone();
+            self.disk.overrides = persisted.overrides.clone();
         }
-        let entries = self.desired(&manifest, &memory.overrides);
+        let entries = self.desired(&manifest, &persisted.overrides);
         let desired: Vec<&Service> = entries.iter().collect();
-        let mut observed = self.observe(&desired, &memory);
-        let mut learned = Attempts::default();
-        let Ok(mut plan) = plan::plan(&desired, &observed, &memory, &learned, options, now) else {
+        let mut observed = self.observe(&desired, &persisted);
+        let mut attempts = Attempts::default();
+        let Ok(mut plan) = plan::plan(&desired, &observed, &persisted, &attempts, options, now) else {
             return Ok(None);
         };
         for _ in 0..6 {
             if plan.services.iter().all(|s| s.steps.is_empty()) {
                 break;
             }
-            self.round(&plan, &mut observed, &mut memory, &mut learned)?;
-            observed.units = self.units_seen(&desired, &memory);
-            plan = plan::plan(&desired, &observed, &memory, &learned, options, now)
+            self.round(&plan, &mut observed, &mut persisted, &mut attempts)?;
+            observed.units = self.units_seen(&desired, &persisted);
+            plan = plan::plan(&desired, &observed, &persisted, &attempts, options, now)
                 .unwrap_or_else(|e| panic!("would empty the host in the middle: {e:?}"));
         }
         if let RoutePlan::Write(requests) = &plan.route {
@@ -417,11 +421,11 @@ impl Machine {
                 self.caddy_takes(request);
             }
         }
-        self.remove(&plan.gone, &mut memory, &observed)?;
+        self.remove(&plan.gone, &mut persisted, &observed)?;
         self.unroot(&plan.gone, &mut observed)?;
         observed.active = self.active();
-        observed.units = self.units_seen(&desired, &memory);
-        plan::settle_inputs(&mut plan, &desired, &observed, &learned);
+        observed.units = self.units_seen(&desired, &persisted);
+        plan::settle_inputs(&mut plan, &desired, &observed, &attempts);
         self.effect()?;
         self.disk.services = plan.services.iter().map(|p| (p.name.clone(), state_of(p, &observed))).collect();
         self.effect()?;
@@ -433,15 +437,15 @@ impl Machine {
         &mut self,
         plan: &Plan,
         observed: &mut Observed,
-        memory: &mut PersistedState,
-        learned: &mut Attempts,
+        persisted: &mut PersistedState,
+        attempts: &mut Attempts,
     ) -> Done {
         let touched: BTreeSet<ServiceName> = plan
             .services
             .iter()
             .filter(|s| s.steps.iter().any(Step::touches))
             .map(|s| s.name.clone())
-            .chain(memory.interrupted.iter().cloned())
+            .chain(persisted.interrupted.iter().cloned())
             .collect();
         if !touched.is_empty() {
             self.effect()?;
@@ -465,7 +469,7 @@ impl Machine {
                     self.store.insert(path.clone());
                     observed.present.insert(path.clone());
                 } else {
-                    learned.unfetchable.insert(path.clone(), "not in the cache".into());
+                    attempts.unfetchable.insert(path.clone(), "not in the cache".into());
                     stop = true;
                 }
             }
@@ -479,19 +483,24 @@ impl Machine {
             self.effect()?;
             self.units.entry(service.name.clone()).or_default().process = None;
         }
-        self.remove(&plan.services, memory, observed)?;
-        self.write_and_start(plan, memory, learned)?;
+        self.remove(&plan.services, persisted, observed)?;
+        self.write_and_start(plan, persisted, attempts)?;
         for service in &plan.services {
             if let (true, Some(goal)) = (service.steps.contains(&Step::Record), &service.goal) {
-                self.proved(&service.name, goal, memory)?;
+                self.proved(&service.name, goal, persisted)?;
             }
         }
         self.unroot(&plan.services, observed)
     }
 
-    fn write_and_start(&mut self, plan: &Plan, memory: &mut PersistedState, learned: &mut Attempts) -> Done {
+    fn write_and_start(
+        &mut self,
+        plan: &Plan,
+        persisted: &mut PersistedState,
+        attempts: &mut Attempts,
+    ) -> Done {
         let mut starts: Vec<(&ServicePlan, &Goal, bool)> = Vec::new();
-        let mut reload = !memory.interrupted.is_empty();
+        let mut reload = !persisted.interrupted.is_empty();
         for service in &plan.services {
             reload |= service.steps.contains(&Step::Reload);
             let Some(goal) = &service.goal else { continue };
@@ -536,7 +545,7 @@ impl Machine {
                 kept_out: false,
             };
             let key = (service.name.clone(), goal.inputs());
-            learned.troubles.insert(key, AttemptFailure { rejected: false, failure });
+            attempts.failures.insert(key, AttemptFailure { rejected: false, failure });
         }
         for (service, _, restart) in &starts {
             if *restart {
@@ -547,15 +556,15 @@ impl Machine {
         for (service, goal, restart) in starts {
             self.effect()?;
             if restart {
-                memory.interrupted.remove(&service.name);
+                persisted.interrupted.remove(&service.name);
             }
             let unit = &self.units[&service.name];
             if let Some(process) = &unit.process {
                 match unit.loaded_drop_in {
-                    None => memory.verified.insert(service.name.clone(), process.started.to_string()),
-                    Some(_) => memory.verified.remove(&service.name),
+                    None => persisted.verified.insert(service.name.clone(), process.started.to_string()),
+                    Some(_) => persisted.verified.remove(&service.name),
                 };
-                self.proved(&service.name, goal, memory)?;
+                self.proved(&service.name, goal, persisted)?;
                 continue;
             }
             let failure = FailureRecord {
@@ -568,38 +577,45 @@ impl Machine {
                 kept_out: false,
             };
             let key = (service.name.clone(), goal.inputs());
-            learned.troubles.insert(key, AttemptFailure { rejected: !goal.proved, failure: failure.clone() });
+            attempts
+                .failures
+                .insert(key, AttemptFailure { rejected: !goal.proved, failure: failure.clone() });
             if !goal.proved {
                 self.effect()?;
                 let state =
                     ServiceState { failure: Some(failure), ..blank(&service.name, ServicePhase::Rejected) };
                 let attempt = self.attempt(&goal.service);
                 self.refused.insert(service.name.clone(), attempt);
-                memory.state.services.insert(service.name.clone(), state.clone());
+                persisted.state.services.insert(service.name.clone(), state.clone());
                 self.disk.services.insert(service.name.clone(), state);
             }
         }
         Ok(())
     }
 
-    fn proved(&mut self, name: &ServiceName, goal: &Goal, memory: &mut PersistedState) -> Done {
-        let previous = previous_after(&goal.path, memory.applied.get(name));
+    fn proved(&mut self, name: &ServiceName, goal: &Goal, persisted: &mut PersistedState) -> Done {
+        let previous = previous_after(&goal.path, persisted.applied.get(name));
         let proved = LastKnownGood { service: goal.service.clone(), path: goal.path.clone(), previous };
-        if memory.applied.get(name) != Some(&proved) {
+        if persisted.applied.get(name) != Some(&proved) {
             self.effect()?;
             self.disk.applied.insert(name.clone(), proved.clone());
-            memory.applied.insert(name.clone(), proved);
+            persisted.applied.insert(name.clone(), proved);
         }
         Ok(())
     }
 
-    fn remove(&mut self, services: &[ServicePlan], memory: &mut PersistedState, observed: &Observed) -> Done {
+    fn remove(
+        &mut self,
+        services: &[ServicePlan],
+        persisted: &mut PersistedState,
+        observed: &Observed,
+    ) -> Done {
         let going = |s: &&ServicePlan| s.steps.iter().any(|s| matches!(s, Step::Remove(_)));
         for service in services.iter().filter(going) {
             let name = &service.name;
             let ours = match observed.units.get(name).map(|u| &u.file) {
                 Some(UnitFile::Ours(_)) => true,
-                Some(UnitFile::Absent) => memory.applied.contains_key(name),
+                Some(UnitFile::Absent) => persisted.applied.contains_key(name),
                 _ => false,
             };
             if ours {
@@ -614,7 +630,7 @@ impl Machine {
             }
             self.effect()?;
             self.disk.applied.remove(name);
-            memory.applied.remove(name);
+            persisted.applied.remove(name);
         }
         Ok(())
     }

@@ -134,10 +134,10 @@ fn a_strict_service_overlaps_as_one_user() {
     let said = host.good_pass();
     assert!(said.contains("web: well beside the running version"), "{said}");
     host.serves("web", "two");
-    // The understudy, and then the service: the folder was both's.
+    // The candidate, and then the service: the folder was both's.
     assert_eq!(host.sh("cat /var/lib/web/starts"), "one\ntwo\ntwo");
     assert!(rated(&host, "web") < 2.0);
-    // Root's understudy would take the folder from the one that runs.
+    // Root's candidate would take the folder from the one that runs.
     host.sh("deploy-manifest set web hardening.profile=default");
     let said = host.good_pass();
     assert!(!said.contains("beside the running version"), "{said}");

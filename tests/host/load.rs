@@ -230,7 +230,7 @@ fn broken_releases_that_would_overlap_lose_no_request() {
 fn a_release_that_fails_on_its_own_port_alone_loses_no_request() {
     let host = host_with(OVERLAP);
     let load = Load::on(&host, 0, scale().rate, 16);
-    // Well as an understudy, it has the requests when it fails in the place of the version before.
+    // Well as a candidate, it has the requests when it fails in the place of the version before.
     host.update("echo", &release(&host, "picky", "refuses 8001"));
     host.passes_with(3);
     host.serves("echo", "first");
