@@ -339,7 +339,8 @@ asks_for_a_pass() {
 no_pass_by_itself() {
   in_host "$1" 'mkdir -p /run/systemd/system/deployer.timer.d
     printf "[Timer]\nOnBootSec=\nOnBootSec=1000d\n" >/run/systemd/system/deployer.timer.d/zz.conf
-    systemctl daemon-reload; systemctl try-restart deployer.timer
+    systemctl daemon-reload
+    systemctl try-restart deployer.timer 2>/dev/null || true   # which is not there before the installer has run
     while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.1; done'
 }
 
