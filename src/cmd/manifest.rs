@@ -749,12 +749,7 @@ fn publish_edited(settings: &Settings, store: &dyn Store, bytes: &[u8], base: &[
             )));
         }
     }
-    if let Some(unknown) = parse::new_unknown(&edited, made_from.as_ref()) {
-        return Err(unknown.into());
-    }
-    if let Some(reserved) = parse::new_reserved(&edited, made_from.as_ref()) {
-        return Err(reserved.into());
-    }
+    parse::check_additions(&edited, made_from.as_ref())?;
     change(settings, store, StartingPoint::Repair, |manifest| {
         let Some(base) = &made_from else {
             // What could not be read cannot be merged with: only what was edited may be replaced.
@@ -1320,7 +1315,7 @@ fn validate_store(settings: &Settings, store: &dyn Store) -> Result<()> {
         return Err(author.refusal(store, &current, &objection));
     }
     let manifest = current.into_parts().1.map_err(|e| publish::unusable(store, &e))?;
-    if let Some(unknown) = parse::new_unknown(&manifest, None) {
+    if let Some(unknown) = parse::first_unknown(&manifest) {
         log::warning(format!("warning: {unknown}; a newer version may have written it"));
     }
     let said = count(manifest.services.len());

@@ -7,10 +7,9 @@ use super::plan::LastKnownGood;
 use super::root::Root;
 use crate::durable::{self, Batch};
 use crate::error::{Error, Result};
-use crate::manifest::parse::{self, Mode};
+use crate::manifest::Service;
 use crate::names::{ServiceName, StorePath};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::collections::BTreeMap;
 
 const VERSION: u64 = 1;
@@ -19,7 +18,7 @@ const VERSION: u64 = 1;
 struct Written<'a> {
     version: u64,
     previous: &'a [StorePath],
-    service: &'a crate::manifest::Service,
+    service: &'a Service,
 }
 
 #[derive(Deserialize)]
@@ -27,7 +26,12 @@ struct Read {
     version: u64,
     #[serde(default)]
     previous: Vec<StorePath>,
-    service: Value,
+    service: Service,
+}
+
+#[derive(Deserialize)]
+struct Head {
+    version: u64,
 }
 
 /// Reads all of them. Files that cannot be read or understood are returned as complaints: their services are
@@ -56,13 +60,20 @@ pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, LastKnownGood>, Vec<St
 }
 
 fn read(bytes: &[u8]) -> Result<LastKnownGood, String> {
-    let read: Read = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    if read.version > VERSION {
-        return Err(format!("it has version {}, this program reads up to {VERSION}", read.version));
+    let read = serde_json::from_slice(bytes).map_err(|e| e.to_string());
+    let version = match &read {
+        Ok(Read { version, .. }) => Ok(*version),
+        Err(why) => serde_json::from_slice(bytes).map(|head: Head| head.version).map_err(|_| why.clone()),
+    }?;
+    if version > VERSION {
+        return Err(format!("it has version {version}, this program reads up to {VERSION}"));
     }
-    let service = parse::service(read.service, Mode::Tolerant, None).map_err(|e| e.to_string())?;
+    let Read { mut service, previous, .. } = read?;
+    if let Some(mistake) = service.settle(None).first() {
+        return Err(mistake.to_string());
+    }
     let path = service.artifact.store_path.path().cloned().ok_or("it names no store path")?;
-    Ok(LastKnownGood { service, path, previous: read.previous })
+    Ok(LastKnownGood { service, path, previous })
 }
 
 /// Takes down what was proved, all of it together; why some of it was not.

@@ -804,14 +804,13 @@ fn port_holders<'a>(
     starts: &[Start<'a>],
     persisted: &PersistedState,
 ) -> Vec<&'a ServiceName> {
-    let port = |service: &Service| service.http.as_ref().map(|h| h.internal_port);
     let taken: BTreeMap<u16, &ServiceName> =
-        starts.iter().filter(|s| s.restart).filter_map(|s| Some((port(&s.goal.service)?, s.name))).collect();
+        starts.iter().filter(|s| s.restart).filter_map(|s| Some((s.goal.service.port()?, s.name))).collect();
     let leaving =
         plan.gone.iter().map(|s| &s.name).chain(starts.iter().filter(|s| s.restart).map(|s| s.name));
     leaving
         .filter(|name| {
-            let held = persisted.applied.get(*name).and_then(|a| port(&a.service));
+            let held = persisted.applied.get(*name).and_then(|a| a.service.port());
             held.and_then(|p| taken.get(&p)).is_some_and(|taker| taker != name)
         })
         .collect()

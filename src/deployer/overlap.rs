@@ -53,8 +53,7 @@ impl Host<'_> {
         observed: &mut Observed,
         attempts: &mut Attempts,
     ) -> Result<bool> {
-        let mut taken: BTreeSet<u16> =
-            desired.iter().filter_map(|s| s.http.as_ref()).map(|h| h.internal_port).collect();
+        let mut taken: BTreeSet<u16> = desired.iter().filter_map(|s| s.port()).collect();
         let mut candidates = Vec::new();
         for service in &plan.services {
             let (Some(goal), true) =
@@ -73,7 +72,7 @@ impl Host<'_> {
         }
         let mut batch = Batch::default();
         for u in &candidates {
-            let port = u.service.http.as_ref().map_or(0, |h| h.internal_port);
+            let port = u.service.port().unwrap_or(0);
             log::notice(format!(
                 "{}: proving {} beside the running version, on port {port}",
                 u.name, u.goal.path
@@ -164,7 +163,7 @@ impl Host<'_> {
             .keys()
             .filter_map(|name| {
                 let before = &persisted.applied.get(name)?.service;
-                Some((name, before.http.as_ref()?.internal_port, before.drain_sec()))
+                Some((name, before.port()?, before.drain_sec()))
             })
             .collect();
         drain(&old, &observed.caddy)?;
@@ -486,7 +485,7 @@ mod tests {
         let http = Http {
             domain: "a.example.com".into(),
             path: "/".into(),
-            internal_port: 20_001,
+            internal_port: 20_001u16.into(),
             port_env: None,
             drain_sec: None,
             extra: serde_json::Map::new(),

@@ -716,8 +716,8 @@ fn overlaps(goal: &Goal, applied: Option<&LastKnownGood>, seen: &UnitSeen, obser
 /// to whom its unit names.
 fn takes_state(new: &Service, old: &Service) -> bool {
     let user = |s: &Service| {
-        let name = if s.hardening.dynamic_user { s.dynamic_user_name() } else { Some(s.exec.user.as_str()) };
-        (s.hardening.dynamic_user, name.map(String::from), s.exec.group.clone())
+        let name = if s.dynamic_user() { s.dynamic_user_name() } else { Some(s.exec.user.as_str()) };
+        (s.dynamic_user(), name.map(String::from), s.exec.group.clone())
     };
     new.systemd.state_directory.is_some() && user(new) != user(old)
 }
@@ -739,7 +739,7 @@ pub fn abandoned<'a>(observed: &'a Observed, persisted: &PersistedState) -> Vec<
 fn stamp(entry: &Service, secrets: Option<&Result<String, String>>, observed: &Observed) -> String {
     let mut stamp = secrets.and_then(|s| s.as_ref().ok()).cloned().unwrap_or_default();
     for unit in &entry.systemd.requires {
-        let runs = observed.active.contains(unit);
+        let runs = observed.active.contains(unit.as_str());
         stamp.push_str(&format!(";{unit}={}", u8::from(runs)));
     }
     stamp
@@ -841,20 +841,16 @@ mod tests {
     fn entry(text: &str, version: u8) -> Service {
         Service {
             name: name(text),
-            artifact: Artifact {
-                kind: "nix-closure".into(),
-                store_path: ArtifactPath::Path(path(version)),
-                extra: Map::new(),
-            },
+            artifact: Artifact::of(ArtifactPath::Path(path(version))),
             hosts: Vec::new(),
             exec: Exec::default(),
             env: BTreeMap::new(),
             env_file: None,
             credentials: BTreeMap::new(),
             http: Some(Http {
-                domain: format!("{text}.example.com"),
+                domain: format!("{text}.example.com").as_str().into(),
                 path: "/".into(),
-                internal_port: 8080,
+                internal_port: 8080u16.into(),
                 port_env: None,
                 drain_sec: None,
                 extra: Map::new(),
@@ -1064,9 +1060,9 @@ mod tests {
             world.pass(&[&old]);
             let mut new = old.clone();
             new.artifact.store_path = ArtifactPath::Path(path(2));
-            new.systemd.state_directory = state.map(String::from);
+            new.systemd.state_directory = state.map(Into::into);
             new.exec.user = user.into();
-            new.hardening.dynamic_user = dynamic;
+            new.hardening.dynamic_user = Some(dynamic);
             world.observed.present.insert(path(2));
             let plan = world.plan(&[&new]).unwrap();
             let steps = &plan.services[0].steps;
@@ -1133,7 +1129,7 @@ mod tests {
         next.env.insert("A".into(), "1".into());
         world.pass(&[&next]);
         assert_eq!(world.restarts[&name("ava")], tries + 2);
-        next.http.as_mut().unwrap().internal_port = 8081;
+        next.http.as_mut().unwrap().internal_port = 8081u16.into();
         world.pass(&[&next]);
         assert_eq!(world.restarts[&name("ava")], tries + 3);
     }
@@ -1379,11 +1375,11 @@ mod tests {
         let mut world = World::new();
         world.pass(&[&entry("ava", 1)]);
         let mut next = entry("ava", 2);
-        next.http.as_mut().unwrap().internal_port = 9999;
+        next.http.as_mut().unwrap().internal_port = 9999u16.into();
         world.broken.insert(path(2));
         let plan = world.pass(&[&next]);
         let routed = routed(&[&next], &plan.services);
-        assert_eq!(routed["ava"].internal_port, 8080);
+        assert_eq!(routed["ava"].internal_port.get(), 8080);
     }
 
     #[test]

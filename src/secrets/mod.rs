@@ -11,6 +11,7 @@ use crate::deployer::{lock, observe};
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::manifest::Service;
+use crate::manifest::types::AbsolutePath;
 use crate::names::ServiceName;
 use crate::runner::Run;
 use base64::Engine;
@@ -63,8 +64,9 @@ pub struct SecretFile {
 
 /// The files of secrets that a service's entry names.
 pub fn files(service: &Service) -> Vec<SecretFile> {
-    let environment = |path: &String| SecretFile { path: path.clone(), form: FileFormat::Environment };
-    let bytes = |path: &String| SecretFile { path: path.clone(), form: FileFormat::Bytes };
+    let environment =
+        |path: &AbsolutePath| SecretFile { path: path.to_string(), form: FileFormat::Environment };
+    let bytes = |path: &AbsolutePath| SecretFile { path: path.to_string(), form: FileFormat::Bytes };
     service.env_file.iter().map(environment).chain(service.credentials.values().map(bytes)).collect()
 }
 
