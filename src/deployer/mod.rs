@@ -1,11 +1,13 @@
 //! The host's agent. One pass compares what is with what should be and changes the difference: [`pass`] runs
 //! it, [`observe`] looks, [`plan`] decides, [`apply`] acts, [`state`] is what remains.
 
+// Modules below name it as their sibling.
+use crate::systemd;
+
 pub mod admin;
 pub mod applied;
 pub mod apply;
 pub mod caddy;
-mod files;
 pub mod follow;
 pub mod intent;
 pub mod lines;
@@ -21,5 +23,4 @@ pub mod plan;
 mod reading;
 pub mod root;
 pub mod state;
-pub mod systemd;
 pub mod unit;

@@ -3,7 +3,6 @@
 
 use super::admin::Address;
 use super::caddy;
-use super::files;
 use super::listeners::{Answers, Listeners};
 use super::plan::{Observed, PersistedState, UnitFile, UnitSeen};
 use super::root::Root;
@@ -496,7 +495,7 @@ fn marked(dir: &Path, ending: &str) -> Result<Vec<Marked>> {
         if !entry.file_type()?.is_file() {
             continue;
         }
-        match files::read(&entry.path()) {
+        match crate::files::read(&entry.path()) {
             Ok((bytes, meta)) if unit::is_ours(&bytes) => {
                 let text = String::from_utf8(bytes)
                     .unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned());

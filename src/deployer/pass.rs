@@ -17,7 +17,7 @@ use super::{applied, intent, lines, machine, observe, overrides, systemd};
 use crate::clock::Timestamp;
 use crate::config::{self, Settings};
 use crate::durable;
-use crate::error::{Error, Result};
+use crate::error::{Error, Exit, Result};
 use crate::failpoint;
 use crate::keys::PublicKey;
 use crate::log;
@@ -29,7 +29,7 @@ use crate::manifest::{Manifest, Service, entry, signature, versions};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::secrets;
 use crate::secrets::mask::Mask;
-use crate::see::reports;
+use crate::status::reports;
 use crate::store::{self, Condition, Etag, GetResult, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -567,7 +567,7 @@ pub enum Decision {
 }
 
 /// Takes a decision down and makes a pass, which carries it out; returns the pass's exit code.
-pub fn apply_override(settings: &Settings, name: &str, decision: Decision) -> Result<u8> {
+pub fn apply_override(settings: &Settings, name: &str, decision: Decision) -> Result<Exit> {
     let root = Root::system(&settings.unit_dir);
     let lock = patient(&root)?;
     let now = Timestamp::now();
@@ -636,7 +636,7 @@ fn patient(root: &Root) -> Result<lock::Lock> {
 }
 
 /// Makes one pass; returns the exit code.
-pub fn run(settings: &Settings, asks: &RunOptions) -> Result<u8> {
+pub fn run(settings: &Settings, asks: &RunOptions) -> Result<Exit> {
     let root = Root::system(&settings.unit_dir);
     let lock = match asks.timer {
         false => patient(&root)?,
@@ -646,7 +646,7 @@ pub fn run(settings: &Settings, asks: &RunOptions) -> Result<u8> {
                 log::info(format!(
                     "a pass is under way on this host ({who}); this one leaves the work to it"
                 ));
-                return Ok(0);
+                return Ok(Exit::Done);
             }
         },
     };
@@ -659,7 +659,7 @@ fn pass(
     root: &Root,
     _lock: lock::Lock,
     now: Timestamp,
-) -> Result<u8> {
+) -> Result<Exit> {
     work(settings, asks, root, now).map_err(|ended| {
         if !ended.mistyped
             && let Err(e) = leave_reason(settings, root, &ended, now)
@@ -742,7 +742,7 @@ pub fn could_not_begin(why: &Error) {
     }
 }
 
-fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> Result<u8, PassError> {
+fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> Result<Exit, PassError> {
     // Its unit has it made; a pass started by hand on a fresh host has not.
     durable::folder(&root.state_dir, 0o755)?;
     let store = store::open(&settings.store)?;
@@ -943,7 +943,7 @@ fn work(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         intent::clear(root)?;
     }
     // The intent stays with what is not on the disk: the next pass looks at it all again.
-    Ok(if attempts.unwritten.is_empty() { code } else { code.max(crate::error::EXIT_FAILED) })
+    Ok(if attempts.unwritten.is_empty() { code } else { code.max(Exit::Failed) })
 }
 
 /// Stops those of an interrupted pass's services that would be started twice ([`systemd::stop_waiting`]), by another unit
@@ -1311,7 +1311,7 @@ mod tests {
     /// A store, and a developer whose machine remembers nothing of it.
     struct Bench {
         dir: tempfile::TempDir,
-        store: Box<dyn Store>,
+        store: std::sync::Arc<dyn Store>,
         author: Author,
     }
 
