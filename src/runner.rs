@@ -325,7 +325,7 @@ impl Run {
         self
     }
 
-    /// Gives it the terminal's signals with their usual effect, where we ignore them ([`Run::deaf`]).
+    /// Gives it the terminal's signals with their usual effect, where we ignore them ([`Run::ignore_signals`]).
     pub fn interruptible(mut self) -> Self {
         self.interruptible = true;
         self

@@ -38,7 +38,7 @@ pub struct Lines {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct OfService {
-    /// [`Failure::at`].
+    /// [`FailureRecord::at`].
     at: Timestamp,
     /// Oldest first.
     lines: Vec<String>,

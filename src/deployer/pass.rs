@@ -115,7 +115,7 @@ struct LastGood {
     hash: String,
     /// Its version, if that is known.
     etag: Option<Etag>,
-    /// What was refused since, as [`Origin`] has it.
+    /// What was refused since, as [`ManifestOrigin`] has it.
     refused: Option<Ancestor>,
 }
 
@@ -364,7 +364,7 @@ impl TrustPolicy {
         Some(format!("{why}; {SIGN}"))
     }
 
-    /// Why one that [`Belief::read`] read is not obeyed: it is an old one put back. `kept` is the last good one, which
+    /// Why one that [`TrustPolicy::read`] read is not obeyed: it is an old one put back. `kept` is the last good one, which
     /// remembers the serial when the state is lost.
     fn objection(
         &self,

@@ -1,6 +1,6 @@
 //! The manifest: what should run where. [`model`] has the types, [`parse`] reads them from JSON with the path
-//! of every mistake, [`validate`] checks what spans services, [`changes`] are what people do to it, [`edit`]
-//! publishes a version, [`versions`] finds the replaced ones, [`newest`] the last of them, [`diff`] compares two,
+//! of every mistake, [`validate`] checks what spans services, [`edit`] is what people do to it, [`publish`]
+//! writes a version, [`versions`] finds the replaced ones, [`newest`] the last of them, [`diff`] compares two,
 //! [`belief`] tells what may be built on, [`seen`] remembers it, [`lineage`] tells which version comes after which,
 //! [`schema`] describes the form to other programs, [`command`] splits command lines, [`entry`] tells whether an entry
 //! is still the same, [`limits`] bounds what is read.

@@ -35,7 +35,7 @@ pub struct VersionHead {
     pub change: Change,
 }
 
-/// How much of a version is read for its [`Head`], in bytes.
+/// How much of a version is read for its [`VersionHead`], in bytes.
 const HEAD_BYTES: u64 = 4096;
 
 /// How much of one that was written by hand, with its services first: several are read at a time.

@@ -4,7 +4,7 @@
 //! a number that is none, so [`Carrier`] keeps the answer for the code here and shows rusoto an empty success.
 //! Addresses are path-style (what rusoto builds, what other people's servers understand, and what keeps TLS names
 //! right for buckets with dots) unless the URL or the store wants the bucket in the host's name. What a store turns
-//! out to want of us is noted as long as this value lives ([`Wants`]).
+//! out to want of us is noted as long as this value lives ([`StoreDemands`]).
 
 mod objects;
 
