@@ -7,7 +7,8 @@ use crate::deployer::caddy::RoutePlan;
 use crate::deployer::follow;
 use crate::deployer::lines;
 use crate::deployer::live::{self, LiveState};
-use crate::deployer::pass::{self, Decision, Preview, RunOptions};
+use crate::deployer::overrides::Decision;
+use crate::deployer::pass::{self, Preview, RunOptions};
 use crate::deployer::plan::{ServicePlan, Step};
 use crate::deployer::root::{Root, STATE_FILE};
 use crate::deployer::state::{LastError, RouteStatus, ServicePhase, State, attention};
@@ -195,12 +196,12 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
         Command::Watch(a) => watch(call, a.serial),
         Command::Pause(a) => {
             let length = a.duration.as_deref().map(seconds).transpose()?;
-            pass::apply_override(&call.settings()?, &a.name, Decision::Pause(length))
+            pass::apply_override(&call.settings()?, &a.name, &Decision::Pause(length))
         }
-        Command::Resume(a) => pass::apply_override(&call.settings()?, &a.name, Decision::Resume),
+        Command::Resume(a) => pass::apply_override(&call.settings()?, &a.name, &Decision::Resume),
         Command::Rollback(a) => {
             let decision = if a.unpin { Decision::Unpin } else { Decision::Rollback };
-            pass::apply_override(&call.settings()?, &a.name, decision)
+            pass::apply_override(&call.settings()?, &a.name, &decision)
         }
     }
 }
@@ -264,8 +265,8 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
         format!("host {}, manifest serial {} of {}\n", settings.host, preview.serial, preview.generation);
     let plan = &preview.plan;
     for service in plan.services.iter().chain(&plan.gone) {
-        if let Some(trouble) = &service.trouble {
-            text.push_str(&format!("{}: {}\n", service.name, log::printable(&trouble.failure.reason)));
+        if let Some(failure) = &service.failure {
+            text.push_str(&format!("{}: {}\n", service.name, log::printable(&failure.record().reason)));
         }
         if let Some(attention) = attention(&service.name, &service.drop_ins) {
             text.push_str(&format!("{}: {}\n", service.name, log::printable(&attention)));
@@ -302,7 +303,7 @@ fn plan_json(preview: &Preview) -> String {
             "target": s.target,
             "goal": s.goal.as_ref().map(|g| &g.path),
             "desired": s.goal.as_ref().is_some_and(|g| g.desired),
-            "reason": s.trouble.as_ref().map(|t| &t.failure.reason),
+            "reason": s.failure.as_ref().map(|f| &f.record().reason),
             "dropIns": s.drop_ins,
             "steps": s.steps.iter().map(step_json).collect::<Vec<_>>(),
         })

@@ -1,17 +1,66 @@
-//! What was last proved of each service, one file each: the entry of the manifest that its unit was made from
-//! and the paths before it. It is what a failed version is put back to, also by another pass or after a
-//! reboot. Written only after a service came up.
+//! What was last known to be good of each service, one file each: the entry of the manifest that its unit was made
+//! from, the digest of that unit, and the paths before it. It is what a failed version is put back to, also by another
+//! pass or after a reboot. Written only after a service came up.
 
 use super::files;
-use super::plan::LastKnownGood;
 use super::root::Root;
+use super::unit;
 use crate::durable::{self, Batch};
 use crate::error::{Error, Result};
+use crate::manifest::Service;
 use crate::manifest::parse::{self, Mode};
 use crate::names::{ServiceName, StorePath};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
+
+/// How many closures of a service stay on the host, the current one included.
+const KEEP_CLOSURES: usize = 3;
+
+/// What last came up of a service: the entry of the manifest, and the path that ran.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LastKnownGood {
+    /// The entry.
+    pub service: Service,
+    /// Its store path.
+    pub path: StorePath,
+    /// The paths that came up before it and are still held, newest first.
+    pub previous: Vec<StorePath>,
+    /// The digest of its unit ([`unit::digest`]); None: written by a program that did not keep it.
+    pub unit: Option<String>,
+}
+
+impl LastKnownGood {
+    /// What came up now, as this unit, where `before` was the last known good.
+    pub fn new(service: &Service, path: &StorePath, unit: &str, before: Option<&LastKnownGood>) -> Self {
+        LastKnownGood {
+            service: service.clone(),
+            path: path.clone(),
+            previous: previous_after(path, before),
+            unit: Some(unit::digest(unit)),
+        }
+    }
+
+    /// Whether this very unit came up.
+    pub fn is_of_unit(&self, text: &str) -> bool {
+        match &self.unit {
+            Some(digest) => *digest == unit::digest(text),
+            None => unit::render(&self.service, &self.path) == text,
+        }
+    }
+}
+
+/// The versions before the current one, after `current` came up where `replaced` was before.
+fn previous_after(current: &StorePath, replaced: Option<&LastKnownGood>) -> Vec<StorePath> {
+    let mut previous: Vec<StorePath> = Vec::new();
+    for path in replaced.iter().flat_map(|a| [&a.path].into_iter().chain(&a.previous)) {
+        if path != current && !previous.contains(path) {
+            previous.push(path.clone());
+        }
+    }
+    previous.truncate(KEEP_CLOSURES - 1);
+    previous
+}
 
 const VERSION: u64 = 1;
 
@@ -19,7 +68,9 @@ const VERSION: u64 = 1;
 struct Written<'a> {
     version: u64,
     previous: &'a [StorePath],
-    service: &'a crate::manifest::Service,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unit: Option<&'a str>,
+    service: &'a Service,
 }
 
 #[derive(Deserialize)]
@@ -27,6 +78,8 @@ struct Read {
     version: u64,
     #[serde(default)]
     previous: Vec<StorePath>,
+    #[serde(default)]
+    unit: Option<String>,
     service: Value,
 }
 
@@ -62,10 +115,10 @@ fn read(bytes: &[u8]) -> Result<LastKnownGood, String> {
     }
     let service = parse::service(read.service, Mode::Tolerant, None).map_err(|e| e.to_string())?;
     let path = service.artifact.store_path.path().cloned().ok_or("it names no store path")?;
-    Ok(LastKnownGood { service, path, previous: read.previous })
+    Ok(LastKnownGood { service, path, previous: read.previous, unit: read.unit })
 }
 
-/// Takes down what was proved, all of it together; why some of it was not.
+/// Takes down what came up, all of it together; why some of it was not.
 pub fn record<'a>(root: &Root, all: impl IntoIterator<Item = &'a LastKnownGood>) -> Vec<Error> {
     let mut batch = Batch::default();
     let mut errors = Vec::new();
@@ -87,9 +140,30 @@ pub fn record<'a>(root: &Root, all: impl IntoIterator<Item = &'a LastKnownGood>)
 }
 
 fn text(applied: &LastKnownGood) -> Result<Vec<u8>> {
-    let written = Written { version: VERSION, previous: &applied.previous, service: &applied.service };
+    let LastKnownGood { service, path: _, previous, unit } = applied;
+    let written = Written { version: VERSION, previous, unit: unit.as_deref(), service };
     let mut bytes = serde_json::to_vec_pretty(&written)
         .map_err(|e| Error::new(format!("cannot write the entry of {}: {e}", applied.service.name)))?;
     bytes.push(b'\n');
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_older_program_took_down_is_read_and_its_unit_known_by_the_entry() {
+        let path = "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava";
+        let service = serde_json::json!({"name": "ava", "hosts": ["biz"], "artifact": {"storePath": path}});
+        let old = serde_json::json!({"version": 1, "previous": [], "service": service});
+        let old = read(old.to_string().as_bytes()).unwrap();
+        let unit = unit::render(&old.service, &old.path);
+        assert!(old.unit.is_none() && old.is_of_unit(&unit) && !old.is_of_unit("another"));
+        let new = LastKnownGood::new(&old.service, &old.path, &unit, Some(&old));
+        assert_eq!(read(&text(&new).unwrap()).unwrap(), new);
+        assert!(new.is_of_unit(&unit) && !new.is_of_unit("another"));
+        let newer = serde_json::json!({"version": 2, "service": new.service}).to_string();
+        assert!(read(newer.as_bytes()).unwrap_err().contains("version 2"));
+    }
 }

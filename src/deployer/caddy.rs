@@ -9,7 +9,7 @@ use crate::bounds::{self, Bounds};
 use crate::manifest::Http;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
@@ -451,14 +451,6 @@ pub fn perform(at: &Address, request: &AdminRequest) -> Result<(), String> {
         200..=299 => Ok(()),
         _ => Err(format!("cannot {}: Caddy answered {}", request.what, answer.said())),
     }
-}
-
-/// The domains of a route with what they lead to, for people: `ava.example.com/api → 8080`.
-pub fn shown(entries: &BTreeMap<String, &Http>) -> Vec<String> {
-    entries
-        .iter()
-        .map(|(name, h)| format!("{}{} → {} (127.0.0.1:{})", h.domain, h.path, name, h.internal_port))
-        .collect()
 }
 
 #[cfg(test)]

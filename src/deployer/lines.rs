@@ -17,9 +17,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-/// The file, for those who are not told of it otherwise.
-pub const LINES_FILE: &str = "/var/lib/deployer/lines.json";
-
 /// The version of its form.
 const LINES_VERSION: u64 = 1;
 

@@ -1,10 +1,10 @@
 //! The host's agent. One pass compares what is with what should be and changes the difference: [`pass`] runs
-//! it, [`observe`] looks, [`plan`] decides, [`apply`] acts, [`state`] is what remains.
+//! it, `source` says what should be, [`observe`] looks, [`plan`] decides, `execute` acts, `report` is what remains.
 
 pub mod admin;
 pub mod applied;
-pub mod apply;
 pub mod caddy;
+mod execute;
 mod files;
 pub mod follow;
 pub mod intent;
@@ -14,12 +14,16 @@ pub mod live;
 pub mod lock;
 pub mod machine;
 pub mod observe;
-pub mod overlap;
+pub mod observed;
+pub mod outcome;
 pub mod overrides;
 pub mod pass;
+pub mod persisted;
 pub mod plan;
 mod reading;
+mod report;
 pub mod root;
+mod source;
 pub mod state;
 pub mod systemd;
 pub mod unit;

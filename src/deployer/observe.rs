@@ -2,10 +2,12 @@
 //! to do costs one `systemctl list-units`, one request to Caddy, and a few file reads a service.
 
 use super::admin::Address;
+use super::applied::LastKnownGood;
 use super::caddy;
 use super::files;
 use super::listeners::{Answers, Listeners};
-use super::plan::{Observed, PersistedState, UnitFile, UnitSeen};
+use super::observed::{Observed, UnitFile, UnitSeen};
+use super::persisted::PersistedState;
 use super::root::Root;
 use super::systemd::{self, Shown, UNIT_PATH, same_file};
 use super::unit;
@@ -191,9 +193,9 @@ pub fn units(
 
 /// Who would answer at the ports of these services: where they should listen, and where they did. Empty where the
 /// kernel's tables cannot be read: then the probes alone tell.
-pub fn ports(
+fn ports(
     desired: &[&Service],
-    applied: &BTreeMap<ServiceName, super::plan::LastKnownGood>,
+    applied: &BTreeMap<ServiceName, LastKnownGood>,
 ) -> BTreeMap<(ServiceName, u16), Answers> {
     let mut ports = BTreeMap::new();
     let Ok(listeners) = Listeners::read() else { return ports };
@@ -376,7 +378,29 @@ impl<'a> Folders<'a> {
     /// Whether somebody else has a unit of this name, anywhere that systemd looks. A link to /dev/null over a
     /// service that we run (`systemctl mask`) is drift and may be replaced; over anything else it is a refusal.
     fn foreign(&self, name: &ServiceName, was_ours: bool) -> Result<UnitFile> {
-        foreign(&self.units, name, was_ours)
+        let unit = name.unit();
+        for (dir, names) in &self.units {
+            if !names.contains(OsStr::new(&unit)) {
+                continue;
+            }
+            let path = dir.join(&unit);
+            let meta = match fs_err::symlink_metadata(&path) {
+                Ok(meta) => meta,
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                Err(e) => return Err(e.into()),
+            };
+            let masks =
+                meta.is_symlink() && fs_err::metadata(&path).is_ok_and(|m| m.file_type().is_char_device());
+            // An empty file is nobody's work, and masks as well.
+            if was_ours && (masks || meta.is_file() && meta.len() == 0) {
+                continue;
+            }
+            if meta.is_file() && fs_err::read(&path).is_ok_and(|bytes| unit::is_ours(&bytes)) {
+                continue;
+            }
+            return Ok(UnitFile::Foreign(path));
+        }
+        Ok(UnitFile::Absent)
     }
 }
 
@@ -515,32 +539,6 @@ fn marked(dir: &Path, ending: &str) -> Result<Vec<Marked>> {
 pub fn candidates(root: &Root) -> Result<BTreeSet<ServiceName>> {
     let ending = format!("{}.service", crate::names::NEXT_SUFFIX);
     Ok(marked(&root.unit_dir, &ending)?.into_iter().map(|marked| marked.name).collect())
-}
-
-fn foreign(folders: &[(&Path, BTreeSet<OsString>)], name: &ServiceName, was_ours: bool) -> Result<UnitFile> {
-    let unit = name.unit();
-    for (dir, names) in folders {
-        if !names.contains(OsStr::new(&unit)) {
-            continue;
-        }
-        let path = dir.join(&unit);
-        let meta = match fs_err::symlink_metadata(&path) {
-            Ok(meta) => meta,
-            Err(e) if e.kind() == ErrorKind::NotFound => continue,
-            Err(e) => return Err(e.into()),
-        };
-        let masks =
-            meta.is_symlink() && fs_err::metadata(&path).is_ok_and(|m| m.file_type().is_char_device());
-        // An empty file is nobody's work, and masks as well.
-        if was_ours && (masks || meta.is_file() && meta.len() == 0) {
-            continue;
-        }
-        if meta.is_file() && fs_err::read(&path).is_ok_and(|bytes| unit::is_ours(&bytes)) {
-            continue;
-        }
-        return Ok(UnitFile::Foreign(path));
-    }
-    Ok(UnitFile::Absent)
 }
 
 /// Where copies of our unit would take precedence over, or be shadowed by, the one in our folder.

@@ -2,6 +2,7 @@
 //! at an earlier closure). Kept in one file, shown by `status`, and ended by the word that began it, by time, or
 //! by the manifest moving on.
 
+use super::applied::LastKnownGood;
 use super::root::Root;
 use crate::clock::Timestamp;
 use crate::durable;
@@ -45,7 +46,57 @@ pub struct Pin {
     pub since: Timestamp,
 }
 
+/// What a person on the host decides against the manifest, or takes back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// Stop it, for so many seconds or until it is resumed.
+    Pause(Option<i64>),
+    /// End that.
+    Resume,
+    /// Hold it at the closure that ran before.
+    Rollback,
+    /// End that.
+    Unpin,
+}
+
 impl Overrides {
+    /// Adds a decision about a service. `named`: what the manifest names for it.
+    pub fn decide(
+        &mut self,
+        decision: &Decision,
+        good: &LastKnownGood,
+        named: impl FnOnce() -> Result<StorePath>,
+        now: Timestamp,
+    ) -> Result<()> {
+        let name = &good.service.name;
+        let is_not =
+            |what: &str| Error::new(format!("{name} is not {what}; 'deployer state' shows how it stands"));
+        match decision {
+            Decision::Pause(length) => {
+                let until = length.map(|seconds| Timestamp(now.0.saturating_add(seconds)));
+                self.paused.insert(name.clone(), Pause { since: now, until });
+            }
+            Decision::Resume => {
+                self.paused.remove(name).ok_or_else(|| is_not("paused"))?;
+            }
+            Decision::Rollback => {
+                let instead = named()?;
+                // Not what the manifest names: a second step back is not a step forward.
+                let earlier = |p: &&StorePath| **p != instead && fs_err::symlink_metadata(p).is_ok();
+                let path = good.previous.iter().find(earlier).cloned().ok_or_else(|| {
+                    Error::new(format!(
+                        "{name} has no earlier closure on this host; go back with 'deploy-manifest rollback --service {name}'"
+                    ))
+                })?;
+                self.pinned.insert(name.clone(), Pin { path, instead, since: now });
+            }
+            Decision::Unpin => {
+                self.pinned.remove(name).ok_or_else(|| is_not("pinned"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether a service is paused at `now`.
     pub fn is_paused(&self, name: &ServiceName, now: Timestamp) -> bool {
         self.paused.get(name).is_some_and(|p| p.until.is_none_or(|until| now < until))

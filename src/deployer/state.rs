@@ -319,6 +319,21 @@ pub struct FailureRecord {
     pub kept_out: bool,
 }
 
+impl FailureRecord {
+    /// A failure of which nothing else is known.
+    pub fn new(reason: String, attempted: Option<StorePath>, at: Timestamp) -> Self {
+        FailureRecord {
+            reason,
+            attempted,
+            at,
+            journal: Vec::new(),
+            attempts: 0,
+            inputs: None,
+            kept_out: false,
+        }
+    }
+}
+
 /// How Caddy's route stands.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -14,6 +14,12 @@ pub fn is_ours(text: &[u8]) -> bool {
     text.split(|b| *b == b'\n').next() == Some(MARK.as_bytes())
 }
 
+/// The digest of a unit's text, by which one that came up is known again.
+pub fn digest(text: &str) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
+    digest.as_ref()[..12].iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// A word in double quotes, with what systemd would interpret escaped. `%` is a specifier everywhere.
 fn quoted(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 2);

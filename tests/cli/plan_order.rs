@@ -5,12 +5,13 @@
 //! number, or `random`); a failure prints its own.
 
 use omni_deploy::clock::Timestamp;
+use omni_deploy::deployer::applied::LastKnownGood;
 use omni_deploy::deployer::caddy::{self, RoutePlan};
+use omni_deploy::deployer::observed::{Observed, UnitFile, UnitSeen};
+use omni_deploy::deployer::outcome::{AttemptFailure, Outcome};
 use omni_deploy::deployer::overrides::{Overrides, Pause, Pin};
-use omni_deploy::deployer::plan::{
-    self, AttemptFailure, Attempts, Goal, LastKnownGood, Observed, Options, PersistedState, Plan,
-    ServicePlan, Step, UnitFile, UnitSeen, previous_after,
-};
+use omni_deploy::deployer::persisted::PersistedState;
+use omni_deploy::deployer::plan::{self, Goal, Options, Plan, ServicePlan, Step};
 use omni_deploy::deployer::state::{FailureRecord, ServicePhase, ServiceState, State};
 use omni_deploy::deployer::systemd::Listed;
 use omni_deploy::deployer::unit;
@@ -402,17 +403,22 @@ impl Machine {
         let entries = self.desired(&manifest, &persisted.overrides);
         let desired: Vec<&Service> = entries.iter().collect();
         let mut observed = self.observe(&desired, &persisted);
-        let mut attempts = Attempts::default();
-        let Ok(mut plan) = plan::plan(&desired, &observed, &persisted, &attempts, options, now) else {
+        let options = Options { active: observed.active.clone(), ..options.clone() };
+        let mut outcome = Outcome::default();
+        let Ok(mut plan) = plan::plan(&desired, &observed, &persisted, &outcome, &options, now) else {
             return Ok(None);
         };
         for _ in 0..6 {
-            if plan.services.iter().all(|s| s.steps.is_empty()) {
+            if plan.is_settled() {
                 break;
             }
-            self.round(&plan, &mut observed, &mut persisted, &mut attempts)?;
-            observed.units = self.units_seen(&desired, &persisted);
-            plan = plan::plan(&desired, &observed, &persisted, &attempts, options, now)
+            self.round(&plan, &observed, &persisted, &mut outcome)?;
+            if persisted.absorb(&outcome) {
+                self.effect()?;
+                self.disk.services = persisted.state.services.clone();
+            }
+            observed = self.observe(&desired, &persisted);
+            plan = plan::plan(&desired, &observed, &persisted, &outcome, &options, now)
                 .unwrap_or_else(|e| panic!("would empty the host in the middle: {e:?}"));
         }
         if let RoutePlan::Write(requests) = &plan.route {
@@ -421,11 +427,11 @@ impl Machine {
                 self.caddy_takes(request);
             }
         }
-        self.remove(&plan.gone, &mut persisted, &observed)?;
-        self.unroot(&plan.gone, &mut observed)?;
-        observed.active = self.active();
-        observed.units = self.units_seen(&desired, &persisted);
-        plan::settle_inputs(&mut plan, &desired, &observed, &attempts);
+        self.remove(&plan.gone, &observed, &persisted, &mut outcome)?;
+        self.unroot(&plan.gone)?;
+        persisted.absorb(&outcome);
+        observed = self.observe(&desired, &persisted);
+        plan::settle_inputs(&mut plan, &desired, &observed, &outcome);
         self.effect()?;
         self.disk.services = plan.services.iter().map(|p| (p.name.clone(), state_of(p, &observed))).collect();
         self.effect()?;
@@ -436,9 +442,9 @@ impl Machine {
     fn round(
         &mut self,
         plan: &Plan,
-        observed: &mut Observed,
-        persisted: &mut PersistedState,
-        attempts: &mut Attempts,
+        observed: &Observed,
+        persisted: &PersistedState,
+        outcome: &mut Outcome,
     ) -> Done {
         let touched: BTreeSet<ServiceName> = plan
             .services
@@ -456,7 +462,6 @@ impl Machine {
                 if let Step::Root(path) = step {
                     self.effect()?;
                     self.roots.entry(service.name.clone()).or_default().insert(path.base().into());
-                    observed.roots.entry(service.name.clone()).or_default().insert(path.base().into());
                 }
             }
         }
@@ -467,9 +472,8 @@ impl Machine {
                 self.effect()?;
                 if self.bucket_up && self.cache.contains(path) {
                     self.store.insert(path.clone());
-                    observed.present.insert(path.clone());
                 } else {
-                    attempts.unfetchable.insert(path.clone(), "not in the cache".into());
+                    outcome.unfetchable.insert(path.clone(), "not in the cache".into());
                     stop = true;
                 }
             }
@@ -483,22 +487,17 @@ impl Machine {
             self.effect()?;
             self.units.entry(service.name.clone()).or_default().process = None;
         }
-        self.remove(&plan.services, persisted, observed)?;
-        self.write_and_start(plan, persisted, attempts)?;
+        self.remove(&plan.services, observed, persisted, outcome)?;
+        self.write_and_start(plan, persisted, outcome)?;
         for service in &plan.services {
             if let (true, Some(goal)) = (service.steps.contains(&Step::Record), &service.goal) {
-                self.proved(&service.name, goal, persisted)?;
+                self.came_up(&service.name, goal, persisted, outcome)?;
             }
         }
-        self.unroot(&plan.services, observed)
+        self.unroot(&plan.services)
     }
 
-    fn write_and_start(
-        &mut self,
-        plan: &Plan,
-        persisted: &mut PersistedState,
-        attempts: &mut Attempts,
-    ) -> Done {
+    fn write_and_start(&mut self, plan: &Plan, persisted: &PersistedState, outcome: &mut Outcome) -> Done {
         let mut starts: Vec<(&ServicePlan, &Goal, bool)> = Vec::new();
         let mut reload = !persisted.interrupted.is_empty();
         for service in &plan.services {
@@ -535,17 +534,9 @@ impl Machine {
         let (left, starts): (Vec<_>, Vec<_>) =
             starts.into_iter().partition(|(service, goal, _)| replaced(self, service, goal));
         for (service, goal, _) in left {
-            let failure = FailureRecord {
-                reason: "it starts something else".into(),
-                attempted: Some(goal.path.clone()),
-                at: self.now(),
-                journal: Vec::new(),
-                attempts: 0,
-                inputs: None,
-                kept_out: false,
-            };
+            let record = self.failed(goal, "it starts something else");
             let key = (service.name.clone(), goal.inputs());
-            attempts.failures.insert(key, AttemptFailure { rejected: false, failure });
+            outcome.failures.insert(key, AttemptFailure::Host(record));
         }
         for (service, _, restart) in &starts {
             if *restart {
@@ -556,50 +547,46 @@ impl Machine {
         for (service, goal, restart) in starts {
             self.effect()?;
             if restart {
-                persisted.interrupted.remove(&service.name);
+                outcome.restarted.insert(service.name.clone());
             }
             let unit = &self.units[&service.name];
             if let Some(process) = &unit.process {
-                match unit.loaded_drop_in {
-                    None => persisted.verified.insert(service.name.clone(), process.started.to_string()),
-                    Some(_) => persisted.verified.remove(&service.name),
-                };
-                self.proved(&service.name, goal, persisted)?;
+                let invocation = unit.loaded_drop_in.is_none().then(|| process.started.to_string());
+                outcome.invocations.insert(service.name.clone(), invocation);
+                self.came_up(&service.name, goal, persisted, outcome)?;
                 continue;
             }
-            let failure = FailureRecord {
-                reason: "it exits at once".into(),
-                attempted: Some(goal.path.clone()),
-                at: self.now(),
-                journal: Vec::new(),
-                attempts: 0,
-                inputs: (!goal.proved).then(|| goal.inputs()),
-                kept_out: false,
+            let (record, inputs) = (self.failed(goal, "it exits at once"), goal.inputs());
+            let failure = match goal.is_verified() {
+                true => AttemptFailure::Host(record),
+                false => {
+                    let attempt = self.attempt(&goal.service);
+                    self.refused.insert(service.name.clone(), attempt);
+                    AttemptFailure::Rejected(FailureRecord { inputs: Some(inputs.clone()), ..record })
+                }
             };
-            let key = (service.name.clone(), goal.inputs());
-            attempts
-                .failures
-                .insert(key, AttemptFailure { rejected: !goal.proved, failure: failure.clone() });
-            if !goal.proved {
-                self.effect()?;
-                let state =
-                    ServiceState { failure: Some(failure), ..blank(&service.name, ServicePhase::Rejected) };
-                let attempt = self.attempt(&goal.service);
-                self.refused.insert(service.name.clone(), attempt);
-                persisted.state.services.insert(service.name.clone(), state.clone());
-                self.disk.services.insert(service.name.clone(), state);
-            }
+            outcome.failures.insert((service.name.clone(), inputs), failure);
         }
         Ok(())
     }
 
-    fn proved(&mut self, name: &ServiceName, goal: &Goal, persisted: &mut PersistedState) -> Done {
-        let previous = previous_after(&goal.path, persisted.applied.get(name));
-        let proved = LastKnownGood { service: goal.service.clone(), path: goal.path.clone(), previous };
-        if persisted.applied.get(name) != Some(&proved) {
+    fn failed(&self, goal: &Goal, reason: &str) -> FailureRecord {
+        FailureRecord::new(reason.into(), Some(goal.path.clone()), self.now())
+    }
+
+    fn came_up(
+        &mut self,
+        name: &ServiceName,
+        goal: &Goal,
+        persisted: &PersistedState,
+        outcome: &mut Outcome,
+    ) -> Done {
+        let before = persisted.applied.get(name);
+        let good = LastKnownGood::new(&goal.service, &goal.path, &goal.unit, before);
+        if before != Some(&good) {
             self.effect()?;
-            self.disk.applied.insert(name.clone(), proved.clone());
-            persisted.applied.insert(name.clone(), proved);
+            self.disk.applied.insert(name.clone(), good.clone());
+            outcome.records.insert(name.clone(), Some(good));
         }
         Ok(())
     }
@@ -607,8 +594,9 @@ impl Machine {
     fn remove(
         &mut self,
         services: &[ServicePlan],
-        persisted: &mut PersistedState,
         observed: &Observed,
+        persisted: &PersistedState,
+        outcome: &mut Outcome,
     ) -> Done {
         let going = |s: &&ServicePlan| s.steps.iter().any(|s| matches!(s, Step::Remove(_)));
         for service in services.iter().filter(going) {
@@ -630,12 +618,12 @@ impl Machine {
             }
             self.effect()?;
             self.disk.applied.remove(name);
-            persisted.applied.remove(name);
+            outcome.records.insert(name.clone(), None);
         }
         Ok(())
     }
 
-    fn unroot(&mut self, services: &[ServicePlan], observed: &mut Observed) -> Done {
+    fn unroot(&mut self, services: &[ServicePlan]) -> Done {
         for service in services {
             for step in &service.steps {
                 if let Step::Unroot(base) = step {
@@ -646,7 +634,6 @@ impl Machine {
             }
         }
         self.roots.retain(|_, held| !held.is_empty());
-        observed.roots = self.roots.clone();
         Ok(())
     }
 
@@ -694,15 +681,15 @@ fn blank(name: &ServiceName, status: ServicePhase) -> ServiceState {
 fn state_of(plan: &ServicePlan, observed: &Observed) -> ServiceState {
     let seen = &observed.units[&plan.name];
     let runs = seen.listed.running();
-    let status = match &plan.trouble {
+    let status = match &plan.failure {
         _ if plan.paused => ServicePhase::Stopped,
-        Some(t) if t.rejected => ServicePhase::Rejected,
+        Some(f) if f.is_rejected() => ServicePhase::Rejected,
         Some(_) => ServicePhase::Failed,
         None if plan.target.is_none() => ServicePhase::Waiting,
         None if runs => ServicePhase::Running,
         None => ServicePhase::Failed,
     };
-    let failure = plan.trouble.as_ref().map(|t| t.failure.clone());
+    let failure = plan.failure.as_ref().map(|f| f.record().clone());
     let known = runs && (seen.verified || seen.clean && plan.drop_ins.is_empty());
     let invocation = seen.invocation.clone().filter(|_| known);
     ServiceState { failure, invocation, drop_ins: plan.drop_ins.clone(), ..blank(&plan.name, status) }

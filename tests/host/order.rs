@@ -6,8 +6,8 @@
 use crate::lab::{FAULTS, Host};
 use crate::solo::web;
 use omni_deploy::clock::Timestamp;
+use omni_deploy::deployer::applied::LastKnownGood;
 use omni_deploy::deployer::overrides::Overrides;
-use omni_deploy::deployer::plan::{LastKnownGood, previous_after};
 use omni_deploy::deployer::{caddy, unit};
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::manifest::{Http, Manifest, Service};
@@ -378,7 +378,8 @@ fn applied(seen: &Seen) -> BTreeMap<ServiceName, LastKnownGood> {
             let service = parse::service(value["service"].clone(), Mode::Tolerant, None).unwrap();
             let path = service.artifact.store_path.path().unwrap().clone();
             let previous = serde_json::from_value(value["previous"].clone()).unwrap();
-            (service.name.clone(), LastKnownGood { service, path, previous })
+            let unit = serde_json::from_value(value["unit"].clone()).unwrap();
+            (service.name.clone(), LastKnownGood { service, path, previous, unit })
         })
         .collect()
 }
@@ -632,11 +633,7 @@ impl Model {
                         say(format!("{who} should be told to run {path}: {told}"));
                     }
                     let record = if expected.status == "running" {
-                        LastKnownGood {
-                            service: service.clone(),
-                            path: path.clone(),
-                            previous: previous_after(path, proved),
-                        }
+                        LastKnownGood::new(service, path, &text, proved)
                     } else {
                         proved.unwrap().clone()
                     };

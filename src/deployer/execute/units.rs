@@ -1,0 +1,157 @@
+//! Units: written, started at boot, stopped, removed. Only units with our mark, or that are gone but came up once, are
+//! touched.
+
+use super::{EVERYBODY_WAITS, Round, remove_all, steps, still_stopping, with_goal};
+use crate::deployer::observed::UnitFile;
+use crate::deployer::outcome::Outcome;
+use crate::deployer::plan::{Goal, ServicePlan, Step};
+use crate::deployer::root::Root;
+use crate::deployer::{observe, systemd};
+use crate::durable::{self, Batch};
+use crate::error::{Error, Result};
+use crate::log;
+use crate::names::ServiceName;
+
+/// Stops what is paused and keeps it from starting at boot; its unit stays.
+pub(super) fn pause(round: &Round) -> Outcome {
+    let pauses = steps(&round.plan.services).filter(|(_, step)| matches!(step, Step::Pause));
+    let names: Vec<&ServiceName> = pauses.map(|(service, _)| &service.name).collect();
+    Outcome::of(|done| {
+        for name in &names {
+            log::notice(format!("{name}: stopping (paused)"));
+            not_at_boot(round.at.root, name)?;
+        }
+        let stopping = systemd::stop(&units_of(&names), EVERYBODY_WAITS)?;
+        for name in names.iter().filter(|name| stopping.contains(&name.unit())) {
+            done.pend(name, still_stopping(name), name, false);
+        }
+        done.changed = !names.is_empty();
+        Ok(())
+    })
+}
+
+/// Removes what was refused and has no version before it, and what waits again.
+pub(super) fn remove_refused(round: &Round) -> Outcome {
+    Outcome::of(|done| remove(round, &round.plan.services, done))
+}
+
+/// Removes what is not in the manifest any more.
+pub(super) fn remove_gone(round: &Round) -> Outcome {
+    Outcome::of(|done| remove(round, &round.plan.gone, done))
+}
+
+fn remove(round: &Round, services: &[ServicePlan], done: &mut Outcome) -> Result<()> {
+    let root = round.at.root;
+    let removed = steps(services).filter_map(|(service, step)| match step {
+        Step::Remove(why) => Some((&service.name, *why)),
+        _ => None,
+    });
+    let mut going: Vec<(&ServiceName, &str)> = removed.collect();
+    if going.is_empty() {
+        return Ok(());
+    }
+    let mut ours: Vec<&ServiceName> = Vec::new();
+    for (name, why) in &going {
+        log::notice(format!("{name}: removing ({why})"));
+        // A unit that was deleted by hand leaves its process and its boot link, which are ours as well.
+        let is_ours = match round.at.observed.units.get(*name).map(|u| &u.file) {
+            Some(UnitFile::Ours(_)) => true,
+            Some(UnitFile::Absent) => round.at.persisted.applied.contains_key(*name),
+            Some(UnitFile::Foreign(_)) | None => false,
+        };
+        if is_ours {
+            ours.push(name);
+        }
+    }
+    // Stop before deleting: a unit without a file keeps its process and cannot be restarted.
+    let stopping = systemd::stop(&units_of(&ours), EVERYBODY_WAITS)?;
+    for (name, _) in going.iter().filter(|(name, _)| stopping.contains(&name.unit())) {
+        not_at_boot(root, name)?;
+        log::warning(format!("{name}: {}; the next pass removes it", still_stopping(name)));
+        done.pend(name, still_stopping(name), name, false);
+    }
+    going.retain(|(name, _)| !stopping.contains(&name.unit()));
+    ours.retain(|name| !stopping.contains(&name.unit()));
+    // What would start it, before what it is started from.
+    remove_all(ours.iter().map(|name| root.wanted(name)))?;
+    remove_all(ours.iter().map(|name| root.unit(name)))?;
+    for stray in ours.iter().flat_map(|name| observe::strays(root, name)) {
+        durable::remove(&stray)?;
+    }
+    if !ours.is_empty() {
+        systemd::daemon_reload()?;
+        systemd::reset_failed(&units_of(&ours))?;
+    }
+    // Last: while it is remembered as good, an interrupted removal is begun anew.
+    remove_all(going.iter().map(|(name, _)| root.applied(name)))?;
+    done.records.extend(going.iter().map(|(name, _)| ((*name).clone(), None)));
+    done.changed = true;
+    Ok(())
+}
+
+/// Writes all units, and takes away what would stand in for them.
+pub(super) fn write(round: &Round) -> Outcome {
+    let root = round.at.root;
+    let write = |step: &Step| matches!(step, Step::Write(_));
+    let all: Vec<(&ServiceName, &Goal)> = with_goal(round.plan, write).collect();
+    Outcome::of(|done| {
+        if all.is_empty() {
+            return Ok(());
+        }
+        fs_err::create_dir_all(&root.unit_dir)?;
+        let mut batch = Batch::default();
+        all.iter().for_each(|(name, goal)| batch.write(&root.unit(name), goal.unit.as_bytes(), 0o644));
+        let mut failed = batch.finish();
+        for (name, goal) in &all {
+            let written = failed.remove(&root.unit(name)).map_or(Ok(()), Err);
+            if let Err(e) = written.and_then(|()| remove_strays(root, name)) {
+                done.fail_on_host(name, goal, &Error::from(e));
+            }
+        }
+        Ok(())
+    })
+}
+
+fn remove_strays(root: &Root, name: &ServiceName) -> std::io::Result<()> {
+    for stray in observe::strays(root, name) {
+        log::notice(format!("{name}: removing {}, which would stand in for its unit", stray.display()));
+        durable::remove(&stray)?;
+    }
+    Ok(())
+}
+
+/// Makes the links that start services at boot, but of those whose units could not be written.
+pub(super) fn enable(round: &Round) -> Outcome {
+    let root = round.at.root;
+    let all = with_goal(round.plan, |step| matches!(step, Step::Enable));
+    let all: Vec<(&ServiceName, &Goal)> = all.filter(|(name, goal)| !round.has_failed(name, goal)).collect();
+    let mut done = Outcome::default();
+    if all.is_empty() {
+        return done;
+    }
+    let mut batch = Batch::default();
+    let folder = durable::folder(&root.wants_dir(), 0o755).map_err(Error::from);
+    if folder.is_ok() {
+        all.iter().for_each(|(name, _)| batch.symlink(&root.unit(name), &root.wanted(name)));
+    }
+    let mut failed = batch.finish();
+    for (name, goal) in all {
+        let linked = failed.remove(&root.wanted(name)).map_or(Ok(()), |e| Err(e.into()));
+        match folder.clone().and(linked) {
+            Ok(()) => log::info(format!("{name}: started at boot from now on")),
+            Err(e) => done.fail_on_host(name, goal, &e),
+        }
+    }
+    done
+}
+
+fn not_at_boot(root: &Root, name: &ServiceName) -> Result<()> {
+    match durable::remove(&root.wanted(name)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
+        _ => Ok(()),
+    }
+}
+
+fn units_of(names: &[&ServiceName]) -> Vec<String> {
+    names.iter().map(|name| name.unit()).collect()
+}

@@ -1,0 +1,102 @@
+//! What earlier passes left for this one, loaded once the lock is held. A pass folds into it what its effects came to,
+//! and nobody else changes it.
+
+use super::applied::{self, LastKnownGood};
+use super::outcome::Outcome;
+use super::overrides::{self, Overrides};
+use super::root::Root;
+use super::state::{ServicePhase, ServiceState, State};
+use super::{intent, lines};
+use crate::clock::Timestamp;
+use crate::error::Result;
+use crate::log;
+use crate::names::{HostName, ServiceName};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What earlier passes left for this one.
+#[derive(Debug, Clone)]
+pub struct PersistedState {
+    /// The state file.
+    pub state: State,
+    /// What was last known to be good of each service.
+    pub applied: BTreeMap<ServiceName, LastKnownGood>,
+    /// False when something of it could not be read: then nothing is removed.
+    pub readable: bool,
+    /// Services that an interrupted pass was about to touch.
+    pub interrupted: BTreeSet<ServiceName>,
+    /// Pauses and pins.
+    pub overrides: Overrides,
+    /// The invocations that were found to run what their units say.
+    pub verified: BTreeMap<ServiceName, String>,
+}
+
+impl PersistedState {
+    /// Reads it. Also whether the state, as an older program left it, has lines of the journal in it that everybody can
+    /// read.
+    pub(super) fn load(root: &Root, host: &HostName, now: Timestamp) -> Result<(Self, bool)> {
+        let mut readable = true;
+        let mut complain = |text: String| {
+            log::warning(format!("{text}; nothing is removed in this pass"));
+            readable = false;
+        };
+        let mut state = match fs_err::read(root.state_file()) {
+            Ok(bytes) => State::parse(&bytes).unwrap_or_else(|e| {
+                complain(format!("{} cannot be used: {e}", root.state_file().display()));
+                State::new(host.clone(), now)
+            }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => State::new(host.clone(), now),
+            Err(e) => return Err(e.into()),
+        };
+        let exposed = lines::any(&state);
+        lines::load(root).put_back(&mut state);
+        let (applied, complaints) = applied::load(root)?;
+        complaints.into_iter().for_each(&mut complain);
+        let interrupted = intent::load(root)?;
+        let overrides = overrides::load(root)?;
+        let verified = state.services.iter();
+        let verified = verified.filter_map(|(name, s)| Some((name.clone(), s.invocation.clone()?))).collect();
+        Ok((PersistedState { state, applied, readable, interrupted, overrides, verified }, exposed))
+    }
+
+    /// Folds what the pass has come to so far into it; whether the state now has a rejection that it had not.
+    pub fn absorb(&mut self, outcome: &Outcome) -> bool {
+        for (name, record) in &outcome.records {
+            match record {
+                Some(good) => drop(self.applied.insert(name.clone(), good.clone())),
+                None => drop(self.applied.remove(name)),
+            }
+        }
+        for (name, invocation) in &outcome.invocations {
+            match invocation {
+                Some(id) => drop(self.verified.insert(name.clone(), id.clone())),
+                None => drop(self.verified.remove(name)),
+            }
+        }
+        self.interrupted.retain(|name| !outcome.restarted.contains(name));
+        let mut new = false;
+        for ((name, _), failure) in outcome.failures.iter().filter(|(_, f)| f.is_rejected()) {
+            let record = failure.record();
+            let before = self.state.services.get(name).cloned();
+            let before =
+                before.unwrap_or_else(|| ServiceState::new(name.clone(), ServicePhase::Rejected, record.at));
+            if before.failure.as_ref() == Some(record) {
+                continue;
+            }
+            let rejected = ServiceState {
+                status: ServicePhase::Rejected,
+                since: record.at,
+                failure: Some(record.clone()),
+                secrets_changed: false,
+                pinned_since: None,
+                paused_until: None,
+                removing: false,
+                ..before
+            };
+            self.state.services.insert(name.clone(), rejected);
+            // Not what the bucket has: the pass that finishes reports it.
+            self.state.reported = false;
+            new = true;
+        }
+        new
+    }
+}
