@@ -4,6 +4,7 @@
 
 use crate::deployer::admin::Address;
 use crate::error::{Error, Result, did_you_mean};
+use crate::files::if_there;
 use crate::http;
 use crate::names::HostName;
 use crate::store::credentials::{Env, Provider};
@@ -167,7 +168,7 @@ fn take_endpoints(settings: &mut Settings, env: &Env) -> Result<()> {
     if let StoreUrl::S3(location) = &mut settings.store {
         take("store", location)?;
     }
-    if let CacheUrl::S3(location) = &mut settings.cache {
+    if let CacheUrl::Store(StoreUrl::S3(location)) = &mut settings.cache {
         take("cache", location)?;
     }
     Ok(())
@@ -177,12 +178,8 @@ type FileValues = (PathBuf, BTreeMap<&'static str, String>);
 
 /// Reads one file: None when it is not there; unknown keys and wrong types are refused.
 fn read_file(path: &Path) -> Result<Option<FileValues>> {
-    let text = match fs_err::read_to_string(path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e.into()),
-    };
-    parse_file(path, &text).map(Some)
+    let text = if_there(fs_err::read_to_string(path))?;
+    text.map(|text| parse_file(path, &text)).transpose()
 }
 
 fn parse_file(path: &Path, text: &str) -> Result<FileValues> {
@@ -250,7 +247,7 @@ fn resolve(
     let store_text = get("store").unwrap_or_else(|| DEFAULT_STORE.into());
     let store = StoreUrl::parse(&store_text).map_err(|why| wrong("store", &store_text, &why))?;
     let cache = match get("cache") {
-        None => CacheUrl::from(store.clone()),
+        None => CacheUrl::Store(store.clone()),
         Some(text) => CacheUrl::parse(&text).map_err(|why| wrong("cache", &text, &why))?,
     };
     let host = match get("host") {
@@ -259,16 +256,15 @@ fn resolve(
             Error::new("this machine has no usable host name; set 'host' in the configuration")
         })?,
     };
-    let mut default_hosts = None;
-    if let Some(text) = get("defaultHosts") {
-        let mut hosts = Vec::new();
-        for word in words(&text) {
-            hosts.push(HostName::parse(&word).map_err(|why| wrong("defaultHosts", &word, &why))?);
+    let default_hosts = match get("defaultHosts") {
+        Some(text) => {
+            let parse =
+                |word: &String| HostName::parse(word).map_err(|why| wrong("defaultHosts", word, &why));
+            let hosts = words(&text).iter().map(parse).collect::<Result<Vec<_>>>()?;
+            (!hosts.is_empty()).then_some(hosts)
         }
-        default_hosts = (!hosts.is_empty()).then_some(hosts);
-    } else if let StoreUrl::Dir(_) = store {
-        default_hosts = Some(vec![host.clone()]);
-    }
+        None => (!store.is_shared()).then(|| vec![host.clone()]),
+    };
     let mut trusted_public_keys = Vec::new();
     for word in get("trustedPublicKeys").map(|t| words(&t)).unwrap_or_default() {
         if word.split_once(':').is_none_or(|(name, key)| name.is_empty() || key.len() != 44) {

@@ -452,7 +452,10 @@ mod tests {
             ("deployer --tiemr", "'deployer run' has no flag '--tiemr'; did you mean '--timer'"),
         ] {
             let error = understood(line).unwrap_err();
-            assert!(error.exit() == 2 && error.to_string().contains(said), "{line}: {error}");
+            assert!(
+                error.exit() == crate::error::Exit::Usage && error.to_string().contains(said),
+                "{line}: {error}"
+            );
         }
     }
 

@@ -5,6 +5,8 @@
 pub mod opened;
 
 use crate::failpoint::{self, Effect};
+use crate::files::if_there;
+use crate::parallel;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -109,11 +111,11 @@ fn linked(target: &Path, link: &Path) -> io::Result<Effect> {
 /// Removes a file or link; one that is not there is no error. Returns whether there was one.
 pub fn remove(path: &Path) -> io::Result<bool> {
     let _effect = failpoint::begin("remove", path.display()).map_err(|e| named(e, "remove", path))?;
-    match fs_err::remove_file(path) {
-        Ok(()) => sync_dir(parent(path)?).map(|()| true),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(e),
+    let removed = if_there(fs_err::remove_file(path))?.is_some();
+    if removed {
+        sync_dir(parent(path)?)?;
     }
+    Ok(removed)
 }
 
 /// How many files of a batch are open, and how many are flushed side by side: the disk takes flushes that come together
@@ -156,9 +158,8 @@ impl Batch {
     /// As [`remove`] does; what is not there is no error, nor is a folder that is not there.
     pub fn remove(&mut self, path: &Path) {
         let begun = failpoint::begin("remove", path.display()).map_err(|e| named(e, "remove", path));
-        match begun.and_then(|effect| fs_err::remove_file(path).map(|()| effect)) {
-            Ok(effect) => self.done.push((path.to_path_buf(), effect)),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        match if_there(begun.and_then(|effect| fs_err::remove_file(path).map(|()| effect))) {
+            Ok(removed) => self.done.extend(removed.map(|effect| (path.to_path_buf(), effect))),
             Err(e) => drop(self.failed.insert(path.to_path_buf(), e)),
         }
     }
@@ -182,7 +183,7 @@ impl Batch {
         }
         let folders: BTreeSet<&Path> = self.done.iter().filter_map(|(path, _)| path.parent()).collect();
         let folders: Vec<&Path> = folders.into_iter().collect();
-        let ended = side_by_side(&folders, |folder| sync_dir(folder));
+        let ended = parallel::map(&folders, SIDE_BY_SIDE, |folder| sync_dir(folder));
         for (folder, e) in
             folders.iter().zip(ended).filter_map(|(folder, ended)| Some((folder, ended.err()?)))
         {
@@ -196,7 +197,7 @@ impl Batch {
     }
 
     fn sync_files(&mut self, sync: &(impl Fn(&tempfile::NamedTempFile) -> io::Result<()> + Sync)) {
-        let ended = side_by_side(&self.open, |(_, temp, _)| sync(temp));
+        let ended = parallel::map(&self.open, SIDE_BY_SIDE, |(_, temp, _)| sync(temp));
         for ((path, temp, effect), ended) in std::mem::take(&mut self.open).into_iter().zip(ended) {
             match ended {
                 Ok(()) => {
@@ -211,22 +212,6 @@ impl Batch {
 
 fn sync_file(file: &tempfile::NamedTempFile) -> io::Result<()> {
     file.as_file().sync_all()
-}
-
-/// Does one thing for each, several at a time; in their order.
-fn side_by_side<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    if all.len() < 2 {
-        return all.iter().map(work).collect();
-    }
-    let chunks = all.chunks(all.len().div_ceil(SIDE_BY_SIDE));
-    std::thread::scope(|scope| {
-        let work = &work;
-        let threads: Vec<_> =
-            chunks.map(|chunk| scope.spawn(move || chunk.iter().map(work).collect::<Vec<R>>())).collect();
-        let done =
-            threads.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        done.flatten().collect()
-    })
 }
 
 /// Removes a folder that is empty; one that is not, or is not there, is no error. Returns whether it was removed.
@@ -268,12 +253,7 @@ pub fn scratch(dir: &Path) -> io::Result<tempfile::TempDir> {
 /// Removes temporary files and folders that a killed process left in `dir`. Only for a folder whose lock is
 /// held: another process could be about to rename its own.
 pub fn sweep(dir: &Path) -> io::Result<()> {
-    let entries = match fs_err::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
-    };
-    for entry in entries {
+    for entry in if_there(fs_err::read_dir(dir))?.into_iter().flatten() {
         let entry = entry?;
         if !entry.file_name().to_string_lossy().starts_with(TEMP_PREFIX) {
             continue;

@@ -5,67 +5,79 @@
 
 use std::fmt;
 
-/// Nothing could be done: bad manifest, bucket out of reach, refused input.
-pub const EXIT_FAILED: u8 = 1;
-/// The command line was not understood.
-pub const EXIT_USAGE: u8 = 2;
-/// Some service failed and its previous version runs.
-pub const EXIT_DEGRADED: u8 = 3;
-/// Some service is down.
-pub const EXIT_DOWN: u8 = 4;
+/// What a process ends with, for scripts; the worse, the higher.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Exit {
+    /// Done, or nothing to do.
+    Done = 0,
+    /// Nothing could be done: bad manifest, bucket out of reach, refused input.
+    Failed = 1,
+    /// The command line was not understood.
+    Usage = 2,
+    /// Some service failed and its previous version runs.
+    Degraded = 3,
+    /// Some service is down.
+    Down = 4,
+}
 
-/// What went wrong, in one line, and the exit code that says so to a script.
+impl Exit {
+    /// The number.
+    pub fn code(self) -> u8 {
+        self as u8
+    }
+}
+
+/// What ends a command before it is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Error {
-    text: String,
-    exit: u8,
+pub enum Error {
+    /// Something went wrong.
+    Failure {
+        /// One line for the person.
+        text: String,
+        /// The same for a script.
+        exit: Exit,
+    },
+    /// Whoever read our output went away (`| head`): nothing is wrong, and nobody is there to be told.
+    ReaderGone,
 }
 
 /// The result of everything that can end a command.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// An error with exit code 1.
+    /// A failure: exit code 1.
     pub fn new(text: impl Into<String>) -> Self {
-        Error { text: text.into(), exit: EXIT_FAILED }
+        Error::Failure { text: text.into(), exit: Exit::Failed }
     }
 
     /// A usage error: exit code 2.
     pub fn usage(text: impl Into<String>) -> Self {
-        Error { text: text.into(), exit: EXIT_USAGE }
+        Error::Failure { text: text.into(), exit: Exit::Usage }
     }
 
-    /// Everything was said already (a usage text was printed): only the exit code is left.
-    pub fn said(exit: u8) -> Self {
-        Error { text: String::new(), exit }
-    }
-
-    /// Whether there is nothing left to print.
-    pub fn is_said(&self) -> bool {
-        self.text.is_empty()
-    }
-
-    /// The same error with another exit code.
-    pub fn with_exit(mut self, exit: u8) -> Self {
-        self.exit = exit;
-        self
-    }
-
-    /// The exit code of the process.
-    pub fn exit(&self) -> u8 {
-        self.exit
+    /// What the process ends with.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Error::Failure { exit, .. } => *exit,
+            Error::ReaderGone => Exit::Done,
+        }
     }
 
     /// Puts what was being done in front: `"{context}: {text}"`.
-    pub fn context(mut self, context: impl fmt::Display) -> Self {
-        self.text = format!("{context}: {}", self.text);
-        self
+    pub fn context(self, context: impl fmt::Display) -> Self {
+        match self {
+            Error::Failure { text, exit } => Error::Failure { text: format!("{context}: {text}"), exit },
+            Error::ReaderGone => Error::ReaderGone,
+        }
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+        match self {
+            Error::Failure { text, .. } => f.write_str(text),
+            Error::ReaderGone => f.write_str("whoever read our output went away"),
+        }
     }
 }
 

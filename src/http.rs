@@ -35,7 +35,16 @@ pub const CONNECTIONS: usize = 64;
 /// again. Errors name the variable of the environment that is wrong.
 pub fn agent(env: Env, scheme: &str, host: &str, limits: HttpLimits) -> Result<ureq::Agent, String> {
     let roots = if scheme == "https" { roots(env)? } else { RootCerts::WebPki };
-    Ok(ureq::Agent::config_builder()
+    Ok(configured(limits, proxy(env, scheme, host)?, roots))
+}
+
+/// An agent for plain HTTP to this machine, and to what only it can reach: never through a proxy.
+pub fn local_agent(limits: HttpLimits) -> ureq::Agent {
+    configured(limits, None, RootCerts::WebPki)
+}
+
+fn configured(limits: HttpLimits, proxy: Option<ureq::Proxy>, roots: RootCerts) -> ureq::Agent {
+    ureq::Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)
         .max_redirects_will_error(false)
@@ -50,10 +59,10 @@ pub fn agent(env: Env, scheme: &str, host: &str, limits: HttpLimits) -> Result<u
         .output_buffer_size(64 << 10)
         .max_idle_connections_per_host(CONNECTIONS)
         .max_idle_connections(CONNECTIONS)
-        .proxy(proxy(env, scheme, host)?)
+        .proxy(proxy)
         .tls_config(TlsConfig::builder().root_certs(roots).build())
         .build()
-        .new_agent())
+        .new_agent()
 }
 
 /// Mozilla's roots, which are compiled in, or the PEM bundle that the environment names.
@@ -125,6 +134,8 @@ pub enum TransferError {
     Cut,
     /// No TLS connection; why.
     Tls(String),
+    /// The same, for want of a certificate that is good; why.
+    Certificate(String),
     /// The other side's certificate has expired; what the clock says here, and until when it was valid.
     Expired(Timestamp, Timestamp),
     /// The other side's certificate is not valid yet; what the clock says here, and from when it is.
@@ -145,6 +156,7 @@ impl TransferError {
             | TransferError::Late
             | TransferError::Cut => true,
             TransferError::Tls(_)
+            | TransferError::Certificate(_)
             | TransferError::Expired(..)
             | TransferError::NotYetValid(..)
             | TransferError::Protocol(_)
@@ -188,6 +200,9 @@ impl TransferError {
             rustls::Error::InvalidCertificate(Certificate::NotValidYetContext { time, not_before }) => {
                 TransferError::NotYetValid(at(time), at(not_before))
             }
+            rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => {
+                TransferError::Certificate(e.to_string())
+            }
             e => TransferError::Tls(e.to_string()),
         }
     }
@@ -222,7 +237,9 @@ impl fmt::Display for TransferError {
             TransferError::Unroutable => f.write_str("no route to it"),
             TransferError::Late => f.write_str("no answer in time"),
             TransferError::Cut => f.write_str("the connection was cut before the answer was complete"),
-            TransferError::Tls(why) => write!(f, "no TLS connection: {why}"),
+            TransferError::Tls(why) | TransferError::Certificate(why) => {
+                write!(f, "no TLS connection: {why}")
+            }
             TransferError::Expired(here, until) => {
                 write!(f, "its certificate was valid until {until}, and this machine's clock says {here}")
             }
@@ -249,45 +266,13 @@ pub struct Retry {
     pub total: Duration,
 }
 
-/// Time and chance as [`Retry`] uses them.
-pub trait Pace {
+/// Time and chance as [`Retry`] uses them; tests have their own.
+struct Pace<'a> {
     /// Time since some fixed moment.
-    fn now(&self) -> Duration;
-    /// Lets this time pass.
-    fn sleep(&self, time: Duration);
+    now: &'a dyn Fn() -> Duration,
+    sleep: &'a dyn Fn(Duration),
     /// A number in `0.0..1.0`.
-    fn chance(&self) -> f64;
-}
-
-/// The machine's own clock and generator.
-pub struct RealPace(Instant);
-
-impl Default for RealPace {
-    fn default() -> Self {
-        RealPace(Instant::now())
-    }
-}
-
-impl Pace for RealPace {
-    fn now(&self) -> Duration {
-        self.0.elapsed()
-    }
-
-    fn sleep(&self, time: Duration) {
-        std::thread::sleep(time);
-    }
-
-    fn chance(&self) -> f64 {
-        (u64::from_le_bytes(random()) >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
-
-/// Bytes nobody can guess.
-pub fn random<const N: usize>() -> [u8; N] {
-    use ring::rand::SecureRandom;
-    let mut bytes = [0; N];
-    ring::rand::SystemRandom::new().fill(&mut bytes).expect("the kernel's generator does not fail");
-    bytes
+    chance: &'a dyn Fn() -> f64,
 }
 
 /// What to do about a failed try.
@@ -316,15 +301,25 @@ impl Retry {
     /// Tries until it works, cannot work, or took too long. `attempt` gets the time that is left to it.
     pub fn run<T, E>(
         &self,
-        pace: &dyn Pace,
+        attempt: impl FnMut(Duration) -> Result<T, E>,
+        again: impl Fn(&E) -> Again,
+    ) -> Result<T, GaveUp<E>> {
+        let begun = Instant::now();
+        let (now, chance) = (|| begun.elapsed(), crate::random::fraction);
+        self.run_at(&Pace { now: &now, sleep: &std::thread::sleep, chance: &chance }, attempt, again)
+    }
+
+    fn run_at<T, E>(
+        &self,
+        pace: &Pace<'_>,
         mut attempt: impl FnMut(Duration) -> Result<T, E>,
         again: impl Fn(&E) -> Again,
     ) -> Result<T, GaveUp<E>> {
-        let started = pace.now();
+        let started = (pace.now)();
         let mut bound = self.first;
         let mut tries = 0;
         loop {
-            let left = self.total.saturating_sub(pace.now() - started);
+            let left = self.total.saturating_sub((pace.now)() - started);
             tries += 1;
             let error = match attempt(left) {
                 Ok(value) => return Ok(value),
@@ -335,12 +330,12 @@ impl Retry {
                 Again::Yes => self.tries,
                 Again::AtMost(tries) => tries.min(self.tries),
             };
-            let pause = bound.mul_f64(pace.chance());
-            let after = pace.now() - started;
+            let pause = bound.mul_f64((pace.chance)());
+            let after = (pace.now)() - started;
             if tries >= most || after + pause >= self.total {
                 return Err(GaveUp { error, tries, after });
             }
-            pace.sleep(pause);
+            (pace.sleep)(pause);
             bound = (bound * 2).min(self.longest);
         }
     }
@@ -357,16 +352,19 @@ mod tests {
         chance: f64,
     }
 
-    impl Pace for Simulated {
-        fn now(&self) -> Duration {
-            self.now.get()
-        }
-        fn sleep(&self, time: Duration) {
-            self.pauses.borrow_mut().push(time);
-            self.now.set(self.now.get() + time);
-        }
-        fn chance(&self) -> f64 {
-            self.chance
+    impl Simulated {
+        fn run<T, E>(
+            &self,
+            policy: Retry,
+            attempt: impl FnMut(Duration) -> Result<T, E>,
+            again: impl Fn(&E) -> Again,
+        ) -> Result<T, GaveUp<E>> {
+            let sleep = |time| {
+                self.pauses.borrow_mut().push(time);
+                self.now.set(self.now.get() + time);
+            };
+            let pace = Pace { now: &|| self.now.get(), sleep: &sleep, chance: &|| self.chance };
+            policy.run_at(&pace, attempt, again)
         }
     }
 
@@ -384,7 +382,7 @@ mod tests {
     #[test]
     fn pauses_double_up_to_their_bound_and_tries_are_counted() {
         let pace = simulated(0.5);
-        let gave_up = POLICY.run(&pace, |_| Err::<(), _>("no"), |_| Again::Yes).unwrap_err();
+        let gave_up = pace.run(POLICY, |_| Err::<(), _>("no"), |_| Again::Yes).unwrap_err();
         assert_eq!(gave_up.tries, 6);
         let millis: Vec<u128> = pace.pauses.borrow().iter().map(Duration::as_millis).collect();
         assert_eq!(millis, [50, 100, 200, 400, 500]);
@@ -399,11 +397,11 @@ mod tests {
             count.set(count.get() + 1);
             if count.get() < 4 { Err(count.get()) } else { Ok("done") }
         };
-        assert_eq!(POLICY.run(&pace, try_one, |_| Again::Yes), Ok("done"));
+        assert_eq!(pace.run(POLICY, try_one, |_| Again::Yes), Ok("done"));
         assert_eq!(count.get(), 4);
-        let gave_up = POLICY.run(&pace, |_| Err::<(), _>(()), |()| Again::No).unwrap_err();
+        let gave_up = pace.run(POLICY, |_| Err::<(), _>(()), |()| Again::No).unwrap_err();
         assert_eq!(gave_up.tries, 1);
-        let gave_up = POLICY.run(&pace, |_| Err::<(), _>(()), |()| Again::AtMost(3)).unwrap_err();
+        let gave_up = pace.run(POLICY, |_| Err::<(), _>(()), |()| Again::AtMost(3)).unwrap_err();
         assert_eq!(gave_up.tries, 3);
     }
 
@@ -412,27 +410,14 @@ mod tests {
         let pace = simulated(0.99);
         let slow = Retry { tries: 100, ..POLICY };
         let lefts = RefCell::new(Vec::new());
-        let gave_up = slow
-            .run(
-                &pace,
-                |left| {
-                    lefts.borrow_mut().push(left);
-                    pace.now.set(pace.now.get() + left.min(Duration::from_secs(3)));
-                    Err::<(), _>(())
-                },
-                |()| Again::Yes,
-            )
-            .unwrap_err();
+        let attempt = |left: Duration| {
+            lefts.borrow_mut().push(left);
+            pace.now.set(pace.now.get() + left.min(Duration::from_secs(3)));
+            Err::<(), _>(())
+        };
+        let gave_up = pace.run(slow, attempt, |()| Again::Yes).unwrap_err();
         assert!(gave_up.after <= slow.total, "{:?}", gave_up.after);
         assert!(lefts.borrow().windows(2).all(|w| w[1] < w[0]), "{lefts:?}");
-    }
-
-    #[test]
-    fn chance_fills_its_range() {
-        let pace = RealPace::default();
-        let numbers: Vec<f64> = (0..1000).map(|_| pace.chance()).collect();
-        assert!(numbers.iter().all(|n| (0.0..1.0).contains(n)));
-        assert!(numbers.iter().any(|n| *n < 0.1) && numbers.iter().any(|n| *n > 0.9));
     }
 
     #[test]

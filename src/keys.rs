@@ -4,6 +4,7 @@
 
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::files::if_there;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ring::rand::SecureRandom;
@@ -162,13 +163,8 @@ pub fn mode_trouble(path: &Path) -> Option<String> {
 
 fn read_key_file(path: &Path, remedy: &str) -> Result<String> {
     let at = path.display();
-    let meta = match fs_err::metadata(path) {
-        Ok(meta) => meta,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::new(format!("there is no key file {at}; copy it there, or {remedy}")));
-        }
-        Err(e) => return Err(e.into()),
-    };
+    let meta = if_there(fs_err::metadata(path))?
+        .ok_or_else(|| Error::new(format!("there is no key file {at}; copy it there, or {remedy}")))?;
     if !meta.is_file() || meta.len() > MAX_FILE {
         return Err(Error::new(format!("{at} is no key file; copy one there, or {remedy}")));
     }

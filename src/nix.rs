@@ -6,7 +6,6 @@
 mod announced;
 pub mod download;
 pub mod fetch;
-pub mod hash;
 pub mod held;
 pub mod local;
 pub mod narinfo;
@@ -18,11 +17,11 @@ pub mod upload;
 pub mod walk;
 
 use crate::config::Settings;
-use crate::durable;
 use crate::error::{Error, Result};
 use crate::names::StorePath;
 use crate::runner::{Output, Run, RunError, Stream, tail};
 use crate::store::url::without_secrets;
+use crate::{durable, percent};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -291,10 +290,9 @@ fn is_news(line: &str) -> bool {
         && !line.contains("you are not a trusted user")
 }
 
-/// Percent-encodes what is not plain in a path.
+/// A path as a part of a URL.
 fn encoded(text: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"/-._~+,".contains(&b);
-    text.bytes().map(|b| if plain(b) { (b as char).to_string() } else { format!("%{b:02X}") }).collect()
+    percent::encode(text, "/+,")
 }
 
 /// Whether Nix keeps narinfos and NARs at such a URL (and so knows compression and signing there).
@@ -464,7 +462,6 @@ mod tests {
             assert_eq!(with_params(url, &zstd), want);
         }
         assert_eq!(with_params("ssh://host", &[]), "ssh://host");
-        assert_eq!(encoded("/a b/ü#?&c"), "/a%20b/%C3%BC%23%3F%26c");
     }
 
     #[test]

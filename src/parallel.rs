@@ -1,9 +1,12 @@
 //! Many requests at a time: a few threads that take one item after the other. It knows nothing of what is asked.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// The answers to all items, in their order, asked for by at most `at_once` threads.
 pub fn map<T: Sync, R: Send>(items: &[T], at_once: usize, ask: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    if items.len() < 2 {
+        return items.iter().map(ask).collect();
+    }
     let next = AtomicUsize::new(0);
     let worker = || {
         let mut answers = Vec::new();
@@ -23,6 +26,22 @@ pub fn map<T: Sync, R: Send>(items: &[T], at_once: usize, ask: impl Fn(&T) -> R 
     answers.into_iter().map(|(_, answer)| answer).collect()
 }
 
+/// The same for what can fail: the first error is the answer, and once there is one, nothing more is asked.
+pub fn try_map<T: Sync, R: Send, E: Send>(
+    items: &[T],
+    at_once: usize,
+    ask: impl Fn(&T) -> Result<R, E> + Sync,
+) -> Result<Vec<R>, E> {
+    let failed = AtomicBool::new(false);
+    let answers = map(items, at_once, |item| {
+        let answer = (!failed.load(Ordering::Relaxed)).then(|| ask(item))?;
+        failed.fetch_or(answer.is_err(), Ordering::Relaxed);
+        Some(answer)
+    });
+    // What was not asked any more comes with an error.
+    answers.into_iter().flatten().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -38,5 +57,13 @@ mod tests {
         assert_eq!(answers, (0..100).map(|n| n * 2).collect::<Vec<_>>());
         assert_eq!(asked.load(Ordering::Relaxed), 100);
         assert_eq!(map(&[] as &[u8], 7, |n| *n), [] as [u8; 0]);
+        assert_eq!(try_map(&items, 7, |n| Ok::<_, usize>(n * 2)), Ok(answers));
+        asked.store(0, Ordering::Relaxed);
+        let fails = |n: &usize| {
+            asked.fetch_add(1, Ordering::Relaxed);
+            if *n >= 10 { Err(*n) } else { Ok(()) }
+        };
+        assert_eq!(try_map(&items, 1, fails), Err(10));
+        assert_eq!(asked.load(Ordering::Relaxed), 11);
     }
 }

@@ -235,6 +235,9 @@ pub enum Stream {
     Stderr,
 }
 
+/// Lines as they come.
+type LinesRead = mpsc::Receiver<(Stream, Vec<u8>)>;
+
 impl Run {
     /// A run of `program`, looked up on PATH unless it has a slash.
     pub fn new(program: impl Into<String>) -> Self {
@@ -441,40 +444,41 @@ impl Run {
         }
     }
 
-    /// Runs it and hands every line over as it comes (without its newline); returns the whole as well. A line without
-    /// end comes in parts.
-    pub fn each_line(self, mut on_line: impl FnMut(Stream, &str)) -> Result<Output, RunError> {
+    /// Starts it, with threads that feed it and hand over its lines.
+    fn start(&self) -> Result<(Child, LinesRead), RunError> {
         let mut command = self.command();
         command
             .stdin(if self.stdin.is_empty() { Stdio::null() } else { Stdio::piped() })
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = self.spawn(command)?;
-        let (sender, lines) = mpsc::sync_channel::<(Stream, Vec<u8>)>(CHANNEL_LINES);
-        let out = child.stdout.take();
-        let err = child.stderr.take();
-        let input = child.stdin.take();
+        let (sender, lines) = mpsc::sync_channel(CHANNEL_LINES);
+        // Readers that outlive the program (a grandchild holds the pipe) must not hold us: they are plain
+        // threads, and the channel is left when the program has ended and a short grace has passed.
+        if let Some(out) = child.stdout.take() {
+            let sender = sender.clone();
+            std::thread::spawn(move || read_lines(out, Stream::Stdout, &sender));
+        }
+        if let Some(err) = child.stderr.take() {
+            std::thread::spawn(move || read_lines(err, Stream::Stderr, &sender));
+        }
+        if let Some(mut input) = child.stdin.take() {
+            let bytes = self.stdin.clone();
+            // A program that does not read its stdin closes the pipe: that is its affair, its status tells.
+            std::thread::spawn(move || drop(input.write_all(&bytes)));
+        }
+        Ok((child, lines))
+    }
+
+    /// Runs it and hands every line over as it comes (without its newline); returns the whole as well. A line without
+    /// end comes in parts.
+    pub fn each_line(self, mut on_line: impl FnMut(Stream, &str)) -> Result<Output, RunError> {
+        let (mut child, lines) = self.start()?;
         let mut stdout = Vec::new();
         let mut stderr = Vec::new();
         let started = Instant::now();
         let (mut late, mut stopped) = (false, false);
         let told_to_stop = || self.stop.as_ref().is_some_and(|flag| flag.load(Ordering::SeqCst));
-        // Readers that outlive the program (a grandchild holds the pipe) must not hold us: they are plain
-        // threads, and the channel is left when the program has ended and a short grace has passed.
-        if let Some(out) = out {
-            let sender = sender.clone();
-            std::thread::spawn(move || read_lines(out, Stream::Stdout, &sender));
-        }
-        if let Some(err) = err {
-            let sender = sender.clone();
-            std::thread::spawn(move || read_lines(err, Stream::Stderr, &sender));
-        }
-        drop(sender);
-        if let Some(mut input) = input {
-            let bytes = self.stdin.clone();
-            // A program that does not read its stdin closes the pipe: that is its affair, its status tells.
-            std::thread::spawn(move || drop(input.write_all(&bytes)));
-        }
         // Of those that answer us none leaves a grandchild, and what they said must be whole however busy the machine is.
         let grace = if self.chosen { GRACE_OURS } else { GRACE };
         let mut ended: Option<(ExitStatus, Instant)> = None;

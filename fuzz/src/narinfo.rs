@@ -5,7 +5,7 @@ use crate::entries::Choices;
 use crate::keys::key;
 use omni_deploy::keys::SecretKey;
 use omni_deploy::names::StorePath;
-use omni_deploy::nix::hash::{BASE32_DIGITS, Sha256};
+use omni_deploy::hash::{BASE32_DIGITS, Sha256};
 use omni_deploy::nix::narinfo::{Compression, MAX_REFERENCES, MAX_SIGNATURES, NarInfo, is_nar_key};
 use omni_deploy::nix::walk::{PathFault, judge};
 use std::sync::LazyLock;

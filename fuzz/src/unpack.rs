@@ -2,7 +2,7 @@
 //! was promised.
 
 use crate::entries::Choices;
-use omni_deploy::nix::hash::Sha256;
+use omni_deploy::hash::Sha256;
 use omni_deploy::nix::narinfo::Compression;
 use omni_deploy::nix::unpack::{Expected, plain_file, unpack};
 

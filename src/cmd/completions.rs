@@ -5,9 +5,9 @@
 use super::{print, tree};
 use crate::config::{self, KEYS};
 use crate::dispatch;
-use crate::error::{Error, Result};
+use crate::error::{Error, Exit, Result};
 use crate::manifest::publish;
-use crate::see::reports;
+use crate::status::reports;
 use crate::store::ARCHIVE_PREFIX;
 use argh::{ArgsInfo, FromArgs, Optionality};
 use std::collections::BTreeSet;
@@ -153,12 +153,11 @@ for name in omni-deploy deploy-manifest deployer
 end
 "#;
 
-/// Runs the command.
-pub(super) fn run(args: &Args) -> Result<u8> {
+pub(super) fn run(args: &Args) -> Result<Exit> {
     if args.complete {
         let words = [std::slice::from_ref(&args.shell), &args.words].concat();
         let found = candidates(&words, &names);
-        return print(&found.iter().map(|line| format!("{line}\n")).collect::<String>()).map(|()| 0);
+        return print(&found.iter().map(|line| format!("{line}\n")).collect::<String>()).map(|()| Exit::Done);
     }
     if let Some(other) = args.words.first() {
         return Err(Error::usage(format!("one shell at a time; '{other}' is another")));
@@ -171,7 +170,7 @@ pub(super) fn run(args: &Args) -> Result<u8> {
             return Err(Error::usage(format!("no completions for '{shell}'; bash, zsh and fish have them")));
         }
     };
-    print(script).map(|()| 0)
+    print(script).map(|()| Exit::Done)
 }
 
 /// The candidates for the last word, each with a tab and a description where there is one. `names` looks names

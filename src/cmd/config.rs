@@ -1,10 +1,10 @@
 //! `omni-deploy config`: the effective values and where each came from. Never prints a secret: keys are shown
 //! as the path of their file, URLs without what authenticates.
 
+use super::table::{Cell, Column, table};
 use super::{Call, print};
 use crate::config::{KEYS, Sourced};
-use crate::error::Result;
-use crate::log::printable;
+use crate::error::{Exit, Result};
 use crate::store::url::without_secrets;
 use argh::{ArgsInfo, FromArgs};
 use serde_json::{Map, Value, json};
@@ -23,8 +23,7 @@ pub(super) struct Args {
     json: bool,
 }
 
-/// Runs the command.
-pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
+pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     let settings = call.settings()?;
     let shown = |name: &str| {
         let Some(Sourced { value, source }) = settings.sources.get(name) else { return (None, "default") };
@@ -43,20 +42,16 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
             };
             map.insert(key.name.into(), json!({"value": value, "source": source}));
         }
-        let text = serde_json::to_string_pretty(&json!({"version": 1, "settings": map}));
-        print(&text.map_err(|e| crate::error::Error::new(format!("cannot write the configuration: {e}")))?)?;
-        return Ok(0);
+        print(&format!("{:#}", json!({"version": 1, "settings": map})))?;
+        return Ok(Exit::Done);
     }
-    let lines: Vec<[String; 3]> = KEYS
+    let lines: Vec<Vec<Cell>> = KEYS
         .iter()
         .map(|key| {
             let (value, source) = shown(key.name);
-            [key.name.to_string(), printable(value.as_deref().unwrap_or("-")).into_owned(), source.into()]
+            vec![key.name.into(), value.as_deref().unwrap_or("-").into(), source.into()]
         })
         .collect();
-    let width = |i: usize| lines.iter().map(|l| l[i].chars().count()).max().unwrap_or(0);
-    let (names, values) = (width(0), width(1).min(60));
-    let text: String = lines.iter().map(|[n, v, s]| format!("{n:<names$}  {v:<values$}  {s}\n")).collect();
-    print(&text)?;
-    Ok(0)
+    print(&table(&[Column::Left, Column::AtMost(60)], &lines))?;
+    Ok(Exit::Done)
 }

@@ -12,9 +12,10 @@ use crate::deployer::pass::{self, Preview, RunOptions};
 use crate::deployer::plan::{ServicePlan, Step};
 use crate::deployer::root::{Root, STATE_FILE};
 use crate::deployer::state::{LastError, RouteStatus, ServicePhase, State, attention};
-use crate::deployer::systemd;
-use crate::error::{Error, Result};
+use crate::error::{Error, Exit, Result};
+use crate::files::if_there;
 use crate::log;
+use crate::systemd;
 use argh::{ArgsInfo, FromArgs};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -156,8 +157,7 @@ struct RollbackArgs {
     unpin: bool,
 }
 
-/// Runs the command.
-pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
+pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     match args.command {
         Command::Run(a) => {
             let asks = RunOptions {
@@ -188,7 +188,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
                 log::warning(format!("{error}; planned from the last good manifest"));
             }
             print(&if a.json { plan_json(&preview) } else { plan_text(&preview, &settings) })?;
-            Ok(0)
+            Ok(Exit::Done)
         }
         Command::State(a) if a.live => live(call, &a),
         Command::State(a) if a.domains => Err(Error::usage("--domains goes with --live --json")),
@@ -333,7 +333,7 @@ fn plan_json(preview: &Preview) -> String {
     log::printable_json(&format!("{value:#}")).into_owned()
 }
 
-fn live(call: &Call, args: &StateArgs) -> Result<u8> {
+fn live(call: &Call, args: &StateArgs) -> Result<Exit> {
     if !args.json {
         return Err(Error::usage("--live goes with --json; for people there is 'omni-deploy status --live'"));
     }
@@ -343,14 +343,14 @@ fn live(call: &Call, args: &StateArgs) -> Result<u8> {
     })
 }
 
-fn watch(call: &Call, serial: u64) -> Result<u8> {
+fn watch(call: &Call, serial: u64) -> Result<Exit> {
     answered(call, |_, unit_dir| {
         follow::watch(unit_dir, serial, || systemd::start_without_waiting(live::DEPLOYER))
     })
 }
 
 /// Prints an answer, for which a configuration that cannot be used is no reason to be silent.
-fn answered(call: &Call, look: impl FnOnce(Option<&Settings>, &Path) -> Result<LiveState>) -> Result<u8> {
+fn answered(call: &Call, look: impl FnOnce(Option<&Settings>, &Path) -> Result<LiveState>) -> Result<Exit> {
     let settings = call.settings();
     let unit_dir = settings.as_ref().map_or(Path::new("/etc/systemd/system"), |s| s.unit_dir.as_path());
     let mut answer = look(settings.as_ref().ok(), unit_dir)?;
@@ -360,19 +360,13 @@ fn answered(call: &Call, look: impl FnOnce(Option<&Settings>, &Path) -> Result<L
     let text = serde_json::to_string(&answer);
     let text = text.map_err(|e| Error::new(format!("cannot write the answer: {e}")))?;
     print(&log::printable_json(&text))?;
-    Ok(0)
+    Ok(Exit::Done)
 }
 
-fn state(json: bool) -> Result<u8> {
-    let bytes = match fs_err::read(STATE_FILE) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::new(format!(
-                "no {STATE_FILE}: no pass has finished on this host; run 'deployer'"
-            )));
-        }
-        Err(e) => return Err(e.into()),
-    };
+fn state(json: bool) -> Result<Exit> {
+    let bytes = if_there(fs_err::read(STATE_FILE))?.ok_or_else(|| {
+        Error::new(format!("no {STATE_FILE}: no pass has finished on this host; run 'deployer'"))
+    })?;
     // It needs no configuration, which may be what is wrong.
     let root = Root::system(Path::new("/etc/systemd/system"));
     let lines = lines::load(&root);
@@ -387,7 +381,7 @@ fn state(json: bool) -> Result<u8> {
             Ok(_) | Err(_) => bytes,
         };
         print(&log::printable_json(&String::from_utf8_lossy(&bytes)))?;
-        return Ok(0);
+        return Ok(Exit::Done);
     }
     let state = state.map_err(|e| {
         Error::new(format!("{STATE_FILE} cannot be used: {e}; run 'deployer' to write it anew"))
@@ -455,7 +449,7 @@ fn state(json: bool) -> Result<u8> {
         text.push_str(&format!("route pending: {}\n", log::printable(reason)));
     }
     print(&text)?;
-    Ok(0)
+    Ok(Exit::Done)
 }
 
 #[cfg(test)]

@@ -3,9 +3,9 @@
 use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::deployer::live;
-use crate::error::{EXIT_FAILED, Error, Result};
+use crate::doctor::{Check, Verdict, credentials, host, machine};
+use crate::error::{Exit, Result};
 use crate::log::{self, printable, printable_json};
-use crate::see::checks::{Check, Verdict, credentials, host, machine};
 use argh::{ArgsInfo, FromArgs};
 use serde_json::json;
 use std::io::IsTerminal;
@@ -30,19 +30,16 @@ pub(super) struct Args {
     json: bool,
 }
 
-/// Runs the command.
-pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
+pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     let checks = look(call, args.host || host::is_host());
     let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
     if args.json {
-        let text = serde_json::to_string_pretty(&json!({"version": 1, "checks": checks}));
-        let text = text.map_err(|e| Error::new(format!("cannot write the checks: {e}")))?;
-        print(&printable_json(&text))?;
+        print(&printable_json(&format!("{:#}", json!({"version": 1, "checks": checks}))))?;
     } else {
         let colour = std::io::stdout().is_terminal() && log::colour_wanted();
         print(&checks.iter().map(|check| line(check, colour)).collect::<String>())?;
     }
-    Ok(if failed { EXIT_FAILED } else { 0 })
+    Ok(if failed { Exit::Failed } else { Exit::Done })
 }
 
 fn look(call: &Call, on_host: bool) -> Vec<Check> {

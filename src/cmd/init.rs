@@ -6,7 +6,8 @@ use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::config::{self, KEYS, Settings};
 use crate::durable;
-use crate::error::{Error, Result};
+use crate::error::{Error, Exit, Result};
+use crate::files::if_there;
 use crate::keys::{PublicKey, SecretKey};
 use crate::log;
 use crate::manifest::publish::{self, Author};
@@ -37,8 +38,7 @@ pub(super) struct Args {
     key_name: Option<String>,
 }
 
-/// Runs the command.
-pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
+pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     let mut flags = call.flags.clone();
     if let Some(store) = args.store
         && let Some(other) = flags.insert("store", store)
@@ -101,15 +101,15 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     let author = Author { by: publish::whoami(), trust, seen: Seen::of_user(), at_hand: 0 };
     let made = first_manifest(store.as_ref(), &author);
 
-    let text = serde_json::to_string_pretty(&for_hosts(&settings, &public));
-    log::info(match settings.store {
-        StoreUrl::Dir(_) => "a deployer on this machine needs this in /etc/omni-deploy/config.json:",
-        StoreUrl::S3(_) => {
+    let for_hosts = for_hosts(&settings, &public);
+    log::info(match settings.store.is_shared() {
+        false => "a deployer on this machine needs this in /etc/omni-deploy/config.json:",
+        true => {
             "every host needs this in /etc/omni-deploy/config.json, and credentials of its own for the bucket:"
         }
     });
-    print(&text.map_err(|e| Error::new(format!("cannot write the hosts' configuration: {e}")))?)?;
-    made.map(|()| 0)
+    print(&format!("{for_hosts:#}"))?;
+    made.map(|()| Exit::Done)
 }
 
 /// Makes the manifest, unless there is or was one: in the place of one that was lost, or taken away, an empty one would
@@ -132,11 +132,7 @@ fn first_manifest(store: &dyn Store, author: &Author) -> Result<()> {
 
 /// What the user's file holds. One that is no JSON object is put aside as `config.json.broken`.
 fn existing(file: &Path) -> Result<Map<String, Value>> {
-    let bytes = match fs_err::read(file) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
-        Err(e) => return Err(e.into()),
-    };
+    let Some(bytes) = if_there(fs_err::read(file))? else { return Ok(Map::new()) };
     match serde_json::from_slice(&bytes) {
         Ok(Value::Object(map)) => Ok(map),
         _ => {
@@ -203,9 +199,7 @@ fn save(file: &Path, old: &Map<String, Value>, new: &Map<String, Value>) -> Resu
     let mode = fs_err::metadata(file).map_or(0o600, |m| m.permissions().mode() & 0o777);
     let dir = file.parent().ok_or_else(|| Error::new(format!("{at} has no folder above it; set HOME")))?;
     fs_err::create_dir_all(dir)?;
-    let text = serde_json::to_string_pretty(&new)
-        .map_err(|e| Error::new(format!("cannot write the configuration: {e}")))?;
-    durable::write(file, format!("{text}\n").as_bytes(), mode)?;
+    durable::write(file, format!("{:#}\n", Value::Object(new.clone())).as_bytes(), mode)?;
     let shown = |value: &Value| match value {
         Value::String(text) => without_secrets(text),
         other => other.to_string(),
@@ -217,17 +211,8 @@ fn save(file: &Path, old: &Map<String, Value>, new: &Map<String, Value>) -> Resu
     Ok(())
 }
 
-/// The configuration of a host: where to look and whom to believe. A profile is of this machine's credentials
-/// and stays here.
+/// The configuration of a host: where to look and whom to believe.
 fn for_hosts(settings: &Settings, ours: &PublicKey) -> Value {
-    let mut store = settings.store.clone();
-    if let StoreUrl::S3(location) = &mut store {
-        location.profile = None;
-    }
-    let mut cache = settings.cache.clone();
-    if let CacheUrl::S3(location) = &mut cache {
-        location.profile = None;
-    }
     let shown = |name: &str, url: String| {
         let shown = without_secrets(&url);
         if shown != url {
@@ -242,10 +227,10 @@ fn for_hosts(settings: &Settings, ours: &PublicKey) -> Value {
         trusted.push(ours.to_string());
     }
     json!({
-        "store": shown("store", store.to_string()),
-        "cache": shown("cache", match cache {
-            CacheUrl::Nix(url) => url,
-            cache => cache.to_string(),
+        "store": shown("store", settings.store.for_others().to_string()),
+        "cache": shown("cache", match &settings.cache {
+            CacheUrl::Store(url) => url.for_others().to_string(),
+            CacheUrl::Nix(url) => url.clone(),
         }),
         "trustedPublicKeys": trusted,
     })

@@ -2,7 +2,7 @@
 
 use super::print;
 use crate::config;
-use crate::error::Result;
+use crate::error::{Exit, Result};
 use crate::keys::SecretKey;
 use crate::log;
 use argh::{ArgsInfo, FromArgs};
@@ -17,11 +17,10 @@ pub(super) struct Args {
     name: String,
 }
 
-/// Runs the command.
-pub(super) fn run(args: Args) -> Result<u8> {
+pub(super) fn run(args: Args) -> Result<Exit> {
     let key = SecretKey::generate(&args.name)?;
     let path = key.write(&config::user_dir().join("keys"))?;
     log::notice(format!("made {}; to sign with it: 'secretKeyFile' in the configuration", path.display()));
     print(&key.public().to_string())?;
-    Ok(0)
+    Ok(Exit::Done)
 }

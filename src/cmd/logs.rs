@@ -2,17 +2,17 @@
 //! of hosts are shown with their control characters escaped; what a person gives reaches journalctl as the
 //! value of an option, never as one.
 
-use super::{Call, print};
+use super::{Call, host, hosts_of, print};
 use crate::config::Settings;
-use crate::error::{EXIT_FAILED, Error, Result, did_you_mean};
+use crate::error::{Error, Exit, Result, did_you_mean};
 use crate::log::{self, printable};
 use crate::manifest::publish::{self, Author};
 use crate::names::HostName;
 use crate::runner::Stream;
-use crate::see::reports;
 use crate::ssh;
+use crate::status::reports;
 use argh::{ArgsInfo, FromArgs};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -109,8 +109,7 @@ fn since(text: &str) -> Result<String, String> {
     Ok(text.into())
 }
 
-/// Runs the command.
-pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
+pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     let settings = call.settings()?;
     let (unit, hosts) = which(&settings, &args)?;
     let words = journalctl(&unit, &args);
@@ -120,18 +119,12 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
     } else {
         in_turn(&settings, &hosts, &words, args.most())?
     };
-    Ok(if failed { EXIT_FAILED } else { 0 })
+    Ok(if failed { Exit::Failed } else { Exit::Done })
 }
 
 /// The unit and the hosts that run it.
 fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
-    let picked = match &args.host {
-        None => None,
-        Some(host) => Some(
-            HostName::parse(host)
-                .map_err(|why| Error::usage(format!("the host '{}' {why}", printable(host))))?,
-        ),
-    };
+    let picked = args.host.as_deref().map(host).transpose()?;
     let everywhere = matches!(args.name.as_str(), "deployer" | "caddy");
     // A host's own journal needs no manifest: that may be what is being looked into.
     if everywhere && let Some(host) = picked {
@@ -152,20 +145,7 @@ fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
         let hint = if near.is_empty() { "; 'omni-deploy status' lists them" } else { near.as_str() };
         Error::new(format!("no service '{}' in the manifest{hint}", printable(&args.name)))
     })?;
-    let placed: BTreeSet<HostName> = service.hosts.iter().cloned().collect();
-    let hosts = match picked {
-        None => placed.into_iter().collect(),
-        Some(host) if placed.contains(&host) => vec![host],
-        Some(host) => {
-            let on: Vec<&str> = placed.iter().map(HostName::as_str).collect();
-            return Err(Error::new(format!(
-                "{} does not run on {host}; it runs on {}",
-                service.name,
-                on.join(", ")
-            )));
-        }
-    };
-    Ok((service.name.unit(), hosts))
+    Ok((service.name.unit(), hosts_of(service, picked.as_ref())?))
 }
 
 fn journalctl(unit: &str, args: &Args) -> Vec<String> {

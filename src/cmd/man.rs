@@ -6,7 +6,7 @@ use super::usage::{arguments, filled, options, synopsis};
 use super::{print, tree};
 use crate::config::KEYS;
 use crate::dispatch::{self, CALLED, Command, spoken};
-use crate::error::{Error, Result, did_you_mean};
+use crate::error::{Error, Exit, Result, did_you_mean};
 use crate::runner::{Run, RunError};
 use argh::{ArgsInfo, FromArgs};
 use std::io::{IsTerminal, Write};
@@ -31,11 +31,10 @@ const PAGES: [(&str, &str, &str); 3] = [
     ("deployer", "8", include_str!("../../docs/man/deployer.8")),
 ];
 
-/// Runs the command.
-pub(super) fn run(args: Args) -> Result<u8> {
+pub(super) fn run(args: Args) -> Result<Exit> {
     let Some(wanted) = args.page else {
         let list = PAGES.map(|(name, section, _)| format!("{name}({section})\n")).concat();
-        return print(&list).map(|()| 0);
+        return print(&list).map(|()| Exit::Done);
     };
     let names = |(name, section, _): &(&str, &str, &str)| {
         wanted == *name || wanted == format!("{name}({section})") || wanted == format!("{name}.{section}")
@@ -50,10 +49,11 @@ pub(super) fn run(args: Args) -> Result<u8> {
         file.write_all(text.as_bytes())?;
         match Run::new("man").arg("-l").arg(file.path()).inherit() {
             Err(RunError::NotFound { .. }) => {}
-            other => return other.map(|status| u8::from(!status.ok())).map_err(Error::from),
+            Ok(status) => return Ok(if status.ok() { Exit::Done } else { Exit::Failed }),
+            Err(e) => return Err(e.into()),
         }
     }
-    print(&text).map(|()| 0)
+    print(&text).map(|()| Exit::Done)
 }
 
 /// A page as man(1) takes it.

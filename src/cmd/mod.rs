@@ -14,12 +14,15 @@ pub mod manifest;
 pub mod push;
 pub mod secrets;
 pub mod status;
+mod table;
 mod usage;
 
 use crate::config::{Flags, Settings};
 use crate::dispatch::{self, Action, Information};
-use crate::error::{Error, Result};
-use crate::log;
+use crate::error::{Error, Exit, Result, did_you_mean};
+use crate::log::{self, printable};
+use crate::manifest::Service;
+use crate::names::HostName;
 use argh::{ArgsInfo, FromArgs};
 use std::io::Write;
 use std::process::ExitCode;
@@ -85,6 +88,28 @@ fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
     text.parse().map_err(|_| "a number is meant".into())
 }
 
+/// A host that was named on the command line.
+fn host(named: &str) -> Result<HostName> {
+    HostName::parse(named).map_err(|why| Error::usage(format!("the host '{}' {why}", printable(named))))
+}
+
+fn listed(hosts: &[HostName]) -> String {
+    hosts.iter().map(HostName::as_str).collect::<Vec<_>>().join(", ")
+}
+
+/// The hosts of a service, or the one of them that is named.
+fn hosts_of(service: &Service, named: Option<&HostName>) -> Result<Vec<HostName>> {
+    let mut placed = service.hosts.clone();
+    placed.sort();
+    placed.dedup();
+    let Some(host) = named else { return Ok(placed) };
+    if placed.contains(host) {
+        return Ok(vec![host.clone()]);
+    }
+    let near = did_you_mean(host.as_str(), placed.iter().map(HostName::as_str));
+    Err(Error::new(format!("{} does not run on {host}{near}; it runs on {}", service.name, listed(&placed))))
+}
+
 /// Writes data to stdout, with a newline at the end. A reader that went away (`| head`) is no error.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
@@ -94,7 +119,7 @@ pub fn print(text: &str) -> Result<()> {
         .and_then(|()| out.write_all(newline.as_bytes()))
         .and_then(|()| out.flush())
     {
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Err(Error::said(0)),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Err(Error::ReaderGone),
         Err(e) => Err(Error::new(format!("cannot write to stdout: {e}"))),
         Ok(()) => Ok(()),
     }
@@ -109,35 +134,33 @@ pub fn main() -> ExitCode {
             Ok(arg) => argv.push(arg),
             Err(arg) => {
                 log::error(format!("the argument {arg:?} is not UTF-8; write it in UTF-8"));
-                return ExitCode::from(crate::error::EXIT_USAGE);
+                return ExitCode::from(Exit::Usage.code());
             }
         }
     }
-    match run(argv) {
-        Ok(code) => ExitCode::from(code),
-        Err(e) => {
-            if !e.is_said() {
-                log::error(format!("error: {e}"));
-            }
-            ExitCode::from(e.exit())
+    let exit = run(argv).unwrap_or_else(|e| {
+        if e != Error::ReaderGone {
+            log::error(format!("error: {e}"));
         }
-    }
+        e.exit()
+    });
+    ExitCode::from(exit.code())
 }
 
-fn run(argv: Vec<String>) -> Result<u8> {
+fn run(argv: Vec<String>) -> Result<Exit> {
     let tree = tree();
     let mut line = dispatch::read(&tree, &argv);
     match line.meaning()? {
         Action::Run => {}
         Action::Answer(Information::Help) => {
-            return print(&usage::help(line.command, &line.name())).map(|()| 0);
+            return print(&usage::help(line.command, &line.name())).map(|()| Exit::Done);
         }
         Action::Answer(Information::Version) => {
-            return print(&format!("omni-deploy {}", env!("CARGO_PKG_VERSION"))).map(|()| 0);
+            return print(&format!("omni-deploy {}", env!("CARGO_PKG_VERSION"))).map(|()| Exit::Done);
         }
         Action::Nothing => {
             log::info(usage::help(line.command, &line.name()).trim_end());
-            return Err(Error::said(crate::error::EXIT_USAGE));
+            return Ok(Exit::Usage);
         }
     }
     let (args, name) = (line.args(), line.name());

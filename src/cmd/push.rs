@@ -2,7 +2,7 @@
 
 use super::Call;
 use crate::config::Settings;
-use crate::error::Result;
+use crate::error::{Exit, Result};
 use crate::log;
 use crate::names::{HostName, ServiceName};
 use crate::nix::Scope;
@@ -94,8 +94,7 @@ impl From<Ship> for Push {
     }
 }
 
-/// Runs the command.
-pub(super) fn run(call: &Call, args: Push) -> Result<u8> {
+pub(super) fn run(call: &Call, args: Push) -> Result<Exit> {
     let settings = call.settings()?;
     let cwd = std::env::current_dir()
         .map_err(|e| crate::error::Error::new(format!("cannot tell the current folder: {e}; cd to one")))?;
@@ -113,7 +112,7 @@ pub(super) fn run(call: &Call, args: Push) -> Result<u8> {
     let hosts: Vec<&str> = pushed.hosts.keys().map(HostName::as_str).collect();
     if hosts.is_empty() {
         log::warning("no host runs what was pushed; name some with 'deploy-manifest set NAME hosts=…'");
-        return Ok(0);
+        return Ok(Exit::Done);
     }
     if args.wait {
         let (settings, _connections) = match opening {
@@ -126,10 +125,10 @@ pub(super) fn run(call: &Call, args: Push) -> Result<u8> {
         "{} will pick it up within 5 minutes; 'omni-deploy ship' makes it live at once",
         hosts.join(", ")
     ));
-    Ok(0)
+    Ok(Exit::Done)
 }
 
-fn follow(settings: &Settings, pushed: &Pushed, timeout: Duration) -> Result<u8> {
+fn follow(settings: &Settings, pushed: &Pushed, timeout: Duration) -> Result<Exit> {
     let outcomes = wait::follow(settings, &pushed.hosts, pushed.serial, timeout)?;
     for ((service, host), outcome) in &outcomes {
         super::print(&format!("{service} {host} {}", outcome.word()))?;

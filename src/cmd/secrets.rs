@@ -3,16 +3,18 @@
 //! same program does the work, as root ([`crate::secrets`]).
 
 use super::editor::{self, Traces, as_the_terminal_has_it};
-use super::{Call, print};
+use super::{Call, host, hosts_of, listed, print};
 use crate::config::Settings;
 use crate::deployer::root::Root;
 use crate::durable;
-use crate::error::{EXIT_DEGRADED, EXIT_FAILED, EXIT_USAGE, Error, Result, did_you_mean};
+use crate::error::{Error, Exit, Result};
+use crate::files::if_there;
 use crate::log::{self, printable};
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::publish::{self, Author};
 use crate::manifest::{Manifest, Service, edit};
 use crate::names::{HostName, ServiceName};
+use crate::parallel;
 use crate::runner::{Beside, ProcessStatus, Run, tail};
 use crate::secrets::{
     self, FileFormat, FileState, MAX_FILE, SecretFile, WriteRequest, WriteResult, environment,
@@ -122,8 +124,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// How long a restart may take.
 const RESTART_WITHIN: Duration = Duration::from_secs(180);
 
-/// Runs the command.
-pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
+pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     match args.command {
         Command::OnHost(OnHost { verb, service, form, path }) => on_host(&verb, &service, &form, &path),
         Command::Sweep(Sweep { folder }) => sweep(&folder),
@@ -133,7 +134,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
 }
 
 /// The host's side: one question, answered on stdout.
-fn on_host(verb: &str, service: &str, form: &str, path: &str) -> Result<u8> {
+fn on_host(verb: &str, service: &str, form: &str, path: &str) -> Result<Exit> {
     let name = ServiceName::parse(service)
         .map_err(|why| Error::usage(format!("the service '{}' {why}", printable(service))))?;
     let form = FileFormat::parse(form).ok_or_else(|| Error::usage("no such form of a file"))?;
@@ -153,24 +154,21 @@ fn on_host(verb: &str, service: &str, form: &str, path: &str) -> Result<u8> {
         }
         _ => return Err(Error::usage("look, read or write is meant")),
     };
-    print(&answer.map_err(|e| Error::new(format!("cannot write the answer: {e}")))?).map(|()| 0)
+    print(&answer.map_err(|e| Error::new(format!("cannot write the answer: {e}")))?).map(|()| Exit::Done)
 }
 
 /// Waits for the end of stdin, which comes when the editing process ends, however it ends; then removes its
 /// folder, unless it was told to keep it.
-fn sweep(folder: &Path) -> Result<u8> {
+fn sweep(folder: &Path) -> Result<Exit> {
     if !folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(durable::TEMP_PREFIX)) {
         return Err(Error::usage(format!("'{}' is no folder that an edit made", folder.display())));
     }
     let mut word = String::new();
     std::io::stdin().take(KEEP.len() as u64).read_to_string(&mut word)?;
     if word != KEEP {
-        match fs_err::remove_dir_all(folder) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
-            _ => {}
-        }
+        if_there(fs_err::remove_dir_all(folder))?;
     }
-    Ok(0)
+    Ok(Exit::Done)
 }
 
 /// The manifest; on a host that has no way to the bucket, the last good one of its deployer.
@@ -194,25 +192,6 @@ fn manifest(settings: &Settings) -> Result<Manifest> {
 
 fn service<'a>(manifest: &'a Manifest, name: &str) -> Result<&'a Service> {
     manifest.service(name).ok_or_else(|| edit::unknown_service(name, manifest))
-}
-
-/// The hosts of a service, or the one of them that is named.
-fn hosts(service: &Service, named: Option<&str>) -> Result<Vec<HostName>> {
-    let mut placed = service.hosts.clone();
-    placed.sort();
-    placed.dedup();
-    let Some(named) = named else { return Ok(placed) };
-    let host = HostName::parse(named)
-        .map_err(|why| Error::usage(format!("the host '{}' {why}", printable(named))))?;
-    if placed.contains(&host) {
-        return Ok(vec![host]);
-    }
-    let near = did_you_mean(named, placed.iter().map(HostName::as_str));
-    Err(Error::new(format!("{} does not run on {host}{near}; it runs on {}", service.name, listed(&placed))))
-}
-
-fn listed(hosts: &[HostName]) -> String {
-    hosts.iter().map(HostName::as_str).collect::<Vec<_>>().join(", ")
 }
 
 fn no_secrets(service: &Service) -> String {
@@ -243,7 +222,7 @@ fn ask<T: serde::de::DeserializeOwned>(
     }
     let said = tail(&output.stderr);
     let unknown = matches!(output.status, ProcessStatus::Exit(127)) || said.contains("command not found");
-    Err(Error::new(if unknown || output.status == ProcessStatus::Exit(EXIT_USAGE.into()) {
+    Err(Error::new(if unknown || output.status == ProcessStatus::Exit(Exit::Usage.code().into()) {
         format!("host {host} has no omni-deploy that knows 'secrets': {said}; install this version there")
     } else if said.is_empty() {
         format!("host {host}: omni-deploy there ended with {} and said nothing", output.status)
@@ -260,33 +239,27 @@ fn typed(settings: &Settings, host: &HostName, command: &str) -> String {
     }
 }
 
-fn check(settings: &Settings, args: &CheckArgs) -> Result<u8> {
+fn check(settings: &Settings, args: &CheckArgs) -> Result<Exit> {
     let manifest = manifest(settings)?;
     let service = service(&manifest, &args.service)?;
-    let hosts = hosts(service, args.host.as_deref())?;
+    let named = args.host.as_deref().map(host).transpose()?;
+    let hosts = hosts_of(service, named.as_ref())?;
     let files = secrets::files(service);
     if files.is_empty() {
         log::info(no_secrets(service));
-        return Ok(0);
+        return Ok(Exit::Done);
     }
     let pairs: Vec<(&HostName, &SecretFile)> =
         hosts.iter().flat_map(|host| files.iter().map(move |file| (host, file))).collect();
-    let answers: Vec<Result<FileState>> = std::thread::scope(|scope| {
-        let look = |(host, file): &(&HostName, &SecretFile)| {
-            ask(settings, host, "look", &service.name, file, Vec::new())
-        };
-        let asked: Vec<_> = pairs.iter().map(|pair| scope.spawn(move || look(pair))).collect();
-        let joined = |thread: std::thread::ScopedJoinHandle<'_, _>| {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        asked.into_iter().map(joined).collect()
+    let answers: Vec<Result<FileState>> = parallel::map(&pairs, pairs.len(), |(host, file)| {
+        ask(settings, host, "look", &service.name, file, Vec::new())
     });
-    let (mut code, mut failed) = (0, false);
+    let (mut code, mut failed) = (Exit::Done, false);
     for ((host, file), answer) in pairs.iter().zip(answers) {
         match answer {
             Ok(found) => {
                 if !found.problems.is_empty() || !found.mistakes.is_empty() {
-                    code = code.max(EXIT_DEGRADED);
+                    code = code.max(Exit::Degraded);
                 }
                 print(&told(settings, service, host, file, &found))?;
             }
@@ -297,7 +270,7 @@ fn check(settings: &Settings, args: &CheckArgs) -> Result<u8> {
             }
         }
     }
-    Ok(if failed { EXIT_FAILED } else { code })
+    Ok(if failed { Exit::Failed } else { code })
 }
 
 /// What is known of a file on a host, a line for each thing.
@@ -328,12 +301,13 @@ fn told(
     lines.iter().map(|line| format!("{host}: {}\n", printable(line))).collect()
 }
 
-fn edit_on_host(call: &Call, args: &SecretsEditArgs) -> Result<u8> {
+fn edit_on_host(call: &Call, args: &SecretsEditArgs) -> Result<Exit> {
     editor::ignore_its_signals(call)?;
     let settings = call.settings()?;
     let manifest = manifest(&settings)?;
     let service = service(&manifest, &args.service)?;
-    let hosts = hosts(service, args.host.as_deref())?;
+    let named = args.host.as_deref().map(host).transpose()?;
+    let hosts = hosts_of(service, named.as_ref())?;
     let host = match hosts.as_slice() {
         [host] => host,
         several => {
@@ -360,7 +334,7 @@ fn edit_on_host(call: &Call, args: &SecretsEditArgs) -> Result<u8> {
     let found: FileState = ask(&settings, host, "read", &service.name, file, Vec::new())?;
     let old = found.content.as_deref().map(secrets::decode).transpose()?;
     if !edited(&settings, host, service, file, old, found.hash.clone())? {
-        return Ok(0);
+        return Ok(Exit::Done);
     }
     log::info(format!("{host}: wrote {}", file.path));
     after(&settings, host, service, found.running, args.restart)
@@ -472,7 +446,7 @@ fn after(
     service: &Service,
     running: bool,
     restart: bool,
-) -> Result<u8> {
+) -> Result<Exit> {
     // One that waits for its secrets is the deployer's to start, which looks at them again now.
     let (verb, unit) =
         if running { ("restart", service.name.unit()) } else { ("start", "deployer.service".into()) };
@@ -484,17 +458,17 @@ fn after(
     };
     if !wanted {
         log::info(format!("{} sees it after: {typed}", service.name));
-        return Ok(0);
+        return Ok(Exit::Done);
     }
     let words = ["systemctl", verb, "--", &unit];
     let run = ssh::run_on(settings, host, true, &words).deadline(RESTART_WITHIN);
     let output = ssh::answer_of(settings, host, &words, as_the_terminal_has_it(run))?;
     if !output.status.ok() {
         log::error(format!("error: host {host}: systemctl {verb} {short}: {}", tail(&output.stderr)));
-        return Ok(EXIT_FAILED);
+        return Ok(Exit::Failed);
     }
     log::info(format!("{host}: {verb}ed {short}"));
-    Ok(0)
+    Ok(Exit::Done)
 }
 
 fn agreed(question: &str) -> Result<bool> {

@@ -1,17 +1,18 @@
 //! `omni-deploy status`: what should run, what runs, and what is off. Everything a host wrote is shown with its
 //! control characters escaped.
 
+use super::table::{self, Cell};
 use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::config::Settings;
-use crate::error::{EXIT_DEGRADED, Error, Result, did_you_mean};
+use crate::error::{Error, Exit, Result, did_you_mean};
 use crate::log::{self, printable, printable_json};
 use crate::manifest::publish::{self, Author};
 use crate::manifest::{edit, entry};
 use crate::names::{HostName, StorePath};
 use crate::push::namespace::DIRTY;
-use crate::see::judge::{Expected, Only, ServiceRow, ServiceStatus, StatusReport, judge};
-use crate::see::reports;
+use crate::status::judge::{Expected, Only, ServiceRow, ServiceStatus, StatusReport, judge};
+use crate::status::reports;
 use crate::store::HOSTS_PREFIX;
 use argh::{ArgsInfo, FromArgs};
 use std::collections::BTreeSet;
@@ -63,8 +64,7 @@ const JOURNAL_LINES: usize = 10;
 /// The most characters that are shown of one line of a host.
 const LINE_CHARS: usize = 1000;
 
-/// Runs the command.
-pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
+pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     let settings = call.settings()?;
     if args.watch {
         return watch(&settings, &args);
@@ -81,7 +81,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<u8> {
         let colour = std::io::stdout().is_terminal() && log::colour_wanted();
         print(&table(&picture, Timestamp::now(), colour, args.service.is_some()))?;
     }
-    Ok(if picture.needs_attention() { EXIT_DEGRADED } else { 0 })
+    Ok(if picture.needs_attention() { Exit::Degraded } else { Exit::Done })
 }
 
 /// What is to be shown, and what is to be said of reports that were not read.
@@ -147,7 +147,7 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
 }
 
 /// Shows it until it is interrupted. A store that is out of reach for a while is said once and waited for.
-fn watch(settings: &Settings, args: &Args) -> Result<u8> {
+fn watch(settings: &Settings, args: &Args) -> Result<Exit> {
     let terminal = std::io::stdout().is_terminal();
     let mut shown = String::new();
     loop {
@@ -217,13 +217,12 @@ fn wanted(row: &ServiceRow) -> String {
     }
 }
 
-fn paint(standing: ServiceStatus, off: bool, text: &str) -> String {
-    let code = match standing {
-        _ if off => "31",
+fn colour_of(row: &ServiceRow) -> &'static str {
+    match row.status {
+        _ if row.off => "31",
         ServiceStatus::Running => "32",
         _ => "33",
-    };
-    format!("\x1b[{code}m{text}\x1b[0m")
+    }
 }
 
 fn clipped(text: &str) -> String {
@@ -234,7 +233,6 @@ fn clipped(text: &str) -> String {
 
 /// `detail`: what is only of interest where one service is looked at.
 fn table(picture: &StatusReport, now: Timestamp, colour: bool, detail: bool) -> String {
-    const WANTED: usize = 2;
     const STATUS: usize = 4;
     // Only of hosts that were asked now it is known.
     let asked = picture.rows.iter().any(|row| row.restarts.is_some());
@@ -243,52 +241,24 @@ fn table(picture: &StatusReport, now: Timestamp, colour: bool, detail: bool) -> 
         head.insert(STATUS + 1, "RESTARTS");
     }
     let age = |t: Option<Timestamp>| t.map_or("-".into(), |t| t.age(now));
-    let cells: Vec<Vec<String>> = picture
-        .rows
-        .iter()
-        .map(|row| {
-            let mut cells = vec![
-                row.service.to_string(),
-                row.host.to_string(),
-                wanted(row),
-                row.running.as_ref().map_or("-".into(), short),
-                row.status.as_str().to_string(),
-                age(row.since),
-                age(row.reported_at),
-            ];
-            if asked {
-                cells.insert(STATUS + 1, row.restarts.map_or("-".into(), |n| n.to_string()));
-            }
-            cells
-        })
-        .collect();
-    let mut widths: Vec<usize> = head.iter().map(|h| h.len()).collect();
-    for line in &cells {
-        for (width, cell) in widths.iter_mut().zip(line) {
-            *width = (*width).max(cell.chars().count());
+    let mut lines: Vec<Vec<Cell>> = vec![head.into_iter().map(Cell::from).collect()];
+    lines.extend(picture.rows.iter().map(|row| {
+        let dirty = row.revision.as_ref().is_some_and(|r| r.ends_with(DIRTY));
+        let mut cells = vec![
+            Cell::from(row.service.as_str()),
+            row.host.as_str().into(),
+            Cell::from(wanted(row)).coloured((colour && dirty).then_some("33")),
+            row.running.as_ref().map_or("-".into(), short).into(),
+            Cell::from(row.status.as_str()).coloured(colour.then(|| colour_of(row))),
+            age(row.since).into(),
+            age(row.reported_at).into(),
+        ];
+        if asked {
+            cells.insert(STATUS + 1, row.restarts.map_or("-".into(), |n| n.to_string()).into());
         }
-    }
-    let mut out = String::new();
-    let mut line = |cells: &[&str], painted: Option<&ServiceRow>| {
-        let mut text = String::new();
-        for (i, cell) in cells.iter().enumerate() {
-            let pad = " ".repeat(if i + 1 == cells.len() { 0 } else { widths[i] - cell.chars().count() + 2 });
-            match painted {
-                Some(row) if i == STATUS => text.push_str(&paint(row.status, row.off, cell)),
-                Some(row) if i == WANTED && row.revision.as_ref().is_some_and(|r| r.ends_with(DIRTY)) => {
-                    text.push_str(&format!("\x1b[33m{cell}\x1b[0m"));
-                }
-                _ => text.push_str(cell),
-            }
-            text.push_str(&pad);
-        }
-        out.push_str(text.trim_end());
-        out.push('\n');
-    };
-    line(&head, None);
-    for (row, cells) in picture.rows.iter().zip(&cells) {
-        line(&cells.iter().map(String::as_str).collect::<Vec<_>>(), colour.then_some(row));
-    }
+        cells
+    }));
+    let mut out = table::table(&[], &lines);
     let mut below = String::new();
     for host in &picture.hosts {
         for problem in &host.problems {
@@ -337,7 +307,7 @@ mod tests {
     use super::*;
     use crate::deployer::state::Exposure;
     use crate::names::ServiceName;
-    use crate::see::judge::HostRow;
+    use crate::status::judge::HostRow;
 
     fn picture() -> StatusReport {
         let path = |d: &str| StorePath::parse(&format!("/nix/store/{}-ava-1.0", d.repeat(32))).unwrap();

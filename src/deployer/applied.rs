@@ -2,11 +2,11 @@
 //! from, the digest of that unit, and the paths before it. It is what a failed version is put back to, also by another
 //! pass or after a reboot. Written only after a service came up.
 
-use super::files;
 use super::root::Root;
 use super::unit;
 use crate::durable::{self, Batch};
 use crate::error::{Error, Result};
+use crate::files::{self, if_there};
 use crate::manifest::Service;
 use crate::manifest::parse::{self, Mode};
 use crate::names::{ServiceName, StorePath};
@@ -75,7 +75,6 @@ struct Written<'a> {
 
 #[derive(Deserialize)]
 struct Read {
-    version: u64,
     #[serde(default)]
     previous: Vec<StorePath>,
     #[serde(default)]
@@ -88,12 +87,7 @@ struct Read {
 pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, LastKnownGood>, Vec<String>)> {
     let mut applied = BTreeMap::new();
     let mut complaints = Vec::new();
-    let entries = match fs_err::read_dir(root.applied_dir()) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((applied, complaints)),
-        Err(e) => return Err(e.into()),
-    };
-    for entry in entries {
+    for entry in if_there(fs_err::read_dir(root.applied_dir()))?.into_iter().flatten() {
         let path = entry?.path();
         if path.extension().is_none_or(|e| e != "json") {
             continue;
@@ -109,10 +103,7 @@ pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, LastKnownGood>, Vec<St
 }
 
 fn read(bytes: &[u8]) -> Result<LastKnownGood, String> {
-    let read: Read = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    if read.version > VERSION {
-        return Err(format!("it has version {}, this program reads up to {VERSION}", read.version));
-    }
+    let read: Read = files::versioned(bytes, VERSION).map_err(|e| e.to_string())?;
     let service = parse::service(read.service, Mode::Tolerant, None).map_err(|e| e.to_string())?;
     let path = service.artifact.store_path.path().cloned().ok_or("it names no store path")?;
     Ok(LastKnownGood { service, path, previous: read.previous, unit: read.unit })

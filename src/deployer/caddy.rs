@@ -7,6 +7,7 @@ use super::admin::{self, Address};
 use super::listeners::{self, CaddySeen};
 use crate::bounds::{self, Bounds};
 use crate::manifest::Http;
+use crate::percent;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -146,15 +147,7 @@ fn listens_on_https(server: &Value) -> bool {
 
 /// The name of a server as one segment of a path of the admin API. Names come from Caddy or the configuration.
 fn segment(name: &str) -> String {
-    let mut out = String::new();
-    for b in name.bytes() {
-        if b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'~') {
-            out.push(b as char);
-        } else {
-            out.push_str(&format!("%{b:02X}"));
-        }
-    }
-    out
+    percent::encode(name, "")
 }
 
 /// Compares what Caddy has with what it should have. `wanted` is the server of the configuration, if set.

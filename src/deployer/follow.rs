@@ -4,10 +4,10 @@
 use super::live::{self, DEPLOYER, LiveState, StartResult};
 use super::root::Root;
 use super::state::State;
-use super::systemd;
 use crate::clock::Timestamp;
 use crate::error::Result;
 use crate::runner::{Output, ProcessStatus, tail};
+use crate::systemd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;

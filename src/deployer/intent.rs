@@ -4,6 +4,7 @@
 use super::root::Root;
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::files::if_there;
 use crate::names::ServiceName;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -16,11 +17,8 @@ struct Intent {
 /// The services that an interrupted pass was about to touch. A file that cannot be read was torn by nobody
 /// ([`durable::write`] replaces whole files); it is then somebody's and means nothing.
 pub fn load(root: &Root) -> Result<BTreeSet<ServiceName>> {
-    match fs_err::read(root.intent()) {
-        Ok(bytes) => Ok(serde_json::from_slice::<Intent>(&bytes).map(|i| i.services).unwrap_or_default()),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(BTreeSet::new()),
-        Err(e) => Err(e.into()),
-    }
+    let bytes = if_there(fs_err::read(root.intent()))?.unwrap_or_default();
+    Ok(serde_json::from_slice::<Intent>(&bytes).map(|i| i.services).unwrap_or_default())
 }
 
 /// Takes down what is about to be touched, besides what was before.

@@ -2,8 +2,9 @@
 //! /proc and the cgroups: the kernel's tables once for all ports, and of processes no more than the unit's own while
 //! those hold the socket. Nothing follows from it here.
 
-use super::files;
-use super::{systemd, unit};
+use super::unit;
+use crate::files::{self, if_there};
+use crate::systemd;
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -141,11 +142,9 @@ impl Listeners {
     pub fn read() -> Result<Self> {
         let mut sockets = Vec::new();
         for (table, v6) in [("/proc/net/tcp", false), ("/proc/net/tcp6", true)] {
-            match fs_err::File::open(table) {
-                Ok(file) => add_listening(BufReader::new(file), v6, &mut sockets)?,
-                // A kernel without IPv6 has no such table.
-                Err(e) if e.kind() == ErrorKind::NotFound => {}
-                Err(e) => return Err(e),
+            // A kernel without IPv6 has no such table.
+            if let Some(file) = if_there(fs_err::File::open(table))? {
+                add_listening(BufReader::new(file), v6, &mut sockets)?;
             }
         }
         let slice = SLICES.iter().map(Path::new).find(|dir| dir.is_dir()).unwrap_or(Path::new(SLICES[0]));
@@ -217,10 +216,10 @@ impl Listeners {
         let pids = processes.filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u32>().ok());
         let mut left = FILES_OF_ALL;
         for pid in pids.collect::<BTreeSet<u32>>() {
-            let inodes = match files_of(pid) {
-                Ok(files) => first_of(files, &listening, &mut left),
+            let inodes = match if_there(files_of(pid)) {
+                Ok(Some(files)) => first_of(files, &listening, &mut left),
                 // It has ended meanwhile.
-                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                Ok(None) => continue,
                 Err(_) => {
                     owners.partial = true;
                     continue;
@@ -283,12 +282,8 @@ pub fn caddy_at(address: SocketAddr) -> Result<CaddySeen> {
 pub fn listening_at(address: SocketAddr) -> Result<Vec<Listening>> {
     let mut found: Vec<(u8, Listening)> = Vec::new();
     for (table, v6) in [("/proc/net/tcp", false), ("/proc/net/tcp6", true)] {
-        let file = match fs_err::File::open(table) {
-            Ok(file) => BufReader::new(file),
-            Err(e) if e.kind() == ErrorKind::NotFound => continue,
-            Err(e) => return Err(e),
-        };
-        for line in file.lines().skip(1) {
+        let Some(file) = if_there(fs_err::File::open(table))? else { continue };
+        for line in BufReader::new(file).lines().skip(1) {
             let line = line?;
             let columns: Vec<&str> = line.split_whitespace().take(10).collect();
             let [_, local, _, state, _, _, _, uid, _, inode] = columns[..] else { continue };
@@ -674,7 +669,7 @@ mod tests {
             let text = owner(name).to_string();
             assert_eq!(text, format!("\"{shown}\" (process 7 of x.service)"));
             let host = crate::names::HostName::parse("biz").unwrap();
-            assert_eq!(crate::see::hint::translated(&text, &host, None), text);
+            assert_eq!(crate::status::hint::translated(&text, &host, None), text);
         }
     }
 

@@ -4,14 +4,16 @@
 
 use super::root::{Root, STATE_FILE};
 use super::state::State;
-use super::{caddy, lines, observe, systemd};
+use super::{caddy, lines, observe};
 use crate::clock::Timestamp;
 use crate::config::Settings;
+use crate::doctor::domains::{self, Visit};
 use crate::error::Result;
+use crate::files::{self, if_there};
 use crate::manifest::Manifest;
 use crate::manifest::parse::{self, Mode};
 use crate::names::ServiceName;
-use crate::see::domains::{self, Visit};
+use crate::systemd;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -112,15 +114,7 @@ impl Unit {
 impl LiveState {
     /// Reads the form; the error is for people.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
-        #[derive(Deserialize)]
-        struct Head {
-            version: u64,
-        }
-        let head: Head = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-        if head.version > LIVE_VERSION {
-            return Err(format!("it has version {}, this program reads up to {LIVE_VERSION}", head.version));
-        }
-        serde_json::from_slice(bytes).map_err(|e| e.to_string())
+        files::versioned(bytes, LIVE_VERSION).map_err(|e| e.to_string())
     }
 }
 
@@ -144,17 +138,15 @@ pub fn obeyed(unit_dir: &Path) -> Option<Manifest> {
 /// Looks.
 pub fn look(unit_dir: &Path, now: Timestamp) -> Result<LiveState> {
     let root = Root::system(unit_dir);
-    let (state, state_error) = match fs_err::read(root.state_file()) {
-        Ok(bytes) => match State::parse(&bytes) {
+    let (state, state_error) = match if_there(fs_err::read(root.state_file())) {
+        Ok(Some(bytes)) => match State::parse(&bytes) {
             Ok(mut state) => {
                 lines::for_whoever_asks(&root, &state).put_back(&mut state);
                 (Some(state), None)
             }
             Err(why) => (None, Some(format!("{STATE_FILE} cannot be read: {why}"))),
         },
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            (None, Some("no pass has finished on this host".to_string()))
-        }
+        Ok(None) => (None, Some("no pass has finished on this host".to_string())),
         Err(e) => (None, Some(crate::error::io_text(&e))),
     };
     let mut names: BTreeSet<ServiceName> = observe::ours(&root)?;

@@ -5,6 +5,7 @@ use super::root::Root;
 use crate::clock::Timestamp;
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::hash::Sha256;
 use fs_err::os::unix::fs::OpenOptionsExt;
 use std::io::{Read, Seek, Write};
 use std::path::Path;
@@ -69,8 +70,7 @@ pub fn take(root: &Root, now: Timestamp) -> Result<LockResult> {
 pub fn of_folder(run_dir: &Path, folder: &Path, patience: Duration) -> Result<Lock> {
     durable::folder(run_dir, 0o755)?;
     let real = fs_err::canonicalize(folder)?;
-    let digest = ring::digest::digest(&ring::digest::SHA256, real.as_os_str().as_encoded_bytes());
-    let name: String = digest.as_ref()[..8].iter().map(|b| format!("{b:02x}")).collect();
+    let name = Sha256::of(real.as_os_str().as_encoded_bytes()).short(8);
     let path = run_dir.join(format!("folder-{name}.lock"));
     let mut options = fs_err::OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);

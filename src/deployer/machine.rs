@@ -25,7 +25,7 @@ fn app_specific(machine_id: &str) -> Option<String> {
     // The bits that make it a UUID of version 4.
     id[6] = (id[6] & 0x0f) | 0x40;
     id[8] = (id[8] & 0x3f) | 0x80;
-    Some(id.iter().map(|b| format!("{b:02x}")).collect())
+    Some(crate::hash::hex(&id))
 }
 
 #[cfg(test)]

@@ -4,18 +4,18 @@
 use super::admin::Address;
 use super::applied::LastKnownGood;
 use super::caddy;
-use super::files;
 use super::listeners::{Answers, Listeners};
 use super::observed::{Observed, UnitFile, UnitSeen};
 use super::persisted::PersistedState;
 use super::root::Root;
-use super::systemd::{self, Shown, UNIT_PATH, same_file};
 use super::unit;
 use crate::clock::Timestamp;
 use crate::error::Result;
+use crate::files::{self, if_there};
 use crate::manifest::{Rollout, Service};
 use crate::names::{ServiceName, StorePath};
 use crate::secrets::folders;
+use crate::systemd::{self, Shown, UNIT_PATH, same_file};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -384,11 +384,7 @@ impl<'a> Folders<'a> {
                 continue;
             }
             let path = dir.join(&unit);
-            let meta = match fs_err::symlink_metadata(&path) {
-                Ok(meta) => meta,
-                Err(e) if e.kind() == ErrorKind::NotFound => continue,
-                Err(e) => return Err(e.into()),
-            };
+            let Some(meta) = if_there(fs_err::symlink_metadata(&path))? else { continue };
             let masks =
                 meta.is_symlink() && fs_err::metadata(&path).is_ok_and(|m| m.file_type().is_char_device());
             // An empty file is nobody's work, and masks as well.
@@ -489,11 +485,8 @@ fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
 /// The names in a folder; none if it is not there. Looked at once a folder rather than once a unit, because
 /// systemd's folders are many and hold few of ours.
 fn names_in(dir: &Path) -> Result<BTreeSet<OsString>> {
-    match fs_err::read_dir(dir) {
-        Ok(entries) => Ok(entries.map(|e| e.map(|e| e.file_name())).collect::<Result<_, _>>()?),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(BTreeSet::new()),
-        Err(e) => Err(e.into()),
-    }
+    let entries = if_there(fs_err::read_dir(dir))?.into_iter().flatten();
+    Ok(entries.map(|e| e.map(|e| e.file_name())).collect::<Result<_, _>>()?)
 }
 
 /// A unit with our mark.
@@ -507,12 +500,7 @@ struct Marked {
 /// The units with our mark in a folder whose file name is a service's and `ending`.
 fn marked(dir: &Path, ending: &str) -> Result<Vec<Marked>> {
     let mut found = Vec::new();
-    let entries = match fs_err::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(found),
-        Err(e) => return Err(e.into()),
-    };
-    for entry in entries {
+    for entry in if_there(fs_err::read_dir(dir))?.into_iter().flatten() {
         let entry = entry?;
         let file_name = entry.file_name();
         let name = file_name.to_str().and_then(|n| n.strip_suffix(ending)).map(ServiceName::parse);
@@ -558,12 +546,7 @@ pub fn strays(root: &Root, name: &ServiceName) -> Vec<PathBuf> {
 /// Our roots: service to the base names of the paths it holds. Only links whose name is their target's count.
 pub fn roots(root: &Root) -> Result<BTreeMap<ServiceName, BTreeSet<String>>> {
     let mut roots = BTreeMap::new();
-    let services = match fs_err::read_dir(&root.gcroots) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(roots),
-        Err(e) => return Err(e.into()),
-    };
-    for service in services {
+    for service in if_there(fs_err::read_dir(&root.gcroots))?.into_iter().flatten() {
         let service = service?;
         let Some(Ok(name)) = service.file_name().to_str().map(ServiceName::parse) else { continue };
         // What somebody else put there is theirs.

@@ -2,8 +2,8 @@
 
 use super::caddy::CaddyState;
 use super::listeners::Answers;
-use super::systemd::Listed;
 use crate::names::{ServiceName, StorePath};
+use crate::systemd::Listed;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 

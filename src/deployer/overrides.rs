@@ -7,6 +7,7 @@ use super::root::Root;
 use crate::clock::Timestamp;
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::files::{self, FormatError, if_there};
 use crate::manifest::{ArtifactPath, Service};
 use crate::names::{ServiceName, StorePath};
 use serde::{Deserialize, Serialize};
@@ -134,22 +135,14 @@ impl Overrides {
 /// stopped on purpose could do harm.
 pub fn load(root: &Root) -> Result<Overrides> {
     let path = root.overrides();
-    let bytes = match fs_err::read(&path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Overrides::default()),
-        Err(e) => return Err(e.into()),
-    };
-    let read: Overrides = serde_json::from_slice(&bytes).map_err(|e| {
-        Error::new(format!("{} cannot be used: {e}; remove it to drop all pauses and pins", path.display()))
-    })?;
-    if read.version > VERSION {
-        return Err(Error::new(format!(
-            "{} has version {}, this program reads up to {VERSION}; upgrade omni-deploy",
-            path.display(),
-            read.version
-        )));
-    }
-    Ok(read)
+    let Some(bytes) = if_there(fs_err::read(&path))? else { return Ok(Overrides::default()) };
+    files::versioned(&bytes, VERSION).map_err(|e| {
+        let remedy = match e {
+            FormatError::Newer(..) => "upgrade omni-deploy",
+            FormatError::Broken(_) => "remove it to drop all pauses and pins",
+        };
+        Error::new(format!("{} cannot be used: {e}; {remedy}", path.display()))
+    })
 }
 
 /// Writes them.

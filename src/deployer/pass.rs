@@ -14,16 +14,17 @@ use super::report::{self, PassError, Report};
 use super::root::Root;
 use super::source::{self, Purpose, SourceError};
 use super::state::State;
-use super::{lines, observe, systemd};
+use super::{lines, observe};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
-use crate::error::{Error, Result, did_you_mean};
+use crate::error::{Error, Exit, Result, did_you_mean};
 use crate::log;
 use crate::manifest::{Manifest, Service};
 use crate::names::ServiceName;
 use crate::nix;
 use crate::store;
+use crate::systemd;
 use std::collections::BTreeSet;
 
 pub use super::report::could_not_begin;
@@ -46,7 +47,7 @@ pub struct RunOptions {
 }
 
 /// Makes one pass; returns the exit code.
-pub fn run(settings: &Settings, asks: &RunOptions) -> Result<u8> {
+pub fn run(settings: &Settings, asks: &RunOptions) -> Result<Exit> {
     let root = Root::system(&settings.unit_dir);
     let lock = match asks.timer {
         false => patient(&root)?,
@@ -56,7 +57,7 @@ pub fn run(settings: &Settings, asks: &RunOptions) -> Result<u8> {
                 log::info(format!(
                     "a pass is under way on this host ({who}); this one leaves the work to it"
                 ));
-                return Ok(0);
+                return Ok(Exit::Done);
             }
         },
     };
@@ -64,7 +65,7 @@ pub fn run(settings: &Settings, asks: &RunOptions) -> Result<u8> {
 }
 
 /// Takes a decision down and makes a pass, which carries it out; returns the pass's exit code.
-pub fn apply_override(settings: &Settings, name: &str, decision: &Decision) -> Result<u8> {
+pub fn apply_override(settings: &Settings, name: &str, decision: &Decision) -> Result<Exit> {
     let root = Root::system(&settings.unit_dir);
     let lock = patient(&root)?;
     let now = Timestamp::now();
@@ -89,7 +90,7 @@ fn patient(root: &Root) -> Result<Lock> {
 }
 
 /// Makes a pass under the lock; where it does not do its work, the state says why.
-fn locked(settings: &Settings, asks: &RunOptions, root: &Root, _lock: Lock, now: Timestamp) -> Result<u8> {
+fn locked(settings: &Settings, asks: &RunOptions, root: &Root, _lock: Lock, now: Timestamp) -> Result<Exit> {
     pass(settings, asks, root, now).map_err(|ended| {
         if !matches!(ended, PassError::Mistyped(_))
             && let Err(e) = report::leave_reason(settings, root, &ended, now)
@@ -136,7 +137,7 @@ pub fn preview(settings: &Settings, asks: &RunOptions) -> Result<Preview> {
     })
 }
 
-fn pass(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> Result<u8, PassError> {
+fn pass(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> Result<Exit, PassError> {
     let mut persisted = load(settings, root, now)?;
     let before = persisted.state.clone();
     let store = store::open(&settings.store)?;

@@ -9,6 +9,7 @@ use super::state::{ServicePhase, ServiceState, State};
 use super::{intent, lines};
 use crate::clock::Timestamp;
 use crate::error::Result;
+use crate::files::if_there;
 use crate::log;
 use crate::names::{HostName, ServiceName};
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,13 +40,12 @@ impl PersistedState {
             log::warning(format!("{text}; nothing is removed in this pass"));
             readable = false;
         };
-        let mut state = match fs_err::read(root.state_file()) {
-            Ok(bytes) => State::parse(&bytes).unwrap_or_else(|e| {
+        let mut state = match if_there(fs_err::read(root.state_file()))? {
+            Some(bytes) => State::parse(&bytes).unwrap_or_else(|e| {
                 complain(format!("{} cannot be used: {e}", root.state_file().display()));
                 State::new(host.clone(), now)
             }),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => State::new(host.clone(), now),
-            Err(e) => return Err(e.into()),
+            None => State::new(host.clone(), now),
         };
         let exposed = lines::any(&state);
         lines::load(root).put_back(&mut state);

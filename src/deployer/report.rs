@@ -12,18 +12,20 @@ use super::state::{
     FailureRecord, LastError, OtherMachine, REPORT_EVERY_SEC, SILENT_SEC, STATE_VERSION, ServicePhase,
     ServiceState, State,
 };
-use super::{intent, lines, machine, systemd};
+use super::{intent, lines, machine};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
-use crate::error::{EXIT_FAILED, Error, Result};
+use crate::error::{Error, Exit, Result};
 use crate::failpoint;
+use crate::files::if_there;
 use crate::log;
 use crate::names::{HostName, ServiceName};
 use crate::secrets;
 use crate::secrets::mask::Mask;
-use crate::see::reports;
+use crate::status::reports;
 use crate::store::{self, Condition, GetResult, HOSTS_PREFIX, Store};
+use crate::systemd;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -78,7 +80,7 @@ pub(super) struct Report<'a> {
 
 impl Report<'_> {
     /// Writes all of it down, and lets go of the candidates that leave; returns the exit code.
-    pub(super) fn finish(mut self) -> Result<u8> {
+    pub(super) fn finish(mut self) -> Result<Exit> {
         let root = self.at.root;
         let mut state = self.state();
         self.log_changes(&state);
@@ -93,7 +95,7 @@ impl Report<'_> {
         }
         // The intent stays with what is not on the disk: the next pass looks at it all again.
         if !self.outcome.unwritten.is_empty() {
-            return Ok(state.exit_code().max(EXIT_FAILED));
+            return Ok(state.exit_code().max(Exit::Failed));
         }
         if root.intent().exists() {
             intent::clear(root)?;
@@ -425,14 +427,13 @@ fn failed_state(before: &State, reason: String, now: Timestamp) -> State {
 
 /// The state that the pass before left; None where it cannot be read, which the next good pass must still see.
 fn last_state(root: &Root, host: &HostName, now: Timestamp) -> Result<Option<State>> {
-    match fs_err::read(root.state_file()) {
-        Ok(bytes) => Ok(State::parse(&bytes).ok().map(|mut state| {
-            lines::load(root).put_back(&mut state);
-            state
-        })),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Some(State::new(host.clone(), now))),
-        Err(e) => Err(e.into()),
-    }
+    let Some(bytes) = if_there(fs_err::read(root.state_file()))? else {
+        return Ok(Some(State::new(host.clone(), now)));
+    };
+    Ok(State::parse(&bytes).ok().map(|mut state| {
+        lines::load(root).put_back(&mut state);
+        state
+    }))
 }
 
 /// A pass that could not begin, because the configuration cannot be used: the state says so, as far as anybody

@@ -7,6 +7,7 @@ use super::state::State;
 use crate::config::{self, Settings};
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::hash::Sha256;
 use crate::keys::PublicKey;
 use crate::log;
 use crate::manifest::lineage::{self, Ancestor, Relation};
@@ -68,10 +69,6 @@ struct ManifestOrigin {
     refused: Option<String>,
 }
 
-fn sha256(bytes: &[u8]) -> String {
-    ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|b| format!("{b:02x}")).collect()
-}
-
 /// The last good manifest.
 struct LastGood {
     bytes: Vec<u8>,
@@ -92,7 +89,7 @@ fn last_good(root: &Root, store: &dyn Store) -> Option<LastGood> {
     }
     // The two files are written one after the other, the manifest first: the hash tells whether the version is
     // this manifest's. A pass that died between them leaves a good manifest without a version.
-    let hash = sha256(&bytes);
+    let hash = Sha256::of(&bytes).base16();
     let known = origin.sha256 == hash;
     let refused = origin.refused.filter(|_| known).and_then(|text| Ancestor::parse(&text).ok());
     Some(LastGood { bytes, hash, etag: known.then_some(Etag(origin.etag)), refused })
@@ -149,7 +146,7 @@ fn obeyed(
         Ok(GetResult::Found { bytes, etag }) => {
             match policy.read(&bytes, store, keep.then_some((root, &etag))) {
                 Ok(manifest) => {
-                    let hash = sha256(&bytes);
+                    let hash = Sha256::of(&bytes).base16();
                     let origin = ManifestOrigin {
                         store: url.clone(),
                         etag: etag.0,
@@ -453,7 +450,7 @@ mod tests {
     /// A store, and a developer whose machine remembers nothing of it.
     struct Bench {
         dir: tempfile::TempDir,
-        store: Box<dyn Store>,
+        store: std::sync::Arc<dyn Store>,
         author: Author,
     }
 

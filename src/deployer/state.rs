@@ -3,8 +3,11 @@
 //! of every published version are under tests/fixtures/.
 
 use crate::clock::Timestamp;
+use crate::error::Exit;
+use crate::files;
 use crate::names::{HostName, ServiceName, StorePath, is_variable};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+pub use crate::systemd::Exposure;
+use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -225,46 +228,6 @@ pub fn attention(name: &ServiceName, drop_ins: &[String]) -> Option<String> {
     Some(format!("needs attention: its unit is changed by {files}; {next}"))
 }
 
-/// The overall exposure level of a unit, in tenths: 0.0 has nothing to attack, 10.0 everything
-/// (systemd-analyze(1), "security").
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Exposure(u8);
-
-impl Exposure {
-    /// Below this systemd calls a unit safe enough (`OK`), from here on `MEDIUM` and worse.
-    pub const MEDIUM: Exposure = Exposure(50);
-
-    /// From a number with at most one digit after the point, as systemd writes it.
-    pub fn parse(text: &str) -> Option<Self> {
-        Self::from_level(text.parse().ok()?)
-    }
-
-    fn from_level(level: f64) -> Option<Self> {
-        // Rounded, and within the range: the cast loses nothing.
-        (0.0..=10.0).contains(&level).then(|| Exposure((level * 10.0).round() as u8))
-    }
-}
-
-impl fmt::Display for Exposure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.0 / 10, self.0 % 10)
-    }
-}
-
-impl Serialize for Exposure {
-    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.serialize_f64(f64::from(self.0) / 10.0)
-    }
-}
-
-impl<'de> Deserialize<'de> for Exposure {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let level = f64::deserialize(d)?;
-        Self::from_level(level)
-            .ok_or_else(|| de::Error::custom(format!("{level} is no exposure; 0.0 to 10.0 is meant")))
-    }
-}
-
 /// How a service stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -407,22 +370,7 @@ impl State {
 
     /// Reads the form; the error is for people.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
-        #[derive(Deserialize)]
-        struct Head {
-            version: u64,
-        }
-        let read: Result<State, String> = serde_json::from_slice(bytes).map_err(|e| e.to_string());
-        // What is wrong with a newer one by today's form may be right by its own.
-        let version = match &read {
-            Ok(state) => Ok(state.version),
-            Err(why) => serde_json::from_slice(bytes).map(|head: Head| head.version).map_err(|_| why.clone()),
-        };
-        match version? {
-            newer if newer > STATE_VERSION => {
-                Err(format!("it has version {newer}, this program reads up to {STATE_VERSION}"))
-            }
-            _ => read,
-        }
+        files::versioned(bytes, STATE_VERSION).map_err(|e| e.to_string())
     }
 
     /// Whether two states differ in nothing but when they were written, and when something was last changed.
@@ -471,17 +419,17 @@ impl State {
     }
 
     /// The exit code it stands for: 4 when something is down, 3 when something is not as it should be.
-    pub fn exit_code(&self) -> u8 {
+    pub fn exit_code(&self) -> Exit {
         let off = |s: &&ServiceState| matches!(s.status, ServicePhase::Failed | ServicePhase::Rejected);
         let looked_at = |s: &ServiceState| s.removing || !s.drop_ins.is_empty();
         if self.services.values().filter(off).any(|s| s.store_path.is_none() && !s.removing) {
-            crate::error::EXIT_DOWN
+            Exit::Down
         } else if self.services.values().any(|s| off(&s) || looked_at(s))
             || !self.manager_environment.is_empty()
         {
-            crate::error::EXIT_DEGRADED
+            Exit::Degraded
         } else {
-            0
+            Exit::Done
         }
     }
 }
@@ -519,21 +467,6 @@ mod tests {
             State { route: RouteState::default(), ..state.clone() },
         ];
         assert!(other.iter().all(|other| !state.says_the_same(other)));
-    }
-
-    #[test]
-    fn an_exposure_is_a_number_of_one_digit_after_the_point() {
-        for (text, json) in [("0.0", "0.0"), ("1.1", "1.1"), ("9.6", "9.6"), ("10.0", "10.0"), ("3", "3.0")] {
-            let exposure = Exposure::parse(text).unwrap();
-            assert_eq!(serde_json::to_string(&exposure).unwrap(), json);
-            assert_eq!(serde_json::from_str::<Exposure>(json).unwrap(), exposure);
-            assert_eq!(exposure.to_string(), json);
-        }
-        for bad in ["", "n/a", "-1", "10.1", "NaN", "inf", "1,1"] {
-            assert_eq!(Exposure::parse(bad), None, "{bad}");
-        }
-        assert!(serde_json::from_str::<Exposure>("11").is_err());
-        assert!(Exposure::parse("4.9").unwrap() < Exposure::MEDIUM);
     }
 
     #[test]

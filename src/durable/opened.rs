@@ -2,9 +2,9 @@
 //! nothing else. No link is followed, and nothing but a regular file is swept.
 
 use super::{TEMP_PREFIX, named};
-use crate::failpoint;
+use crate::hash::hex;
+use crate::{failpoint, random};
 use fs_err::File;
-use ring::rand::{SecureRandom, SystemRandom};
 use rustix::fs::{self, AtFlags, FileType, FlockOperation, Mode, OFlags};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -197,13 +197,8 @@ impl Folder {
 
     fn new_temp(&self) -> io::Result<(String, OwnedFd)> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut random = [0; LONGEST_RANDOM / 2];
         loop {
-            SystemRandom::new()
-                .fill(&mut random)
-                .map_err(|_| io::Error::other("the system gives no random numbers"))?;
-            let hex: String = random.iter().map(|b| format!("{b:02x}")).collect();
-            let temp = format!("{TEMP_PREFIX}{hex}");
+            let temp = format!("{TEMP_PREFIX}{}", hex(&random::bytes::<{ LONGEST_RANDOM / 2 }>()));
             match fs::openat(&self.fd, &temp, flags, Mode::from_raw_mode(0o600)) {
                 Ok(fd) => {
                     fs::flock(&fd, FlockOperation::LockExclusive)?;

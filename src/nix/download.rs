@@ -2,15 +2,16 @@
 //! vouched for before it counts. What was transferred survives a process that dies: the next one goes on where it was
 //! cut, and checks the whole again. Believes nothing that lies in the spool, and gives nothing to Nix.
 
-use super::hash::Sha256;
 use super::narinfo::{Compression, NarInfo, Warrant};
 use super::spool::{NARS, Spool};
 use super::unpack::{self, Expected, unpack};
 use super::walk::{PathFault, VerifiedNarInfo};
 use crate::error::io_text;
 use crate::failpoint;
+use crate::files::if_there;
+use crate::hash::Sha256;
 use crate::names::StorePath;
-use crate::store::{Etag, Objects, Opened, StoreError};
+use crate::store::{Etag, Opened, Store, StoreError};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, BufReader, Read, Seek, Write};
 use std::path::PathBuf;
@@ -80,10 +81,7 @@ impl Files {
 }
 
 fn remove(path: &PathBuf) -> io::Result<()> {
-    match fs_err::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
+    if_there(fs_err::remove_file(path)).map(drop)
 }
 
 fn here(e: io::Error) -> DownloadError {
@@ -102,7 +100,7 @@ enum SpoolEntry {
 /// Brings the NARs of these paths into the spool, with a narinfo for each, made from what was vouched for. Returns why
 /// for each that did not come.
 pub fn download<'a>(
-    cache: &dyn Objects,
+    cache: &dyn Store,
     spool: &Spool,
     wanted: &[&'a VerifiedNarInfo],
     until: Instant,
@@ -184,7 +182,7 @@ fn most(info: &NarInfo) -> u64 {
 
 /// Transfers the file of a NAR, or what is missing of it.
 fn bring(
-    cache: &dyn Objects,
+    cache: &dyn Store,
     spool: &Spool,
     info: &NarInfo,
     until: Instant,

@@ -16,7 +16,7 @@ use crate::failpoint;
 use crate::keys::PublicKey;
 use crate::names::{STORE_DIR, StorePath};
 use crate::runner::{RunError, tail};
-use crate::store::{self, CacheUrl, Objects, StoreUrl};
+use crate::store::{self, CacheUrl, Store};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -66,23 +66,20 @@ pub fn fetch_within(settings: &Settings, paths: &[StorePath], scratch: &Path) ->
             durable::flush(Path::new(STORE_DIR))?;
             return Ok(reasons);
         }
-        CacheUrl::Dir(path) => StoreUrl::Dir(path.clone()),
-        CacheUrl::S3(location) => StoreUrl::S3(location.clone()),
+        CacheUrl::Store(url) => url,
     };
     let shown = settings.cache.to_string();
     let unreachable = |why: String| {
         let e = FetchError::Unreachable(format!("cache {shown}: {why}"));
         Ok(left.iter().map(|path| (path.clone(), e.clone())).collect())
     };
-    if let StoreUrl::Dir(path) = &url
-        && !path.is_dir()
-    {
-        return unreachable(format!("no folder {}; mount it, or push something there first", path.display()));
-    }
-    let cache = match store::open_shared(&url) {
+    let cache = match store::open(url) {
         Ok(cache) => cache,
         Err(e) => return unreachable(e.to_string()),
     };
+    if let Some(why) = cache.absence() {
+        return unreachable(why);
+    }
     let keys = settings.trusted_public_keys.iter().map(|key| PublicKey::parse(key));
     let keys: Vec<PublicKey> = keys.collect::<Result<_, _>>().map_err(|why| {
         Error::new(format!("a key of 'trustedPublicKeys' {why}; correct it in the configuration"))
@@ -102,7 +99,7 @@ pub fn forget_transfers() {
 /// One fetch under way.
 struct Fetch<'a> {
     settings: &'a Settings,
-    cache: Arc<dyn Objects>,
+    cache: Arc<dyn Store>,
     keys: Vec<PublicKey>,
     spool: Spool,
     scratch: &'a Path,

@@ -2,10 +2,10 @@
 //! only source of what a push signs, and what a cache has is measured by it. Reads Nix's database, asks no cache and
 //! writes nothing.
 
-use super::hash::Sha256;
 use super::narinfo::{Compression, NarInfo};
 use super::{ASK_WITHIN, PER_CALL, closure, explained};
 use crate::error::{Error, Result};
+use crate::hash::Sha256;
 use crate::names::StorePath;
 use crate::runner::Run;
 use std::collections::{BTreeMap, BTreeSet};

@@ -3,7 +3,7 @@
 //! and references and nothing else, or the path's own name, where that was made from the content. What nobody vouches
 //! for (where the NAR is, how it is compressed, how large the file is) is never more than a hint. No network, no files.
 
-use super::hash::Sha256;
+use crate::hash::Sha256;
 use crate::keys::{PublicKey, SecretKey, is_signature};
 use crate::names::{STORE_DIR, StorePath};
 use std::collections::BTreeSet;

@@ -12,7 +12,6 @@ use crate::parallel;
 use crate::store::{GetResult, Store, StoreError};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The bytes of what a narinfo says beside the local store: signatures, a content address, where its file is.
 const OTHER_FIELDS: u64 = 4096 + 256 * MAX_SIGNATURES as u64;
@@ -120,7 +119,7 @@ pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<
     let all: Vec<&NarInfo> = closure.values().collect();
     let (judged, listed) = std::thread::scope(|scope| {
         let listed = (all.len() >= LISTED_FROM).then(|| scope.spawn(|| cache.sizes(NARS)));
-        let judged = asked(&all, |local| Ok((&local.path, read(cache, local, keys)?)));
+        let judged = parallel::try_map(&all, REQUESTS, |local| Ok((&local.path, read(cache, local, keys)?)));
         let listed = listed.map(|l| l.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         (judged, listed)
     });
@@ -134,7 +133,7 @@ pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<
             Err(fault) => drop(found.faults.insert(path.clone(), fault)),
         }
     }
-    let sizes = asked(&named, |(_, info)| match listed.get(&info.url) {
+    let sizes = parallel::try_map(&named, REQUESTS, |(_, info)| match listed.get(&info.url) {
         Some(size) => Ok(Some(*size)),
         None => cache.size(&info.url),
     })?;
@@ -152,20 +151,6 @@ pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<
         found.faults.insert(path.clone(), fault);
     }
     Ok(found)
-}
-
-/// The answers for all, in their order, or an error: then nobody asks on.
-fn asked<T: Sync, R: Send>(
-    items: &[T],
-    ask: impl Fn(&T) -> Result<R, StoreError> + Sync,
-) -> Result<Vec<R>, StoreError> {
-    let failed = AtomicBool::new(false);
-    let answers = parallel::map(items, REQUESTS, |item| {
-        let answer = (!failed.load(Ordering::Relaxed)).then(|| ask(item))?;
-        failed.fetch_or(answer.is_err(), Ordering::Relaxed);
-        Some(answer)
-    });
-    answers.into_iter().flatten().collect()
 }
 
 /// A path's narinfo, or what is wrong with it.
@@ -231,9 +216,9 @@ mod tests {
     use super::super::local::tests::{info, path};
     use super::*;
     use crate::keys::SecretKey;
+    use crate::store::Condition;
     use crate::store::dir::DirStore;
-    use crate::store::{Condition, Etag};
-    use std::sync::atomic::AtomicUsize;
+    use crate::store::faulty::FaultyStore;
 
     /// What a push would write of a path: its narinfo in a cache, signed.
     fn cached(local: &NarInfo, key: &SecretKey) -> NarInfo {
@@ -274,7 +259,7 @@ mod tests {
             ("signed by a key of the same name", signed_by(&stranger, &|_| {}), Err(AbsenceReason::Unsigned)),
             (
                 "a forged hash under the old signature",
-                changed(&|i| i.nar_hash = crate::nix::hash::Sha256::of(b"forged")),
+                changed(&|i| i.nar_hash = crate::hash::Sha256::of(b"forged")),
                 differs("NarHash", Voucher::Nobody),
             ),
             ("a reference less", changed(&|i| i.references.clear()), differs("References", Voucher::Nobody)),
@@ -358,53 +343,6 @@ mod tests {
         assert_eq!(look(&cache, &Closure::new(), &[]), Ok(CacheContents::default()));
     }
 
-    /// A store that lists what it has, or refuses to, and counts what it is asked one by one.
-    struct Listing {
-        dir: DirStore,
-        lists: Result<BTreeMap<String, u64>, StoreError>,
-        asked: AtomicUsize,
-    }
-
-    impl Store for Listing {
-        fn url(&self) -> String {
-            self.dir.url()
-        }
-
-        fn identity(&self) -> String {
-            self.dir.identity()
-        }
-
-        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
-            self.dir.get(key, unless, limit)
-        }
-
-        fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
-            self.dir.get_start(key, count)
-        }
-
-        fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
-            self.asked.fetch_add(1, Ordering::Relaxed);
-            self.dir.size(key)
-        }
-
-        fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
-            self.dir.put(key, bytes, when)
-        }
-
-        fn delete(&self, key: &str) -> Result<(), StoreError> {
-            self.dir.delete(key)
-        }
-
-        fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-            self.dir.list(prefix)
-        }
-
-        fn sizes(&self, prefix: &str) -> Result<BTreeMap<String, u64>, StoreError> {
-            assert_eq!(prefix, NARS);
-            self.lists.clone()
-        }
-    }
-
     #[test]
     fn what_a_list_does_not_tell_of_a_large_closure_is_asked_one_by_one() {
         let dir = tempfile::tempdir().unwrap();
@@ -413,7 +351,11 @@ mod tests {
         let paths: Vec<StorePath> = (0..LISTED_FROM).map(path).collect();
         let closure: Closure = paths.iter().map(|p| (p.clone(), info(p, &[]))).collect();
         let infos: Vec<NarInfo> = paths.iter().map(|p| cached(&closure[p], &key)).collect();
-        let store = |lists| Listing { dir: DirStore::new(dir.path()), lists, asked: AtomicUsize::new(0) };
+        let store = |lists| {
+            let store = FaultyStore::new(dir.path());
+            store.faults().lists.insert(NARS.into(), lists);
+            store
+        };
         let writer = store(Ok(BTreeMap::new()));
         for (n, info) in infos.iter().enumerate() {
             writer.put(&NarInfo::key(&info.path), info.render().as_bytes(), &Condition::Always).unwrap();
@@ -433,7 +375,7 @@ mod tests {
             let wrong = lists.as_ref().is_ok_and(|l| l.get(&first) == Some(&5));
             let cache = store(lists);
             let found = look(&cache, &closure, &[key.public()]).unwrap();
-            assert_eq!(cache.asked.load(Ordering::Relaxed), asked);
+            assert_eq!(cache.sized(), asked);
             assert_eq!(found.faults.len(), 1 + usize::from(wrong));
             assert!(matches!(found.faults[&paths[0]], AbsenceReason::NoNar(_)));
             assert_eq!(
@@ -446,7 +388,7 @@ mod tests {
         let few: Closure = closure.into_iter().skip(1).take(LISTED_FROM - 1).collect();
         let cache = store(Ok(BTreeMap::new()));
         assert_eq!(look(&cache, &few, &[key.public()]).unwrap().present.len(), few.len());
-        assert_eq!(cache.asked.load(Ordering::Relaxed), few.len());
+        assert_eq!(cache.sized(), few.len());
     }
 
     #[test]

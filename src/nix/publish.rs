@@ -17,7 +17,7 @@ use crate::keys::{PublicKey, SecretKey};
 use crate::log;
 use crate::names::StorePath;
 use crate::runner::{RunError, tail};
-use crate::store::{self, CacheUrl, Condition, GetResult, Objects, StoreError, StoreUrl};
+use crate::store::{self, CacheUrl, Condition, GetResult, Store, StoreError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -60,17 +60,16 @@ pub fn publish(
     settings: &Settings,
     tops: &[StorePath],
     scope: Scope,
-    shared: Option<&Arc<dyn Objects>>,
+    shared: Option<&Arc<dyn Store>>,
     on_line: &mut dyn FnMut(&str),
 ) -> Result<Published> {
     let url = match &settings.cache {
         CacheUrl::Nix(url) => return super::publish_through_nix(url, settings, tops, on_line),
-        CacheUrl::Dir(path) => StoreUrl::Dir(path.clone()),
-        CacheUrl::S3(location) => StoreUrl::S3(location.clone()),
+        CacheUrl::Store(url) => url,
     };
-    let cache = match shared.filter(|_| url == settings.store) {
+    let cache = match shared.filter(|_| *url == settings.store) {
         Some(shared) => Arc::clone(shared),
-        None => store::open_shared(&url)?,
+        None => store::open(url)?,
     };
     let key = settings.secret_key_file.as_deref().map(SecretKey::read).transpose()?.map(|key| key.public());
     let keys = trusted(settings, key.as_ref())?;
@@ -115,7 +114,7 @@ fn trusted(settings: &Settings, own: Option<&PublicKey>) -> Result<Vec<PublicKey
 
 /// What the cache has, and that it says what it is for.
 fn look(
-    cache: &dyn Objects,
+    cache: &dyn Store,
     closure: &Closure,
     scope: Scope,
     keys: &[PublicKey],
@@ -138,7 +137,7 @@ fn look(
 }
 
 /// Makes a folder or a bucket a binary cache, as Nix does.
-fn name(cache: &dyn Objects) -> Result<(), StoreError> {
+fn name(cache: &dyn Store) -> Result<(), StoreError> {
     let (key, line) = CACHE_INFO;
     let there = match cache.get(key, None, 64 << 10) {
         Ok(GetResult::Found { bytes, .. }) => {
@@ -191,7 +190,7 @@ struct Awaited<'a> {
 
 impl Copy<'_> {
     /// Copies; the sizes of the NAR files together.
-    fn run(&self, cache: &dyn Objects, on_line: &mut dyn FnMut(&str)) -> Result<u64> {
+    fn run(&self, cache: &dyn Store, on_line: &mut dyn FnMut(&str)) -> Result<u64> {
         let spool = Spool::open(&spool::home(spool::Of::User), WORK)?;
         // What an earlier push left was made for it, and is made again.
         spool.clear(|_| false)?;

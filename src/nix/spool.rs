@@ -6,6 +6,7 @@
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::failpoint;
+use crate::files::if_there;
 use fs_err::os::unix::fs::OpenOptionsExt;
 use std::ffi::OsString;
 use std::fs::DirBuilder;
@@ -197,10 +198,7 @@ impl Spool {
 
     /// Removes a file; one that is not there is no error.
     pub fn remove(&self, key: &str) -> io::Result<()> {
-        match fs_err::remove_file(self.file(key)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => Ok(()),
-        }
+        if_there(fs_err::remove_file(self.file(key))).map(drop)
     }
 
     /// Removes all files but those that are to be kept.
@@ -233,9 +231,9 @@ fn private_folder(dir: &Path) -> Result<()> {
             dir.display()
         ))
     };
-    let made = match fs_err::symlink_metadata(dir) {
-        Ok(meta) => meta,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+    let made = match if_there(fs_err::symlink_metadata(dir))? {
+        Some(meta) => meta,
+        None => {
             if let Some(above) = dir.parent() {
                 fs_err::create_dir_all(above)?;
             }
@@ -250,7 +248,6 @@ fn private_folder(dir: &Path) -> Result<()> {
                 _ => fs_err::symlink_metadata(dir)?,
             }
         }
-        Err(e) => return Err(e.into()),
     };
     if !made.is_dir() {
         return Err(refused("is not a folder"));

@@ -3,8 +3,8 @@
 //! itself. Knows zstd (what `push` writes), xz (what `nix copy` writes unless it is told otherwise) and no compression at
 //! all; `docs/adr/0011-…` says why in Rust.
 
-use super::hash::{Hasher, Sha256};
 use super::narinfo::Compression;
+use crate::hash::{Hasher, Sha256};
 use lzma_rust2::{XzReader, lzma2_get_memory_usage};
 use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};

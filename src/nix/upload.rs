@@ -8,7 +8,7 @@ use super::narinfo::NarInfo;
 use crate::failpoint;
 use crate::http::CONNECTIONS;
 use crate::names::StorePath;
-use crate::store::{Objects, StoreError, Upload, objects};
+use crate::store::{Store, StoreError, Upload, objects};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read};
 use std::path::PathBuf;
@@ -23,7 +23,7 @@ const LARGE_AT_A_TIME: usize = 16;
 /// The uploads of one push. Shared by those who upload ([`Uploads::work`]) and who brings them work
 /// ([`Uploads::offer`]).
 pub struct Uploads<'a> {
-    cache: &'a dyn Objects,
+    cache: &'a dyn Store,
     stop: Arc<AtomicBool>,
     state: Mutex<UploadState>,
     /// There is something to do, or nothing any more.
@@ -143,7 +143,7 @@ impl UploadState {
 impl<'a> Uploads<'a> {
     /// For the paths `missing` of a closure. `stop` is set at the first failure, for who makes more meanwhile.
     pub fn new(
-        cache: &'a dyn Objects,
+        cache: &'a dyn Store,
         closure: &Closure,
         missing: &[&StorePath],
         stop: Arc<AtomicBool>,

@@ -270,8 +270,8 @@ pub fn judge(path: &StorePath, bytes: &[u8], keys: &[PublicKey]) -> Result<Verif
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hash::Sha256;
     use crate::keys::SecretKey;
-    use crate::nix::hash::Sha256;
     use crate::nix::narinfo::Compression;
     use crate::store::Condition;
     use crate::store::dir::DirStore;

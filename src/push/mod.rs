@@ -15,7 +15,7 @@ use crate::manifest::{Manifest, entry};
 use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
 use crate::nix::{self, Scope};
 use crate::runner::{Run, Stream, tail};
-use crate::store::{self, Objects, Store};
+use crate::store::{self, Store};
 use namespace::{DIRTY, How, Target};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -89,7 +89,7 @@ pub fn push(
         resolved.push(target);
     }
     // One client for the manifest and the closures, if they are in one bucket.
-    let store = store::open_shared(&settings.store)?;
+    let store = store::open(&settings.store)?;
     // Before anything is built: a key that cannot be read, or a manifest that is not to be trusted.
     let author = Author::of(settings)?;
     let manifest = publish::believed(store.as_ref(), &author)?;
@@ -300,7 +300,7 @@ fn warn_without_program(manifest: &Manifest, PathUpdate { name, path, .. }: &Pat
 }
 
 /// Brings the closures into the cache, and says what that took.
-fn copy(settings: &Settings, paths: &[StorePath], scope: Scope, store: &Arc<dyn Objects>) -> Result<()> {
+fn copy(settings: &Settings, paths: &[StorePath], scope: Scope, store: &Arc<dyn Store>) -> Result<()> {
     let url = settings.cache.to_string();
     let cache = url.split('?').next().unwrap_or(&url);
     let since = Instant::now();

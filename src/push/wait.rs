@@ -5,15 +5,16 @@
 use crate::config::Settings;
 use crate::deployer::live::{LiveState, StartResult, Unit};
 use crate::deployer::state::{ServicePhase, ServiceState, State};
-use crate::error::{EXIT_DEGRADED, EXIT_DOWN, EXIT_FAILED, Error, Result};
+use crate::error::{Error, Exit, Result};
 use crate::log;
 use crate::manifest::versions;
 use crate::names::{HostName, ServiceName, StorePath};
+use crate::parallel;
 use crate::runner::{ProcessStatus as Ended, tail};
-use crate::see::hint;
-use crate::see::judge::ServiceStatus;
-use crate::see::reports;
 use crate::ssh;
+use crate::status::hint;
+use crate::status::judge::ServiceStatus;
+use crate::status::reports;
 use crate::store::{MANIFEST_KEY, Store};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -90,14 +91,14 @@ impl Outcome {
 
 /// The exit code that outcomes stand for: 4 when a service is down, else 3 when a host runs another version of one,
 /// else 1 when a host has not taken it up or could not tell.
-pub fn exit_code<'a>(outcomes: impl IntoIterator<Item = &'a Outcome>) -> u8 {
-    let rank = |o: &Outcome| match o {
-        Outcome::Running | Outcome::Superseded(_) => (0, 0),
-        Outcome::Pending(_) | Outcome::Unknown(_) => (1, EXIT_FAILED),
-        Outcome::Off(Off { down: false, .. }) => (2, EXIT_DEGRADED),
-        Outcome::Off(Off { down: true, .. }) => (3, EXIT_DOWN),
+pub fn exit_code<'a>(outcomes: impl IntoIterator<Item = &'a Outcome>) -> Exit {
+    let exit = |outcome: &Outcome| match outcome {
+        Outcome::Running | Outcome::Superseded(_) => Exit::Done,
+        Outcome::Pending(_) | Outcome::Unknown(_) => Exit::Failed,
+        Outcome::Off(Off { down: false, .. }) => Exit::Degraded,
+        Outcome::Off(Off { down: true, .. }) => Exit::Down,
     };
-    outcomes.into_iter().map(rank).max().map_or(0, |(_, code)| code)
+    outcomes.into_iter().map(exit).max().unwrap_or(Exit::Done)
 }
 
 /// What a host's state says of a pushed service; None when its passes have not seen that version yet. `store` is the
@@ -223,25 +224,13 @@ pub fn follow(
 ) -> Result<BTreeMap<(ServiceName, HostName), Outcome>> {
     let store = crate::store::open(&settings.store)?;
     let follower = Follower { settings, store: store.as_ref(), serial, until: Instant::now() + timeout };
-    let mut all = BTreeMap::new();
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = hosts
-            .iter()
-            .map(|(host, shipped)| {
-                let follower = &follower;
-                (host, shipped, scope.spawn(move || follower.follow(host, shipped)))
-            })
-            .collect();
-        for (host, shipped, thread) in threads {
-            let outcomes = thread.join().unwrap_or_else(|_| {
-                vec![Outcome::Unknown("following it broke off by a mistake of ours".into()); shipped.len()]
-            });
-            for (service, outcome) in shipped.iter().zip(outcomes) {
-                all.insert((service.name.clone(), host.clone()), outcome);
-            }
-        }
+    let hosts: Vec<(&HostName, &Vec<Shipped>)> = hosts.iter().collect();
+    let outcomes = parallel::map(&hosts, hosts.len(), |(host, shipped)| follower.follow(host, shipped));
+    let each = hosts.iter().zip(outcomes).flat_map(|((host, shipped), outcomes)| {
+        let names = shipped.iter().map(|service| (service.name.clone(), (*host).clone()));
+        names.zip(outcomes)
     });
-    Ok(all)
+    Ok(each.collect())
 }
 
 /// How one start of the deployer and the look at the state after it ended.
@@ -570,11 +559,11 @@ mod tests {
         };
         let newer = Outcome::Superseded(Newer { serial: 1, by: String::new(), action: String::new() });
         let (unknown, pending) = (Outcome::Unknown(String::new()), Outcome::Pending(String::new()));
-        assert_eq!(exit_code([]), 0);
-        assert_eq!(exit_code([&Outcome::Running, &newer]), 0);
-        assert_eq!(exit_code([&Outcome::Running, &unknown]), 1);
-        assert_eq!(exit_code([&Outcome::Running, &pending]), 1);
-        assert_eq!(exit_code([&unknown, &off(false)]), 3);
-        assert_eq!(exit_code([&off(true), &off(false), &unknown]), 4);
+        assert_eq!(exit_code([]), Exit::Done);
+        assert_eq!(exit_code([&Outcome::Running, &newer]), Exit::Done);
+        assert_eq!(exit_code([&Outcome::Running, &unknown]), Exit::Failed);
+        assert_eq!(exit_code([&Outcome::Running, &pending]), Exit::Failed);
+        assert_eq!(exit_code([&unknown, &off(false)]), Exit::Degraded);
+        assert_eq!(exit_code([&off(true), &off(false), &unknown]), Exit::Down);
     }
 }

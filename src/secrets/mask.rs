@@ -3,7 +3,8 @@
 //! a program has encoded in a way of its own, it does not hide.
 
 use super::{FileFormat, MAX_FILE, SecretFile, environment};
-use crate::deployer::systemd::CUT;
+use crate::percent;
+use crate::systemd::CUT;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use std::collections::BTreeSet;
@@ -122,11 +123,7 @@ fn texts(document: &serde_json::Value, all: &mut BTreeSet<String>) {
 
 fn forms(text: &str, all: &mut BTreeSet<String>) {
     all.insert(text.to_string());
-    let percent = |c: u8| match c {
-        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => char::from(c).to_string(),
-        _ => format!("%{c:02X}"),
-    };
-    all.insert(text.bytes().map(percent).collect());
+    all.insert(percent::encode(text, ""));
     let quoted = serde_json::Value::from(text).to_string();
     all.insert(quoted[1..quoted.len() - 1].to_string());
 }

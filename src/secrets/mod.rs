@@ -10,9 +10,10 @@ use crate::deployer::root::RUN_DIR;
 use crate::deployer::{lock, observe};
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::hash::Sha256;
 use crate::manifest::Service;
 use crate::names::ServiceName;
-use crate::runner::Run;
+use crate::systemd;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use fs_err::os::unix::fs::OpenOptionsExt;
@@ -118,12 +119,6 @@ pub fn decode(text: &str) -> Result<Vec<u8>> {
     STANDARD.decode(text).map_err(|_| Error::new("what came over the wire is no base64; try again"))
 }
 
-/// The hash of a content, in hex.
-pub fn hash(bytes: &[u8]) -> String {
-    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
-    digest.as_ref().iter().map(|b| format!("{b:02x}")).collect()
-}
-
 /// On the host: looks at a file, and reads it if `content` is wanted.
 pub fn look(name: &ServiceName, path: &Path, form: FileFormat, content: bool) -> Result<FileState> {
     let mut problems: Vec<String> = observe::secrets_file(name, path).err().into_iter().collect();
@@ -135,8 +130,7 @@ pub fn look(name: &ServiceName, path: &Path, form: FileFormat, content: bool) ->
         (Some((bytes, _)), FileFormat::Environment) => environment::read(bytes),
         _ => Default::default(),
     };
-    let running = Run::new("systemctl").args(["--quiet", "is-active", "--", &name.unit()]);
-    let running = running.deadline(Duration::from_secs(20)).output().is_ok_and(|o| o.status.ok());
+    let running = systemd::is_active(&name.unit());
     Ok(FileState {
         version: 1,
         problems,
@@ -144,7 +138,7 @@ pub fn look(name: &ServiceName, path: &Path, form: FileFormat, content: bool) ->
         names,
         running,
         newer: running && observe::changed_since_start(name, path),
-        hash: bytes.as_ref().filter(|_| content).map(|(bytes, _)| hash(bytes)),
+        hash: bytes.as_ref().filter(|_| content).map(|(bytes, _)| Sha256::of(bytes).base16()),
         content: bytes.filter(|_| content).map(|(bytes, _)| encode(&bytes)),
     })
 }
@@ -196,7 +190,7 @@ pub fn write(path: &Path, wanted: &WriteRequest) -> Result<WriteResult> {
         durable::sweep(folder)?;
     }
     let present = read(path)?;
-    if present.as_ref().map(|(bytes, _)| hash(bytes)) != wanted.instead_of {
+    if present.as_ref().map(|(bytes, _)| Sha256::of(bytes).base16()) != wanted.instead_of {
         return Ok(WriteResult::Changed);
     }
     match present {
@@ -276,7 +270,10 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     fn wanted(instead_of: Option<&[u8]>, content: &[u8]) -> WriteRequest {
-        WriteRequest { instead_of: instead_of.map(hash), content: encode(content) }
+        WriteRequest {
+            instead_of: instead_of.map(|bytes| Sha256::of(bytes).base16()),
+            content: encode(content),
+        }
     }
 
     /// Needs root, as the whole of this machine's tests does: these files are root's.

@@ -240,7 +240,7 @@ impl Provider {
         let base = base.trim_end_matches('/');
         let what = |why: String| format!("no instance metadata at {base} ({why})");
         // Never through a proxy: a proxy's own role is not ours.
-        let agent = http::agent(&|_| None, "http", "", METADATA_LIMITS)?;
+        let agent = http::local_agent(METADATA_LIMITS);
         let ask = |request: ureq::http::request::Builder| -> Result<String, String> {
             let request = request.body(()).map_err(|e| what(e.to_string()))?;
             let path = request.uri().path().to_string();

@@ -4,10 +4,12 @@
 //! ([`beneath`]), and its own files (the lock, temporary ones) are never keys.
 
 use super::beneath::{self, Missing};
-use super::objects::{Download, Exact, Objects, Opened, Upload};
+use super::objects::{Download, Exact, Opened, Upload};
 use super::{ARCHIVE_PREFIX, Condition, Etag, GetResult, HOSTS_PREFIX, MAX_REPLACED, Store, StoreError};
 use crate::durable::opened::Folder;
 use crate::error::io_text;
+use crate::files::if_there;
+use crate::hash::Sha256;
 use crate::log::printable;
 use fs_err::File;
 use rustix::fs::FileType;
@@ -71,7 +73,7 @@ impl DirStore {
 
     /// The store's folder; None when it is not there.
     fn folder(&self) -> io::Result<Option<Folder>> {
-        missing_is_none(beneath::root(&self.root, Missing::Error))
+        if_there(beneath::root(&self.root, Missing::Error))
     }
 
     fn failed(&self, verb: &str, key: &str, e: &io::Error) -> StoreError {
@@ -199,14 +201,6 @@ impl DirStore {
     }
 }
 
-fn missing_is_none<T>(found: io::Result<T>) -> io::Result<Option<T>> {
-    match found {
-        Ok(found) => Ok(Some(found)),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e),
-    }
-}
-
 /// Whoever may open the lock may hold it: nobody opens it who does not write to the folder. One that a group writes to is
 /// that group's to share, and one that everybody writes to is everybody's.
 fn close_to_strangers(root: &Folder, lock: &File) -> io::Result<()> {
@@ -239,9 +233,7 @@ fn holder(root: &Folder) -> Option<String> {
 }
 
 fn etag(bytes: &[u8]) -> Etag {
-    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
-    let hex: String = digest.as_ref()[..16].iter().map(|b| format!("{b:02x}")).collect();
-    Etag(format!("\"{hex}\""))
+    Etag(format!("\"{}\"", Sha256::of(bytes).short(16)))
 }
 
 impl Store for DirStore {
@@ -251,6 +243,11 @@ impl Store for DirStore {
 
     fn identity(&self) -> String {
         self.url()
+    }
+
+    fn absence(&self) -> Option<String> {
+        let remedy = "mount it, or push something there first";
+        (!self.root.is_dir()).then(|| format!("no folder {}; {remedy}", self.root.display()))
     }
 
     fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
@@ -282,7 +279,7 @@ impl Store for DirStore {
             // Nothing is made for a write that will not take place.
             Condition::IfMatch(etag) => self.holds(key, etag)?,
             Condition::IfAbsent => {
-                match missing_is_none(beneath::place(&root, key, Missing::Error)).map_err(failed)? {
+                match if_there(beneath::place(&root, key, Missing::Error)).map_err(failed)? {
                     Some((folder, name)) => folder.look(name).map_err(failed)?.is_none(),
                     None => true,
                 }
@@ -310,8 +307,7 @@ impl Store for DirStore {
         let failed = |e: io::Error| self.failed("delete", key, &e);
         let Some(root) = self.folder().map_err(failed)? else { return Ok(()) };
         let _lock = self.lock(&root, "delete", key)?;
-        let Some((folder, name)) =
-            missing_is_none(beneath::place(&root, key, Missing::Error)).map_err(failed)?
+        let Some((folder, name)) = if_there(beneath::place(&root, key, Missing::Error)).map_err(failed)?
         else {
             return Ok(());
         };
@@ -364,9 +360,7 @@ impl Store for DirStore {
         keys.sort();
         Ok(keys)
     }
-}
 
-impl Objects for DirStore {
     fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {
         let failed = |e: io::Error| self.failed("read", key, &e);
         let Some((mut file, size)) = self.open(key)? else { return Ok(Opened::Missing) };
@@ -387,8 +381,7 @@ impl Objects for DirStore {
     fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
         self.checked(key)?;
         let failed = |e: io::Error| self.failed("write", key, &e);
-        let source = (upload.open)().map_err(failed)?;
-        let mut source = Exact::new(source.take(upload.length), upload.length).map_err(failed)?;
+        let mut source = upload.content().map_err(failed)?;
         let root = beneath::root(&self.root, Missing::Made).map_err(failed)?;
         let folder = key.rsplit_once('/').map_or("", |(folder, _)| folder);
         let swept = ["", HOSTS_PREFIX, ARCHIVE_PREFIX].iter().any(|f| f.trim_end_matches('/') == folder);

@@ -1,9 +1,9 @@
-//! For the tests of modules: a directory as a store that fails as it is told, and takes down what was asked of it. Only
-//! what goes on with objects as streams and reads of whole ones; everything else is the directory's own.
+//! For the tests of modules: a directory as a store that fails as it is told, and takes down what was asked of it.
+//! Everything else is the directory's own.
 
 use super::dir::DirStore;
-use super::objects::{Download, Objects, Opened, Upload};
-use super::{Condition, Etag, GetResult, Store, StoreError};
+use super::objects::{Download, Opened, Upload};
+use super::{Condition, Etag, EtagForm, GetResult, Store, StoreError};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::path::Path;
@@ -20,6 +20,12 @@ pub struct Faults {
     pub breaks_after: Option<u64>,
     /// No two answers name the same version.
     pub restless: bool,
+    /// It is others' software, which takes versions in these forms alone.
+    pub takes: Option<&'static [EtagForm]>,
+    /// Of so many writes on top of a version the answer is lost, and they are made again.
+    pub loses: u32,
+    /// What it tells of the sizes below a prefix.
+    pub lists: BTreeMap<String, Result<BTreeMap<String, u64>, StoreError>>,
 }
 
 /// The store.
@@ -28,7 +34,9 @@ pub struct FaultyStore {
     pub inner: DirStore,
     faults: Mutex<Faults>,
     asked: Mutex<Vec<(String, u64)>>,
+    sized: Mutex<usize>,
     acknowledged: Mutex<Vec<String>>,
+    sent: Mutex<EtagForm>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -43,7 +51,9 @@ impl FaultyStore {
             inner,
             faults: Mutex::default(),
             asked: Mutex::default(),
+            sized: Mutex::default(),
             acknowledged: Mutex::default(),
+            sent: Mutex::default(),
         }
     }
 
@@ -55,6 +65,16 @@ impl FaultyStore {
     /// The keys of which streams were asked for, with their offsets; from now on anew.
     pub fn asked(&self) -> Vec<(String, u64)> {
         std::mem::take(&mut locked(&self.asked))
+    }
+
+    /// Of how many objects the size was asked for.
+    pub fn sized(&self) -> usize {
+        *locked(&self.sized)
+    }
+
+    /// The form in which versions are sent to it.
+    pub fn sent(&self) -> EtagForm {
+        *locked(&self.sent)
     }
 
     /// The keys of the streams that were written, in order.
@@ -86,10 +106,21 @@ impl Store for FaultyStore {
         self.inner.get_start(key, count)
     }
     fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
+        *locked(&self.sized) += 1;
         self.inner.size(key)
     }
     fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
-        self.inner.put(key, bytes, when)
+        let mut faults = self.faults();
+        let on_a_version = matches!(when, Condition::IfMatch(_));
+        if on_a_version && faults.takes.is_some_and(|takes| !takes.contains(&self.sent())) {
+            return Err(StoreError::Changed("412".into()));
+        }
+        let written = self.inner.put(key, bytes, when)?;
+        if on_a_version && faults.loses > 0 {
+            faults.loses -= 1;
+            return self.inner.put(key, bytes, when);
+        }
+        Ok(written)
     }
     fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.inner.delete(key)
@@ -97,24 +128,16 @@ impl Store for FaultyStore {
     fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         self.inner.list(prefix)
     }
-}
-
-/// Ends with a reset after so many bytes.
-struct Breaking(Box<dyn Read + Send>, u64);
-
-impl Read for Breaking {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.1 == 0 {
-            return Err(io::Error::from(io::ErrorKind::ConnectionReset));
-        }
-        let most = buffer.len().min(self.1 as usize);
-        let count = self.0.read(&mut buffer[..most])?;
-        self.1 -= count as u64;
-        Ok(count)
+    fn sizes(&self, prefix: &str) -> Result<BTreeMap<String, u64>, StoreError> {
+        self.faults().lists.get(prefix).cloned().unwrap_or(Ok(BTreeMap::new()))
     }
-}
+    fn send_etags(&self, form: EtagForm) {
+        *locked(&self.sent) = form;
+    }
+    fn is_foreign(&self) -> bool {
+        self.faults().takes.is_some()
+    }
 
-impl Objects for FaultyStore {
     fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {
         self.fails(key)?;
         let asked = {
@@ -148,5 +171,20 @@ impl Objects for FaultyStore {
         self.inner.write_from(key, upload)?;
         locked(&self.acknowledged).push(key.to_string());
         Ok(())
+    }
+}
+
+/// Ends with a reset after so many bytes.
+struct Breaking(Box<dyn Read + Send>, u64);
+
+impl Read for Breaking {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.1 == 0 {
+            return Err(io::Error::from(io::ErrorKind::ConnectionReset));
+        }
+        let most = buffer.len().min(self.1 as usize);
+        let count = self.0.read(&mut buffer[..most])?;
+        self.1 -= count as u64;
+        Ok(count)
     }
 }

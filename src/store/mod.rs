@@ -17,9 +17,10 @@ pub mod xml;
 use crate::error::Error;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Read;
 use std::sync::Arc;
 
-pub use objects::{Download, Objects, Opened, Upload};
+pub use objects::{Download, Opened, Upload};
 pub use probe::{Probe, before_writing, probe};
 pub use url::{CacheUrl, StoreUrl};
 
@@ -158,6 +159,32 @@ pub trait Store: Send + Sync {
         Ok(BTreeMap::new())
     }
 
+    /// Reads an object from `offset` on; with `only`, only if it is still this version. An offset that is the object's
+    /// size counts as [`Opened::Changed`], but for an empty object. A store without streams of its own reads it whole.
+    fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {
+        let GetResult::Found { bytes, etag } = self.get(key, None, MAX_REPLACED)? else {
+            return Ok(Opened::Missing);
+        };
+        let size = bytes.len() as u64;
+        if only.is_some_and(|only| *only != etag) || offset > 0 && offset >= size {
+            return Ok(Opened::Changed);
+        }
+        let mut body = Box::new(std::io::Cursor::new(bytes));
+        body.set_position(offset);
+        Ok(Opened::Found(Download { length: size - offset, etag, body }))
+    }
+    /// Writes an object, whatever is there; readers see the old one or the new one. Tried again as long as trying can
+    /// help.
+    fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
+        let mut bytes = Vec::new();
+        let read = upload.content().and_then(|mut content| content.read_to_end(&mut bytes));
+        read.map_err(|e| StoreError::Refused(format!("cannot write {key} in {}: {e}", self.url())))?;
+        self.put(key, &bytes, &Condition::Always).map(drop)
+    }
+    /// Why there can be nothing in it to read, as far as that can be told without asking the network; with the remedy.
+    fn absence(&self) -> Option<String> {
+        None
+    }
     /// From now on, versions are written like this in conditions; what matters only where [`Store::is_foreign`].
     fn send_etags(&self, _: EtagForm) {}
 
@@ -168,17 +195,9 @@ pub trait Store: Send + Sync {
     }
 }
 
-/// Opens the store a URL names; nothing is asked of the network. Credentials are looked up with the first
-/// request.
-pub fn open(url: &StoreUrl) -> Result<Box<dyn Store>, StoreError> {
-    match url {
-        StoreUrl::Dir(path) => Ok(Box::new(dir::DirStore::new(path))),
-        StoreUrl::S3(location) => Ok(Box::new(s3::S3Store::open(location)?)),
-    }
-}
-
-/// The same for several threads, whose streams share its connections.
-pub fn open_shared(url: &StoreUrl) -> Result<Arc<dyn Objects>, StoreError> {
+/// Opens the store a URL names, for as many threads as want it; nothing is asked of the network. Credentials are looked
+/// up with the first request.
+pub fn open(url: &StoreUrl) -> Result<Arc<dyn Store>, StoreError> {
     match url {
         StoreUrl::Dir(path) => Ok(Arc::new(dir::DirStore::new(path))),
         StoreUrl::S3(location) => Ok(Arc::new(s3::S3Store::open(location)?)),

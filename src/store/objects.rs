@@ -2,7 +2,7 @@
 //! where an earlier one was cut off; a write can begin anew, so its content is something that can be opened again.
 //! Neither knows what the bytes mean.
 
-use super::{Etag, Store, StoreError};
+use super::Etag;
 use std::io::{self, Read};
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use std::path::Path;
 pub struct Download {
     /// How many bytes come.
     pub length: u64,
-    /// The version, for going on with it later. A directory's is not that of [`Store::get`]: to tell that one, the
+    /// The version, for going on with it later. A directory's is not that of [`super::Store::get`]: to tell that one, the
     /// whole content would have to be read first.
     pub etag: Etag,
     /// Exactly `length` bytes. An error means that the rest is missing. Who reads to the end (of what is none, too)
@@ -40,15 +40,11 @@ pub struct Upload<'a> {
     pub open: &'a (dyn Fn() -> io::Result<Box<dyn Read + Send>> + Sync),
 }
 
-/// A store whose objects can be read and written as streams.
-pub trait Objects: Store {
-    /// Reads an object from `offset` on; with `only`, only if it is still this version. An offset that is the object's
-    /// size counts as [`Opened::Changed`], but for an empty object.
-    fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError>;
-
-    /// Writes an object, whatever is there; readers see the old one or the new one. Tried again as long as trying can
-    /// help.
-    fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError>;
+impl Upload<'_> {
+    /// The content from its beginning, which ends in an error if it is shorter than promised.
+    pub(super) fn content(&self) -> io::Result<impl Read> {
+        Exact::new((self.open)()?.take(self.length), self.length)
+    }
 }
 
 /// The content of a file, for [`Upload::open`].
@@ -107,7 +103,7 @@ impl<R: Read> Read for Exact<R> {
 mod tests {
     use super::*;
     use crate::store::dir::DirStore;
-    use crate::store::{Condition, GetResult};
+    use crate::store::{Condition, GetResult, Store};
 
     #[test]
     fn what_was_promised_comes_exactly_or_not_at_all() {
@@ -122,7 +118,7 @@ mod tests {
         assert_eq!(read(0, "abc").unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
-    fn rest(store: &dyn Objects, offset: u64, only: Option<&Etag>) -> Option<(Vec<u8>, Etag)> {
+    fn rest(store: &dyn Store, offset: u64, only: Option<&Etag>) -> Option<(Vec<u8>, Etag)> {
         match store.read_from("nar/k", offset, only).unwrap() {
             Opened::Found(mut d) => {
                 let mut bytes = Vec::new();

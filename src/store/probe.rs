@@ -7,8 +7,8 @@
 
 use super::{Condition, Etag, EtagForm, GetResult, Store, StoreError};
 use crate::clock::Timestamp;
-use crate::{config, durable, log};
-use ring::digest::{SHA256, digest};
+use crate::hash::{Sha256, hex};
+use crate::{config, durable, log, random};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -29,8 +29,7 @@ pub struct Probe {
 
 /// Writes, reads and removes an object of its own. An error means that not even that could be done.
 pub fn probe(store: &dyn Store) -> Result<Probe, StoreError> {
-    let random: String = crate::http::random::<8>().iter().map(|b| format!("{b:02x}")).collect();
-    let key = format!("probe/{random}");
+    let key = format!("probe/{}", hex(&random::bytes::<8>()));
     let tested = conditions(store, &key);
     let removed = store.delete(&key);
     let (etags, complaint) = match tested? {
@@ -119,9 +118,7 @@ fn remembered(store: &dyn Store, now: Timestamp) -> Option<EtagForm> {
 
 /// Where it is noted: one file for each store.
 fn note(store: &dyn Store) -> PathBuf {
-    let hash = digest(&SHA256, store.identity().as_bytes());
-    let hex: String = hash.as_ref().iter().take(16).map(|b| format!("{b:02x}")).collect();
-    config::state_dir().join("conditional-writes").join(hex)
+    config::state_dir().join("conditional-writes").join(Sha256::of(store.identity().as_bytes()).short(16))
 }
 
 /// The form in which it takes versions, or what is wrong with it.
@@ -175,59 +172,7 @@ fn refuses(store: &dyn Store) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::dir::DirStore;
-    use std::cell::Cell;
-
-    /// A directory that takes versions in one form alone, and loses answers.
-    struct Picky {
-        dir: DirStore,
-        takes: &'static [EtagForm],
-        sent: Mutex<EtagForm>,
-        loses: Mutex<Cell<u32>>,
-    }
-
-    impl Store for Picky {
-        fn url(&self) -> String {
-            "s3://picky".into()
-        }
-        fn identity(&self) -> String {
-            self.url()
-        }
-        fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
-            self.dir.get(key, unless, limit)
-        }
-        fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
-            self.dir.get_start(key, count)
-        }
-        fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
-            self.dir.size(key)
-        }
-        fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
-            let form = *self.sent.lock().unwrap();
-            if matches!(when, Condition::IfMatch(_)) && !self.takes.contains(&form) {
-                return Err(StoreError::Changed("412".into()));
-            }
-            let written = self.dir.put(key, bytes, when)?;
-            let loses = self.loses.lock().unwrap();
-            if bytes == b"fourth" && loses.get() > 0 {
-                loses.set(loses.get() - 1);
-                return self.dir.put(key, bytes, when);
-            }
-            Ok(written)
-        }
-        fn delete(&self, key: &str) -> Result<(), StoreError> {
-            self.dir.delete(key)
-        }
-        fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-            self.dir.list(prefix)
-        }
-        fn send_etags(&self, form: EtagForm) {
-            *self.sent.lock().unwrap() = form;
-        }
-        fn is_foreign(&self) -> bool {
-            true
-        }
-    }
+    use crate::store::faulty::{Faults, FaultyStore};
 
     #[test]
     fn the_form_that_a_store_takes_is_found_out_and_used() {
@@ -241,11 +186,11 @@ mod tests {
             (&[Quoted, Bare], 1, Some(Quoted)),
             (&[], 0, None),
         ] {
-            let dir = DirStore::new(dir.path());
-            let store = Picky { dir, takes, sent: Mutex::default(), loses: Mutex::new(Cell::new(loses)) };
+            let store = FaultyStore::new(dir.path());
+            *store.faults() = Faults { takes: Some(takes), loses, ..Faults::default() };
             let probe = probe(&store).unwrap();
             assert_eq!((probe.complaint.is_none(), probe.leftover), (found.is_some(), None), "{takes:?}");
-            assert_eq!(*store.sent.lock().unwrap(), found.unwrap_or_default(), "{takes:?} {loses}");
+            assert_eq!(store.sent(), found.unwrap_or_default(), "{takes:?} {loses}");
             if let Some(found) = found {
                 assert_eq!(probe.etags, found);
                 let one = store.put("k", b"one", &Condition::Always).unwrap();

@@ -1,6 +1,7 @@
 //! URLs of stores and caches: `s3://BUCKET[/PREFIX]?region=&endpoint=&scheme=&profile=&addressing-style=` (the
 //! grammar of Nix's own S3 stores), `file:///DIR`, and for caches anything else that `nix copy` takes.
 
+use crate::percent;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -49,10 +50,8 @@ pub enum StoreUrl {
 /// A binary cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CacheUrl {
-    /// A directory; Nix reads and writes it itself.
-    Dir(PathBuf),
-    /// A bucket.
-    S3(S3Location),
+    /// One that objects are moved to and from here.
+    Store(StoreUrl),
     /// Whatever else Nix understands, given to it as it is.
     Nix(String),
 }
@@ -61,9 +60,31 @@ impl StoreUrl {
     /// Parses a URL; the error is the reason and the remedy, without the URL.
     pub fn parse(text: &str) -> Result<Self, String> {
         match CacheUrl::parse(text)? {
-            CacheUrl::Dir(path) => Ok(StoreUrl::Dir(path)),
-            CacheUrl::S3(location) => Ok(StoreUrl::S3(location)),
+            CacheUrl::Store(url) => Ok(url),
             CacheUrl::Nix(_) => Err("is neither s3://BUCKET nor file:///DIR".into()),
+        }
+    }
+
+    /// Whether all machines that have this URL mean the same store.
+    pub fn is_shared(&self) -> bool {
+        matches!(self, StoreUrl::S3(_))
+    }
+
+    /// As another machine is told of it: a profile is of this machine's credentials.
+    pub fn for_others(&self) -> StoreUrl {
+        match self {
+            StoreUrl::Dir(path) => StoreUrl::Dir(path.clone()),
+            StoreUrl::S3(location) => StoreUrl::S3(S3Location { profile: None, ..location.clone() }),
+        }
+    }
+
+    /// Whether two URLs differ in nothing but the address at which the store is reached, and how.
+    pub fn differs_in_address_alone(&self, other: &StoreUrl) -> bool {
+        match (self, other) {
+            (StoreUrl::S3(one), StoreUrl::S3(other)) => {
+                (&one.bucket, &one.prefix) == (&other.bucket, &other.prefix)
+            }
+            (StoreUrl::Dir(_) | StoreUrl::S3(_), _) => false,
         }
     }
 }
@@ -83,10 +104,10 @@ impl CacheUrl {
                 return Err("has '..' in it".into());
             }
             let trimmed = path.trim_end_matches('/');
-            return Ok(CacheUrl::Dir(PathBuf::from(if trimmed.is_empty() { "/" } else { trimmed })));
+            return Ok(CacheUrl::Store(StoreUrl::Dir(if trimmed.is_empty() { "/" } else { trimmed }.into())));
         }
         if let Some(rest) = text.strip_prefix("s3://") {
-            return s3_location(rest).map(CacheUrl::S3);
+            return Ok(CacheUrl::Store(StoreUrl::S3(s3_location(rest)?)));
         }
         match text.split_once("://") {
             Some((scheme, rest))
@@ -126,7 +147,7 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
     };
     for pair in query.split('&').filter(|p| !p.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let value = percent_decode(value)?;
+        let value = percent::decode(value)?;
         // Written back as they are: these would be read otherwise, or steer whatever shows them.
         if let Some(c) = value.chars().find(|c| c.is_control() || c.is_whitespace() || "&%".contains(*c)) {
             return Err(format!("has {c:?} in the parameter '{name}'; expected the plain value"));
@@ -221,24 +242,6 @@ pub fn without_secrets(url: &str) -> String {
     out
 }
 
-/// Decodes `%XX`; the error is the reason.
-fn percent_decode(text: &str) -> Result<String, String> {
-    let mut out = Vec::with_capacity(text.len());
-    let mut bytes = text.bytes();
-    while let Some(b) = bytes.next() {
-        if b != b'%' {
-            out.push(b);
-            continue;
-        }
-        let digit = |b: Option<u8>| b.and_then(|b| (b as char).to_digit(16));
-        match (digit(bytes.next()), digit(bytes.next())) {
-            (Some(high), Some(low)) => out.push((high * 16 + low) as u8),
-            _ => return Err("has a '%' that is not followed by two hexadecimal digits".into()),
-        }
-    }
-    String::from_utf8(out).map_err(|_| "is not UTF-8 after decoding".to_string())
-}
-
 impl S3Location {
     /// Takes the endpoint that `from` names, unless the URL has one. From here on it is as if the URL had: two
     /// buckets of one name at two addresses are two stores.
@@ -320,18 +323,8 @@ impl fmt::Display for StoreUrl {
 impl fmt::Display for CacheUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            CacheUrl::Dir(path) => write!(f, "file://{}", path.display()),
-            CacheUrl::S3(location) => location.fmt(f),
+            CacheUrl::Store(url) => url.fmt(f),
             CacheUrl::Nix(url) => f.write_str(&without_secrets(url)),
-        }
-    }
-}
-
-impl From<StoreUrl> for CacheUrl {
-    fn from(url: StoreUrl) -> Self {
-        match url {
-            StoreUrl::Dir(path) => CacheUrl::Dir(path),
-            StoreUrl::S3(location) => CacheUrl::S3(location),
         }
     }
 }

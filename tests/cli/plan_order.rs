@@ -13,11 +13,11 @@ use omni_deploy::deployer::overrides::{Overrides, Pause, Pin};
 use omni_deploy::deployer::persisted::PersistedState;
 use omni_deploy::deployer::plan::{self, Goal, Options, Plan, ServicePlan, Step};
 use omni_deploy::deployer::state::{FailureRecord, ServicePhase, ServiceState, State};
-use omni_deploy::deployer::systemd::Listed;
 use omni_deploy::deployer::unit;
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::manifest::{ArtifactPath, Http, Service};
 use omni_deploy::names::{HostName, ServiceName, StorePath};
+use omni_deploy::systemd::Listed;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 

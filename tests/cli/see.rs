@@ -12,7 +12,7 @@ use omni_deploy::dispatch;
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::names::HostName;
 use omni_deploy::runner::{Output, ProcessStatus, Run, Stream};
-use omni_deploy::see::judge::{Expected, HostReport, Only, judge};
+use omni_deploy::status::judge::{Expected, HostReport, Only, judge};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::{Condition, Store};
 use serde_json::{Value, json};
@@ -120,7 +120,7 @@ fn a_state_of_version_1_is_still_read_whole() {
     let again = serde_json::to_value(&state).unwrap();
     let fixture: Value = serde_json::from_str(STATE).unwrap();
     kept(&fixture, &again);
-    assert_eq!(state.exit_code(), 3);
+    assert_eq!(state.exit_code(), omni_deploy::error::Exit::Degraded);
 }
 
 #[test]

@@ -6,9 +6,7 @@ mod common;
 use common::{BUCKET, DEVELOPER, HOST, KEY, S3Server, SECRET};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::s3::{MAX_SINGLE_PUT, S3Store};
-use omni_deploy::store::{
-    Condition, Etag, GetResult, Objects, Opened, Store, StoreError, StoreUrl, Upload, probe,
-};
+use omni_deploy::store::{Condition, Etag, GetResult, Opened, Store, StoreError, StoreUrl, Upload, probe};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
@@ -560,14 +558,14 @@ fn a_store_of_another_vendor_keeps_the_contract() {
 
 type Content = Box<dyn Read + Send>;
 
-fn write(store: &dyn Objects, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
+fn write(store: &dyn Store, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
     let open = || -> std::io::Result<Content> { Ok(Box::new(std::io::Cursor::new(bytes.to_vec()))) };
     let kind = "application/x-nix-nar";
     store.write_from(key, &Upload { length: bytes.len() as u64, content_type: kind, open: &open })
 }
 
 /// What comes from an offset on, with the version.
-fn rest(store: &dyn Objects, key: &str, offset: u64, only: Option<&Etag>) -> (Vec<u8>, Etag) {
+fn rest(store: &dyn Store, key: &str, offset: u64, only: Option<&Etag>) -> (Vec<u8>, Etag) {
     let Opened::Found(mut download) = store.read_from(key, offset, only).unwrap() else {
         panic!("{key} from {offset} is not there")
     };

@@ -11,15 +11,16 @@ use crate::deployer::outcome::Outcome;
 use crate::deployer::plan::{self, Goal, Step};
 use crate::deployer::root::Root;
 use crate::deployer::state::RouteStatus;
-use crate::deployer::systemd::{self, Began, Restarted};
 use crate::deployer::unit;
 use crate::durable::{self, Batch};
 use crate::error::{Error, Result};
 use crate::failpoint;
+use crate::files::if_there;
 use crate::log;
 use crate::manifest::Service;
 use crate::manifest::model::DEFAULT_DRAIN_SEC;
 use crate::names::ServiceName;
+use crate::systemd::{self, Began, Restarted};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
@@ -254,11 +255,8 @@ fn led_past<'n>(
 
 /// Where a candidate listens, by its unit; None where there is none.
 fn port_of(root: &Root, name: &ServiceName) -> Result<Option<u16>> {
-    match fs_err::read_to_string(root.next_unit(name)) {
-        Ok(text) => Ok(unit::next_port(&text)),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e.into()),
-    }
+    let text = if_there(fs_err::read_to_string(root.next_unit(name)))?;
+    Ok(text.and_then(|text| unit::next_port(&text)))
 }
 
 fn drain_units(at: Situation, names: &[&ServiceName], caddy: &CaddyState) -> Result<()> {
@@ -369,13 +367,10 @@ type Peers = BTreeMap<u16, BTreeSet<String>>;
 fn established() -> Result<Peers> {
     let mut peers = BTreeMap::new();
     for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
-        let text = match fs_err::read_to_string(table) {
-            Ok(text) => text,
-            // A kernel without IPv6 has no such table.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(e.into()),
-        };
-        add_established(&text, &mut peers);
+        // A kernel without IPv6 has no such table.
+        if let Some(text) = if_there(fs_err::read_to_string(table))? {
+            add_established(&text, &mut peers);
+        }
     }
     Ok(peers)
 }

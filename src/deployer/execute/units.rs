@@ -2,15 +2,17 @@
 //! touched.
 
 use super::{EVERYBODY_WAITS, Round, remove_all, steps, still_stopping, with_goal};
+use crate::deployer::observe;
 use crate::deployer::observed::UnitFile;
 use crate::deployer::outcome::Outcome;
 use crate::deployer::plan::{Goal, ServicePlan, Step};
 use crate::deployer::root::Root;
-use crate::deployer::{observe, systemd};
 use crate::durable::{self, Batch};
 use crate::error::{Error, Result};
+use crate::files::if_there;
 use crate::log;
 use crate::names::ServiceName;
+use crate::systemd;
 
 /// Stops what is paused and keeps it from starting at boot; its unit stays.
 pub(super) fn pause(round: &Round) -> Outcome {
@@ -146,10 +148,8 @@ pub(super) fn enable(round: &Round) -> Outcome {
 }
 
 fn not_at_boot(root: &Root, name: &ServiceName) -> Result<()> {
-    match durable::remove(&root.wanted(name)) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
-        _ => Ok(()),
-    }
+    if_there(durable::remove(&root.wanted(name)))?;
+    Ok(())
 }
 
 fn units_of(names: &[&ServiceName]) -> Vec<String> {

@@ -3,11 +3,11 @@
 use crate::deployer::listeners::{self, Answers, Listeners};
 use crate::deployer::root::Root;
 use crate::deployer::state;
-use crate::deployer::systemd::{self, CameUp, Listed, Shown};
 use crate::error::Result;
 use crate::failpoint;
 use crate::manifest::{Service, command};
 use crate::names::ServiceName;
+use crate::systemd::{self, CameUp, Listed, Shown};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};

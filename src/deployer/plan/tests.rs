@@ -3,8 +3,8 @@ use crate::deployer::caddy::CaddyState;
 use crate::deployer::observed::UnitSeen;
 use crate::deployer::overrides::Overrides;
 use crate::deployer::state::{FailureRecord, ServicePhase, ServiceState, State};
-use crate::deployer::systemd::Listed;
 use crate::manifest::{Artifact, ArtifactPath, Exec, Hardening, Rollout, Systemd};
+use crate::systemd::Listed;
 use serde_json::{Map, json};
 
 const NOW: Timestamp = Timestamp(1_000_000);

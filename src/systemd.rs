@@ -1,12 +1,13 @@
 //! systemd: every call of systemctl, systemd-analyze and journalctl on the host, and the pure rule that says
 //! whether a service came up.
 
-use super::state::Exposure;
+mod analyze;
+mod journal;
+
 use crate::error::{Error, Result};
 use crate::failpoint;
-use crate::names::{ServiceName, is_variable};
-use crate::runner::{Output, ProcessStatus, Run, RunError};
-use serde_json::Value;
+use crate::names::is_variable;
+use crate::runner::{Output, Run, RunError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -30,11 +31,14 @@ pub const UNIT_PATH: [&str; 13] = [
     "/run/systemd/generator.late",
 ];
 
-/// How long journald may take to have read what was written.
-const SYNC: Duration = Duration::from_secs(5);
-
 /// How long systemctl may take for what it does at once, reload included.
 const QUICK: Duration = Duration::from_secs(90);
+
+pub use analyze::{Exposure, exposures, verify};
+pub use journal::{Began, CUT, caddy_log, journal, last_line};
+
+/// How long it may take where a person waits for the answer.
+const LOOK: Duration = Duration::from_secs(20);
 
 fn systemctl() -> Run {
     Run::new("systemctl").arg("--no-pager").arg("--no-ask-password")
@@ -56,6 +60,41 @@ impl Listed {
     pub fn running(&self) -> bool {
         matches!(self.active.as_str(), "active" | "reloading") && self.sub == "running"
     }
+}
+
+/// The word for the state of the whole system, or what was said instead. `systemctl` exits with 1 for anything but
+/// `running`.
+pub fn system_state() -> Result<String, RunError> {
+    let output = systemctl().arg("is-system-running").deadline(LOOK).output()?;
+    let text = output.text();
+    Ok(if text.trim().is_empty() { output.stderr.trim() } else { text.trim() }.to_string())
+}
+
+/// The units that failed, which may be anybody's; none where systemd does not say.
+pub fn failed_units() -> Vec<String> {
+    let run = systemctl().args(["list-units", "--failed", "--plain", "--no-legend"]).deadline(LOOK);
+    let text = run.success().map(|output| output.text()).unwrap_or_default();
+    text.lines().filter_map(|line| Some(line.split_whitespace().next()?.to_string())).collect()
+}
+
+/// Properties of a unit, by their names.
+pub fn properties(unit: &str, names: &str) -> Result<BTreeMap<String, String>, RunError> {
+    let text = systemctl().args(["show", "--property", names, "--", unit]).deadline(LOOK).success()?.text();
+    let pairs = text.lines().filter_map(|line| line.split_once('='));
+    Ok(pairs.map(|(name, value)| (name.to_string(), value.to_string())).collect())
+}
+
+/// The values of one property, of which a unit may have several; none where systemd does not say.
+pub fn values(unit: &str, property: &str) -> Vec<String> {
+    let run = systemctl().args(["show", "--value", "--property", property, "--", unit]).deadline(LOOK);
+    let text = run.success().map(|output| output.text()).unwrap_or_default();
+    text.lines().map(String::from).collect()
+}
+
+/// Whether a unit is active, as far as systemd can be asked.
+pub fn is_active(unit: &str) -> bool {
+    let run = systemctl().args(["--quiet", "is-active", "--", unit]).deadline(LOOK);
+    run.output().is_ok_and(|output| output.status.ok())
 }
 
 /// Every service unit that systemd has in memory, by unit name.
@@ -322,7 +361,7 @@ fn configures(text: &str, name: &str) -> bool {
     words.filter_map(|word| word.trim_start_matches(['"', '\'']).split_once('=')).any(|(key, _)| key == name)
 }
 
-/// What is said of them, which are names of variables ([`super::state::State::manager_environment`]). Never a value.
+/// What is said of them, which are names of variables ([`crate::deployer::state::State::manager_environment`]). Never a value.
 pub fn given_text(names: &[String]) -> String {
     format!(
         "systemd gives every service it starts {}, which no manifest names; 'sudo systemctl unset-environment {}' takes \
@@ -504,172 +543,12 @@ fn time_span(text: &str) -> Option<Duration> {
     Some(whole)
 }
 
-/// What `systemd-analyze verify` has to say of unit texts: the complaint per service; none is good.
-/// Its exit status does not tell (it is 0 also for lines that systemd ignores), its output does.
-/// The units are put below `scratch` for it.
-pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMap<ServiceName, String>> {
-    let mut complaints = BTreeMap::new();
-    if units.is_empty() {
-        return Ok(complaints);
-    }
-    let dir = crate::durable::scratch(scratch)?;
-    let _effect = failpoint::mark("verify below", scratch.display());
-    let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
-    for (name, text) in units {
-        let file = dir.path().join(name.unit());
-        // Gone in a moment: nothing that the disk would have to hear of.
-        fs_err::write(&file, text)?;
-        files.push((name.clone(), file));
-    }
-    let all: Vec<&Path> = files.iter().map(|(_, f)| f.as_path()).collect();
-    if analyze(&all)?.is_none() {
-        return Ok(complaints);
-    }
-    // Something was said: one by one, so that it is known of whom.
-    for (name, file) in &files {
-        if let Some(complaint) = analyze(&[file])? {
-            let text = complaint.replace(&format!("{}/", dir.path().display()), "");
-            complaints.insert(name.clone(), text);
-        }
-    }
-    Ok(complaints)
-}
-
-fn analyze(files: &[&Path]) -> Result<Option<String>> {
-    let output = Run::new("systemd-analyze")
-        .args(["verify", "--man=no", "--recursive-errors=no", "--"])
-        .args(files)
-        .deadline(Duration::from_secs(120))
-        .output()?;
-    let names: Vec<String> =
-        files.iter().filter_map(|f| f.file_name()).map(|n| n.to_string_lossy().into_owned()).collect();
-    complaint(&names, output.status, &output.stderr)
-}
-
-/// What of an answer is about these units. One that a signal ended (for want of memory, say) has judged nothing: that is
-/// this host's trouble, and no release is refused for it.
-fn complaint(names: &[String], status: ProcessStatus, stderr: &str) -> Result<Option<String>> {
-    if let ProcessStatus::Signal(_) = status {
-        return Err(Error::new(format!(
-            "systemd-analyze verify was ended by {status}; the next pass tries again, see 'journalctl -k'"
-        )));
-    }
-    let of_them = |l: &&str| names.iter().any(|n| l.contains(n.as_str()));
-    let said: Vec<&str> = stderr.lines().filter(of_them).map(str::trim).collect();
-    Ok(match (said.is_empty(), status.ok()) {
-        (false, _) => Some(said.join("; ")),
-        (true, false) => Some(crate::runner::tail(stderr)),
-        (true, true) => None,
-    })
-}
-
-/// How much each running service unit leaves open. One call for all of them, because that is faster than one for
-/// a few by name, whose answer has no form that a program could rely on.
-pub fn exposures() -> Result<BTreeMap<String, Exposure>> {
-    let output = Run::new("systemd-analyze")
-        .args(["security", "--no-pager", "--json=short"])
-        .deadline(Duration::from_secs(30))
-        .success()?;
-    parse_exposures(&output.stdout)
-        .ok_or_else(|| Error::new("systemd-analyze security gives no list of units and their exposure"))
-}
-
-fn parse_exposures(bytes: &[u8]) -> Option<BTreeMap<String, Exposure>> {
-    let rows: Vec<Value> = serde_json::from_slice(bytes).ok()?;
-    let row = |row: &Value| {
-        let exposure = match &row["exposure"] {
-            Value::String(text) => Exposure::parse(text),
-            other => Exposure::parse(&other.to_string()),
-        };
-        Some((row["unit"].as_str()?.to_string(), exposure?))
-    };
-    Some(rows.iter().filter_map(row).collect())
-}
-
 /// What systemctl had to say of one unit, when its call could not even begin to start it: a unit that it requires
 /// is not there, or failed.
 pub fn could_not_start(complaint: Option<&str>, unit: &str) -> Option<String> {
     let of_it = [format!("Failed to restart {unit}: "), format!("A dependency job for {unit} failed")];
     let line = complaint?.lines().find(|line| of_it.iter().any(|start| line.starts_with(start)))?;
     Some(line.split(". ").next().unwrap_or(line).trim_end_matches('.').to_string())
-}
-
-/// Of which start of a unit the lines are asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Began {
-    /// Of one that was asked for at this time (microseconds since the Unix epoch). By its invocation a line of a process
-    /// that ended at once may not be found: journald looks for that when it reads the line, and may find none any more.
-    At(i64),
-    /// Of this invocation, which ran before: whenever it began.
-    Before(String),
-}
-
-/// The last lines that a unit wrote to the journal, and systemd about it, oldest first.
-pub fn journal(unit: &str, began: &Began, lines: u32) -> Vec<String> {
-    // What was written a moment ago journald may not have read yet: it answers this when it has. A journald that does not
-    // gives what it has.
-    drop(Run::new("journalctl").arg("--sync").deadline(SYNC).output());
-    let run = Run::new("journalctl").args(["--no-pager", "--output=cat", "--quiet"]);
-    let run = run.arg(format!("--lines={lines}")).args(lines_of(unit, began));
-    match run.deadline(Duration::from_secs(20)).output() {
-        Ok(output) => last(&output.text(), lines as usize),
-        Err(e) => vec![format!("(its journal cannot be read: {e})")],
-    }
-}
-
-/// How journalctl is asked for them. What systemd says of an invocation is known by who said it: anybody may send
-/// journald a line with a field of that name.
-fn lines_of(unit: &str, began: &Began) -> Vec<String> {
-    match began {
-        Began::At(time) => {
-            vec![format!("--unit={unit}"), format!("--since=@{}.{:06}", time / 1_000_000, time % 1_000_000)]
-        }
-        Began::Before(id) => vec![
-            format!("_SYSTEMD_INVOCATION_ID={id}"),
-            "+".into(),
-            format!("INVOCATION_ID={id}"),
-            "_PID=1".into(),
-        ],
-    }
-}
-
-/// The last lines of a log: an entry of the journal may have very many.
-fn last(log: &str, lines: usize) -> Vec<String> {
-    let mut last: Vec<String> = log.lines().rev().take(lines).map(clip).collect();
-    last.reverse();
-    last
-}
-
-/// The last lines that Caddy wrote to the journal, oldest first, whole: they are JSON. None where there is no journal.
-pub fn caddy_log() -> Vec<String> {
-    let output = Run::new("journalctl")
-        .args(["--no-pager", "--output=cat", "--quiet", "--unit=caddy.service", "--unit=caddy-api.service"])
-        .args(["--since=-2days", "--lines=3000"])
-        .deadline(Duration::from_secs(5))
-        .output();
-    output.map(|output| output.text().lines().map(String::from).collect()).unwrap_or_default()
-}
-
-/// The last line a unit wrote to the journal; None where there is none, or where we may not read it.
-pub fn last_line(unit: &str) -> Option<String> {
-    let output = Run::new("journalctl")
-        .args(["--no-pager", "--output=cat", "--quiet", "--lines=1"])
-        // What systemd itself says of the unit says less than the unit did.
-        .arg(format!("_SYSTEMD_UNIT={unit}"))
-        .deadline(Duration::from_secs(5))
-        .output();
-    output.ok()?.text().lines().last().map(clip)
-}
-
-/// Stands at the end of a line that was cut.
-pub const CUT: char = '…';
-
-/// A line of a log, cut where it stops being one.
-fn clip(line: &str) -> String {
-    match line.char_indices().nth(500) {
-        Some((at, _)) => format!("{}{CUT}", &line[..at]),
-        None => line.to_string(),
-    }
 }
 
 #[cfg(test)]
@@ -758,18 +637,6 @@ mod tests {
     }
 
     #[test]
-    fn the_exposure_of_every_unit_is_read_and_what_has_none_is_left_out() {
-        let rows = br#"[{"unit":"a.service","exposure":"1.1","predicate":"OK","happy":":-)"},
-            {"unit":"b.service","exposure":9.6}, {"unit":"c.service","exposure":null}, {"exposure":"1.0"}]"#;
-        let read = parse_exposures(rows).unwrap();
-        let read: Vec<(&str, String)> = read.iter().map(|(u, e)| (u.as_str(), e.to_string())).collect();
-        assert_eq!(read, [("a.service", "1.1".to_string()), ("b.service", "9.6".to_string())]);
-        for bad in ["", "{}", "Unknown option --json"] {
-            assert_eq!(parse_exposures(bad.as_bytes()), None, "{bad}");
-        }
-    }
-
-    #[test]
     fn what_is_loaded_in_place_of_a_unit_is_told_by_its_file_and_its_program() {
         let shown = |fragment: &str, command: &str| Shown {
             fragment: Some(fragment.into()),
@@ -813,31 +680,6 @@ mod tests {
                      Id=b.service\nRequiredBy=c.service d.service\nBoundBy=\n\nId=c.service\n\n";
         assert_eq!(stopped_alone(shown), ["a.service", "c.service"]);
         assert_eq!(stopped_alone(""), [""; 0]);
-    }
-
-    #[test]
-    fn a_check_that_was_ended_refuses_nothing() {
-        let names = ["ava.service".to_string()];
-        let told = |status, stderr| complaint(&names, status, stderr);
-        assert_eq!(told(ProcessStatus::Exit(0), "other.service:3: Unknown key\n").unwrap(), None);
-        let said = "/x/ava.service:3: Unknown key 'A'\nother.service:1: x\n";
-        assert_eq!(told(ProcessStatus::Exit(0), said).unwrap().unwrap(), "/x/ava.service:3: Unknown key 'A'");
-        assert_eq!(told(ProcessStatus::Exit(1), "no such unit\n").unwrap().unwrap(), "no such unit");
-        assert!(told(ProcessStatus::Signal(9), "").unwrap_err().to_string().contains("signal 9"));
-    }
-
-    #[test]
-    fn the_last_lines_are_those_of_one_start_and_no_more_than_were_asked_for() {
-        let began = Began::At(1_795_372_265_000_042);
-        assert_eq!(lines_of("ava.service", &began), ["--unit=ava.service", "--since=@1795372265.000042"]);
-        let asked = lines_of("ava.service", &Began::Before("0a1b".into())).join(" ");
-        assert_eq!(asked, "_SYSTEMD_INVOCATION_ID=0a1b + INVOCATION_ID=0a1b _PID=1");
-        assert_eq!(last("one\ntwo\nthree\n", 2), ["two", "three"]);
-        assert_eq!(last("\n", 2), [""]);
-        assert_eq!(last("", 2), [""; 0]);
-        // One entry that is a flood of empty lines, and one without end.
-        assert_eq!(last(&format!("{}end", "\n".repeat(1 << 20)), 10).len(), 10);
-        assert_eq!(last(&"x".repeat(1 << 20), 10)[0].chars().count(), 501);
     }
 
     #[test]

@@ -125,12 +125,12 @@ pub fn signing(settings: &Settings, on_host: bool) -> Vec<Check> {
 /// The binary cache.
 pub fn cache(settings: &Settings, on_host: bool) -> Check {
     const NAME: &str = "cache";
-    if settings.cache == CacheUrl::from(settings.store.clone()) && matches!(settings.store, StoreUrl::S3(_)) {
+    if settings.store.is_shared() && settings.cache == CacheUrl::Store(settings.store.clone()) {
         return Check::ok(NAME, "is the store");
     }
     let url = without_secrets(&settings.cache.to_string());
     match &settings.cache {
-        CacheUrl::Dir(dir) => {
+        CacheUrl::Store(StoreUrl::Dir(dir)) => {
             // One that is not there yet is made by the first push.
             let nearest = dir.ancestors().find(|d| d.exists()).unwrap_or(Path::new("/"));
             match (nearest == dir, writable(nearest)) {
@@ -146,7 +146,7 @@ pub fn cache(settings: &Settings, on_host: bool) -> Check {
                 ),
             }
         }
-        CacheUrl::S3(location) => match crate::store::open(&StoreUrl::S3(location.clone())) {
+        CacheUrl::Store(store) => match crate::store::open(store) {
             Err(e) => Check::fail(NAME, e.to_string()),
             // A GET: a HEAD cannot tell a bucket that is missing from an object that is.
             Ok(bucket) => match (bucket.get_start("nix-cache-info", 1), on_host) {

@@ -2,6 +2,7 @@
 //! [`machine`] and [`credentials`] are for every machine, [`host`] for those that a deployer works on. Nothing is repaired here.
 
 pub mod credentials;
+pub mod domains;
 pub mod host;
 pub mod machine;
 

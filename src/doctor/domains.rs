@@ -4,13 +4,14 @@
 
 mod visitor;
 
-use super::checks::Verdict;
+use super::Verdict;
 use crate::deployer::caddy::{CaddyState, ROUTE_ID};
 use crate::deployer::state::{ServicePhase, State};
-use crate::deployer::systemd;
 use crate::log::printable;
 use crate::manifest::{Manifest, Service};
 use crate::names::{HostName, ServiceName};
+use crate::parallel;
+use crate::systemd;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -63,20 +64,14 @@ pub fn visit(services: &[&Service], caddy: &CaddyState) -> Vec<Visit> {
     let all: Vec<(&str, Vec<&Service>)> = domains.into_iter().collect();
     let trust = CertificateTrust::of_the_system();
     let some = &all[..all.len().min(MOST)];
-    let seen: Vec<(&(&str, Vec<&Service>), DomainView)> = std::thread::scope(|scope| {
-        let looks: Vec<_> =
-            some.iter().map(|one| (one, scope.spawn(|| look(one.0, &one.1, caddy, &trust)))).collect();
-        let joined = |look: std::thread::ScopedJoinHandle<'_, DomainView>| {
-            look.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        looks.into_iter().map(|(one, look)| (one, joined(look))).collect()
-    });
+    let seen = parallel::map(some, MOST, |(name, services)| look(name, services, caddy, &trust));
     // Caddy is only asked for its reasons where something is missing.
-    let log = if seen.iter().any(|(_, s)| s.lacks_a_certificate()) { systemd::caddy_log() } else { vec![] };
-    let mut visits: Vec<Visit> = seen
-        .into_iter()
+    let log = if seen.iter().any(DomainView::lacks_a_certificate) { systemd::caddy_log() } else { vec![] };
+    let mut visits: Vec<Visit> = some
+        .iter()
+        .zip(&seen)
         .map(|((domain, services), seen)| {
-            let (verdict, text) = judge(&seen, reason(&log, &seen.name));
+            let (verdict, text) = judge(seen, reason(&log, &seen.name));
             let services = services.iter().map(|s| s.name.clone()).collect();
             Visit { domain: domain.to_string(), services, verdict, text: printable(&text).into_owned() }
         })

@@ -1,13 +1,58 @@
-//! Reads the files of which a pass has one for each service, with few calls of the kernel: what they cost is most of
-//! what an idle pass costs. Knows nothing of what is in them.
+//! How files are read: what may be missing, what a pass has one of for each service (with few calls of the kernel: what
+//! they cost is most of what an idle pass costs), and what a newer program may have written.
 
 use fs_err::File;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::fmt;
 use std::fs::Metadata;
-use std::io::{Read, Result};
+use std::io::{ErrorKind, Read, Result};
 use std::path::Path;
 
 /// What a reader of std's wants free before it reads into a buffer of the caller's own.
 const SPARE: usize = 64;
+
+/// What was found, or None where there is nothing of that name.
+pub fn if_there<T>(found: Result<T>) -> Result<Option<T>> {
+    match found {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+/// Why a form of ours cannot be read.
+#[derive(Debug)]
+pub enum FormatError {
+    /// A newer program has written it: its version, and the last one that is known.
+    Newer(u64, u64),
+    /// It is not what it should be.
+    Broken(serde_json::Error),
+}
+
+impl fmt::Display for FormatError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            FormatError::Newer(version, known) => {
+                write!(f, "it has version {version}, this program reads up to {known}")
+            }
+            FormatError::Broken(e) => e.fmt(f),
+        }
+    }
+}
+
+/// Reads one of our forms in JSON, whose `version` is `known` at most.
+pub fn versioned<T: DeserializeOwned>(bytes: &[u8], known: u64) -> std::result::Result<T, FormatError> {
+    #[derive(Deserialize)]
+    struct Head {
+        version: u64,
+    }
+    let read = serde_json::from_slice(bytes).map_err(FormatError::Broken);
+    match serde_json::from_slice(bytes) {
+        // What is wrong with a newer one by today's form may be right by its own.
+        Ok(Head { version }) if version > known => Err(FormatError::Newer(version, known)),
+        _ => read,
+    }
+}
 
 /// Reads a file of a disk, up to the size that it had when it was opened, and what it was then: files of ours are never
 /// written in place. Not for the kernel's own, whose size is not known.

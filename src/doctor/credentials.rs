@@ -5,13 +5,12 @@
 use super::Check;
 use crate::config::{self, SYSTEM_FILE};
 use crate::log::printable;
-use crate::runner::Run;
 use crate::store::credentials;
 use crate::store::url::without_secrets;
+use crate::systemd;
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 const NAME: &str = "credentials";
 
@@ -39,11 +38,9 @@ pub fn own(on_host: bool) -> Vec<Check> {
 
 /// The files that the deployer's unit names, wherever an administrator has put them.
 fn environment_files() -> Vec<PathBuf> {
-    let show = ["show", "--property=EnvironmentFiles", "--value", "deployer.service"];
-    let run = Run::new("systemctl").args(show).deadline(Duration::from_secs(20));
-    let text = run.success().map(|output| output.text()).unwrap_or_default();
     // "/path (ignore_errors=yes)"
-    text.lines().filter_map(|line| Some(PathBuf::from(line.split(" (ignore_errors=").next()?))).collect()
+    let files = systemd::values("deployer.service", "EnvironmentFiles");
+    files.iter().filter_map(|line| Some(PathBuf::from(line.split(" (ignore_errors=").next()?))).collect()
 }
 
 /// Whether a file has something secret in it, as far as we may read it: one that we may not read is not everybody's.

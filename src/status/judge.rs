@@ -1,16 +1,14 @@
 //! Holds the hosts' reports against the manifest and says what is off. Pure: the time is an argument, and
 //! whatever a host wrote is data (nothing here prints).
 
-use super::hint;
-use crate::clock::{Timestamp, human_seconds};
-use crate::deployer::live::{Live, Unit};
-use crate::deployer::state::{
-    Exposure, FailureRecord, RouteStatus, SILENT_SEC, ServicePhase, ServiceState, State,
-};
-use crate::deployer::systemd;
-use crate::manifest::{ArtifactPath, Manifest, Service};
+mod host;
+mod service;
+
+use crate::clock::Timestamp;
+use crate::deployer::live::Live;
+use crate::deployer::state::{Exposure, SILENT_SEC, State};
+use crate::manifest::Manifest;
 use crate::names::{HostName, ServiceName, StorePath};
-use crate::see::checks::Verdict;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -22,12 +20,6 @@ pub const STALE_SEC: i64 = SILENT_SEC;
 
 /// How long a host may take to pick a manifest up before that is off, in seconds: three passes.
 pub const PICK_UP_SEC: i64 = 15 * 60;
-
-/// How far ahead of ours a host's clock may be, in seconds.
-const SKEW_SEC: i64 = 5 * 60;
-
-/// How long ago systemd's last restart of a crashed service must be to be no news any more, in seconds.
-const CALM_SEC: i64 = 10 * 60;
 
 /// What the reports are held against.
 #[derive(Debug, Clone)]
@@ -256,7 +248,7 @@ pub fn judge(
     for service in manifest.services.iter().filter(|s| only.service(&s.name)) {
         for host in service.hosts.iter().filter(|h| only.host(h)) {
             let report = reports.get(host).unwrap_or(&HostReport::Missing);
-            picture.rows.push(row(wanted, service, host, report, now));
+            picture.rows.push(service::row(wanted, service, host, report, now));
         }
     }
     for (host, report) in reports.iter().filter(|(h, _)| only.host(h)) {
@@ -269,455 +261,51 @@ pub fn judge(
             && wanted.other_store(state).is_none()
         {
             let strangers = state.services.values().filter(|s| only.service(&s.name) && !placed(&s.name));
-            picture.rows.extend(strangers.map(|s| leftover(wanted, state, s, now)));
+            picture.rows.extend(strangers.map(|s| service::leftover(wanted, state, s, now)));
             // What the state does not know: a pass that ended before it could take that down.
             let unknown = report.live().into_iter().flat_map(|live| &live.services);
             let unknown = unknown.filter(|(name, _)| {
                 only.service(name) && !placed(name) && !state.services.contains_key(*name)
             });
-            picture.rows.extend(unknown.map(|(name, unit)| forgotten(state, name, unit)));
+            picture.rows.extend(unknown.map(|(name, unit)| service::forgotten(state, name, unit)));
         }
     }
     for (host, report) in reports {
         if picture.rows.iter().any(|r| r.host == *host) {
-            picture.hosts.push(host_row(wanted, host, report, now));
+            picture.hosts.push(host::row(wanted, host, report, now));
         }
     }
     picture
 }
 
-/// Whether the host has worked from an older manifest, and whether that has lasted too long.
-fn behind(manifest: &Manifest, state: &State, now: Timestamp) -> (bool, bool) {
-    let behind = state.serial.is_none_or(|serial| serial < manifest.serial);
-    (behind, behind && now.0.saturating_sub(manifest.generation.0) > PICK_UP_SEC)
+/// How far a host is with the manifest in force.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    /// It has worked from this version.
+    Current,
+    /// It has worked from an older one.
+    Behind,
+    /// The same, for too long.
+    Overdue,
 }
 
-/// A row of which nothing is known.
-fn blank(service: &ServiceName, host: &HostName) -> ServiceRow {
-    ServiceRow {
-        service: service.clone(),
-        host: host.clone(),
-        wanted: None,
-        revision: None,
-        running: None,
-        status: ServiceStatus::Unknown,
-        since: None,
-        reported_at: None,
-        exposure: None,
-        restarts: None,
-        off: true,
-        problem: None,
-        attempted: None,
-        journal: Vec::new(),
-    }
-}
-
-fn row(
-    wanted: &Expected<'_>,
-    service: &Service,
-    host: &HostName,
-    report: &HostReport,
-    now: Timestamp,
-) -> ServiceRow {
-    let manifest = wanted.manifest;
-    let mut row = ServiceRow {
-        wanted: service.artifact.store_path.path().cloned(),
-        revision: service.revision.clone(),
-        ..blank(&service.name, host)
-    };
-    let state = match report {
-        HostReport::Missing => return ServiceRow { problem: Some(format!("{host} never reported")), ..row },
-        HostReport::Unreadable(why) | HostReport::Silent(why) => {
-            return ServiceRow { problem: Some(why.clone()), ..row };
-        }
-        HostReport::Read(state) | HostReport::Live(state, _) => state,
-    };
-    row.reported_at = Some(state.checked_at);
-    if let Some(theirs) = wanted.other_store(state) {
-        return ServiceRow { problem: Some(format!("{host} reads {theirs}")), ..row };
-    }
-    let (behind, overdue) = behind(manifest, state, now);
-    let overdue_text = || overdue.then(|| format!("{host} has not picked up version {}", manifest.serial));
-    let Some(entry) = state.services.get(&service.name) else {
-        (row.status, row.off, row.problem) = if behind {
-            (ServiceStatus::Pending, overdue, overdue_text())
+impl Progress {
+    fn of(manifest: &Manifest, state: &State, now: Timestamp) -> Self {
+        if state.serial.is_some_and(|serial| serial >= manifest.serial) {
+            Progress::Current
+        } else if now.0.saturating_sub(manifest.generation.0) <= PICK_UP_SEC {
+            Progress::Behind
         } else {
-            let why =
-                "worked from this manifest and does not know the service; see 'omni-deploy logs deployer'";
-            (ServiceStatus::Missing, true, Some(format!("{host} {why}")))
-        };
-        return row;
-    };
-    row.running = entry.store_path.clone();
-    row.since = Some(entry.since);
-    row.exposure = entry.exposure;
-    let same_path = match &service.artifact.store_path {
-        ArtifactPath::Placeholder => entry.status == ServicePhase::Waiting,
-        ArtifactPath::Path(path) => entry.store_path.as_ref() == Some(path),
-    };
-    // The path alone is not what the manifest says. An older program tells no more than which version it saw.
-    let same_entry = match (&entry.entry, wanted.entries.get(&service.name)) {
-        (Some(theirs), Some(ours)) => theirs == ours,
-        (None, Some(_)) => !behind,
-        (_, None) => true,
-    };
-    let same = same_path && same_entry;
-    let unlike = if behind { ServiceStatus::Pending } else { ServiceStatus::Differs };
-    row.status = match entry.status {
-        ServicePhase::Failed => ServiceStatus::Failed,
-        ServicePhase::Rejected => ServiceStatus::Rejected,
-        ServicePhase::Stopped => ServiceStatus::Stopped,
-        ServicePhase::Running if entry.pinned_since.is_some() => ServiceStatus::Pinned,
-        ServicePhase::Running if same => ServiceStatus::Running,
-        ServicePhase::Waiting if same => ServiceStatus::Waiting,
-        ServicePhase::Running | ServicePhase::Waiting => unlike,
-    };
-    row.off = match row.status {
-        ServiceStatus::Running | ServiceStatus::Waiting | ServiceStatus::Stopped | ServiceStatus::Pinned => {
-            false
-        }
-        ServiceStatus::Pending => overdue,
-        ServiceStatus::Differs
-        | ServiceStatus::Missing
-        | ServiceStatus::Leftover
-        | ServiceStatus::Removing
-        | ServiceStatus::Failed
-        | ServiceStatus::Rejected
-        | ServiceStatus::Unknown => true,
-    };
-    let here = wanted.here.as_ref();
-    let typed = |command: String| hint::typed(host, here, &command);
-    match row.status {
-        ServiceStatus::Failed | ServiceStatus::Rejected => explain(&mut row, entry.failure.as_ref(), here),
-        ServiceStatus::Pending => row.problem = overdue_text(),
-        ServiceStatus::Stopped => {
-            let resume = typed(format!("deployer resume {}", service.name));
-            row.problem = Some(match entry.paused_until {
-                Some(until) => format!("stopped by 'deployer pause' until {until}, or '{resume}'"),
-                None => format!("stopped by 'deployer pause' until '{resume}'"),
-            });
-        }
-        ServiceStatus::Pinned => {
-            row.problem = Some(format!(
-                "held by 'deployer rollback' until the manifest names another path or '{}'",
-                typed(format!("deployer rollback --unpin {}", service.name))
-            ));
-        }
-        ServiceStatus::Running if entry.secrets_changed => {
-            row.problem = Some(format!(
-                "its secrets file was changed after it started; '{}' picks that up",
-                typed(format!("systemctl restart {}", service.name))
-            ));
-        }
-        ServiceStatus::Differs if same_path => {
-            row.problem = Some(format!(
-                "{host} worked from this version and has another entry of it; see 'omni-deploy logs deployer'"
-            ));
-        }
-        ServiceStatus::Differs => {
-            row.problem = Some(format!(
-                "{host} worked from this manifest and runs another version; see 'omni-deploy logs deployer'"
-            ));
-        }
-        _ => {}
-    }
-    if let Some(live) = report.live() {
-        now_row(&mut row, live, here);
-        visited(&mut row, live, here);
-    }
-    if let Some(attention) = entry.attention() {
-        let attention = hint::translated(&attention, host, here);
-        row.off = true;
-        row.problem =
-            Some(row.problem.map_or(attention.clone(), |problem| format!("{problem}; {attention}")));
-    }
-    row
-}
-
-/// What systemd says now beats what the last pass left.
-fn now_row(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
-    let Some(unit) = live.services.get(&row.service) else { return };
-    row.restarts = Some(unit.restarts);
-    let does = format!("{}/{}", unit.active, unit.sub);
-    let logs = format!("'omni-deploy logs {}'", row.service);
-    let at_work = live.deployer.as_ref().is_some_and(|d| d.active == "activating");
-    let ended = match unit.result.as_str() {
-        "success" | "" => String::new(),
-        result => format!(" ({result}, {})", unit.exit_status),
-    };
-    match row.status {
-        ServiceStatus::Stopped if unit.running() => {
-            row.off = true;
-            row.problem = Some(format!(
-                "paused, but it runs now; '{}' stops it again",
-                hint::typed(&row.host, here, "deployer")
-            ));
-        }
-        ServiceStatus::Running | ServiceStatus::Pinned | ServiceStatus::Pending | ServiceStatus::Differs
-            if row.running.is_some() && !unit.running() =>
-        {
-            if at_work {
-                row.status = ServiceStatus::Pending;
-                row.off = false;
-                row.problem = None;
-                return;
-            }
-            row.status = ServiceStatus::Failed;
-            row.off = true;
-            let starts =
-                format!("the next pass starts it again, '{}' now", hint::typed(&row.host, here, "deployer"));
-            row.problem = Some(match (unit.load.as_str(), unit.active.as_str(), unit.sub.as_str()) {
-                ("loaded", _, "auto-restart") if unit.restarts == 0 => {
-                    format!("its process ended{ended}, and systemd is about to restart it; {logs} shows why")
-                }
-                ("loaded", _, "auto-restart") => format!(
-                    "its process keeps ending{ended}: systemd has restarted it {} time(s) and is about to again; {logs} \
-                     shows why",
-                    unit.restarts
-                ),
-                ("loaded", "failed", _) => format!("it has failed{ended}; {starts}, {logs} shows why"),
-                ("loaded", "inactive", _) => {
-                    format!("it is stopped now: somebody stopped it, or it ended by itself{ended}; {starts}")
-                }
-                ("loaded", ..) => format!("it is {does} now; {logs} shows why"),
-                (load, ..) => format!("systemd has no unit of it ({load}); {starts}"),
-            });
-            if matches!(unit.active.as_str(), "inactive" | "failed") {
-                row.running = None;
-            }
-        }
-        ServiceStatus::Running | ServiceStatus::Pinned | ServiceStatus::Differs if unit.restarts > 0 => {
-            let age = unit.started.map(|t| live.at.0.saturating_sub(t.0));
-            if age.is_some_and(|age| age < CALM_SEC) {
-                row.off = true;
-                row.problem = Some(format!(
-                    "it crashed: systemd has restarted it {} time(s), the last {} ago; {logs} shows why",
-                    unit.restarts,
-                    human_seconds(age.unwrap_or_default().max(0))
-                ));
-            }
-        }
-        _ => {}
-    }
-}
-
-/// What visitors of its domain meet now; of a service that is down that is known.
-fn visited(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
-    if row.running.is_none()
-        || !matches!(row.status, ServiceStatus::Running | ServiceStatus::Pinned | ServiceStatus::Differs)
-    {
-        return;
-    }
-    let of_it = live.domains.iter().filter(|v| v.verdict != Verdict::Ok && v.services.contains(&row.service));
-    for visit in of_it {
-        row.off |= visit.verdict == Verdict::Fail;
-        let said = format!("{}: {}", visit.domain, hint::translated(&visit.text, &row.host, here));
-        row.problem = Some(row.problem.take().map_or(said.clone(), |problem| format!("{problem}; {said}")));
-    }
-}
-
-fn explain(row: &mut ServiceRow, failure: Option<&FailureRecord>, here: Option<&HostName>) {
-    let Some(failure) = failure else {
-        row.problem = Some("the host gives no reason; see 'omni-deploy logs deployer'".into());
-        return;
-    };
-    let FailureRecord { reason, attempted, at: _, journal, attempts: _, inputs: _, kept_out: _ } = failure;
-    let reason = hint::translated(reason, &row.host, here);
-    row.problem = Some(if attempted.is_some() && *attempted != row.wanted {
-        format!("{reason} (the manifest names another version by now)")
-    } else {
-        reason
-    });
-    row.attempted = attempted.clone();
-    row.journal = journal.clone();
-}
-
-fn leftover(wanted: &Expected<'_>, state: &State, entry: &ServiceState, now: Timestamp) -> ServiceRow {
-    let (behind, overdue) = behind(wanted.manifest, state, now);
-    let status = match (entry.removing, behind) {
-        (true, _) => ServiceStatus::Removing,
-        (false, true) => ServiceStatus::Pending,
-        (false, false) => ServiceStatus::Leftover,
-    };
-    let mut row = ServiceRow {
-        running: entry.store_path.clone(),
-        status,
-        since: Some(entry.since),
-        reported_at: Some(state.checked_at),
-        exposure: entry.exposure,
-        off: status != ServiceStatus::Pending || overdue,
-        ..blank(&entry.name, &state.host)
-    };
-    if status != ServiceStatus::Pending {
-        match &entry.failure {
-            Some(failure) => explain(&mut row, Some(failure), wanted.here.as_ref()),
-            None => {
-                row.problem =
-                    Some("the manifest does not place it here; the next pass should remove it".into());
-            }
+            Progress::Overdue
         }
     }
-    row
-}
-
-/// A unit of ours that neither the manifest nor the host's state knows.
-fn forgotten(state: &State, name: &ServiceName, unit: &Unit) -> ServiceRow {
-    ServiceRow {
-        status: ServiceStatus::Leftover,
-        reported_at: Some(state.checked_at),
-        restarts: Some(unit.restarts),
-        problem: Some(format!(
-            "its unit is there ({}/{}), and the manifest does not place it here; the next pass should remove it",
-            unit.active, unit.sub
-        )),
-        ..blank(name, &state.host)
-    }
-}
-
-fn host_row(wanted: &Expected<'_>, host: &HostName, report: &HostReport, now: Timestamp) -> HostRow {
-    let manifest = wanted.manifest;
-    let mut row = HostRow {
-        host: host.clone(),
-        reported_at: None,
-        serial: None,
-        store: None,
-        last_error: None,
-        off: true,
-        problems: Vec::new(),
-    };
-    let here = wanted.here.as_ref();
-    let state = match report {
-        HostReport::Missing => {
-            row.problems.push(format!(
-                "never reported; check 'systemctl status deployer.timer' on {host}, and that it can write hosts/{host}.json"
-            ));
-            return row;
-        }
-        HostReport::Unreadable(why) => {
-            row.problems
-                .push(format!("its report cannot be read: {why}; upgrade whichever omni-deploy is older"));
-            return row;
-        }
-        HostReport::Silent(why) => {
-            row.problems.push(why.clone());
-            return row;
-        }
-        HostReport::Read(state) | HostReport::Live(state, _) => state,
-    };
-    // Every field is looked at: a new one is to be judged here.
-    let State {
-        version: _,
-        host: _,
-        deployer: _,
-        serial,
-        generation: _,
-        checked_at,
-        changed_at: _,
-        manifest_error,
-        route,
-        reported: _,
-        store,
-        manifest_hash: _,
-        machine,
-        other_machine,
-        manager_environment,
-        last_error,
-        draining: _,
-        services: _,
-    } = state.as_ref();
-    row.reported_at = Some(*checked_at);
-    row.serial = *serial;
-    row.store = store.clone();
-    if let (Some(theirs), Some(ours)) = (wanted.other_store(state), &wanted.store) {
-        row.problems.push(format!(
-            "it reads {theirs}, and this is {ours}; correct 'store' here ('omni-deploy config') or in \
-             /etc/omni-deploy/config.json there"
-        ));
-    }
-    let said = |text: &str| hint::translated(text, host, here);
-    if let Some(error) = last_error {
-        row.last_error = Some(error.reason.clone());
-        let age = error.since.age(now);
-        row.problems.push(format!("last pass failed: {} (for {age})", said(&error.reason)));
-    }
-    if !manager_environment.is_empty() {
-        row.problems.push(said(&systemd::given_text(manager_environment)));
-    }
-    if let (Some(other), Some(this)) = (other_machine, machine) {
-        row.problems.push(other.text(host, this));
-    }
-    let age = now.0.saturating_sub(checked_at.0);
-    if age > STALE_SEC {
-        row.problems.push(format!(
-            "silent for {}; check '{}'",
-            human_seconds(age),
-            hint::typed(host, here, "systemctl status deployer.timer")
-        ));
-    } else if age < -SKEW_SEC {
-        row.problems.push(format!("its clock is {} ahead of this one; check both", human_seconds(-age)));
-    }
-    if let Some(error) = manifest_error.as_ref().filter(|e| !state.failed_with(e)) {
-        row.problems.push(format!("works from its last good manifest: {}", said(error)));
-    }
-    if route.status == RouteStatus::Pending {
-        let why = route.reason.as_deref().unwrap_or("the host gives no reason");
-        row.problems.push(format!("Caddy's route is pending: {}", said(why)));
-    }
-    if wanted.other_store(state).is_none() && behind(manifest, state, now).1 {
-        let had = serial.map_or("none".into(), |s| s.to_string());
-        row.problems.push(format!(
-            "has not picked up version {} in {} (it has {had}); force it with '{}'",
-            manifest.serial,
-            manifest.generation.age(now),
-            hint::typed(host, here, "systemctl start deployer")
-        ));
-    }
-    if let Some(live) = report.live() {
-        now_host(&mut row, live, last_error.is_some(), here);
-    }
-    row.off = !row.problems.is_empty();
-    row
-}
-
-/// What systemd says now of the deployer and its timer, and what else the host found when it was asked.
-fn now_host(row: &mut HostRow, live: &Live, told: bool, here: Option<&HostName>) {
-    let Live { at: _, services: _, deployer, timer, last_line, domains: _, problems } = live;
-    let host = row.host.clone();
-    let logs = format!("'omni-deploy logs deployer --host {host}'");
-    if let Some(deployer) = deployer.as_ref().filter(|d| d.load != "loaded") {
-        row.problems.push(format!(
-            "its deployer.service is {}; install it with contrib/install.sh",
-            if deployer.load.is_empty() { "not there" } else { &deployer.load }
-        ));
-    } else if let Some(deployer) = deployer.as_ref().filter(|d| d.result != "success")
-        && !told
-        // Those are of services, whose rows say so.
-        && !(deployer.result == "exit-code" && matches!(deployer.exit_status, 3 | 4))
-    {
-        let line = last_line.as_ref().map(|l| format!(": {}", hint::translated(l, &host, here)));
-        // With 0 it was not the pass that ended so, but what its unit runs before or after it.
-        let status = match deployer.exit_status {
-            0 => String::new(),
-            status => format!(", {status}"),
-        };
-        let line = line.unwrap_or_default();
-        row.problems.push(format!("last pass failed ({}{status}){line}; see {logs}", deployer.result));
-    }
-    if let Some(timer) = timer.as_ref().filter(|t| t.active != "active") {
-        row.problems.push(format!(
-            "its deployer.timer is {}: no pass comes by itself; '{}'",
-            if timer.active.is_empty() { "not there" } else { &timer.active },
-            hint::typed(&host, here, "systemctl enable --now deployer.timer")
-        ));
-    }
-    row.problems.extend(problems.iter().map(|p| hint::translated(p, &host, here)));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::deployer::state::RouteState;
-    use crate::manifest::{Artifact, Exec, Hardening, Rollout, Systemd};
+    use crate::deployer::state::{FailureRecord, RouteState, RouteStatus, ServicePhase, ServiceState};
+    use crate::manifest::{Artifact, ArtifactPath, Exec, Hardening, Rollout, Service, Systemd};
     use serde_json::Map;
 
     const NOW: Timestamp = Timestamp(1_800_000_000);
@@ -805,7 +393,7 @@ mod tests {
         ] {
             let mut state = state(7, &[("ava", status, Some('1'))]);
             state.services.get_mut(&name("ava")).unwrap().drop_ins = vec![file.into()];
-            assert_eq!(state.exit_code(), 3, "{file}");
+            assert_eq!(state.exit_code(), crate::error::Exit::Degraded, "{file}");
             let picture = judged(&manifest(Some('1'), 60), state);
             let row = &picture.rows[0];
             let problem = row.problem.as_deref().unwrap_or_default();
@@ -882,7 +470,7 @@ mod tests {
         for (state, word) in [
             (at(STALE_SEC), None),
             (at(STALE_SEC + 1), Some("silent for 1h")),
-            (at(-SKEW_SEC - 1), Some("clock")),
+            (at(-host::SKEW_SEC - 1), Some("clock")),
             (State { manifest_error: Some("truncated".into()), ..well.clone() }, Some("truncated")),
             (
                 State {

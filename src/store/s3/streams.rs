@@ -1,17 +1,15 @@
 //! A bucket's objects as streams. Of a read only its beginning is tried again: who reads has what came before it was
 //! cut, and goes on from there. A write is tried again whole.
 
-use super::{
-    AttemptError, ExactReader, LIMITS, MAX_SINGLE_PUT, Patience, S3Response, S3Store, Verb, exchange,
-};
-use crate::http::{Again, GaveUp, RealPace, Retry, TransferError};
+use super::answer::{AttemptError, S3Response};
+use super::errors::Verb;
+use super::{LIMITS, MAX_SINGLE_PUT, Patience, S3Store};
+use crate::hash::Sha256;
+use crate::http::{GaveUp, Retry, TransferError};
 use crate::store::codes::ErrorClass;
-use crate::store::objects::{Download, Exact, Objects, Opened, Upload};
+use crate::store::objects::{Download, Exact, Opened, Upload};
 use crate::store::{Etag, StoreError};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
-use ring::digest::{Context, SHA256};
-use std::cell::{Cell, OnceCell};
+use std::cell::OnceCell;
 use std::io::{self, Read};
 use std::time::Duration;
 use ureq::SendBody;
@@ -31,10 +29,15 @@ const RETRY: Retry = Retry {
     total: Duration::from_secs(3600),
 };
 
-impl Objects for S3Store {
-    fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {
-        let mut request = self.get_request(key);
-        request.range = (offset > 0).then(|| format!("bytes={offset}-"));
+impl S3Store {
+    pub(super) fn read_stream(
+        &self,
+        key: &str,
+        offset: u64,
+        only: Option<&Etag>,
+    ) -> Result<Opened, StoreError> {
+        let range = format!("bytes={offset}-");
+        let range = (offset > 0).then_some(("range", range.as_str()));
         // The version is compared here: not every store knows the conditions of a read.
         let read = |answer: S3Response| {
             let etag = answer.etag()?;
@@ -58,7 +61,8 @@ impl Objects for S3Store {
             let body = Box::new(Exact::new(body, length).map_err(cut)?);
             Ok(Opened::Found(Download { length, etag, body }))
         };
-        match self.object(&request, |_| Patience { answer: LIMITS.answer, ..Patience::STREAM }, read) {
+        let patience = |_| Patience { answer: LIMITS.answer, ..Patience::STREAM };
+        match self.get_object(key, range, patience, read) {
             Ok(opened) => Ok(opened),
             Err(gave_up) => match gave_up.error.meaning() {
                 Some(ErrorClass::NoObject) => Ok(Opened::Missing),
@@ -68,15 +72,15 @@ impl Objects for S3Store {
         }
     }
 
-    fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
-        let Upload { length, content_type, open } = *upload;
+    pub(super) fn write_stream(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
+        let Upload { length, content_type, .. } = *upload;
         if length > MAX_SINGLE_PUT {
             return Err(self.too_large_to_write(key, length));
         }
         let written = if length <= HELD {
             let read = || {
                 let mut bytes = Vec::with_capacity(length as usize);
-                ExactReader::new(&mut *open()?, length).read_to_end(&mut bytes)?;
+                upload.content()?.read_to_end(&mut bytes)?;
                 io::Result::Ok(bytes)
             };
             match read() {
@@ -92,50 +96,58 @@ impl Objects for S3Store {
         };
         written.map_err(|gave_up| self.told(Verb::Write, key, gave_up))
     }
-}
 
-impl S3Store {
     fn write_opened(&self, key: &str, upload: &Upload<'_>) -> Result<(), GaveUp<AttemptError>> {
-        let Upload { length, content_type, open } = *upload;
-        let unread = |e: io::Error| AttemptError::Source(e.to_string());
+        let Upload { length, content_type, .. } = *upload;
+        let source = |e: io::Error| AttemptError::Source(e.to_string());
+        let opened = || upload.content().map_err(source);
         let said_length = length.to_string();
-        let given = Cell::new(self.wants());
         let checksum: OnceCell<String> = OnceCell::new();
-        let attempt = |_| {
-            let wants = self.wants();
-            given.set(wants);
-            let mut request = self.put_request(key, content_type, None);
+        self.tried(RETRY, |_, wants| {
+            let request = self.request("PUT", Some(key)).header("content-type", content_type);
+            let mut request = request.unsigned_payload();
             if wants.checksum {
                 let sha256 = match checksum.get() {
                     Some(known) => known,
                     None => {
-                        let sum = sha256(ExactReader::new(&mut *open().map_err(unread)?, length))
-                            .map_err(unread)?;
+                        let sum = Sha256::of_reader(&mut opened()?).map_err(source)?.base64();
                         checksum.get_or_init(|| sum)
                     }
                 };
-                request.add_header("x-amz-sdk-checksum-algorithm", "SHA256");
-                request.add_header("x-amz-checksum-sha256", sha256);
+                request = request.header("x-amz-sdk-checksum-algorithm", "SHA256");
+                request = request.header("x-amz-checksum-sha256", sha256);
             }
-            self.sign(&mut request, wants)?;
-            let mut extra = vec![("content-length", said_length.as_str())];
+            let mut unsigned = vec![("content-length", said_length.as_str())];
             if length > EXPECT && !wants.no_expect {
-                extra.push(("expect", "100-continue"));
+                unsigned.push(("expect", "100-continue"));
             }
-            let mut content = open().map_err(unread)?;
-            let mut source = ExactReader::new(&mut *content, length);
-            let sent =
-                exchange(&self.agent, &request, &extra, SendBody::from_reader(&mut source), Patience::STREAM);
-            match (sent, source.failed.take()) {
+            let mut content = Witnessed { inner: opened()?, failed: None };
+            let body = SendBody::from_reader(&mut content);
+            let sent = self.signed(request, wants)?.send(&self.agent, &unsigned, body, Patience::STREAM);
+            match (sent, content.failed.take()) {
                 (Err(_), Some(why)) => Err(AttemptError::Source(why)),
-                (Err(fault), None) => Err(fault),
+                (Err(error), None) => Err(error),
                 (Ok(answer), _) => answer.written().map(drop),
             }
-        };
-        RETRY.run(&RealPace::default(), attempt, |fault| match self.learns(fault, given.get()) {
-            true => Again::Yes,
-            false => fault.again(),
         })
+    }
+}
+
+/// A reader that remembers how it failed: what becomes of the request does not tell.
+struct Witnessed<R> {
+    inner: R,
+    failed: Option<String>,
+}
+
+impl<R: Read> Read for Witnessed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer);
+        if let Err(e) = &read
+            && e.kind() != io::ErrorKind::Interrupted
+        {
+            self.failed = Some(e.to_string());
+        }
+        read
     }
 }
 
@@ -154,13 +166,22 @@ fn part(answer: &S3Response, offset: u64) -> Result<u64, AttemptError> {
     })
 }
 
-fn sha256(mut source: impl Read) -> io::Result<String> {
-    let mut sum = Context::new(&SHA256);
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        match source.read(&mut buffer)? {
-            0 => return Ok(BASE64.encode(sum.finish())),
-            read => sum.update(&buffer[..read]),
-        }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_gives_what_was_promised_or_fails() {
+        let source = |length, text: &'static str| {
+            let exact = Exact::new(text.as_bytes().take(length), length).unwrap();
+            let mut source = Witnessed { inner: exact, failed: None };
+            let mut got = String::new();
+            let result = source.read_to_string(&mut got).map(drop);
+            (result.is_ok(), got, source.failed.is_some())
+        };
+        assert_eq!(source(3, "abc"), (true, "abc".into(), false));
+        assert_eq!(source(2, "abc"), (true, "ab".into(), false));
+        assert!(!source(4, "abc").0 && source(4, "abc").2);
+        assert_eq!(source(0, ""), (true, String::new(), false));
     }
 }

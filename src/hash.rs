@@ -1,10 +1,11 @@
-//! SHA-256 in the forms that Nix writes: its own base 32 (narinfos, fingerprints, store paths), base 16 and SRI. Reads
-//! all of them, writes whichever is asked for, and knows no other algorithm: NARs have this one.
+//! SHA-256, in hex and in the other forms that Nix writes: its own base 32 (narinfos, fingerprints, store paths) and SRI.
+//! Reads all of them, writes whichever is asked for, and knows no other algorithm: NARs have this one.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ring::digest::{Context, SHA256, digest};
 use std::fmt;
+use std::io::{self, Read};
 
 /// The digits of Nix's base 32; e, o, t and u are left out.
 pub const BASE32_DIGITS: &[u8; 32] = b"0123456789abcdfghijklmnpqrsvwxyz";
@@ -42,6 +43,18 @@ impl Sha256 {
         Sha256::of_digest(digest(&SHA256, bytes).as_ref())
     }
 
+    /// The hash of all that can be read.
+    pub fn of_reader(source: &mut impl Read) -> io::Result<Self> {
+        let mut hasher = Hasher::default();
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            match source.read(&mut buffer)? {
+                0 => return Ok(hasher.finish()),
+                read => hasher.update(&buffer[..read]),
+            }
+        }
+    }
+
     fn of_digest(digest: &[u8]) -> Self {
         let mut bytes = [0; BYTES];
         bytes.copy_from_slice(digest);
@@ -72,12 +85,22 @@ impl Sha256 {
 
     /// The 64 digits of base 16.
     pub fn base16(&self) -> String {
-        self.0.iter().map(|b| format!("{b:02x}")).collect()
+        hex(&self.0)
+    }
+
+    /// Those of its first bytes.
+    pub fn short(&self, bytes: usize) -> String {
+        hex(&self.0[..bytes])
+    }
+
+    /// The 44 characters of base 64.
+    pub fn base64(&self) -> String {
+        STANDARD.encode(self.0)
     }
 
     /// `sha256-BASE64`, as flake locks and newer Nix's JSON have it.
     pub fn sri(&self) -> String {
-        format!("sha256-{}", STANDARD.encode(self.0))
+        format!("sha256-{}", self.base64())
     }
 
     /// The 32 digits that stand in a store path: the hash folded to 160 bits, in base 32.
@@ -94,6 +117,11 @@ impl fmt::Display for Sha256 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "sha256:{}", self.base32())
     }
+}
+
+/// Two lower-case digits for each byte.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Nix's base 32: five bits a digit, the last bits first.

@@ -10,13 +10,13 @@ use crate::deployer::follow;
 use crate::deployer::live::{self, LIVE_VERSION, Live, LiveState};
 use crate::deployer::root::STATE_FILE;
 use crate::deployer::state::State;
-use crate::error::{Error, Result};
+use crate::error::{Error, Exit, Result};
 use crate::manifest::Manifest;
 use crate::names::HostName;
+use crate::parallel;
 use crate::ssh;
 use crate::store::{GetResult, HOSTS_PREFIX, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -114,9 +114,7 @@ fn key(host: &HostName) -> String {
 /// Whether two identities of stores differ in nothing but the address at which they are reached.
 fn but_for_address(one: &str, other: &str) -> bool {
     match (StoreUrl::parse(one), StoreUrl::parse(other)) {
-        (Ok(StoreUrl::S3(one)), Ok(StoreUrl::S3(other))) => {
-            (&one.bucket, &one.prefix) == (&other.bucket, &other.prefix)
-        }
+        (Ok(one), Ok(other)) => one.differs_in_address_alone(&other),
         _ => false,
     }
 }
@@ -214,7 +212,7 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
         };
     }
     let domains = if with == With::Domains { " --domains" } else { "" };
-    let usage = crate::error::EXIT_USAGE;
+    let usage = Exit::Usage.code();
     let script = format!(
         "{}; if [ -n \"$p\" ]; then \"$p\" deployer state --live{domains} --json; s=$?; [ $s = {usage} ] || exit $s; fi; \
          exec cat {STATE_FILE}",
@@ -278,25 +276,15 @@ fn each(
     at_once: usize,
     ask: impl Fn(&HostName) -> Result<HostReport> + Sync,
 ) -> Result<BTreeMap<HostName, HostReport>> {
-    let queue = Mutex::new(hosts.iter());
-    let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-    let worker = || -> Result<Vec<(HostName, HostReport)>> {
-        std::iter::from_fn(next).map(|host| Ok((host.clone(), ask(host)?))).collect()
-    };
-    let mut reports = BTreeMap::new();
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..hosts.len().min(at_once)).map(|_| scope.spawn(worker)).collect();
-        for worker in workers {
-            let part = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            reports.extend(part);
-        }
-        Ok(reports)
-    })
+    let hosts: Vec<&HostName> = hosts.iter().collect();
+    let reports = parallel::try_map(&hosts, at_once, |host| Ok::<_, Error>(((*host).clone(), ask(host)?)))?;
+    Ok(reports.into_iter().collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Mutex;
 
     #[test]
     fn a_report_that_is_broken_or_another_hosts_is_an_answer() {

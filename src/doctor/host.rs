@@ -8,20 +8,21 @@ use crate::deployer::admin::{self, Endpoint};
 use crate::deployer::caddy::{self, CaddyState, RoutePlan};
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
 use crate::deployer::state::{Exposure, OtherMachine, State};
-use crate::deployer::{machine, observe, systemd};
-use crate::error::did_you_mean;
+use crate::deployer::{machine, observe};
+use crate::doctor::domains::{self, Visit};
+use crate::error::{Exit, did_you_mean};
+use crate::files::if_there;
 use crate::log::printable;
 use crate::manifest::Manifest;
 use crate::names::{HostName, ServiceName};
-use crate::runner::{ProcessStatus, Run, RunError};
+use crate::runner::{ProcessStatus, Run};
 use crate::secrets::{self, SecretFile};
-use crate::see::domains::{self, Visit};
-use crate::see::judge::STALE_SEC;
-use crate::see::reports;
 use crate::ssh::is_root;
+use crate::status::judge::STALE_SEC;
+use crate::status::reports;
 use crate::store::{Condition, GetResult, HOSTS_PREFIX, Store, StoreError};
+use crate::systemd;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -111,32 +112,20 @@ fn named(settings: &Settings, manifest: &Manifest) -> Check {
     )
 }
 
-/// The properties of a unit, as systemctl shows them.
-fn show(unit: &str, properties: &str) -> Result<BTreeMap<String, String>, RunError> {
-    let run = Run::new("systemctl").args(["show", "--no-pager", "--property", properties, "--", unit]);
-    let text = run.deadline(DEADLINE).success()?.text();
-    let pairs = text.lines().filter_map(|line| line.split_once('='));
-    Ok(pairs.map(|(name, value)| (name.to_string(), value.to_string())).collect())
-}
-
 fn systemd(now: Timestamp) -> Vec<Check> {
     const NAME: &str = "systemd";
     if !Path::new("/run/systemd/system").is_dir() {
         return vec![Check::fail(NAME, "does not run this machine; the deployer needs it as PID 1")];
     }
-    // It exits with 1 for anything but `running`: the word is what counts.
-    let mut checks = vec![match Run::new("systemctl").arg("is-system-running").deadline(DEADLINE).output() {
+    let mut checks = vec![match systemd::system_state() {
         Err(e) => return vec![said(NAME, e)],
-        Ok(output) => match output.text().trim() {
+        Ok(word) => match word.as_str() {
             "running" => Check::ok(NAME, "running"),
             "degraded" => Check::ok(NAME, format!("running; failed: {}", failed_units())),
             "starting" | "initializing" => {
                 Check::warn(NAME, "still starting; 'systemctl list-jobs' shows why")
             }
-            word => {
-                let word = if word.is_empty() { output.stderr.trim() } else { word };
-                Check::fail(NAME, format!("is '{}'; see 'systemctl status'", printable(word)))
-            }
+            word => Check::fail(NAME, format!("is '{}'; see 'systemctl status'", printable(word))),
         },
     }];
     checks.push(timer());
@@ -203,18 +192,18 @@ fn drop_ins(state: &State) -> Check {
     }
 }
 
-/// The names of the units that failed, which may be anybody's.
 fn failed_units() -> String {
-    let run = Run::new("systemctl").args(["list-units", "--failed", "--plain", "--no-legend", "--no-pager"]);
-    let text = run.deadline(DEADLINE).success().map(|o| o.text()).unwrap_or_default();
-    let names: Vec<_> =
-        text.lines().filter_map(|line| line.split_whitespace().next()).map(printable).collect();
-    if names.is_empty() { "see 'systemctl --failed'".to_string() } else { names.join(", ") }
+    let names = systemd::failed_units();
+    if names.is_empty() {
+        "see 'systemctl --failed'".to_string()
+    } else {
+        printable(&names.join(", ")).into()
+    }
 }
 
 fn timer() -> Check {
     const NAME: &str = "deployer.timer";
-    let timer = match show("deployer.timer", "LoadState,UnitFileState,ActiveState") {
+    let timer = match systemd::properties("deployer.timer", "LoadState,UnitFileState,ActiveState") {
         Ok(timer) => timer,
         Err(e) => return said(NAME, e),
     };
@@ -232,11 +221,9 @@ const LAST_PASS: &str = "last pass";
 
 /// The state that the last pass left, or what is wrong with it.
 fn state_file() -> Result<State, Check> {
-    let bytes = match fs_err::read(STATE_FILE) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Check::warn(LAST_PASS, "there was none; systemctl start deployer"));
-        }
+    let bytes = match if_there(fs_err::read(STATE_FILE)) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return Err(Check::warn(LAST_PASS, "there was none; systemctl start deployer")),
         Err(e) => return Err(Check::warn(LAST_PASS, crate::error::io_text(&e))),
     };
     let unreadable = |why| format!("{STATE_FILE} cannot be read: {why}; the next pass writes it anew");
@@ -251,7 +238,7 @@ fn last_pass(now: Timestamp) -> Check {
         Err(check) => return check,
     };
     let age = state.checked_at.age(now);
-    let ended = show("deployer.service", "Result,ExecMainStatus").unwrap_or_default();
+    let ended = systemd::properties("deployer.service", "Result,ExecMainStatus").unwrap_or_default();
     let result = ended.get("Result").map_or("", String::as_str);
     if now.0.saturating_sub(state.checked_at.0) > STALE_SEC {
         return Check::fail(NAME, format!("was {age} ago; see 'journalctl -u deployer'"));
@@ -267,8 +254,10 @@ fn last_pass(now: Timestamp) -> Check {
         (Some(error), _) => {
             Check::warn(NAME, format!("{age} ago, from the last good manifest: {}", printable(error)))
         }
-        (None, 0) if matches!(result, "" | "success") => Check::ok(NAME, format!("{age} ago, all well")),
-        (None, 0) => Check::warn(NAME, format!("ended with {result}; see 'journalctl -u deployer'")),
+        (None, Exit::Done) if matches!(result, "" | "success") => {
+            Check::ok(NAME, format!("{age} ago, all well"))
+        }
+        (None, Exit::Done) => Check::warn(NAME, format!("ended with {result}; see 'journalctl -u deployer'")),
         (None, _) => Check::warn(NAME, format!("{age} ago, something is off; see 'omni-deploy status'")),
     }
 }
@@ -353,7 +342,7 @@ fn caddy_unit() -> Check {
     }
     let mut found = None;
     for unit in ["caddy.service", "caddy-api.service"] {
-        match show(unit, "Id,LoadState,ActiveState,Restart,ExecStart,ExecStartPre") {
+        match systemd::properties(unit, "Id,LoadState,ActiveState,Restart,ExecStart,ExecStartPre") {
             Err(e) => return said(NAME, e),
             Ok(shown) if shown.get("LoadState").is_some_and(|l| l == "loaded") => {
                 let active = shown.get("ActiveState").is_some_and(|a| a == "active");
@@ -567,8 +556,8 @@ fn free(dir: &str, df: &str) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::doctor::Verdict;
     use crate::secrets::FileFormat;
-    use crate::see::checks::Verdict;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]

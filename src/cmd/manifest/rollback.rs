@@ -1,0 +1,302 @@
+//! `rollback`: an older version, or one service of it, published as a new one.
+
+use super::read::only_version;
+use super::sign::confirmed;
+use super::{InForce, STDIN, change, input};
+use crate::clock::Timestamp;
+use crate::config::Settings;
+use crate::error::{Error, Result};
+use crate::log;
+use crate::manifest::belief::{self, Objection};
+use crate::manifest::diff::{Difference, diff};
+use crate::manifest::edit;
+use crate::manifest::lineage::{self, Ancestor, Relation};
+use crate::manifest::model::Manifest;
+use crate::manifest::newest::{enough_for, newest};
+use crate::manifest::parse::{self, Mode};
+use crate::manifest::publish::{self, Author, StartingPoint};
+use crate::manifest::signature;
+use crate::manifest::versions::{self, Version};
+use crate::store::Store;
+use std::io::IsTerminal;
+
+pub(super) fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: bool) -> Result<()> {
+    if let Some(word) = word.filter(|w| *w == STDIN || w.starts_with('@')) {
+        return rollback_to_copy(settings, store, &input(word)?, yes);
+    }
+    let author = Author::of(settings)?;
+    let in_force = InForce::of(store, &author)?;
+    // What is off is looked for among all of them.
+    let versions = match in_force.current.is_some() && in_force.objection.is_none() {
+        true => enough_for(store, word.as_slice())?,
+        false => versions::all(store)?,
+    };
+    // An old one that was put back is left behind also when it says the same: hosts do not obey it.
+    let outrun = |serial: u64| versions.iter().any(|v| v.serial > serial);
+    let outrun =
+        in_force.objection.is_some() || versions.iter().find(|v| v.current).is_some_and(|v| outrun(v.serial));
+    let restore = |manifest: &mut Manifest, old: &Manifest, name: &str| {
+        // A repair starts from nothing, and restoring nothing is a change there.
+        let repaired = manifest.change.by.is_empty();
+        let changed = edit::restore(manifest, old) || repaired || outrun;
+        changed.then(|| format!("rollback to {name} (serial {})", old.serial))
+    };
+    let Some(word) = word else {
+        let (old, name) = version_before(&author, store, &versions, &in_force)?;
+        show_undone(&in_force, &old);
+        let shown = in_force.current.map(|current| current.etag);
+        if !yes && !confirmed("Publish that?")? {
+            return Err(Error::new("nothing was published"));
+        }
+        let now = &Timestamp::now;
+        let published =
+            publish::publish_over(store, now, &author, StartingPoint::Replace, shown.as_ref(), |manifest| {
+                Ok(restore(manifest, &old, &name))
+            })?;
+        publish::report(store, &published);
+        return Ok(());
+    };
+    let version = rollback_target(store, &author, &versions, word)?;
+    let old = believed(&author, store, version)?;
+    drop(in_force);
+    change(settings, store, StartingPoint::Replace, |manifest| Ok(restore(manifest, &old, &version.name)))?;
+    Ok(())
+}
+
+/// How many differences are shown before something is published.
+pub(super) const SHOWN: usize = 30;
+
+/// Says what a rollback undoes, and whose change that was.
+pub(super) fn show_undone(in_force: &InForce, old: &Manifest) {
+    let to = belief::words(old);
+    let Some(there) = in_force.believed() else {
+        return log::notice(format!("back to {to}"));
+    };
+    log::notice(format!("from {} back to {to}:", belief::words(there)));
+    show_differences(diff(there, old).iter());
+}
+
+pub(super) fn show_differences<'a>(mut differences: impl Iterator<Item = &'a Difference>) {
+    for difference in differences.by_ref().take(SHOWN) {
+        log::notice(format!("  {difference}"));
+    }
+    match differences.count() {
+        0 => {}
+        more => log::notice(format!("  and {more} more")),
+    }
+}
+
+/// What a rollback goes to when nothing was named, and its name: the last version before the one in force that says
+/// something else; where that is not believed or is lost, the newest that is.
+pub(super) fn version_before(
+    author: &Author,
+    store: &dyn Store,
+    versions: &[Version],
+    in_force: &InForce,
+) -> Result<(Manifest, String)> {
+    let found = |search: belief::Search, none: Error| {
+        let passed_over = search.passed_over();
+        match search.found {
+            Some(found) => {
+                if !passed_over.is_empty() {
+                    log::warning(format!("warning: {passed_over}"));
+                }
+                let name = found.name();
+                Ok((found.manifest, name))
+            }
+            None if passed_over.is_empty() => Err(none),
+            None => Err(Error::new(format!("{none}; {passed_over}"))),
+        }
+    };
+    if let (Some(current), Some(there)) = (&in_force.current, in_force.believed()) {
+        let before = there.previous.first().filter(|a| a.serial + 1 == there.serial && a.digest.is_some());
+        let digest = signature::digest(&current.bytes).ok();
+        let otherwise = |old: &Manifest| old.services != there.services || old.extra != there.extra;
+        let search = belief::before(store, author, versions, there, digest.as_ref(), otherwise)?;
+        let none = match versions.iter().any(|v| v.serial < there.serial) {
+            true => Error::new(format!(
+                "there is no version before the current one in {} that says something else",
+                store.url()
+            )),
+            false => only_version(store),
+        };
+        if let Some(before) = before.filter(|b| search.found.is_some() && !search.met.contains(&b.serial)) {
+            log::warning(format!(
+                "warning: version {}, the one before, is not among the old ones any more",
+                before.serial
+            ));
+        }
+        return found(search, none);
+    }
+    if let (Some(current), Some(objection @ (Objection::PutBack(_) | Objection::Fork(_)))) =
+        (&in_force.current, &in_force.objection)
+    {
+        return Err(author.refusal(store, current, objection));
+    }
+    if let Some(newest) = author.newest_believed(store)? {
+        return Ok((newest.manifest.clone(), newest.name()));
+    }
+    let all = Manifest { serial: u64::MAX, ..Manifest::empty(Timestamp::default(), "") };
+    let none = match &in_force.current {
+        None => publish::missing(store),
+        Some(current) => match current.manifest() {
+            Err(e) if in_force.objection.is_none() => Error::new(format!("{e}, and {}", only_version(store))),
+            _ => only_version(store),
+        },
+    };
+    found(belief::before(store, author, versions, &all, None, |_| true)?, none)
+}
+
+/// Publishes a copy of a version from somewhere else, above every serial that it shows to have been there.
+pub(super) fn rollback_to_copy(
+    settings: &Settings,
+    store: &dyn Store,
+    bytes: &[u8],
+    yes: bool,
+) -> Result<()> {
+    let mut author = Author::of(settings)?;
+    let trusted = author.trust.trusted.clone();
+    let refused = |why: &str| {
+        Err(Error::new(format!(
+            "the copy is not to be trusted in {}: {why}; take one that a host of this store has kept",
+            store.url()
+        )))
+    };
+    let signed = (!trusted.is_empty()).then(|| signature::verify(bytes, &store.identity(), &trusted));
+    if let Some(Some(Err(why))) = signed {
+        return refused(&why);
+    }
+    let copy = parse::manifest(bytes, Mode::Tolerant).map_err(|e| Error::from(e).context("the copy"))?;
+    if let Some(None) = signed {
+        return refused("it cannot be told who signed it");
+    }
+    author.at_hand = copy.serial;
+    let line = signature::digest(bytes).map(|digest| lineage::line(&copy, digest)).unwrap_or_default();
+    let in_force = InForce::of(store, &author)?;
+    // Who can write the store can hold a host at an old version, take the newest away, and wait for somebody to put
+    // that host's copy back.
+    let newest = match in_force.believed() {
+        Some(_) => None,
+        None => author.newest_believed(store)?,
+    };
+    if let (Some(newest), Some(Ancestor { digest: Some(digest), .. })) = (&newest, line.first())
+        && lineage::relation(&newest.manifest, &newest.digest, copy.serial, digest) == Relation::Later
+    {
+        return Err(Error::new(format!(
+            "the copy is {}, and {} is newer: publish that with {}, and then, if the older one should be in force \
+             after all, the copy",
+            belief::words(&copy),
+            newest.words(),
+            belief::publish_again(newest)
+        )));
+    }
+    if let Some(there) = in_force.signed() {
+        log::notice(format!("from {} to the copy of {}:", belief::words(there), belief::words(&copy)));
+        show_differences(diff(there, &copy).iter());
+    }
+    let trusting = !trusted.is_empty();
+    // A host says that its copy be put back, and it may be nobody's host any more.
+    if let (Some(there), Some(current)) =
+        (in_force.believed().filter(|_| trusting && !yes), &in_force.current)
+        && let (Some(Ancestor { digest: Some(of_copy), .. }), Ok(digest)) =
+            (line.first(), signature::digest(&current.bytes))
+        && lineage::relation(there, &digest, copy.serial, of_copy) == Relation::Later
+        && !(std::io::stdin().is_terminal() && confirmed("Publish that?")?)
+    {
+        return Err(Error::new(format!(
+            "nothing was published: {} is in force, and it comes after the copy, which is {}; to undo what is between \
+             them, add '-y'",
+            belief::words(there),
+            belief::words(&copy)
+        )));
+    }
+    drop(in_force);
+    let published = publish::publish(store, &Timestamp::now, &author, StartingPoint::Replace, |manifest| {
+        // Whoever has obeyed the copy knows that the new version comes after it.
+        let behind = manifest.serial < copy.serial
+            || trusting && line.first().is_some_and(|copy| !manifest.previous.contains(copy));
+        manifest.previous = lineage::join(&line, &manifest.previous);
+        manifest.serial = manifest.serial.max(copy.serial);
+        let changed = edit::restore(manifest, &copy) || behind || manifest.change.by.is_empty();
+        Ok(changed.then(|| format!("rollback to a copy of serial {}", copy.serial)))
+    })?;
+    publish::report(store, &published);
+    Ok(())
+}
+
+/// An old version, if it is signed as the configuration wants it.
+pub(super) fn believed(author: &Author, store: &dyn Store, version: &Version) -> Result<Manifest> {
+    Ok(versions::believed(store, version, &author.trust.trusted)?.0)
+}
+
+/// The version in force is what one rolls back from: it does not make a beginning ambiguous. Nor does what is not
+/// believed.
+pub(super) fn rollback_target<'a>(
+    store: &dyn Store,
+    author: &Author,
+    versions: &'a [Version],
+    word: &str,
+) -> Result<&'a Version> {
+    let older: Vec<Version> = versions.iter().filter(|v| !v.current).cloned().collect();
+    let counts = |version: &Version| Ok(belief::examine(store, version, author)?.is_ok());
+    let name = match versions::find_where(&older, word, counts) {
+        Ok(found) => found.name.clone(),
+        // Only the current one fits: then there is nothing to do, which is said later.
+        Err(e) => versions::find(store, versions, word).map_err(|_| e)?.name.clone(),
+    };
+    versions.iter().find(|v| v.name == name).ok_or_else(|| Error::new(format!("no version '{word}'")))
+}
+
+/// How many versions are read in search of a service's last change.
+pub(super) const SEARCHED: usize = 200;
+
+pub(super) fn rollback_service(
+    settings: &Settings,
+    store: &dyn Store,
+    word: Option<&str>,
+    name: &str,
+    yes: bool,
+) -> Result<()> {
+    if word.is_some_and(|w| w == STDIN || w.starts_with('@')) {
+        return Err(Error::usage("a copy from a file or stdin is put back whole; leave --service out"));
+    }
+    let author = Author::of(settings)?;
+    let (version, old) = match word {
+        Some(word) => {
+            let versions = enough_for(store, &[word])?;
+            let version = rollback_target(store, &author, &versions, word)?;
+            (version.name.clone(), believed(&author, store, version)?)
+        }
+        None => {
+            let versions = newest(store, SEARCHED)?.versions;
+            let (bytes, now) = publish::believed_text(store, &author)?;
+            let entry = now.service(name).ok_or_else(|| edit::unknown_service(name, &now))?;
+            let digest = signature::digest(&bytes).ok();
+            let otherwise = |old: &Manifest| old.service(name).is_some_and(|o| o != entry);
+            let search = belief::before(store, &author, &versions, &now, digest.as_ref(), otherwise)?;
+            let passed_over = search.passed_over();
+            let Some(found) = search.found else {
+                let joint = if passed_over.is_empty() { "" } else { "; " };
+                return Err(Error::new(format!(
+                    "no version before the current one has '{name}' otherwise than it is now{joint}{passed_over}"
+                )));
+            };
+            if !passed_over.is_empty() {
+                log::warning(format!("warning: {passed_over}"));
+            }
+            let undone = search.after.unwrap_or_else(|| belief::words(&now));
+            log::notice(format!("{name} as it was before {undone}, in {}:", found.words()));
+            let of_it = |d: &Difference| d.service().is_some_and(|service| service.as_str() == name);
+            show_differences(diff(&now, &found.manifest).iter().filter(|d| of_it(d)));
+            if !yes && !confirmed("Publish that?")? {
+                return Err(Error::new("nothing was published"));
+            }
+            (found.name(), found.manifest)
+        }
+    };
+    change(settings, store, StartingPoint::Existing, |manifest| {
+        let changed = edit::restore_service(manifest, &old, name)?;
+        Ok(changed.then(|| format!("rollback {name} to {version} (serial {})", old.serial)))
+    })?;
+    Ok(())
+}

@@ -1,0 +1,159 @@
+//! `sign` and `verify`: who vouches for the version in force.
+
+use super::super::print;
+use super::read::none_in_force;
+use crate::clock::Timestamp;
+use crate::config::Settings;
+use crate::error::{Error, Result};
+use crate::log;
+use crate::manifest::belief::{self, Objection};
+use crate::manifest::diff::{Difference, diff};
+use crate::manifest::model::Manifest;
+use crate::manifest::newest::enough_for;
+use crate::manifest::publish::{self, Author};
+use crate::manifest::signature::{self, Trust};
+use crate::manifest::versions;
+use crate::store::Store;
+use std::io::IsTerminal;
+
+/// Prints the names of the trusted keys that signed a version.
+pub(super) fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<()> {
+    let mut trusted = signature::trusted(settings)?;
+    trusted.extend(Trust::of(settings)?.signer.map(|key| key.public()));
+    if trusted.is_empty() {
+        return Err(Error::new("there is no key to verify with; set 'trustedPublicKeys' or 'secretKeyFile'"));
+    }
+    let versions = enough_for(store, word.as_slice())?;
+    let version = match word {
+        Some(word) => versions::find(store, &versions, word)?,
+        None => match versions.iter().find(|v| v.current) {
+            Some(version) => version,
+            None => return Err(none_in_force(store, &Author::of(settings)?)),
+        },
+    };
+    if version.current {
+        publish::believed(store, &Author::of(settings)?)?;
+    }
+    let (_, mut names) = versions::believed(store, version, &trusted)?;
+    names.sort();
+    names.dedup();
+    print(&names.iter().map(|name| format!("{}\n", log::printable(name))).collect::<String>())
+}
+
+/// Believes the version in force, of this number, from now on.
+pub(super) fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Result<()> {
+    let author = Author::of(settings)?;
+    if author.trust.trusted.is_empty() {
+        return Err(Error::new(
+            "nothing is remembered without 'trustedPublicKeys': there is nothing to accept",
+        ));
+    }
+    let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
+    match author.objection(store, &current)? {
+        Some(objection @ Objection::Unsigned(_)) => return Err(author.refusal(store, &current, &objection)),
+        Some(Objection::PutBack(_) | Objection::Fork(_)) | None => {}
+    }
+    let there = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;
+    if there.serial != number {
+        return Err(Error::new(format!(
+            "the manifest in {} is {}, not version {number}; nothing was accepted",
+            store.url(),
+            belief::words(there)
+        )));
+    }
+    author.believe(store, &current.bytes);
+    log::notice(format!(
+        "accepted: this machine believes {} from now on ({})",
+        belief::words(there),
+        store.url()
+    ));
+    Ok(())
+}
+
+/// Signs what is in force: as it is if it is believed; else as a new version, after a person has seen what it is.
+pub(super) fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -> Result<()> {
+    let author = Author::of(settings)?;
+    author.signer()?;
+    let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
+    let why = match author.objection(store, &current)? {
+        None => {
+            match publish::add_signature(store, &author)? {
+                true => log::notice(format!("signed ({})", store.url())),
+                false => {
+                    log::info(format!("unchanged: it has this key's signature already ({})", store.url()))
+                }
+            }
+            return Ok(());
+        }
+        Some(Objection::Unsigned(why)) => why,
+        Some(objection) => return Err(author.refusal(store, &current, &objection)),
+    };
+    let there = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;
+    let digest = signature::digest(&current.bytes).map_err(Error::new)?;
+    match hash {
+        // Whole: two documents whose hashes begin alike are soon found, and one of them could be shown.
+        Some(hash) if digest.as_str() == hash => {}
+        Some(hash) => {
+            return Err(Error::new(format!(
+                "the manifest in {} has the hash {digest}, not {hash}; look at it again with 'deploy-manifest \
+                 sign'",
+                store.url()
+            )));
+        }
+        None => show_unsigned(store, &author, there, &why)?,
+    }
+    if let Some(Objection::PutBack(seen) | Objection::Fork(seen)) = author.contradiction(store, &current)? {
+        return Err(Error::new(format!(
+            "no host that obeyed {} takes this one, whoever signs it; go back with 'deploy-manifest \
+             rollback', then make the changes that are right again",
+            seen.words()
+        )));
+    }
+    if hash.is_none() && !std::io::stdin().is_terminal() {
+        return Err(Error::new(format!(
+            "nothing was signed; if all of it is right, 'deploy-manifest sign --hash {digest}'"
+        )));
+    }
+    if hash.is_none() && !confirmed("Is all of it right, and shall it be signed?")? {
+        return Err(Error::new("nothing was signed"));
+    }
+    publish::report(store, &publish::adopt(store, &Timestamp::now, &author, &digest)?);
+    Ok(())
+}
+
+/// Shows what differs from the newest version that is believed.
+pub(super) fn show_unsigned(store: &dyn Store, author: &Author, there: &Manifest, why: &str) -> Result<()> {
+    let url = store.url();
+    log::warning(format!("{} in {url} is not to be trusted: {why}", belief::words(there)));
+    let empty = Manifest::empty(there.generation, "");
+    let newest = author.newest_believed(store)?;
+    match &newest {
+        Some(newest) => {
+            log::warning(format!("it differs from {}, the newest that is believed, in:", newest.words()))
+        }
+        None => log::warning("no version here is signed by a trusted key, so all of it is new:"),
+    }
+    for difference in diff(newest.as_ref().map_or(&empty, |n| &n.manifest), there) {
+        log::warning(format!("  {difference:#}"));
+        if let (Difference::Added(_), Some(service)) =
+            (&difference, difference.service().and_then(|n| there.service(n.as_str())))
+        {
+            let entry = serde_json::to_string_pretty(service).unwrap_or_default();
+            entry.lines().for_each(|line| log::warning(format!("    {}", log::printable(line))));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a person says yes; where nobody is there to be asked, what was typed was meant.
+pub(super) fn confirmed(question: &str) -> Result<bool> {
+    if !std::io::stdin().is_terminal() {
+        return Ok(true);
+    }
+    log::notice(format!("{question} [y/N]"));
+    let mut answer = String::new();
+    std::io::stdin()
+        .read_line(&mut answer)
+        .map_err(|e| Error::new(format!("cannot read the answer: {e}")))?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
