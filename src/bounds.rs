@@ -73,6 +73,11 @@ impl<'a> Tokens<'a> {
         Tokens { bytes, at: 0, open: Vec::new(), key: false, done: false }
     }
 
+    /// Where the piece that came last ends.
+    pub(crate) fn position(&self) -> usize {
+        self.at
+    }
+
     fn open(&mut self, container: Container) -> Token {
         self.at += 1;
         self.key = container == Container::Object;
@@ -134,7 +139,7 @@ impl Iterator for Tokens<'_> {
 }
 
 /// The end of the string that begins at `from`.
-pub(crate) fn string_end(bytes: &[u8], from: usize) -> usize {
+fn string_end(bytes: &[u8], from: usize) -> usize {
     let mut at = from + 1;
     while let Some(&byte) = bytes.get(at) {
         match byte {

@@ -73,8 +73,11 @@ impl Serialize for Timestamp {
 impl<'de> Deserialize<'de> for Timestamp {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let text = String::deserialize(d)?;
-        Timestamp::parse(&text)
-            .ok_or_else(|| serde::de::Error::custom(format!("'{text}' is not an RFC 3339 time")))
+        Timestamp::parse(&text).ok_or_else(|| {
+            let start: String = text.chars().take(72).collect();
+            let expected = "expected RFC 3339, such as 2026-11-22T18:31:05Z";
+            serde::de::Error::custom(format!("{start:?} is not a time; {expected}"))
+        })
     }
 }
 

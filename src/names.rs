@@ -63,7 +63,7 @@ impl ServiceName {
             return Err("has '..'".into());
         }
         if let Some(suffix) = UNIT_SUFFIXES.iter().find(|s| text.ends_with(*s)) {
-            return Err(format!("ends with '{suffix}'; the name of the service alone is meant"));
+            return Err(format!("ends with '{suffix}'; expected the name of the service alone"));
         }
         if text == "deployer" {
             return Err("is the name of the deployer's own unit".into());
@@ -190,7 +190,10 @@ macro_rules! text_type {
         impl<'de> serde::Deserialize<'de> for $t {
             fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
                 let text = String::deserialize(d)?;
-                <$t>::parse(&text).map_err(|why| serde::de::Error::custom(format!("{text:?} {why}")))
+                <$t>::parse(&text).map_err(|why| {
+                    let start: String = text.chars().take(72).collect();
+                    serde::de::Error::custom(format!("{start:?} {why}"))
+                })
             }
         }
     )*};

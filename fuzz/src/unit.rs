@@ -5,6 +5,7 @@ use crate::entries::{self, Choices, Entry};
 use crate::units::{self, Directive};
 use omni_deploy::deployer::unit;
 use omni_deploy::manifest::parse::{self, Mode};
+use omni_deploy::manifest::types::UnitName;
 use omni_deploy::manifest::{Profile, Service, command};
 use omni_deploy::names::StorePath;
 
@@ -146,24 +147,25 @@ fn meant(service: &Service, path: &StorePath, words: Option<&[String]>) -> Vec<M
     let (exec, systemd, hardening) = (&service.exec, &service.systemd, &service.hardening);
     let one = |value: &str| vec![value.to_string()];
     let strict = hardening.profile == Profile::Strict;
+    let names = |units: &[UnitName]| units.iter().map(UnitName::to_string).collect::<Vec<_>>();
     let yes = |on: bool| one(if on { "yes" } else { "no" });
     say("Unit", "Description", vec![format!("{} (deployed by omni-deploy)", service.name)]);
     if !systemd.after.is_empty() {
-        say("Unit", "After", systemd.after.clone());
+        say("Unit", "After", names(&systemd.after));
     }
-    if systemd.after.iter().any(|unit| unit == "network-online.target") {
+    if systemd.after.iter().any(|unit| unit.as_str() == "network-online.target") {
         say("Unit", "Wants", one("network-online.target"));
     }
     if !systemd.requires.is_empty() {
-        say("Unit", "Requires", systemd.requires.clone());
+        say("Unit", "Requires", names(&systemd.requires));
     }
     say("Service", "Type", one("exec"));
     say("Service", "ExecStart", argv(service, path, words));
-    if hardening.dynamic_user {
+    if service.dynamic_user() {
         say("Service", "DynamicUser", one("yes"));
     }
     for (name, value) in [("User", &exec.user), ("Group", &exec.group)] {
-        let of_its_own = hardening.dynamic_user && value == "root";
+        let of_its_own = service.dynamic_user() && value.as_str() == "root";
         if !of_its_own {
             say("Service", name, one(value));
         } else if name == "User" && strict && can_be_a_user(service.name.as_str()) {
@@ -177,20 +179,20 @@ fn meant(service: &Service, path: &StorePath, words: Option<&[String]>) -> Vec<M
         say("Service", "EnvironmentFile", one(file));
     }
     for (name, file) in &service.credentials {
-        say("Service", "LoadCredential", vec![name.clone(), file.clone()]);
+        say("Service", "LoadCredential", vec![name.to_string(), file.to_string()]);
     }
     if let Some(directory) = &systemd.working_directory {
         say("Service", "WorkingDirectory", one(directory));
     }
-    say("Service", "Restart", one(&systemd.restart));
-    say("Service", "RestartSec", vec![systemd.restart_sec.to_string()]);
+    say("Service", "Restart", one(systemd.restart.as_str()));
+    say("Service", "RestartSec", vec![systemd.restart_sec.get().to_string()]);
     if let Some(seconds) = systemd.stop_timeout_sec {
-        say("Service", "TimeoutStopSec", vec![seconds.to_string()]);
+        say("Service", "TimeoutStopSec", vec![seconds.get().to_string()]);
     }
     let optional = [
-        ("StateDirectory", &systemd.state_directory),
-        ("MemoryMax", &systemd.memory_max),
-        ("CPUQuota", &systemd.cpu_quota),
+        ("StateDirectory", systemd.state_directory.as_deref()),
+        ("MemoryMax", systemd.memory_max.as_deref()),
+        ("CPUQuota", systemd.cpu_quota.as_deref()),
     ];
     for (name, value) in optional {
         if let Some(value) = value {
@@ -198,7 +200,7 @@ fn meant(service: &Service, path: &StorePath, words: Option<&[String]>) -> Vec<M
         }
     }
     say("Service", "PrivateTmp", yes(hardening.private_tmp));
-    say("Service", "ProtectSystem", one(&hardening.protect_system));
+    say("Service", "ProtectSystem", one(hardening.protect_system.as_str()));
     say("Service", "ProtectHome", yes(hardening.protect_home));
     for path in &systemd.read_write_paths {
         say("Service", "ReadWritePaths", one(path));

@@ -8,10 +8,8 @@ use crate::durable::{self, Batch};
 use crate::error::{Error, Result};
 use crate::files::{self, if_there};
 use crate::manifest::Service;
-use crate::manifest::parse::{self, Mode};
 use crate::names::{ServiceName, StorePath};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// How many closures of a service stay on the host, the current one included.
@@ -79,7 +77,7 @@ struct Read {
     previous: Vec<StorePath>,
     #[serde(default)]
     unit: Option<String>,
-    service: Value,
+    service: Service,
 }
 
 /// Reads all of them. Files that cannot be read or understood are returned as complaints: their services are
@@ -103,10 +101,12 @@ pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, LastKnownGood>, Vec<St
 }
 
 fn read(bytes: &[u8]) -> Result<LastKnownGood, String> {
-    let read: Read = files::versioned(bytes, VERSION).map_err(|e| e.to_string())?;
-    let service = parse::service(read.service, Mode::Tolerant, None).map_err(|e| e.to_string())?;
+    let Read { mut service, previous, unit } = files::versioned(bytes, VERSION).map_err(|e| e.to_string())?;
+    if let Some(mistake) = service.settle(None).first() {
+        return Err(mistake.to_string());
+    }
     let path = service.artifact.store_path.path().cloned().ok_or("it names no store path")?;
-    Ok(LastKnownGood { service, path, previous: read.previous, unit: read.unit })
+    Ok(LastKnownGood { service, path, previous, unit })
 }
 
 /// Takes down what came up, all of it together; why some of it was not.

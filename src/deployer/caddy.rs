@@ -79,11 +79,11 @@ pub fn route(entries: &[&Http], closed: &BTreeSet<u16>) -> Option<Value> {
         .iter()
         .map(|http| {
             let mut matcher = json!({"host": [http.domain]});
-            if http.path != "/" {
+            if http.path.as_str() != "/" {
                 // `/api/*` alone misses `/api`, and `/api*` would catch `/apix`.
                 matcher["path"] = json!([http.path, format!("{}/*", http.path)]);
             }
-            if closed.contains(&http.internal_port) {
+            if closed.contains(&http.internal_port.get()) {
                 let unavailable = json!({"handler": "static_response", "status_code": 503});
                 return json!({"match": [matcher], "handle": [unavailable], "terminal": true});
             }
@@ -456,7 +456,7 @@ mod tests {
         Http {
             domain: domain.into(),
             path: path.into(),
-            internal_port: port,
+            internal_port: port.into(),
             port_env: None,
             drain_sec: None,
             extra: Map::new(),

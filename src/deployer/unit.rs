@@ -2,6 +2,7 @@
 //! escaped for the directive it stands in (systemd.syntax(7), systemd.exec(5)); nothing is expanded by a
 //! shell, and neither `%` nor `$` means anything.
 
+use crate::manifest::types::UnitName;
 use crate::manifest::{Profile, Service, command};
 use crate::names::StorePath;
 use std::fmt::Write;
@@ -113,14 +114,15 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     };
     let mut section = Vec::new();
     section.push(("Description", format!("{name} (deployed by omni-deploy)")));
+    let names = |units: &[UnitName]| units.iter().map(UnitName::as_str).collect::<Vec<_>>().join(" ");
     if !systemd.after.is_empty() {
-        section.push(("After", systemd.after.join(" ")));
+        section.push(("After", names(&systemd.after)));
     }
-    if systemd.after.iter().any(|u| u == "network-online.target") {
-        section.push(("Wants", "network-online.target".into()));
+    if systemd.after.iter().any(|unit| unit.as_str() == UnitName::NETWORK_ONLINE) {
+        section.push(("Wants", UnitName::NETWORK_ONLINE.into()));
     }
     if !systemd.requires.is_empty() {
-        section.push(("Requires", systemd.requires.join(" ")));
+        section.push(("Requires", names(&systemd.requires)));
     }
     line(&format!("{MARK}\n\n[Unit]\n{}", section[0].0), &section[0].1);
     for (key, value) in &section[1..] {
@@ -134,13 +136,13 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     }
     line("\n[Service]\nType", "exec");
     line("ExecStart", &exec_start);
-    if hardening.dynamic_user {
+    if service.dynamic_user() {
         line("DynamicUser", "yes");
         // The default names say nothing here: the user is made for the service.
         if let Some(user) = service.dynamic_user_name() {
             line("User", user);
         }
-        if exec.group != "root" {
+        if exec.group.as_str() != "root" {
             line("Group", &exec.group);
         }
     } else {
@@ -159,10 +161,10 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     if let Some(dir) = &systemd.working_directory {
         line("WorkingDirectory", &bare(dir));
     }
-    line("Restart", &systemd.restart);
-    line("RestartSec", &systemd.restart_sec.to_string());
+    line("Restart", systemd.restart.as_str());
+    line("RestartSec", &systemd.restart_sec.get().to_string());
     if let Some(seconds) = systemd.stop_timeout_sec {
-        line("TimeoutStopSec", &seconds.to_string());
+        line("TimeoutStopSec", &seconds.get().to_string());
     }
     if let Some(dir) = &systemd.state_directory {
         line("StateDirectory", &quoted(dir));
@@ -175,7 +177,7 @@ pub fn render(service: &Service, path: &StorePath) -> String {
         line("CPUQuota", quota);
     }
     line("PrivateTmp", yes(hardening.private_tmp));
-    line("ProtectSystem", &hardening.protect_system);
+    line("ProtectSystem", hardening.protect_system.as_str());
     line("ProtectHome", yes(hardening.protect_home));
     for path in &systemd.read_write_paths {
         line("ReadWritePaths", &quoted(path));

@@ -208,12 +208,12 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
             let forwarded = format!(
                 "X-Forwarded-For: 127.0.0.1\r\nX-Forwarded-Host: {name}\r\nX-Forwarded-Proto: {scheme}\r\n"
             );
-            let to = SocketAddr::from((Ipv4Addr::LOCALHOST, route.internal_port));
+            let to = SocketAddr::from((Ipv4Addr::LOCALHOST, route.internal_port.get()));
             let request = Request { to, host: &name, path: &path, forwarded: &forwarded };
             asked.push(ServiceVisit {
                 service: service.name.clone(),
                 direct: visitor::http(request, soon()).answer,
-                port: route.internal_port,
+                port: route.internal_port.get(),
                 visitor: met,
                 path,
             });

@@ -58,43 +58,46 @@ const MAX_BYTES: usize = 100_000;
 /// The longest path of an executable below its store path, in bytes: with that it stays below PATH_MAX.
 const MAX_PROGRAM: usize = 3800;
 
-/// Checks a command line; the error is the reason alone.
-pub(super) fn check(text: &str) -> Result<(), String> {
+/// The words of a command line that can be run; the error is the reason alone.
+pub(super) fn check(text: &str) -> Result<Vec<String>, String> {
     if text.len() > MAX_BYTES {
         return Err(format!("has {} bytes; at most {MAX_BYTES} are possible", text.len()));
     }
     let words = split_command(text)?;
-    match words.first().map(String::as_str) {
-        None => Err("has no word; null is <storePath>/bin/<name>".into()),
-        Some("") => Err("has an empty first word; the executable is meant".into()),
-        Some(first) if first.split('/').any(|part| part == "..") => {
-            Err("has '..' in its first word; a path below the store path, or an absolute one, is meant"
-                .into())
-        }
-        Some(first) if matches!(first.rsplit('/').next(), Some("" | ".")) => {
-            Err("names a folder; the executable is meant".into())
-        }
-        Some(first) if first.len() > MAX_PROGRAM => {
-            Err(format!("has a first word of {} bytes; at most {MAX_PROGRAM} are possible", first.len()))
-        }
-        // systemd refuses such a path, and takes `$` in it neither for a variable nor, escaped, for itself.
-        Some(first) => match first.chars().find(|c| matches!(c, '"' | '\'' | '\\' | '$') || c.is_control()) {
-            Some(c) => Err(format!(
-                "has {c:?} in its first word; systemd starts no executable with that in its path"
-            )),
-            None => super::rules::named(first),
-        },
+    let first = words.first().ok_or("has no word; null is <storePath>/bin/<name>")?;
+    // systemd refuses such a path, and takes `$` in it neither for a variable nor, escaped, for itself.
+    let unusable = first.chars().find(|c| matches!(c, '"' | '\'' | '\\' | '$') || c.is_control());
+    if first.is_empty() {
+        return Err("has an empty first word; expected the executable".into());
     }
+    if first.split('/').any(|part| part == "..") {
+        return Err(
+            "has '..' in its first word; expected a path below the store path, or an absolute one".into()
+        );
+    }
+    if matches!(first.rsplit('/').next(), Some("" | ".")) {
+        return Err("names a folder; expected the executable".into());
+    }
+    if first.len() > MAX_PROGRAM {
+        return Err(format!("has a first word of {} bytes; at most {MAX_PROGRAM} are possible", first.len()));
+    }
+    if let Some(c) = unusable {
+        return Err(format!(
+            "has {c:?} in its first word; systemd starts no executable with that in its path"
+        ));
+    }
+    super::rules::named(first)?;
+    Ok(words)
 }
 
 /// The executable of a service, absolute, and its arguments, when `path` is its closure.
 pub fn program(service: &Service, path: &StorePath) -> (PathBuf, Vec<String>) {
-    // A command that was parsed splits; were it not so, the default is what a service without one runs.
-    let words = service.exec.command.as_deref().map(split_command).and_then(Result::ok).unwrap_or_default();
-    let mut words = words.into_iter();
-    let first = words.next().unwrap_or_else(|| format!("bin/{}", service.name));
-    // Joining an absolute path gives that path.
-    (PathBuf::from(path.as_str()).join(first), words.collect())
+    let below = PathBuf::from(path.as_str());
+    match service.exec.command.as_ref().and_then(|command| command.words().split_first()) {
+        // Joining an absolute path gives that path.
+        Some((first, args)) => (below.join(first), args.to_vec()),
+        None => (below.join("bin").join(service.name.as_str()), Vec::new()),
+    }
 }
 
 #[cfg(test)]
@@ -144,7 +147,7 @@ mod tests {
             assert!(check(text).is_err(), "{text:.80} passed");
         }
         for text in ["bin/a%n '$HOME'", "'bin/a b' \"c'd\" e\\\\f", &format!("bin/{}", "n".repeat(255))] {
-            assert_eq!(check(text), Ok(()), "{text}");
+            assert!(check(text).is_ok(), "{text}");
         }
     }
 

@@ -2,8 +2,8 @@
 //! nothing is read or written. The caller publishes the result ([`super::publish`]).
 
 use super::diff::tree;
-use super::json::{At, shown};
-use super::model::{ArtifactPath, Hardening, Manifest, Service};
+use super::json::shown;
+use super::model::{ArtifactPath, Manifest, Service};
 use super::parse::{self, FieldError, Mode};
 use super::schema::{self, FieldKind};
 use crate::error::{Error, Result, did_you_mean};
@@ -76,12 +76,7 @@ pub fn set(manifest: &mut Manifest, name: &str, assignments: &[(String, String)]
     }
     follow_profile(&mut value, before, assignments);
     let service = parse::service(value, Mode::Tolerant, None)?;
-    if let Some(unknown) = parse::new_unknown_in_service(&service, Some(before)) {
-        return Err(unknown.into());
-    }
-    if let Some(reserved) = parse::new_reserved_in_service(&service, Some(before)) {
-        return Err(reserved.into());
-    }
+    parse::check_additions_to_service(&service, before)?;
     if service == *before {
         return Ok(false);
     }
@@ -90,19 +85,17 @@ pub fn set(manifest: &mut Manifest, name: &str, assignments: &[(String, String)]
 }
 
 /// What came with a profile goes with it: where another one is set, the fields that were as the old one has them
-/// are left to the new one, unless they are set as well.
+/// are left to the new one, unless they are set as well. Only one of them depends on the profile.
 fn follow_profile(service: &mut Value, before: &Service, assignments: &[(String, String)]) {
-    let set = |name: &str| assignments.iter().any(|(field, _)| field == &format!("hardening.{name}"));
-    let old = Hardening::of(before.hardening.profile, &before.exec);
-    if let (true, Some(fields)) = (set("profile"), service["hardening"].as_object_mut())
+    let set = |name: &str| assignments.iter().any(|(field, _)| field == name);
+    let mut old = before.clone();
+    old.hardening.dynamic_user = None;
+    if let (true, Some(fields)) = (set("hardening.profile"), service["hardening"].as_object_mut())
         && fields.get("profile") != tree(before)["hardening"].get("profile")
-        && let Ok(Value::Object(old)) = serde_json::to_value(old)
+        && !set("hardening.dynamicUser")
+        && fields.get("dynamicUser") == Some(&old.dynamic_user().into())
     {
-        for (name, value) in old.iter().filter(|(name, _)| *name != "profile" && !set(name)) {
-            if fields.get(name) == Some(value) {
-                fields.remove(name);
-            }
-        }
+        fields.remove("dynamicUser");
     }
 }
 
@@ -122,7 +115,7 @@ fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError
             let word = path.get(index).copied().unwrap_or_default();
             let near = match known.is_empty() {
                 true => "nothing has a name below this".into(),
-                false if index == 0 => parse::unknown_in_service(&At::Root, word).reason,
+                false if index == 0 => parse::unknown_in_service("", word).reason,
                 false => format!("unknown field{}", did_you_mean(word, known)),
             };
             return Err(error(near));
@@ -298,8 +291,7 @@ mod tests {
             for step in steps {
                 set(&mut manifest, "ava", &assignments(step)).unwrap();
             }
-            let Hardening { profile: _, dynamic_user, private_tmp, .. } = manifest.services[0].hardening;
-            (dynamic_user, private_tmp)
+            (manifest.services[0].dynamic_user(), manifest.services[0].hardening.private_tmp)
         };
         assert_eq!(hardening(&[&["hardening.profile=strict"]]), (true, true));
         assert_eq!(
@@ -324,18 +316,21 @@ mod tests {
         for (assignment, message) in [
             ("port=1", "port: unknown field; did you mean 'http.internalPort' or 'http.portEnv'?"),
             ("http.port=1", "http.port: unknown field; did you mean 'internalPort' or 'portEnv'?"),
-            ("http.internalPort=99999", "http.internalPort: 99999 is not a port"),
-            ("http.internalPort=x", "http.internalPort: \"x\" is a string"),
-            ("http={\"port\": 1}", "http.domain: missing"),
+            ("http.internalPort=99999", "http.internalPort: invalid value: integer `99999`, expected a port"),
+            ("http.internalPort=x", "http.internalPort: invalid type: string \"x\", expected a port"),
+            ("http={\"port\": 1}", "http.domain: missing; it is required"),
             ("http={\"domain\": \"b.org\", \"internalPort\": 1, \"x\": 2}", "http.x: unknown field"),
             ("name.x=1", "name.x: nothing has a name below this"),
             ("env.A.B=1", "env.A.B: nothing has a name below this"),
-            ("env.A-B=1", "env[\"A-B\"]: \"A-B\" is no name of a variable"),
+            ("env.A-B=1", "env[\"A-B\"]: \"A-B\" is not a valid name of a variable"),
             ("systemd.restart=null", "systemd.restart: \"null\" is not known"),
-            ("hardening.profile=loose", "hardening.profile: \"loose\" is not known; one of default, strict"),
+            (
+                "hardening.profile=loose",
+                "hardening.profile: \"loose\" is not known; expected one of default, strict",
+            ),
             ("credentials.token=token", "credentials.token: \"token\" is not absolute"),
-            ("credentials.a/b=/s", "credentials[\"a/b\"]: \"a/b\" is no name of a credential"),
-            ("credentials=null", "credentials: null was found"),
+            ("credentials.a/b=/s", "credentials[\"a/b\"]: \"a/b\" is not a valid name of a credential"),
+            ("credentials=null", "credentials: invalid type: null"),
             ("hosts=", "hosts: [] names no host"),
             (".=1", ".: unknown field"),
         ] {

@@ -6,10 +6,10 @@
 //! does not know count like all others. What cannot matter is left out: the order of fields, white space, and
 //! members that are null, which is how a newer program writes a field of its own that nobody set.
 
-use super::json;
-use super::limits::Level;
+use super::limits::{self, Level};
 use crate::names::ServiceName;
 use ring::digest::{SHA256, digest};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -18,25 +18,32 @@ const BYTES: usize = 12;
 
 /// The digest of every entry of a stored manifest, by service. Empty where the bytes are no manifest.
 pub fn digests(bytes: &[u8]) -> BTreeMap<ServiceName, String> {
-    let mut all = BTreeMap::new();
-    let mut take = |_, entry: Value| {
-        let name = entry.get("name").and_then(Value::as_str).and_then(|name| ServiceName::parse(name).ok());
-        if let Some(name) = name {
-            all.insert(name, digest_of(entry));
-        }
-    };
-    // One after the other: a large manifest is never held as a tree.
-    match json::read(bytes, Level::Manifest, Some(("services", &mut take))) {
-        Ok(_) => all,
-        Err(_) => BTreeMap::new(),
+    #[derive(Deserialize)]
+    struct Document {
+        services: Vec<Entry>,
     }
+    let read =
+        limits::document(bytes, Level::Manifest).ok().and_then(|()| serde_json::from_slice(bytes).ok());
+    let services = read.map(|Document { services }| services).unwrap_or_default();
+    services.into_iter().filter_map(|Entry { name, digest }| Some((name?, digest))).collect()
 }
 
-fn digest_of(mut entry: Value) -> String {
-    without_nulls(&mut entry);
-    // serde_json keeps members sorted by the bytes of their names.
-    let text = entry.to_string();
-    digest(&SHA256, text.as_bytes()).as_ref()[..BYTES].iter().map(|b| format!("{b:02x}")).collect()
+struct Entry {
+    name: Option<ServiceName>,
+    digest: String,
+}
+
+impl<'de> Deserialize<'de> for Entry {
+    /// One after the other: a large manifest is never held as a tree.
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let mut entry = Value::deserialize(d)?;
+        let name = entry.get("name").and_then(Value::as_str).and_then(|name| ServiceName::parse(name).ok());
+        without_nulls(&mut entry);
+        // serde_json keeps members sorted by the bytes of their names.
+        let hash = digest(&SHA256, entry.to_string().as_bytes());
+        let digest = hash.as_ref()[..BYTES].iter().map(|b| format!("{b:02x}")).collect();
+        Ok(Entry { name, digest })
+    }
 }
 
 fn without_nulls(value: &mut Value) {

@@ -4,8 +4,10 @@
 //! value means, nor whether the bytes are JSON.
 
 use super::json::At;
-use super::parse::{CHANGE_FIELDS, FieldError, LEVELS, MANIFEST_FIELDS, SERVICE_FIELDS};
+use super::model::{Change, Manifest, OBJECTS, Service};
+use super::parse::FieldError;
 use crate::bounds::{Container, Token, Tokens};
+use std::borrow::Cow;
 
 /// The services of a manifest: three times the 10,000 that are meant to be no trouble.
 pub const MAX_SERVICES: usize = 30_000;
@@ -23,6 +25,9 @@ pub const MAX_UNKNOWN_VALUES: usize = 100_000;
 
 /// Their bytes.
 pub const MAX_UNKNOWN_BYTES: usize = 4 << 20;
+
+/// The bytes of one text that this version knows: ten times the longest that a field may have, so that a mistake can be shown at little cost.
+pub const MAX_TEXT_BYTES: usize = 1 << 20;
 
 /// Objects and arrays within one another. Those that this version knows reach five.
 pub const MAX_DEPTH: usize = 32;
@@ -54,12 +59,12 @@ impl Level {
         match self {
             Level::Manifest => match key {
                 b"services" => Level::Services,
-                b"change" => Level::Fields(CHANGE_FIELDS),
-                _ => known(MANIFEST_FIELDS),
+                b"change" => Level::Fields(Change::FIELDS),
+                _ => known(Manifest::FIELDS),
             },
-            Level::Service => match LEVELS.iter().find(|(name, _)| name.as_bytes() == key) {
+            Level::Service => match OBJECTS.iter().find(|(name, _)| name.as_bytes() == key) {
                 Some((_, fields)) => Level::Fields(fields),
-                None => known(SERVICE_FIELDS),
+                None => known(Service::FIELDS),
             },
             Level::Fields(fields) => known(fields),
             // An object where the services should be: it is refused, and no part of it kept.
@@ -87,6 +92,8 @@ struct Frame<'a> {
     /// What that member is.
     member: Level,
     index: Option<usize>,
+    /// How many names there were before its own.
+    names: usize,
 }
 
 struct Count<'a> {
@@ -97,16 +104,24 @@ struct Count<'a> {
     entry: usize,
     unknown: usize,
     unknown_bytes: usize,
+    /// The names of the members of all that is open; None: a name may be there twice.
+    names: Option<Vec<Cow<'a, [u8]>>>,
 }
 
-/// Checks a whole manifest.
+/// Checks a whole manifest, of which nothing is to be built.
 pub fn manifest(bytes: &[u8]) -> Result<(), FieldError> {
-    check(bytes, Level::Manifest)
+    check(bytes, Level::Manifest, None)
 }
 
-/// Checks a document that is to be read as `root` says; the error names the place at which it exceeds a bound.
-pub(super) fn check(bytes: &[u8], root: Level) -> Result<(), FieldError> {
-    let mut count = Count { open: Vec::new(), root, values: 0, entry: 0, unknown: 0, unknown_bytes: 0 };
+/// Checks a document that is to be read as `root` says, and that no object of it has a name twice; the error names the
+/// place.
+pub(super) fn document(bytes: &[u8], root: Level) -> Result<(), FieldError> {
+    check(bytes, root, Some(Vec::new()))
+}
+
+fn check<'a>(bytes: &'a [u8], root: Level, names: Option<Vec<Cow<'a, [u8]>>>) -> Result<(), FieldError> {
+    let mut count =
+        Count { open: Vec::new(), root, values: 0, entry: 0, unknown: 0, unknown_bytes: 0, names };
     for token in Tokens::new(bytes) {
         match token {
             Token::Key(range) => {
@@ -114,9 +129,15 @@ pub(super) fn check(bytes: &[u8], root: Level) -> Result<(), FieldError> {
                 if let Some(frame) = count.open.last_mut() {
                     // Without its quotes; one that is cut off has but one.
                     frame.key = bytes[range].get(1..length - 1).unwrap_or_default();
-                    frame.member = frame.level.member(&unescaped(frame.key));
+                    let name = unescaped(frame.key);
+                    frame.member = frame.level.member(&name);
+                    if let Some(names) = &mut count.names {
+                        names.push(name);
+                    }
                     if frame.member == Level::Unknown {
                         count.unknown_bytes += length;
+                    } else if length > MAX_TEXT_BYTES {
+                        return Err(count.too_long(length));
                     }
                 }
             }
@@ -125,7 +146,15 @@ pub(super) fn check(bytes: &[u8], root: Level) -> Result<(), FieldError> {
             }
             Token::Open(container) => {
                 let level = count.value(1)?;
-                count.open.push(Frame { level, container, key: b"", member: Level::Known, index: None });
+                let names = count.names.as_ref().map_or(0, Vec::len);
+                count.open.push(Frame {
+                    level,
+                    container,
+                    key: b"",
+                    member: Level::Known,
+                    index: None,
+                    names,
+                });
                 if count.open.len() > MAX_DEPTH {
                     count.open.truncate(3);
                     return Err(count.error(format!(
@@ -133,7 +162,7 @@ pub(super) fn check(bytes: &[u8], root: Level) -> Result<(), FieldError> {
                     )));
                 }
             }
-            Token::Close => drop(count.open.pop()),
+            Token::Close => count.close()?,
         }
     }
     Ok(())
@@ -149,6 +178,24 @@ fn unescaped(key: &[u8]) -> std::borrow::Cow<'_, [u8]> {
 }
 
 impl Count<'_> {
+    /// Ends the innermost object or array.
+    fn close(&mut self) -> Result<(), FieldError> {
+        if let (Some(frame), Some(names)) = (self.open.last(), &mut self.names) {
+            names[frame.names..].sort_unstable();
+            let twice = names[frame.names..].windows(2).find(|pair| pair[0] == pair[1]);
+            if let Some(name) = twice.map(|pair| pair[0].clone()) {
+                return Err(self.error_at(&name, "is a duplicate in its object; keep one".into()));
+            }
+            names.truncate(frame.names);
+        }
+        self.open.pop();
+        Ok(())
+    }
+
+    fn too_long(&self, bytes: usize) -> FieldError {
+        self.error(format!("has {bytes} bytes, more than the {MAX_TEXT_BYTES} that are read"))
+    }
+
     /// Counts a value of so many bytes and returns what it is.
     fn value(&mut self, bytes: usize) -> Result<Level, FieldError> {
         let level = match self.open.last_mut() {
@@ -159,6 +206,9 @@ impl Count<'_> {
                 level.element()
             }
         };
+        if level != Level::Unknown && bytes > MAX_TEXT_BYTES {
+            return Err(self.too_long(bytes));
+        }
         self.values += 1;
         if self.values > MAX_VALUES {
             let reason = format!("has more than {MAX_VALUES} values, more than are read");
@@ -202,31 +252,36 @@ impl Count<'_> {
 
     /// What is wrong at the value that is being read.
     fn error(&self, reason: String) -> FieldError {
-        fn at(frames: &[Frame<'_>], above: &At<'_>, reason: String) -> FieldError {
+        let key = self.open.last().map(|frame| unescaped(frame.key)).unwrap_or_default();
+        self.error_at(&key, reason)
+    }
+
+    /// What is wrong at the member `key` of the object that is open.
+    fn error_at(&self, key: &[u8], reason: String) -> FieldError {
+        fn at(frames: &[Frame<'_>], last: &[u8], above: &At<'_>, reason: String) -> FieldError {
             let Some((frame, below)) = frames.split_first() else { return above.error(reason) };
+            let key = if below.is_empty() { last.into() } else { unescaped(frame.key) };
             match (frame.container, frame.index) {
-                (Container::Array, Some(index)) => at(below, &At::Item(above, index), reason),
+                (Container::Array, Some(index)) => at(below, last, &At::Item(above, index), reason),
                 (Container::Object, _) if !frame.key.is_empty() => {
-                    let key = unescaped(frame.key);
                     // Whoever sends megabytes of a name gets the beginning of it back.
                     let key: String =
                         String::from_utf8_lossy(&key[..key.len().min(256)]).chars().take(64).collect();
-                    at(below, &At::Field(above, &key), reason)
+                    at(below, last, &At::Field(above, &key), reason)
                 }
                 _ => above.error(reason),
             }
         }
-        at(&self.open, &At::Root, reason)
+        at(&self.open, key, &At::Root, reason)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::manifest::json;
 
     fn of(text: &str) -> Result<(), String> {
-        check(text.as_bytes(), Level::Manifest).map_err(|e| e.to_string())
+        document(text.as_bytes(), Level::Manifest).map_err(|e| e.to_string())
     }
 
     fn list(of: &str, count: usize) -> String {
@@ -268,6 +323,10 @@ mod tests {
                 format!("{{\"services\":{}}}", list(&format!("{{\"hosts\":{}}}", list("\"\"", 9_000)), 170)),
                 "it has more than 1500000 values",
             ),
+            (
+                format!("{{\"services\":[{{\"name\":\"{}\"", "x".repeat(MAX_TEXT_BYTES)),
+                "services[0].name: has 1048578 bytes",
+            ),
             (format!("{{\"services\":{}1", "[".repeat(40)), "services[0][0]: is nested more than 32 levels"),
         ] {
             let e = of(&text).unwrap_err();
@@ -289,16 +348,22 @@ mod tests {
 
     #[test]
     fn a_service_alone_has_the_bounds_of_one() {
-        assert!(check(b"{\"name\": \"ava\", \"later\": [1]}", Level::Service).is_ok());
+        assert!(document(b"{\"name\": \"ava\", \"later\": [1]}", Level::Service).is_ok());
         let large = format!("{{\"hosts\":{}}}", list("\"\"", MAX_ENTRY_VALUES));
-        assert!(check(large.as_bytes(), Level::Service).is_err());
+        assert!(document(large.as_bytes(), Level::Service).is_err());
     }
 
     #[test]
-    fn what_is_refused_here_is_never_built() {
-        let mut built = 0;
-        let text = format!("{{\"services\":{}}}", list("{}", MAX_SERVICES + 1));
-        let read = json::read(text.as_bytes(), Level::Manifest, Some(("services", &mut |_, _| built += 1)));
-        assert!(read.is_err() && built == 0);
+    fn a_name_that_is_there_twice_is_named_with_its_path_wherever_it_is() {
+        for (text, path) in [
+            (r#"{"services": [{}, {"http": {"a b": 1, "a b": 2}}]}"#, "services[1].http[\"a b\"]"),
+            (r#"{"services": [{"name": "a", "\u006eame": "b"}]}"#, "services[0].name"),
+            (r#"{"later": [{"x": {"y": 1, "z": 2, "y": 3}}], "x": 1}"#, "later[0].x.y"),
+            (r#"{"version": 1, "services": [{"env": {"A": ""}}], "version": 1}"#, "version"),
+        ] {
+            assert_eq!(of(text), Err(format!("{path}: is a duplicate in its object; keep one")));
+            assert_eq!(manifest(text.as_bytes()), Ok(()), "nothing is built of it");
+        }
+        assert_eq!(of(r#"{"a": {"a": 1}, "b": [{"a": 1}, {"a": 1}]}"#), Ok(()));
     }
 }

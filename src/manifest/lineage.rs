@@ -4,8 +4,8 @@
 //! believed is decided by the signature over it.
 
 use super::model::Manifest;
-use super::parse::MAX_SERIAL;
-use serde::{Serialize, Serializer};
+use super::types::{self, MAX_SERIAL};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 
 /// How many versions before it a version names: with that, a host that missed some can still tell.
@@ -77,6 +77,12 @@ impl fmt::Display for Ancestor {
 impl Serialize for Ancestor {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Ancestor {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        types::text(d, Ancestor::parse)
     }
 }
 

@@ -1,12 +1,21 @@
-//! What the manifest says, as types. Parsing and its error paths are in [`super::parse`], checks across
-//! services in [`super::validate`]. Serializing writes every field in the order a person reads them; fields
-//! this version does not know are kept in `extra` and written back.
+//! What the manifest says, as types, and the one definition of its format: a field is declared here once, with its
+//! type, its default and how it is written. What a single value may be is in [`super::types`]; reading it from a text,
+//! with what spans fields, is in [`super::parse`], what spans services in [`super::validate`]. Fields are written in
+//! the order a person reads them; those that this version does not know are kept in `extra` and written back.
 
 use super::lineage::Ancestor;
 use super::rules;
+use super::types::{
+    AbsolutePath, ArtifactKind, CommandLine, CpuQuota, CredentialName, DirectoryPath, Domain, EnvValue,
+    MemoryMax, Port, ProbeHost, ProbePath, Profile, ProtectSystem, Restart, Rollout, Seconds, StateDirectory,
+    UnitName, UrlPath, UserName, VariableName, WritablePath,
+};
+use super::types::{
+    format_version, given, hosts, line, list, protect_system, serial, words_list, words_or_null,
+};
 use crate::clock::Timestamp;
 use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,94 +26,165 @@ pub const FORMAT_VERSION: u64 = 1;
 /// The largest manifest that is read, in bytes.
 pub const MAX_BYTES: u64 = 32 << 20;
 
-/// The whole manifest.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Manifest {
-    /// The format, [`FORMAT_VERSION`].
-    pub version: u64,
-    /// Grows by one with every write.
-    pub serial: u64,
-    /// When this version was written.
-    pub generation: Timestamp,
-    /// What this version changed, and who did.
-    pub change: Change,
-    /// The versions before it, nearest first; see [`super::lineage`].
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub previous: Vec<Ancestor>,
-    /// The store it was signed for; see [`super::signature`].
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub store: Option<String>,
-    /// Signatures of the canonical form, `NAME:BASE64`.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub signatures: Vec<String>,
-    /// The services, in the order they were added.
-    pub services: Vec<Service>,
-    /// Fields of a newer version.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
+/// Declares an object of the manifest: its fields are written in camelCase, and `FIELDS` has their names.
+macro_rules! object {
+    ($(#[$meta:meta])* pub struct $name:ident {
+        $($(#[$field_meta:meta])* pub $field:ident: $type:ty,)*
+    }) => {
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(rename_all = "camelCase", expecting = "an object")]
+        $(#[$meta])*
+        pub struct $name {
+            $($(#[$field_meta])* pub $field: $type,)*
+            /// Fields of a newer version.
+            #[serde(flatten)]
+            pub extra: Map<String, Value>,
+        }
+
+        impl $name {
+            /// The names of the fields that this version knows.
+            pub const FIELDS: &'static [&'static str] = &[$({
+                const NAME: &([u8; stringify!($field).len()], usize) = &camel_case(stringify!($field));
+                match std::str::from_utf8(NAME.0.split_at(NAME.1).0) {
+                    Ok(name) => name,
+                    Err(_) => panic!("a field's name is ASCII"),
+                }
+            }),*];
+        }
+    };
 }
 
-/// What a version changed.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
-pub struct Change {
-    /// In words: `update ava`.
-    pub action: String,
-    /// `user@host`.
-    pub by: String,
-    /// Fields of a newer version.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
+/// `internal_port` as `internalPort`, and `r#type` as `type`, with its length: as serde derives it.
+const fn camel_case<const N: usize>(field: &str) -> ([u8; N], usize) {
+    let field = field.as_bytes();
+    let (mut name, mut length, mut at) = ([0; N], 0, 0);
+    if N > 2 && field[1] == b'#' {
+        at = 2;
+    }
+    while at < N {
+        if field[at] == b'_' {
+            at += 1;
+            name[length] = field[at].to_ascii_uppercase();
+        } else {
+            name[length] = field[at];
+        }
+        length += 1;
+        at += 1;
+    }
+    (name, length)
 }
 
-/// One service.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Service {
-    /// Its name, unique in the manifest.
-    pub name: ServiceName,
+object! {
+    /// The whole manifest.
+    pub struct Manifest {
+        /// The format, [`FORMAT_VERSION`].
+        #[serde(deserialize_with = "format_version")]
+        pub version: u64,
+        /// Grows by one with every write.
+        #[serde(deserialize_with = "serial")]
+        pub serial: u64,
+        /// When this version was written.
+        pub generation: Timestamp,
+        /// What this version changed, and who did.
+        #[serde(default)]
+        pub change: Change,
+        /// The versions before it, nearest first; see [`super::lineage`].
+        #[serde(default, deserialize_with = "list", skip_serializing_if = "Vec::is_empty")]
+        pub previous: Vec<Ancestor>,
+        /// The store it was signed for; see [`super::signature`].
+        #[serde(default, deserialize_with = "words_or_null", skip_serializing_if = "Option::is_none")]
+        pub store: Option<String>,
+        /// Signatures of the canonical form, `NAME:BASE64`.
+        #[serde(default, deserialize_with = "words_list", skip_serializing_if = "Vec::is_empty")]
+        pub signatures: Vec<String>,
+        /// The services, in the order they were added.
+        pub services: Vec<Service>,
+    }
+}
+
+object! {
+    /// What a version changed.
+    #[derive(Default)]
+    pub struct Change {
+        /// In words: `update ava`.
+        #[serde(default, deserialize_with = "line")]
+        pub action: String,
+        /// `user@host`.
+        #[serde(default, deserialize_with = "line")]
+        pub by: String,
+    }
+}
+
+object! {
+    /// One service.
+    pub struct Service {
+        /// Its name, unique in the manifest.
+        pub name: ServiceName,
+        /// What runs.
+        pub artifact: Artifact,
+        /// The hosts it runs on.
+        #[serde(default, deserialize_with = "hosts")]
+        pub hosts: Vec<HostName>,
+        /// How it is started.
+        #[serde(default)]
+        pub exec: Exec,
+        /// Its environment; not secret (anybody on the host can read it).
+        #[serde(default)]
+        pub env: BTreeMap<VariableName, EnvValue>,
+        /// A file of secrets on the host, `NAME=value` lines.
+        #[serde(default)]
+        pub env_file: Option<AbsolutePath>,
+        /// Files of secrets on the host, by the name under which the service finds their content below
+        /// `$CREDENTIALS_DIRECTORY`.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        pub credentials: BTreeMap<CredentialName, AbsolutePath>,
+        /// How it is reached, if over HTTP.
+        #[serde(default)]
+        pub http: Option<Http>,
+        /// How it shows that it is well.
+        #[serde(default)]
+        pub health: Option<Health>,
+        /// How a new version takes over.
+        #[serde(default)]
+        pub rollout: Rollout,
+        /// Words for its unit.
+        #[serde(default)]
+        pub systemd: Systemd,
+        /// How far its unit is confined.
+        #[serde(default)]
+        pub hardening: Hardening,
+        /// The commit it was built from.
+        #[serde(default, deserialize_with = "words_or_null")]
+        pub revision: Option<String>,
+    }
+}
+
+/// The objects of a service, by the field that each stands in.
+pub(super) const OBJECTS: [(&str, &[&str]); 6] = [
+    ("artifact", Artifact::FIELDS),
+    ("exec", Exec::FIELDS),
+    ("http", Http::FIELDS),
+    ("health", Health::FIELDS),
+    ("systemd", Systemd::FIELDS),
+    ("hardening", Hardening::FIELDS),
+];
+
+object! {
     /// What runs.
-    pub artifact: Artifact,
-    /// The hosts it runs on.
-    pub hosts: Vec<HostName>,
-    /// How it is started.
-    pub exec: Exec,
-    /// Its environment; not secret (anybody on the host can read it).
-    pub env: BTreeMap<String, String>,
-    /// A file of secrets on the host, `NAME=value` lines; absolute.
-    pub env_file: Option<String>,
-    /// Files of secrets on the host, by the name under which the service finds their content below
-    /// `$CREDENTIALS_DIRECTORY`; absolute.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub credentials: BTreeMap<String, String>,
-    /// How it is reached, if over HTTP.
-    pub http: Option<Http>,
-    /// How it shows that it is well.
-    pub health: Option<Health>,
-    /// How a new version takes over.
-    pub rollout: Rollout,
-    /// Words for its unit.
-    pub systemd: Systemd,
-    /// How far its unit is confined.
-    pub hardening: Hardening,
-    /// The commit it was built from.
-    pub revision: Option<String>,
-    /// Fields of a newer version.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
+    pub struct Artifact {
+        /// What it is.
+        #[serde(default)]
+        pub r#type: ArtifactKind,
+        /// The closure's top path, or the placeholder of a service that waits for its first push.
+        pub store_path: ArtifactPath,
+    }
 }
 
-/// What runs.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Artifact {
-    /// Always `nix-closure`.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// The closure's top path, or the placeholder of a service that waits for its first push.
-    pub store_path: ArtifactPath,
-    /// Fields of a newer version.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
+impl Artifact {
+    /// A closure.
+    pub fn of(store_path: ArtifactPath) -> Self {
+        Artifact { r#type: ArtifactKind::NixClosure, store_path, extra: Map::new() }
+    }
 }
 
 /// A store path, or the promise of one.
@@ -141,125 +221,116 @@ impl Serialize for ArtifactPath {
     }
 }
 
-/// How a service is started.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Exec {
-    /// The command line, words quoted as in a shell (no variables, no expansion); null is
-    /// `<storePath>/bin/<name>`. A first word that is not absolute is taken below the store path.
-    pub command: Option<String>,
-    /// The user it runs as.
-    pub user: String,
-    /// The group it runs as.
-    pub group: String,
-    /// Fields of a newer version.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
-}
-
-impl Default for Exec {
-    fn default() -> Self {
-        Exec { command: None, user: "root".into(), group: "root".into(), extra: Map::new() }
+impl<'de> Deserialize<'de> for ArtifactPath {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        super::types::text(d, |text| match text.strip_prefix(STORE_DIR) {
+            Some("/placeholder") => Ok(ArtifactPath::Placeholder),
+            _ => StorePath::parse(text).map(ArtifactPath::Path),
+        })
     }
 }
 
-/// How a service is reached.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Http {
-    /// The domain, lower-case; may begin with `*.`.
-    pub domain: String,
-    /// The path below which requests go to the service, `/` for all; no trailing slash otherwise.
-    pub path: String,
-    /// The port it listens on, on 127.0.0.1.
-    pub internal_port: u16,
-    /// The variable of `env` that tells the service its port; None: the one whose value is `internalPort`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub port_env: Option<String>,
-    /// How long connections may take to end before an instance is stopped, in seconds.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub drain_sec: Option<u32>,
-    /// Fields of a newer version.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
+object! {
+    /// How a service is started.
+    #[derive(Default)]
+    #[serde(default)]
+    pub struct Exec {
+        /// The command line; null is `<storePath>/bin/<name>`.
+        pub command: Option<CommandLine>,
+        /// The user it runs as.
+        pub user: UserName,
+        /// The group it runs as.
+        pub group: UserName,
+    }
 }
 
-/// How a service shows that it is well.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Health {
-    /// What is asked with GET on the internal port; 2xx and 3xx are well. None: a TCP connect.
-    pub path: Option<String>,
-    /// The name that it is asked by, as `Host`; None: the domain's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub host: Option<String>,
-    /// How long it may take to come up, in seconds.
-    pub timeout_sec: u32,
-    /// Fields of a newer version.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
+object! {
+    /// How a service is reached.
+    pub struct Http {
+        /// The domain.
+        pub domain: Domain,
+        /// The path below which requests go to the service, `/` for all.
+        #[serde(default)]
+        pub path: UrlPath,
+        /// The port it listens on, on 127.0.0.1.
+        pub internal_port: Port,
+        /// The variable of `env` that tells the service its port; None: the one whose value is `internalPort`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub port_env: Option<VariableName>,
+        /// How long connections may take to end before an instance is stopped.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub drain_sec: Option<Seconds<0, 3600>>,
+    }
+}
+
+object! {
+    /// How a service shows that it is well.
+    pub struct Health {
+        /// What is asked with GET on the internal port; 2xx and 3xx are well. None: a TCP connect.
+        #[serde(default)]
+        pub path: Option<ProbePath>,
+        /// The name that it is asked by, as `Host`; None: the domain's.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub host: Option<ProbeHost>,
+        /// How long it may take to come up.
+        #[serde(default = "default_timeout")]
+        pub timeout_sec: Seconds<1, 3600>,
+    }
+}
+
+fn default_timeout() -> Seconds<1, 3600> {
+    Seconds(DEFAULT_TIMEOUT_SEC)
 }
 
 /// How long a service without `health` may take to come up, in seconds.
 pub const DEFAULT_TIMEOUT_SEC: u32 = 30;
 
-/// How a new version takes over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Rollout {
-    /// The unit is restarted; Caddy holds requests meanwhile.
-    #[default]
-    Restart,
-    /// The new version is proved beside the old one, on a spare port, before traffic moves to it; no request
-    /// fails. For services that take their port from the environment.
-    Overlap,
-}
-
 /// How long connections may take to end before an instance is stopped, in seconds, where nothing else is said.
 pub const DEFAULT_DRAIN_SEC: u32 = 10;
 
-/// Words for the unit; each is systemd's directive of that name (systemd.unit(5), systemd.service(5),
-/// systemd.exec(5), systemd.resource-control(5)).
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Systemd {
-    /// `After=`.
-    pub after: Vec<String>,
-    /// `Requires=`.
-    pub requires: Vec<String>,
-    /// `Restart=`.
-    pub restart: String,
-    /// `RestartSec=`, in seconds.
-    pub restart_sec: u32,
-    /// `StateDirectory=`, below /var/lib.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub state_directory: Option<String>,
-    /// `ReadWritePaths=`.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub read_write_paths: Vec<String>,
-    /// `MemoryMax=`, as systemd writes it: `512M`, `50%`, `infinity`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub memory_max: Option<String>,
-    /// `CPUQuota=`, as systemd writes it: `150%`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cpu_quota: Option<String>,
-    /// `WorkingDirectory=`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub working_directory: Option<String>,
-    /// `TimeoutStopSec=`, in seconds.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub stop_timeout_sec: Option<u32>,
-    /// Fields of a newer version.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
+object! {
+    /// Words for the unit; each is systemd's directive of that name (systemd.unit(5), systemd.service(5),
+    /// systemd.exec(5), systemd.resource-control(5)).
+    #[serde(default)]
+    pub struct Systemd {
+        /// `After=`.
+        #[serde(deserialize_with = "list")]
+        pub after: Vec<UnitName>,
+        /// `Requires=`.
+        #[serde(deserialize_with = "list")]
+        pub requires: Vec<UnitName>,
+        /// `Restart=`.
+        pub restart: Restart,
+        /// `RestartSec=`.
+        pub restart_sec: Seconds<0, 86_400>,
+        /// `StateDirectory=`, below /var/lib.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub state_directory: Option<StateDirectory>,
+        /// `ReadWritePaths=`.
+        #[serde(deserialize_with = "list", skip_serializing_if = "Vec::is_empty")]
+        pub read_write_paths: Vec<WritablePath>,
+        /// `MemoryMax=`.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub memory_max: Option<MemoryMax>,
+        /// `CPUQuota=`.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub cpu_quota: Option<CpuQuota>,
+        /// `WorkingDirectory=`.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub working_directory: Option<DirectoryPath>,
+        /// `TimeoutStopSec=`.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub stop_timeout_sec: Option<Seconds<1, 3600>>,
+    }
 }
 
 impl Default for Systemd {
     fn default() -> Self {
         Systemd {
-            after: vec!["network-online.target".into()],
+            after: vec![UnitName::network_online()],
             requires: Vec::new(),
-            restart: "on-failure".into(),
-            restart_sec: 5,
+            restart: Restart::OnFailure,
+            restart_sec: Seconds(5),
             state_directory: None,
             read_write_paths: Vec::new(),
             memory_max: None,
@@ -271,64 +342,37 @@ impl Default for Systemd {
     }
 }
 
-/// How far a unit is confined besides what its entry says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Profile {
-    /// Not at all.
-    #[default]
-    Default,
-    /// As far as a network service that generates no code can be: see `STRICT` in the deployer's `unit.rs`.
-    Strict,
-}
-
-impl Profile {
-    /// The names of all.
-    pub const NAMES: [&str; 2] = ["default", "strict"];
-
-    fn is_default(&self) -> bool {
-        *self == Profile::Default
-    }
-}
-
-/// How far the unit is confined.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Hardening {
-    /// What holds besides the fields below.
-    #[serde(skip_serializing_if = "Profile::is_default")]
-    pub profile: Profile,
-    /// `DynamicUser=`.
-    pub dynamic_user: bool,
-    /// `PrivateTmp=`.
-    pub private_tmp: bool,
-    /// `ProtectSystem=`: `no`, `yes`, `full` or `strict`.
-    pub protect_system: String,
-    /// `ProtectHome=`.
-    pub protect_home: bool,
-    /// Fields of a newer version.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
-}
-
-impl Hardening {
-    /// What an entry gets that gives the profile and no other field. Under the strict one a service that names no
-    /// user gets one that systemd makes for it.
-    pub fn of(profile: Profile, exec: &Exec) -> Self {
-        Hardening {
-            profile,
-            dynamic_user: profile == Profile::Strict && exec.user == Exec::default().user,
-            private_tmp: true,
-            protect_system: "strict".into(),
-            protect_home: true,
-            extra: Map::new(),
-        }
+object! {
+    /// How far the unit is confined.
+    #[serde(default)]
+    pub struct Hardening {
+        /// What holds besides the fields below.
+        #[serde(skip_serializing_if = "Profile::is_default")]
+        pub profile: Profile,
+        /// `DynamicUser=`. What was read has it: where it is left out, the profile and the user decide
+        /// ([`Service::dynamic_user`]).
+        #[serde(deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+        pub dynamic_user: Option<bool>,
+        /// `PrivateTmp=`.
+        pub private_tmp: bool,
+        /// `ProtectSystem=`.
+        #[serde(deserialize_with = "protect_system")]
+        pub protect_system: ProtectSystem,
+        /// `ProtectHome=`.
+        pub protect_home: bool,
     }
 }
 
 impl Default for Hardening {
     fn default() -> Self {
-        Hardening::of(Profile::Default, &Exec::default())
+        Hardening {
+            profile: Profile::Default,
+            dynamic_user: None,
+            private_tmp: true,
+            protect_system: ProtectSystem::Strict,
+            protect_home: true,
+            extra: Map::new(),
+        }
     }
 }
 
@@ -365,41 +409,49 @@ impl Manifest {
 impl Service {
     /// How long it may take to come up, in seconds.
     pub fn timeout_sec(&self) -> u32 {
-        self.health.as_ref().map_or(DEFAULT_TIMEOUT_SEC, |h| h.timeout_sec)
+        self.health.as_ref().map_or(DEFAULT_TIMEOUT_SEC, |h| h.timeout_sec.get())
     }
 
     /// What of the entry decides how it is asked whether it is well: the port, and the path with the host's name.
     pub fn probe(&self) -> Option<(u16, Option<(&str, String)>)> {
         let http = self.http.as_ref()?;
         let path = self.health.as_ref().and_then(|h| h.path.as_deref());
-        Some((http.internal_port, path.map(|path| (path, self.probed_as(http)))))
+        Some((http.internal_port.get(), path.map(|path| (path, self.probed_as(http)))))
     }
 
     /// The name by which it is asked: `health.host`, else its domain, or where that is a wildcard `www` below it. A
     /// pattern is no name, and frameworks that look at names refuse it.
     fn probed_as(&self, http: &Http) -> String {
-        let set = self.health.as_ref().and_then(|h| h.host.clone());
-        set.unwrap_or_else(|| match http.domain.strip_prefix("*.") {
-            Some(below) => format!("www.{below}"),
-            None => http.domain.clone(),
-        })
+        let set = self.health.as_ref().and_then(|h| h.host.as_ref());
+        match (set, http.domain.strip_prefix("*.")) {
+            (Some(host), _) => host.to_string(),
+            (None, Some(below)) => format!("www.{below}"),
+            (None, None) => http.domain.to_string(),
+        }
     }
 
     /// The port on which it is reached, if it is.
     pub fn port(&self) -> Option<u16> {
-        self.http.as_ref().map(|h| h.internal_port)
+        self.http.as_ref().map(|h| h.internal_port.get())
     }
 
     /// Its files of secrets, which must be root's alone: `envFile` and those of `credentials`.
     pub fn secret_files(&self) -> impl Iterator<Item = &Path> {
-        self.env_file.iter().chain(self.credentials.values()).map(Path::new)
+        self.env_file.iter().chain(self.credentials.values()).map(|path| Path::new(&**path))
+    }
+
+    /// Whether systemd makes its user. Under the strict profile it does for a service that names none.
+    pub fn dynamic_user(&self) -> bool {
+        let by_profile =
+            || self.hardening.profile == Profile::Strict && self.exec.user == UserName::default();
+        self.hardening.dynamic_user.unwrap_or_else(by_profile)
     }
 
     /// The name of the user that systemd makes for it under `dynamicUser`; None: the one that systemd derives from
     /// its unit's name, which is another one for a second instance. The strict profile gives the first derivation
     /// to both, where the service's name can be a user's.
     pub fn dynamic_user_name(&self) -> Option<&str> {
-        if self.exec.user != Exec::default().user {
+        if self.exec.user != UserName::default() {
             return Some(&self.exec.user);
         }
         let name = self.name.as_str();
@@ -412,28 +464,29 @@ impl Service {
     pub fn port_variable(&self) -> Option<&str> {
         let http = self.http.as_ref()?;
         if let Some(name) = &http.port_env {
-            return self.env.contains_key(name).then_some(name);
+            return self.env.contains_key(name.as_str()).then_some(name);
         }
         let port = http.internal_port.to_string();
-        let mut holders = self.env.iter().filter(|(_, value)| **value == port).map(|(name, _)| name.as_str());
+        let mut holders =
+            self.env.iter().filter(|(_, value)| value.as_str() == port).map(|(name, _)| name.as_str());
         let first = holders.next()?;
         if first == "PORT" || holders.next().is_none() {
             return Some(first);
         }
-        (self.env.get("PORT") == Some(&port)).then_some("PORT")
+        self.env.get("PORT").is_some_and(|value| value.as_str() == port).then_some("PORT")
     }
 
     /// The same service on another port, as an overlapping rollout starts it; None without a variable to say so.
     pub fn on_port(&self, port: u16) -> Option<Service> {
-        let variable = self.port_variable()?.to_string();
+        let variable = VariableName(self.port_variable()?.to_string());
         let mut other = self.clone();
-        other.env.insert(variable, port.to_string());
-        other.http.as_mut()?.internal_port = port;
+        other.env.insert(variable, EnvValue(port.to_string()));
+        other.http.as_mut()?.internal_port = Port(port);
         Some(other)
     }
 
     /// How long its connections may take to end, in seconds.
     pub fn drain_sec(&self) -> u32 {
-        self.http.as_ref().and_then(|h| h.drain_sec).unwrap_or(DEFAULT_DRAIN_SEC)
+        self.http.as_ref().and_then(|h| h.drain_sec).map_or(DEFAULT_DRAIN_SEC, Seconds::get)
     }
 }

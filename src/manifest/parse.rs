@@ -1,29 +1,27 @@
-//! Reads the manifest from JSON, with the path of every mistake. Every field is read by one cursor that knows
-//! where it stands; what a text may be is in [`super::rules`], what spans services in [`super::validate`].
-//! Never reads a file and never guesses: what cannot be is refused.
+//! Reads the manifest from JSON. Its form is that of the types in [`super::model`]; here is where a mistake stands, what
+//! of an entry spans several fields, and what a person may not add. What spans services is in [`super::validate`].
+//! Never reads a file and never guesses: what cannot be is refused, with all that is wrong with an entry at once.
 
 use super::json::{self, At, shown};
-use super::limits::Level;
-use super::lineage::Ancestor;
-use super::model::{
-    Artifact, ArtifactPath, Change, DEFAULT_TIMEOUT_SEC, Exec, FORMAT_VERSION, Hardening, Health, Http,
-    Manifest, Profile, Rollout, Service, Systemd,
-};
-use super::rules::{self, Rule};
-use crate::clock::Timestamp;
+use super::limits::{self, Level};
+use super::model::{FORMAT_VERSION, Manifest, OBJECTS, Service};
+use super::rules;
+use super::types::Rollout;
 use crate::error::{Error, did_you_mean};
-use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
+use crate::names::HostName;
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::{Map, Value};
+use serde_path_to_error::Segment;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::ops::RangeInclusive;
 
-/// What happens to fields this version does not know.
+/// What a person may write, as against what was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// They are refused: input of a person.
+    /// No fields that this version does not know, and no paths that are reserved: input of a person.
     Strict,
-    /// They are kept: what a newer version wrote.
+    /// These are kept: what a newer version wrote, or an older one.
     Tolerant,
 }
 
@@ -32,7 +30,7 @@ pub enum Mode {
 pub struct FieldError {
     /// `services[2].http.internalPort`; empty for the document itself.
     pub path: String,
-    /// The reason with the value in it, and what is meant instead.
+    /// The reason with the value in it, and what is expected instead.
     pub reason: String,
 }
 
@@ -46,16 +44,44 @@ impl fmt::Display for FieldError {
     }
 }
 
-impl std::error::Error for FieldError {}
-
 impl FieldError {
-    /// Whether the document was written in a newer format, which no mending here can help.
-    pub fn is_newer_version(&self) -> bool {
-        self.path == "version" && self.reason.ends_with(NEWER)
+    /// As seen from what it is a part of.
+    fn below(self, above: &str) -> Self {
+        let joint = if self.path.is_empty() || self.path.starts_with('[') { "" } else { "." };
+        FieldError { path: format!("{above}{joint}{}", self.path), reason: self.reason }
     }
 }
 
-const NEWER: &str = "was written by a newer omni-deploy; upgrade this one";
+/// Why a document is not taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ManifestError {
+    /// It was written in this newer version of the format, which no mending here can help.
+    Newer(u64),
+    /// What is wrong with the first entry with which something is, or with the document; at least one.
+    Mistakes(Vec<FieldError>),
+}
+
+impl fmt::Display for ManifestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ManifestError::Newer(version) => {
+                write!(f, "version: {version} was written by a newer omni-deploy; upgrade this one")
+            }
+            ManifestError::Mistakes(mistakes) => {
+                let all: Vec<String> = mistakes.iter().map(FieldError::to_string).collect();
+                f.write_str(&all.join("; also "))
+            }
+        }
+    }
+}
+
+impl std::error::Error for ManifestError {}
+
+impl From<FieldError> for ManifestError {
+    fn from(e: FieldError) -> Self {
+        ManifestError::Mistakes(vec![e])
+    }
+}
 
 impl From<FieldError> for Error {
     fn from(e: FieldError) -> Self {
@@ -63,239 +89,130 @@ impl From<FieldError> for Error {
     }
 }
 
-type Parsed<T> = Result<T, FieldError>;
+impl From<ManifestError> for Error {
+    fn from(e: ManifestError) -> Self {
+        Error::new(e.to_string())
+    }
+}
 
-/// The highest serial: what every reader of JSON holds exactly.
-pub const MAX_SERIAL: u64 = (1 << 53) - 1;
+impl ManifestError {
+    /// Whether the document was written in a newer format.
+    pub fn is_newer_version(&self) -> bool {
+        matches!(self, ManifestError::Newer(_))
+    }
 
-pub(super) const MANIFEST_FIELDS: &[&str] =
-    &["version", "serial", "generation", "change", "previous", "store", "signatures", "services"];
-pub(super) const CHANGE_FIELDS: &[&str] = &["action", "by"];
-pub(super) const SERVICE_FIELDS: &[&str] = &[
-    "name",
-    "artifact",
-    "hosts",
-    "exec",
-    "env",
-    "envFile",
-    "credentials",
-    "http",
-    "health",
-    "rollout",
-    "systemd",
-    "hardening",
-    "revision",
-];
-pub(super) const ARTIFACT_FIELDS: &[&str] = &["type", "storePath"];
-pub(super) const EXEC_FIELDS: &[&str] = &["command", "user", "group"];
-pub(super) const HTTP_FIELDS: &[&str] = &["domain", "path", "internalPort", "portEnv", "drainSec"];
-pub(super) const HEALTH_FIELDS: &[&str] = &["path", "host", "timeoutSec"];
-pub(super) const SYSTEMD_FIELDS: &[&str] = &[
-    "after",
-    "requires",
-    "restart",
-    "restartSec",
-    "stateDirectory",
-    "readWritePaths",
-    "memoryMax",
-    "cpuQuota",
-    "workingDirectory",
-    "stopTimeoutSec",
-];
-pub(super) const HARDENING_FIELDS: &[&str] =
-    &["profile", "dynamicUser", "privateTmp", "protectSystem", "protectHome"];
-
-/// The objects of a service that have fields of their own.
-pub(super) const LEVELS: [(&str, &[&str]); 6] = [
-    ("artifact", ARTIFACT_FIELDS),
-    ("exec", EXEC_FIELDS),
-    ("http", HTTP_FIELDS),
-    ("health", HEALTH_FIELDS),
-    ("systemd", SYSTEMD_FIELDS),
-    ("hardening", HARDENING_FIELDS),
-];
+    fn unless_empty(mistakes: Vec<FieldError>) -> Result<(), Self> {
+        if mistakes.is_empty() { Ok(()) } else { Err(ManifestError::Mistakes(mistakes)) }
+    }
+}
 
 /// Reads and checks a whole manifest (each field, and what spans services).
-pub fn manifest(bytes: &[u8], mode: Mode) -> Parsed<Manifest> {
+pub fn manifest(bytes: &[u8], mode: Mode) -> Result<Manifest, ManifestError> {
     manifest_with(bytes, mode, None)
 }
 
 /// As [`manifest`]; `default_hosts` stand in for services that name none.
-pub fn manifest_with(bytes: &[u8], mode: Mode, default_hosts: Option<&[HostName]>) -> Parsed<Manifest> {
-    let list = At::Field(&At::Root, "services");
-    let mut services = Vec::new();
-    let mut first_error = None;
-    let mut take = |index, value| {
-        if first_error.is_none() {
-            match service_at(value, &At::Item(&list, index), mode, default_hosts) {
-                Ok(service) => services.push(service),
-                Err(e) => first_error = Some(e),
-            }
+pub fn manifest_with(
+    bytes: &[u8],
+    mode: Mode,
+    default_hosts: Option<&[HostName]>,
+) -> Result<Manifest, ManifestError> {
+    check_document(bytes, Level::Manifest)?;
+    let mut manifest: Manifest =
+        serde_json::from_slice(bytes).map_err(|e| mistakes_of_manifest(bytes, e, mode))?;
+    if mode == Mode::Strict {
+        ManifestError::unless_empty(unknown_besides_services(&manifest, None))?;
+    }
+    for (index, service) in manifest.services.iter_mut().enumerate() {
+        let mut mistakes = service.settle(default_hosts);
+        if mode == Mode::Strict {
+            mistakes.extend(additions(service, None));
         }
-    };
-    let root = json::read(bytes, Level::Manifest, Some(("services", &mut take)))?;
-    // A newer format is said first: what is wrong by today's rules may be right by its own.
-    if let Some(version) = root.get("version") {
-        check_version(version)?;
+        ManifestError::unless_empty(below_service(index, mistakes))?;
     }
-    let mut fields = Fields::open(root, &At::Root, mode, MANIFEST_FIELDS, "a manifest")?;
-    fields.required("version", "1 is meant")?;
-    let serial = fields.number("serial", None, 0..=MAX_SERIAL, "a serial")?;
-    let generation = fields.required("generation", "the time it was written is meant")?;
-    let generation = text_of(generation, &fields.at("generation"), timestamp)?;
-    let change = match fields.take("change") {
-        None => Change::default(),
-        Some(value) => change(value, &fields.at("change"), mode)?,
-    };
-    let previous =
-        fields.texts("previous", Vec::new(), |text| Ancestor::parse(text).map(|a| a.to_string()))?;
-    let store = fields.optional_text("store", rules::words)?;
-    let signatures = fields.texts("signatures", Vec::new(), rules::words)?;
-    match fields.required("services", "an array of services is meant")? {
-        Value::Array(_) => {}
-        other => return Err(wrong_type(&list, &other, "an array of services")),
-    }
-    if let Some(e) = first_error {
-        return Err(e);
-    }
-    let manifest = Manifest {
-        version: FORMAT_VERSION,
-        serial,
-        generation: Timestamp::parse(&generation).unwrap_or_default(),
-        change,
-        previous: previous.iter().filter_map(|text| Ancestor::parse(text).ok()).collect(),
-        store,
-        signatures,
-        services,
-        extra: fields.rest(),
-    };
     super::validate::clashes(&manifest)?;
     Ok(manifest)
 }
 
 /// Reads and checks one service; `default_hosts` stand in when it names none.
-pub fn service(value: Value, mode: Mode, default_hosts: Option<&[HostName]>) -> Parsed<Service> {
-    service_at(value, &At::Root, mode, default_hosts)
+pub fn service(
+    value: Value,
+    mode: Mode,
+    default_hosts: Option<&[HostName]>,
+) -> Result<Service, ManifestError> {
+    service_from(value.to_string().as_bytes(), mode, default_hosts)
 }
 
-/// As [`service`], from bytes, with every check of the text itself.
-pub fn service_from(bytes: &[u8], mode: Mode, default_hosts: Option<&[HostName]>) -> Parsed<Service> {
-    service(json::read(bytes, Level::Service, None)?, mode, default_hosts)
-}
-
-fn check_version(version: &Value) -> Parsed<()> {
-    let at = At::Field(&At::Root, "version");
-    match version.as_u64() {
-        Some(FORMAT_VERSION) => Ok(()),
-        Some(newer) if newer > FORMAT_VERSION => Err(at.error(format!("{newer} {NEWER}"))),
-        _ => Err(
-            at.error(format!("{} is not a version of the format; {FORMAT_VERSION} is meant", shown(version)))
-        ),
-    }
-}
-
-fn timestamp(text: &str) -> Result<String, String> {
-    match Timestamp::parse(text) {
-        Some(_) => Ok(text.into()),
-        None => Err("is not a time; RFC 3339 is meant, such as 2026-11-22T18:31:05Z".into()),
-    }
-}
-
-fn any_text(text: &str) -> Result<String, String> {
-    Ok(text.into())
-}
-
-fn change(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Change> {
-    let mut fields = Fields::open(value, at, mode, CHANGE_FIELDS, "what was changed, and by whom,")?;
-    Ok(Change {
-        action: fields.text("action", Some(""), any_text)?,
-        by: fields.text("by", Some(""), any_text)?,
-        extra: fields.rest(),
-    })
-}
-
-fn service_at(value: Value, at: &At<'_>, mode: Mode, default_hosts: Option<&[HostName]>) -> Parsed<Service> {
-    let mut fields = Fields::open(value, at, mode, SERVICE_FIELDS, "a service")?;
-    let name = fields.required("name", "the name of its unit is meant")?;
-    let name = parsed_text(name, &fields.at("name"), "a name", ServiceName::parse)?;
-    let artifact = fields.required("artifact", "{\"storePath\": \"/nix/store/…\"} is meant")?;
-    let artifact = artifact_at(artifact, &fields.at("artifact"), mode)?;
-    let hosts = match (fields.take("hosts"), default_hosts) {
-        (Some(value), _) => hosts(value, &fields.at("hosts"))?,
-        (None, Some(hosts)) if !hosts.is_empty() => hosts.to_vec(),
-        (None, _) => {
-            return Err(fields.at("hosts").error(
-                "missing; name them, as in \"hosts\": [\"biz\"], or set 'defaultHosts' in the configuration",
-            ));
+/// As [`service`], from bytes.
+pub fn service_from(
+    bytes: &[u8],
+    mode: Mode,
+    default_hosts: Option<&[HostName]>,
+) -> Result<Service, ManifestError> {
+    check_document(bytes, Level::Service)?;
+    let mut service: Service = match serde_json::from_slice(bytes) {
+        Ok(service) => service,
+        Err(e) => {
+            let mistakes = not_json(bytes, e).map_or_else(|| mistakes_of_service(bytes, mode), |e| vec![e]);
+            return Err(ManifestError::Mistakes(mistakes));
         }
     };
-    let exec = match fields.take("exec") {
-        None => Exec::default(),
-        Some(value) => exec(value, &fields.at("exec"), mode)?,
-    };
-    let env = match fields.take("env") {
-        None => BTreeMap::new(),
-        Some(value) => env(value, &fields.at("env"))?,
-    };
-    let env_file = fields.optional_text("envFile", secret_file(mode))?;
-    let credentials = match fields.take("credentials") {
-        None => BTreeMap::new(),
-        Some(value) => credentials(value, &fields.at("credentials"), mode)?,
-    };
-    let http = match fields.take_set("http") {
-        None => None,
-        Some(value) => Some(http(value, &fields.at("http"), mode)?),
-    };
-    let health = match fields.take_set("health") {
-        None => None,
-        Some(value) => Some(health(value, &fields.at("health"), mode)?),
-    };
-    if let (None, Some(Health { path: Some(path), .. })) = (&http, &health) {
-        let at = fields.at("health");
-        let reason = format!(
-            "{} needs http: without its internalPort there is nothing to ask",
-            shown(&path[..].into())
-        );
-        return Err(At::Field(&at, "path").error(reason));
+    let mut mistakes = service.settle(default_hosts);
+    if mode == Mode::Strict {
+        mistakes.extend(additions(&service, None));
     }
-    let rollout = match fields.text("rollout", Some("restart"), rollout)?.as_str() {
-        "overlap" => Rollout::Overlap,
-        _ => Rollout::Restart,
-    };
-    let systemd = match fields.take("systemd") {
-        None => Systemd::default(),
-        Some(value) => systemd(value, &fields.at("systemd"), mode)?,
-    };
-    let hardening = match fields.take("hardening") {
-        None => Hardening::default(),
-        Some(value) => hardening(value, &exec, &fields.at("hardening"), mode)?,
-    };
-    let revision = fields.optional_text("revision", rules::words)?;
-    let at_rollout = fields.at("rollout").to_string();
-    let service = Service {
-        name,
-        artifact,
-        hosts,
-        exec,
-        env,
-        env_file,
-        credentials,
-        http,
-        health,
-        rollout,
-        systemd,
-        hardening,
-        revision,
-        extra: fields.rest(),
-    };
-    match overlap_hindrance(&service) {
-        Some(why) => Err(FieldError { path: at_rollout, reason: format!("\"overlap\" {why}") }),
-        None => Ok(service),
+    ManifestError::unless_empty(mistakes).map(|()| service)
+}
+
+fn check_document(bytes: &[u8], level: Level) -> Result<(), FieldError> {
+    if bytes.iter().all(u8::is_ascii_whitespace) {
+        return Err(At::Root.error("empty: there is nothing to read"));
+    }
+    limits::document(bytes, level)
+}
+
+impl Service {
+    /// What its fields mean together: defaults that depend on others are filled in, and what contradicts is returned.
+    pub(crate) fn settle(&mut self, default_hosts: Option<&[HostName]>) -> Vec<FieldError> {
+        let mut mistakes = Vec::new();
+        let mut wrong = |path: &str, reason: String| mistakes.push(FieldError { path: path.into(), reason });
+        if self.hosts.is_empty() {
+            self.hosts = default_hosts.unwrap_or_default().to_vec();
+        }
+        if self.hosts.is_empty() {
+            wrong(
+                "hosts",
+                "missing; name them, as in \"hosts\": [\"biz\"], or set 'defaultHosts' in the configuration"
+                    .into(),
+            );
+        }
+        let mut seen = HashSet::with_capacity(self.hosts.len());
+        for (index, host) in self.hosts.iter().enumerate().filter(|(_, host)| !seen.insert(*host)) {
+            wrong(&format!("hosts[{index}]"), format!("{} is a duplicate; keep one", shown(host)));
+        }
+        if let Some(health) = &self.health {
+            match (&health.path, &health.host) {
+                (Some(path), _) if self.http.is_none() => {
+                    let reason = "needs http: without its internalPort there is nothing to ask";
+                    wrong("health.path", format!("{} {reason}", shown(path)));
+                }
+                (None, Some(host)) => {
+                    let reason = "needs health.path: without it nobody is asked by name";
+                    wrong("health.host", format!("{} {reason}", shown(host)));
+                }
+                (Some(_) | None, _) => {}
+            }
+        }
+        self.hardening.dynamic_user = Some(self.dynamic_user());
+        if let Some(why) = overlap_obstacle(self) {
+            wrong("rollout", format!("\"overlap\" {why}"));
+        }
+        mistakes
     }
 }
 
 /// Why a service that is to overlap cannot run twice at once.
-fn overlap_hindrance(service: &Service) -> Option<String> {
+fn overlap_obstacle(service: &Service) -> Option<String> {
     if service.rollout != Rollout::Overlap {
         return None;
     }
@@ -303,7 +220,7 @@ fn overlap_hindrance(service: &Service) -> Option<String> {
         return Some("needs http: requests are what it keeps going".into());
     };
     if service.port_variable().is_none() {
-        let port = http.internal_port;
+        let port = http.internal_port.get();
         return Some(match &http.port_env {
             Some(name) => format!("needs the variable '{name}' of http.portEnv in env"),
             None => format!(
@@ -312,7 +229,7 @@ fn overlap_hindrance(service: &Service) -> Option<String> {
             ),
         });
     }
-    if service.hardening.dynamic_user && service.dynamic_user_name().is_none() {
+    if service.dynamic_user() && service.dynamic_user_name().is_none() {
         return Some(
             "with hardening.dynamicUser needs a name in exec.user, so that both instances are the same user"
                 .into(),
@@ -321,469 +238,269 @@ fn overlap_hindrance(service: &Service) -> Option<String> {
     None
 }
 
-fn rollout(text: &str) -> Result<String, String> {
-    rules::one_of(text, &["restart", "overlap"])
-}
-
-fn artifact_at(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Artifact> {
-    let mut fields = Fields::open(value, at, mode, ARTIFACT_FIELDS, "an artifact")?;
-    let kind = fields.text("type", Some("nix-closure"), |t| rules::one_of(t, &["nix-closure"]))?;
-    let path = fields.required("storePath", "the closure's top path is meant")?;
-    let store_path = parsed_text(path, &fields.at("storePath"), "a store path", |text| {
-        if text.strip_prefix(STORE_DIR) == Some("/placeholder") {
-            return Ok(ArtifactPath::Placeholder);
+/// Why bytes that could not be read are no JSON, if that is what is wrong with them.
+fn not_json(bytes: &[u8], e: serde_json::Error) -> Option<FieldError> {
+    use serde_json::error::Category;
+    // Said before what is wrong with the part in front.
+    let e = serde_json::from_slice::<IgnoredAny>(bytes).err().unwrap_or(e);
+    match e.classify() {
+        Category::Data => None,
+        Category::Eof => {
+            let (line, column) = (e.line(), e.column());
+            Some(At::Root.error(format!("cut off: it ends at line {line} column {column} in the middle")))
         }
-        StorePath::parse(text).map(ArtifactPath::Path)
-    })?;
-    Ok(Artifact { kind, store_path, extra: fields.rest() })
-}
-
-fn hosts(value: Value, at: &At<'_>) -> Parsed<Vec<HostName>> {
-    let Value::Array(items) = value else {
-        return Err(wrong_type(at, &value, "an array of host names"));
-    };
-    if items.is_empty() {
-        return Err(at.error("[] names no host; a service runs on at least one"));
-    }
-    let mut seen = HashSet::new();
-    let mut hosts = Vec::with_capacity(items.len());
-    for (index, item) in items.into_iter().enumerate() {
-        let at = At::Item(at, index);
-        let host = parsed_text(item, &at, "a host name", HostName::parse)?;
-        if !seen.insert(host.clone()) {
-            return Err(at.error(format!("{} stands twice; keep one", shown(&host.as_str().into()))));
-        }
-        hosts.push(host);
-    }
-    Ok(hosts)
-}
-
-fn exec(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Exec> {
-    let mut fields = Fields::open(value, at, mode, EXEC_FIELDS, "how it is started")?;
-    Ok(Exec {
-        command: fields.optional_text("command", rules::command)?,
-        user: fields.text("user", Some("root"), rules::user)?,
-        group: fields.text("group", Some("root"), rules::user)?,
-        extra: fields.rest(),
-    })
-}
-
-fn env(value: Value, at: &At<'_>) -> Parsed<BTreeMap<String, String>> {
-    let Value::Object(map) = value else {
-        return Err(wrong_type(at, &value, "an object of texts"));
-    };
-    let mut env = BTreeMap::new();
-    for (name, value) in map {
-        let at = At::Field(at, &name);
-        rules::env_name(&name).map_err(|why| at.error(format!("{} {why}", shown(&name[..].into()))))?;
-        let Value::String(text) = value else {
-            return Err(wrong_type(&at, &value, "a string"));
-        };
-        rules::env_value(&text).map_err(|why| at.error(format!("{} {why}", shown(&text[..].into()))))?;
-        env.insert(name, text);
-    }
-    Ok(env)
-}
-
-/// What is reserved since manifests with it could be written is refused from people alone.
-fn secret_file(mode: Mode) -> Rule {
-    match mode {
-        Mode::Strict => rules::secret_file,
-        Mode::Tolerant => rules::absolute,
+        Category::Syntax | Category::Io => Some(At::Root.error(format!("not JSON: {e}"))),
     }
 }
 
-fn credentials(value: Value, at: &At<'_>, mode: Mode) -> Parsed<BTreeMap<String, String>> {
-    let Value::Object(map) = value else {
-        return Err(wrong_type(at, &value, "an object of paths"));
-    };
-    let mut credentials = BTreeMap::new();
-    for (name, value) in map {
-        let at = At::Field(at, &name);
-        rules::credential_name(&name)
-            .map_err(|why| at.error(format!("{} {why}", shown(&name[..].into()))))?;
-        let path = parsed_text(value, &at, "the path of its file", secret_file(mode))?;
-        credentials.insert(name, path);
+/// What is wrong with a manifest that could not be read.
+fn mistakes_of_manifest(bytes: &[u8], e: serde_json::Error, mode: Mode) -> ManifestError {
+    #[derive(Deserialize)]
+    struct Head {
+        version: u64,
     }
-    Ok(credentials)
-}
-
-fn http(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Http> {
-    let mut fields = Fields::open(value, at, mode, HTTP_FIELDS, "how it is reached")?;
-    let domain = fields.text("domain", None, rules::domain)?;
-    let path = fields.text("path", Some("/"), rules::url_path)?;
-    let port = fields.number("internalPort", None, 1..=65535, "a port")?;
-    let port_env = fields.optional_text("portEnv", |t| rules::env_name(t).map(|()| t.to_string()))?;
-    let drain_sec = fields.optional_number("drainSec", 0..=3600, "seconds")?.map(|n| n as u32);
-    Ok(Http { domain, path, internal_port: port as u16, port_env, drain_sec, extra: fields.rest() })
-}
-
-fn health(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Health> {
-    let mut fields = Fields::open(value, at, mode, HEALTH_FIELDS, "how it shows that it is well")?;
-    let path = fields.optional_text("path", rules::probe_path)?;
-    let host = fields.optional_text("host", rules::host)?;
-    if let (None, Some(host)) = (&path, &host) {
-        let reason =
-            format!("{} needs health.path: without it nobody is asked by name", shown(&host[..].into()));
-        return Err(At::Field(at, "host").error(reason));
+    // A newer format is said first: what is wrong by today's rules may be right by its own.
+    if let Ok(Head { version }) = serde_json::from_slice(bytes)
+        && version > FORMAT_VERSION
+    {
+        return ManifestError::Newer(version);
     }
-    let default = Some(u64::from(DEFAULT_TIMEOUT_SEC));
-    let timeout = fields.number("timeoutSec", default, 1..=3600, "a number of seconds")?;
-    Ok(Health { path, host, timeout_sec: timeout as u32, extra: fields.rest() })
-}
-
-fn systemd(value: Value, at: &At<'_>, mode: Mode) -> Parsed<Systemd> {
-    let mut fields = Fields::open(value, at, mode, SYSTEMD_FIELDS, "words for its unit")?;
-    let default = Systemd::default();
-    let seconds = "a number of seconds";
-    let stop = fields.optional_number("stopTimeoutSec", 1..=3600, seconds)?.map(|n| n as u32);
-    Ok(Systemd {
-        after: fields.texts("after", default.after, rules::unit)?,
-        requires: fields.texts("requires", default.requires, rules::unit)?,
-        restart: fields.text("restart", Some(&default.restart), rules::restart)?,
-        restart_sec: fields.number("restartSec", Some(default.restart_sec.into()), 0..=86_400, seconds)?
-            as u32,
-        state_directory: fields.optional_text("stateDirectory", rules::below_state)?,
-        read_write_paths: fields.texts(
-            "readWritePaths",
-            Vec::new(),
-            match mode {
-                Mode::Strict => rules::writable,
-                Mode::Tolerant => rules::writable_as_read,
-            },
-        )?,
-        memory_max: fields.optional_text("memoryMax", rules::memory)?,
-        cpu_quota: fields.optional_text("cpuQuota", rules::quota)?,
-        working_directory: fields.optional_text("workingDirectory", rules::directory)?,
-        stop_timeout_sec: stop,
-        extra: fields.rest(),
-    })
-}
-
-fn hardening(value: Value, exec: &Exec, at: &At<'_>, mode: Mode) -> Parsed<Hardening> {
-    let mut fields = Fields::open(value, at, mode, HARDENING_FIELDS, "how far it is confined")?;
-    let profile = match fields.text("profile", Some("default"), profile)?.as_str() {
-        "strict" => Profile::Strict,
-        _ => Profile::Default,
-    };
-    let default = Hardening::of(profile, exec);
-    if let Some(Value::Bool(on)) = fields.map.get("protectSystem") {
-        let word = if *on { "yes" } else { "no" };
-        fields.map.insert("protectSystem".into(), word.into());
+    if let Some(e) = not_json(bytes, e) {
+        return e.into();
     }
-    Ok(Hardening {
-        profile,
-        dynamic_user: fields.flag("dynamicUser", default.dynamic_user)?,
-        private_tmp: fields.flag("privateTmp", default.private_tmp)?,
-        protect_system: fields.text("protectSystem", Some(&default.protect_system), |text| {
-            rules::one_of(text, &rules::PROTECT_SYSTEM)
-        })?,
-        protect_home: fields.flag("protectHome", default.protect_home)?,
-        extra: fields.rest(),
-    })
-}
-
-fn profile(text: &str) -> Result<String, String> {
-    rules::one_of(text, &Profile::NAMES)
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
-    }
-}
-
-fn wrong_type(at: &At<'_>, value: &Value, meant: &str) -> FieldError {
-    at.error(match value {
-        Value::Null => format!("null was found; {meant} is meant"),
-        _ => format!("{} is {}; {meant} is meant", shown(value), kind(value)),
-    })
-}
-
-/// A text that `parse` turns into something; control characters are refused first.
-fn parsed_text<T>(
-    value: Value,
-    at: &At<'_>,
-    meant: &str,
-    parse: impl FnOnce(&str) -> Result<T, String>,
-) -> Parsed<T> {
-    let Value::String(text) = value else {
-        return Err(wrong_type(at, &value, meant));
-    };
-    rules::clean(&text)
-        .and_then(|()| parse(&text))
-        .map_err(|why| at.error(format!("{} {why}", shown(&text.into()))))
-}
-
-fn text_of(value: Value, at: &At<'_>, rule: Rule) -> Parsed<String> {
-    parsed_text(value, at, "a string", rule)
-}
-
-/// The most entries of a list: with that, a line of a unit stays below what systemd reads (LONG_LINE_MAX).
-const MAX_TEXTS: usize = 1000;
-
-/// An object whose fields are taken out one by one; what is left at the end are the unknown ones.
-struct Fields<'a> {
-    at: &'a At<'a>,
-    map: Map<String, Value>,
-}
-
-impl<'a> Fields<'a> {
-    fn open(value: Value, at: &'a At<'a>, mode: Mode, known: &[&str], meant: &str) -> Parsed<Self> {
-        let Value::Object(map) = value else {
-            return Err(wrong_type(at, &value, &format!("an object with {meant}")));
-        };
-        if mode == Mode::Strict
-            && let Some(name) = map.keys().find(|name| !known.contains(&name.as_str()))
-        {
-            return Err(unknown_field(&At::Field(at, name), name, known));
-        }
-        Ok(Fields { at, map })
-    }
-
-    fn at<'b>(&'b self, name: &'b str) -> At<'b> {
-        At::Field(self.at, name)
-    }
-
-    fn take(&mut self, name: &str) -> Option<Value> {
-        self.map.remove(name)
-    }
-
-    /// As [`Fields::take`]; null counts as absent.
-    fn take_set(&mut self, name: &str) -> Option<Value> {
-        self.take(name).filter(|v| !v.is_null())
-    }
-
-    fn required(&mut self, name: &str, meant: &str) -> Parsed<Value> {
-        match self.take(name) {
-            Some(value) => Ok(value),
-            None => Err(self.at(name).error(format!("missing; {meant}"))),
+    for (index, entry) in json::elements(bytes, "services").into_iter().enumerate() {
+        let mistakes = mistakes_of_service(entry, mode);
+        if !mistakes.is_empty() {
+            return ManifestError::Mistakes(below_service(index, mistakes));
         }
     }
-
-    fn text(&mut self, name: &str, default: Option<&str>, rule: Rule) -> Parsed<String> {
-        match (self.take(name), default) {
-            (Some(value), _) => text_of(value, &self.at(name), rule),
-            (None, Some(default)) => Ok(default.into()),
-            (None, None) => Err(self.at(name).error("missing; a string is meant")),
-        }
+    let mut mistakes = Vec::new();
+    if mode == Mode::Strict {
+        let fields: BTreeMap<String, IgnoredAny> = serde_json::from_slice(bytes).unwrap_or_default();
+        let unknown = fields.keys().filter(|name| !Manifest::FIELDS.contains(&name.as_str()));
+        mistakes.extend(unknown.map(|name| unknown_field(&At::Root, name, Manifest::FIELDS)));
     }
+    mistakes.extend(read_located::<Manifest>(bytes).err().map(|(path, reason)| located(&path, reason)));
+    ManifestError::Mistakes(mistakes)
+}
 
-    fn optional_text(&mut self, name: &str, rule: Rule) -> Parsed<Option<String>> {
-        match self.take_set(name) {
-            None => Ok(None),
-            Some(value) => parsed_text(value, &self.at(name), "a string or null", rule).map(Some),
-        }
-    }
+fn below_service(index: usize, mistakes: Vec<FieldError>) -> Vec<FieldError> {
+    mistakes.into_iter().map(|e| e.below(&format!("services[{index}]"))).collect()
+}
 
-    fn texts(&mut self, name: &str, default: Vec<String>, rule: Rule) -> Parsed<Vec<String>> {
-        match self.take(name) {
-            None => Ok(default),
-            Some(Value::Array(items)) => {
-                let at = self.at(name);
-                if items.len() > MAX_TEXTS {
-                    return Err(
-                        at.error(format!("has {} entries; at most {MAX_TEXTS} are possible", items.len()))
-                    );
-                }
-                let read = |(index, item)| text_of(item, &At::Item(&at, index), rule);
-                items.into_iter().enumerate().map(read).collect()
+/// Of an entry that is larger than this, one mistake is found at a time.
+const MAX_EXAMINED: usize = 1 << 20;
+
+/// What is wrong with the fields of an entry, one by one; none if it can be read.
+fn mistakes_of_service(bytes: &[u8], mode: Mode) -> Vec<FieldError> {
+    let Err((path, reason)) = read_located::<Service>(bytes) else { return Vec::new() };
+    let mut mistakes = vec![located(&path, reason)];
+    let tree = if bytes.len() > MAX_EXAMINED { None } else { serde_json::from_slice::<Value>(bytes).ok() };
+    let Some(mut tree) = tree else { return mistakes };
+    // What is wrong is taken out, until the rest can be read.
+    let mut next = path;
+    while take_out(&mut tree, &next).is_some() {
+        match read_located::<Service>(tree.to_string().as_bytes()) {
+            Ok(rest) if mode == Mode::Strict => {
+                mistakes.extend(additions(&rest, None));
+                break;
             }
-            Some(other) => Err(wrong_type(&self.at(name), &other, "an array of strings")),
-        }
-    }
-
-    fn flag(&mut self, name: &str, default: bool) -> Parsed<bool> {
-        match self.take(name) {
-            None => Ok(default),
-            Some(Value::Bool(on)) => Ok(on),
-            Some(other) => Err(wrong_type(&self.at(name), &other, "true or false")),
-        }
-    }
-
-    fn number(
-        &mut self,
-        name: &str,
-        default: Option<u64>,
-        range: RangeInclusive<u64>,
-        what: &str,
-    ) -> Parsed<u64> {
-        let meant = format!("{} to {}", range.start(), range.end());
-        match (self.take(name), default) {
-            (None, Some(default)) => Ok(default),
-            (None, None) => Err(self.at(name).error(format!("missing; {what} is meant, {meant}"))),
-            (Some(Value::Number(n)), _) => match n.as_u64().filter(|n| range.contains(n)) {
-                Some(n) => Ok(n),
-                None => Err(self.at(name).error(format!("{n} is not {what}; {meant} is meant"))),
-            },
-            (Some(other), _) => {
-                Err(wrong_type(&self.at(name), &other, &format!("a whole number from {meant}")))
+            Ok(_) => break,
+            Err((path, reason)) => {
+                mistakes.push(located(&path, reason));
+                next = path;
             }
         }
     }
+    mistakes
+}
 
-    fn optional_number(&mut self, name: &str, range: RangeInclusive<u64>, what: &str) -> Parsed<Option<u64>> {
-        match self.map.get(name) {
-            None | Some(Value::Null) => {
-                self.take(name);
-                Ok(None)
+/// A place in a document, and what is wrong there.
+type Located = (Vec<Segment>, String);
+
+/// Reads bytes that are JSON, with the place of what is wrong.
+fn read_located<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Located> {
+    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(bytes)).map_err(|e| {
+        let mut path: Vec<Segment> = e.path().iter().cloned().collect();
+        let e = e.into_inner();
+        // The place is said better by the path.
+        let position = format!(" at line {} column {}", e.line(), e.column());
+        let reason = e.to_string();
+        let reason = reason.strip_suffix(&position).unwrap_or(&reason);
+        // serde says it of the object that lacks the field.
+        match reason.strip_prefix("missing field `").and_then(|name| name.strip_suffix('`')) {
+            Some(name) => {
+                path.push(Segment::Map { key: name.into() });
+                (path, "missing; it is required".into())
             }
-            Some(_) => self.number(name, None, range, what).map(Some),
-        }
-    }
-
-    fn rest(self) -> Map<String, Value> {
-        self.map
-    }
-}
-
-/// Fields are often written one level too high: those below a service are offered for one of its own.
-fn unknown_field(at: &At<'_>, name: &str, known: &[&str]) -> FieldError {
-    let mut candidates: Vec<String> = known.iter().map(|k| k.to_string()).collect();
-    if known == SERVICE_FIELDS {
-        for (above, below) in LEVELS {
-            candidates.extend(below.iter().map(|field| format!("{above}.{field}")));
-        }
-    }
-    at.error(format!("unknown field{}", did_you_mean(name, candidates.iter().map(String::as_str))))
-}
-
-/// A field that a service does not have, with those it may stand for.
-pub(super) fn unknown_in_service(at: &At<'_>, name: &str) -> FieldError {
-    unknown_field(&At::Field(at, name), name, SERVICE_FIELDS)
-}
-
-/// The first field that this version does not know in `manifest` and that `before` did not have at the same
-/// place (services are told apart by name): what a person typed, as against what a newer version wrote.
-pub fn new_unknown(manifest: &Manifest, before: Option<&Manifest>) -> Option<FieldError> {
-    let Manifest {
-        version: _,
-        serial: _,
-        generation: _,
-        change,
-        previous: _,
-        store: _,
-        signatures: _,
-        services,
-        extra,
-    } = manifest;
-    let root = At::Root;
-    new_in(&root, extra, before.map(|b| &b.extra), MANIFEST_FIELDS)
-        .or_else(|| {
-            let at = At::Field(&root, "change");
-            new_in(&at, &change.extra, before.map(|b| &b.change.extra), CHANGE_FIELDS)
-        })
-        .or_else(|| {
-            let list = At::Field(&root, "services");
-            let known: BTreeMap<&str, &Service> =
-                before.iter().flat_map(|b| &b.services).map(|s| (s.name.as_str(), s)).collect();
-            services.iter().enumerate().find_map(|(index, service)| {
-                new_unknown_at(&At::Item(&list, index), service, known.get(service.name.as_str()).copied())
-            })
-        })
-}
-
-/// As [`new_unknown`], for one service.
-pub fn new_unknown_in_service(service: &Service, before: Option<&Service>) -> Option<FieldError> {
-    new_unknown_at(&At::Root, service, before)
-}
-
-fn new_unknown_at(at: &At<'_>, service: &Service, before: Option<&Service>) -> Option<FieldError> {
-    extras(service).into_iter().enumerate().find_map(|(nth, (field, extra, known))| {
-        let before = before.and_then(|b| extras(b)[nth].1);
-        let extra = extra?;
-        match field {
-            "" => new_in(at, extra, before, known),
-            _ => new_in(&At::Field(at, field), extra, before, known),
+            None => (path, brief(reason)),
         }
     })
 }
 
-/// The first path in `manifest` that people may not write any more and that `before` did not have for the same service:
-/// of what a person edited, which is read tolerantly.
-pub fn new_reserved(manifest: &Manifest, before: Option<&Manifest>) -> Option<FieldError> {
-    let list = At::Field(&At::Root, "services");
+/// A reason for one line: without its middle when it is long, nothing in it that a terminal obeys.
+fn brief(reason: &str) -> String {
+    const HALF: usize = 150;
+    let from_end = |n: usize| reason.char_indices().rev().nth(n).map_or(0, |(at, _)| at);
+    let brief = match reason.char_indices().nth(HALF) {
+        Some((end, _)) if end < from_end(HALF) => format!("{}…{}", &reason[..end], &reason[from_end(HALF)..]),
+        _ => reason.to_string(),
+    };
+    crate::log::printable(&brief).into_owned()
+}
+
+fn located(path: &[Segment], reason: String) -> FieldError {
+    fn at(path: &[Segment], above: &At<'_>, reason: String) -> FieldError {
+        match path.split_first() {
+            Some((Segment::Seq { index }, below)) => at(below, &At::Item(above, *index), reason),
+            Some((Segment::Map { key }, below)) => at(below, &At::Field(above, key), reason),
+            Some((Segment::Enum { .. } | Segment::Unknown, _)) | None => above.error(reason),
+        }
+    }
+    at(path, &At::Root, reason)
+}
+
+/// Takes a field out of an entry; one that must be there becomes what can be read. Of a list all is taken out, so that
+/// what is left of it keeps its places.
+fn take_out(entry: &mut Value, path: &[Segment]) -> Option<()> {
+    let names = path.iter().map_while(|segment| match segment {
+        Segment::Map { key } => Some(key.as_str()),
+        Segment::Seq { .. } | Segment::Enum { .. } | Segment::Unknown => None,
+    });
+    let names: Vec<&str> = names.collect();
+    let (last, above) = names.split_last()?;
+    let object = above.iter().try_fold(entry, |node, name| node.get_mut(name))?.as_object_mut()?;
+    let readable = match names[..] {
+        ["name"] | ["http", "domain"] => "x".into(),
+        ["http", "internalPort"] => 1.into(),
+        ["artifact", "storePath"] => "/nix/store/placeholder".into(),
+        ["artifact"] => serde_json::json!({"storePath": "/nix/store/placeholder"}),
+        _ => return object.remove(*last).map(drop),
+    };
+    object.insert((*last).into(), readable);
+    Some(())
+}
+
+/// A field that is not one of these.
+fn unknown_field(above: &At<'_>, name: &str, known: &[&str]) -> FieldError {
+    At::Field(above, name).error(format!("unknown field{}", did_you_mean(name, known.iter().copied())))
+}
+
+/// A field that a service, or an object in it, does not have, with those it may stand for. Fields are often written one
+/// level too high: those below a service are offered for one of its own.
+pub(super) fn unknown_in_service(object: &str, name: &str) -> FieldError {
+    let mut known: Vec<String> = Vec::new();
+    for (above, fields) in OBJECTS {
+        match object {
+            "" => known.extend(fields.iter().map(|field| format!("{above}.{field}"))),
+            _ if object == above => known.extend(fields.iter().map(|field| field.to_string())),
+            _ => {}
+        }
+    }
+    if object.is_empty() {
+        known.extend(Service::FIELDS.iter().map(|field| field.to_string()));
+    }
+    let known: Vec<&str> = known.iter().map(String::as_str).collect();
+    let above = if object.is_empty() { At::Root } else { At::Field(&At::Root, object) };
+    unknown_field(&above, name, &known)
+}
+
+/// What a person may not have added to `before`, at the first place that has any: fields that this version does not
+/// know, and reserved paths. Services are told apart by name.
+pub fn check_additions(manifest: &Manifest, before: Option<&Manifest>) -> Result<(), ManifestError> {
+    ManifestError::unless_empty(unknown_besides_services(manifest, before))?;
     let known: BTreeMap<&str, &Service> =
         before.iter().flat_map(|b| &b.services).map(|s| (s.name.as_str(), s)).collect();
-    manifest.services.iter().enumerate().find_map(|(index, service)| {
-        new_reserved_at(&At::Item(&list, index), service, known.get(service.name.as_str()).copied())
+    manifest.services.iter().enumerate().try_for_each(|(index, service)| {
+        let mistakes = additions(service, known.get(service.name.as_str()).copied());
+        ManifestError::unless_empty(below_service(index, mistakes))
     })
 }
 
-/// As [`new_reserved`], for one service.
-pub fn new_reserved_in_service(service: &Service, before: Option<&Service>) -> Option<FieldError> {
-    new_reserved_at(&At::Root, service, before)
+/// As [`check_additions`], for one service.
+pub fn check_additions_to_service(service: &Service, before: &Service) -> Result<(), ManifestError> {
+    ManifestError::unless_empty(additions(service, Some(before)))
 }
 
-fn new_reserved_at(at: &At<'_>, service: &Service, before: Option<&Service>) -> Option<FieldError> {
-    let wrong = |text: &String, at: &At<'_>, rule: Rule| text_of(Value::String(text.clone()), at, rule).err();
-    let env_file = || {
-        let file = service.env_file.as_ref()?;
-        let is_new = before.and_then(|b| b.env_file.as_ref()) != Some(file);
-        is_new.then(|| wrong(file, &At::Field(at, "envFile"), rules::secret_file))?
-    };
-    let credential = || {
-        let above = At::Field(at, "credentials");
-        let is_new =
-            |name: &String, file: &String| before.and_then(|b| b.credentials.get(name)) != Some(file);
-        let mut new = service.credentials.iter().filter(|(name, file)| is_new(name, file));
-        new.find_map(|(name, file)| wrong(file, &At::Field(&above, name), rules::secret_file))
-    };
-    let writable = || {
-        let above = At::Field(at, "systemd");
-        let list = At::Field(&above, "readWritePaths");
-        let is_new = |path: &String| !before.is_some_and(|b| b.systemd.read_write_paths.contains(path));
-        let mut new = service.systemd.read_write_paths.iter().enumerate().filter(|(_, path)| is_new(path));
-        new.find_map(|(index, path)| wrong(path, &At::Item(&list, index), rules::writable))
-    };
-    env_file().or_else(credential).or_else(writable)
+/// The first field that this version does not know.
+pub fn first_unknown(manifest: &Manifest) -> Option<FieldError> {
+    let in_services = manifest.services.iter().enumerate();
+    let in_services =
+        in_services.flat_map(|(index, service)| below_service(index, new_unknown(service, None)));
+    unknown_besides_services(manifest, None).into_iter().chain(in_services).next()
 }
 
-fn new_in(
-    at: &At<'_>,
-    extra: &Map<String, Value>,
-    before: Option<&Map<String, Value>>,
-    known: &[&str],
-) -> Option<FieldError> {
-    let name = extra.keys().find(|name| !before.is_some_and(|b| b.contains_key(*name)))?;
-    Some(unknown_field(&At::Field(at, name), name, known))
+fn unknown_besides_services(manifest: &Manifest, before: Option<&Manifest>) -> Vec<FieldError> {
+    let change = At::Field(&At::Root, "change");
+    let top = new_names(&manifest.extra, before.map(|b| &b.extra));
+    let top = top.map(|name| unknown_field(&At::Root, name, Manifest::FIELDS));
+    let below = new_names(&manifest.change.extra, before.map(|b| &b.change.extra));
+    top.chain(below.map(|name| unknown_field(&change, name, super::Change::FIELDS))).collect()
 }
 
-type Extra<'a> = (&'static str, Option<&'a Map<String, Value>>, &'static [&'static str]);
+fn additions(service: &Service, before: Option<&Service>) -> Vec<FieldError> {
+    let mut mistakes = new_unknown(service, before);
+    mistakes.extend(new_reserved(service, before));
+    mistakes
+}
 
-/// The unknown fields of a service, level by level, always in this order. Destructured whole, so that a new
-/// level cannot be forgotten.
-fn extras(service: &Service) -> [Extra<'_>; 7] {
-    let Service {
-        name: _,
-        artifact,
-        hosts: _,
-        exec,
-        env: _,
-        env_file: _,
-        credentials: _,
-        http,
-        health,
-        rollout: _,
-        systemd,
-        hardening,
-        revision: _,
-        extra,
-    } = service;
+fn new_unknown(service: &Service, before: Option<&Service>) -> Vec<FieldError> {
+    let before = before.map(unknown_fields);
+    let all = unknown_fields(service).into_iter().enumerate().filter_map(|(nth, extra)| Some((nth, extra?)));
+    all.flat_map(|(nth, extra)| {
+        let object = if nth == 0 { "" } else { OBJECTS[nth - 1].0 };
+        let new = new_names(extra, before.as_ref().and_then(|b| b[nth]));
+        new.map(|name| unknown_in_service(object, name)).collect::<Vec<_>>()
+    })
+    .collect()
+}
+
+fn new_names<'a>(
+    extra: &'a Map<String, Value>,
+    before: Option<&'a Map<String, Value>>,
+) -> impl Iterator<Item = &'a String> {
+    extra.keys().filter(move |name| !before.is_some_and(|b| b.contains_key(*name)))
+}
+
+/// The fields that this version does not know, of a service and then of each of [`OBJECTS`].
+fn unknown_fields(service: &Service) -> [Option<&Map<String, Value>>; 1 + OBJECTS.len()] {
+    let Service { artifact, exec, http, health, systemd, hardening, extra, .. } = service;
     [
-        ("", Some(extra), SERVICE_FIELDS),
-        ("artifact", Some(&artifact.extra), ARTIFACT_FIELDS),
-        ("exec", Some(&exec.extra), EXEC_FIELDS),
-        ("http", http.as_ref().map(|h| &h.extra), HTTP_FIELDS),
-        ("health", health.as_ref().map(|h| &h.extra), HEALTH_FIELDS),
-        ("systemd", Some(&systemd.extra), SYSTEMD_FIELDS),
-        ("hardening", Some(&hardening.extra), HARDENING_FIELDS),
+        Some(extra),
+        Some(&artifact.extra),
+        Some(&exec.extra),
+        http.as_ref().map(|h| &h.extra),
+        health.as_ref().map(|h| &h.extra),
+        Some(&systemd.extra),
+        Some(&hardening.extra),
     ]
+}
+
+/// The paths that people may not write any more, and that are read where they have been.
+fn new_reserved(service: &Service, before: Option<&Service>) -> Vec<FieldError> {
+    type Rule = fn(&str) -> Result<String, String>;
+    let mut mistakes = Vec::new();
+    let mut check = |at: At<'_>, path: &str, rule: Rule| {
+        mistakes.extend(rule(path).err().map(|why| at.error(format!("{} {why}", shown(path)))));
+    };
+    let root = At::Root;
+    if let Some(file) = &service.env_file
+        && before.and_then(|b| b.env_file.as_ref()) != Some(file)
+    {
+        check(At::Field(&root, "envFile"), file, rules::secret_file);
+    }
+    for (name, file) in &service.credentials {
+        if before.and_then(|b| b.credentials.get(name)) != Some(file) {
+            check(At::Field(&At::Field(&root, "credentials"), name), file, rules::secret_file);
+        }
+    }
+    for (index, path) in service.systemd.read_write_paths.iter().enumerate() {
+        if !before.is_some_and(|b| b.systemd.read_write_paths.contains(path)) {
+            let list = At::Field(&At::Field(&root, "systemd"), "readWritePaths");
+            check(At::Item(&list, index), path, rules::writable);
+        }
+    }
+    mistakes
 }
 
 #[cfg(test)]
@@ -797,7 +514,7 @@ mod tests {
         serde_json::from_slice(FIXTURE).unwrap()
     }
 
-    fn read(value: &Value, mode: Mode) -> Parsed<Manifest> {
+    fn read(value: &Value, mode: Mode) -> Result<Manifest, ManifestError> {
         manifest(value.to_string().as_bytes(), mode)
     }
 
@@ -815,19 +532,31 @@ mod tests {
         let long = "x".repeat(200_000);
         for (pointer, value, message) in [
             ("/version", json!(2), "version: 2 was written by a newer omni-deploy; upgrade this one"),
-            ("/version", json!(0), "version: 0 is not a version"),
-            ("/version", json!("1"), "version: \"1\" is not a version"),
-            ("/serial", json!("7"), "serial: \"7\" is a string; a whole number from 0"),
-            ("/serial", json!(-1), "serial: -1 is not a serial"),
-            ("/serial", json!(1.5), "serial: 1.5 is not a serial"),
+            (
+                "/version",
+                json!(0),
+                "version: invalid value: integer `0`, expected a version of the format, 1",
+            ),
+            (
+                "/version",
+                json!("1"),
+                "version: invalid type: string \"1\", expected a version of the format, 1",
+            ),
+            (
+                "/serial",
+                json!("7"),
+                "serial: invalid type: string \"7\", expected a serial from 0 to 9007199254740991",
+            ),
+            ("/serial", json!(-1), "serial: invalid value: integer `-1`, expected a serial from 0"),
+            ("/serial", json!(1.5), "serial: invalid type: floating point `1.5`, expected a serial"),
             ("/generation", json!("yesterday"), "generation: \"yesterday\" is not a time"),
-            ("/generation", json!(5), "generation: 5 is a number; a string is meant"),
-            ("/change", json!("x"), "change: \"x\" is a string; an object with"),
+            ("/generation", json!(5), "generation: invalid type: integer `5`, expected a string"),
+            ("/change", json!("x"), "change: invalid type: string \"x\", expected an object"),
             ("/change/action", json!("a\nb"), "change.action: \"a\\nb\" has the control character \\n"),
             ("/change/by", json!("a\u{202e}b"), "change.by: "),
-            ("/services", json!({}), "services: {} is an object; an array of services"),
+            ("/services", json!({}), "services: invalid type: map, expected a sequence"),
             ("/sevices", json!([]), "sevices: unknown field; did you mean 'services'?"),
-            ("/services/1", json!(null), "services[1]: null was found; an object with a service is meant"),
+            ("/services/1", json!(null), "services[1]: invalid type: null, expected an object"),
             (
                 "/services/0/port",
                 json!(80),
@@ -841,14 +570,18 @@ mod tests {
                 json!("ssh.service"),
                 "services[0].name: \"ssh.service\" ends with '.service'",
             ),
-            ("/services/0/name", json!(7), "services[0].name: 7 is a number; a name is meant"),
-            ("/services/0/name", json!("a\u{0}"), "services[0].name: \"a\\u0000\" has the control character"),
+            ("/services/0/name", json!(7), "services[0].name: invalid type: integer `7`, expected a string"),
+            ("/services/0/name", json!("a\u{0}"), "services[0].name: \"a\\0\" has '\\0'; only ASCII letters"),
             ("/services/1/name", json!("ava"), "services[1].name: \"ava\" is the name of services[0]"),
-            ("/services/0/artifact", json!("x"), "services[0].artifact: \"x\" is a string; an object"),
+            (
+                "/services/0/artifact",
+                json!("x"),
+                "services[0].artifact: invalid type: string \"x\", expected an object",
+            ),
             (
                 "/services/0/artifact/type",
                 json!("docker"),
-                "services[0].artifact.type: \"docker\" is not known; one of nix-closure",
+                "services[0].artifact.type: \"docker\" is not known; expected one of nix-closure",
             ),
             (
                 "/services/0/artifact/storePath",
@@ -860,14 +593,18 @@ mod tests {
                 json!("/nix/store/placeholder/"),
                 "services[0].artifact.storePath",
             ),
-            ("/services/0/artifact/storePath", json!(null), "services[0].artifact.storePath: null was found"),
+            (
+                "/services/0/artifact/storePath",
+                json!(null),
+                "services[0].artifact.storePath: invalid type: null",
+            ),
             ("/services/0/hosts", json!([]), "services[0].hosts: [] names no host"),
             (
                 "/services/0/hosts",
                 json!("biz"),
-                "services[0].hosts: \"biz\" is a string; an array of host names",
+                "services[0].hosts: invalid type: string \"biz\", expected an array of strings",
             ),
-            ("/services/0/hosts", json!(["biz", "biz"]), "services[0].hosts[1]: \"biz\" stands twice"),
+            ("/services/0/hosts", json!(["biz", "biz"]), "services[0].hosts[1]: \"biz\" is a duplicate"),
             ("/services/0/hosts", json!(["-oProxyCommand=x"]), "services[0].hosts[0]: "),
             (
                 "/services/0/exec/command",
@@ -884,17 +621,25 @@ mod tests {
             (
                 "/services/0/exec/command",
                 json!(["a"]),
-                "services[0].exec.command: [\"a\"] is an array; a string or null",
+                "services[0].exec.command: invalid type: sequence, expected a string",
             ),
-            ("/services/0/exec/user", json!("a b"), "services[0].exec.user: \"a b\" is no user"),
-            ("/services/0/exec/group", json!(null), "services[0].exec.group: null was found"),
-            ("/services/0/env", json!([]), "services[0].env: [] is an array; an object of texts"),
-            ("/services/0/env/1A", json!("x"), "services[0].env.1A: \"1A\" is no name of a variable"),
-            ("/services/0/env/A-B", json!("x"), "services[0].env[\"A-B\"]: \"A-B\" is no name of a variable"),
+            ("/services/0/exec/user", json!("a b"), "services[0].exec.user: \"a b\" is not a valid user"),
+            ("/services/0/exec/group", json!(null), "services[0].exec.group: invalid type: null"),
+            ("/services/0/env", json!([]), "services[0].env: invalid type: sequence, expected a map"),
+            (
+                "/services/0/env/1A",
+                json!("x"),
+                "services[0].env.1A: \"1A\" is not a valid name of a variable",
+            ),
+            (
+                "/services/0/env/A-B",
+                json!("x"),
+                "services[0].env[\"A-B\"]: \"A-B\" is not a valid name of a variable",
+            ),
             (
                 "/services/0/env/PORT",
                 json!(8080),
-                "services[0].env.PORT: 8080 is a number; a string is meant",
+                "services[0].env.PORT: invalid type: integer `8080`, expected a string",
             ),
             (
                 "/services/0/env/PORT",
@@ -908,19 +653,23 @@ mod tests {
             (
                 "/services/0/credentials",
                 json!([]),
-                "services[0].credentials: [] is an array; an object of paths",
+                "services[0].credentials: invalid type: sequence, expected a map",
             ),
             (
                 "/services/0/credentials",
                 json!({"a:b": "/s"}),
-                "services[0].credentials[\"a:b\"]: \"a:b\" is no name of a credential",
+                "services[0].credentials[\"a:b\"]: \"a:b\" is not a valid name of a credential",
             ),
             (
                 "/services/0/credentials",
                 json!({"..": "/s"}),
-                "services[0].credentials[\"..\"]: \"..\" is no name of a credential",
+                "services[0].credentials[\"..\"]: \"..\" is not a valid name of a credential",
             ),
-            ("/services/0/credentials", json!({"key": null}), "services[0].credentials.key: null was found"),
+            (
+                "/services/0/credentials",
+                json!({"key": null}),
+                "services[0].credentials.key: invalid type: null",
+            ),
             (
                 "/services/0/credentials",
                 json!({"key": "s/key"}),
@@ -933,17 +682,25 @@ mod tests {
                 "services[0].credentials.key: \"/s/%n\" has '%'",
             ),
             ("/services/0/credentials", json!({"key": "/s\nUser=root"}), "services[0].credentials.key: "),
-            ("/services/0/http", json!(80), "services[0].http: 80 is a number; an object"),
+            (
+                "/services/0/http",
+                json!(80),
+                "services[0].http: invalid type: integer `80`, expected an object",
+            ),
             (
                 "/services/0/http/internalPort",
                 json!(99999),
-                "services[0].http.internalPort: 99999 is not a port; 1 to 65535 is meant",
+                "services[0].http.internalPort: invalid value: integer `99999`, expected a port from 1 to 65535",
             ),
-            ("/services/0/http/internalPort", json!(0), "services[0].http.internalPort: 0 is not a port"),
+            (
+                "/services/0/http/internalPort",
+                json!(0),
+                "services[0].http.internalPort: invalid value: integer `0`, expected a port",
+            ),
             (
                 "/services/0/http/internalPort",
                 json!("8080"),
-                "services[0].http.internalPort: \"8080\" is a string; a whole number",
+                "services[0].http.internalPort: invalid type: string \"8080\", expected a port",
             ),
             (
                 "/services/0/http/port",
@@ -958,21 +715,25 @@ mod tests {
             (
                 "/services/0/health/host",
                 json!("*.example.com"),
-                "services[0].health.host: \"*.example.com\" is a pattern; one name is meant, such as www.example.com",
+                "services[0].health.host: \"*.example.com\" is a pattern; expected one name, such as www.example.com",
             ),
             (
                 "/services/0/health/timeoutSec",
                 json!(0),
-                "services[0].health.timeoutSec: 0 is not a number of seconds",
+                "services[0].health.timeoutSec: invalid value: integer `0`, expected a number of seconds from 1 to 3600",
             ),
             ("/services/0/http", json!(null), "services[0].health.path: \"/health?deep=1\" needs http"),
             ("/services/0/rollout", json!("canary"), "services[0].rollout: \"canary\" is not known"),
-            ("/services/0/systemd/after", json!(["x"]), "services[0].systemd.after[0]: \"x\" is no unit"),
+            (
+                "/services/0/systemd/after",
+                json!(["x"]),
+                "services[0].systemd.after[0]: \"x\" is not a valid unit name",
+            ),
             ("/services/0/systemd/requires", json!("x.service"), "services[0].systemd.requires: "),
             (
                 "/services/0/systemd/after",
                 json!(vec!["x.service"; 1001]),
-                "services[0].systemd.after: has 1001 entries; at most 1000 are possible",
+                "services[0].systemd.after: has more than 1000 entries",
             ),
             ("/services/0/env/PORT", json!("a\u{fffe}"), "services[0].env.PORT: \"a\u{fffe}\" has \\u{fffe}"),
             (
@@ -980,16 +741,20 @@ mod tests {
                 json!("on-crash"),
                 "services[0].systemd.restart: \"on-crash\" is not known",
             ),
-            ("/services/0/systemd/restartSec", json!(86_401), "services[0].systemd.restartSec: 86401 is not"),
+            (
+                "/services/0/systemd/restartSec",
+                json!(86_401),
+                "services[0].systemd.restartSec: invalid value: integer `86401`",
+            ),
             (
                 "/services/0/systemd/memoryMax",
                 json!(512),
-                "services[0].systemd.memoryMax: 512 is a number; a string",
+                "services[0].systemd.memoryMax: invalid type: integer `512`, expected a string",
             ),
             (
                 "/services/0/systemd/cpuQuota",
                 json!("1.5"),
-                "services[0].systemd.cpuQuota: \"1.5\" is no share",
+                "services[0].systemd.cpuQuota: \"1.5\" is not a share",
             ),
             ("/services/0/systemd/stateDirectory", json!("../x"), "services[0].systemd.stateDirectory: "),
             (
@@ -1016,7 +781,7 @@ mod tests {
             (
                 "/services/0/systemd/stopTimeoutSec",
                 json!(3601),
-                "services[0].systemd.stopTimeoutSec: 3601 is not",
+                "services[0].systemd.stopTimeoutSec: invalid value: integer `3601`",
             ),
             (
                 "/services/0/hardening/protectSystem",
@@ -1026,16 +791,20 @@ mod tests {
             (
                 "/services/0/hardening/profile",
                 json!("strickt"),
-                "services[0].hardening.profile: \"strickt\" is not known; one of default, strict is meant; did you mean 'strict'",
+                "services[0].hardening.profile: \"strickt\" is not known; expected one of default, strict; did you mean 'strict'",
             ),
-            ("/services/0/hardening/profile", json!(null), "services[0].hardening.profile: null was found"),
+            (
+                "/services/0/hardening/profile",
+                json!(null),
+                "services[0].hardening.profile: invalid type: null",
+            ),
             (
                 "/services/0/hardening/privateTmp",
                 json!("yes"),
-                "services[0].hardening.privateTmp: \"yes\" is a string; true or false",
+                "services[0].hardening.privateTmp: invalid type: string \"yes\", expected a boolean",
             ),
             ("/services/0/revision", json!("a\tb"), "services[0].revision: "),
-            ("/services/0/revision", json!(5), "services[0].revision: 5 is a number"),
+            ("/services/0/revision", json!(5), "services[0].revision: invalid type: integer `5`"),
         ] {
             let mut document = whole();
             let (above, name) = pointer.rsplit_once('/').unwrap();
@@ -1065,6 +834,93 @@ mod tests {
             let error = read(&document, Mode::Tolerant).unwrap_err().to_string();
             assert!(error.starts_with(message), "{missing}: {error}");
         }
+    }
+
+    #[test]
+    fn what_is_no_document_says_how() {
+        for (bytes, reason) in [
+            (&b""[..], "empty"),
+            (b" \n", "empty"),
+            (b"{\"a\": [1, ", "cut off: it ends at line 1"),
+            (b"{\"a\": \"x", "cut off"),
+            (b"hello", "not JSON"),
+            (b"{} {}", "not JSON: trailing characters"),
+            (b"{\"a\": \"\xff\"}", "not JSON"),
+            (b"\0", "not JSON"),
+        ] {
+            for e in [
+                manifest(bytes, Mode::Strict).unwrap_err(),
+                service_from(bytes, Mode::Strict, None).unwrap_err(),
+            ] {
+                assert!(e.to_string().starts_with(reason), "{bytes:?}: {e}");
+            }
+        }
+        let deep = [vec![b'['; 10_000], vec![b']'; 10_000]].concat();
+        assert!(manifest(&deep, Mode::Tolerant).unwrap_err().to_string().contains("32 levels deep"));
+    }
+
+    #[test]
+    fn all_that_is_wrong_with_an_entry_is_said_at_once() {
+        let mut manifest_of_it = whole();
+        let wrong = json!({
+            "nmae": "x",
+            "artifact": {"storePath": "/nix/store/x"},
+            "hosts": ["biz", "-x", "b c"],
+            "env": {"A": 1},
+            "http": {"domain": "a_b", "internalPort": 0, "port": 80},
+            "systemd": {"restart": "onfailure", "restartSec": -1},
+        });
+        manifest_of_it["services"][1] = wrong.clone();
+        let said =
+            |error: ManifestError| error.to_string().split("; also ").map(String::from).collect::<Vec<_>>();
+        let expected = [
+            "artifact.storePath: \"/nix/store/x\" is not a store path; the form is /nix/store/HASH-NAME",
+            "env.A: invalid type: integer `1`, expected a string",
+            "hosts[1]: \"-x\" must begin with a letter or a digit",
+            "http.domain: \"a_b\" has '_'; expected a DNS name such as ava.example.com",
+            "http.internalPort: invalid value: integer `0`, expected a port from 1 to 65535",
+            "systemd.restart: \"onfailure\" is not known; expected one of no, on-success, on-failure, on-abnormal, \
+             on-watchdog, on-abort, always; did you mean 'on-failure'?",
+            "systemd.restartSec: invalid value: integer `-1`, expected a number of seconds from 0 to 86400",
+            "name: missing; it is required",
+            "nmae: unknown field; did you mean 'name'?",
+            "http.port: unknown field; did you mean 'internalPort' or 'portEnv'?",
+        ];
+        let mistakes = said(service(wrong.clone(), Mode::Strict, None).unwrap_err());
+        assert_eq!(mistakes, expected);
+        let mistakes = said(read(&manifest_of_it, Mode::Strict).unwrap_err());
+        assert_eq!(mistakes, expected.map(|mistake| format!("services[1].{mistake}")));
+        let document = json!({"name": "a", "artifact": {"storePath": "x"}, "hosts": ["b"], "env": {"A-B": "1", "B": "2\n"},
+            "http": {"domain": "a.b", "port": 80}});
+        assert_eq!(
+            said(service(document, Mode::Strict, None).unwrap_err()),
+            [
+                "artifact.storePath: \"x\" is not a store path; the form is /nix/store/HASH-NAME",
+                "env[\"A-B\"]: \"A-B\" is not a valid name of a variable; expected ASCII letters, digits and '_', no digit first",
+                "env.B: \"2\\n\" has the control character \\n; take it out",
+                "http.internalPort: missing; it is required",
+                "http.port: unknown field; did you mean 'internalPort' or 'portEnv'?",
+            ]
+        );
+        // What an older program kept is no mistake.
+        let mistakes = said(read(&manifest_of_it, Mode::Tolerant).unwrap_err());
+        assert_eq!(mistakes.len(), expected.len() - 2);
+        let contradictory = json!({"name": "a", "artifact": {"storePath": "/nix/store/placeholder"},
+            "hosts": ["b", "b"], "health": {"path": "/"}, "rollout": "overlap", "later": 1});
+        assert_eq!(said(service(contradictory, Mode::Strict, None).unwrap_err()).len(), 4);
+        let root = r#"{"version": 1, "serial": 1, "generation": "2026-11-22T18:31:05Z", "sevices": []}"#;
+        assert_eq!(
+            said(manifest(root.as_bytes(), Mode::Strict).unwrap_err()),
+            ["sevices: unknown field; did you mean 'services'?", "services: missing; it is required"]
+        );
+    }
+
+    #[test]
+    fn numbers_are_read_exactly_as_they_are_written() {
+        let numbers = r#"[1,-2,0.1,1e300,6.275081424971486e105,18446744073709551615,-9223372036854775808]"#;
+        let text = whole().to_string().replacen('{', &format!("{{\"later\":{numbers},"), 1);
+        let read = manifest(text.as_bytes(), Mode::Tolerant).unwrap();
+        assert_eq!(read.extra["later"], serde_json::from_str::<Value>(numbers).unwrap());
     }
 
     #[test]
@@ -1099,17 +955,18 @@ mod tests {
             for document in [&mut one, &mut all] {
                 document.pointer_mut(level).unwrap()["later"] = later.clone();
             }
-            assert!(read(&one, Mode::Strict).unwrap_err().path.ends_with("later"), "{level}");
+            let error = read(&one, Mode::Strict).unwrap_err();
+            assert!(error.to_string().contains("later: unknown field"), "{level}: {error}");
             let parsed = read(&one, Mode::Tolerant).unwrap();
-            let error = new_unknown(&parsed, None).unwrap_or_else(|| panic!("{level}: nothing new"));
-            assert!(error.path.ends_with("later"), "{error}");
-            assert_eq!(new_unknown(&parsed, Some(&parsed)), None, "{level}");
+            assert_eq!(check_additions(&parsed, None), Err(error), "{level}");
+            assert!(first_unknown(&parsed).unwrap().path.ends_with("later"), "{level}");
+            assert_eq!(check_additions(&parsed, Some(&parsed)), Ok(()), "{level}");
         }
         let written = read(&all, Mode::Tolerant).unwrap().to_bytes();
         assert_eq!(serde_json::from_slice::<Value>(&written).unwrap(), all);
         let base = read(&whole(), Mode::Strict).unwrap();
-        assert_eq!(new_unknown(&base, None), None);
-        assert!(new_unknown(&read(&all, Mode::Tolerant).unwrap(), Some(&base)).is_some());
+        assert_eq!((check_additions(&base, None), first_unknown(&base)), (Ok(()), None));
+        assert!(check_additions(&read(&all, Mode::Tolerant).unwrap(), Some(&base)).is_err());
     }
 
     #[test]
@@ -1132,17 +989,17 @@ mod tests {
             assert!(error.starts_with(&format!("services[0].{message}")), "{error}");
             // An older manifest keeps no host from the others, and no person from changing something else.
             let old = read(&document, Mode::Tolerant).unwrap();
-            assert_eq!(new_reserved(&old, Some(&old)), None, "{pointer}");
+            assert_eq!(check_additions(&old, Some(&old)), Ok(()), "{pointer}");
             let (service, before) = (&old.services[0], &plain.services[0]);
-            assert_eq!(new_reserved_in_service(service, Some(service)), None, "{pointer}");
-            let error = new_reserved_in_service(service, Some(before)).unwrap().to_string();
+            assert_eq!(check_additions_to_service(service, service), Ok(()), "{pointer}");
+            let error = check_additions_to_service(service, before).unwrap_err().to_string();
             assert!(error.starts_with(message), "{error}");
             for before in [None, Some(&plain)] {
-                let error = new_reserved(&old, before).unwrap().to_string();
+                let error = check_additions(&old, before).unwrap_err().to_string();
                 assert!(error.starts_with(&format!("services[0].{message}")), "{error}");
             }
         }
-        assert_eq!(new_reserved(&plain, None), None);
+        assert_eq!(check_additions(&plain, None), Ok(()));
     }
 
     #[test]
@@ -1166,7 +1023,7 @@ mod tests {
         let read = service(http, Mode::Strict, None).unwrap();
         assert_eq!(read.http.map(|h| (h.domain, h.path)), Some(("a.org".into(), "/".into())));
         assert_eq!(
-            (read.health.map(|h| h.timeout_sec), read.hardening.protect_system.as_str()),
+            (read.health.map(|h| h.timeout_sec.get()), read.hardening.protect_system.as_str()),
             (Some(30), "no")
         );
     }
@@ -1194,7 +1051,7 @@ mod tests {
                 json!({"name": "ava", "hosts": ["biz"], "artifact": {"storePath": "/nix/store/placeholder"}});
             entry.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
             let read = service(entry, Mode::Strict, None).unwrap();
-            assert_eq!(read.hardening.dynamic_user, dynamic_user, "{fields}");
+            assert_eq!(read.dynamic_user(), dynamic_user, "{fields}");
             let value = serde_json::to_value(&read).unwrap();
             assert_eq!(value["hardening"].get("profile").and_then(Value::as_str), written, "{fields}");
             assert_eq!(service(value, Mode::Strict, None).unwrap(), read, "{fields}");
@@ -1263,8 +1120,8 @@ mod tests {
             match reason {
                 None => assert_eq!(parsed.unwrap().rollout, Rollout::Overlap, "{fields}"),
                 Some(reason) => {
-                    let error = parsed.unwrap_err();
-                    assert!(error.path.ends_with("rollout") && error.reason.contains(reason), "{error}");
+                    let error = parsed.unwrap_err().to_string();
+                    assert!(error.starts_with("rollout: ") && error.contains(reason), "{error}");
                 }
             }
         }

@@ -6,9 +6,10 @@ use super::edit;
 use super::limits;
 use super::lineage::{self, Ancestor, Digest};
 use super::model::{Change, FORMAT_VERSION, MAX_BYTES, Manifest};
-use super::parse::{self, FieldError, MAX_SERIAL, Mode};
+use super::parse::{self, FieldError, ManifestError, Mode};
 use super::seen::Seen;
 use super::signature::{self, Trust};
+use super::types::MAX_SERIAL;
 use super::validate::clashes;
 use super::versions::{self, Version, archive_key, archive_name};
 use crate::clock::Timestamp;
@@ -48,28 +49,28 @@ pub struct CurrentManifest {
     pub bytes: Vec<u8>,
     /// Its version for the store.
     pub etag: Etag,
-    manifest: OnceCell<Result<Manifest, FieldError>>,
+    manifest: OnceCell<Result<Manifest, ManifestError>>,
 }
 
 impl CurrentManifest {
     /// What it says, or why it cannot be used. Read when it is asked for: of what nobody trusted has signed, most
     /// have no use, and it may be made to cost much.
-    pub fn manifest(&self) -> &Result<Manifest, FieldError> {
+    pub fn manifest(&self) -> &Result<Manifest, ManifestError> {
         self.manifest.get_or_init(|| read_bytes(&self.bytes))
     }
 
     /// Its bytes, and what it says.
-    pub fn into_parts(self) -> (Vec<u8>, Result<Manifest, FieldError>) {
+    pub fn into_parts(self) -> (Vec<u8>, Result<Manifest, ManifestError>) {
         let manifest = self.manifest.into_inner().unwrap_or_else(|| read_bytes(&self.bytes));
         (self.bytes, manifest)
     }
 }
 
-fn read_bytes(bytes: &[u8]) -> Result<Manifest, FieldError> {
+fn read_bytes(bytes: &[u8]) -> Result<Manifest, ManifestError> {
     match bytes.len() as u64 > MAX_BYTES {
         true => {
             let reason = format!("it has {} bytes, at most {MAX_BYTES} are read", bytes.len());
-            Err(FieldError { path: String::new(), reason })
+            Err(FieldError { path: String::new(), reason }.into())
         }
         false => parse::manifest(bytes, Mode::Tolerant),
     }
@@ -275,7 +276,7 @@ pub fn lost(store: &dyn Store, author: &Author) -> Error {
 pub const COPY_BACK: &str = "ssh HOST cat /var/lib/deployer/manifest.json | deploy-manifest rollback -";
 
 /// There is one that cannot be used.
-pub fn unusable(store: &dyn Store, why: &FieldError) -> Error {
+pub fn unusable(store: &dyn Store, why: &ManifestError) -> Error {
     let next = match why.is_newer_version() {
         true => "",
         false => "; mend it with 'deploy-manifest edit' or go back with 'deploy-manifest rollback'",

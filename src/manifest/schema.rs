@@ -60,6 +60,7 @@ pub fn wants(path: &[&str]) -> Result<FieldKind, (usize, Vec<&'static str>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::manifest::model;
     use crate::manifest::parse::{self, Mode};
     use serde_json::json;
     use std::collections::BTreeSet;
@@ -134,15 +135,15 @@ mod tests {
             node["properties"].as_object().unwrap().keys().cloned().collect()
         };
         for (pointer, fields) in [
-            ("", parse::MANIFEST_FIELDS),
-            ("/properties/change", parse::CHANGE_FIELDS),
-            ("/$defs/service", parse::SERVICE_FIELDS),
-            ("/$defs/service/properties/artifact", parse::ARTIFACT_FIELDS),
-            ("/$defs/service/properties/exec", parse::EXEC_FIELDS),
-            ("/$defs/service/properties/http", parse::HTTP_FIELDS),
-            ("/$defs/service/properties/health", parse::HEALTH_FIELDS),
-            ("/$defs/service/properties/systemd", parse::SYSTEMD_FIELDS),
-            ("/$defs/service/properties/hardening", parse::HARDENING_FIELDS),
+            ("", model::Manifest::FIELDS),
+            ("/properties/change", model::Change::FIELDS),
+            ("/$defs/service", model::Service::FIELDS),
+            ("/$defs/service/properties/artifact", model::Artifact::FIELDS),
+            ("/$defs/service/properties/exec", model::Exec::FIELDS),
+            ("/$defs/service/properties/http", model::Http::FIELDS),
+            ("/$defs/service/properties/health", model::Health::FIELDS),
+            ("/$defs/service/properties/systemd", model::Systemd::FIELDS),
+            ("/$defs/service/properties/hardening", model::Hardening::FIELDS),
         ] {
             assert_eq!(at(pointer), fields.iter().map(|f| f.to_string()).collect(), "{pointer}");
         }

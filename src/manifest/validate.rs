@@ -27,7 +27,7 @@ pub fn clashes(manifest: &Manifest) -> Result<(), FieldError> {
         };
         let at = At::Field(&at, "http");
         for host in &service.hosts {
-            if let Some(first) = ports.insert((host.as_str(), *internal_port), index) {
+            if let Some(first) = ports.insert((host.as_str(), internal_port.get()), index) {
                 let reason = format!(
                     "{internal_port} is claimed by '{}' and '{name}' on host '{host}'; give one another port",
                     services[first].name

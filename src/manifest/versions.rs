@@ -3,8 +3,9 @@
 //! write the store makes of it: an object counts as a version only if what it holds has that name.
 
 use super::model::{Change, MAX_BYTES, Manifest};
-use super::parse::{self, MAX_SERIAL, Mode};
+use super::parse::{self, Mode};
 use super::signature;
+use super::types::MAX_SERIAL;
 use crate::clock::Timestamp;
 use crate::error::{Error, Result, did_you_mean};
 use crate::keys::PublicKey;

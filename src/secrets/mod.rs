@@ -12,6 +12,7 @@ use crate::durable;
 use crate::error::{Error, Result};
 use crate::hash::Sha256;
 use crate::manifest::Service;
+use crate::manifest::types::AbsolutePath;
 use crate::names::ServiceName;
 use crate::systemd;
 use base64::Engine;
@@ -64,8 +65,9 @@ pub struct SecretFile {
 
 /// The files of secrets that a service's entry names.
 pub fn files(service: &Service) -> Vec<SecretFile> {
-    let environment = |path: &String| SecretFile { path: path.clone(), form: FileFormat::Environment };
-    let bytes = |path: &String| SecretFile { path: path.clone(), form: FileFormat::Bytes };
+    let environment =
+        |path: &AbsolutePath| SecretFile { path: path.to_string(), form: FileFormat::Environment };
+    let bytes = |path: &AbsolutePath| SecretFile { path: path.to_string(), form: FileFormat::Bytes };
     service.env_file.iter().map(environment).chain(service.credentials.values().map(bytes)).collect()
 }
 

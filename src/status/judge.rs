@@ -329,7 +329,7 @@ mod tests {
         let store_path = target.map_or(ArtifactPath::Placeholder, |d| ArtifactPath::Path(path(d)));
         manifest.services.push(Service {
             name: name("ava"),
-            artifact: Artifact { kind: "nix-closure".into(), store_path, extra: Map::new() },
+            artifact: Artifact::of(store_path),
             hosts: vec![host("biz")],
             exec: Exec::default(),
             env: BTreeMap::new(),

@@ -227,7 +227,7 @@ fn every_mistake_is_one_line_and_changes_nothing() {
         (words(&["add-service", "{"]), "cut off"),
         (words(&["add-service", "hello"]), "not JSON"),
         (words(&["add-service", ""]), "empty"),
-        (words(&["add-service", "[]"]), "[] is an array; an object with a service is meant"),
+        (words(&["add-service", "[]"]), "invalid type: sequence, expected an object"),
         (words(&["add-service", "@/nonexistent-file"]), "/nonexistent-file"),
         (
             words(&[
@@ -237,8 +237,8 @@ fn every_mistake_is_one_line_and_changes_nothing() {
             "service 'ava' is in the manifest already; change it with 'deploy-manifest set ava",
         ),
         (add(r#""port": 80"#), "port: unknown field; did you mean 'http.internalPort' or 'http.portEnv'?"),
-        (add(r#""hosts": "biz""#), "hosts: \"biz\" is a string"),
-        (add(r#""name": "y""#), "name: stands twice"),
+        (add(r#""hosts": "biz""#), "hosts: invalid type: string \"biz\", expected an array of strings"),
+        (add(r#""name": "y""#), "name: is a duplicate"),
         (add(r#""env": {"A-B": "1"}"#), "env[\"A-B\"]"),
         (add(r#""env": {"A": "x\ny"}"#), "env.A: "),
         (add(r#""envFile": "/a/../b""#), "envFile: \"/a/../b\" has '..'"),
@@ -250,16 +250,16 @@ fn every_mistake_is_one_line_and_changes_nothing() {
         ),
         (
             add(r#""credentials": {"a:b": "/s/a"}"#),
-            "credentials[\"a:b\"]: \"a:b\" is no name of a credential",
+            "credentials[\"a:b\"]: \"a:b\" is not a valid name of a credential",
         ),
         (add(r#""credentials": {"a": "s/a"}"#), "credentials.a: \"s/a\" is not absolute"),
         (
             add(r#""hardening": {"profile": "strick"}"#),
-            "hardening.profile: \"strick\" is not known; one of default, strict is meant",
+            "hardening.profile: \"strick\" is not known; expected one of default, strict",
         ),
         (
             words(&["set", "web", "hardening.profile=loose"]),
-            "hardening.profile: \"loose\" is not known; one of default, strict is meant",
+            "hardening.profile: \"loose\" is not known; expected one of default, strict",
         ),
         (add(r#""rollout": "overlap""#), "rollout: \"overlap\" needs http"),
         (
@@ -527,7 +527,7 @@ fn an_edit_is_checked_then_published_and_a_wrong_text_is_kept() {
     for (script, said) in [
         (
             r#"sed -i 's/"restartSec": 7/"restartSec": -7/' "$1""#,
-            "services[0].systemd.restartSec: -7 is not a number of seconds",
+            "services[0].systemd.restartSec: invalid value: integer `-7`, expected a number of seconds from 0 to 86400",
         ),
         (
             r#"sed -i 's/"restartSec": 7/"restartSecs": 7/' "$1""#,

@@ -15,6 +15,7 @@ use omni_deploy::deployer::plan::{self, Goal, Options, Plan, ServicePlan, Step};
 use omni_deploy::deployer::state::{FailureRecord, ServicePhase, ServiceState, State};
 use omni_deploy::deployer::unit;
 use omni_deploy::manifest::parse::{self, Mode};
+use omni_deploy::manifest::types::{AbsolutePath, EnvValue, UnitName, UrlPath, VariableName};
 use omni_deploy::manifest::{ArtifactPath, Http, Service};
 use omni_deploy::names::{HostName, ServiceName, StorePath};
 use omni_deploy::systemd::Listed;
@@ -665,7 +666,7 @@ impl Machine {
     fn attempt(&self, service: &Service) -> String {
         let secrets = service.env_file.as_ref().map(|_| self.secrets.get(&service.name));
         let required: Vec<bool> =
-            service.systemd.requires.iter().map(|unit| self.others.contains(unit)).collect();
+            service.systemd.requires.iter().map(|unit| self.others.contains(unit.as_str())).collect();
         format!("{} {secrets:?} {required:?}", serde_json::to_string(service).unwrap())
     }
 }
@@ -724,11 +725,12 @@ fn happens(m: &mut Machine, r: &mut Random) -> String {
             let Some(service) = m.manifest.iter_mut().find(|s| s.name == who) else { return String::new() };
             match r.below(5) {
                 0 => {
-                    service.env.insert("A".into(), version.to_string());
+                    let value = EnvValue::parse(&version.to_string()).unwrap();
+                    service.env.insert(VariableName::parse("A").unwrap(), value);
                     format!("manifest: {who} A={version}")
                 }
                 1 => {
-                    service.http.as_mut().unwrap().path = format!("/{version}");
+                    service.http.as_mut().unwrap().path = UrlPath::parse(&format!("/{version}")).unwrap();
                     format!("manifest: {who} path /{version}")
                 }
                 2 => {
@@ -736,11 +738,11 @@ fn happens(m: &mut Machine, r: &mut Random) -> String {
                     format!("manifest: {who} waits")
                 }
                 3 => {
-                    service.env_file = Some(format!("/s/{who}"));
+                    service.env_file = Some(AbsolutePath::parse(&format!("/s/{who}")).unwrap());
                     format!("manifest: {who} has secrets")
                 }
                 _ => {
-                    service.systemd.requires = vec!["db.service".into()];
+                    service.systemd.requires = vec![UnitName::parse("db.service").unwrap()];
                     format!("manifest: {who} requires db")
                 }
             }

@@ -196,8 +196,8 @@ fn meant(nth: usize, rendered: &Rendered, all_memory: u64) -> Vec<(&'static str,
     };
     let quota = systemd.cpu_quota.as_deref().map_or(unlimited, |quota| reader::share(quota).unwrap() * 100);
     // What a user that is made for the service implies (systemd.exec(5), "DynamicUser=").
-    let protect_system = if hardening.dynamic_user { "strict" } else { &hardening.protect_system };
-    let protect_home = match (hardening.protect_home, hardening.dynamic_user) {
+    let protect_system = if service.dynamic_user() { "strict" } else { hardening.protect_system.as_str() };
+    let protect_home = match (hardening.protect_home, service.dynamic_user()) {
         (true, _) => "yes",
         (false, true) => "read-only",
         (false, false) => "no",
@@ -212,22 +212,22 @@ fn meant(nth: usize, rendered: &Rendered, all_memory: u64) -> Vec<(&'static str,
         ("Environment", json!(env)),
         ("EnvironmentFiles", json!(env_files)),
         ("LoadCredential", json!(service.credentials.iter().collect::<Vec<_>>())),
-        ("DynamicUser", json!(hardening.dynamic_user)),
+        ("DynamicUser", json!(service.dynamic_user())),
         ("WorkingDirectory", json!(systemd.working_directory.as_deref().unwrap_or_default())),
         ("Restart", json!(systemd.restart)),
-        ("RestartUSec", json!(u64::from(systemd.restart_sec) * 1_000_000)),
+        ("RestartUSec", json!(u64::from(systemd.restart_sec.get()) * 1_000_000)),
         ("StateDirectory", json!(systemd.state_directory.iter().collect::<Vec<_>>())),
         ("MemoryMax", json!(memory)),
         ("CPUQuotaPerSecUSec", json!(quota)),
-        ("PrivateTmp", json!(hardening.private_tmp || hardening.dynamic_user)),
+        ("PrivateTmp", json!(hardening.private_tmp || service.dynamic_user())),
         ("ProtectSystem", json!(protect_system)),
         ("ProtectHome", json!(protect_home)),
         ("ReadWritePaths", json!(systemd.read_write_paths)),
     ];
     if let Some(seconds) = systemd.stop_timeout_sec {
-        all.push(("TimeoutStopUSec", json!(u64::from(seconds) * 1_000_000)));
+        all.push(("TimeoutStopUSec", json!(u64::from(seconds.get()) * 1_000_000)));
     }
-    if !hardening.dynamic_user {
+    if !service.dynamic_user() {
         all.push(("User", json!(exec.user)));
         all.push(("Group", json!(exec.group)));
     } else if let Some(user) = service.dynamic_user_name() {

@@ -161,12 +161,7 @@ pub(super) fn publish_edited(
             )));
         }
     }
-    if let Some(unknown) = parse::new_unknown(&edited, made_from.as_ref()) {
-        return Err(unknown.into());
-    }
-    if let Some(reserved) = parse::new_reserved(&edited, made_from.as_ref()) {
-        return Err(reserved.into());
-    }
+    parse::check_additions(&edited, made_from.as_ref())?;
     change(settings, store, StartingPoint::Repair, |manifest| {
         let Some(base) = &made_from else {
             // What could not be read cannot be merged with: only what was edited may be replaced.

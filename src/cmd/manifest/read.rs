@@ -281,7 +281,7 @@ pub(super) fn validate_store(settings: &Settings, store: &dyn Store) -> Result<(
         return Err(author.refusal(store, &current, &objection));
     }
     let manifest = current.into_parts().1.map_err(|e| publish::unusable(store, &e))?;
-    if let Some(unknown) = parse::new_unknown(&manifest, None) {
+    if let Some(unknown) = parse::first_unknown(&manifest) {
         log::warning(format!("warning: {unknown}; a newer version may have written it"));
     }
     let said = count(manifest.services.len());

@@ -452,7 +452,7 @@ mod tests {
         let http = Http {
             domain: "a.example.com".into(),
             path: "/".into(),
-            internal_port: 20_001,
+            internal_port: 20_001u16.into(),
             port_env: None,
             drain_sec: None,
             extra: serde_json::Map::new(),

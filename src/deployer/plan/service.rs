@@ -427,8 +427,8 @@ fn backoff_sec(attempts: u32) -> i64 {
 /// to whom its unit names.
 fn takes_state(new: &Service, old: &Service) -> bool {
     let user = |s: &Service| {
-        let name = if s.hardening.dynamic_user { s.dynamic_user_name() } else { Some(s.exec.user.as_str()) };
-        (s.hardening.dynamic_user, name.map(String::from), s.exec.group.clone())
+        let name = if s.dynamic_user() { s.dynamic_user_name() } else { Some(s.exec.user.as_str()) };
+        (s.dynamic_user(), name.map(String::from), s.exec.group.clone())
     };
     new.systemd.state_directory.is_some() && user(new) != user(old)
 }
@@ -438,7 +438,7 @@ pub(super) fn attempt_stamp(entry: &Service, observed: &Observed, active: &BTree
     let secrets = observed.secrets.get(&entry.name).and_then(|s| s.as_ref().ok());
     let mut stamp = secrets.cloned().unwrap_or_default();
     for unit in &entry.systemd.requires {
-        stamp.push_str(&format!(";{unit}={}", u8::from(active.contains(unit))));
+        stamp.push_str(&format!(";{unit}={}", u8::from(active.contains(unit.as_str()))));
     }
     stamp
 }

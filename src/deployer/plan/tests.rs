@@ -20,20 +20,16 @@ fn name(text: &str) -> ServiceName {
 fn entry(text: &str, version: u8) -> Service {
     Service {
         name: name(text),
-        artifact: Artifact {
-            kind: "nix-closure".into(),
-            store_path: ArtifactPath::Path(path(version)),
-            extra: Map::new(),
-        },
+        artifact: Artifact::of(ArtifactPath::Path(path(version))),
         hosts: Vec::new(),
         exec: Exec::default(),
         env: BTreeMap::new(),
         env_file: None,
         credentials: BTreeMap::new(),
         http: Some(Http {
-            domain: format!("{text}.example.com"),
+            domain: format!("{text}.example.com").as_str().into(),
             path: "/".into(),
-            internal_port: 8080,
+            internal_port: 8080u16.into(),
             port_env: None,
             drain_sec: None,
             extra: Map::new(),
@@ -237,9 +233,9 @@ fn nothing_overlaps_with_a_version_whose_state_it_would_take() {
         world.pass(&[&old]);
         let mut new = old.clone();
         new.artifact.store_path = ArtifactPath::Path(path(2));
-        new.systemd.state_directory = state.map(String::from);
+        new.systemd.state_directory = state.map(Into::into);
         new.exec.user = user.into();
-        new.hardening.dynamic_user = dynamic;
+        new.hardening.dynamic_user = Some(dynamic);
         world.observed.present.insert(path(2));
         let plan = world.plan(&[&new]).unwrap();
         let steps = &plan.services[0].steps;
@@ -306,7 +302,7 @@ fn a_refused_version_is_tried_again_when_anything_that_goes_into_it_changes() {
     next.env.insert("A".into(), "1".into());
     world.pass(&[&next]);
     assert_eq!(world.restarts[&name("ava")], tries + 2);
-    next.http.as_mut().unwrap().internal_port = 8081;
+    next.http.as_mut().unwrap().internal_port = 8081u16.into();
     world.pass(&[&next]);
     assert_eq!(world.restarts[&name("ava")], tries + 3);
 }
@@ -541,11 +537,11 @@ fn the_route_of_a_refused_version_is_that_of_the_version_that_runs() {
     let mut world = World::new();
     world.pass(&[&entry("ava", 1)]);
     let mut next = entry("ava", 2);
-    next.http.as_mut().unwrap().internal_port = 9999;
+    next.http.as_mut().unwrap().internal_port = 9999u16.into();
     world.broken.insert(path(2));
     let plan = world.pass(&[&next]);
     let routed = routed(&[&next], &plan.services);
-    assert_eq!(routed["ava"].internal_port, 8080);
+    assert_eq!(routed["ava"].internal_port.get(), 8080);
 }
 
 #[test]
