@@ -246,6 +246,8 @@ do_uninstall() {
   local purge=$1 name path before
   if [[ -L $UNITS/timers.target.wants/deployer.timer ]]; then
     if systemd_runs; then
+      # What Caddy has asked for and has yet to begin would start it again.
+      systemctl stop 'deployer-asked-*'
       systemctl stop deployer.timer deployer.service
       # A unit that failed stays in systemd's list after its file is gone.
       if systemctl is-failed --quiet deployer.service; then systemctl reset-failed deployer.service; fi

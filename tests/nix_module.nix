@@ -46,6 +46,8 @@ let
         pkgs = {
           callPackage = _: _: "/nix/store/omni-deploy";
           openssh = "/nix/store/openssh";
+          util-linux = "/nix/store/util-linux";
+          coreutils = "/nix/store/coreutils";
           # The text itself, so that it can be looked into and run.
           writeShellScript = _: text: text;
         };
@@ -108,6 +110,8 @@ let
       && has "now=/nix/store/caddyfile" (builtins.head (caddyOf restarted).ExecStartPre);
     "a pass is asked for after a reload, where there is one" =
       builtins.length (flatten (caddyOf full).ExecReload) == 2 && flatten (caddyOf restarted).ExecReload == { };
+    "and begins after the one that is under way" =
+      has "--property=After=deployer.service" (builtins.head (caddyOf full).ExecStartPost);
     "every option says what it is for" = builtins.all (name: name == "enable" || plain.options.${name} ? description)
       (builtins.attrNames plain.options);
     "the package has both names" = builtins.match ".*deploy-manifest.*deployer.*" package.postInstall != null;

@@ -54,8 +54,16 @@ let
   # systemd reads its folder below /run in any case.
   mutable = cfg.unitDir != "/run/systemd/system";
 
-  # Asks for a pass, with root's rights (+) because Caddy's user may not, and never fails Caddy (-).
-  nudge = "-+${config.systemd.package}/bin/systemctl start --no-block deployer.service";
+  # Asks for a pass, with root's rights (+) because Caddy's user may not, and never fails Caddy (-). Why not by a plain
+  # start is in contrib/systemd/caddy-start.sh.
+  ask = "-+" + pkgs.writeShellScript "omni-deploy-ask" ''
+    systemd=${config.systemd.package}/bin
+    case $($systemd/systemctl list-jobs --no-legend 'deployer-asked-*') in *waiting*) exit 0 ;; esac
+    exec $systemd/systemd-run --quiet --no-block --collect --unit="deployer-asked-$(cat /proc/sys/kernel/random/uuid)" \
+      --description='Ask for a pass of omni-deploy' --service-type=oneshot --property=After=deployer.service /bin/sh -c \
+      "[ ! -e /run/omni-deploy/lock ] || ${pkgs.util-linux}/bin/flock /run/omni-deploy/lock ${pkgs.coreutils}/bin/true
+       exec $systemd/systemctl start --no-block deployer.service"
+  '';
 
   # With --resume Caddy starts with the configuration it had last, and a rebuild or a boot would not apply what the
   # system's configuration says of Caddy now. So where that is another file of the store than at the last start or
@@ -208,10 +216,10 @@ in
           RestartPreventExitStatus = lib.mkForce "";
           RestartSec = lib.mkForce "1s";
           ExecStartPre = [ "-${caddyStart}" ];
-          ExecStartPost = [ nudge ];
+          ExecStartPost = [ ask ];
           # Without enableReload the unit has no reload, and a rebuild restarts Caddy instead.
           ExecReload = lib.mkIf config.services.caddy.enableReload
-            (lib.mkAfter [ "-${caddyStart} reloaded" nudge ]);
+            (lib.mkAfter [ "-${caddyStart} reloaded" ask ]);
         };
       };
     })

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Part of omni-deploy, installed by contrib/install.sh. Run as Caddy's user before Caddy starts, to reload its Caddyfile
-# ('reload'), and after that ('reloaded').
+# ('reload'), and after that ('reloaded'); as root after a start and after a reload, to ask for a pass ('ask').
 #
 # With --resume Caddy starts with the configuration it had last, and would not see that the Caddyfile was edited
 # meanwhile. So what the Caddyfile says (as Caddy understands it, imports included) is remembered, and when it says
@@ -18,6 +18,16 @@ if [ "${1:-}" = reload ]; then
   # A Caddy that has no socket is still asked at its port.
   [ -S "${CADDY_ADMIN#unix/}" ] || unset CADDY_ADMIN
   exec /usr/bin/caddy reload --config "$caddyfile" --force
+fi
+
+if [ "${1:-}" = ask ]; then
+  # A pass that is under way may have looked at Caddy before this, and a start would only join it. So the start is asked
+  # for by a unit that systemd begins when that pass has ended (After=), and that waits for a pass made by hand as well.
+  # Each has a name of its own, because it must not join one that has asked already; one that has yet to begin will do.
+  case $(systemctl list-jobs --no-legend 'deployer-asked-*') in *waiting*) exit 0 ;; esac
+  exec systemd-run --quiet --no-block --collect --unit="deployer-asked-$(cat /proc/sys/kernel/random/uuid)" \
+    --description='Ask for a pass of omni-deploy' --service-type=oneshot --property=After=deployer.service /bin/sh -c \
+    '[ ! -e /run/omni-deploy/lock ] || flock /run/omni-deploy/lock true; exec systemctl start --no-block deployer.service'
 fi
 
 if [ "${1:-}" != reloaded ] && grep -qs '"deployer-view":' "$saved"; then

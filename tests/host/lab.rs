@@ -132,6 +132,11 @@ if [ -S /run/caddy/admin.sock ]; then set -- --unix-socket /run/caddy/admin.sock
 exec curl -sSf "$@" "http://127.0.0.1:2019$path"
 "#;
 
+/// Of a script in a host: waits until no pass of the unit is under way, and none is asked for. A start or reload of Caddy
+/// asks for one by a job of its own, which has begun the deployer's before it ends.
+pub const UNTIL_IDLE: &str = "until [[ -z $(systemctl list-jobs --no-legend 'deployer*') ]] &&
+         [[ $(systemctl is-active deployer) != *activating ]]; do sleep 0.05; done";
+
 /// A booted host with omni-deploy installed by contrib/install.sh.
 #[derive(Debug)]
 pub struct Host {
@@ -188,7 +193,8 @@ impl Host {
             "echo '{} web.example.com ava.example.com seen.example.com' >>/etc/hosts
              /opt/omni/contrib/install.sh /opt/omni/omni-deploy
              # As it says: where this Caddy can have one, its socket is there from its next start on.
-             if grep -qF CADDY_ADMIN /usr/bin/caddy; then systemctl restart caddy; fi",
+             if grep -qF CADDY_ADMIN /usr/bin/caddy; then systemctl restart caddy; fi
+             {UNTIL_IDLE}",
             host.ip
         ));
         host
@@ -241,8 +247,14 @@ impl Host {
     /// From here on until the next boot passes are made by the test alone: one of the timer's would repair what a test
     /// has broken before it has looked.
     pub fn only_our_passes(&self) {
-        self.sh("systemctl stop deployer.timer
-             while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done");
+        self.sh("systemctl stop deployer.timer");
+        self.until_idle();
+    }
+
+    /// Waits until no pass of the unit is under way, and none is asked for.
+    #[track_caller]
+    pub fn until_idle(&self) {
+        self.sh(UNTIL_IDLE);
     }
 
     /// Until the value goes, no pass is made, whoever asks for one: a restart of Caddy does. (A mask for the runtime does
@@ -250,16 +262,16 @@ impl Host {
     pub fn no_pass(&self) -> NoPass<'_> {
         self.sh("mkdir -p /run/systemd/system/deployer.service.d
              printf '[Unit]\\nConditionPathExists=/nowhere\\n' >/run/systemd/system/deployer.service.d/not.conf
-             systemctl daemon-reload
-             while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done");
+             systemctl daemon-reload");
+        self.until_idle();
         NoPass(self)
     }
 
     /// One pass by the unit that is installed, begun after this call.
     pub fn pass(&self) -> Pass {
         // One that is under way may have read an older manifest.
-        let said = self.sh("while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done
-             since=$(date +%s.%6N)
+        self.until_idle();
+        let said = self.sh("since=$(date +%s.%6N)
              systemctl start deployer || true
              systemctl show --property=ExecMainStatus --value deployer
              journalctl --sync
@@ -340,8 +352,10 @@ pub struct NoPass<'a>(&'a Host);
 
 impl Drop for NoPass<'_> {
     fn drop(&mut self) {
-        // A test that fails may have lost its host.
-        self.0.try_sh("rm -f /run/systemd/system/deployer.service.d/not.conf; systemctl daemon-reload");
+        // What was asked for meanwhile finds it still forbidden. A test that fails may have lost its host.
+        self.0.try_sh(&format!(
+            "{UNTIL_IDLE}; rm -f /run/systemd/system/deployer.service.d/not.conf; systemctl daemon-reload"
+        ));
     }
 }
 

@@ -318,8 +318,8 @@ fn what_a_person_decides_waits_for_the_pass_under_way_and_is_then_done() {
              until [[ $(cat /run/omni-deploy/lock) == \"process $(systemctl show --property=MainPID --value deployer) \"* ]]; do
                  sleep 0.05
              done
-             systemctl kill --signal=KILL deployer
-             while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done");
+             systemctl kill --signal=KILL deployer");
+    host.until_idle();
     let run = host.try_sh("deployer run");
     assert!(run.status == ProcessStatus::Exit(3) && !run.stderr.contains("waiting"), "{}", run.stderr);
 }

@@ -323,9 +323,8 @@ fn a_host_that_boots_without_its_bucket_runs_everything_again() {
                     host.try_sh("journalctl -b -u deployer -u web -u caddy -n 40 --no-pager").text()
                 )),
             });
-            host.sh("while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.1; done
-                     until [[ -n $(systemctl show --property=ExecMainExitTimestamp --value deployer) ]]; do sleep 0.1; done
-                     while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.1; done");
+            host.sh("until [[ -n $(systemctl show --property=ExecMainExitTimestamp --value deployer) ]]; do sleep 0.1; done");
+            host.until_idle();
             let state = host.state();
             assert_eq!(state["services"]["web"]["storePath"], two, "{unit_dir}: {state}");
             assert!(state["manifestError"].is_string(), "{state}");

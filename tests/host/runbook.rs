@@ -30,8 +30,9 @@ pub fn biz() -> MutexGuard<'static, Biz> {
         "for name in $(deploy-manifest show | jq -r '.services[].name'); do deploy-manifest remove-service $name; done",
     );
     host.sh("rm -rf /run/systemd/system/deployer.timer.d; systemctl daemon-reload
-         systemctl stop deployer.timer deployer; systemctl start caddy
-         set -a; . /etc/omni-deploy/deployer.env; deployer run --allow-empty");
+         systemctl stop deployer.timer deployer; systemctl start caddy");
+    host.until_idle();
+    host.sh("set -a; . /etc/omni-deploy/deployer.env; deployer run --allow-empty");
     biz
 }
 

@@ -30,10 +30,9 @@ static SOLO: LazyLock<Mutex<Host>> = LazyLock::new(|| {
 /// The host as every test finds it.
 pub fn solo() -> Solo {
     let host = Solo(lock(&SOLO));
-    host.only_our_passes();
-    host.sh("systemctl start caddy
-         while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.05; done
-         if ! names=$(deploy-manifest show | jq -r '.services[].name'); then
+    host.sh("systemctl stop deployer.timer; systemctl start caddy");
+    host.until_idle();
+    host.sh("if ! names=$(deploy-manifest show | jq -r '.services[].name'); then
              rm -rf /var/lib/omni-deploy /var/lib/deployer/manifest*; deploy-manifest init; names=
          fi
          for name in $names; do deploy-manifest remove-service $name; done

@@ -101,8 +101,8 @@ fn while_one_service_is_slow_to_restart_the_others_are_put_back_and_it_is_waited
         if back && other.as_deref() == Ok("other") { Ok(()) } else { Err(format!("{web:?} {other:?} {log}")) }
     });
     assert_eq!(host.sh("systemctl is-active slow || true"), "deactivating");
-    host.sh("systemctl kill --signal=KILL slow
-             while [[ $(systemctl is-active deployer) == activating ]]; do sleep 0.1; done");
+    host.sh("systemctl kill --signal=KILL slow");
+    host.until_idle();
     host.serves("slow", "new");
     let state = host.state();
     assert_eq!(
@@ -125,8 +125,8 @@ fn who_takes_the_port_of_a_slow_one_is_started_once_that_has_stopped() {
         let log = host.sh("journalctl --no-pager --quiet --output cat --unit deployer --lines 5");
         if log.contains("taker: waiting for slow.service") { Ok(()) } else { Err(log) }
     });
-    host.sh("systemctl kill --signal=KILL slow
-             while [[ $(systemctl is-active deployer) == activating ]]; do sleep 0.1; done");
+    host.sh("systemctl kill --signal=KILL slow");
+    host.until_idle();
     host.serves("taker", "taker");
     assert_eq!(host.service("taker")["status"], "running");
     host.sh("[[ ! -e /etc/systemd/system/slow.service ]]");

@@ -324,12 +324,17 @@ TEXT
   chmod 755 "$1"
 }
 
+# until_idle HOST: waits until no pass is under way there, and none is asked for.
+until_idle() {
+  in_host "$1" "until [[ -z \$(systemctl list-jobs --no-legend 'deployer*') ]] &&
+    [[ \$(systemctl is-active deployer) != *activating ]]; do sleep 0.1; done"
+}
+
 # asks_for_a_pass HOST SCRIPT: a pass begins that was not under way before.
 asks_for_a_pass() {
-  # One that is asked for while another is under way is that one: none may be, nor be about to.
+  in_host "$1" 'until [[ $(systemctl is-active caddy) == active ]]; do sleep 0.1; done'
+  until_idle "$1"
   in_host "$1" 'invocation() { systemctl show --property=InvocationID --value deployer; }
-    until [[ $(systemctl is-active caddy) == active ]] && [[ -z $(systemctl list-jobs --no-legend) ]]; do sleep 0.1; done
-    while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.1; done
     old=$(invocation)
     '"$2"'
     for i in $(seq 600); do [[ $(invocation) == "$old" ]] || exit 0; sleep 0.1; done; exit 1'
@@ -340,8 +345,8 @@ no_pass_by_itself() {
   in_host "$1" 'mkdir -p /run/systemd/system/deployer.timer.d
     printf "[Timer]\nOnBootSec=\nOnBootSec=1000d\n" >/run/systemd/system/deployer.timer.d/zz.conf
     systemctl daemon-reload
-    systemctl try-restart deployer.timer 2>/dev/null || true   # which is not there before the installer has run
-    while [[ $(systemctl is-active deployer) == *activating ]]; do sleep 0.1; done'
+    systemctl try-restart deployer.timer 2>/dev/null || true   # which is not there before the installer has run'
+  until_idle "$1"
 }
 
 # Every file and folder below the installer's places, with mode and hash, to compare before and after.
