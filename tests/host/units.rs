@@ -5,6 +5,7 @@ use crate::solo::solo;
 use entries::{Choices, Entry};
 use omni_deploy::deployer::unit;
 use omni_deploy::manifest::parse::{self, Mode};
+use omni_deploy::manifest::types::UnitName;
 use omni_deploy::manifest::{Service, command};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -169,12 +170,12 @@ fn meant(nth: usize, rendered: &Rendered, all_memory: u64) -> Vec<(&'static str,
     let Rendered { service, argv, text: _ } = rendered;
     let (exec, systemd, hardening) = (&service.exec, &service.systemd, &service.hardening);
     // systemd writes a template as its instance for this unit.
-    let dependencies = |units: &[String]| -> Value {
-        let instance = |unit: &String| match unit.split_once('@') {
+    let dependencies = |units: &[UnitName]| -> Value {
+        let instance = |unit: &UnitName| match unit.split_once('@') {
             Some((before, after)) if after.starts_with('.') && !after[1..].contains('.') => {
                 format!("{before}@fuzz{nth}{after}")
             }
-            _ => unit.clone(),
+            _ => unit.to_string(),
         };
         units.iter().map(instance).collect()
     };
