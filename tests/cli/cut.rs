@@ -7,9 +7,9 @@
 mod cache;
 mod common;
 
-use cache::{Chain, NIX_CONFIG, ask, key, whole_bucket};
+use cache::{Chain, NIX_CONFIG, ask, at_desk, key, whole_bucket};
 use common::built::cargo;
-use common::{DEVELOPER, S3Server, wait_until};
+use common::{S3Server, wait_until};
 use omni_deploy::hash::Sha256;
 use omni_deploy::names::StorePath;
 use omni_deploy::nix::narinfo::NarInfo;
@@ -167,18 +167,8 @@ struct Desk {
 
 impl Desk {
     fn run(&self, words: &[&str], env: &[(&str, &str)]) -> Output {
-        let mut run = Run::new(FAULTS.to_str().unwrap())
+        let mut run = at_desk(FAULTS.to_str().unwrap(), &self.dir, &self.url)
             .args(words)
-            .dir(&self.dir)
-            .env("HOME", self.dir.join("home"))
-            .without_env("XDG_CONFIG_HOME")
-            .without_env("XDG_STATE_HOME")
-            .without_env("XDG_CACHE_HOME")
-            .env("NIX_CONFIG", NIX_CONFIG)
-            .env("AWS_ACCESS_KEY_ID", DEVELOPER.0)
-            .env("AWS_SECRET_ACCESS_KEY", DEVELOPER.1)
-            .env("OMNI_DEPLOY_STORE", &self.url)
-            .env("OMNI_DEPLOY_HOST", "laptop")
             .env("OMNI_DEPLOY_SECRET_KEY_FILE", &self.secret);
         for (name, value) in env {
             run = run.env(name, value);

@@ -4,6 +4,9 @@
 //! between any two. `OMNI_ORDER_SEED` and `OMNI_ORDER_STEPS` choose another sequence (a
 //! number, or `random`); a failure prints its own.
 
+#[path = "common/random.rs"]
+mod random;
+
 use omni_deploy::clock::Timestamp;
 use omni_deploy::deployer::applied::LastKnownGood;
 use omni_deploy::deployer::caddy::{self, RoutePlan};
@@ -19,28 +22,9 @@ use omni_deploy::manifest::types::{AbsolutePath, EnvValue, UnitName, UrlPath, Va
 use omni_deploy::manifest::{ArtifactPath, Http, Service};
 use omni_deploy::names::{HostName, ServiceName, StorePath};
 use omni_deploy::systemd::Listed;
+use random::Random;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-
-/// A small generator (xorshift64*), so that a seed means the same sequence everywhere.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Self {
-        Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % n
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-}
 
 const NAMES: [&str; 4] = ["ava", "biz", "cat", "dog"];
 const VERSIONS: u8 = 9;

@@ -3,8 +3,8 @@
 mod cache;
 mod common;
 
-use cache::{Chain, Closure, Many, NIX_CONFIG, ask, at_home, bucket, key, whole_bucket};
-use common::{DEVELOPER, S3Server};
+use cache::{Chain, Closure, Many, ask, at_desk, at_home, bucket, key, whole_bucket};
+use common::S3Server;
 use omni_deploy::clock::Timestamp;
 use omni_deploy::config::{Flags, Settings, load};
 use omni_deploy::deployer::state::{FailureRecord, ServicePhase, ServiceState, State};
@@ -51,18 +51,8 @@ impl Desk {
     }
 
     fn command(&self, words: &[&str]) -> Run {
-        Run::new(env!("CARGO_BIN_EXE_omni-deploy"))
+        at_desk(env!("CARGO_BIN_EXE_omni-deploy"), self.dir.path(), &self.store)
             .args(words)
-            .dir(self.dir.path())
-            .env("HOME", self.path("home"))
-            .without_env("XDG_CONFIG_HOME")
-            .without_env("XDG_STATE_HOME")
-            .without_env("XDG_CACHE_HOME")
-            .env("NIX_CONFIG", NIX_CONFIG)
-            .env("AWS_ACCESS_KEY_ID", DEVELOPER.0)
-            .env("AWS_SECRET_ACCESS_KEY", DEVELOPER.1)
-            .env("OMNI_DEPLOY_STORE", &self.store)
-            .env("OMNI_DEPLOY_HOST", "laptop")
             .env("OMNI_DEPLOY_BUILD", format!("sh {}", self.path("bin/bild").display()))
             .env("OMNI_DEPLOY_SSH", format!("sh {}", self.path("bin/enter").display()))
     }
@@ -90,12 +80,15 @@ impl Desk {
         fs_err::write(self.path("bin").join(name), text).unwrap();
     }
 
-    /// A manifest with a service on `biz` that waits for its first push.
-    fn service(&self, name: &str) {
-        let json = format!(
-            r#"{{"name": "{name}", "artifact": {{"storePath": "/nix/store/placeholder"}}, "hosts": ["biz"]}}"#
-        );
-        self.ok(&["manifest", "add-service", &json]);
+    /// A manifest with services on `biz` that wait for their first push.
+    fn begins_with(&self, services: &[&str]) {
+        self.ok(&["manifest", "init"]);
+        for name in services {
+            let json = format!(
+                r#"{{"name": "{name}", "artifact": {{"storePath": "/nix/store/placeholder"}}, "hosts": ["biz"]}}"#
+            );
+            self.ok(&["manifest", "add-service", &json]);
+        }
     }
 
     fn manifest(&self) -> serde_json::Value {
@@ -124,8 +117,7 @@ impl Desk {
 }
 
 fn push_and_push_again(desk: &Desk, writes: &dyn Fn() -> usize) {
-    desk.ok(&["manifest", "init"]);
-    desk.service("ava");
+    desk.begins_with(&["ava"]);
     let closure = Closure::build("ava", 1_000_000);
     fs_err::write(desk.path("Biz/App/Web.py"), "# : out ava\n").unwrap();
     desk.script("bild", &format!("echo \"building $1\"; echo STORE_PATH={}", closure.app));
@@ -267,8 +259,7 @@ fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn a_hole_in_the_cache_is_named_and_the_next_push_fills_it() {
     let desk = Desk::in_directory();
-    desk.ok(&["manifest", "init"]);
-    desk.service("holed");
+    desk.begins_with(&["holed"]);
     let closure = Closure::build("holed", 100_000);
     let push = || {
         let output = desk.run(&["push", "--service", "holed", closure.app.as_str()]);
@@ -346,8 +337,7 @@ impl Team {
             let config = serde_json::json!({"secretKeyFile": secret, "trustedPublicKeys": publics});
             fs_err::write(desk.path("home/.config/omni-deploy/config.json"), config.to_string()).unwrap();
         }
-        desks[0].ok(&["manifest", "init"]);
-        desks[0].service("web");
+        desks[0].begins_with(&["web"]);
         let keys = publics.iter().map(|public| PublicKey::parse(public).unwrap()).collect();
         Team { s3, trusted: publics.join(" "), desks, keys }
     }
@@ -613,8 +603,7 @@ fn in_order(store: &S3Store, written: &[String]) -> bool {
 fn a_push_that_ends_anywhere_leaves_no_narinfo_that_leads_to_nothing() {
     let s3 = S3Server::start();
     let desk = Desk::new(&s3.url(""));
-    desk.ok(&["manifest", "init"]);
-    desk.service("deep");
+    desk.begins_with(&["deep"]);
     let store = whole_bucket(&s3);
     // A chain: what ends first, at any point, must have begun at its bottom.
     let chain = Chain::build(6);
@@ -653,8 +642,7 @@ fn a_push_that_ends_anywhere_leaves_no_narinfo_that_leads_to_nothing() {
 fn a_push_that_is_killed_is_taken_up_by_the_next() {
     let s3 = S3Server::start();
     let desk = Desk::new(&s3.url(""));
-    desk.ok(&["manifest", "init"]);
-    desk.service("deep");
+    desk.begins_with(&["deep"]);
     let store = whole_bucket(&s3);
     let chain = Chain::build(6);
     let words = ["push", "--service", "deep", chain.top.as_str()];
@@ -683,8 +671,7 @@ fn a_push_that_is_killed_is_taken_up_by_the_next() {
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn a_build_that_fails_publishes_nothing_and_says_so() {
     let desk = Desk::in_directory();
-    desk.ok(&["manifest", "init"]);
-    desk.service("app-web");
+    desk.begins_with(&["app-web"]);
     fs_err::write(desk.path("Biz/App/Web.py"), "print()\n").unwrap();
     let before = desk.manifest();
     let absent = "/nix/store/00000000000000000000000000000000-ava";
@@ -716,8 +703,7 @@ fn a_build_that_fails_publishes_nothing_and_says_so() {
 #[test]
 fn an_unknown_service_is_refused_before_anything_is_built() {
     let desk = Desk::in_directory();
-    desk.ok(&["manifest", "init"]);
-    desk.service("app-web");
+    desk.begins_with(&["app-web"]);
     desk.script("bild", "touch built; exit 1");
     fs_err::write(desk.path("Biz/App/Webb.py"), "").unwrap();
     let output = desk.run(&["push", "Biz/App/Webb.py"]);
@@ -745,9 +731,7 @@ fn an_unknown_service_is_refused_before_anything_is_built() {
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn several_targets_are_one_version_with_their_commit() {
     let desk = Desk::in_directory();
-    desk.ok(&["manifest", "init"]);
-    desk.service("one");
-    desk.service("two");
+    desk.begins_with(&["one", "two"]);
     let (one, two) = (Closure::build("one", 10), Closure::build("two", 10));
     fs_err::write(desk.path("Biz/One.py"), "").unwrap();
     fs_err::write(desk.path("Biz/Two.py"), "").unwrap();
@@ -798,9 +782,7 @@ fn several_targets_are_one_version_with_their_commit() {
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn a_flake_and_a_nix_file_are_built_and_named() {
     let desk = Desk::in_directory();
-    desk.ok(&["manifest", "init"]);
-    desk.service("ava");
-    desk.service("thing");
+    desk.begins_with(&["ava", "thing"]);
     let derivation = |name: &str, salt: &Path| {
         format!(
             "derivation {{ name = \"{name}\"; system = \"x86_64-linux\"; builder = \"/bin/sh\"; \
@@ -837,8 +819,7 @@ fn a_flake_and_a_nix_file_are_built_and_named() {
 fn a_bucket_that_refuses_a_file_is_named_and_nothing_is_published() {
     let s3 = S3Server::start();
     let desk = Desk::new(&s3.url(""));
-    desk.ok(&["manifest", "init"]);
-    desk.service("ava");
+    desk.begins_with(&["ava"]);
     let before = desk.manifest();
     let closure = Closure::build("ava", 3_000_000);
     s3.faults(
@@ -886,8 +867,7 @@ fn state(serial: u64, status: ServicePhase, runs: &StorePath, attempted: Option<
 #[ignore = "needs Nix and its store: cargo test -- --ignored"]
 fn shipping_ends_with_the_truth_about_every_host() {
     let desk = Desk::in_directory();
-    desk.ok(&["manifest", "init"]);
-    desk.service("ava");
+    desk.begins_with(&["ava"]);
     let closure = Closure::build("ava", 10);
     let old = StorePath::parse("/nix/store/00000000000000000000000000000000-ava").unwrap();
     // A host in a few lines, whose login shell greets: every start is written down; the pass after the n-th start
@@ -1033,8 +1013,7 @@ fn what_a_bucket_wants_or_cannot_do_for_a_moment_ends_no_push() {
     ] {
         let s3 = S3Server::start();
         let desk = Desk::new(&s3.url(""));
-        desk.ok(&["manifest", "init"]);
-        desk.service("ava");
+        desk.begins_with(&["ava"]);
         let closure = Closure::build("ava", 3_000_000);
         s3.faults(faults);
         desk.ok(&["push", "--service", "ava", closure.app.as_str()]);
@@ -1049,8 +1028,7 @@ fn what_a_bucket_wants_or_cannot_do_for_a_moment_ends_no_push() {
 fn a_push_finds_out_before_it_copies_that_a_store_ignores_conditions() {
     let s3 = S3Server::start();
     let desk = Desk::new(&s3.url(""));
-    desk.ok(&["manifest", "init"]);
-    desk.service("ava");
+    desk.begins_with(&["ava"]);
     // Another machine, which has not tried this store.
     fs_err::remove_dir_all(desk.path("home/.local")).unwrap();
     s3.faults(r#"{"ignore_conditions": true}"#);

@@ -647,6 +647,16 @@ fn a_write_is_made_again_from_its_beginning() {
     one_line(&wrong.write_from("nar/x", &upload).unwrap_err(), &["secret key"]);
 }
 
+/// Hands on what comes, both ways, until each side has ended.
+fn join(client: TcpStream, server: TcpStream) {
+    for (mut from, mut to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)] {
+        std::thread::spawn(move || {
+            drop(std::io::copy(&mut from, &mut to));
+            drop(to.shutdown(std::net::Shutdown::Write));
+        });
+    }
+}
+
 /// Leads connections to a server and counts them.
 fn counted(address: &str) -> (String, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -657,14 +667,7 @@ fn counted(address: &str) -> (String, Arc<AtomicUsize>) {
         for client in listener.incoming() {
             counter.fetch_add(1, Ordering::Relaxed);
             let (client, server) = (client.unwrap(), TcpStream::connect(&address).unwrap());
-            for (mut from, mut to) in
-                [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)]
-            {
-                std::thread::spawn(move || {
-                    drop(std::io::copy(&mut from, &mut to));
-                    drop(to.shutdown(std::net::Shutdown::Write));
-                });
-            }
+            join(client, server);
         }
     });
     (here, count)
@@ -809,14 +812,7 @@ fn proxy_to(address: &str) -> String {
             }
             assert!(head.starts_with(b"CONNECT "), "{}", String::from_utf8_lossy(&head));
             client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
-            for (mut from, mut to) in
-                [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)]
-            {
-                std::thread::spawn(move || {
-                    drop(std::io::copy(&mut from, &mut to));
-                    drop(to.shutdown(std::net::Shutdown::Write));
-                });
-            }
+            join(client, server);
         }
     });
     url

@@ -142,10 +142,7 @@ fn whoever_plays_caddy_is_named_and_nothing_is_asked_of_him() {
     drop((second, private));
 
     host.sh("systemctl start caddy");
-    soon("the route is there again", Duration::from_secs(30), || match host.page("web.example.com") {
-        Ok(page) if page == "two" => Ok(()),
-        other => Err(format!("{other:?}")),
-    });
+    host.page_soon("web.example.com", "two", Duration::from_secs(30));
 }
 
 /// Takes the port as soon as it is free and keeps it.

@@ -300,12 +300,7 @@ fn a_reload_while_a_pass_is_under_way_has_its_routes_back_without_the_timer() {
         host.sh("systemctl reload caddy");
         assert_eq!(host.page("web.example.com").as_deref(), Ok("welcome"), "{round}: the route is gone");
         host.sh("systemctl stop holder");
-        soon(&format!("{round}: the route is back"), Duration::from_secs(30), || {
-            match host.page("web.example.com") {
-                Ok(page) if page == "one" => Ok(()),
-                other => Err(format!("{other:?}")),
-            }
-        });
+        host.page_soon("web.example.com", "one", Duration::from_secs(30));
     }
 }
 

@@ -81,10 +81,8 @@ fn ship_returns_when_the_release_is_live_and_its_candidate_ends_an_open_request_
     });
     let shipped = std::thread::scope(|scope| {
         let ship = scope.spawn(|| developer.tries("Omni/Ide/ship.sh Biz/Early.py"));
-        soon("the candidate answers", Duration::from_secs(90), || match host.page("early.example.com") {
-            Ok(page) if page == "early 2" => Ok(()),
-            other => Err(format!("{other:?}")),
-        });
+        // The candidate answers.
+        host.page_soon("early.example.com", "early 2", Duration::from_secs(90));
         let second = Open::to(host, "early.example.com");
         soon("the candidate has the request", Duration::from_secs(20), || {
             let ports = connected(host);

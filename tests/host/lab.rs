@@ -325,6 +325,15 @@ impl Host {
         }
     }
 
+    /// The page of a domain becomes this, without a pass being asked for.
+    #[track_caller]
+    pub fn page_soon(&self, domain: &str, want: &str, within: Duration) {
+        soon(&format!("{domain} serves '{want}'"), within, || match self.page(domain) {
+            Ok(page) if page == want => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+    }
+
     /// The id of a unit's present invocation: another one is another start.
     #[track_caller]
     pub fn invocation(&self, unit: &str) -> String {

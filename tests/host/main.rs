@@ -33,6 +33,9 @@ mod passes;
 mod policy;
 mod ports;
 mod power;
+#[cfg(feature = "campaign")]
+#[path = "../cli/common/random.rs"]
+mod random;
 mod returns;
 mod runbook;
 mod secrets;

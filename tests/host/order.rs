@@ -4,6 +4,7 @@
 //! sequence (a number, or `random`); a failure prints seed, step, the sequence and the difference.
 
 use crate::lab::{FAULTS, Host};
+use crate::random::Random;
 use crate::solo::web;
 use omni_deploy::clock::Timestamp;
 use omni_deploy::deployer::applied::LastKnownGood;
@@ -22,22 +23,6 @@ const GOOD: [&str; 6] = ["one", "two", "three", "four", "five", "six"];
 const BAD: [(&str, &str); 2] = [("exits", "exit 3"), ("deaf", "port 8999")];
 /// Those that have a secrets file.
 const SECRET: [&str; 2] = ["s1", "s3"];
-
-/// xorshift64*: a seed means the same sequence everywhere.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % n
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-}
 
 /// What `look` in order.sh prints: sections by title.
 type Seen = BTreeMap<String, String>;
@@ -99,7 +84,7 @@ impl Campaign<'_> {
             unsure: BTreeSet::new(),
             unit_dir,
         };
-        let random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        let random = Random::new(seed);
         Campaign {
             host,
             random,

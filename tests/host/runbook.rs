@@ -60,15 +60,6 @@ fn served(host: &Host, domain: &str, want: &str) {
     assert_eq!(host.page(domain).as_deref(), Ok(want), "{domain}");
 }
 
-/// The page of a domain becomes this: after a boot, when nobody waits for the services.
-#[track_caller]
-fn served_soon(host: &Host, domain: &str, want: &str) {
-    soon(&format!("{domain} serves '{want}'"), Duration::from_secs(40), || match host.page(domain) {
-        Ok(page) if page == want => Ok(()),
-        other => Err(format!("{other:?}")),
-    });
-}
-
 #[test]
 fn every_command_of_the_runbook_works_as_written() {
     let mut biz = biz();
@@ -212,7 +203,7 @@ fn every_command_of_the_runbook_works_as_written() {
     for (domain, page) in
         [("ava.example.com", "ava 1"), ("podcasts.example.com", "podcasts 2"), ("my.example.com", "mine 1")]
     {
-        served_soon(host, domain, page);
+        host.page_soon(domain, page, Duration::from_secs(40));
     }
     assert_eq!(
         host.sh("systemctl is-enabled deployer.timer; systemctl is-active deployer.timer"),
@@ -223,7 +214,7 @@ fn every_command_of_the_runbook_works_as_written() {
     for (domain, page) in
         [("ava.example.com", "ava 1"), ("podcasts.example.com", "podcasts 2"), ("my.example.com", "mine 1")]
     {
-        served_soon(host, domain, page);
+        host.page_soon(domain, page, Duration::from_secs(40));
     }
     let pass = host.pass();
     assert_eq!(pass.code, 0, "{}", pass.said);

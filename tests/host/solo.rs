@@ -2,7 +2,7 @@
 //! tests that need no network share it; each begins with an empty manifest, an empty cache and a Caddy
 //! that runs.
 
-use crate::lab::{Host, Pass, lock, soon};
+use crate::lab::{Host, Pass, lock};
 use serde_json::{Value, json};
 use std::ops::Deref;
 use std::sync::{LazyLock, Mutex, MutexGuard};
@@ -86,12 +86,7 @@ impl Solo {
     /// The page of a service becomes this, without a pass being asked for.
     #[track_caller]
     pub fn serves_soon(&self, name: &str, want: &str) {
-        soon(&format!("{name} serves '{want}'"), Duration::from_secs(30), || {
-            match self.page(&format!("{name}.example.com")) {
-                Ok(page) if page == want => Ok(()),
-                other => Err(format!("{other:?}")),
-            }
-        });
+        self.page_soon(&format!("{name}.example.com"), want, Duration::from_secs(30));
     }
 
     /// A pass that ends with this code.

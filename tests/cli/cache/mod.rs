@@ -7,7 +7,7 @@ use omni_deploy::names::StorePath;
 use omni_deploy::runner::Run;
 use omni_deploy::store::StoreUrl;
 use omni_deploy::store::s3::S3Store;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Settings of Nix for a machine without build users and without a network.
@@ -69,6 +69,45 @@ pub fn at_home(test: &str) -> bool {
     false
 }
 
+/// A program of a developer, run in a folder whose `home` is his.
+pub fn at_desk(program: &str, dir: &Path, store: &str) -> Run {
+    Run::new(program)
+        .dir(dir)
+        .env("HOME", dir.join("home"))
+        .without_env("XDG_CONFIG_HOME")
+        .without_env("XDG_STATE_HOME")
+        .without_env("XDG_CACHE_HOME")
+        .env("NIX_CONFIG", NIX_CONFIG)
+        .env("AWS_ACCESS_KEY_ID", DEVELOPER.0)
+        .env("AWS_SECRET_ACCESS_KEY", DEVELOPER.1)
+        .env("OMNI_DEPLOY_STORE", store)
+        .env("OMNI_DEPLOY_HOST", "laptop")
+}
+
+/// Builds an expression of Nix's, made from a text that no other build has: its derivation and what came of it.
+fn built(expression: impl FnOnce(&str) -> String) -> (String, StorePath) {
+    let unique = tempfile::tempdir().unwrap();
+    let file = unique.path().join("expression.nix");
+    fs_err::write(&file, expression(&unique.path().display().to_string())).unwrap();
+    let drv = ask("nix-instantiate", &[file.to_str().unwrap()]).trim().to_string();
+    let path = StorePath::parse(ask("nix-store", &["--realise", &drv]).trim()).unwrap();
+    (drv, path)
+}
+
+/// A function of Nix's language that builds a path with a script, other than in any other build.
+fn make(unique: &str) -> String {
+    format!(
+        "let make = name: script: derivation {{ inherit name; system = builtins.currentSystem; \
+         builder = \"/bin/sh\"; args = [ \"-ec\" script ]; PATH = \"/usr/bin:/bin\"; salt = \"{unique}\"; }};\n"
+    )
+}
+
+/// The derivations that one depends on, and itself.
+fn derivations(drv: &str) -> Vec<String> {
+    let all = ask("nix-store", &["--query", "--requisites", drv]);
+    all.lines().filter(|l| l.ends_with(".drv")).map(String::from).collect()
+}
+
 /// A closure of two input-addressed paths, `app` with a program that refers to `lib`.
 pub struct Closure {
     pub app: StorePath,
@@ -79,23 +118,16 @@ pub struct Closure {
 impl Closure {
     /// `name` is the program's; `size` the bytes of noise in the library.
     pub fn build(name: &str, size: u64) -> Closure {
-        let unique = tempfile::tempdir().unwrap();
-        let expression = format!(
-            "let make = name: script: derivation {{ inherit name; system = builtins.currentSystem; \
-             builder = \"/bin/sh\"; args = [ \"-ec\" script ]; PATH = \"/usr/bin:/bin\"; salt = \"{}\"; }};\n\
-             lib = make \"{name}-lib\" \"mkdir $out; head -c {size} /dev/urandom > $out/noise\";\n\
-             in make \"{name}\" \"mkdir -p $out/bin; echo ${{lib}} > $out/bin/{name}; chmod +x $out/bin/{name}\"\n",
-            unique.path().display()
-        );
-        let file = unique.path().join("closure.nix");
-        fs_err::write(&file, expression).unwrap();
-        let drv = ask("nix-instantiate", &[file.to_str().unwrap()]).trim().to_string();
-        let app = StorePath::parse(ask("nix-store", &["--realise", &drv]).trim()).unwrap();
+        let (drv, app) = built(|unique| {
+            format!(
+                "{}lib = make \"{name}-lib\" \"mkdir $out; head -c {size} /dev/urandom > $out/noise\";\n\
+                 in make \"{name}\" \"mkdir -p $out/bin; echo ${{lib}} > $out/bin/{name}; chmod +x $out/bin/{name}\"\n",
+                make(unique)
+            )
+        });
         let paths = ask("nix-store", &["--query", "--requisites", app.as_str()]);
         let lib = paths.lines().find(|l| l.ends_with("-lib")).unwrap();
-        let drvs = ask("nix-store", &["--query", "--requisites", &drv]);
-        let drvs = drvs.lines().filter(|l| l.ends_with(".drv")).map(String::from).collect();
-        Closure { lib: StorePath::parse(lib).unwrap(), app, drvs }
+        Closure { lib: StorePath::parse(lib).unwrap(), app, drvs: derivations(&drv) }
     }
 
     pub fn paths(&self) -> [StorePath; 2] {
@@ -108,9 +140,7 @@ impl Closure {
         words.extend(self.drvs.iter().map(String::as_str).filter(|drv| fs_err::metadata(drv).is_ok()));
         ask("nix-store", &words);
     }
-}
 
-impl Closure {
     /// Takes what was fetched out of this machine's store again, after [`Closure::forget`].
     pub fn forget_paths(&self) {
         ask("nix-store", &["--delete", self.app.as_str(), self.lib.as_str()]);
@@ -148,7 +178,6 @@ impl Chain {
 
     /// With so many bytes of noise in each, which no compression makes less.
     pub fn with_noise(length: usize, noise: usize) -> Chain {
-        let unique = tempfile::tempdir().unwrap();
         let links: String = (0..length)
             .map(|n| {
                 let below: String = (0..n).map(|n| format!("${{p{n}}} ")).collect();
@@ -158,23 +187,11 @@ impl Chain {
                 )
             })
             .collect();
-        let expression = format!(
-            "let make = name: script: derivation {{ inherit name; system = builtins.currentSystem; \
-             builder = \"/bin/sh\"; args = [ \"-ec\" script ]; PATH = \"/usr/bin:/bin\"; salt = \"{}\"; }};\n\
-             {links} in p{}\n",
-            unique.path().display(),
-            length - 1
-        );
-        let file = unique.path().join("chain.nix");
-        fs_err::write(&file, expression).unwrap();
-        let drv = ask("nix-instantiate", &[file.to_str().unwrap()]).trim().to_string();
-        let top = StorePath::parse(ask("nix-store", &["--realise", &drv]).trim()).unwrap();
+        let (drv, top) = built(|unique| format!("{}{links} in p{}\n", make(unique), length - 1));
         let paths = ask("nix-store", &["--query", "--requisites", top.as_str()]);
         let mut paths: Vec<StorePath> = paths.lines().map(|line| StorePath::parse(line).unwrap()).collect();
         paths.sort_by_key(|path| path.base()[33..].to_string());
-        let drvs = ask("nix-store", &["--query", "--requisites", &drv]);
-        let drvs = drvs.lines().filter(|l| l.ends_with(".drv")).map(String::from).collect();
-        Chain { paths, top, drvs }
+        Chain { paths, top, drvs: derivations(&drv) }
     }
 }
 
@@ -199,18 +216,14 @@ pub struct Many {
 impl Many {
     /// So many paths, the top among them.
     pub fn build(count: usize) -> Many {
-        let dir = tempfile::tempdir().unwrap();
-        let expression = format!(
-            "let file = n: builtins.toFile \"part-${{toString n}}\" \"{0} ${{toString n}}\";\n\
-             in derivation {{ name = \"many\"; system = builtins.currentSystem; builder = \"/bin/sh\"; \
-             parts = builtins.genList file {1}; args = [ \"-ec\" \"echo $parts > $out\" ]; }}\n",
-            dir.path().display(),
-            count - 1
-        );
-        let file = dir.path().join("many.nix");
-        fs_err::write(&file, expression).unwrap();
-        let drv = ask("nix-instantiate", &[file.to_str().unwrap()]).trim().to_string();
-        let top = StorePath::parse(ask("nix-store", &["--realise", &drv]).trim()).unwrap();
+        let (drv, top) = built(|unique| {
+            format!(
+                "let file = n: builtins.toFile \"part-${{toString n}}\" \"{unique} ${{toString n}}\";\n\
+                 in derivation {{ name = \"many\"; system = builtins.currentSystem; builder = \"/bin/sh\"; \
+                 parts = builtins.genList file {}; args = [ \"-ec\" \"echo $parts > $out\" ]; }}\n",
+                count - 1
+            )
+        });
         let parts = ask("nix-store", &["--query", "--references", top.as_str()]);
         let paths: Vec<StorePath> = parts.lines().map(|line| StorePath::parse(line).unwrap()).collect();
         assert_eq!(paths.len(), count - 1);
