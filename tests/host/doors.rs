@@ -297,8 +297,12 @@ fn a_reload_while_a_pass_is_under_way_has_its_routes_back_without_the_timer() {
             let output = host.try_sh(&format!("ls -l /proc/{pid}/fd | grep -F {store}"));
             if output.status.ok() { Ok(()) } else { Err(output.stderr) }
         });
-        host.sh("systemctl reload caddy");
+        host.sh("systemctl reload caddy; systemctl reload caddy");
         assert_eq!(host.page("web.example.com").as_deref(), Ok("welcome"), "{round}: the route is gone");
+        if round == "unit" {
+            let asked = host.sh("systemctl list-jobs --no-legend 'deployer-asked-*' | wc -l");
+            assert_eq!(asked, "1", "what has yet to begin is not asked for twice");
+        }
         host.sh("systemctl stop holder");
         host.page_soon("web.example.com", "one", Duration::from_secs(30));
     }
