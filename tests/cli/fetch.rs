@@ -70,8 +70,8 @@ impl Scene {
         assert!(fs_err::symlink_metadata(top).is_err(), "{top} is in the store");
     }
 
-    /// Puts the cache into a server's bucket.
-    fn upload(&self, s3: &S3Server) {
+    /// Puts the cache into a server's bucket; returns the settings of a host that reads it there.
+    fn upload(&self, s3: &S3Server) -> Settings {
         let store = bucket(s3);
         for dir in [self.cache(), self.cache().join("nar")] {
             for entry in fs_err::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file()) {
@@ -79,6 +79,7 @@ impl Scene {
                 store.put(key, &fs_err::read(&entry).unwrap(), &Condition::Always).unwrap();
             }
         }
+        self.settings(&format!("{}&profile=host", s3.url("cache")))
     }
 }
 
@@ -220,8 +221,7 @@ fn below_what_nobody_signed_nothing_is_asked_for() {
     closure.forget();
     let other = "0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-other";
     scene.edit(&closure.lib, |text| text.replace("References: ", &format!("References: {other} ")));
-    scene.upload(&s3);
-    let settings = scene.settings(&format!("{}&profile=host", s3.url("cache")));
+    let settings = scene.upload(&s3);
     let before = s3.log().len();
     let reasons = nix::fetch(&settings, std::slice::from_ref(&closure.app)).unwrap();
     let Some(FetchError::Refused(why)) = reasons.get(&closure.app) else { panic!("{reasons:?}") };
@@ -243,8 +243,7 @@ fn one_path_of_many_costs_two_requests_and_all_of_them_come_at_once() {
     let scene = Scene::new();
     let many = Many::build(101);
     scene.fill(&many.top);
-    scene.upload(&s3);
-    let settings = scene.settings(&format!("{}&profile=host", s3.url("cache")));
+    let settings = scene.upload(&s3);
     let fetch = || {
         let before = s3.log().len();
         let reasons = nix::fetch(&settings, std::slice::from_ref(&many.top)).unwrap();
@@ -272,8 +271,7 @@ fn a_transfer_that_broke_off_goes_on_also_in_the_next_pass() {
     let closure = Closure::build("broken", 3_000_000);
     scene.fill(&closure.app);
     closure.forget();
-    scene.upload(&s3);
-    let settings = scene.settings(&format!("{}&profile=host", s3.url("cache")));
+    let settings = scene.upload(&s3);
     let fetch = || nix::fetch(&settings, std::slice::from_ref(&closure.app)).unwrap();
     let parts = |log: &[String]| log.iter().filter(|l| l.contains("/nar/") && l.ends_with(" 206")).count();
     // The large one alone: which of two comes first is open.
