@@ -98,13 +98,13 @@ fn listed(hosts: &[HostName]) -> String {
 }
 
 /// The hosts of a service, or the one of them that is named.
-fn hosts_of(service: &Service, named: Option<&HostName>) -> Result<Vec<HostName>> {
+fn hosts_of(service: &Service, named: Option<&str>) -> Result<Vec<HostName>> {
     let mut placed = service.hosts.clone();
     placed.sort();
     placed.dedup();
-    let Some(host) = named else { return Ok(placed) };
-    if placed.contains(host) {
-        return Ok(vec![host.clone()]);
+    let Some(host) = named.map(host).transpose()? else { return Ok(placed) };
+    if placed.contains(&host) {
+        return Ok(vec![host]);
     }
     let near = did_you_mean(host.as_str(), placed.iter().map(HostName::as_str));
     Err(Error::new(format!("{} does not run on {host}{near}; it runs on {}", service.name, listed(&placed))))

@@ -1,11 +1,11 @@
 //! What visitors of this host's domains meet: where DNS leads them, what certificate this host shows them, what
-//! answers, on :80 too. [`visit`] looks, on the host itself; [`judge`] says what is wrong, and is pure. Bounded in time
+//! answers, on :80 too. [`of_host`] looks, on the host itself; [`judge`] says what is wrong, and is pure. Bounded in time
 //! and number, through no proxy, and nothing is changed by it.
 
 mod visitor;
 
 use super::Verdict;
-use crate::deployer::caddy::{CaddyState, ROUTE_ID};
+use crate::deployer::caddy::{self, CaddyState};
 use crate::deployer::state::{ServicePhase, State};
 use crate::log::printable;
 use crate::manifest::{Manifest, Service};
@@ -15,7 +15,6 @@ use crate::systemd;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -53,10 +52,22 @@ pub struct Visit {
     pub text: String,
 }
 
-/// Visits the domains of these services, which run on this host, all at the same time. `caddy` is what Caddy has.
-pub fn visit(services: &[&Service], caddy: &CaddyState) -> Vec<Visit> {
+/// Visits the domains of the services that run on this host, all at the same time. One that was never pushed, or is
+/// stopped on purpose, serves nobody. `caddy` is what Caddy has.
+pub fn of_host(
+    host: &HostName,
+    manifest: &Manifest,
+    state: Option<&State>,
+    caddy: &CaddyState,
+) -> Vec<Visit> {
+    let stopped = |s: &Service| {
+        let known = state.and_then(|state| state.services.get(&s.name));
+        known.is_some_and(|known| known.status == ServicePhase::Stopped)
+    };
+    let here = manifest.services.iter().filter(|s| s.hosts.contains(host));
+    let serving = here.filter(|s| s.artifact.store_path.path().is_some() && !stopped(s));
     let mut domains: BTreeMap<&str, Vec<&Service>> = BTreeMap::new();
-    for service in services {
+    for service in serving {
         if let Some(http) = &service.http {
             domains.entry(http.domain.as_str()).or_default().push(service);
         }
@@ -83,24 +94,6 @@ pub fn visit(services: &[&Service], caddy: &CaddyState) -> Vec<Visit> {
         text: format!("not looked at: more than {MOST} domains; look with 'curl -v https://{domain}/'"),
     }));
     visits
-}
-
-/// Visits the domains of the services that run on this host. One that was never pushed, or is stopped on purpose, serves
-/// nobody.
-pub fn of_host(
-    host: &HostName,
-    manifest: &Manifest,
-    state: Option<&State>,
-    caddy: &CaddyState,
-) -> Vec<Visit> {
-    let stopped = |s: &Service| {
-        let known = state.and_then(|state| state.services.get(&s.name));
-        known.is_some_and(|known| known.status == ServicePhase::Stopped)
-    };
-    let here = manifest.services.iter().filter(|s| s.hosts.contains(host));
-    let serving: Vec<&Service> =
-        here.filter(|s| s.artifact.store_path.path().is_some() && !stopped(s)).collect();
-    visit(&serving, caddy)
 }
 
 /// A name that the domain covers: of a wildcard the one by which a service is asked (`health.host`), or `www`.
@@ -180,7 +173,7 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
     let name = concrete(domain, services);
     let resolving = resolve(&name);
     let until = within(DOMAIN);
-    let soon = || within(ANSWER).min(until);
+    let deadline = || within(ANSWER).min(until);
     let (door, behind) = (door(domain, caddy), behind(domain, caddy));
     let (mut asked, mut not_asked) = (vec![], vec![]);
     let mut plain = None;
@@ -193,12 +186,12 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
             }
             let path = path(service);
             let met = match (https, http, other) {
-                (Some(to), ..) => visitor::https(plainly(*to, &name, &path), trust, soon()),
-                (None, Some(to), _) => visitor::http(plainly(*to, &name, &path), soon()),
+                (Some(to), ..) => visitor::https(plainly(*to, &name, &path), trust, deadline()),
+                (None, Some(to), _) => visitor::http(plainly(*to, &name, &path), deadline()),
                 (None, None, Some(to)) => {
-                    let met = visitor::https(plainly(*to, &name, &path), trust, soon());
+                    let met = visitor::https(plainly(*to, &name, &path), trust, deadline());
                     match met.answer {
-                        Err(NoAnswer::NotTls) => visitor::http(plainly(*to, &name, &path), soon()),
+                        Err(NoAnswer::NotTls) => visitor::http(plainly(*to, &name, &path), deadline()),
                         _ => met,
                     }
                 }
@@ -212,7 +205,7 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
             let request = Request { to, host: &name, path: &path, forwarded: &forwarded };
             asked.push(ServiceVisit {
                 service: service.name.clone(),
-                direct: visitor::http(request, soon()).answer,
+                direct: visitor::http(request, deadline()).answer,
                 port: route.internal_port.get(),
                 visitor: met,
                 path,
@@ -222,7 +215,7 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
             && Instant::now() < until
         {
             let to = SocketAddr::new(http.map_or(https.ip(), |http| http.ip()), 80);
-            plain = Some(visitor::http(plainly(to, &name, "/"), soon()).answer);
+            plain = Some(visitor::http(plainly(to, &name, "/"), deadline()).answer);
         }
     }
     let dns = resolving.recv_timeout(RESOLVE).unwrap_or(Dns::Late);
@@ -264,7 +257,7 @@ fn path(service: &Service) -> String {
 
 /// Asks the system's resolver, which has no limit of its own, so that it can be left behind.
 fn resolve(name: &str) -> mpsc::Receiver<Dns> {
-    let (tell, told) = mpsc::channel();
+    let (sender, answer) = mpsc::channel();
     let name = name.to_string();
     std::thread::spawn(move || {
         let dns = match (name.as_str(), 443).to_socket_addrs() {
@@ -283,9 +276,9 @@ fn resolve(name: &str) -> mpsc::Receiver<Dns> {
             }
         };
         // Nobody may be waiting any more.
-        drop(tell.send(dns));
+        drop(sender.send(dns));
     });
-    told
+    answer
 }
 
 /// The address that the kernel would send from: towards one of this host's own, it is that address. Nothing is sent.
@@ -303,12 +296,12 @@ fn door(domain: &str, caddy: &CaddyState) -> Door {
         CaddyState::Unavailable(why) => return Door::Unknown(why.clone()),
         CaddyState::Servers(servers) => servers,
     };
-    let ours = |server: &Value| list(server, "routes").iter().any(|route| leads(route, domain));
+    let ours = |server: &Value| list(server, "routes").any(|route| leads(route, domain));
     let Some((name, server)) = servers.iter().find(|(_, server)| ours(server)) else {
         return Door::NoRoute;
     };
     let listens: Vec<(IpAddr, u16, u16)> =
-        list(server, "listen").iter().filter_map(Value::as_str).filter_map(listen).collect();
+        list(server, "listen").filter_map(Value::as_str).filter_map(listen).collect();
     let at = |port: u16| {
         let found = listens.iter().find(|(_, first, last)| (*first..=*last).contains(&port));
         found.map(|(address, ..)| SocketAddr::new(*address, port))
@@ -317,14 +310,14 @@ fn door(domain: &str, caddy: &CaddyState) -> Door {
     Door::Server { name: name.clone(), https: at(443), http: at(80), other }
 }
 
-fn list(value: &Value, key: &str) -> Vec<Value> {
-    value.get(key).and_then(Value::as_array).cloned().unwrap_or_default()
+fn list<'v>(value: &'v Value, key: &str) -> impl Iterator<Item = &'v Value> + use<'v> {
+    value[key].as_array().into_iter().flatten()
 }
 
 /// Whether a route is ours, with this domain.
 fn leads(route: &Value, domain: &str) -> bool {
-    let named = |matcher: &Value| list(matcher, "host").iter().any(|host| host.as_str() == Some(domain));
-    route.get("@id").and_then(Value::as_str) == Some(ROUTE_ID) && list(route, "match").iter().any(named)
+    let named = |matcher: &Value| list(matcher, "host").any(|host| host == domain);
+    caddy::is_ours(route) && list(route, "match").any(named)
 }
 
 /// Whether somebody else's route stands before ours and answers all visitors of the domain. What only adds to an answer
@@ -337,21 +330,19 @@ fn behind(domain: &str, caddy: &CaddyState) -> bool {
             || below.is_some_and(|rest| domain.split_once('.').is_some_and(|(_, d)| d == &rest[1..]))
     };
     let takes = |route: &Value| {
-        let matchers = list(route, "match");
         let all = |matcher: &Value| {
-            let hosts = list(matcher, "host");
-            let named = hosts.iter().filter_map(Value::as_str).any(covers);
+            let named = list(matcher, "host").filter_map(Value::as_str).any(covers);
             matcher.as_object().is_some_and(|m| m.keys().all(|key| key == "host"))
-                && (hosts.is_empty() || named)
+                && (named || list(matcher, "host").next().is_none())
         };
-        let answers = list(route, "handle").iter().any(|handler| {
-            let handler = handler.get("handler").and_then(Value::as_str).unwrap_or_default();
-            matches!(handler, "static_response" | "reverse_proxy" | "file_server")
+        let answers = list(route, "handle").any(|handler| {
+            let handler = handler["handler"].as_str();
+            matches!(handler, Some("static_response" | "reverse_proxy" | "file_server"))
         });
-        let ends = answers || route.get("terminal").and_then(Value::as_bool) == Some(true);
-        ends && (matchers.is_empty() || matchers.iter().any(all))
+        (answers || route["terminal"] == true)
+            && (list(route, "match").next().is_none() || list(route, "match").any(all))
     };
-    servers.values().map(|server| list(server, "routes")).any(|routes| {
+    servers.values().map(caddy::routes_of).any(|routes| {
         let ours = routes.iter().position(|route| leads(route, domain));
         ours.is_some_and(|at| routes[..at].iter().any(takes))
     })
@@ -379,12 +370,11 @@ fn listen(text: &str) -> Option<(IpAddr, u16, u16)> {
 fn reason(log: &[String], name: &str) -> Option<String> {
     log.iter().rev().find_map(|line| {
         let line: Value = serde_json::from_str(line).ok()?;
-        let of_tls = line.get("logger")?.as_str()?.starts_with("tls");
-        let bad = matches!(line.get("level")?.as_str()?, "error" | "warn");
-        let error = line.get("error")?.as_str()?;
-        let about = line.get("identifier").and_then(Value::as_str) == Some(name)
-            || line.get("domain").and_then(Value::as_str) == Some(name)
-            || error.contains(&format!("[{name}]"));
+        let of_tls = line["logger"].as_str()?.starts_with("tls");
+        let bad = line["level"] == "error" || line["level"] == "warn";
+        let error = line["error"].as_str()?;
+        let about =
+            line["identifier"] == name || line["domain"] == name || error.contains(&format!("[{name}]"));
         (of_tls && bad && about).then(|| error.chars().take(MAX_REASON).collect())
     })
 }
@@ -446,8 +436,8 @@ fn judge(seen: &DomainView, reason: Option<String>) -> (Verdict, String) {
         }
     }
     dns(seen, proved, &mut found);
-    let told = if found.verdict == Verdict::Ok { found.well } else { found.wrong };
-    (found.verdict, told.join("; "))
+    let texts = if found.verdict == Verdict::Ok { found.well } else { found.wrong };
+    (found.verdict, texts.join("; "))
 }
 
 fn certificate(seen: &DomainView, reason: Option<String>, found: &mut Findings) {
@@ -583,11 +573,10 @@ fn dns(seen: &DomainView, proved: bool, found: &mut Findings) {
         let mut text = format!("DNS leads to {elsewhere}, which is not this host{own}");
         match &seen.elsewhere {
             Some(Met { certificate: Some(theirs), .. }) => {
-                // Writing to a String does not fail.
-                let _ = write!(text, "; there a certificate of '{}' is shown", theirs.issuer);
+                text += &format!("; there a certificate of '{}' is shown", theirs.issuer);
             }
             Some(Met { answer: Err(why), .. }) => {
-                let _ = write!(text, "; from here that gives no answer ({why})");
+                text += &format!("; from here that gives no answer ({why})")
             }
             _ => {}
         }
@@ -632,6 +621,7 @@ fn is_private(address: IpAddr) -> bool {
 mod tests {
     use super::*;
     use crate::clock::Timestamp;
+    use crate::deployer::caddy::ROUTE_ID;
     use serde_json::json;
 
     fn answer(status: u16) -> ResponseHead {

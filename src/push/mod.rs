@@ -110,7 +110,7 @@ pub fn push(
             // Also what the build itself changed.
             clean(target, revision.as_deref())?;
         }
-        tell_revision(&manifest, target, revision.as_deref())?;
+        warn_about_revision(&manifest, target, revision.as_deref())?;
         built.push(PathUpdate { name: target.service.clone(), path, revision });
     }
     let paths: Vec<StorePath> = built.iter().map(|u| u.path.clone()).collect();
@@ -167,7 +167,7 @@ fn clean(target: &Target, revision: Option<&str>) -> Result<()> {
 
 /// Says what people will see as the commit and should know of it: that it is not all, or that it is older than what
 /// the manifest has.
-fn tell_revision(manifest: &Manifest, target: &Target, revision: Option<&str>) -> Result<()> {
+fn warn_about_revision(manifest: &Manifest, target: &Target, revision: Option<&str>) -> Result<()> {
     let (Some(revision), Some(repository)) = (revision, target.repository.as_deref()) else { return Ok(()) };
     let name = &target.service;
     let short = |revision: &str| revision.chars().take(10).collect::<String>();
@@ -246,7 +246,7 @@ fn build_with_command(settings: &Settings, namespace: &str, dir: &Path) -> Resul
              flake reference, a .nix file or a store path",
         ));
     };
-    let run = Run::new(program).args(words).arg(namespace).dir(dir).end_kept();
+    let run = Run::new(program).args(words).arg(namespace).dir(dir).keep_end();
     let mut found = None;
     let output = run.each_line(|stream, line| match path_in(stream, line) {
         Some(path) => found = Some(path.to_string()),

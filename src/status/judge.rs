@@ -11,6 +11,7 @@ use crate::manifest::Manifest;
 use crate::names::{HostName, ServiceName, StorePath};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// The version of `status --json`.
 pub const STATUS_VERSION: u64 = 1;
@@ -71,12 +72,7 @@ impl HostReport {
     }
 
     fn live(&self) -> Option<&Live> {
-        match self {
-            HostReport::Missing | HostReport::Unreadable(_) | HostReport::Silent(_) | HostReport::Read(_) => {
-                None
-            }
-            HostReport::Live(_, live) => Some(live),
-        }
+        if let HostReport::Live(_, live) = self { Some(live) } else { None }
     }
 }
 
@@ -110,23 +106,10 @@ pub enum ServiceStatus {
     Unknown,
 }
 
-impl ServiceStatus {
-    /// The word in the formats.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            ServiceStatus::Running => "running",
-            ServiceStatus::Waiting => "waiting",
-            ServiceStatus::Stopped => "stopped",
-            ServiceStatus::Pinned => "pinned",
-            ServiceStatus::Pending => "pending",
-            ServiceStatus::Differs => "differs",
-            ServiceStatus::Missing => "missing",
-            ServiceStatus::Leftover => "leftover",
-            ServiceStatus::Removing => "removing",
-            ServiceStatus::Failed => "failed",
-            ServiceStatus::Rejected => "rejected",
-            ServiceStatus::Unknown => "unknown",
-        }
+/// The word in the formats.
+impl fmt::Display for ServiceStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 

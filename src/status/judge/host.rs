@@ -46,7 +46,7 @@ pub(super) fn row(wanted: &Expected<'_>, host: &HostName, report: &HostReport, n
     row.last_error = state.last_error.as_ref().map(|error| error.reason.clone());
     row.problems = problems(wanted, host, state, now);
     if let Some(live) = report.live() {
-        now_host(&mut row, live, here);
+        apply_live(&mut row, live, here);
     }
     row.off = !row.problems.is_empty();
     row
@@ -124,7 +124,7 @@ fn problems(wanted: &Expected<'_>, host: &HostName, state: &State, now: Timestam
 }
 
 /// What systemd says now of the deployer and its timer, and what else the host found when it was asked.
-fn now_host(row: &mut HostRow, live: &Live, here: Option<&HostName>) {
+fn apply_live(row: &mut HostRow, live: &Live, here: Option<&HostName>) {
     let Live { at: _, services: _, deployer, timer, last_line, domains: _, problems } = live;
     let host = row.host.clone();
     let logs = format!("'omni-deploy logs deployer --host {host}'");
