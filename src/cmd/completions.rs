@@ -77,7 +77,7 @@ const KINDS: &[(&str, Kind)] = &[
 ];
 
 /// How long a shell waits for names.
-const PATIENCE: Duration = Duration::from_secs(2);
+const LOOKUP_WITHIN: Duration = Duration::from_secs(2);
 
 const BASH: &str = include_str!("completions/omni-deploy.bash");
 const ZSH: &str = include_str!("completions/omni-deploy.zsh");
@@ -171,10 +171,10 @@ fn names(kind: Kind, flags: &config::Flags) -> Vec<String> {
     let (sender, found) = mpsc::channel();
     let flags = flags.clone();
     std::thread::spawn(move || {
-        // Nobody listens any more when patience ran out.
+        // Nobody listens any more after that.
         drop(sender.send(look_up(kind, &flags).unwrap_or_default()));
     });
-    found.recv_timeout(PATIENCE).unwrap_or_default()
+    found.recv_timeout(LOOKUP_WITHIN).unwrap_or_default()
 }
 
 fn look_up(kind: Kind, flags: &config::Flags) -> Result<Vec<String>> {

@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
-use visitor::{Certificate, CertificateFault, CertificateTrust, Met, NoAnswer, Request, ResponseHead};
+use visitor::{Certificate, CertificateFault, CertificateTrust, NoAnswer, Reply, Request, ResponseHead};
 
 /// How many domains are visited at most, at the same time; the others are said not to have been.
 pub const MOST: usize = 64;
@@ -110,14 +110,14 @@ enum Dns {
     /// Nowhere; in the resolver's words.
     Nowhere(String),
     /// It was not found out in time.
-    Late,
+    TimedOut,
     /// To these addresses; whether each is this host's.
     To(Vec<(IpAddr, bool)>),
 }
 
 /// Where on this host its visitors are served.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Door {
+enum Listener {
     /// Caddy was not to be asked; why.
     Unknown(String),
     /// No server of Caddy has a route for the domain.
@@ -133,7 +133,7 @@ struct ServiceVisit {
     path: String,
     port: u16,
     /// To a visitor.
-    visitor: Met,
+    visitor: Reply,
     /// To somebody on the host.
     direct: Result<ResponseHead, NoAnswer>,
 }
@@ -145,18 +145,18 @@ struct DomainView {
     dns: Dns,
     /// The address that this host uses towards the outside.
     own: Option<IpAddr>,
-    door: Door,
+    listener: Listener,
     /// Somebody else's route answers before ours.
     behind: bool,
     asked: Vec<ServiceVisit>,
     /// For these no time was left.
     not_asked: Vec<ServiceName>,
-    /// What :80 answers where :443 is the door and time was left.
+    /// What :80 answers where :443 is the listener and time was left.
     plain: Option<Result<ResponseHead, NoAnswer>>,
     /// Who else shows the same certificate: DNS leads there, and from there to here.
     forwarded: bool,
     /// What DNS's address shows instead.
-    elsewhere: Option<Met>,
+    elsewhere: Option<Reply>,
     now: crate::clock::Timestamp,
 }
 
@@ -174,10 +174,10 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
     let resolving = resolve(&name);
     let until = within(DOMAIN);
     let deadline = || within(ANSWER).min(until);
-    let (door, behind) = (door(domain, caddy), behind(domain, caddy));
+    let (listener, behind) = (listener(domain, caddy), behind(domain, caddy));
     let (mut asked, mut not_asked) = (vec![], vec![]);
     let mut plain = None;
-    if let Door::Server { https, http, other, .. } = &door {
+    if let Listener::Server { https, http, other, .. } = &listener {
         for service in services {
             let Some(route) = &service.http else { continue };
             if Instant::now() + ANSWER > until {
@@ -185,19 +185,21 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
                 continue;
             }
             let path = path(service);
-            let met = match (https, http, other) {
-                (Some(to), ..) => visitor::https(plainly(*to, &name, &path), trust, deadline()),
-                (None, Some(to), _) => visitor::http(plainly(*to, &name, &path), deadline()),
+            let reply = match (https, http, other) {
+                (Some(to), ..) => visitor::https(visitors_request(*to, &name, &path), trust, deadline()),
+                (None, Some(to), _) => visitor::http(visitors_request(*to, &name, &path), deadline()),
                 (None, None, Some(to)) => {
-                    let met = visitor::https(plainly(*to, &name, &path), trust, deadline());
-                    match met.answer {
-                        Err(NoAnswer::NotTls) => visitor::http(plainly(*to, &name, &path), deadline()),
-                        _ => met,
+                    let reply = visitor::https(visitors_request(*to, &name, &path), trust, deadline());
+                    match reply.answer {
+                        Err(NoAnswer::NotTls) => {
+                            visitor::http(visitors_request(*to, &name, &path), deadline())
+                        }
+                        _ => reply,
                     }
                 }
                 (None, None, None) => continue,
             };
-            let scheme = if met.certificate.is_some() { "https" } else { "http" };
+            let scheme = if reply.certificate.is_some() { "https" } else { "http" };
             let forwarded = format!(
                 "X-Forwarded-For: 127.0.0.1\r\nX-Forwarded-Host: {name}\r\nX-Forwarded-Proto: {scheme}\r\n"
             );
@@ -207,7 +209,7 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
                 service: service.name.clone(),
                 direct: visitor::http(request, deadline()).answer,
                 port: route.internal_port.get(),
-                visitor: met,
+                visitor: reply,
                 path,
             });
         }
@@ -215,29 +217,29 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
             && Instant::now() < until
         {
             let to = SocketAddr::new(http.map_or(https.ip(), |http| http.ip()), 80);
-            plain = Some(visitor::http(plainly(to, &name, "/"), deadline()).answer);
+            plain = Some(visitor::http(visitors_request(to, &name, "/"), deadline()).answer);
         }
     }
-    let dns = resolving.recv_timeout(RESOLVE).unwrap_or(Dns::Late);
+    let dns = resolving.recv_timeout(RESOLVE).unwrap_or(Dns::TimedOut);
     let shown = asked.iter().find_map(|a| a.visitor.certificate.as_ref());
     let mut elsewhere = None;
     if let Dns::To(addresses) = &dns
         && !addresses.iter().any(|(_, here)| *here)
         && let Some((address, _)) = addresses.first()
-        && matches!(door, Door::Server { https: Some(_), .. })
+        && matches!(listener, Listener::Server { https: Some(_), .. })
     {
         let to = SocketAddr::new(*address, 443);
-        elsewhere = Some(visitor::https(plainly(to, &name, "/"), trust, within(THERE)));
+        elsewhere = Some(visitor::https(visitors_request(to, &name, "/"), trust, within(THERE)));
     }
-    let theirs = elsewhere.as_ref().and_then(|met| met.certificate.as_ref());
+    let theirs = elsewhere.as_ref().and_then(|reply| reply.certificate.as_ref());
     let forwarded = shown.is_some_and(|ours| theirs.is_some_and(|theirs| theirs.der == ours.der));
     let own = source_towards(Ipv4Addr::new(192, 0, 2, 1).into());
     let now = crate::clock::Timestamp::now();
-    DomainView { own, forwarded, elsewhere, name, dns, door, behind, asked, not_asked, plain, now }
+    DomainView { own, forwarded, elsewhere, name, dns, listener, behind, asked, not_asked, plain, now }
 }
 
 /// A request as a visitor makes it.
-fn plainly<'a>(to: SocketAddr, host: &'a str, path: &'a str) -> Request<'a> {
+fn visitors_request<'a>(to: SocketAddr, host: &'a str, path: &'a str) -> Request<'a> {
     Request { to, host, path, forwarded: "" }
 }
 
@@ -291,14 +293,14 @@ fn source_towards(address: IpAddr) -> Option<IpAddr> {
 }
 
 /// The server of Caddy that has our route with this domain, and where it listens.
-fn door(domain: &str, caddy: &CaddyState) -> Door {
+fn listener(domain: &str, caddy: &CaddyState) -> Listener {
     let servers = match caddy {
-        CaddyState::Unavailable(why) => return Door::Unknown(why.clone()),
+        CaddyState::Unavailable(why) => return Listener::Unknown(why.clone()),
         CaddyState::Servers(servers) => servers,
     };
     let ours = |server: &Value| list(server, "routes").any(|route| leads(route, domain));
     let Some((name, server)) = servers.iter().find(|(_, server)| ours(server)) else {
-        return Door::NoRoute;
+        return Listener::NoRoute;
     };
     let listens: Vec<(IpAddr, u16, u16)> =
         list(server, "listen").filter_map(Value::as_str).filter_map(listen).collect();
@@ -307,7 +309,7 @@ fn door(domain: &str, caddy: &CaddyState) -> Door {
         found.map(|(address, ..)| SocketAddr::new(*address, port))
     };
     let other = listens.first().map(|(address, first, _)| SocketAddr::new(*address, *first));
-    Door::Server { name: name.clone(), https: at(443), http: at(80), other }
+    Listener::Server { name: name.clone(), https: at(443), http: at(80), other }
 }
 
 fn list<'v>(value: &'v Value, key: &str) -> impl Iterator<Item = &'v Value> + use<'v> {
@@ -407,17 +409,17 @@ fn judge(seen: &DomainView, reason: Option<String>) -> (Verdict, String) {
     let mut found = Findings { verdict: Verdict::Ok, wrong: vec![], well: vec![] };
     // A certificate that others vouch for shows that the name led here, whatever DNS says to this host.
     let proved = seen.asked.iter().any(|a| a.visitor.certificate.as_ref().is_some_and(|c| c.fault.is_none()));
-    match &seen.door {
-        Door::Unknown(why) => {
+    match &seen.listener {
+        Listener::Unknown(why) => {
             found.fail(format!("whether visitors get an answer is not known: {why}"));
         }
-        Door::NoRoute => found.fail(
+        Listener::NoRoute => found.fail(
             "Caddy has no route for it: run 'sudo systemctl start deployer' here, then 'deployer state' says why",
         ),
-        Door::Server { name, https: None, http: None, other: None } => {
+        Listener::Server { name, https: None, http: None, other: None } => {
             found.fail(format!("Caddy's server '{name}' listens nowhere; give it ':443' in Caddy's configuration"));
         }
-        Door::Server { name, https, http, .. } => {
+        Listener::Server { name, https, http, .. } => {
             certificate(seen, reason, &mut found);
             answers(seen, &mut found);
             if seen.behind {
@@ -497,7 +499,7 @@ fn answers(seen: &DomainView, found: &mut Findings) {
         match (&visitor.answer, direct) {
             // Said already, with its reason.
             (Err(NoAnswer::NoCertificate), _) => {}
-            (Err(NoAnswer::Late) | Ok(_), Err(NoAnswer::Late)) => found.warn(format!(
+            (Err(NoAnswer::TimedOut) | Ok(_), Err(NoAnswer::TimedOut)) => found.warn(format!(
                 "{service} takes longer than {} s to answer {url}: 'omni-deploy logs {service}' may say why",
                 ANSWER.as_secs()
             )),
@@ -549,7 +551,7 @@ fn on_port_80(plain: &Result<ResponseHead, NoAnswer>, found: &mut Findings) {
 fn dns(seen: &DomainView, proved: bool, found: &mut Findings) {
     let name = &seen.name;
     let addresses = match &seen.dns {
-        Dns::Late => {
+        Dns::TimedOut => {
             return found
                 .warn("DNS was not looked at: the resolver gave no answer in time; see /etc/resolv.conf");
         }
@@ -572,10 +574,10 @@ fn dns(seen: &DomainView, proved: bool, found: &mut Findings) {
         let own = seen.own.map_or_else(String::new, |own| format!(" (it has {own})"));
         let mut text = format!("DNS leads to {elsewhere}, which is not this host{own}");
         match &seen.elsewhere {
-            Some(Met { certificate: Some(theirs), .. }) => {
+            Some(Reply { certificate: Some(theirs), .. }) => {
                 text += &format!("; there a certificate of '{}' is shown", theirs.issuer);
             }
-            Some(Met { answer: Err(why), .. }) => {
+            Some(Reply { answer: Err(why), .. }) => {
                 text += &format!("; from here that gives no answer ({why})")
             }
             _ => {}
@@ -641,7 +643,7 @@ mod tests {
             dns: Dns::To(vec![(address, true)]),
             own: Some(address),
             behind: false,
-            door: Door::Server {
+            listener: Listener::Server {
                 name: "srv0".into(),
                 https: Some("127.0.0.1:443".parse().unwrap()),
                 http: None,
@@ -651,7 +653,7 @@ mod tests {
                 service: ServiceName::parse("shop").unwrap(),
                 path: "/".into(),
                 port: 8080,
-                visitor: Met { certificate: Some(certificate(None)), answer: Ok(answer(200)) },
+                visitor: Reply { certificate: Some(certificate(None)), answer: Ok(answer(200)) },
                 direct: Ok(answer(204)),
             }],
             not_asked: vec![],
@@ -675,8 +677,8 @@ mod tests {
                 s.not_asked.push(ServiceName::parse("cart").unwrap());
             }),
             ("slow", Verdict::Warn, &["shop takes longer than 4 s"], |s| {
-                s.asked[0].visitor.answer = Err(NoAnswer::Late);
-                s.asked[0].direct = Err(NoAnswer::Late);
+                s.asked[0].visitor.answer = Err(NoAnswer::TimedOut);
+                s.asked[0].direct = Err(NoAnswer::TimedOut);
             }),
             (
                 "well",
@@ -703,10 +705,10 @@ mod tests {
                 s.asked[0].visitor.certificate = Some(certificate(Some(CertificateFault::NotVerified)));
             }),
             ("no certificate", Verdict::Fail, &["no certificate yet", "its last attempt: HTTP 429"], |s| {
-                s.asked[0].visitor = Met { certificate: None, answer: Err(NoAnswer::NoCertificate) };
+                s.asked[0].visitor = Reply { certificate: None, answer: Err(NoAnswer::NoCertificate) };
             }),
             ("nobody listens", Verdict::Fail, &["connection refused", "though Caddy is told to"], |s| {
-                s.asked[0].visitor = Met { certificate: None, answer: Err(NoAnswer::Refused) };
+                s.asked[0].visitor = Reply { certificate: None, answer: Err(NoAnswer::Refused) };
             }),
             ("the service is away", Verdict::Fail, &["shop does not answer on 127.0.0.1:8080"], |s| {
                 s.asked[0].direct = Err(NoAnswer::Refused);
@@ -739,7 +741,7 @@ mod tests {
                 &["visitors do not come here", "(it has 198.51.100.7)"],
                 |s| {
                     s.dns = Dns::To(vec![(Ipv4Addr::new(203, 0, 113, 9).into(), false)]);
-                    s.asked[0].visitor = Met { certificate: None, answer: Err(NoAnswer::NoCertificate) };
+                    s.asked[0].visitor = Reply { certificate: None, answer: Err(NoAnswer::NoCertificate) };
                 },
             ),
             (
@@ -748,7 +750,8 @@ mod tests {
                 &["a certificate of 'R11' is shown", "load balancer"],
                 |s| {
                     s.dns = Dns::To(vec![(Ipv4Addr::new(203, 0, 113, 9).into(), false)]);
-                    s.elsewhere = Some(Met { certificate: Some(certificate(None)), answer: Ok(answer(200)) });
+                    s.elsewhere =
+                        Some(Reply { certificate: Some(certificate(None)), answer: Ok(answer(200)) });
                 },
             ),
             ("through NAT", Verdict::Ok, &["DNS leads here through 203.0.113.9"], |s| {
@@ -756,7 +759,7 @@ mod tests {
                 s.forwarded = true;
             }),
             ("no route", Verdict::Fail, &["Caddy has no route"], |s| {
-                s.door = Door::NoRoute;
+                s.listener = Listener::NoRoute;
                 s.asked.clear();
             }),
         ];
@@ -777,17 +780,17 @@ mod tests {
                 "b": {"listen": listen, "routes": [route]}});
             CaddyState::Servers(servers.as_object().unwrap().clone())
         };
-        let at = |listen: Value| match door("*.example.com", &caddy(listen)) {
-            Door::Server { name, https, http, other } if name == "b" => {
+        let at = |listen: Value| match listener("*.example.com", &caddy(listen)) {
+            Listener::Server { name, https, http, other } if name == "b" => {
                 [https, http, other].map(|a| a.map_or("-".to_string(), |a| a.to_string()))
             }
-            door => panic!("{door:?}"),
+            listener => panic!("{listener:?}"),
         };
         assert_eq!(at(json!([":443"])), ["127.0.0.1:443", "-", "127.0.0.1:443"]);
         assert_eq!(at(json!(["unix//run/x", "tcp/[::1]:80-90"])), ["-", "[::1]:80", "[::1]:80"]);
         assert_eq!(at(json!(["192.0.2.1:8080"])), ["-", "-", "192.0.2.1:8080"]);
         assert_eq!(at(json!([])), ["-", "-", "-"]);
-        assert_eq!(door("example.com", &caddy(json!([":443"]))), Door::NoRoute);
+        assert_eq!(listener("example.com", &caddy(json!([":443"]))), Listener::NoRoute);
         assert_eq!(concrete("*.example.com", &[]), "www.example.com");
     }
 

@@ -15,7 +15,7 @@ use crate::files::if_there;
 use crate::log::printable;
 use crate::manifest::{Manifest, Service};
 use crate::names::{HostName, ServiceName};
-use crate::runner::Run;
+use crate::runner::{Run, RunError};
 use crate::secrets::{self, SecretFile};
 use crate::ssh::is_root;
 use crate::status::judge::STALE_SEC;
@@ -23,6 +23,7 @@ use crate::status::reports;
 use crate::store::{Condition, GetResult, HOSTS_PREFIX, Store, StoreError};
 use crate::systemd;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -50,7 +51,7 @@ pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> 
     let is_routed = |s: &Service| s.http.is_some() && s.hosts.contains(&settings.host);
     let needed = manifest.is_some_and(|manifest| manifest.services.iter().any(is_routed));
     checks.extend(route(&observed, settings, needed));
-    checks.push(caddy_unit().of("caddy unit"));
+    checks.push(caddy_unit().unwrap_or_else(fail).of("caddy unit"));
     checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")).of("tcp_migrate_req"));
     if let Some(manifest) = manifest {
         checks.extend(domains(settings, manifest, &observed));
@@ -68,16 +69,18 @@ pub fn report(store: &dyn Store, settings: &Settings) -> Option<Finding> {
     let state = fs_err::read(STATE_FILE).ok()?;
     let key = format!("{HOSTS_PREFIX}{}.json", settings.host);
     Some(match store.put(&key, &state, &Condition::IfAbsent) {
-        Ok(_) | Err(StoreError::Changed(_)) => match namesake(store, &key, &State::parse(&state).ok()?) {
-            Some(text) => fail(text),
-            None => ok(format!("{key} can be written")),
-        },
+        Ok(_) | Err(StoreError::Changed(_)) => {
+            match other_machine_text(store, &key, &State::parse(&state).ok()?) {
+                Some(text) => fail(text),
+                None => ok(format!("{key} can be written")),
+            }
+        }
         Err(e) => fail(e),
     })
 }
 
 /// Whether another machine reports under this host's name: as the last pass found, or as its report is there now.
-fn namesake(store: &dyn Store, key: &str, state: &State) -> Option<String> {
+fn other_machine_text(store: &dyn Store, key: &str, state: &State) -> Option<String> {
     let this = machine::this()?;
     let now = match store.get(key, None, reports::MAX_REPORT) {
         Ok(GetResult::Found { bytes, .. }) => reports::parsed(&bytes).ok(),
@@ -123,7 +126,7 @@ fn systemd(now: Timestamp) -> Vec<Check> {
     };
     let mut checks = vec![
         state.of(NAME),
-        timer().of("deployer.timer"),
+        timer().unwrap_or_else(fail).of("deployer.timer"),
         last_pass(now).of("last pass"),
         environment().of("environment"),
     ];
@@ -191,19 +194,16 @@ fn failed_units() -> String {
     }
 }
 
-fn timer() -> Finding {
-    let timer = match systemd::properties("deployer.timer", "LoadState,UnitFileState,ActiveState") {
-        Ok(timer) => timer,
-        Err(e) => return fail(e),
-    };
+fn timer() -> Result<Finding, RunError> {
+    let timer = systemd::properties("deployer.timer", "LoadState,UnitFileState,ActiveState")?;
     let is = |name: &str| timer.get(name).map_or("", String::as_str);
-    match (is("LoadState"), is("UnitFileState"), is("ActiveState")) {
+    Ok(match (is("LoadState"), is("UnitFileState"), is("ActiveState")) {
         ("loaded", "enabled" | "linked" | "static", "active") => ok("enabled and active"),
         ("loaded", file, active) => {
             fail(format!("is {active} and {file}; systemctl enable --now deployer.timer"))
         }
         (load, ..) => fail(format!("is {load}; install it with contrib/install.sh")),
-    }
+    })
 }
 
 /// The state that the last pass left, or what is wrong with it.
@@ -294,32 +294,26 @@ fn domains(settings: &Settings, manifest: &Manifest, observed: &CaddyState) -> V
 }
 
 /// Whether what the deployer tells Caddy survives Caddy's restart, and whether Caddy is started again.
-fn caddy_unit() -> Finding {
+fn caddy_unit() -> Result<Finding, RunError> {
     if !Path::new("/run/systemd/system").is_dir() {
-        return warn("not looked at without systemd");
+        return Ok(warn("not looked at without systemd"));
     }
-    let mut found = None;
+    let mut units = Vec::new();
     for unit in ["caddy.service", "caddy-api.service"] {
-        match systemd::properties(unit, "Id,LoadState,ActiveState,Restart,ExecStart,ExecStartPre") {
-            Err(e) => return fail(e),
-            Ok(shown) if shown.get("LoadState").is_some_and(|l| l == "loaded") => {
-                let active = shown.get("ActiveState").is_some_and(|a| a == "active");
-                if active || found.is_none() {
-                    found = Some((unit, active, shown));
-                }
-                if active {
-                    break;
-                }
-            }
-            Ok(_) => {}
-        }
+        let names = "Id,LoadState,ActiveState,Restart,ExecStart,ExecStartPre";
+        units.push((unit, systemd::properties(unit, names)?));
     }
-    let Some((unit, active, shown)) = found else {
-        return warn("there is none: nothing starts Caddy at boot (Debian: apt install caddy)");
+    let is = |shown: &BTreeMap<String, String>, name: &str, value: &str| {
+        shown.get(name).is_some_and(|v| v == value)
+    };
+    units.retain(|(_, shown)| is(shown, "LoadState", "loaded"));
+    let active = units.iter().find(|(_, shown)| is(shown, "ActiveState", "active"));
+    let Some(&(unit, ref shown)) = active.or(units.first()) else {
+        return Ok(warn("there is none: nothing starts Caddy at boot (Debian: apt install caddy)"));
     };
     let drop_in = "install the drop-in with contrib/install.sh";
     let start = shown.get("ExecStart").map_or("", String::as_str);
-    if !active {
+    Ok(if active.is_none() {
         fail(format!("{unit} is not active; systemctl enable --now {unit}"))
     } else if !start.split_whitespace().any(|word| word == "--resume") {
         warn(format!(
@@ -335,7 +329,7 @@ fn caddy_unit() -> Finding {
         ))
     } else {
         ok(format!("{unit} resumes and restarts"))
-    }
+    })
 }
 
 /// Without this, connections that wait in a listening socket which Caddy closes on a change are reset.

@@ -65,13 +65,13 @@ pub struct What<'a> {
     pub scope: Scope,
 }
 
-/// Pushes all targets, seen from the folder `cwd`. `soon` is told the hosts that they run on as soon as it is known that
-/// there will be something to run.
+/// Pushes all targets, seen from the folder `cwd`. `on_hosts` gets the hosts that they run on as soon as it is
+/// known that there will be something to run.
 pub fn push(
     settings: &Settings,
     what: What<'_>,
     cwd: &Path,
-    mut soon: impl FnMut(&BTreeSet<HostName>),
+    mut on_hosts: impl FnMut(&BTreeSet<HostName>),
 ) -> Result<Pushed> {
     let What { targets, service, require_clean, scope } = what;
     if targets.len() > 1 && service.is_some() {
@@ -119,7 +119,7 @@ pub fn push(
     }
 
     let names = built.iter().filter_map(|u| manifest.service(u.name.as_str()));
-    soon(&names.flat_map(|service| service.hosts.iter().cloned()).collect());
+    on_hosts(&names.flat_map(|service| service.hosts.iter().cloned()).collect());
     copy(settings, &paths, scope, &store)
         .map_err(|e| Error::new(format!("copy to the cache failed: {e}; nothing was published")))?;
 

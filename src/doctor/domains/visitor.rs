@@ -105,7 +105,7 @@ pub enum NoAnswer {
     /// There is no way there.
     Unroutable,
     /// It took too long.
-    Late,
+    TimedOut,
     /// The server has no certificate for the name.
     NoCertificate,
     /// What listens there speaks no TLS.
@@ -119,7 +119,7 @@ impl fmt::Display for NoAnswer {
         match self {
             NoAnswer::Refused => f.write_str("connection refused"),
             NoAnswer::Unroutable => f.write_str("no route to it"),
-            NoAnswer::Late => f.write_str("no answer in time"),
+            NoAnswer::TimedOut => f.write_str("no answer in time"),
             NoAnswer::NoCertificate => f.write_str("no certificate for this name"),
             NoAnswer::NotTls => f.write_str("it does not speak TLS"),
             NoAnswer::Other(why) => f.write_str(why),
@@ -129,7 +129,7 @@ impl fmt::Display for NoAnswer {
 
 /// What a visit met.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Met {
+pub struct Reply {
     /// The certificate, where TLS was spoken and one was shown.
     pub certificate: Option<Certificate>,
     /// The answer, or why there is none.
@@ -150,7 +150,7 @@ pub struct Request<'a> {
 }
 
 /// Asks over TLS.
-pub fn https(request: Request, trust: &CertificateTrust, deadline: Instant) -> Met {
+pub fn https(request: Request, trust: &CertificateTrust, deadline: Instant) -> Reply {
     let verifier = Arc::new(RecordingVerifier { trust: trust.clone(), seen: Mutex::new(None) });
     let answer = encrypted(request, &verifier, deadline);
     let seen = verifier.seen.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -158,13 +158,13 @@ pub fn https(request: Request, trust: &CertificateTrust, deadline: Instant) -> M
         let (issuer, self_signed, until) = x509::read(&der).unwrap_or_default();
         Certificate { issuer, self_signed, until, fault, der }
     });
-    Met { certificate, answer }
+    Reply { certificate, answer }
 }
 
 /// Asks without TLS.
-pub fn http(request: Request, deadline: Instant) -> Met {
+pub fn http(request: Request, deadline: Instant) -> Reply {
     let answer = connect(request.to, deadline).and_then(|socket| exchange(socket, request));
-    Met { certificate: None, answer: answer.map_err(|e| no_answer(&e)) }
+    Reply { certificate: None, answer: answer.map_err(|e| no_answer(&e)) }
 }
 
 fn encrypted(
@@ -204,7 +204,7 @@ fn no_answer(e: &io::Error) -> NoAnswer {
         ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
             NoAnswer::Unroutable
         }
-        ErrorKind::TimedOut | ErrorKind::WouldBlock => NoAnswer::Late,
+        ErrorKind::TimedOut | ErrorKind::WouldBlock => NoAnswer::TimedOut,
         ErrorKind::UnexpectedEof
         | ErrorKind::ConnectionReset
         | ErrorKind::ConnectionAborted

@@ -22,7 +22,7 @@ impl ServiceRow {
 }
 
 /// A row of which nothing is known.
-fn blank(service: &ServiceName, host: &HostName) -> ServiceRow {
+fn unknown(service: &ServiceName, host: &HostName) -> ServiceRow {
     ServiceRow {
         service: service.clone(),
         host: host.clone(),
@@ -52,7 +52,7 @@ pub(super) fn row(
     let mut row = ServiceRow {
         wanted: service.artifact.store_path.path().cloned(),
         revision: service.revision.clone(),
-        ..blank(&service.name, host)
+        ..unknown(&service.name, host)
     };
     let state = match report {
         HostReport::Missing => return ServiceRow { problem: Some(format!("{host} never reported")), ..row },
@@ -292,7 +292,7 @@ pub(super) fn leftover(
         reported_at: Some(state.checked_at),
         exposure: entry.exposure,
         off: status != ServiceStatus::Pending || progress == Progress::Overdue,
-        ..blank(&entry.name, &state.host)
+        ..unknown(&entry.name, &state.host)
     };
     match &entry.failure {
         _ if status == ServiceStatus::Pending => {}
@@ -303,7 +303,7 @@ pub(super) fn leftover(
 }
 
 /// A unit of ours that neither the manifest nor the host's state knows.
-pub(super) fn forgotten(state: &State, name: &ServiceName, unit: &Unit) -> ServiceRow {
+pub(super) fn unknown_unit(state: &State, name: &ServiceName, unit: &Unit) -> ServiceRow {
     ServiceRow {
         status: ServiceStatus::Leftover,
         reported_at: Some(state.checked_at),
@@ -312,6 +312,6 @@ pub(super) fn forgotten(state: &State, name: &ServiceName, unit: &Unit) -> Servi
             "its unit is there ({}/{}), and the manifest does not place it here; the next pass should remove it",
             unit.active, unit.sub
         )),
-        ..blank(name, &state.host)
+        ..unknown(name, &state.host)
     }
 }
