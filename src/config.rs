@@ -140,12 +140,12 @@ pub fn user_file() -> PathBuf {
 /// The configuration file of this machine.
 pub const SYSTEM_FILE: &str = "/etc/omni-deploy/config.json";
 
-/// The directory that is the store where none is configured.
-const DEFAULT_STORE: &str = "/var/lib/omni-deploy";
+/// The store where none is configured.
+const DEFAULT_STORE: &str = "file:///var/lib/omni-deploy";
 
 /// Whether a store of this URL is only the one that is taken where nobody has named any.
 pub fn is_unconfigured(url: &str) -> bool {
-    url.strip_prefix("file://") == Some(DEFAULT_STORE)
+    url == DEFAULT_STORE
         && load(&Flags::new()).is_ok_and(|s| s.sources.get("store").is_some_and(|s| s.source == "default"))
 }
 
@@ -227,10 +227,9 @@ fn resolve(
     let mut sources: Sources = KEYS.iter().map(|key| (key.name, find(key, flags, env, files))).collect();
     let get = |name: &str| sources[name].value.as_deref();
 
-    let store = parse(&sources, "store", StoreUrl::parse)?.unwrap_or(StoreUrl::Dir(DEFAULT_STORE.into()));
+    let store = needed(&sources, "store", StoreUrl::parse)?;
     let cache = parse(&sources, "cache", CacheUrl::parse)?.unwrap_or(CacheUrl::Store(store.clone()));
-    let host = parse(&sources, "host", HostName::parse)?
-        .ok_or_else(|| Error::new("this machine has no usable host name; set 'host' in the configuration"))?;
+    let host = needed(&sources, "host", HostName::parse)?;
     let default_hosts = match get("defaultHosts") {
         Some(text) => {
             let parse = |word: String| {
@@ -262,8 +261,8 @@ fn resolve(
         build: command("build"),
         ssh: command("ssh").unwrap_or_default(),
         caddy_server: get("caddyServer").map(String::from),
-        unit_dir: parse(&sources, "unitDir", absolute)?.unwrap_or_else(|| default_unit_dir().into()),
-        report_lines: parse(&sources, "reportLines", switch)?.unwrap_or_default(),
+        unit_dir: needed(&sources, "unitDir", absolute)?,
+        report_lines: needed(&sources, "reportLines", switch)?,
         sources: Sources::new(),
         store,
         cache,
@@ -309,7 +308,7 @@ fn find(
 /// The default of a key, unless it depends on others.
 fn default_of(name: &str) -> Option<String> {
     match name {
-        "store" => Some(format!("file://{DEFAULT_STORE}")),
+        "store" => Some(DEFAULT_STORE.into()),
         "host" => HostName::of_this_machine().map(|host| host.to_string()),
         "build" => found_on_path("bild").map(|_| "bild".into()),
         "ssh" => Some("ssh".into()),
@@ -322,6 +321,13 @@ fn default_of(name: &str) -> Option<String> {
 fn parse<T>(sources: &Sources, name: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Option<T>> {
     let parse = |text: &String| parse(text).map_err(|why| wrong(sources, name, text, &why));
     sources[name].value.as_ref().map(parse).transpose()
+}
+
+/// The same of a key that has a default on every machine, but for one whose own name is no host name.
+fn needed<T>(sources: &Sources, name: &str, parser: impl Fn(&str) -> Result<T, String>) -> Result<T> {
+    parse(sources, name, parser)?.ok_or_else(|| {
+        Error::new(format!("this machine has no usable {name} name; set '{name}' in the configuration"))
+    })
 }
 
 fn wrong(sources: &Sources, name: &str, value: &str, why: &str) -> Error {

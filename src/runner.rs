@@ -220,7 +220,8 @@ pub struct Run {
     dir: Option<PathBuf>,
     deadline: Option<Duration>,
     keep: Keep,
-    interruptible: bool,
+    /// What env(1) makes of the terminal's signals; None: what we do.
+    signals: Option<&'static str>,
     clean_env: bool,
     stop: Option<Arc<AtomicBool>>,
 }
@@ -259,7 +260,7 @@ impl Run {
             dir: None,
             deadline: None,
             keep: Keep::AtMost(MOST_STDOUT),
-            interruptible: false,
+            signals: None,
             stop: None,
         }
     }
@@ -332,25 +333,20 @@ impl Run {
 
     /// Gives it the terminal's signals with their usual effect, where we ignore them ([`Run::ignore_signals`]).
     pub fn interruptible(mut self) -> Self {
-        self.interruptible = true;
+        self.signals = Some(DEFAULT_SIGNALS);
         self
     }
 
     /// Becomes this program, which then ignores Ctrl-C and Ctrl-\\, as we must while an editor has the terminal:
     /// they are the editor's, and reach us as well. Returns only when that cannot be, as where env(1) is not GNU's.
-    #[allow(clippy::disallowed_types, reason = "this is the one runner")]
-    pub fn ignore_signals(self) -> Result<(), RunError> {
+    pub fn ignore_signals(mut self) -> Result<(), RunError> {
         use std::os::unix::process::CommandExt;
         let known = Run::new("env").args([DEFAULT_SIGNALS, "true"]).output()?;
         if !known.status.ok() {
             return Ok(());
         }
-        let mut command = Command::new("env");
-        command.arg("--ignore-signal=INT,QUIT").arg(&self.program).args(&self.args);
-        for (name, value) in self.env.iter().filter_map(|(n, v)| Some((n, v.as_ref()?))) {
-            command.env(name, value);
-        }
-        Err(RunError::Spawn { program: "env".into(), cause: command.exec().to_string() })
+        self.signals = Some("--ignore-signal=INT,QUIT");
+        Err(self.cannot_start(self.command().exec()))
     }
 
     /// Starts it beside us, out of reach of the terminal's signals, with a pipe to its stdin that closes when we
@@ -381,9 +377,9 @@ impl Run {
 
     #[allow(clippy::disallowed_types, reason = "this is the one runner")]
     fn command(&self) -> Command {
-        let mut command = Command::new(if self.interruptible { "env" } else { &self.program });
-        if self.interruptible {
-            command.args([DEFAULT_SIGNALS, &self.program]);
+        let mut command = Command::new(self.signals.map_or(self.program.as_str(), |_| "env"));
+        if let Some(signals) = self.signals {
+            command.args([signals, &self.program]);
         }
         command.args(&self.args);
         if self.clean_env {

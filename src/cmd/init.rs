@@ -139,7 +139,7 @@ fn existing(file: &Path) -> Result<Map<String, Value>> {
             let aside = file.with_extension("json.broken");
             durable::write(&aside, &bytes, 0o600)?;
             durable::remove(file)?;
-            log::warning(format!("{} was no JSON object; kept as {}", file.display(), aside.display()));
+            log::warning(format!("{} was not a JSON object; kept as {}", file.display(), aside.display()));
             Ok(Map::new())
         }
     }

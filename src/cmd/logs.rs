@@ -126,11 +126,11 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
 
 /// The unit and the hosts that run it.
 fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
-    let named = args.host.as_deref();
+    let picked = args.host.as_deref().map(host).transpose()?;
     let everywhere = matches!(args.name.as_str(), "deployer" | "caddy");
     // A host's own journal needs no manifest: that may be what is being looked into.
-    if everywhere && let Some(named) = named {
-        return Ok((format!("{}.service", args.name), vec![host(named)?]));
+    if everywhere && let Some(host) = picked {
+        return Ok((format!("{}.service", args.name), vec![host]));
     }
     let store = crate::store::open(&settings.store)?;
     let manifest = publish::believed(store.as_ref(), &Author::reader(settings)?)?;
@@ -147,7 +147,7 @@ fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
         let hint = if near.is_empty() { "; 'omni-deploy status' lists them" } else { near.as_str() };
         Error::new(format!("no service '{}' in the manifest{hint}", printable(&args.name)))
     })?;
-    Ok((service.name.unit(), hosts_of(service, named)?))
+    Ok((service.name.unit(), hosts_of(service, args.host.as_deref())?))
 }
 
 fn journalctl(unit: &str, args: &Args) -> Vec<String> {

@@ -1,19 +1,19 @@
 //! The commands, one file each: they read their arguments, call the modules that do the work, and print.
 //! Data goes to stdout; everything else goes to stderr through [`crate::log`].
 
-pub mod completions;
-pub mod config;
-pub mod deployer;
-pub mod doctor;
+mod completions;
+mod config;
+mod deployer;
+mod doctor;
 mod editor;
-pub mod init;
-pub mod keygen;
-pub mod logs;
-pub mod man;
-pub mod manifest;
-pub mod push;
-pub mod secrets;
-pub mod status;
+mod init;
+mod keygen;
+mod logs;
+mod man;
+mod manifest;
+mod push;
+mod secrets;
+mod status;
 mod table;
 mod usage;
 

@@ -340,22 +340,17 @@ struct DraftFolder {
 impl DraftFolder {
     fn new() -> Result<Self> {
         let place = secrets::scratch();
-        let folder = durable::scratch(&place.dir)?.keep();
+        let folder = durable::scratch(&place.dir)?;
         if !place.in_memory {
             log::warning(format!(
                 "this machine has no folder in memory for you (/dev/shm, XDG_RUNTIME_DIR): while you edit, the text is on \
                  the disk, in {}",
-                folder.display()
+                folder.path().display()
             ));
         }
         let program = std::env::current_exe()?.to_string_lossy().into_owned();
-        match Run::new(program).args(["secrets", "sweep"]).arg(&folder).spawn_detached() {
-            Ok(sweeper) => Ok(DraftFolder { folder, sweeper }),
-            Err(e) => {
-                fs_err::remove_dir_all(&folder)?;
-                Err(e.into())
-            }
-        }
+        let sweeper = Run::new(program).args(["secrets", "sweep"]).arg(folder.path()).spawn_detached()?;
+        Ok(DraftFolder { folder: folder.keep(), sweeper })
     }
 
     /// Ends it; `keep` leaves the folder for the person.

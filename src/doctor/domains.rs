@@ -4,7 +4,7 @@
 
 mod visitor;
 
-use super::Verdict;
+use super::{Finding, Verdict, fail, ok, warn};
 use crate::deployer::caddy::{self, CaddyState};
 use crate::deployer::state::{ServicePhase, State};
 use crate::log::printable;
@@ -78,22 +78,18 @@ pub fn of_host(
     let seen = parallel::map(some, MOST, |(name, services)| look(name, services, caddy, &trust));
     // Caddy is only asked for its reasons where something is missing.
     let log = if seen.iter().any(DomainView::lacks_a_certificate) { systemd::caddy_log() } else { vec![] };
-    let mut visits: Vec<Visit> = some
-        .iter()
-        .zip(&seen)
-        .map(|((domain, services), seen)| {
-            let (verdict, text) = judge(seen, reason(&log, &seen.name));
-            let services = services.iter().map(|s| s.name.clone()).collect();
-            Visit { domain: domain.to_string(), services, verdict, text: printable(&text).into_owned() }
-        })
-        .collect();
-    visits.extend(all.iter().skip(MOST).map(|(domain, services)| Visit {
-        domain: domain.to_string(),
-        services: services.iter().map(|s| s.name.clone()).collect(),
-        verdict: Verdict::Warn,
-        text: format!("not looked at: more than {MOST} domains; look with 'curl -v https://{domain}/'"),
-    }));
-    visits
+    let visits = all.iter().enumerate().map(|(at, (domain, services))| {
+        let found = match seen.get(at) {
+            Some(seen) => judge(seen, reason(&log, &seen.name)),
+            None => warn(format!(
+                "not looked at: more than {MOST} domains; look with 'curl -v https://{domain}/'"
+            )),
+        };
+        let services = services.iter().map(|s| s.name.clone()).collect();
+        let text = printable(&found.text).into_owned();
+        Visit { domain: domain.to_string(), services, verdict: found.verdict, text }
+    });
+    visits.collect()
 }
 
 /// A name that the domain covers: of a wildcard the one by which a service is asked (`health.host`), or `www`.
@@ -185,18 +181,15 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
                 continue;
             }
             let path = path(service);
+            let over_tls = |to| visitor::https(visitors_request(to, &name, &path), trust, deadline());
+            let over_http = |to| visitor::http(visitors_request(to, &name, &path), deadline());
             let reply = match (https, http, other) {
-                (Some(to), ..) => visitor::https(visitors_request(*to, &name, &path), trust, deadline()),
-                (None, Some(to), _) => visitor::http(visitors_request(*to, &name, &path), deadline()),
-                (None, None, Some(to)) => {
-                    let reply = visitor::https(visitors_request(*to, &name, &path), trust, deadline());
-                    match reply.answer {
-                        Err(NoAnswer::NotTls) => {
-                            visitor::http(visitors_request(*to, &name, &path), deadline())
-                        }
-                        _ => reply,
-                    }
-                }
+                (Some(to), ..) => over_tls(*to),
+                (None, Some(to), _) => over_http(*to),
+                (None, None, Some(to)) => match over_tls(*to) {
+                    Reply { answer: Err(NoAnswer::NotTls), .. } => over_http(*to),
+                    reply => reply,
+                },
                 (None, None, None) => continue,
             };
             let scheme = if reply.certificate.is_some() { "https" } else { "http" };
@@ -381,182 +374,161 @@ fn reason(log: &[String], name: &str) -> Option<String> {
     })
 }
 
-/// Collects what is wrong, and how bad the worst of it is.
-struct Findings {
-    verdict: Verdict,
-    wrong: Vec<String>,
-    well: Vec<String>,
-}
-
-impl Findings {
-    fn fail(&mut self, what: impl Into<String>) {
-        self.verdict = Verdict::Fail;
-        self.wrong.push(what.into());
-    }
-
-    fn warn(&mut self, what: impl Into<String>) {
-        self.verdict = self.verdict.max(Verdict::Warn);
-        self.wrong.push(what.into());
-    }
-
-    fn well(&mut self, what: impl Into<String>) {
-        self.well.push(what.into());
-    }
-}
-
 /// Says what is wrong, the cause before what follows from it. `reason`: Caddy's, for having no certificate.
-fn judge(seen: &DomainView, reason: Option<String>) -> (Verdict, String) {
-    let mut found = Findings { verdict: Verdict::Ok, wrong: vec![], well: vec![] };
-    // A certificate that others vouch for shows that the name led here, whatever DNS says to this host.
-    let proved = seen.asked.iter().any(|a| a.visitor.certificate.as_ref().is_some_and(|c| c.fault.is_none()));
-    match &seen.listener {
-        Listener::Unknown(why) => {
-            found.fail(format!("whether visitors get an answer is not known: {why}"));
-        }
-        Listener::NoRoute => found.fail(
+fn judge(seen: &DomainView, reason: Option<String>) -> Finding {
+    let mut found = match &seen.listener {
+        Listener::Unknown(why) => vec![fail(format!("whether visitors get an answer is not known: {why}"))],
+        Listener::NoRoute => vec![fail(
             "Caddy has no route for it: run 'sudo systemctl start deployer' here, then 'deployer state' says why",
-        ),
-        Listener::Server { name, https: None, http: None, other: None } => {
-            found.fail(format!("Caddy's server '{name}' listens nowhere; give it ':443' in Caddy's configuration"));
-        }
+        )],
+        Listener::Server { name, https: None, http: None, other: None } => vec![fail(format!(
+            "Caddy's server '{name}' listens nowhere; give it ':443' in Caddy's configuration"
+        ))],
         Listener::Server { name, https, http, .. } => {
-            certificate(seen, reason, &mut found);
-            answers(seen, &mut found);
-            if seen.behind {
-                found.fail(format!(
+            let behind = seen.behind.then(|| {
+                fail(format!(
                     "somebody else's route in Caddy's server '{name}' stands before ours and answers its visitors: run \
                      'sudo systemctl start deployer' here, which puts ours first"
-                ));
-            }
-            match (https, http, &seen.plain) {
-                (Some(_), _, Some(plain)) => on_port_80(plain, &mut found),
-                (None, Some(_), _) => found.well(format!(
-                    "over http alone, as Caddy's server '{name}' does not listen on :443"
-                )),
-                _ => {}
-            }
+                ))
+            });
+            let plain = match (https, http, &seen.plain) {
+                (Some(_), _, plain) => plain.as_ref().map(on_port_80),
+                (None, Some(_), _) => {
+                    Some(ok(format!("over http alone, as Caddy's server '{name}' does not listen on :443")))
+                }
+                (None, None, _) => None,
+            };
+            certificate(seen, reason).into_iter().chain(answers(seen)).chain(behind).chain(plain).collect()
         }
-    }
-    dns(seen, proved, &mut found);
-    let texts = if found.verdict == Verdict::Ok { found.well } else { found.wrong };
-    (found.verdict, texts.join("; "))
+    };
+    found.push(dns(seen));
+    let verdict = found.iter().map(|f| f.verdict).max().unwrap_or(Verdict::Ok);
+    // Of one with which something is wrong that is said alone.
+    found.retain(|f| verdict == Verdict::Ok || f.verdict != Verdict::Ok);
+    let texts: Vec<String> = found.into_iter().map(|f| f.text).collect();
+    Finding { verdict, text: texts.join("; ") }
 }
 
-fn certificate(seen: &DomainView, reason: Option<String>, found: &mut Findings) {
+fn certificate(seen: &DomainView, reason: Option<String>) -> Option<Finding> {
     const OUTSIDE: &str = "DNS must lead here and ports 80 and 443 be reachable from outside";
     let because = reason.map_or_else(
         || format!("{OUTSIDE}; 'omni-deploy logs caddy' has its attempts"),
         |reason| format!("its last attempt: {reason}; {OUTSIDE}"),
     );
     if seen.asked.iter().any(|a| a.visitor.answer == Err(NoAnswer::NoCertificate)) {
-        found.fail(format!("no certificate yet: Caddy has none to show for {}; {because}", seen.name));
-        return;
+        return Some(fail(format!(
+            "no certificate yet: Caddy has none to show for {}; {because}",
+            seen.name
+        )));
     }
-    let Some(shown) = seen.asked.iter().find_map(|a| a.visitor.certificate.as_ref()) else { return };
+    let shown = seen.asked.iter().find_map(|a| a.visitor.certificate.as_ref())?;
     let Certificate { issuer, self_signed, until, fault, der: _ } = shown;
     let until = until.map_or_else(|| "an unknown time".to_string(), |until| until.to_string());
-    match fault {
-        None => found.well(format!("certificate of '{issuer}' until {until}")),
-        Some(CertificateFault::Expired) => found.fail(format!(
+    Some(match fault {
+        None => ok(format!("certificate of '{issuer}' until {until}")),
+        Some(CertificateFault::Expired) => fail(format!(
             "its certificate of '{issuer}' expired at {until} (it is {} here): Caddy did not renew it; {because}",
             seen.now
         )),
-        Some(CertificateFault::NotYetValid) => found.fail(format!(
+        Some(CertificateFault::NotYetValid) => fail(format!(
             "its certificate of '{issuer}' is not valid yet, and it is {} here: set the clock ('timedatectl')",
             seen.now
         )),
-        Some(CertificateFault::OtherName) => found.fail(format!(
+        Some(CertificateFault::OtherName) => fail(format!(
             "the certificate that is shown, of '{issuer}', is for another name: what listens on :443 has none for {}; \
              {because}",
             seen.name
         )),
-        Some(CertificateFault::UnknownIssuer) if *self_signed => found.fail(
+        Some(CertificateFault::UnknownIssuer) if *self_signed => fail(
             "its certificate is self-signed, which browsers refuse: take 'tls' with that file out of Caddy's \
              configuration, and Caddy gets one",
         ),
-        Some(CertificateFault::UnknownIssuer) => found.fail(format!(
+        Some(CertificateFault::UnknownIssuer) => fail(format!(
             "its certificate is of '{issuer}', whom this host does not trust, nor does a browser: take 'tls internal' \
              (or that issuer) out of Caddy's configuration; if the authority is your own, put its root into \
              /usr/local/share/ca-certificates and run update-ca-certificates"
         )),
-        Some(CertificateFault::NotVerified) => found.warn(format!(
+        Some(CertificateFault::NotVerified) => warn(format!(
             "its certificate of '{issuer}' until {until} could not be verified, as this host trusts no authority: \
              install ca-certificates"
         )),
-        Some(CertificateFault::Other(why)) => found.fail(format!("its certificate of '{issuer}' is not valid: {why}; {because}")),
-    }
+        Some(CertificateFault::Other(why)) => {
+            fail(format!("its certificate of '{issuer}' is not valid: {why}; {because}"))
+        }
+    })
 }
 
-fn answers(seen: &DomainView, found: &mut Findings) {
+fn answers(seen: &DomainView) -> Vec<Finding> {
+    let mut found = Vec::new();
     if !seen.not_asked.is_empty() {
         let names: Vec<&str> = seen.not_asked.iter().map(ServiceName::as_str).collect();
         let names = names.join(", ");
-        found.warn(format!("not asked, because what was asked before took too long: {names}"));
+        found.push(warn(format!("not asked, because what was asked before took too long: {names}")));
     }
     for ServiceVisit { service, path, port, visitor, direct } in &seen.asked {
         let scheme = if visitor.certificate.is_some() { "https" } else { "http" };
         let url = format!("{scheme}://{}{path}", seen.name);
-        match (&visitor.answer, direct) {
+        found.push(match (&visitor.answer, direct) {
             // Said already, with its reason.
-            (Err(NoAnswer::NoCertificate), _) => {}
-            (Err(NoAnswer::TimedOut) | Ok(_), Err(NoAnswer::TimedOut)) => found.warn(format!(
+            (Err(NoAnswer::NoCertificate), _) => continue,
+            (Err(NoAnswer::TimedOut) | Ok(_), Err(NoAnswer::TimedOut)) => warn(format!(
                 "{service} takes longer than {} s to answer {url}: 'omni-deploy logs {service}' may say why",
                 ANSWER.as_secs()
             )),
-            (_, Err(why)) => found.fail(format!(
+            (_, Err(why)) => fail(format!(
                 "{service} does not answer on 127.0.0.1:{port} ({why}): 'omni-deploy status {service}' has the reason"
             )),
-            (Err(why @ (NoAnswer::Refused | NoAnswer::Unroutable)), Ok(_)) => found.fail(format!(
+            (Err(why @ (NoAnswer::Refused | NoAnswer::Unroutable)), Ok(_)) => fail(format!(
                 "nobody answers for {url} on this host ({why}), though Caddy is told to: 'journalctl -u caddy' says why"
             )),
-            (Err(why), Ok(direct)) => found.fail(format!(
+            (Err(why), Ok(direct)) => fail(format!(
                 "no answer to {url}: {why}; {service} itself answers {} on 127.0.0.1:{port}: see 'journalctl -u caddy'",
                 direct.status
             )),
-            (Ok(theirs), Ok(own)) if theirs.status / 100 != own.status / 100 => found.fail(format!(
+            (Ok(theirs), Ok(own)) if theirs.status / 100 != own.status / 100 => fail(format!(
                 "{url} answers {}, and {service} on 127.0.0.1:{port} answers {}: something else answers visitors; look \
                  with 'curl -v' and at who listens there ('ss -ltnp')",
                 theirs.status, own.status
             )),
-            (Ok(theirs), Ok(own)) if theirs.empty && !own.empty => found.fail(format!(
+            (Ok(theirs), Ok(own)) if theirs.empty && !own.empty => fail(format!(
                 "{url} gives an empty page, as Caddy does without a route, and {service} on 127.0.0.1:{port} does not: \
                  something else answers visitors ('ss -ltnp')"
             )),
-            (Ok(answer), Ok(_)) if answer.status >= 500 => found.warn(format!(
+            (Ok(answer), Ok(_)) if answer.status >= 500 => warn(format!(
                 "{service} answers {} to {url}: 'omni-deploy logs {service}' may say why",
                 answer.status
             )),
-            (Ok(answer), Ok(_)) => found.well(format!("{url} answers {} from {service}", answer.status)),
-        }
+            (Ok(answer), Ok(_)) => ok(format!("{url} answers {} from {service}", answer.status)),
+        });
     }
+    found
 }
 
-fn on_port_80(plain: &Result<ResponseHead, NoAnswer>, found: &mut Findings) {
+fn on_port_80(plain: &Result<ResponseHead, NoAnswer>) -> Finding {
     match plain {
         Ok(ResponseHead { status: 300..=399, location: Some(to), .. }) if to.starts_with("https://") => {
-            found.well("http leads to https");
+            ok("http leads to https")
         }
-        Ok(answer) => found.warn(format!(
+        Ok(answer) => warn(format!(
             "http:// answers {} and does not lead to https: something else than Caddy's redirect answers on :80",
             answer.status
         )),
-        Err(NoAnswer::Refused) => found.warn(
+        Err(NoAnswer::Refused) => warn(
             "nothing listens on :80: whoever types the name without https:// gets no answer, and no \
              certificate can be had by the HTTP challenge",
         ),
-        Err(why) => found.warn(format!("http:// gives no answer: {why}")),
+        Err(why) => warn(format!("http:// gives no answer: {why}")),
     }
 }
 
-fn dns(seen: &DomainView, proved: bool, found: &mut Findings) {
+fn dns(seen: &DomainView) -> Finding {
     let name = &seen.name;
     let addresses = match &seen.dns {
         Dns::TimedOut => {
-            return found
-                .warn("DNS was not looked at: the resolver gave no answer in time; see /etc/resolv.conf");
+            return warn("DNS was not looked at: the resolver gave no answer in time; see /etc/resolv.conf");
         }
         Dns::Nowhere(why) => {
-            return found.fail(format!(
+            return fail(format!(
                 "DNS has no address for {name} ({why}): make an A record that leads to this host{}",
                 seen.own.map_or_else(String::new, |own| format!(" ({own}, or its address outside of NAT)"))
             ));
@@ -569,7 +541,7 @@ fn dns(seen: &DomainView, proved: bool, found: &mut Findings) {
     };
     let (here, elsewhere) = (list(true), list(false));
     if here.is_empty() && seen.forwarded {
-        found.well(format!("DNS leads here through {elsewhere}"));
+        ok(format!("DNS leads here through {elsewhere}"))
     } else if here.is_empty() {
         let own = seen.own.map_or_else(String::new, |own| format!(" (it has {own})"));
         let mut text = format!("DNS leads to {elsewhere}, which is not this host{own}");
@@ -582,27 +554,28 @@ fn dns(seen: &DomainView, proved: bool, found: &mut Findings) {
             }
             _ => {}
         }
-        let private = seen.own.is_none_or(is_private);
-        if private || proved {
-            found.warn(format!(
+        // A certificate that others vouch for shows that the name led here, whatever DNS says to this host.
+        let is_sound = |c: &Certificate| c.fault.is_none();
+        let proved = seen.asked.iter().any(|a| a.visitor.certificate.as_ref().is_some_and(is_sound));
+        if proved || seen.own.is_none_or(is_private) {
+            warn(format!(
                 "{text}: right if that address forwards to this host (NAT, a load balancer), else correct \
                                 the record of {name}"
-            ));
+            ))
         } else {
-            found
-                .fail(format!("{text}: visitors do not come here; correct the A and AAAA records of {name}"));
+            fail(format!("{text}: visitors do not come here; correct the A and AAAA records of {name}"))
         }
     } else if addresses.iter().all(|(a, _)| a.is_loopback()) {
-        found.warn(format!(
+        warn(format!(
             "this host itself resolves {name} to {here} (/etc/hosts?): where DNS leads visitors is not seen \
                             from here"
-        ));
+        ))
     } else if elsewhere.is_empty() {
-        found.well(format!("DNS leads here ({here})"));
+        ok(format!("DNS leads here ({here})"))
     } else {
-        found.warn(format!(
+        warn(format!(
             "DNS leads here ({here}) and to {elsewhere}: right if another host serves {name} there, else take that record out"
-        ));
+        ))
     }
 }
 
@@ -766,7 +739,8 @@ mod tests {
         for (name, verdict, words, change) in rows {
             let mut seen = well();
             change(&mut seen);
-            let (is, text) = judge(&seen, seen.lacks_a_certificate().then(|| "HTTP 429".to_string()));
+            let Finding { verdict: is, text } =
+                judge(&seen, seen.lacks_a_certificate().then(|| "HTTP 429".to_string()));
             assert_eq!(is, verdict, "{name}: {text}");
             assert!(words.iter().all(|word| text.contains(word)), "{name}: {text}");
         }

@@ -20,7 +20,7 @@ use crate::secrets::{self, SecretFile};
 use crate::ssh::is_root;
 use crate::status::judge::STALE_SEC;
 use crate::status::reports;
-use crate::store::{Condition, GetResult, HOSTS_PREFIX, Store, StoreError};
+use crate::store::{Condition, GetResult, Store, StoreError};
 use crate::systemd;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -67,7 +67,7 @@ pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> 
 /// write it as the last pass did, where there is none: one that is there stays. Nothing to be said before the first.
 pub fn report(store: &dyn Store, settings: &Settings) -> Option<Finding> {
     let state = fs_err::read(STATE_FILE).ok()?;
-    let key = format!("{HOSTS_PREFIX}{}.json", settings.host);
+    let key = reports::key(&settings.host);
     Some(match store.put(&key, &state, &Condition::IfAbsent) {
         Ok(_) | Err(StoreError::Changed(_)) => {
             match other_machine_text(store, &key, &State::parse(&state).ok()?) {

@@ -2,7 +2,7 @@
 //! before the next begins, and the manifest is written once, at the end: a failure anywhere publishes nothing
 //! and says at which step.
 
-pub mod early;
+pub(crate) mod early;
 pub mod namespace;
 pub mod wait;
 

@@ -119,7 +119,7 @@ pub fn encode(bytes: &[u8]) -> String {
 
 /// What was encoded; the error has nothing of it.
 pub fn decode(text: &str) -> Result<Vec<u8>> {
-    STANDARD.decode(text).map_err(|_| Error::new("what came over the wire is no base64; try again"))
+    STANDARD.decode(text).map_err(|_| Error::new("what came over the wire is not base64; try again"))
 }
 
 /// On the host: looks at a file, and reads it if `content` is wanted.
@@ -179,7 +179,7 @@ fn mistakes(file: &SecretFile) -> io::Result<Vec<environment::Mistake>> {
 pub fn write(path: &Path, wanted: &WriteRequest) -> Result<WriteResult> {
     let content = decode(&wanted.content)?;
     let (Some(folder), true) = (path.parent(), path.is_absolute()) else {
-        return Err(Error::new(format!("{} is no file below a folder", path.display())));
+        return Err(Error::new(format!("{} is not a file below a folder", path.display())));
     };
     guarded(folder)?;
     if !folder.exists() {

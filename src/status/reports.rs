@@ -107,7 +107,8 @@ fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(HostReport
     })
 }
 
-fn key(host: &HostName) -> String {
+/// Where a host's report is in a store.
+pub fn key(host: &HostName) -> String {
     format!("{HOSTS_PREFIX}{host}.json")
 }
 
