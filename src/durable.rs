@@ -349,8 +349,8 @@ mod tests {
     fn a_link_is_replaced_and_removal_says_whether_there_was_one() {
         let dir = tempfile::tempdir().unwrap();
         let link = dir.path().join("l");
-        drop(linked(Path::new("/a"), &link).unwrap());
-        drop(linked(Path::new("/b"), &link).unwrap());
+        let _effect = linked(Path::new("/a"), &link).unwrap();
+        let _effect = linked(Path::new("/b"), &link).unwrap();
         assert_eq!(fs_err::read_link(&link).unwrap(), Path::new("/b"));
         assert!(remove(&link).unwrap());
         assert!(!remove(&link).unwrap());
