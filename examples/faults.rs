@@ -1,4 +1,4 @@
-//! The product with the points at which tests end it or make it fail (the feature `faults`, src/effect.rs). As
+//! The product with the points at which tests end it or make it fail (the feature `faults`, src/failpoint.rs). As
 //! `faults fetch PATH...` it is a host's fetch and nothing else, for which no host is needed.
 
 use omni_deploy::config::{Flags, load};

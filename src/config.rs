@@ -74,6 +74,8 @@ pub struct Sourced {
     pub source: String,
 }
 
+type Sources = BTreeMap<&'static str, Sourced>;
+
 /// The effective configuration, parsed.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -104,7 +106,7 @@ pub struct Settings {
     /// Whether the report in the bucket has the last journal lines of what failed.
     pub report_lines: bool,
     /// Every key as text with its source, for `omni-deploy config`.
-    pub sources: BTreeMap<&'static str, Sourced>,
+    pub sources: Sources,
 }
 
 /// What was given by flags: key name to value.
@@ -112,19 +114,22 @@ pub type Flags = BTreeMap<&'static str, String>;
 
 /// `~/.config/omni-deploy` of whoever runs this: `$XDG_CONFIG_HOME`, else `$HOME/.config`, else root's.
 pub fn user_dir() -> PathBuf {
-    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    set("XDG_CONFIG_HOME").unwrap_or_else(|| home().join(".config")).join("omni-deploy")
+    folder("XDG_CONFIG_HOME").unwrap_or_else(|| home().join(".config")).join("omni-deploy")
 }
 
 /// `~/.local/state/omni-deploy`: what this user's calls remember and can find out again.
 pub fn state_dir() -> PathBuf {
-    let set = std::env::var_os("XDG_STATE_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
-    set.unwrap_or_else(|| home().join(".local/state")).join("omni-deploy")
+    folder("XDG_STATE_HOME").unwrap_or_else(|| home().join(".local/state")).join("omni-deploy")
 }
 
 /// The home folder: `$HOME`, else root's (units of the system have none).
-pub fn home() -> PathBuf {
-    std::env::var_os("HOME").filter(|v| !v.is_empty()).map_or_else(|| PathBuf::from("/root"), PathBuf::from)
+fn home() -> PathBuf {
+    folder("HOME").unwrap_or_else(|| "/root".into())
+}
+
+/// The folder that a variable of the environment names.
+fn folder(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).filter(|v| !v.is_empty()).map(PathBuf::from)
 }
 
 /// The configuration file of this user.
@@ -204,9 +209,9 @@ fn parse_file(path: &Path, text: &str) -> Result<FileValues> {
                 items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" ")
             }
             (_, true) => {
-                return Err(Error::new(format!("{at}: '{name}' is {value}, an array of strings is meant")));
+                return Err(Error::new(format!("{at}: '{name}' is {value}, expected an array of strings")));
             }
-            (_, false) => return Err(Error::new(format!("{at}: '{name}' is {value}, a string is meant"))),
+            (_, false) => return Err(Error::new(format!("{at}: '{name}' is {value}, expected a string"))),
         };
         values.insert(key.name, text);
     }
@@ -219,128 +224,121 @@ fn resolve(
     env: &dyn Fn(&str) -> Option<String>,
     files: &[Option<FileValues>],
 ) -> Result<Settings> {
-    let mut sources: BTreeMap<&'static str, Sourced> = BTreeMap::new();
-    for key in KEYS {
-        let from_flag = flags.get(key.name).map(|v| (v.clone(), format!("flag {}", key.flag)));
-        let from_env =
-            || env(key.env).filter(|v| !v.is_empty()).map(|v| (v, format!("environment {}", key.env)));
-        let from_files = || {
-            files.iter().flatten().find_map(|(path, values)| {
-                values.get(key.name).map(|v| (v.clone(), path.display().to_string()))
-            })
-        };
-        let found = from_flag.or_else(from_env).or_else(from_files);
-        let sourced = match found {
-            Some((value, source)) => Sourced { value: Some(value), source },
-            None => Sourced { value: None, source: "default".into() },
-        };
-        sources.insert(key.name, sourced);
-    }
-    let get = |name: &str| sources.get(name).and_then(|s| s.value.clone());
-    let wrong = |name: &str, value: &str, why: &str| {
-        let source = sources.get(name).map_or("default", |s| s.source.as_str());
-        // What cannot be used is said in places that everybody reads.
-        let value = crate::store::url::without_secrets(value);
-        Error::new(format!("{name} '{value}' ({source}) {why}"))
-    };
+    let mut sources: Sources = KEYS.iter().map(|key| (key.name, find(key, flags, env, files))).collect();
+    let get = |name: &str| sources[name].value.as_deref();
 
-    let store_text = get("store").unwrap_or_else(|| DEFAULT_STORE.into());
-    let store = StoreUrl::parse(&store_text).map_err(|why| wrong("store", &store_text, &why))?;
-    let cache = match get("cache") {
-        None => CacheUrl::Store(store.clone()),
-        Some(text) => CacheUrl::parse(&text).map_err(|why| wrong("cache", &text, &why))?,
-    };
-    let host = match get("host") {
-        Some(text) => HostName::parse(&text).map_err(|why| wrong("host", &text, &why))?,
-        None => HostName::of_this_machine().ok_or_else(|| {
-            Error::new("this machine has no usable host name; set 'host' in the configuration")
-        })?,
-    };
+    let store = needed(&sources, "store", StoreUrl::parse)?;
+    let cache = parse(&sources, "cache", CacheUrl::parse)?.unwrap_or(CacheUrl::Store(store.clone()));
+    let host = needed(&sources, "host", HostName::parse)?;
     let default_hosts = match get("defaultHosts") {
         Some(text) => {
-            let parse =
-                |word: &String| HostName::parse(word).map_err(|why| wrong("defaultHosts", word, &why));
-            let hosts = words(&text).iter().map(parse).collect::<Result<Vec<_>>>()?;
+            let parse = |word: String| {
+                HostName::parse(&word).map_err(|why| wrong(&sources, "defaultHosts", &word, &why))
+            };
+            let hosts = words(text).map(parse).collect::<Result<Vec<_>>>()?;
             (!hosts.is_empty()).then_some(hosts)
         }
         None => (!store.is_shared()).then(|| vec![host.clone()]),
     };
-    let mut trusted_public_keys = Vec::new();
-    for word in get("trustedPublicKeys").map(|t| words(&t)).unwrap_or_default() {
-        if word.split_once(':').is_none_or(|(name, key)| name.is_empty() || key.len() != 44) {
-            return Err(wrong(
-                "trustedPublicKeys",
-                &word,
-                "is not a public key; the form is NAME:BASE64, as Nix writes it",
-            ));
-        }
-        trusted_public_keys.push(word);
+    let trusted_public_keys: Vec<String> = get("trustedPublicKeys").into_iter().flat_map(words).collect();
+    let is_key =
+        |word: &str| word.split_once(':').is_some_and(|(name, key)| !name.is_empty() && key.len() == 44);
+    if let Some(word) = trusted_public_keys.iter().find(|word| !is_key(word)) {
+        let why = "is not a public key; the form is NAME:BASE64, as Nix writes it";
+        return Err(wrong(&sources, "trustedPublicKeys", word, why));
     }
-    let build = match get("build") {
-        Some(text) => Some(text.split_whitespace().map(String::from).collect()),
-        None => on_path("bild").then(|| vec!["bild".to_string()]),
+    let caddy_admin = parse(&sources, "caddyAdmin", Address::parse)?.unwrap_or(Address::Usual);
+    let absolute = |text: &str| match text.starts_with('/') {
+        true => Ok(PathBuf::from(text)),
+        false => Err("is not an absolute path".to_string()),
     };
-    let caddy_admin = match get("caddyAdmin") {
-        None => Address::Usual,
-        Some(text) => Address::parse(&text).map_err(|why| wrong("caddyAdmin", &text, &why))?,
-    };
-    let unit_dir = match get("unitDir") {
-        Some(text) if !text.starts_with('/') => {
-            return Err(wrong("unitDir", &text, "is not an absolute path"));
-        }
-        Some(text) => PathBuf::from(text),
-        None => default_unit_dir(),
-    };
-    let report_lines = match get("reportLines").as_deref() {
-        None | Some("false") => false,
-        Some("true") => true,
-        Some(text) => return Err(wrong("reportLines", text, "is not 'true' or 'false'")),
-    };
+    let command = |name: &str| get(name).map(|text| text.split_whitespace().map(String::from).collect());
+    let switch = |text: &str| text.parse().map_err(|_| "is not 'true' or 'false'".to_string());
     let settings = Settings {
         ssh_control: BTreeMap::new(),
+        secret_key_file: get("secretKeyFile").map(expand_home),
+        trusted_public_keys,
+        build: command("build"),
+        ssh: command("ssh").unwrap_or_default(),
+        caddy_server: get("caddyServer").map(String::from),
+        unit_dir: needed(&sources, "unitDir", absolute)?,
+        report_lines: needed(&sources, "reportLines", switch)?,
+        sources: Sources::new(),
         store,
         cache,
         host,
-        secret_key_file: get("secretKeyFile").map(|t| expand_home(&t)),
-        trusted_public_keys,
-        build,
-        ssh: get("ssh").unwrap_or_else(|| "ssh".into()).split_whitespace().map(String::from).collect(),
         default_hosts,
         caddy_admin,
-        caddy_server: get("caddyServer"),
-        unit_dir,
-        report_lines,
-        sources: BTreeMap::new(),
     };
-    Ok(with_defaults(settings, sources))
-}
-
-/// Fills in what the defaults came to, so that `omni-deploy config` shows effective values.
-fn with_defaults(mut settings: Settings, mut sources: BTreeMap<&'static str, Sourced>) -> Settings {
-    let join = |hosts: &Vec<HostName>| hosts.iter().map(HostName::as_str).collect::<Vec<_>>().join(" ");
+    // What these are by default depends on others.
+    let hosts = settings.default_hosts.iter().flatten().map(HostName::as_str).collect::<Vec<_>>().join(" ");
     for (name, value) in [
-        ("store", Some(settings.store.to_string())),
-        ("cache", Some(settings.cache.to_string())),
-        ("host", Some(settings.host.to_string())),
-        ("build", settings.build.as_ref().map(|b| b.join(" "))),
-        ("ssh", Some(settings.ssh.join(" "))),
-        ("defaultHosts", settings.default_hosts.as_ref().map(join)),
-        ("caddyAdmin", Some(settings.caddy_admin.to_string())),
-        ("unitDir", Some(settings.unit_dir.display().to_string())),
-        ("reportLines", Some(settings.report_lines.to_string())),
+        ("cache", settings.cache.to_string()),
+        ("defaultHosts", hosts),
+        ("caddyAdmin", settings.caddy_admin.to_string()),
     ] {
-        if let Some(sourced) = sources.get_mut(name)
-            && sourced.value.is_none()
-        {
-            sourced.value = value;
+        if let Some(Sourced { value: unset @ None, .. }) = sources.get_mut(name) {
+            *unset = Some(value).filter(|v| !v.is_empty());
         }
     }
-    settings.sources = sources;
-    settings
+    Ok(Settings { sources, ..settings })
 }
 
-fn words(text: &str) -> Vec<String> {
-    text.split([' ', ',', '\n', '\t']).filter(|w| !w.is_empty()).map(String::from).collect()
+/// A key's value: flag, environment, files, default.
+fn find(
+    key: &Key,
+    flags: &Flags,
+    env: &dyn Fn(&str) -> Option<String>,
+    files: &[Option<FileValues>],
+) -> Sourced {
+    let given = |value: String, source: String| Sourced { value: Some(value), source };
+    if let Some(value) = flags.get(key.name) {
+        return given(value.clone(), format!("flag {}", key.flag));
+    }
+    if let Some(value) = env(key.env).filter(|v| !v.is_empty()) {
+        return given(value, format!("environment {}", key.env));
+    }
+    let mut files = files.iter().flatten();
+    match files.find_map(|(path, values)| Some((path, values.get(key.name)?))) {
+        Some((path, value)) => given(value.clone(), path.display().to_string()),
+        None => Sourced { value: default_of(key.name), source: "default".into() },
+    }
+}
+
+/// The default of a key, unless it depends on others.
+fn default_of(name: &str) -> Option<String> {
+    match name {
+        "store" => Some(DEFAULT_STORE.into()),
+        "host" => HostName::of_this_machine().map(|host| host.to_string()),
+        "build" => found_on_path("bild").map(|_| "bild".into()),
+        "ssh" => Some("ssh".into()),
+        "unitDir" => Some(default_unit_dir().into()),
+        "reportLines" => Some("false".into()),
+        _ => None,
+    }
+}
+
+fn parse<T>(sources: &Sources, name: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Option<T>> {
+    let parse = |text: &String| parse(text).map_err(|why| wrong(sources, name, text, &why));
+    sources[name].value.as_ref().map(parse).transpose()
+}
+
+/// The same of a key that has a default on every machine, but for one whose own name is no host name.
+fn needed<T>(sources: &Sources, name: &str, parser: impl Fn(&str) -> Result<T, String>) -> Result<T> {
+    parse(sources, name, parser)?.ok_or_else(|| {
+        Error::new(format!("this machine has no usable {name} name; set '{name}' in the configuration"))
+    })
+}
+
+fn wrong(sources: &Sources, name: &str, value: &str, why: &str) -> Error {
+    // What cannot be used is said in places that everybody reads.
+    let value = crate::store::url::without_secrets(value);
+    Error::new(format!("{name} '{value}' ({}) {why}", sources[name].source))
+}
+
+/// The words of a list, as people write it.
+pub fn words(text: &str) -> impl Iterator<Item = String> {
+    text.split([' ', ',', '\n', '\t']).filter(|w| !w.is_empty()).map(String::from)
 }
 
 fn expand_home(text: &str) -> PathBuf {
@@ -348,11 +346,6 @@ fn expand_home(text: &str) -> PathBuf {
         Some(rest) => home().join(rest),
         None => PathBuf::from(text),
     }
-}
-
-/// Whether a program of that name is on PATH.
-pub fn on_path(program: &str) -> bool {
-    found_on_path(program).is_some()
 }
 
 /// Where PATH has a program of that name.
@@ -366,10 +359,10 @@ pub fn found_on_path(program: &str) -> Option<PathBuf> {
 
 /// `/etc/systemd/system`, or `/run/systemd/system` where the former cannot be written (NixOS links it into
 /// its store).
-fn default_unit_dir() -> PathBuf {
-    let etc = PathBuf::from("/etc/systemd/system");
-    let in_store = fs_err::canonicalize(&etc).is_ok_and(|p| p.starts_with(crate::names::STORE_DIR));
-    if in_store { PathBuf::from("/run/systemd/system") } else { etc }
+fn default_unit_dir() -> &'static str {
+    let etc = "/etc/systemd/system";
+    let in_store = fs_err::canonicalize(etc).is_ok_and(|p| p.starts_with(crate::names::STORE_DIR));
+    if in_store { "/run/systemd/system" } else { etc }
 }
 
 #[cfg(test)]

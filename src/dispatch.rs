@@ -13,13 +13,13 @@ pub type Command = argh::CommandInfoWithArgs;
 const PROGRAM: &str = "omni-deploy";
 
 /// The names of the program that stand for a command of it.
-pub const CALLED: [(&str, &str); 2] = [("deploy-manifest", "manifest"), ("deployer", "deployer")];
+pub const ALIASES: [(&str, &str); 2] = [("deploy-manifest", "manifest"), ("deployer", "deployer")];
 
 /// What a command does when none of those below it is named.
-const UNSAID: [(&str, &str); 1] = [("deployer", "run")];
+const DEFAULT_COMMANDS: [(&str, &str); 1] = [("deployer", "run")];
 
 /// Words that people know from other programs, and what does it here.
-const ELSEWHERE: [(&str, &str); 7] = [
+const HINTS: [(&str, &str); 7] = [
     ("restart", "'sudo systemctl restart SERVICE' on its host does that"),
     ("start", "'sudo deployer resume SERVICE' on its host ends a pause"),
     ("stop", "'sudo deployer pause SERVICE' on its host does that"),
@@ -79,7 +79,7 @@ pub struct Line<'t> {
 /// anywhere before a `--`.
 pub fn read<'t>(tree: &'t Command, argv: &[String]) -> Line<'t> {
     let program = argv.first().map_or("", |a| a.rsplit('/').next().unwrap_or_default());
-    let called = CALLED.iter().find(|(name, _)| *name == program);
+    let called = ALIASES.iter().find(|(name, _)| *name == program);
     let mut line = Line {
         tree,
         command: tree,
@@ -135,13 +135,16 @@ pub fn flags(command: &Command) -> impl Iterator<Item = &'static FlagInfo<'stati
 }
 
 /// What is done when none of the commands below is named.
-pub fn unsaid(command: &Command) -> Option<&'static str> {
-    UNSAID.iter().find(|(name, _)| *name == command.name).map(|(_, unsaid)| *unsaid)
+pub fn default_command(command: &Command) -> Option<&'static str> {
+    DEFAULT_COMMANDS
+        .iter()
+        .find(|(name, _)| *name == command.name)
+        .map(|(_, default_command)| *default_command)
 }
 
 /// How a command is called: `deploy-manifest set`, `omni-deploy push`.
-pub fn spoken(path: &[&str]) -> String {
-    let called = path.first().and_then(|first| CALLED.iter().find(|(_, command)| command == first));
+pub fn invocation(path: &[&str]) -> String {
+    let called = path.first().and_then(|first| ALIASES.iter().find(|(_, command)| command == first));
     match called {
         Some((name, _)) => [&[*name], &path[1..]].concat().join(" "),
         None => [&[PROGRAM], path].concat().join(" "),
@@ -189,8 +192,8 @@ impl Line<'_> {
             // Of a command that there is not.
             return;
         }
-        if let Some(unsaid) = unsaid(self.command) {
-            self.descend(unsaid);
+        if let Some(default_command) = default_command(self.command) {
+            self.descend(default_command);
         }
         let is_it = |f: &&FlagInfo| match is_long {
             true => f.long == flag,
@@ -259,14 +262,16 @@ impl Line<'_> {
             // The deployer's are typed somewhere else than all others.
             let typed = |path: &[&str]| match path[0] == "deployer" && self.path.first() != Some(&"deployer")
             {
-                true => format!("on a host 'sudo {}'", spoken(path)),
-                false => format!("'{}'", spoken(path)),
+                true => format!("on a host 'sudo {}'", invocation(path)),
+                false => format!("'{}'", invocation(path)),
             };
-            found.map(|(path, command)| format!("{} ({})", typed(path), gist(command.description))).collect()
+            found
+                .map(|(path, command)| format!("{} ({})", typed(path), first_sentence(command.description)))
+                .collect()
         };
         let own: Vec<&str> = shown(self.command).map(|sub| sub.name).collect();
         let same = called(&|last| last == word);
-        let elsewhere = ELSEWHERE.iter().find(|(known, _)| *known == word);
+        let elsewhere = HINTS.iter().find(|(known, _)| *known == word);
         let others = nearest(word, all.iter().filter_map(|(path, _)| path.last().copied()));
         let hint = match elsewhere {
             _ if !same.is_empty() => format!("; there is {}", same.join(" and ")),
@@ -281,7 +286,7 @@ impl Line<'_> {
     /// How the command is called, for texts: `deploy-manifest set`, or `omni-deploy manifest set`.
     pub fn name(&self) -> String {
         match self.called {
-            Some(called) => [&[called], &self.path[1..]].concat().join(" "),
+            Some(_) => invocation(&self.path),
             None => [&[PROGRAM], self.path.as_slice()].concat().join(" "),
         }
     }
@@ -311,8 +316,8 @@ impl Line<'_> {
         if let Some(asked) = self.asked {
             return Ok(Action::Answer(asked));
         }
-        if let Some(unsaid) = unsaid(self.command) {
-            self.descend(unsaid);
+        if let Some(default_command) = default_command(self.command) {
+            self.descend(default_command);
         }
         match self.wrong.take().or_else(|| self.lacks()) {
             Some(wrong) => Err(self.usage(&wrong)),
@@ -344,7 +349,7 @@ impl Line<'_> {
 }
 
 /// The first sentence of a text, without its end.
-pub fn gist(text: &str) -> &str {
+pub fn first_sentence(text: &str) -> &str {
     let end = text.find(". ").unwrap_or(text.len());
     text[..end].trim_end_matches('.')
 }
@@ -501,18 +506,18 @@ mod tests {
     fn the_tables_beside_the_tree_name_what_is_in_it() {
         let tree = tree();
         let all = all(&tree);
-        for (name, command) in CALLED {
+        for (name, command) in ALIASES {
             assert!(all.iter().any(|(path, _)| *path == [command]), "{name}");
         }
-        for (group, below) in UNSAID {
+        for (group, below) in DEFAULT_COMMANDS {
             assert!(all.iter().any(|(path, _)| *path == [group, below]), "{group} {below}");
         }
-        for (word, what) in ELSEWHERE {
+        for (word, what) in HINTS {
             assert!(!all.iter().any(|(path, _)| path.last() == Some(&word)), "{word} is a command");
             for quoted in what.split('\'').skip(1).step_by(2) {
                 let line = words(quoted.trim_start_matches("sudo "));
-                let known =
-                    line[0] == "systemctl" || all.iter().any(|(path, _)| spoken(path) == line[..2].join(" "));
+                let known = line[0] == "systemctl"
+                    || all.iter().any(|(path, _)| invocation(path) == line[..2].join(" "));
                 assert!(known, "{quoted}");
             }
         }

@@ -83,13 +83,7 @@ pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
     }
 }
 
-/// Makes `link` a symbolic link to `target`, replacing what is there (a file or a link, not a folder).
-pub fn symlink(target: &Path, link: &Path) -> io::Result<()> {
-    let _effect = linked(target, link)?;
-    sync_dir(parent(link)?)
-}
-
-/// The same, before it is on the disk.
+/// Makes a link that is not on the disk yet.
 fn linked(target: &Path, link: &Path) -> io::Result<Effect> {
     let dir = parent(link)?;
     let name = link.file_name().unwrap_or_default().to_string_lossy();
@@ -147,7 +141,7 @@ impl Batch {
         }
     }
 
-    /// As [`symlink`] does.
+    /// Makes `link` a symbolic link to `target`, replacing what is there (a file or a link, not a folder).
     pub fn symlink(&mut self, target: &Path, link: &Path) {
         match linked(target, link) {
             Ok(effect) => self.done.push((link.to_path_buf(), effect)),
@@ -355,8 +349,8 @@ mod tests {
     fn a_link_is_replaced_and_removal_says_whether_there_was_one() {
         let dir = tempfile::tempdir().unwrap();
         let link = dir.path().join("l");
-        symlink(Path::new("/a"), &link).unwrap();
-        symlink(Path::new("/b"), &link).unwrap();
+        let _effect = linked(Path::new("/a"), &link).unwrap();
+        let _effect = linked(Path::new("/b"), &link).unwrap();
         assert_eq!(fs_err::read_link(&link).unwrap(), Path::new("/b"));
         assert!(remove(&link).unwrap());
         assert!(!remove(&link).unwrap());

@@ -51,34 +51,20 @@ fn odd(c: char) -> bool {
 /// has for it, so that whoever parses it finds what was there. Line breaks of the layout stay.
 pub fn printable_json(text: &str) -> Cow<'_, str> {
     let odd = |c: char| c != '\n' && odd(c);
-    if !text.contains(odd) {
-        return Cow::Borrowed(text);
-    }
-    let mut out = String::with_capacity(text.len() + 64);
-    for c in text.chars() {
-        if odd(c) {
-            out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
-        } else {
-            out.push(c);
-        }
-    }
-    Cow::Owned(out)
+    escaped(text, odd, |c| c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect())
 }
 
 /// The text with every control character (but none of the printable ones) written as an escape.
 pub fn printable(text: &str) -> Cow<'_, str> {
-    if !text.contains(odd) {
+    escaped(text, odd, |c| c.escape_default().to_string())
+}
+
+fn escaped(text: &str, odd: impl Fn(char) -> bool, escape: impl Fn(char) -> String) -> Cow<'_, str> {
+    if !text.contains(&odd) {
         return Cow::Borrowed(text);
     }
-    let mut out = String::with_capacity(text.len() + 8);
-    for c in text.chars() {
-        if odd(c) {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    Cow::Owned(out)
+    let one = |c: char| if odd(c) { escape(c) } else { c.to_string() };
+    Cow::Owned(text.chars().map(one).collect())
 }
 
 fn line(priority: u8, colour: &str, text: &dyn Display) {

@@ -4,7 +4,7 @@
 use crate::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 #[allow(clippy::disallowed_types, reason = "this is the one runner")]
@@ -26,6 +26,16 @@ impl ProcessStatus {
     /// Exit code 0.
     pub fn ok(self) -> bool {
         self == ProcessStatus::Exit(0)
+    }
+}
+
+impl From<ExitStatus> for ProcessStatus {
+    fn from(status: ExitStatus) -> Self {
+        match (status.code(), status.signal()) {
+            (Some(code), _) => ProcessStatus::Exit(code),
+            (None, Some(signal)) => ProcessStatus::Signal(signal),
+            (None, None) => ProcessStatus::Exit(-1),
+        }
     }
 }
 
@@ -125,7 +135,7 @@ fn remedy(program: &str) -> &'static str {
 /// `DF_BLOCK_SIZE`) or what it speaks of (`GIT_DIR`). What a person runs through us, a build, an editor, ssh, sudo, a
 /// manual page, gets the person's.
 fn answers_us(program: &str) -> bool {
-    let ours = ["systemctl", "systemd-analyze", "journalctl", "nix", "nix-store", "git", "df"];
+    let ours = ["systemctl", "systemd-analyze", "journalctl", "nix", "nix-store", "git"];
     ours.contains(&program.rsplit('/').next().unwrap_or(program))
 }
 
@@ -210,8 +220,9 @@ pub struct Run {
     dir: Option<PathBuf>,
     deadline: Option<Duration>,
     keep: Keep,
-    interruptible: bool,
-    chosen: bool,
+    /// What env(1) makes of the terminal's signals; None: what we do.
+    signals: Option<&'static str>,
+    clean_env: bool,
     stop: Option<Arc<AtomicBool>>,
 }
 
@@ -222,8 +233,6 @@ enum Keep {
     AtMost(u64),
     /// As much of its end as of stderr.
     End,
-    /// Nothing.
-    Nothing,
 }
 
 /// Which of a program's streams a line came from.
@@ -243,7 +252,7 @@ impl Run {
     pub fn new(program: impl Into<String>) -> Self {
         let program = program.into();
         Run {
-            chosen: answers_us(&program),
+            clean_env: answers_us(&program),
             program,
             args: Vec::new(),
             env: Vec::new(),
@@ -251,7 +260,7 @@ impl Run {
             dir: None,
             deadline: None,
             keep: Keep::AtMost(MOST_STDOUT),
-            interruptible: false,
+            signals: None,
             stop: None,
         }
     }
@@ -270,7 +279,7 @@ impl Run {
 
     /// Gives it our whole environment, though we read what it prints: a build may depend on anything there.
     pub fn with_all_variables(mut self) -> Self {
-        self.chosen = false;
+        self.clean_env = false;
         self
     }
 
@@ -310,14 +319,8 @@ impl Run {
         self
     }
 
-    /// Does not keep its stdout: what runs for as long as a person watches must not fill the memory.
-    pub fn discard_stdout(mut self) -> Self {
-        self.keep = Keep::Nothing;
-        self
-    }
-
-    /// Keeps the end of its stdout, for whom its lines are handed over to: a build may talk for hours.
-    pub fn end_kept(mut self) -> Self {
+    /// Keeps only the end of its stdout, whose lines are handed over: a build may talk for hours, a journal for ever.
+    pub fn keep_end(mut self) -> Self {
         self.keep = Keep::End;
         self
     }
@@ -330,35 +333,30 @@ impl Run {
 
     /// Gives it the terminal's signals with their usual effect, where we ignore them ([`Run::ignore_signals`]).
     pub fn interruptible(mut self) -> Self {
-        self.interruptible = true;
+        self.signals = Some(DEFAULT_SIGNALS);
         self
     }
 
     /// Becomes this program, which then ignores Ctrl-C and Ctrl-\\, as we must while an editor has the terminal:
     /// they are the editor's, and reach us as well. Returns only when that cannot be, as where env(1) is not GNU's.
-    #[allow(clippy::disallowed_types, reason = "this is the one runner")]
-    pub fn ignore_signals(self) -> Result<(), RunError> {
+    pub fn ignore_signals(mut self) -> Result<(), RunError> {
         use std::os::unix::process::CommandExt;
         let known = Run::new("env").args([DEFAULT_SIGNALS, "true"]).output()?;
         if !known.status.ok() {
             return Ok(());
         }
-        let mut command = Command::new("env");
-        command.arg("--ignore-signal=INT,QUIT").arg(&self.program).args(&self.args);
-        for (name, value) in self.env.iter().filter_map(|(n, v)| Some((n, v.as_ref()?))) {
-            command.env(name, value);
-        }
-        Err(RunError::Spawn { program: "env".into(), cause: command.exec().to_string() })
+        self.signals = Some("--ignore-signal=INT,QUIT");
+        Err(self.cannot_start(self.command().exec()))
     }
 
     /// Starts it beside us, out of reach of the terminal's signals, with a pipe to its stdin that closes when we
     /// end, however we end.
     #[allow(clippy::disallowed_types, reason = "this is the one runner")]
-    pub fn beside(self) -> Result<Beside, RunError> {
+    pub fn spawn_detached(self) -> Result<BackgroundProcess, RunError> {
         use std::os::unix::process::CommandExt;
         let mut command = self.command();
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-        Ok(Beside(self.spawn(command)?))
+        Ok(BackgroundProcess(self.spawn(command)?))
     }
 
     /// The command for people; words with anything unusual are quoted.
@@ -379,15 +377,12 @@ impl Run {
 
     #[allow(clippy::disallowed_types, reason = "this is the one runner")]
     fn command(&self) -> Command {
-        let mut command = match self.interruptible {
-            true => Command::new("env"),
-            false => Command::new(&self.program),
-        };
-        if self.interruptible {
-            command.args([DEFAULT_SIGNALS, &self.program]);
+        let mut command = Command::new(self.signals.map_or(self.program.as_str(), |_| "env"));
+        if let Some(signals) = self.signals {
+            command.args([signals, &self.program]);
         }
         command.args(&self.args);
-        if self.chosen {
+        if self.clean_env {
             command.env_clear().envs(std::env::vars_os().filter(|(n, _)| n.to_str().is_some_and(is_kept)));
             command.env("LC_ALL", "C.UTF-8");
         }
@@ -405,27 +400,23 @@ impl Run {
 
     #[allow(clippy::disallowed_types, reason = "this is the one runner")]
     fn spawn(&self, mut command: Command) -> Result<Child, RunError> {
-        command.spawn().map_err(|e| {
-            // A missing working folder gives the same error number as a missing program.
-            let missing_dir = self.dir.as_ref().filter(|d| !d.is_dir());
-            match (e.kind(), missing_dir) {
-                (std::io::ErrorKind::NotFound, None) => RunError::NotFound { program: self.program.clone() },
-                (_, Some(dir)) => RunError::Spawn {
-                    program: self.program.clone(),
-                    cause: format!("no folder {}", dir.display()),
-                },
-                _ => RunError::Spawn { program: self.program.clone(), cause: e.to_string() },
-            }
+        // A missing working folder gives the same error number as a missing program.
+        let missing = self.dir.as_ref().filter(|dir| !dir.is_dir());
+        command.spawn().map_err(|e| match missing {
+            Some(dir) => self.cannot_start(format!("no folder {}", dir.display())),
+            None if e.kind() == ErrorKind::NotFound => RunError::NotFound { program: self.program.clone() },
+            None => self.cannot_start(e),
         })
+    }
+
+    fn cannot_start(&self, cause: impl fmt::Display) -> RunError {
+        RunError::Spawn { program: self.program.clone(), cause: cause.to_string() }
     }
 
     /// Runs it with our own stdin, stdout and stderr (an editor, a pager, ssh).
     pub fn inherit(self) -> Result<ProcessStatus, RunError> {
         let mut child = self.spawn(self.command())?;
-        let status = child
-            .wait()
-            .map_err(|e| RunError::Spawn { program: self.program.clone(), cause: e.to_string() })?;
-        Ok(told(status))
+        child.wait().map(ProcessStatus::from).map_err(|e| self.cannot_start(e))
     }
 
     /// Runs it and returns what it left, whatever its exit status.
@@ -478,9 +469,9 @@ impl Run {
         let mut stderr = Vec::new();
         let started = Instant::now();
         let (mut late, mut stopped) = (false, false);
-        let told_to_stop = || self.stop.as_ref().is_some_and(|flag| flag.load(Ordering::SeqCst));
+        let should_stop = || self.stop.as_ref().is_some_and(|flag| flag.load(Ordering::SeqCst));
         // Of those that answer us none leaves a grandchild, and what they said must be whole however busy the machine is.
-        let grace = if self.chosen { GRACE_OURS } else { GRACE };
+        let grace = if self.clean_env { GRACE_OURS } else { GRACE };
         let mut ended: Option<(ExitStatus, Instant)> = None;
         let mut killed: Option<Instant> = None;
         let mut left_behind = 0;
@@ -506,7 +497,6 @@ impl Run {
                             }
                             stdout.extend_from_slice(&line);
                         }
-                        (Stream::Stdout, Keep::Nothing) => {}
                         (Stream::Stdout, Keep::End) => keep_end(&mut stdout, &line),
                         (Stream::Stderr, _) => keep_end(&mut stderr, &line),
                     }
@@ -543,16 +533,13 @@ impl Run {
                 None if killed.is_some_and(|at| at.elapsed() > KILLED_WITHIN) => break,
                 None => {
                     let is_late = !late && self.deadline.is_some_and(|d| started.elapsed() >= d);
-                    let is_unwanted = !stopped && told_to_stop();
+                    let is_stopped = !stopped && should_stop();
                     if let Ok(Some(status)) = child.try_wait() {
                         ended = Some((status, Instant::now()));
-                    } else if is_late || is_unwanted {
-                        (late, stopped) = (late || is_late, stopped || is_unwanted);
+                    } else if is_late || is_stopped {
+                        (late, stopped) = (late || is_late, stopped || is_stopped);
                         killed = Some(Instant::now());
-                        child.kill().map_err(|e| RunError::Spawn {
-                            program: self.program.clone(),
-                            cause: format!("cannot end it: {e}"),
-                        })?;
+                        child.kill().map_err(|e| self.cannot_start(format!("cannot end it: {e}")))?;
                     }
                 }
             }
@@ -561,7 +548,7 @@ impl Run {
         let after = self.deadline.unwrap_or_default();
         match ended {
             _ if stopped => Err(RunError::Stopped { command: self.shown() }),
-            Some((status, _)) if !late => Ok(Output { status: told(status), stdout, stderr }),
+            Some((status, _)) if !late => Ok(Output { status: status.into(), stdout, stderr }),
             _ => Err(RunError::Deadline { command: self.shown(), after, stderr }),
         }
     }
@@ -573,9 +560,9 @@ const DEFAULT_SIGNALS: &str = "--default-signal=INT,QUIT";
 /// A program that runs beside us and waits for the end of its stdin.
 #[derive(Debug)]
 #[allow(clippy::disallowed_types, reason = "this is the one runner")]
-pub struct Beside(Child);
+pub struct BackgroundProcess(Child);
 
-impl Beside {
+impl BackgroundProcess {
     /// Gives it a last word, then the end of its stdin, and waits until it has ended.
     pub fn finish(mut self, word: &str) -> Result<ProcessStatus, RunError> {
         if let Some(mut input) = self.0.stdin.take() {
@@ -584,7 +571,7 @@ impl Beside {
         }
         let ended = self.0.wait();
         ended
-            .map(told)
+            .map(ProcessStatus::from)
             .map_err(|e| RunError::Spawn { program: "a program beside".into(), cause: e.to_string() })
     }
 }
@@ -607,14 +594,6 @@ const CHANNEL_LINES: usize = 256;
 /// More lines than a program can leave behind in the channel and in two pipes of 64 KiB with their readers'
 /// buffers: what comes after these is a grandchild's.
 const LEFT_BEHIND: usize = CHANNEL_LINES + (160 << 10);
-
-fn told(status: ExitStatus) -> ProcessStatus {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => ProcessStatus::Exit(code),
-        (None, Some(signal)) => ProcessStatus::Signal(signal),
-        (None, None) => ProcessStatus::Exit(-1),
-    }
-}
 
 /// Adds to what is kept, and lets go of the beginning.
 fn keep_end(kept: &mut Vec<u8>, more: &[u8]) {
@@ -724,10 +703,10 @@ mod tests {
 
     #[test]
     fn output_without_end_outlasts_neither_the_deadline_nor_the_program() {
-        let e = Run::new("yes").discard_stdout().deadline(Duration::from_millis(300)).output().unwrap_err();
+        let e = Run::new("yes").keep_end().deadline(Duration::from_millis(300)).output().unwrap_err();
         assert!(matches!(e, RunError::Deadline { .. }), "{e}");
         // The grandchild ends of a broken pipe once nobody reads it any more.
-        let out = Run::new("sh").args(["-c", "yes & exec true"]).discard_stdout().output().unwrap();
+        let out = Run::new("sh").args(["-c", "yes & exec true"]).keep_end().output().unwrap();
         assert!(out.status.ok());
     }
 
@@ -756,7 +735,7 @@ mod tests {
         assert!(out.status == ProcessStatus::Exit(3) && out.stderr.ends_with("boom\n"));
         assert!(out.stderr.len() <= 2 * KEPT_END, "{}", out.stderr.len());
         let out =
-            Run::new("sh").args(["-c", "head -c 4000000 /dev/zero; echo end"]).end_kept().output().unwrap();
+            Run::new("sh").args(["-c", "head -c 4000000 /dev/zero; echo end"]).keep_end().output().unwrap();
         assert!(out.stdout.ends_with(b"end\n") && out.stdout.len() <= 2 * KEPT_END);
     }
 

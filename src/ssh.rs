@@ -42,71 +42,42 @@ pub fn output_on(
     answer_of(settings, host, words, run_on(settings, host, sudo, words).deadline(deadline))
 }
 
-/// The same for a command that a host need not have, or need not let us run as root: of what it did not do no remedy is
+/// The same as root for a command that a host need not have, or need not let us run: of what it did not do no remedy is
 /// said, only of a host that was not reached.
 pub fn attempt_on(
     settings: &Settings,
     host: &HostName,
-    sudo: bool,
     words: &[&str],
     deadline: Duration,
 ) -> Result<Output> {
-    answer_or(
-        settings,
-        host,
-        words,
-        run_on(settings, host, sudo, words).deadline(deadline),
-        Refusals::Allowed,
-    )
-}
-
-/// The same for a script of the shell.
-pub fn script_on(settings: &Settings, host: &HostName, script: &str, deadline: Duration) -> Result<Output> {
-    output_on(settings, host, false, &["sh", "-c", script], deadline)
+    reached(settings, host, words, run_on(settings, host, true, words).deadline(deadline))
 }
 
 /// What a run of `words` on `host` ([`run_on`], maybe with a stdin) left, as [`output_on`] has it.
 pub fn answer_of(settings: &Settings, host: &HostName, words: &[&str], run: Run) -> Result<Output> {
-    answer_or(settings, host, words, run, Refusals::AreErrors)
+    let output = reached(settings, host, words, run)?;
+    refused(settings, host, output.status, &output.stderr).map_or(Ok(output), Err)
 }
 
-/// What a sudo that asks for a password is to whoever asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Refusals {
-    AreErrors,
-    Allowed,
-}
-
-fn answer_or(
-    settings: &Settings,
-    host: &HostName,
-    words: &[&str],
-    run: Run,
-    refusals: Refusals,
-) -> Result<Output> {
-    let over_ssh = !is_here(settings, host);
-    match run.output() {
-        Ok(output) if over_ssh => {
-            let output = without_greeting(output);
-            match trouble(settings, host, output.status, &output.stderr) {
-                Some(e) if output.status == SSH_FAILED || refusals == Refusals::AreErrors => Err(e),
-                _ => Ok(output),
-            }
-        }
-        Ok(output) => Ok(output),
-        Err(RunError::Deadline { after, .. }) if over_ssh => Err(Error::new(format!(
-            "host {host} gave no answer to '{}' within {} s; look at it with '{} {host}'",
-            words.join(" "),
-            after.as_secs(),
-            settings.ssh.join(" ")
-        ))),
-        Err(RunError::TooMuch { limit, .. }) if over_ssh => Err(Error::new(format!(
-            "host {host} answers '{}' with more than {limit} bytes, which were not read; look at it with '{} {host}'",
-            words.join(" "),
-            settings.ssh.join(" ")
-        ))),
-        Err(e) => Err(e.into()),
+fn reached(settings: &Settings, host: &HostName, words: &[&str], run: Run) -> Result<Output> {
+    let output = run.output();
+    if is_here(settings, host) {
+        return Ok(output?);
     }
+    let what = match output {
+        Ok(output) => {
+            let output = without_greeting(output);
+            return unreached(settings, host, output.status, &output.stderr).map_or(Ok(output), Err);
+        }
+        Err(RunError::Deadline { after, .. }) => {
+            format!("gave no answer to '{}' within {} s", words.join(" "), after.as_secs())
+        }
+        Err(RunError::TooMuch { limit, .. }) => {
+            format!("answers '{}' with more than {limit} bytes, which were not read", words.join(" "))
+        }
+        Err(e) => return Err(e.into()),
+    };
+    Err(Error::new(format!("host {host} {what}; look at it with '{} {host}'", settings.ssh.join(" "))))
 }
 
 /// Hands the lines of a run on `host` ([`run_on`]) over as they come, without what its login shell prints before.
@@ -138,10 +109,9 @@ pub fn lines_of(
         }
     })?;
     before.iter().for_each(|text| line(Stream::Stdout, text));
-    match trouble(settings, host, output.status, &said.join("\n")) {
-        Some(e) => Err(e),
-        None => Ok(output.status),
-    }
+    let said = said.join("\n");
+    let failed = unreached(settings, host, output.status, &said);
+    failed.or_else(|| refused(settings, host, output.status, &said)).map_or(Ok(output.status), Err)
 }
 
 /// An output from the mark on; all of it where there is none.
@@ -157,30 +127,37 @@ fn without_greeting(mut output: Output) -> Output {
 }
 
 /// What a program said, for the middle of a sentence.
-fn said(stderr: &str) -> String {
+fn stderr_summary(stderr: &str) -> String {
     let text = tail(stderr).replace(".;", ";");
     let text = text.trim_end_matches('.');
     if text.is_empty() { "it said nothing".to_string() } else { text.to_string() }
 }
 
-/// Why a host did not do what it was asked, where that is not the command's own affair.
-fn trouble(settings: &Settings, host: &HostName, status: ProcessStatus, stderr: &str) -> Option<Error> {
-    let ssh = settings.ssh.join(" ");
+/// Why sudo on a host did not do what it was asked, where that is a password.
+fn refused(settings: &Settings, host: &HostName, status: ProcessStatus, stderr: &str) -> Option<Error> {
     let asks = |line: &str| {
         line.starts_with("sudo")
             && ["password is required", "terminal is required", "authentication is required"]
                 .iter()
                 .any(|why| line.contains(why))
     };
-    let text = if status != SSH_FAILED {
-        if status.ok() || !stderr.lines().any(asks) {
-            return None;
-        }
-        format!(
+    let is_refused = !is_here(settings, host) && !status.ok() && stderr.lines().any(asks);
+    let ssh = settings.ssh.join(" ");
+    is_refused.then(|| {
+        Error::new(format!(
             "sudo on {host} asks for a password, and nobody is there to type it; allow the user there to do without: \
              '{ssh} -t {host} sudo visudo -f /etc/sudoers.d/omni-deploy', and in it 'USER ALL=(root) NOPASSWD: ALL'"
-        )
-    } else if stderr.contains("HOST IDENTIFICATION HAS CHANGED") {
+        ))
+    })
+}
+
+/// Why ssh did not get to a host.
+fn unreached(settings: &Settings, host: &HostName, status: ProcessStatus, stderr: &str) -> Option<Error> {
+    if status != SSH_FAILED {
+        return None;
+    }
+    let ssh = settings.ssh.join(" ");
+    Some(Error::new(if stderr.contains("HOST IDENTIFICATION HAS CHANGED") {
         format!(
             "{host} has another host key than ssh remembers: if it was set up anew, 'ssh-keygen -R {host}' and then \
              '{ssh} {host}' once; if not, somebody else answers there"
@@ -188,11 +165,10 @@ fn trouble(settings: &Settings, host: &HostName, status: ProcessStatus, stderr: 
     } else if stderr.contains("Host key verification failed") {
         format!("ssh does not know {host}'s host key: run '{ssh} {host}' once")
     } else if stderr.contains("Permission denied (") {
-        format!("host {host} does not let this user in: {}; try '{ssh} {host} true'", said(stderr))
+        format!("host {host} does not let this user in: {}; try '{ssh} {host} true'", stderr_summary(stderr))
     } else {
-        format!("host {host} does not answer: {}; try '{ssh} {host} true'", said(stderr))
-    };
-    Some(Error::new(text))
+        format!("host {host} does not answer: {}; try '{ssh} {host} true'", stderr_summary(stderr))
+    }))
 }
 
 /// Whether `host` is this machine.
@@ -368,7 +344,10 @@ mod tests {
 
     #[test]
     fn a_host_that_does_not_obey_is_told_with_the_remedy_of_its_cause() {
-        let settings = settings("ssh");
+        let (settings, host) = (settings("ssh"), host("web1"));
+        let trouble = |status, stderr: &str| {
+            unreached(&settings, &host, status, stderr).or_else(|| refused(&settings, &host, status, stderr))
+        };
         for (status, stderr, want) in [
             (
                 255,
@@ -397,17 +376,12 @@ mod tests {
             ),
             (1, "sudo-rs: interactive authentication is required\n", "NOPASSWD"),
         ] {
-            let e =
-                trouble(&settings, &host("web1"), ProcessStatus::Exit(status), stderr).unwrap().to_string();
+            let e = trouble(ProcessStatus::Exit(status), stderr).unwrap().to_string();
             assert!(e.contains(want) && !e.contains(".;") && !e.contains('\r'), "{e}");
         }
         for (status, stderr) in [(0, "sudo: a password is required"), (1, "no password is required"), (3, "")]
         {
-            assert_eq!(
-                trouble(&settings, &host("web1"), ProcessStatus::Exit(status), stderr),
-                None,
-                "{stderr}"
-            );
+            assert_eq!(trouble(ProcessStatus::Exit(status), stderr), None, "{stderr}");
         }
     }
 

@@ -77,81 +77,11 @@ const KINDS: &[(&str, Kind)] = &[
 ];
 
 /// How long a shell waits for names.
-const PATIENCE: Duration = Duration::from_secs(2);
+const LOOKUP_WITHIN: Duration = Duration::from_secs(2);
 
-// bash has taken the line apart also at each = and :, and replaces what is after the last of them.
-const BASH: &str = r#"# bash completion for omni-deploy, deploy-manifest and deployer
-_omni_deploy() {
-    local line word cur=${COMP_WORDS[COMP_CWORD]} rest=${COMP_LINE:0:COMP_POINT} files= words=()
-    for word in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do
-        if [[ $words && $rest && $rest != [[:space:]]* ]]; then
-            words[-1]+=$word
-        else
-            words+=("$word") rest=${rest#"${rest%%[![:space:]]*}"}
-        fi
-        rest=${rest#"$word"}
-    done
-    [[ $cur == [=:] ]] && cur=
-    word=${words[-1]} COMPREPLY=()
-    while IFS= read -r line; do
-        if [[ $line == :files ]]; then files=1; continue; fi
-        line=${line%%$'\t'*}
-        COMPREPLY+=("${line#"${word%"$cur"}"}")
-    done < <(omni-deploy completions --complete -- "${words[@]}" 2>/dev/null)
-    if [[ $files ]]; then
-        compopt -o filenames
-        while IFS= read -r line; do COMPREPLY+=("$line"); done < <(compgen -f -- "$cur")
-    fi
-}
-complete -F _omni_deploy omni-deploy deploy-manifest deployer
-"#;
-
-const ZSH: &str = r#"#compdef omni-deploy deploy-manifest deployer
-_omni-deploy() {
-    local -a found
-    local line word meaning files=0
-    for line in "${(@f)$(omni-deploy completions --complete -- "${(@)words[1,CURRENT]}" 2>/dev/null)}"; do
-        if [[ $line == :files ]]; then
-            files=1
-        elif [[ -n $line ]]; then
-            # A word, and after a tab what it means, if that is said.
-            word=${line%%$'\t'*} meaning=${line#"$word"}
-            found+=("${word//:/\\:}${meaning:+:${meaning#$'\t'}}")
-        fi
-    done
-    (( $#found )) && _describe -V omni-deploy found
-    if (( files )); then
-        compset -P '--*='
-        _files
-    fi
-    return 0
-}
-if [[ $funcstack[1] == _omni-deploy ]]; then
-    _omni-deploy "$@"
-else
-    compdef _omni-deploy omni-deploy deploy-manifest deployer
-fi
-"#;
-
-const FISH: &str = r#"# fish completion for omni-deploy, deploy-manifest and deployer
-function __omni_deploy_complete
-    set -l words (commandline -opc)
-    set -l current (commandline -ct)
-    for line in (omni-deploy completions --complete -- $words "$current" 2>/dev/null)
-        if test "$line" = :files
-            set -l flag (string match -r -- '^--[^=]*=' "$current")
-            for path in (__fish_complete_path (string replace -r -- '^--[^=]*=' '' "$current"))
-                printf '%s\n' "$flag$path"
-            end
-        else
-            printf '%s\n' $line
-        end
-    end
-end
-for name in omni-deploy deploy-manifest deployer
-    complete -c $name -f -a '(__omni_deploy_complete)'
-end
-"#;
+const BASH: &str = include_str!("completions/omni-deploy.bash");
+const ZSH: &str = include_str!("completions/omni-deploy.zsh");
+const FISH: &str = include_str!("completions/omni-deploy.fish");
 
 pub(super) fn run(args: &Args) -> Result<Exit> {
     if args.complete {
@@ -198,7 +128,7 @@ fn candidates(words: &[String], names: &dyn Fn(Kind, &config::Flags) -> Vec<Stri
         return value(name);
     }
     let described = |(word, what): (&str, &str)| {
-        word.starts_with(current).then(|| format!("{word}\t{}", dispatch::gist(what)))
+        word.starts_with(current).then(|| format!("{word}\t{}", dispatch::first_sentence(what)))
     };
     if current.starts_with('-') {
         let own = dispatch::flags(line.command).map(|f| (f.long, f.description));
@@ -241,10 +171,10 @@ fn names(kind: Kind, flags: &config::Flags) -> Vec<String> {
     let (sender, found) = mpsc::channel();
     let flags = flags.clone();
     std::thread::spawn(move || {
-        // Nobody listens any more when patience ran out.
+        // Nobody listens any more after that.
         drop(sender.send(look_up(kind, &flags).unwrap_or_default()));
     });
-    found.recv_timeout(PATIENCE).unwrap_or_default()
+    found.recv_timeout(LOOKUP_WITHIN).unwrap_or_default()
 }
 
 fn look_up(kind: Kind, flags: &config::Flags) -> Result<Vec<String>> {
@@ -259,16 +189,11 @@ fn look_up(kind: Kind, flags: &config::Flags) -> Result<Vec<String>> {
         return Ok(store.list(ARCHIVE_PREFIX)?.iter().filter_map(|key| plain(key)).collect());
     }
     let manifest = publish::read(store.as_ref())?;
-    Ok(match kind {
-        Kind::Host => reports::hosts(&manifest).iter().map(|h| h.to_string()).collect(),
-        _ => manifest
-            .services
-            .iter()
-            .map(|s| s.name.to_string())
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .collect(),
-    })
+    let names: BTreeSet<String> = match kind {
+        Kind::Host => reports::hosts(&manifest).iter().map(ToString::to_string).collect(),
+        _ => manifest.services.iter().map(|s| s.name.to_string()).collect(),
+    };
+    Ok(names.into_iter().collect())
 }
 
 #[cfg(test)]

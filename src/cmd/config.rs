@@ -3,7 +3,7 @@
 
 use super::table::{Cell, Column, table};
 use super::{Call, print};
-use crate::config::{KEYS, Sourced};
+use crate::config::{self, KEYS, Sourced};
 use crate::error::{Exit, Result};
 use crate::store::url::without_secrets;
 use argh::{ArgsInfo, FromArgs};
@@ -34,10 +34,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
         for key in KEYS {
             let (value, source) = shown(key.name);
             let value = match value {
-                Some(text) if key.list => {
-                    let items = text.split([' ', ',', '\n', '\t']).filter(|w| !w.is_empty());
-                    Value::Array(items.map(Value::from).collect())
-                }
+                Some(text) if key.list => config::words(&text).collect(),
                 other => other.map_or(Value::Null, Value::from),
             };
             map.insert(key.name.into(), json!({"value": value, "source": source}));

@@ -3,7 +3,7 @@
 use super::{Call, print};
 use crate::clock::Timestamp;
 use crate::deployer::live;
-use crate::doctor::{Check, Verdict, credentials, host, machine};
+use crate::doctor::{Check, Verdict, credentials, fail, host, machine};
 use crate::error::{Exit, Result};
 use crate::log::{self, printable, printable_json};
 use argh::{ArgsInfo, FromArgs};
@@ -45,29 +45,29 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
 fn look(call: &Call, on_host: bool) -> Vec<Check> {
     let settings = match call.settings() {
         Ok(settings) => settings,
-        Err(e) => return vec![Check::fail("configuration", e.to_string())],
+        Err(e) => return vec![fail(e).of("configuration")],
     };
-    let mut checks = vec![machine::files()];
+    let mut checks = vec![machine::files().of("configuration")];
     let mut manifest = None;
     match crate::store::open(&settings.store) {
-        Err(e) => checks.push(Check::fail("store", e.to_string())),
+        Err(e) => checks.push(fail(e).of("store")),
         Ok(store) => {
             checks.extend(machine::store(store.as_ref(), on_host));
             // A store that does not answer was said: the manifest would say it again.
             if checks.iter().all(|c| c.name != "store" || c.verdict == Verdict::Ok) {
-                let (check, found) = machine::manifest(store.as_ref(), &settings);
-                checks.push(check);
-                manifest = found;
+                let (found, trusted) = machine::manifest(store.as_ref(), &settings);
+                checks.push(found.of("manifest"));
+                manifest = trusted;
                 if on_host {
-                    checks.extend(host::report(store.as_ref(), &settings));
+                    checks.extend(host::report(store.as_ref(), &settings).map(|found| found.of("report")));
                 }
             }
         }
     }
     checks.extend(machine::signing(&settings, on_host));
-    checks.extend(credentials::own(on_host));
-    checks.push(machine::nix());
-    checks.push(machine::cache(&settings, on_host));
+    checks.extend(credentials::own(on_host).into_iter().map(|found| found.of("credentials")));
+    checks.push(machine::nix().of("nix"));
+    checks.push(machine::cache(&settings, on_host).of("cache"));
     // A host with a key of its own is a developer's machine as well.
     if !on_host || settings.secret_key_file.is_some() {
         checks.extend(machine::programs(&settings));

@@ -8,11 +8,11 @@ use crate::runner::{ProcessStatus, Run};
 use std::path::{Path, PathBuf};
 
 /// In the environment of a process that ignores the terminal's signals.
-const DEAF: &str = "OMNI_DEPLOY_DEAF";
+const SIGNALS_IGNORED: &str = "OMNI_DEPLOY_SIGNALS_IGNORED";
 
 /// Becomes a process that an editor's Ctrl-C does not end, once.
 pub fn ignore_its_signals(call: &Call) -> Result<()> {
-    if std::env::var_os(DEAF).is_some() {
+    if std::env::var_os(SIGNALS_IGNORED).is_some() {
         return Ok(());
     }
     let mut run = Run::new(std::env::current_exe()?.to_string_lossy());
@@ -21,12 +21,12 @@ pub fn ignore_its_signals(call: &Call) -> Result<()> {
             run = run.arg(format!("{}={value}", key.flag));
         }
     }
-    Ok(run.args(&call.args).env(DEAF, "1").ignore_signals()?)
+    Ok(run.args(&call.args).env(SIGNALS_IGNORED, "1").ignore_signals()?)
 }
 
 /// The same run, with the terminal's signals as they usually are.
 pub fn as_the_terminal_has_it(run: Run) -> Run {
-    if std::env::var_os(DEAF).is_some() { run.interruptible() } else { run }
+    if std::env::var_os(SIGNALS_IGNORED).is_some() { run.interruptible() } else { run }
 }
 
 /// What an editor may remember of a draft.
@@ -57,7 +57,7 @@ pub fn edit(draft: &Path, traces: Traces) -> Result<Vec<u8>> {
     let (shown, words) = words()?;
     let (program, args) = words.split_first().ok_or_else(|| Error::new("EDITOR is empty; set it"))?;
     let quiet: &[&str] = if traces == Traces::None && is_vim(program) { &VIM_WITHOUT_TRACES } else { &[] };
-    let run = Run::new(program).args(quiet).args(args).arg(draft).without_env(DEAF);
+    let run = Run::new(program).args(quiet).args(args).arg(draft).without_env(SIGNALS_IGNORED);
     let status = as_the_terminal_has_it(run)
         .inherit()
         .map_err(|e| Error::new(format!("cannot edit: {e}; or set EDITOR to another editor")))?;

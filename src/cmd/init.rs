@@ -139,7 +139,7 @@ fn existing(file: &Path) -> Result<Map<String, Value>> {
             let aside = file.with_extension("json.broken");
             durable::write(&aside, &bytes, 0o600)?;
             durable::remove(file)?;
-            log::warning(format!("{} was no JSON object; kept as {}", file.display(), aside.display()));
+            log::warning(format!("{} was not a JSON object; kept as {}", file.display(), aside.display()));
             Ok(Map::new())
         }
     }
@@ -148,8 +148,7 @@ fn existing(file: &Path) -> Result<Map<String, Value>> {
 /// A flag's value as the file holds it: lists as arrays, paths absolute.
 fn file_value(name: &str, value: &str) -> Result<Value> {
     if KEYS.iter().any(|k| k.name == name && k.list) {
-        let items = value.split([' ', ',', '\n', '\t']).filter(|w| !w.is_empty());
-        return Ok(Value::Array(items.map(Value::from).collect()));
+        return Ok(config::words(value).collect());
     }
     if name == "secretKeyFile" && !value.starts_with("~/") {
         return Ok(Value::from(std::path::absolute(value)?.display().to_string()));

@@ -34,7 +34,7 @@ pub(super) struct Args {
     follow: bool,
     /// how many of the last lines, or all
     #[argh(option, short = 'n', arg_name = "lines", from_str_fn(lines))]
-    lines: Option<String>,
+    lines: Option<usize>,
     /// since when, in a form of systemd.time(7): yesterday, '1 hour ago', '2026-11-22 18:00'
     #[argh(option, arg_name = "time", from_str_fn(since))]
     since: Option<String>,
@@ -43,7 +43,10 @@ pub(super) struct Args {
     host: Option<String>,
 }
 
-const DEFAULT_LINES: &str = "100";
+const DEFAULT_LINES: usize = 100;
+
+/// How many lines `all` are.
+const ALL: usize = usize::MAX;
 
 /// How long several hosts may take that are not followed: nothing of one is shown before it has ended.
 const ENDS_WITHIN: Duration = Duration::from_secs(60);
@@ -57,11 +60,8 @@ const ENTRY_BYTES: usize = 64 << 10;
 impl Args {
     /// The most entries that a host has to say; each has a line or more.
     fn most(&self) -> usize {
-        match (&self.lines, &self.since) {
-            (Some(lines), _) => lines.parse().unwrap_or(usize::MAX),
-            (None, None) => DEFAULT_LINES.parse().unwrap_or(usize::MAX),
-            (None, Some(_)) => usize::MAX,
-        }
+        // Who names a time wants all since then.
+        self.lines.unwrap_or(if self.since.is_some() { ALL } else { DEFAULT_LINES })
     }
 }
 
@@ -90,11 +90,13 @@ impl Tail {
     }
 }
 
-fn lines(text: &str) -> Result<String, String> {
+fn lines(text: &str) -> Result<usize, String> {
     match text.parse::<u32>() {
-        Ok(n) => Ok(n.to_string()),
-        Err(_) if text == "all" => Ok(text.into()),
-        Err(_) => Err(format!("'{}' is no number of lines; 50 or all is meant", printable(text))),
+        Ok(n) => Ok(n as usize),
+        Err(_) if text == "all" => Ok(ALL),
+        Err(_) => {
+            Err(format!("'{}' is not a number of lines; expected one such as 50, or all", printable(text)))
+        }
     }
 }
 
@@ -102,7 +104,7 @@ fn since(text: &str) -> Result<String, String> {
     let well = |c: char| c.is_ascii_alphanumeric() || " :+-.,@/_".contains(c);
     if text.trim().is_empty() || text.len() > 64 || !text.chars().all(well) {
         return Err(format!(
-            "'{}' is no time; the form is '1 hour ago' or '2026-11-22 18:00'",
+            "'{}' is not a time; the form is '1 hour ago' or '2026-11-22 18:00'",
             printable(text)
         ));
     }
@@ -145,18 +147,14 @@ fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
         let hint = if near.is_empty() { "; 'omni-deploy status' lists them" } else { near.as_str() };
         Error::new(format!("no service '{}' in the manifest{hint}", printable(&args.name)))
     })?;
-    Ok((service.name.unit(), hosts_of(service, picked.as_ref())?))
+    Ok((service.name.unit(), hosts_of(service, args.host.as_deref())?))
 }
 
 fn journalctl(unit: &str, args: &Args) -> Vec<String> {
     let mut words: Vec<String> = ["journalctl", "--no-pager", "--output=short-iso"].map(String::from).into();
-    words.push(format!("--unit={unit}"));
-    match (&args.lines, &args.since) {
-        (Some(lines), _) => words.push(format!("--lines={lines}")),
-        (None, None) => words.push(format!("--lines={DEFAULT_LINES}")),
-        // Who names a time wants all since then.
-        (None, Some(_)) => words.push("--lines=all".into()),
-    }
+    let lines = args.most();
+    let lines = if lines == ALL { "all".into() } else { lines.to_string() };
+    words.extend([format!("--unit={unit}"), format!("--lines={lines}")]);
     words.extend(args.since.as_ref().map(|since| format!("--since={since}")));
     words.extend(args.follow.then(|| "--follow".to_string()));
     words
@@ -171,7 +169,7 @@ fn stream(
     ends: Option<&Arc<AtomicBool>>,
     mut line: impl FnMut(Stream, &str),
 ) -> Option<String> {
-    let mut run = ssh::run_on(settings, host, true, words).discard_stdout();
+    let mut run = ssh::run_on(settings, host, true, words).keep_end();
     if let Some(stop) = ends {
         run = run.deadline(ENDS_WITHIN).stop(stop);
     }
@@ -280,7 +278,7 @@ mod tests {
     use super::*;
 
     fn args(lines: Option<&str>, since: Option<&str>, follow: bool) -> Args {
-        let (lines, since) = (lines.map(String::from), since.map(String::from));
+        let (lines, since) = (lines.map(|text| super::lines(text).unwrap()), since.map(String::from));
         Args { name: "ava".into(), follow, lines, since, host: None }
     }
 

@@ -5,7 +5,7 @@
 use super::usage::{arguments, filled, options, synopsis};
 use super::{print, tree};
 use crate::config::KEYS;
-use crate::dispatch::{self, CALLED, Command, spoken};
+use crate::dispatch::{self, ALIASES, Command, invocation};
 use crate::error::{Error, Exit, Result, did_you_mean};
 use crate::runner::{Run, RunError};
 use argh::{ArgsInfo, FromArgs};
@@ -60,7 +60,7 @@ pub(super) fn run(args: Args) -> Result<Exit> {
 fn page(name: &str, roff: &str) -> String {
     let tree = tree();
     let mut commands = String::new();
-    match CALLED.iter().find(|(called, _)| *called == name) {
+    match ALIASES.iter().find(|(called, _)| *called == name) {
         Some((_, of)) => dispatch::shown(&tree).filter(|sub| sub.name == *of).for_each(|sub| {
             dispatch::shown(sub).for_each(|below| section(&mut commands, &[of, below.name], below))
         }),
@@ -79,7 +79,7 @@ fn page(name: &str, roff: &str) -> String {
 
 /// What is said of a command: all of it, or where that is.
 fn section(text: &mut String, path: &[&str], command: &Command) {
-    let name = spoken(path);
+    let name = invocation(path);
     if let Some((page, number, _)) = PAGES.iter().find(|(page, ..)| *page == name) {
         let what = paragraph(command.description);
         text.push_str(&format!(".SS {}\n{what}See\n.BR {} ({number}).\n", path.join(" "), escaped(page)));
@@ -140,7 +140,7 @@ mod tests {
     fn every_command_and_flag_and_key_is_in_a_page() {
         let texts = PAGES.map(|(name, _, roff)| page(name, roff).replace("\\-", "-"));
         for (path, command) in dispatch::all(&tree()) {
-            let name = spoken(&path);
+            let name = invocation(&path);
             let text = &texts[PAGES.iter().position(|(page, ..)| name.starts_with(page)).unwrap()];
             let heading =
                 format!("\n.SS {}\n", name.split_once(' ').map_or(name.as_str(), |(_, words)| words));

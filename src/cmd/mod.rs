@@ -1,19 +1,19 @@
 //! The commands, one file each: they read their arguments, call the modules that do the work, and print.
 //! Data goes to stdout; everything else goes to stderr through [`crate::log`].
 
-pub mod completions;
-pub mod config;
-pub mod deployer;
-pub mod doctor;
+mod completions;
+mod config;
+mod deployer;
+mod doctor;
 mod editor;
-pub mod init;
-pub mod keygen;
-pub mod logs;
-pub mod man;
-pub mod manifest;
-pub mod push;
-pub mod secrets;
-pub mod status;
+mod init;
+mod keygen;
+mod logs;
+mod man;
+mod manifest;
+mod push;
+mod secrets;
+mod status;
 mod table;
 mod usage;
 
@@ -98,13 +98,13 @@ fn listed(hosts: &[HostName]) -> String {
 }
 
 /// The hosts of a service, or the one of them that is named.
-fn hosts_of(service: &Service, named: Option<&HostName>) -> Result<Vec<HostName>> {
+fn hosts_of(service: &Service, named: Option<&str>) -> Result<Vec<HostName>> {
     let mut placed = service.hosts.clone();
     placed.sort();
     placed.dedup();
-    let Some(host) = named else { return Ok(placed) };
-    if placed.contains(host) {
-        return Ok(vec![host.clone()]);
+    let Some(host) = named.map(host).transpose()? else { return Ok(placed) };
+    if placed.contains(&host) {
+        return Ok(vec![host]);
     }
     let near = did_you_mean(host.as_str(), placed.iter().map(HostName::as_str));
     Err(Error::new(format!("{} does not run on {host}{near}; it runs on {}", service.name, listed(&placed))))

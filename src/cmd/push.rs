@@ -148,7 +148,7 @@ fn explain(service: &ServiceName, host: &HostName, outcome: &Outcome) {
             ));
         }
         Outcome::Off(off) => {
-            log::error(format!("{service} on {host}: {}: {}", off.status.as_str(), off.reason));
+            log::error(format!("{service} on {host}: {}: {}", off.status, off.reason));
             for line in &off.journal {
                 log::info(format!("  {line}"));
             }

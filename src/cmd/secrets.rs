@@ -3,7 +3,7 @@
 //! same program does the work, as root ([`crate::secrets`]).
 
 use super::editor::{self, Traces, as_the_terminal_has_it};
-use super::{Call, host, hosts_of, listed, print};
+use super::{Call, hosts_of, listed, print};
 use crate::config::Settings;
 use crate::deployer::root::Root;
 use crate::durable;
@@ -15,7 +15,7 @@ use crate::manifest::publish::{self, Author};
 use crate::manifest::{Manifest, Service, edit};
 use crate::names::{HostName, ServiceName};
 use crate::parallel;
-use crate::runner::{Beside, ProcessStatus, Run, tail};
+use crate::runner::{BackgroundProcess, ProcessStatus, Run, tail};
 use crate::secrets::{
     self, FileFormat, FileState, MAX_FILE, SecretFile, WriteRequest, WriteResult, environment,
 };
@@ -77,7 +77,7 @@ struct CheckArgs {
     name = "edit",
     example = "{command_name} ava\n{command_name} ava --host biz --restart",
     note = "While you edit, the text is in a folder in memory (/dev/shm) that is yours alone; where there is none, it is \
-            said where it goes. vim and nvim are told to keep nothing of it elsewhere (-n -i NONE, noundofile, nobackup); \
+            said where it goes. vim and nvim are description to keep nothing of it elsewhere (-n -i NONE, noundofile, nobackup); \
             another editor's histories are its own affair."
 )]
 struct SecretsEditArgs {
@@ -103,8 +103,8 @@ struct OnHost {
     verb: String,
     #[argh(positional)]
     service: String,
-    #[argh(positional)]
-    form: String,
+    #[argh(positional, from_str_fn(FileFormat::parse))]
+    form: FileFormat,
     #[argh(positional)]
     path: String,
 }
@@ -126,7 +126,7 @@ const RESTART_WITHIN: Duration = Duration::from_secs(180);
 
 pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     match args.command {
-        Command::OnHost(OnHost { verb, service, form, path }) => on_host(&verb, &service, &form, &path),
+        Command::OnHost(OnHost { verb, service, form, path }) => on_host(&verb, &service, form, &path),
         Command::Sweep(Sweep { folder }) => sweep(&folder),
         Command::Check(args) => check(&call.settings()?, &args),
         Command::Edit(args) => edit_on_host(call, &args),
@@ -134,10 +134,9 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
 }
 
 /// The host's side: one question, answered on stdout.
-fn on_host(verb: &str, service: &str, form: &str, path: &str) -> Result<Exit> {
+fn on_host(verb: &str, service: &str, form: FileFormat, path: &str) -> Result<Exit> {
     let name = ServiceName::parse(service)
         .map_err(|why| Error::usage(format!("the service '{}' {why}", printable(service))))?;
-    let form = FileFormat::parse(form).ok_or_else(|| Error::usage("no such form of a file"))?;
     if !ssh::is_root() {
         return Err(Error::new("secrets are root's; run this through sudo"));
     }
@@ -152,13 +151,13 @@ fn on_host(verb: &str, service: &str, form: &str, path: &str) -> Result<Exit> {
                 .map_err(|_| Error::new("stdin has something else than what is to be written"))?;
             serde_json::to_string(&secrets::write(path, &wanted)?)
         }
-        _ => return Err(Error::usage("look, read or write is meant")),
+        _ => return Err(Error::usage("expected look, read or write")),
     };
     print(&answer.map_err(|e| Error::new(format!("cannot write the answer: {e}")))?).map(|()| Exit::Done)
 }
 
 /// Waits for the end of stdin, which comes when the editing process ends, however it ends; then removes its
-/// folder, unless it was told to keep it.
+/// folder, unless it was description to keep it.
 fn sweep(folder: &Path) -> Result<Exit> {
     if !folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(durable::TEMP_PREFIX)) {
         return Err(Error::usage(format!("'{}' is no folder that an edit made", folder.display())));
@@ -190,8 +189,15 @@ fn manifest(settings: &Settings) -> Result<Manifest> {
     })
 }
 
-fn service<'a>(manifest: &'a Manifest, name: &str) -> Result<&'a Service> {
-    manifest.service(name).ok_or_else(|| edit::unknown_service(name, manifest))
+/// A service, its hosts or the one of them that is named, and its files of secrets.
+fn placed(
+    settings: &Settings,
+    name: &str,
+    host: Option<&str>,
+) -> Result<(Service, Vec<HostName>, Vec<SecretFile>)> {
+    let manifest = manifest(settings)?;
+    let service = manifest.service(name).ok_or_else(|| edit::unknown_service(name, &manifest))?;
+    Ok((service.clone(), hosts_of(service, host)?, secrets::files(service)))
 }
 
 fn no_secrets(service: &Service) -> String {
@@ -240,13 +246,9 @@ fn typed(settings: &Settings, host: &HostName, command: &str) -> String {
 }
 
 fn check(settings: &Settings, args: &CheckArgs) -> Result<Exit> {
-    let manifest = manifest(settings)?;
-    let service = service(&manifest, &args.service)?;
-    let named = args.host.as_deref().map(host).transpose()?;
-    let hosts = hosts_of(service, named.as_ref())?;
-    let files = secrets::files(service);
+    let (service, hosts, files) = placed(settings, &args.service, args.host.as_deref())?;
     if files.is_empty() {
-        log::info(no_secrets(service));
+        log::info(no_secrets(&service));
         return Ok(Exit::Done);
     }
     let pairs: Vec<(&HostName, &SecretFile)> =
@@ -261,7 +263,7 @@ fn check(settings: &Settings, args: &CheckArgs) -> Result<Exit> {
                 if !found.problems.is_empty() || !found.mistakes.is_empty() {
                     code = code.max(Exit::Degraded);
                 }
-                print(&told(settings, service, host, file, &found))?;
+                print(&description(settings, &service, host, file, &found))?;
             }
             // Whoever does not answer may have anything.
             Err(e) => {
@@ -274,7 +276,7 @@ fn check(settings: &Settings, args: &CheckArgs) -> Result<Exit> {
 }
 
 /// What is known of a file on a host, a line for each thing.
-fn told(
+fn description(
     settings: &Settings,
     service: &Service,
     host: &HostName,
@@ -304,21 +306,10 @@ fn told(
 fn edit_on_host(call: &Call, args: &SecretsEditArgs) -> Result<Exit> {
     editor::ignore_its_signals(call)?;
     let settings = call.settings()?;
-    let manifest = manifest(&settings)?;
-    let service = service(&manifest, &args.service)?;
-    let named = args.host.as_deref().map(host).transpose()?;
-    let hosts = hosts_of(service, named.as_ref())?;
-    let host = match hosts.as_slice() {
-        [host] => host,
-        several => {
-            return Err(Error::new(format!(
-                "{} runs on {}; name one with --host",
-                service.name,
-                listed(several)
-            )));
-        }
+    let (service, hosts, files) = placed(&settings, &args.service, args.host.as_deref())?;
+    let [host] = hosts.as_slice() else {
+        return Err(Error::new(format!("{} runs on {}; name one with --host", service.name, listed(&hosts))));
     };
-    let files = secrets::files(service);
     let named = |file: &&SecretFile| {
         let Some(named) = args.file.as_deref() else { return true };
         file.path == named || Path::new(&file.path).file_name().is_some_and(|n| n == named)
@@ -327,44 +318,39 @@ fn edit_on_host(call: &Call, args: &SecretsEditArgs) -> Result<Exit> {
     let [file] = chosen.as_slice() else {
         let paths: Vec<&str> = files.iter().map(|f| f.path.as_str()).collect();
         return Err(Error::new(match paths.as_slice() {
-            [] => no_secrets(service),
+            [] => no_secrets(&service),
             _ => format!("{} has {}; name one of them with --file", service.name, paths.join(", ")),
         }));
     };
     let found: FileState = ask(&settings, host, "read", &service.name, file, Vec::new())?;
     let old = found.content.as_deref().map(secrets::decode).transpose()?;
-    if !edited(&settings, host, service, file, old, found.hash.clone())? {
+    if !edited(&settings, host, &service, file, old, found.hash.clone())? {
         return Ok(Exit::Done);
     }
     log::info(format!("{host}: wrote {}", file.path));
-    after(&settings, host, service, found.running, args.restart)
+    after(&settings, host, &service, found.running, args.restart)
 }
 
 /// The folder in which a person edits: in memory where there is such a place, theirs alone, and gone when we are.
-struct Desk {
+struct DraftFolder {
     folder: PathBuf,
-    sweeper: Beside,
+    sweeper: BackgroundProcess,
 }
 
-impl Desk {
+impl DraftFolder {
     fn new() -> Result<Self> {
-        let place = secrets::scratch_place();
-        let folder = durable::scratch(&place.dir)?.keep();
+        let place = secrets::scratch();
+        let folder = durable::scratch(&place.dir)?;
         if !place.in_memory {
             log::warning(format!(
                 "this machine has no folder in memory for you (/dev/shm, XDG_RUNTIME_DIR): while you edit, the text is on \
                  the disk, in {}",
-                folder.display()
+                folder.path().display()
             ));
         }
         let program = std::env::current_exe()?.to_string_lossy().into_owned();
-        match Run::new(program).args(["secrets", "sweep"]).arg(&folder).beside() {
-            Ok(sweeper) => Ok(Desk { folder, sweeper }),
-            Err(e) => {
-                fs_err::remove_dir_all(&folder)?;
-                Err(e.into())
-            }
-        }
+        let sweeper = Run::new(program).args(["secrets", "sweep"]).arg(folder.path()).spawn_detached()?;
+        Ok(DraftFolder { folder: folder.keep(), sweeper })
     }
 
     /// Ends it; `keep` leaves the folder for the person.
@@ -389,9 +375,9 @@ fn edited(
     old: Option<Vec<u8>>,
     hash: Option<String>,
 ) -> Result<bool> {
-    let desk = Desk::new()?;
+    let drafts = DraftFolder::new()?;
     let name = Path::new(&file.path).file_name().unwrap_or_default();
-    let draft = desk.folder.join(name);
+    let draft = drafts.folder.join(name);
     let before = old.clone().unwrap_or_default();
     let result = durable::write(&draft, &before, 0o600).map_err(Error::from).and_then(|()| {
         let text = editor::edit(&draft, Traces::None)?;
@@ -419,24 +405,20 @@ fn edited(
         }
     });
     let keep = result.is_err() && fs_err::read(&draft).is_ok_and(|text| text != before);
-    desk.clear(keep)?;
-    match result {
-        Ok(true) => Ok(true),
-        Ok(false) => {
-            log::info("unchanged: nothing was written");
-            Ok(false)
-        }
-        Err(e) if keep => {
-            let kept = draft.display();
-            Err(Error::new(format!(
-                "{e}; your text is kept in {kept}: correct it there, then VISUAL='cp {kept}' omni-deploy secrets edit \
-                 {} --host {host}, and rm -r {}",
-                service.name,
-                draft.parent().unwrap_or(&draft).display()
-            )))
-        }
-        Err(e) => Err(e),
+    let folder = drafts.folder.display().to_string();
+    drafts.clear(keep)?;
+    if result == Ok(false) {
+        log::info("unchanged: nothing was written");
     }
+    result.map_err(|e| match keep {
+        true => Error::new(format!(
+            "{e}; your text is kept in {0}: correct it there, then VISUAL='cp {0}' omni-deploy secrets edit {1} --host \
+             {host}, and rm -r {folder}",
+            draft.display(),
+            service.name
+        )),
+        false => e,
+    })
 }
 
 /// Restarts the service, or asks whether to, or says how.

@@ -69,19 +69,19 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     if args.watch {
         return watch(&settings, &args);
     }
-    let (picture, left_out) = look(&settings, &args)?;
+    let (report, left_out) = look(&settings, &args)?;
     if let Some(left_out) = left_out {
         log::warning(left_out);
     }
     if args.json {
-        print(&json(&picture, true)?)?;
-    } else if picture.rows.is_empty() {
-        log::info(format!("nothing should run; the manifest has serial {}", picture.serial));
+        print(&json(&report, true)?)?;
+    } else if report.rows.is_empty() {
+        log::info(format!("nothing should run; the manifest has serial {}", report.serial));
     } else {
         let colour = std::io::stdout().is_terminal() && log::colour_wanted();
-        print(&table(&picture, Timestamp::now(), colour, args.service.is_some()))?;
+        print(&table(&report, Timestamp::now(), colour, args.service.is_some()))?;
     }
-    Ok(if picture.needs_attention() { Exit::Degraded } else { Exit::Done })
+    Ok(if report.needs_attention() { Exit::Degraded } else { Exit::Done })
 }
 
 /// What is to be shown, and what is to be said of reports that were not read.
@@ -152,15 +152,12 @@ fn watch(settings: &Settings, args: &Args) -> Result<Exit> {
     let mut shown = String::new();
     loop {
         let (text, key) = match look(settings, args) {
-            Ok((picture, _)) if args.json => {
-                let line = json(&picture, false)?;
-                (line.clone(), line)
-            }
-            Ok((picture, left_out)) => {
+            Ok((report, left_out)) => {
+                let line = json(&report, false)?;
                 let colour = terminal && log::colour_wanted();
-                let mut text = table(&picture, Timestamp::now(), colour, args.service.is_some());
+                let mut text = table(&report, Timestamp::now(), colour, args.service.is_some());
                 text.extend(left_out.map(|left_out| format!("\n{left_out}\n")));
-                (text, json(&picture, false)?)
+                (if args.json { line.clone() } else { text }, line)
             }
             // What is wrong from the start stays wrong: no such service, no manifest.
             Err(e) if shown.is_empty() => return Err(e),
@@ -186,9 +183,9 @@ fn watch(settings: &Settings, args: &Args) -> Result<Exit> {
     }
 }
 
-/// The picture as JSON, safe to send to a terminal: what would steer one is written as `\u` escapes.
-fn json(picture: &StatusReport, pretty: bool) -> Result<String> {
-    let text = if pretty { serde_json::to_string_pretty(picture) } else { serde_json::to_string(picture) };
+/// The report as JSON, safe to send to a terminal: what would steer one is written as `\u` escapes.
+fn json(report: &StatusReport, pretty: bool) -> Result<String> {
+    let text = if pretty { serde_json::to_string_pretty(report) } else { serde_json::to_string(report) };
     let text = text.map_err(|e| Error::new(format!("cannot write the status as JSON: {e}")))?;
     Ok(printable_json(&text).into_owned())
 }
@@ -232,40 +229,34 @@ fn clipped(text: &str) -> String {
 }
 
 /// `detail`: what is only of interest where one service is looked at.
-fn table(picture: &StatusReport, now: Timestamp, colour: bool, detail: bool) -> String {
-    const STATUS: usize = 4;
+fn table(report: &StatusReport, now: Timestamp, colour: bool, detail: bool) -> String {
     // Only of hosts that were asked now it is known.
-    let asked = picture.rows.iter().any(|row| row.restarts.is_some());
-    let mut head = vec!["SERVICE", "HOST", "WANTED", "RUNNING", "STATUS", "SINCE", "REPORT"];
-    if asked {
-        head.insert(STATUS + 1, "RESTARTS");
-    }
-    let age = |t: Option<Timestamp>| t.map_or("-".into(), |t| t.age(now));
-    let mut lines: Vec<Vec<Cell>> = vec![head.into_iter().map(Cell::from).collect()];
-    lines.extend(picture.rows.iter().map(|row| {
+    let asked = report.rows.iter().any(|row| row.restarts.is_some());
+    let head = ["SERVICE", "HOST", "WANTED", "RUNNING", "STATUS"].into_iter();
+    let head = head.chain(asked.then_some("RESTARTS")).chain(["SINCE", "REPORT"]);
+    let age = |t: Option<Timestamp>| Cell::from(t.map_or("-".into(), |t| t.age(now)));
+    let mut lines: Vec<Vec<Cell>> = vec![head.map(Cell::from).collect()];
+    lines.extend(report.rows.iter().map(|row| {
         let dirty = row.revision.as_ref().is_some_and(|r| r.ends_with(DIRTY));
         let mut cells = vec![
             Cell::from(row.service.as_str()),
             row.host.as_str().into(),
             Cell::from(wanted(row)).coloured((colour && dirty).then_some("33")),
             row.running.as_ref().map_or("-".into(), short).into(),
-            Cell::from(row.status.as_str()).coloured(colour.then(|| colour_of(row))),
-            age(row.since).into(),
-            age(row.reported_at).into(),
+            Cell::from(row.status.to_string()).coloured(colour.then(|| colour_of(row))),
         ];
-        if asked {
-            cells.insert(STATUS + 1, row.restarts.map_or("-".into(), |n| n.to_string()).into());
-        }
+        cells.extend(asked.then(|| Cell::from(row.restarts.map_or("-".into(), |n| n.to_string()))));
+        cells.extend([age(row.since), age(row.reported_at)]);
         cells
     }));
     let mut out = table::table(&[], &lines);
     let mut below = String::new();
-    for host in &picture.hosts {
+    for host in &report.hosts {
         for problem in &host.problems {
             below.push_str(&format!("{}: {}\n", host.host, clipped(problem)));
         }
     }
-    for row in &picture.rows {
+    for row in &report.rows {
         // Of a host as a whole it was said above, once.
         let Some(problem) = row
             .problem
@@ -279,7 +270,7 @@ fn table(picture: &StatusReport, now: Timestamp, colour: bool, detail: bool) -> 
             "{} on {}: {}{tried}: {}\n",
             row.service,
             row.host,
-            row.status.as_str(),
+            row.status,
             clipped(problem)
         ));
         for line in &row.journal[row.journal.len().saturating_sub(JOURNAL_LINES)..] {
@@ -290,7 +281,7 @@ fn table(picture: &StatusReport, now: Timestamp, colour: bool, detail: bool) -> 
             below.push_str(&format!("  its last lines: omni-deploy status {} --live\n", row.service));
         }
     }
-    for row in picture.rows.iter().filter(|_| detail) {
+    for row in report.rows.iter().filter(|_| detail) {
         if let Some(exposure) = row.exposure {
             below.push_str(&format!("{} on {}: exposure {exposure}\n", row.service, row.host));
         }
@@ -309,7 +300,7 @@ mod tests {
     use crate::names::ServiceName;
     use crate::status::judge::HostRow;
 
-    fn picture() -> StatusReport {
+    fn report() -> StatusReport {
         let path = |d: &str| StorePath::parse(&format!("/nix/store/{}-ava-1.0", d.repeat(32))).unwrap();
         let host = HostName::parse("biz").unwrap();
         StatusReport {
@@ -346,7 +337,7 @@ mod tests {
 
     #[test]
     fn the_table_is_as_wide_as_its_content_and_reasons_stand_below() {
-        let text = table(&picture(), Timestamp(1000), false, false);
+        let text = table(&report(), Timestamp(1000), false, false);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(
             lines[..2],
@@ -358,15 +349,15 @@ mod tests {
         assert_eq!(lines[3], "biz: Caddy's route is pending: \\u{1b}]0;x\\u{7}");
         assert_eq!(lines[4], "ava on biz: rejected 2222222-ava-1.0: exited with 1");
         assert_eq!((lines.len(), lines[5]), (5 + JOURNAL_LINES, "  | line 2 \\u{9b}2J\\u{202e}"));
-        let one = table(&picture(), Timestamp(1000), false, true);
+        let one = table(&report(), Timestamp(1000), false, true);
         assert_eq!(one.strip_prefix(&text), Some("ava on biz: exposure 1.1\n"));
-        assert!(table(&picture(), Timestamp(1000), true, false).contains("\x1b[31mrejected\x1b[0m  5m"));
+        assert!(table(&report(), Timestamp(1000), true, false).contains("\x1b[31mrejected\x1b[0m  5m"));
     }
 
     #[test]
     fn json_holds_what_the_host_wrote_and_steers_no_terminal() {
         for pretty in [true, false] {
-            let text = json(&picture(), pretty).unwrap();
+            let text = json(&report(), pretty).unwrap();
             assert!(
                 text.chars().all(|c| c == '\n' || !c.is_control()) && !text.contains('\u{202e}'),
                 "{text}"

@@ -27,8 +27,11 @@ pub fn synopsis(command: &Command) -> Vec<String> {
     let arguments = command.positionals.iter().filter(|p| !p.hidden);
     pieces.extend(arguments.map(|p| piece(format!("<{}>", p.name), &p.optionality)));
     if !command.commands.is_empty() {
-        let optionality =
-            if dispatch::unsaid(command).is_some() { Optionality::Optional } else { Optionality::Required };
+        let optionality = if dispatch::default_command(command).is_some() {
+            Optionality::Optional
+        } else {
+            Optionality::Required
+        };
         pieces.extend([piece("<command>".into(), &optionality), "[<args>]".into()]);
     }
     pieces
@@ -48,8 +51,8 @@ pub type Entry = (String, &'static str);
 
 /// The arguments of a command.
 pub fn arguments(command: &Command) -> Vec<Entry> {
-    let told = command.positionals.iter().filter(|p| !p.hidden && !p.description.is_empty());
-    told.map(|p| (format!("<{}>", p.name), p.description)).collect()
+    let described = command.positionals.iter().filter(|p| !p.hidden && !p.description.is_empty());
+    described.map(|p| (format!("<{}>", p.name), p.description)).collect()
 }
 
 /// The flags of a command.
@@ -67,12 +70,13 @@ pub fn help(command: &Command, name: &str) -> String {
     let mut text = String::from("Usage: ");
     let pieces = synopsis(command);
     let indent = text.len() + 2;
-    fold(&mut text, indent, [name].into_iter().chain(pieces.iter().map(String::as_str)));
+    wrap(&mut text, indent, [name].into_iter().chain(pieces.iter().map(String::as_str)));
     text.push('\n');
-    fold(&mut text, 0, command.description.split_whitespace());
+    wrap(&mut text, 0, command.description.split_whitespace());
     let mut options = options(command);
     options.push(("-h, --help".into(), "print this"));
-    let commands = dispatch::shown(command).map(|sub| (sub.name.into(), dispatch::gist(sub.description)));
+    let commands =
+        dispatch::shown(command).map(|sub| (sub.name.into(), dispatch::first_sentence(sub.description)));
     let lists = [("Arguments", arguments(command)), ("Options", options), ("Commands", commands.collect())];
     for (title, entries) in lists {
         if !entries.is_empty() {
@@ -91,7 +95,7 @@ pub fn help(command: &Command, name: &str) -> String {
     }
     for line in command.notes.iter().flat_map(|note| note.lines()) {
         text.push('\n');
-        fold(&mut text, 0, filled(line, name).split_whitespace());
+        wrap(&mut text, 0, filled(line, name).split_whitespace());
     }
     if !command.error_codes.is_empty() {
         text.push_str("\nExit codes:\n");
@@ -100,12 +104,12 @@ pub fn help(command: &Command, name: &str) -> String {
         entry(&mut text, &code.code.to_string(), 5, code.description);
     }
     text.push('\n');
-    if name.contains(' ') || dispatch::CALLED.iter().any(|(called, _)| *called == name) {
+    if name.contains(' ') || dispatch::ALIASES.iter().any(|(called, _)| *called == name) {
         text.push_str("Flags of the configuration (--store, …) go with it too: omni-deploy --help\n");
     } else {
         let keys = KEYS.map(|key| key.flag);
         let words = "Flags of the configuration, which every command takes:".split(' ').chain(keys);
-        fold(&mut text, 2, words);
+        wrap(&mut text, 2, words);
     }
     text
 }
@@ -119,11 +123,11 @@ fn entry(text: &mut String, head: &str, column: usize, what: &str) {
         None => format!("\n{}", " ".repeat(column)),
     };
     text.push_str(&gap);
-    fold(text, column, what.split_whitespace());
+    wrap(text, column, what.split_whitespace());
 }
 
 /// Appends words and the end of the line. A line that would be too long is broken, and goes on at `indent`.
-fn fold<'w>(text: &mut String, indent: usize, words: impl Iterator<Item = &'w str>) {
+fn wrap<'w>(text: &mut String, indent: usize, words: impl Iterator<Item = &'w str>) {
     let mut column = text.rsplit('\n').next().unwrap_or_default().chars().count();
     for (n, word) in words.enumerate() {
         let width = word.chars().count();
@@ -167,14 +171,14 @@ mod tests {
     fn no_line_but_an_example_is_wider_than_a_terminal() {
         let tree = tree();
         for (path, command) in dispatch::all(&tree).into_iter().chain([(vec![], &tree)]) {
-            let text = help(command, &dispatch::spoken(&path));
+            let text = help(command, &dispatch::invocation(&path));
             let (before, after) =
                 text.split_once("\nExamples:\n").unwrap_or_else(|| panic!("{path:?} has no example"));
             let examples = after.find("\n\n").unwrap_or(0);
             for line in before.lines().chain(after[examples..].lines()) {
                 assert!(line.chars().count() <= WIDTH, "{path:?}: {line}");
             }
-            assert!(after[..examples].contains(&dispatch::spoken(&path)), "{path:?}: {after}");
+            assert!(after[..examples].contains(&dispatch::invocation(&path)), "{path:?}: {after}");
             assert!(!text.contains("{{") && !text.contains("{command_name}"), "{text}");
         }
     }

@@ -127,11 +127,11 @@ fn not_found() -> Value {
     json!({"handle": [{"handler": "static_response", "status_code": 404}]})
 }
 
-fn routes_of(server: &Value) -> &[Value] {
+pub(crate) fn routes_of(server: &Value) -> &[Value] {
     server.get("routes").and_then(Value::as_array).map_or(&[], Vec::as_slice)
 }
 
-fn is_ours(route: &Value) -> bool {
+pub(crate) fn is_ours(route: &Value) -> bool {
     route.get("@id").and_then(Value::as_str) == Some(ROUTE_ID)
 }
 

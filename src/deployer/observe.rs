@@ -589,7 +589,7 @@ fn secrets_of(service: &Service) -> Result<String, String> {
 /// the command that mends it.
 pub fn secrets_file(name: &ServiceName, path: &Path) -> Result<String, String> {
     let shown = path.display();
-    if let Some(why) = path.parent().and_then(folders::trouble) {
+    if let Some(why) = path.parent().and_then(folders::insecure) {
         return Err(format!("secrets file {shown} of {name}: {why}"));
     }
     let meta = match fs_err::symlink_metadata(path) {

@@ -2,7 +2,7 @@
 //! configurations whose URLs have a password in them. Modes and owners are looked at, and the words that make a file one
 //! of secrets; none of its values.
 
-use super::Check;
+use super::{Finding, fail, ok};
 use crate::config::{self, SYSTEM_FILE};
 use crate::log::printable;
 use crate::store::credentials;
@@ -12,14 +12,12 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-const NAME: &str = "credentials";
-
 /// Where the deployer's unit finds root's credentials, and the variables that its installer leaves room for.
 const OF_THE_DEPLOYER: [&str; 3] =
     ["/root/.aws/credentials", "/root/.aws/config", "/etc/omni-deploy/deployer.env"];
 
 /// The files of this machine that hold credentials of ours; none: there are none, and nothing to be said.
-pub fn own(on_host: bool) -> Vec<Check> {
+pub fn own(on_host: bool) -> Vec<Finding> {
     let mut files: BTreeSet<PathBuf> = credentials::files().into();
     files.extend([config::user_file(), PathBuf::from(SYSTEM_FILE)]);
     if on_host {
@@ -27,12 +25,11 @@ pub fn own(on_host: bool) -> Vec<Check> {
         files.extend(environment_files());
     }
     let secret: Vec<&PathBuf> = files.iter().filter(|path| is_secret(path)).collect();
-    let wrong: Vec<Check> =
-        secret.iter().filter_map(|path| exposed(path).map(|why| Check::fail(NAME, why))).collect();
+    let wrong: Vec<Finding> = secret.iter().filter_map(|path| exposed(path).map(fail)).collect();
     match (wrong.is_empty(), secret.len()) {
         (false, _) => wrong,
         (true, 0) => Vec::new(),
-        (true, count) => vec![Check::ok(NAME, format!("files, their owner's alone: {count}"))],
+        (true, count) => vec![ok(format!("files, their owner's alone: {count}"))],
     }
 }
 

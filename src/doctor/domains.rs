@@ -1,11 +1,11 @@
 //! What visitors of this host's domains meet: where DNS leads them, what certificate this host shows them, what
-//! answers, on :80 too. [`visit`] looks, on the host itself; [`judge`] says what is wrong, and is pure. Bounded in time
+//! answers, on :80 too. [`of_host`] looks, on the host itself; [`judge`] says what is wrong, and is pure. Bounded in time
 //! and number, through no proxy, and nothing is changed by it.
 
 mod visitor;
 
-use super::Verdict;
-use crate::deployer::caddy::{CaddyState, ROUTE_ID};
+use super::{Finding, Verdict, fail, ok, warn};
+use crate::deployer::caddy::{self, CaddyState};
 use crate::deployer::state::{ServicePhase, State};
 use crate::log::printable;
 use crate::manifest::{Manifest, Service};
@@ -15,11 +15,10 @@ use crate::systemd;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
-use visitor::{Certificate, CertificateFault, CertificateTrust, Met, NoAnswer, Request, ResponseHead};
+use visitor::{Certificate, CertificateFault, CertificateTrust, NoAnswer, Reply, Request, ResponseHead};
 
 /// How many domains are visited at most, at the same time; the others are said not to have been.
 pub const MOST: usize = 64;
@@ -53,40 +52,8 @@ pub struct Visit {
     pub text: String,
 }
 
-/// Visits the domains of these services, which run on this host, all at the same time. `caddy` is what Caddy has.
-pub fn visit(services: &[&Service], caddy: &CaddyState) -> Vec<Visit> {
-    let mut domains: BTreeMap<&str, Vec<&Service>> = BTreeMap::new();
-    for service in services {
-        if let Some(http) = &service.http {
-            domains.entry(http.domain.as_str()).or_default().push(service);
-        }
-    }
-    let all: Vec<(&str, Vec<&Service>)> = domains.into_iter().collect();
-    let trust = CertificateTrust::of_the_system();
-    let some = &all[..all.len().min(MOST)];
-    let seen = parallel::map(some, MOST, |(name, services)| look(name, services, caddy, &trust));
-    // Caddy is only asked for its reasons where something is missing.
-    let log = if seen.iter().any(DomainView::lacks_a_certificate) { systemd::caddy_log() } else { vec![] };
-    let mut visits: Vec<Visit> = some
-        .iter()
-        .zip(&seen)
-        .map(|((domain, services), seen)| {
-            let (verdict, text) = judge(seen, reason(&log, &seen.name));
-            let services = services.iter().map(|s| s.name.clone()).collect();
-            Visit { domain: domain.to_string(), services, verdict, text: printable(&text).into_owned() }
-        })
-        .collect();
-    visits.extend(all.iter().skip(MOST).map(|(domain, services)| Visit {
-        domain: domain.to_string(),
-        services: services.iter().map(|s| s.name.clone()).collect(),
-        verdict: Verdict::Warn,
-        text: format!("not looked at: more than {MOST} domains; look with 'curl -v https://{domain}/'"),
-    }));
-    visits
-}
-
-/// Visits the domains of the services that run on this host. One that was never pushed, or is stopped on purpose, serves
-/// nobody.
+/// Visits the domains of the services that run on this host, all at the same time. One that was never pushed, or is
+/// stopped on purpose, serves nobody. `caddy` is what Caddy has.
 pub fn of_host(
     host: &HostName,
     manifest: &Manifest,
@@ -98,9 +65,31 @@ pub fn of_host(
         known.is_some_and(|known| known.status == ServicePhase::Stopped)
     };
     let here = manifest.services.iter().filter(|s| s.hosts.contains(host));
-    let serving: Vec<&Service> =
-        here.filter(|s| s.artifact.store_path.path().is_some() && !stopped(s)).collect();
-    visit(&serving, caddy)
+    let serving = here.filter(|s| s.artifact.store_path.path().is_some() && !stopped(s));
+    let mut domains: BTreeMap<&str, Vec<&Service>> = BTreeMap::new();
+    for service in serving {
+        if let Some(http) = &service.http {
+            domains.entry(http.domain.as_str()).or_default().push(service);
+        }
+    }
+    let all: Vec<(&str, Vec<&Service>)> = domains.into_iter().collect();
+    let trust = CertificateTrust::of_the_system();
+    let some = &all[..all.len().min(MOST)];
+    let seen = parallel::map(some, MOST, |(name, services)| look(name, services, caddy, &trust));
+    // Caddy is only asked for its reasons where something is missing.
+    let log = if seen.iter().any(DomainView::lacks_a_certificate) { systemd::caddy_log() } else { vec![] };
+    let visits = all.iter().enumerate().map(|(at, (domain, services))| {
+        let found = match seen.get(at) {
+            Some(seen) => judge(seen, reason(&log, &seen.name)),
+            None => warn(format!(
+                "not looked at: more than {MOST} domains; look with 'curl -v https://{domain}/'"
+            )),
+        };
+        let services = services.iter().map(|s| s.name.clone()).collect();
+        let text = printable(&found.text).into_owned();
+        Visit { domain: domain.to_string(), services, verdict: found.verdict, text }
+    });
+    visits.collect()
 }
 
 /// A name that the domain covers: of a wildcard the one by which a service is asked (`health.host`), or `www`.
@@ -117,14 +106,14 @@ enum Dns {
     /// Nowhere; in the resolver's words.
     Nowhere(String),
     /// It was not found out in time.
-    Late,
+    TimedOut,
     /// To these addresses; whether each is this host's.
     To(Vec<(IpAddr, bool)>),
 }
 
 /// Where on this host its visitors are served.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Door {
+enum Listener {
     /// Caddy was not to be asked; why.
     Unknown(String),
     /// No server of Caddy has a route for the domain.
@@ -140,7 +129,7 @@ struct ServiceVisit {
     path: String,
     port: u16,
     /// To a visitor.
-    visitor: Met,
+    visitor: Reply,
     /// To somebody on the host.
     direct: Result<ResponseHead, NoAnswer>,
 }
@@ -152,18 +141,18 @@ struct DomainView {
     dns: Dns,
     /// The address that this host uses towards the outside.
     own: Option<IpAddr>,
-    door: Door,
+    listener: Listener,
     /// Somebody else's route answers before ours.
     behind: bool,
     asked: Vec<ServiceVisit>,
     /// For these no time was left.
     not_asked: Vec<ServiceName>,
-    /// What :80 answers where :443 is the door and time was left.
+    /// What :80 answers where :443 is the listener and time was left.
     plain: Option<Result<ResponseHead, NoAnswer>>,
     /// Who else shows the same certificate: DNS leads there, and from there to here.
     forwarded: bool,
     /// What DNS's address shows instead.
-    elsewhere: Option<Met>,
+    elsewhere: Option<Reply>,
     now: crate::clock::Timestamp,
 }
 
@@ -180,11 +169,11 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
     let name = concrete(domain, services);
     let resolving = resolve(&name);
     let until = within(DOMAIN);
-    let soon = || within(ANSWER).min(until);
-    let (door, behind) = (door(domain, caddy), behind(domain, caddy));
+    let deadline = || within(ANSWER).min(until);
+    let (listener, behind) = (listener(domain, caddy), behind(domain, caddy));
     let (mut asked, mut not_asked) = (vec![], vec![]);
     let mut plain = None;
-    if let Door::Server { https, http, other, .. } = &door {
+    if let Listener::Server { https, http, other, .. } = &listener {
         for service in services {
             let Some(route) = &service.http else { continue };
             if Instant::now() + ANSWER > until {
@@ -192,19 +181,18 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
                 continue;
             }
             let path = path(service);
-            let met = match (https, http, other) {
-                (Some(to), ..) => visitor::https(plainly(*to, &name, &path), trust, soon()),
-                (None, Some(to), _) => visitor::http(plainly(*to, &name, &path), soon()),
-                (None, None, Some(to)) => {
-                    let met = visitor::https(plainly(*to, &name, &path), trust, soon());
-                    match met.answer {
-                        Err(NoAnswer::NotTls) => visitor::http(plainly(*to, &name, &path), soon()),
-                        _ => met,
-                    }
-                }
+            let over_tls = |to| visitor::https(visitors_request(to, &name, &path), trust, deadline());
+            let over_http = |to| visitor::http(visitors_request(to, &name, &path), deadline());
+            let reply = match (https, http, other) {
+                (Some(to), ..) => over_tls(*to),
+                (None, Some(to), _) => over_http(*to),
+                (None, None, Some(to)) => match over_tls(*to) {
+                    Reply { answer: Err(NoAnswer::NotTls), .. } => over_http(*to),
+                    reply => reply,
+                },
                 (None, None, None) => continue,
             };
-            let scheme = if met.certificate.is_some() { "https" } else { "http" };
+            let scheme = if reply.certificate.is_some() { "https" } else { "http" };
             let forwarded = format!(
                 "X-Forwarded-For: 127.0.0.1\r\nX-Forwarded-Host: {name}\r\nX-Forwarded-Proto: {scheme}\r\n"
             );
@@ -212,9 +200,9 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
             let request = Request { to, host: &name, path: &path, forwarded: &forwarded };
             asked.push(ServiceVisit {
                 service: service.name.clone(),
-                direct: visitor::http(request, soon()).answer,
+                direct: visitor::http(request, deadline()).answer,
                 port: route.internal_port.get(),
-                visitor: met,
+                visitor: reply,
                 path,
             });
         }
@@ -222,29 +210,29 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
             && Instant::now() < until
         {
             let to = SocketAddr::new(http.map_or(https.ip(), |http| http.ip()), 80);
-            plain = Some(visitor::http(plainly(to, &name, "/"), soon()).answer);
+            plain = Some(visitor::http(visitors_request(to, &name, "/"), deadline()).answer);
         }
     }
-    let dns = resolving.recv_timeout(RESOLVE).unwrap_or(Dns::Late);
+    let dns = resolving.recv_timeout(RESOLVE).unwrap_or(Dns::TimedOut);
     let shown = asked.iter().find_map(|a| a.visitor.certificate.as_ref());
     let mut elsewhere = None;
     if let Dns::To(addresses) = &dns
         && !addresses.iter().any(|(_, here)| *here)
         && let Some((address, _)) = addresses.first()
-        && matches!(door, Door::Server { https: Some(_), .. })
+        && matches!(listener, Listener::Server { https: Some(_), .. })
     {
         let to = SocketAddr::new(*address, 443);
-        elsewhere = Some(visitor::https(plainly(to, &name, "/"), trust, within(THERE)));
+        elsewhere = Some(visitor::https(visitors_request(to, &name, "/"), trust, within(THERE)));
     }
-    let theirs = elsewhere.as_ref().and_then(|met| met.certificate.as_ref());
+    let theirs = elsewhere.as_ref().and_then(|reply| reply.certificate.as_ref());
     let forwarded = shown.is_some_and(|ours| theirs.is_some_and(|theirs| theirs.der == ours.der));
     let own = source_towards(Ipv4Addr::new(192, 0, 2, 1).into());
     let now = crate::clock::Timestamp::now();
-    DomainView { own, forwarded, elsewhere, name, dns, door, behind, asked, not_asked, plain, now }
+    DomainView { own, forwarded, elsewhere, name, dns, listener, behind, asked, not_asked, plain, now }
 }
 
 /// A request as a visitor makes it.
-fn plainly<'a>(to: SocketAddr, host: &'a str, path: &'a str) -> Request<'a> {
+fn visitors_request<'a>(to: SocketAddr, host: &'a str, path: &'a str) -> Request<'a> {
     Request { to, host, path, forwarded: "" }
 }
 
@@ -264,7 +252,7 @@ fn path(service: &Service) -> String {
 
 /// Asks the system's resolver, which has no limit of its own, so that it can be left behind.
 fn resolve(name: &str) -> mpsc::Receiver<Dns> {
-    let (tell, told) = mpsc::channel();
+    let (sender, answer) = mpsc::channel();
     let name = name.to_string();
     std::thread::spawn(move || {
         let dns = match (name.as_str(), 443).to_socket_addrs() {
@@ -283,9 +271,9 @@ fn resolve(name: &str) -> mpsc::Receiver<Dns> {
             }
         };
         // Nobody may be waiting any more.
-        drop(tell.send(dns));
+        drop(sender.send(dns));
     });
-    told
+    answer
 }
 
 /// The address that the kernel would send from: towards one of this host's own, it is that address. Nothing is sent.
@@ -298,33 +286,33 @@ fn source_towards(address: IpAddr) -> Option<IpAddr> {
 }
 
 /// The server of Caddy that has our route with this domain, and where it listens.
-fn door(domain: &str, caddy: &CaddyState) -> Door {
+fn listener(domain: &str, caddy: &CaddyState) -> Listener {
     let servers = match caddy {
-        CaddyState::Unavailable(why) => return Door::Unknown(why.clone()),
+        CaddyState::Unavailable(why) => return Listener::Unknown(why.clone()),
         CaddyState::Servers(servers) => servers,
     };
-    let ours = |server: &Value| list(server, "routes").iter().any(|route| leads(route, domain));
+    let ours = |server: &Value| list(server, "routes").any(|route| leads(route, domain));
     let Some((name, server)) = servers.iter().find(|(_, server)| ours(server)) else {
-        return Door::NoRoute;
+        return Listener::NoRoute;
     };
     let listens: Vec<(IpAddr, u16, u16)> =
-        list(server, "listen").iter().filter_map(Value::as_str).filter_map(listen).collect();
+        list(server, "listen").filter_map(Value::as_str).filter_map(listen).collect();
     let at = |port: u16| {
         let found = listens.iter().find(|(_, first, last)| (*first..=*last).contains(&port));
         found.map(|(address, ..)| SocketAddr::new(*address, port))
     };
     let other = listens.first().map(|(address, first, _)| SocketAddr::new(*address, *first));
-    Door::Server { name: name.clone(), https: at(443), http: at(80), other }
+    Listener::Server { name: name.clone(), https: at(443), http: at(80), other }
 }
 
-fn list(value: &Value, key: &str) -> Vec<Value> {
-    value.get(key).and_then(Value::as_array).cloned().unwrap_or_default()
+fn list<'v>(value: &'v Value, key: &str) -> impl Iterator<Item = &'v Value> + use<'v> {
+    value[key].as_array().into_iter().flatten()
 }
 
 /// Whether a route is ours, with this domain.
 fn leads(route: &Value, domain: &str) -> bool {
-    let named = |matcher: &Value| list(matcher, "host").iter().any(|host| host.as_str() == Some(domain));
-    route.get("@id").and_then(Value::as_str) == Some(ROUTE_ID) && list(route, "match").iter().any(named)
+    let named = |matcher: &Value| list(matcher, "host").any(|host| host == domain);
+    caddy::is_ours(route) && list(route, "match").any(named)
 }
 
 /// Whether somebody else's route stands before ours and answers all visitors of the domain. What only adds to an answer
@@ -337,21 +325,19 @@ fn behind(domain: &str, caddy: &CaddyState) -> bool {
             || below.is_some_and(|rest| domain.split_once('.').is_some_and(|(_, d)| d == &rest[1..]))
     };
     let takes = |route: &Value| {
-        let matchers = list(route, "match");
         let all = |matcher: &Value| {
-            let hosts = list(matcher, "host");
-            let named = hosts.iter().filter_map(Value::as_str).any(covers);
+            let named = list(matcher, "host").filter_map(Value::as_str).any(covers);
             matcher.as_object().is_some_and(|m| m.keys().all(|key| key == "host"))
-                && (hosts.is_empty() || named)
+                && (named || list(matcher, "host").next().is_none())
         };
-        let answers = list(route, "handle").iter().any(|handler| {
-            let handler = handler.get("handler").and_then(Value::as_str).unwrap_or_default();
-            matches!(handler, "static_response" | "reverse_proxy" | "file_server")
+        let answers = list(route, "handle").any(|handler| {
+            let handler = handler["handler"].as_str();
+            matches!(handler, Some("static_response" | "reverse_proxy" | "file_server"))
         });
-        let ends = answers || route.get("terminal").and_then(Value::as_bool) == Some(true);
-        ends && (matchers.is_empty() || matchers.iter().any(all))
+        (answers || route["terminal"] == true)
+            && (list(route, "match").next().is_none() || list(route, "match").any(all))
     };
-    servers.values().map(|server| list(server, "routes")).any(|routes| {
+    servers.values().map(caddy::routes_of).any(|routes| {
         let ours = routes.iter().position(|route| leads(route, domain));
         ours.is_some_and(|at| routes[..at].iter().any(takes))
     })
@@ -379,192 +365,170 @@ fn listen(text: &str) -> Option<(IpAddr, u16, u16)> {
 fn reason(log: &[String], name: &str) -> Option<String> {
     log.iter().rev().find_map(|line| {
         let line: Value = serde_json::from_str(line).ok()?;
-        let of_tls = line.get("logger")?.as_str()?.starts_with("tls");
-        let bad = matches!(line.get("level")?.as_str()?, "error" | "warn");
-        let error = line.get("error")?.as_str()?;
-        let about = line.get("identifier").and_then(Value::as_str) == Some(name)
-            || line.get("domain").and_then(Value::as_str) == Some(name)
-            || error.contains(&format!("[{name}]"));
+        let of_tls = line["logger"].as_str()?.starts_with("tls");
+        let bad = line["level"] == "error" || line["level"] == "warn";
+        let error = line["error"].as_str()?;
+        let about =
+            line["identifier"] == name || line["domain"] == name || error.contains(&format!("[{name}]"));
         (of_tls && bad && about).then(|| error.chars().take(MAX_REASON).collect())
     })
 }
 
-/// Collects what is wrong, and how bad the worst of it is.
-struct Findings {
-    verdict: Verdict,
-    wrong: Vec<String>,
-    well: Vec<String>,
-}
-
-impl Findings {
-    fn fail(&mut self, what: impl Into<String>) {
-        self.verdict = Verdict::Fail;
-        self.wrong.push(what.into());
-    }
-
-    fn warn(&mut self, what: impl Into<String>) {
-        self.verdict = self.verdict.max(Verdict::Warn);
-        self.wrong.push(what.into());
-    }
-
-    fn well(&mut self, what: impl Into<String>) {
-        self.well.push(what.into());
-    }
-}
-
 /// Says what is wrong, the cause before what follows from it. `reason`: Caddy's, for having no certificate.
-fn judge(seen: &DomainView, reason: Option<String>) -> (Verdict, String) {
-    let mut found = Findings { verdict: Verdict::Ok, wrong: vec![], well: vec![] };
-    // A certificate that others vouch for shows that the name led here, whatever DNS says to this host.
-    let proved = seen.asked.iter().any(|a| a.visitor.certificate.as_ref().is_some_and(|c| c.fault.is_none()));
-    match &seen.door {
-        Door::Unknown(why) => {
-            found.fail(format!("whether visitors get an answer is not known: {why}"));
-        }
-        Door::NoRoute => found.fail(
+fn judge(seen: &DomainView, reason: Option<String>) -> Finding {
+    let mut found = match &seen.listener {
+        Listener::Unknown(why) => vec![fail(format!("whether visitors get an answer is not known: {why}"))],
+        Listener::NoRoute => vec![fail(
             "Caddy has no route for it: run 'sudo systemctl start deployer' here, then 'deployer state' says why",
-        ),
-        Door::Server { name, https: None, http: None, other: None } => {
-            found.fail(format!("Caddy's server '{name}' listens nowhere; give it ':443' in Caddy's configuration"));
-        }
-        Door::Server { name, https, http, .. } => {
-            certificate(seen, reason, &mut found);
-            answers(seen, &mut found);
-            if seen.behind {
-                found.fail(format!(
+        )],
+        Listener::Server { name, https: None, http: None, other: None } => vec![fail(format!(
+            "Caddy's server '{name}' listens nowhere; give it ':443' in Caddy's configuration"
+        ))],
+        Listener::Server { name, https, http, .. } => {
+            let behind = seen.behind.then(|| {
+                fail(format!(
                     "somebody else's route in Caddy's server '{name}' stands before ours and answers its visitors: run \
                      'sudo systemctl start deployer' here, which puts ours first"
-                ));
-            }
-            match (https, http, &seen.plain) {
-                (Some(_), _, Some(plain)) => on_port_80(plain, &mut found),
-                (None, Some(_), _) => found.well(format!(
-                    "over http alone, as Caddy's server '{name}' does not listen on :443"
-                )),
-                _ => {}
-            }
+                ))
+            });
+            let plain = match (https, http, &seen.plain) {
+                (Some(_), _, plain) => plain.as_ref().map(on_port_80),
+                (None, Some(_), _) => {
+                    Some(ok(format!("over http alone, as Caddy's server '{name}' does not listen on :443")))
+                }
+                (None, None, _) => None,
+            };
+            certificate(seen, reason).into_iter().chain(answers(seen)).chain(behind).chain(plain).collect()
         }
-    }
-    dns(seen, proved, &mut found);
-    let told = if found.verdict == Verdict::Ok { found.well } else { found.wrong };
-    (found.verdict, told.join("; "))
+    };
+    found.push(dns(seen));
+    let verdict = found.iter().map(|f| f.verdict).max().unwrap_or(Verdict::Ok);
+    // Of one with which something is wrong that is said alone.
+    found.retain(|f| verdict == Verdict::Ok || f.verdict != Verdict::Ok);
+    let texts: Vec<String> = found.into_iter().map(|f| f.text).collect();
+    Finding { verdict, text: texts.join("; ") }
 }
 
-fn certificate(seen: &DomainView, reason: Option<String>, found: &mut Findings) {
+fn certificate(seen: &DomainView, reason: Option<String>) -> Option<Finding> {
     const OUTSIDE: &str = "DNS must lead here and ports 80 and 443 be reachable from outside";
     let because = reason.map_or_else(
         || format!("{OUTSIDE}; 'omni-deploy logs caddy' has its attempts"),
         |reason| format!("its last attempt: {reason}; {OUTSIDE}"),
     );
     if seen.asked.iter().any(|a| a.visitor.answer == Err(NoAnswer::NoCertificate)) {
-        found.fail(format!("no certificate yet: Caddy has none to show for {}; {because}", seen.name));
-        return;
+        return Some(fail(format!(
+            "no certificate yet: Caddy has none to show for {}; {because}",
+            seen.name
+        )));
     }
-    let Some(shown) = seen.asked.iter().find_map(|a| a.visitor.certificate.as_ref()) else { return };
+    let shown = seen.asked.iter().find_map(|a| a.visitor.certificate.as_ref())?;
     let Certificate { issuer, self_signed, until, fault, der: _ } = shown;
     let until = until.map_or_else(|| "an unknown time".to_string(), |until| until.to_string());
-    match fault {
-        None => found.well(format!("certificate of '{issuer}' until {until}")),
-        Some(CertificateFault::Expired) => found.fail(format!(
+    Some(match fault {
+        None => ok(format!("certificate of '{issuer}' until {until}")),
+        Some(CertificateFault::Expired) => fail(format!(
             "its certificate of '{issuer}' expired at {until} (it is {} here): Caddy did not renew it; {because}",
             seen.now
         )),
-        Some(CertificateFault::NotYetValid) => found.fail(format!(
+        Some(CertificateFault::NotYetValid) => fail(format!(
             "its certificate of '{issuer}' is not valid yet, and it is {} here: set the clock ('timedatectl')",
             seen.now
         )),
-        Some(CertificateFault::OtherName) => found.fail(format!(
+        Some(CertificateFault::OtherName) => fail(format!(
             "the certificate that is shown, of '{issuer}', is for another name: what listens on :443 has none for {}; \
              {because}",
             seen.name
         )),
-        Some(CertificateFault::UnknownIssuer) if *self_signed => found.fail(
+        Some(CertificateFault::UnknownIssuer) if *self_signed => fail(
             "its certificate is self-signed, which browsers refuse: take 'tls' with that file out of Caddy's \
              configuration, and Caddy gets one",
         ),
-        Some(CertificateFault::UnknownIssuer) => found.fail(format!(
+        Some(CertificateFault::UnknownIssuer) => fail(format!(
             "its certificate is of '{issuer}', whom this host does not trust, nor does a browser: take 'tls internal' \
              (or that issuer) out of Caddy's configuration; if the authority is your own, put its root into \
              /usr/local/share/ca-certificates and run update-ca-certificates"
         )),
-        Some(CertificateFault::NotVerified) => found.warn(format!(
+        Some(CertificateFault::NotVerified) => warn(format!(
             "its certificate of '{issuer}' until {until} could not be verified, as this host trusts no authority: \
              install ca-certificates"
         )),
-        Some(CertificateFault::Other(why)) => found.fail(format!("its certificate of '{issuer}' is not valid: {why}; {because}")),
-    }
+        Some(CertificateFault::Other(why)) => {
+            fail(format!("its certificate of '{issuer}' is not valid: {why}; {because}"))
+        }
+    })
 }
 
-fn answers(seen: &DomainView, found: &mut Findings) {
+fn answers(seen: &DomainView) -> Vec<Finding> {
+    let mut found = Vec::new();
     if !seen.not_asked.is_empty() {
         let names: Vec<&str> = seen.not_asked.iter().map(ServiceName::as_str).collect();
         let names = names.join(", ");
-        found.warn(format!("not asked, because what was asked before took too long: {names}"));
+        found.push(warn(format!("not asked, because what was asked before took too long: {names}")));
     }
     for ServiceVisit { service, path, port, visitor, direct } in &seen.asked {
         let scheme = if visitor.certificate.is_some() { "https" } else { "http" };
         let url = format!("{scheme}://{}{path}", seen.name);
-        match (&visitor.answer, direct) {
+        found.push(match (&visitor.answer, direct) {
             // Said already, with its reason.
-            (Err(NoAnswer::NoCertificate), _) => {}
-            (Err(NoAnswer::Late) | Ok(_), Err(NoAnswer::Late)) => found.warn(format!(
+            (Err(NoAnswer::NoCertificate), _) => continue,
+            (Err(NoAnswer::TimedOut) | Ok(_), Err(NoAnswer::TimedOut)) => warn(format!(
                 "{service} takes longer than {} s to answer {url}: 'omni-deploy logs {service}' may say why",
                 ANSWER.as_secs()
             )),
-            (_, Err(why)) => found.fail(format!(
+            (_, Err(why)) => fail(format!(
                 "{service} does not answer on 127.0.0.1:{port} ({why}): 'omni-deploy status {service}' has the reason"
             )),
-            (Err(why @ (NoAnswer::Refused | NoAnswer::Unroutable)), Ok(_)) => found.fail(format!(
+            (Err(why @ (NoAnswer::Refused | NoAnswer::Unroutable)), Ok(_)) => fail(format!(
                 "nobody answers for {url} on this host ({why}), though Caddy is told to: 'journalctl -u caddy' says why"
             )),
-            (Err(why), Ok(direct)) => found.fail(format!(
+            (Err(why), Ok(direct)) => fail(format!(
                 "no answer to {url}: {why}; {service} itself answers {} on 127.0.0.1:{port}: see 'journalctl -u caddy'",
                 direct.status
             )),
-            (Ok(theirs), Ok(own)) if theirs.status / 100 != own.status / 100 => found.fail(format!(
+            (Ok(theirs), Ok(own)) if theirs.status / 100 != own.status / 100 => fail(format!(
                 "{url} answers {}, and {service} on 127.0.0.1:{port} answers {}: something else answers visitors; look \
                  with 'curl -v' and at who listens there ('ss -ltnp')",
                 theirs.status, own.status
             )),
-            (Ok(theirs), Ok(own)) if theirs.empty && !own.empty => found.fail(format!(
+            (Ok(theirs), Ok(own)) if theirs.empty && !own.empty => fail(format!(
                 "{url} gives an empty page, as Caddy does without a route, and {service} on 127.0.0.1:{port} does not: \
                  something else answers visitors ('ss -ltnp')"
             )),
-            (Ok(answer), Ok(_)) if answer.status >= 500 => found.warn(format!(
+            (Ok(answer), Ok(_)) if answer.status >= 500 => warn(format!(
                 "{service} answers {} to {url}: 'omni-deploy logs {service}' may say why",
                 answer.status
             )),
-            (Ok(answer), Ok(_)) => found.well(format!("{url} answers {} from {service}", answer.status)),
-        }
+            (Ok(answer), Ok(_)) => ok(format!("{url} answers {} from {service}", answer.status)),
+        });
     }
+    found
 }
 
-fn on_port_80(plain: &Result<ResponseHead, NoAnswer>, found: &mut Findings) {
+fn on_port_80(plain: &Result<ResponseHead, NoAnswer>) -> Finding {
     match plain {
         Ok(ResponseHead { status: 300..=399, location: Some(to), .. }) if to.starts_with("https://") => {
-            found.well("http leads to https");
+            ok("http leads to https")
         }
-        Ok(answer) => found.warn(format!(
+        Ok(answer) => warn(format!(
             "http:// answers {} and does not lead to https: something else than Caddy's redirect answers on :80",
             answer.status
         )),
-        Err(NoAnswer::Refused) => found.warn(
+        Err(NoAnswer::Refused) => warn(
             "nothing listens on :80: whoever types the name without https:// gets no answer, and no \
              certificate can be had by the HTTP challenge",
         ),
-        Err(why) => found.warn(format!("http:// gives no answer: {why}")),
+        Err(why) => warn(format!("http:// gives no answer: {why}")),
     }
 }
 
-fn dns(seen: &DomainView, proved: bool, found: &mut Findings) {
+fn dns(seen: &DomainView) -> Finding {
     let name = &seen.name;
     let addresses = match &seen.dns {
-        Dns::Late => {
-            return found
-                .warn("DNS was not looked at: the resolver gave no answer in time; see /etc/resolv.conf");
+        Dns::TimedOut => {
+            return warn("DNS was not looked at: the resolver gave no answer in time; see /etc/resolv.conf");
         }
         Dns::Nowhere(why) => {
-            return found.fail(format!(
+            return fail(format!(
                 "DNS has no address for {name} ({why}): make an A record that leads to this host{}",
                 seen.own.map_or_else(String::new, |own| format!(" ({own}, or its address outside of NAT)"))
             ));
@@ -577,41 +541,41 @@ fn dns(seen: &DomainView, proved: bool, found: &mut Findings) {
     };
     let (here, elsewhere) = (list(true), list(false));
     if here.is_empty() && seen.forwarded {
-        found.well(format!("DNS leads here through {elsewhere}"));
+        ok(format!("DNS leads here through {elsewhere}"))
     } else if here.is_empty() {
         let own = seen.own.map_or_else(String::new, |own| format!(" (it has {own})"));
         let mut text = format!("DNS leads to {elsewhere}, which is not this host{own}");
         match &seen.elsewhere {
-            Some(Met { certificate: Some(theirs), .. }) => {
-                // Writing to a String does not fail.
-                let _ = write!(text, "; there a certificate of '{}' is shown", theirs.issuer);
+            Some(Reply { certificate: Some(theirs), .. }) => {
+                text += &format!("; there a certificate of '{}' is shown", theirs.issuer);
             }
-            Some(Met { answer: Err(why), .. }) => {
-                let _ = write!(text, "; from here that gives no answer ({why})");
+            Some(Reply { answer: Err(why), .. }) => {
+                text += &format!("; from here that gives no answer ({why})")
             }
             _ => {}
         }
-        let private = seen.own.is_none_or(is_private);
-        if private || proved {
-            found.warn(format!(
+        // A certificate that others vouch for shows that the name led here, whatever DNS says to this host.
+        let is_sound = |c: &Certificate| c.fault.is_none();
+        let proved = seen.asked.iter().any(|a| a.visitor.certificate.as_ref().is_some_and(is_sound));
+        if proved || seen.own.is_none_or(is_private) {
+            warn(format!(
                 "{text}: right if that address forwards to this host (NAT, a load balancer), else correct \
                                 the record of {name}"
-            ));
+            ))
         } else {
-            found
-                .fail(format!("{text}: visitors do not come here; correct the A and AAAA records of {name}"));
+            fail(format!("{text}: visitors do not come here; correct the A and AAAA records of {name}"))
         }
     } else if addresses.iter().all(|(a, _)| a.is_loopback()) {
-        found.warn(format!(
+        warn(format!(
             "this host itself resolves {name} to {here} (/etc/hosts?): where DNS leads visitors is not seen \
                             from here"
-        ));
+        ))
     } else if elsewhere.is_empty() {
-        found.well(format!("DNS leads here ({here})"));
+        ok(format!("DNS leads here ({here})"))
     } else {
-        found.warn(format!(
+        warn(format!(
             "DNS leads here ({here}) and to {elsewhere}: right if another host serves {name} there, else take that record out"
-        ));
+        ))
     }
 }
 
@@ -632,6 +596,7 @@ fn is_private(address: IpAddr) -> bool {
 mod tests {
     use super::*;
     use crate::clock::Timestamp;
+    use crate::deployer::caddy::ROUTE_ID;
     use serde_json::json;
 
     fn answer(status: u16) -> ResponseHead {
@@ -651,7 +616,7 @@ mod tests {
             dns: Dns::To(vec![(address, true)]),
             own: Some(address),
             behind: false,
-            door: Door::Server {
+            listener: Listener::Server {
                 name: "srv0".into(),
                 https: Some("127.0.0.1:443".parse().unwrap()),
                 http: None,
@@ -661,7 +626,7 @@ mod tests {
                 service: ServiceName::parse("shop").unwrap(),
                 path: "/".into(),
                 port: 8080,
-                visitor: Met { certificate: Some(certificate(None)), answer: Ok(answer(200)) },
+                visitor: Reply { certificate: Some(certificate(None)), answer: Ok(answer(200)) },
                 direct: Ok(answer(204)),
             }],
             not_asked: vec![],
@@ -685,8 +650,8 @@ mod tests {
                 s.not_asked.push(ServiceName::parse("cart").unwrap());
             }),
             ("slow", Verdict::Warn, &["shop takes longer than 4 s"], |s| {
-                s.asked[0].visitor.answer = Err(NoAnswer::Late);
-                s.asked[0].direct = Err(NoAnswer::Late);
+                s.asked[0].visitor.answer = Err(NoAnswer::TimedOut);
+                s.asked[0].direct = Err(NoAnswer::TimedOut);
             }),
             (
                 "well",
@@ -713,10 +678,10 @@ mod tests {
                 s.asked[0].visitor.certificate = Some(certificate(Some(CertificateFault::NotVerified)));
             }),
             ("no certificate", Verdict::Fail, &["no certificate yet", "its last attempt: HTTP 429"], |s| {
-                s.asked[0].visitor = Met { certificate: None, answer: Err(NoAnswer::NoCertificate) };
+                s.asked[0].visitor = Reply { certificate: None, answer: Err(NoAnswer::NoCertificate) };
             }),
             ("nobody listens", Verdict::Fail, &["connection refused", "though Caddy is told to"], |s| {
-                s.asked[0].visitor = Met { certificate: None, answer: Err(NoAnswer::Refused) };
+                s.asked[0].visitor = Reply { certificate: None, answer: Err(NoAnswer::Refused) };
             }),
             ("the service is away", Verdict::Fail, &["shop does not answer on 127.0.0.1:8080"], |s| {
                 s.asked[0].direct = Err(NoAnswer::Refused);
@@ -749,7 +714,7 @@ mod tests {
                 &["visitors do not come here", "(it has 198.51.100.7)"],
                 |s| {
                     s.dns = Dns::To(vec![(Ipv4Addr::new(203, 0, 113, 9).into(), false)]);
-                    s.asked[0].visitor = Met { certificate: None, answer: Err(NoAnswer::NoCertificate) };
+                    s.asked[0].visitor = Reply { certificate: None, answer: Err(NoAnswer::NoCertificate) };
                 },
             ),
             (
@@ -758,7 +723,8 @@ mod tests {
                 &["a certificate of 'R11' is shown", "load balancer"],
                 |s| {
                     s.dns = Dns::To(vec![(Ipv4Addr::new(203, 0, 113, 9).into(), false)]);
-                    s.elsewhere = Some(Met { certificate: Some(certificate(None)), answer: Ok(answer(200)) });
+                    s.elsewhere =
+                        Some(Reply { certificate: Some(certificate(None)), answer: Ok(answer(200)) });
                 },
             ),
             ("through NAT", Verdict::Ok, &["DNS leads here through 203.0.113.9"], |s| {
@@ -766,14 +732,15 @@ mod tests {
                 s.forwarded = true;
             }),
             ("no route", Verdict::Fail, &["Caddy has no route"], |s| {
-                s.door = Door::NoRoute;
+                s.listener = Listener::NoRoute;
                 s.asked.clear();
             }),
         ];
         for (name, verdict, words, change) in rows {
             let mut seen = well();
             change(&mut seen);
-            let (is, text) = judge(&seen, seen.lacks_a_certificate().then(|| "HTTP 429".to_string()));
+            let Finding { verdict: is, text } =
+                judge(&seen, seen.lacks_a_certificate().then(|| "HTTP 429".to_string()));
             assert_eq!(is, verdict, "{name}: {text}");
             assert!(words.iter().all(|word| text.contains(word)), "{name}: {text}");
         }
@@ -787,17 +754,17 @@ mod tests {
                 "b": {"listen": listen, "routes": [route]}});
             CaddyState::Servers(servers.as_object().unwrap().clone())
         };
-        let at = |listen: Value| match door("*.example.com", &caddy(listen)) {
-            Door::Server { name, https, http, other } if name == "b" => {
+        let at = |listen: Value| match listener("*.example.com", &caddy(listen)) {
+            Listener::Server { name, https, http, other } if name == "b" => {
                 [https, http, other].map(|a| a.map_or("-".to_string(), |a| a.to_string()))
             }
-            door => panic!("{door:?}"),
+            listener => panic!("{listener:?}"),
         };
         assert_eq!(at(json!([":443"])), ["127.0.0.1:443", "-", "127.0.0.1:443"]);
         assert_eq!(at(json!(["unix//run/x", "tcp/[::1]:80-90"])), ["-", "[::1]:80", "[::1]:80"]);
         assert_eq!(at(json!(["192.0.2.1:8080"])), ["-", "-", "192.0.2.1:8080"]);
         assert_eq!(at(json!([])), ["-", "-", "-"]);
-        assert_eq!(door("example.com", &caddy(json!([":443"]))), Door::NoRoute);
+        assert_eq!(listener("example.com", &caddy(json!([":443"]))), Listener::NoRoute);
         assert_eq!(concrete("*.example.com", &[]), "www.example.com");
     }
 

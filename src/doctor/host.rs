@@ -1,7 +1,7 @@
 //! What a host needs: systemd and the deployer's timer, Caddy with an HTTP app that survives a restart, secrets
 //! nobody else reads, folders that can be written, space.
 
-use super::{Check, said, writable};
+use super::{Check, Finding, fail, ok, warn, writable};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::admin::{self, Endpoint};
@@ -13,22 +13,19 @@ use crate::doctor::domains::{self, Visit};
 use crate::error::{Exit, did_you_mean};
 use crate::files::if_there;
 use crate::log::printable;
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, Service};
 use crate::names::{HostName, ServiceName};
-use crate::runner::{ProcessStatus, Run};
+use crate::runner::{Run, RunError};
 use crate::secrets::{self, SecretFile};
 use crate::ssh::is_root;
 use crate::status::judge::STALE_SEC;
 use crate::status::reports;
-use crate::store::{Condition, GetResult, HOSTS_PREFIX, Store, StoreError};
+use crate::store::{Condition, GetResult, Store, StoreError};
 use crate::systemd;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
-
-/// Where units may be.
-const UNIT_PATHS: [&str; 4] =
-    ["/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"];
 
 /// Below this much free space, in bytes, a warning; a closure is easily as large.
 const LOW_SPACE: u64 = 2 << 30;
@@ -40,46 +37,50 @@ const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Whether this machine is one that a deployer works on.
 pub fn is_host() -> bool {
-    let unit = |name: &str| UNIT_PATHS.iter().any(|dir| Path::new(dir).join(name).exists());
+    let unit = |name: &str| systemd::UNIT_PATH.iter().any(|dir| Path::new(dir).join(name).exists());
     unit("deployer.timer") || unit("deployer.service") || is_root() && Path::new(STATE_DIR).is_dir()
 }
 
 /// Everything, in the order in which one thing needs the other.
 pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> Vec<Check> {
     let mut checks = vec![];
-    checks.extend(manifest.map(|manifest| named(settings, manifest)));
+    checks.extend(manifest.map(|manifest| placement(settings, manifest).of("host name")));
     checks.extend(systemd(now));
-    checks.extend(sudo());
+    checks.extend(sudo().map(|found| found.of("sudo")));
     let observed = caddy::observe(&settings.caddy_admin);
-    checks.extend(caddy(settings, manifest, &observed));
-    checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")));
+    let is_routed = |s: &Service| s.http.is_some() && s.hosts.contains(&settings.host);
+    let needed = manifest.is_some_and(|manifest| manifest.services.iter().any(is_routed));
+    checks.extend(route(&observed, settings, needed));
+    checks.push(caddy_unit().unwrap_or_else(fail).of("caddy unit"));
+    checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")).of("tcp_migrate_req"));
     if let Some(manifest) = manifest {
         checks.extend(domains(settings, manifest, &observed));
-        checks.extend(secrets(&settings.host, manifest));
-        checks.extend(state_file().ok().map(|state| exposed(&state, manifest)));
+        checks.extend(secrets(&settings.host, manifest).into_iter().map(|found| found.of("secrets")));
+        checks.extend(state_file().ok().map(|state| exposed(&state, manifest).of("exposure")));
     }
-    checks.push(unit_dir(&settings.unit_dir));
-    checks.extend(space());
+    checks.push(unit_dir(&settings.unit_dir).of("unit folder"));
+    checks.extend(["/nix", "/var"].map(|dir| space(dir).of("disk space")));
     checks
 }
 
 /// Whether this host's report can be written: the one write that every host must be able to do. What is tried is to
 /// write it as the last pass did, where there is none: one that is there stays. Nothing to be said before the first.
-pub fn report(store: &dyn Store, settings: &Settings) -> Option<Check> {
-    const NAME: &str = "report";
+pub fn report(store: &dyn Store, settings: &Settings) -> Option<Finding> {
     let state = fs_err::read(STATE_FILE).ok()?;
-    let key = format!("{HOSTS_PREFIX}{}.json", settings.host);
+    let key = reports::key(&settings.host);
     Some(match store.put(&key, &state, &Condition::IfAbsent) {
-        Ok(_) | Err(StoreError::Changed(_)) => match namesake(store, &key, &State::parse(&state).ok()?) {
-            Some(text) => Check::fail(NAME, text),
-            None => Check::ok(NAME, format!("{key} can be written")),
-        },
-        Err(e) => Check::fail(NAME, e.to_string()),
+        Ok(_) | Err(StoreError::Changed(_)) => {
+            match other_machine_text(store, &key, &State::parse(&state).ok()?) {
+                Some(text) => fail(text),
+                None => ok(format!("{key} can be written")),
+            }
+        }
+        Err(e) => fail(e),
     })
 }
 
 /// Whether another machine reports under this host's name: as the last pass found, or as its report is there now.
-fn namesake(store: &dyn Store, key: &str, state: &State) -> Option<String> {
+fn other_machine_text(store: &dyn Store, key: &str, state: &State) -> Option<String> {
     let this = machine::this()?;
     let now = match store.get(key, None, reports::MAX_REPORT) {
         Ok(GetResult::Found { bytes, .. }) => reports::parsed(&bytes).ok(),
@@ -95,50 +96,47 @@ fn namesake(store: &dyn Store, key: &str, state: &State) -> Option<String> {
 }
 
 /// Whether the manifest places anything on this host.
-fn named(settings: &Settings, manifest: &Manifest) -> Check {
+fn placement(settings: &Settings, manifest: &Manifest) -> Finding {
     let hosts = reports::hosts(manifest);
     let here = manifest.services.iter().filter(|s| s.hosts.contains(&settings.host)).count();
     if here > 0 {
-        return Check::ok("host name", format!("{}, services: {here}", settings.host));
+        return ok(format!("{}, services: {here}", settings.host));
     }
     let near = did_you_mean(settings.host.as_str(), hosts.iter().map(HostName::as_str));
-    Check::warn(
-        "host name",
-        format!(
-            "no service is placed on '{}'{near}; 'host' in {} says who this is",
-            settings.host,
-            crate::config::SYSTEM_FILE
-        ),
-    )
+    warn(format!(
+        "no service is placed on '{}'{near}; 'host' in {} says who this is",
+        settings.host,
+        crate::config::SYSTEM_FILE
+    ))
 }
 
 fn systemd(now: Timestamp) -> Vec<Check> {
     const NAME: &str = "systemd";
     if !Path::new("/run/systemd/system").is_dir() {
-        return vec![Check::fail(NAME, "does not run this machine; the deployer needs it as PID 1")];
+        return vec![fail("does not run this machine; the deployer needs it as PID 1").of(NAME)];
     }
-    let mut checks = vec![match systemd::system_state() {
-        Err(e) => return vec![said(NAME, e)],
+    let state = match systemd::system_state() {
+        Err(e) => return vec![fail(e).of(NAME)],
         Ok(word) => match word.as_str() {
-            "running" => Check::ok(NAME, "running"),
-            "degraded" => Check::ok(NAME, format!("running; failed: {}", failed_units())),
-            "starting" | "initializing" => {
-                Check::warn(NAME, "still starting; 'systemctl list-jobs' shows why")
-            }
-            word => Check::fail(NAME, format!("is '{}'; see 'systemctl status'", printable(word))),
+            "running" => ok("running"),
+            "degraded" => ok(format!("running; failed: {}", failed_units())),
+            "starting" | "initializing" => warn("still starting; 'systemctl list-jobs' shows why"),
+            word => fail(format!("is '{}'; see 'systemctl status'", printable(word))),
         },
-    }];
-    checks.push(timer());
-    checks.push(last_pass(now));
-    checks.push(environment());
-    checks.extend(state_file().ok().map(|state| drop_ins(&state)));
+    };
+    let mut checks = vec![
+        state.of(NAME),
+        timer().unwrap_or_else(fail).of("deployer.timer"),
+        last_pass(now).of("last pass"),
+        environment().of("environment"),
+    ];
+    checks.extend(state_file().ok().map(|state| drop_ins(&state).of("drop-ins")));
     checks
 }
 
 /// Whether people who come by ssh can type `sudo deployer`: sudo has a path of its own. Nothing where there is no sudo, or
 /// where it is not for us to ask.
-fn sudo() -> Option<Check> {
-    const NAME: &str = "sudo";
+fn sudo() -> Option<Finding> {
     const SCRIPT: &str = "for name in omni-deploy deployer deploy-manifest; do command -v $name >/dev/null || echo $name; done";
     if !is_root() {
         return None;
@@ -151,32 +149,27 @@ fn sudo() -> Option<Check> {
     }
     let missing: Vec<String> = output.text().lines().map(String::from).collect();
     Some(if missing.is_empty() {
-        Check::ok(NAME, "finds the commands")
+        ok("finds the commands")
     } else {
-        Check::warn(
-            NAME,
-            format!(
-                "does not find {} ('command not found'): run contrib/install.sh again, or add their folder to \
+        warn(format!(
+            "does not find {} ('command not found'): run contrib/install.sh again, or add their folder to \
                  secure_path in /etc/sudoers (visudo)",
-                missing.join(", ")
-            ),
-        )
+            missing.join(", ")
+        ))
     })
 }
 
 /// What every service gets that no manifest names.
-fn environment() -> Check {
-    const NAME: &str = "environment";
+fn environment() -> Finding {
     match systemd::given_to_all() {
-        Ok(names) if names.is_empty() => Check::ok(NAME, "services get what the manifest names"),
-        Ok(names) => Check::warn(NAME, printable(&systemd::given_text(&names)).into_owned()),
-        Err(e) => Check::warn(NAME, e.to_string()),
+        Ok(names) if names.is_empty() => ok("services get what the manifest names"),
+        Ok(names) => warn(printable(&systemd::given_text(&names))),
+        Err(e) => warn(e),
     }
 }
 
 /// What changes our units beside the manifest: of each service, and of all services alike.
-fn drop_ins(state: &State) -> Check {
-    const NAME: &str = "drop-ins";
+fn drop_ins(state: &State) -> Finding {
     let changed: Vec<String> =
         state.services.values().filter_map(|s| Some(format!("{} {}", s.name, s.attention()?))).collect();
     let units: Vec<String> = state.services.keys().map(ServiceName::unit).take(1).collect();
@@ -184,10 +177,10 @@ fn drop_ins(state: &State) -> Check {
     let all = shown.values().flat_map(|s| &s.drop_ins).filter(|path| systemd::is_vendor_drop_in(path));
     let all: Vec<String> = all.map(|path| path.display().to_string()).collect();
     match (changed.is_empty(), all.is_empty()) {
-        (false, _) => Check::warn(NAME, printable(&changed.join("; ")).into_owned()),
-        (true, true) => Check::ok(NAME, "none for services of ours"),
+        (false, _) => warn(printable(&changed.join("; "))),
+        (true, true) => ok("none for services of ours"),
         (true, false) => {
-            Check::ok(NAME, format!("only the system's own for all services: {}", printable(&all.join(", "))))
+            ok(format!("only the system's own for all services: {}", printable(&all.join(", "))))
         }
     }
 }
@@ -201,38 +194,31 @@ fn failed_units() -> String {
     }
 }
 
-fn timer() -> Check {
-    const NAME: &str = "deployer.timer";
-    let timer = match systemd::properties("deployer.timer", "LoadState,UnitFileState,ActiveState") {
-        Ok(timer) => timer,
-        Err(e) => return said(NAME, e),
-    };
+fn timer() -> Result<Finding, RunError> {
+    let timer = systemd::properties("deployer.timer", "LoadState,UnitFileState,ActiveState")?;
     let is = |name: &str| timer.get(name).map_or("", String::as_str);
-    match (is("LoadState"), is("UnitFileState"), is("ActiveState")) {
-        ("loaded", "enabled" | "linked" | "static", "active") => Check::ok(NAME, "enabled and active"),
+    Ok(match (is("LoadState"), is("UnitFileState"), is("ActiveState")) {
+        ("loaded", "enabled" | "linked" | "static", "active") => ok("enabled and active"),
         ("loaded", file, active) => {
-            Check::fail(NAME, format!("is {active} and {file}; systemctl enable --now deployer.timer"))
+            fail(format!("is {active} and {file}; systemctl enable --now deployer.timer"))
         }
-        (load, ..) => Check::fail(NAME, format!("is {load}; install it with contrib/install.sh")),
-    }
+        (load, ..) => fail(format!("is {load}; install it with contrib/install.sh")),
+    })
 }
 
-const LAST_PASS: &str = "last pass";
-
 /// The state that the last pass left, or what is wrong with it.
-fn state_file() -> Result<State, Check> {
+fn state_file() -> Result<State, Finding> {
     let bytes = match if_there(fs_err::read(STATE_FILE)) {
         Ok(Some(bytes)) => bytes,
-        Ok(None) => return Err(Check::warn(LAST_PASS, "there was none; systemctl start deployer")),
-        Err(e) => return Err(Check::warn(LAST_PASS, crate::error::io_text(&e))),
+        Ok(None) => return Err(warn("there was none; systemctl start deployer")),
+        Err(e) => return Err(warn(crate::error::io_text(&e))),
     };
     let unreadable = |why| format!("{STATE_FILE} cannot be read: {why}; the next pass writes it anew");
-    State::parse(&bytes).map_err(|why| Check::fail(LAST_PASS, unreadable(why)))
+    State::parse(&bytes).map_err(|why| fail(unreadable(why)))
 }
 
 /// What the last pass left: its state, and how its unit ended.
-fn last_pass(now: Timestamp) -> Check {
-    const NAME: &str = LAST_PASS;
+fn last_pass(now: Timestamp) -> Finding {
     let state = match state_file() {
         Ok(state) => state,
         Err(check) => return check,
@@ -241,85 +227,58 @@ fn last_pass(now: Timestamp) -> Check {
     let ended = systemd::properties("deployer.service", "Result,ExecMainStatus").unwrap_or_default();
     let result = ended.get("Result").map_or("", String::as_str);
     if now.0.saturating_sub(state.checked_at.0) > STALE_SEC {
-        return Check::fail(NAME, format!("was {age} ago; see 'journalctl -u deployer'"));
+        return fail(format!("was {age} ago; see 'journalctl -u deployer'"));
     }
     if let Some(error) = &state.last_error {
         let why = printable(&error.reason);
-        return Check::fail(
-            NAME,
-            format!("{age} ago; passes have failed for {}: {why}", error.since.age(now)),
-        );
+        return fail(format!("{age} ago; passes have failed for {}: {why}", error.since.age(now)));
     }
     match (&state.manifest_error, state.exit_code()) {
-        (Some(error), _) => {
-            Check::warn(NAME, format!("{age} ago, from the last good manifest: {}", printable(error)))
-        }
-        (None, Exit::Done) if matches!(result, "" | "success") => {
-            Check::ok(NAME, format!("{age} ago, all well"))
-        }
-        (None, Exit::Done) => Check::warn(NAME, format!("ended with {result}; see 'journalctl -u deployer'")),
-        (None, _) => Check::warn(NAME, format!("{age} ago, something is off; see 'omni-deploy status'")),
+        (Some(error), _) => warn(format!("{age} ago, from the last good manifest: {}", printable(error))),
+        (None, Exit::Done) if matches!(result, "" | "success") => ok(format!("{age} ago, all well")),
+        (None, Exit::Done) => warn(format!("ended with {result}; see 'journalctl -u deployer'")),
+        (None, _) => warn(format!("{age} ago, something is off; see 'omni-deploy status'")),
     }
 }
 
 /// Whether Caddy can be told, and which of its servers gets our route: both by the deployer's own rule.
-fn caddy(settings: &Settings, manifest: Option<&Manifest>, observed: &CaddyState) -> Vec<Check> {
-    let needed = manifest.is_some_and(|manifest| {
-        manifest.services.iter().any(|s| s.http.is_some() && s.hosts.contains(&settings.host))
-    });
-    let mut checks = route(observed, settings, needed);
-    checks.push(caddy_unit());
-    checks
-}
-
 fn route(observed: &CaddyState, settings: &Settings, needed: bool) -> Vec<Check> {
-    let bad = |name, why: String| if needed { Check::fail(name, why) } else { Check::warn(name, why) };
+    let bad = |why: &str| if needed { fail(why) } else { warn(why) };
     let servers = match observed {
-        CaddyState::Unavailable(why) => return vec![bad("caddy admin", why.clone())],
+        CaddyState::Unavailable(why) => return vec![bad(why).of("caddy admin")],
         CaddyState::Servers(servers) => servers,
     };
-    const SERVER: &str = "caddy server";
     let ours = json!({"@id": caddy::ROUTE_ID});
-    let has_route = |server: &Value| {
-        let routes = server.get("routes").and_then(Value::as_array);
-        routes.is_some_and(|routes| routes.iter().any(|r| r.get("@id") == ours.get("@id")))
-    };
+    let has_route = |server: &Value| caddy::routes_of(server).iter().any(caddy::is_ours);
     let planned = caddy::plan(settings.caddy_server.as_deref(), Some(&ours), observed);
     let server = match (planned, servers.iter().find(|(_, server)| has_route(server))) {
-        (RoutePlan::Pending(why), _) => bad(SERVER, why),
-        (_, Some((name, _))) => Check::ok(SERVER, format!("'{name}' has our route")),
+        (RoutePlan::Pending(why), _) => bad(&why),
+        (_, Some((name, _))) => ok(format!("'{name}' has our route")),
         (RoutePlan::Write(requests), None) => {
             let steps: Vec<&str> = requests.iter().map(|r| r.what.as_str()).collect();
-            Check::ok(SERVER, format!("the first route: {}", steps.join(", ")))
+            ok(format!("the first route: {}", steps.join(", ")))
         }
-        (RoutePlan::None | RoutePlan::Current, None) => Check::ok(SERVER, "nothing to route"),
+        (RoutePlan::None | RoutePlan::Current, None) => ok("nothing to route"),
     };
-    vec![admin(&settings.caddy_admin.now()), server]
+    vec![admin(&settings.caddy_admin.now()).of("caddy admin"), server.of("caddy server")]
 }
 
 /// Who can change Caddy where it has just answered.
-fn admin(at: &Endpoint) -> Check {
-    const NAME: &str = "caddy admin";
+fn admin(at: &Endpoint) -> Finding {
     match at {
         Endpoint::Unix(path) => match admin::lets_in(path) {
-            None => Check::ok(NAME, format!("{at} answers, and root and Caddy's own user alone reach it")),
-            Some(who) => Check::warn(
-                NAME,
-                format!(
-                    "{at} answers, and {who} can change Caddy through it; have it in a folder that is closed to others \
+            None => ok(format!("{at} answers, and root and Caddy's own user alone reach it")),
+            Some(who) => warn(format!(
+                "{at} answers, and {who} can change Caddy through it; have it in a folder that is closed to others \
                      (RuntimeDirectory=caddy, RuntimeDirectoryMode=0750)"
-                ),
-            ),
+            )),
         },
-        Endpoint::Tcp(..) => Check::warn(
-            NAME,
-            format!(
-                "{at} answers, and every user and service of this host can change Caddy through it; 'systemctl restart \
+        Endpoint::Tcp(..) => warn(format!(
+            "{at} answers, and every user and service of this host can change Caddy through it; 'systemctl restart \
                  caddy' gives it the socket of contrib/install.sh; one before 2.7 wants 'admin unix/{}' in its \
                  Caddyfile's global options first",
-                admin::SOCKET
-            ),
-        ),
+            admin::SOCKET
+        )),
     }
 }
 
@@ -335,103 +294,83 @@ fn domains(settings: &Settings, manifest: &Manifest, observed: &CaddyState) -> V
 }
 
 /// Whether what the deployer tells Caddy survives Caddy's restart, and whether Caddy is started again.
-fn caddy_unit() -> Check {
-    const NAME: &str = "caddy unit";
+fn caddy_unit() -> Result<Finding, RunError> {
     if !Path::new("/run/systemd/system").is_dir() {
-        return Check::warn(NAME, "not looked at without systemd");
+        return Ok(warn("not looked at without systemd"));
     }
-    let mut found = None;
+    let mut units = Vec::new();
     for unit in ["caddy.service", "caddy-api.service"] {
-        match systemd::properties(unit, "Id,LoadState,ActiveState,Restart,ExecStart,ExecStartPre") {
-            Err(e) => return said(NAME, e),
-            Ok(shown) if shown.get("LoadState").is_some_and(|l| l == "loaded") => {
-                let active = shown.get("ActiveState").is_some_and(|a| a == "active");
-                if active || found.is_none() {
-                    found = Some((unit, active, shown));
-                }
-                if active {
-                    break;
-                }
-            }
-            Ok(_) => {}
-        }
+        let names = "Id,LoadState,ActiveState,Restart,ExecStart,ExecStartPre";
+        units.push((unit, systemd::properties(unit, names)?));
     }
-    let Some((unit, active, shown)) = found else {
-        return Check::warn(NAME, "there is none: nothing starts Caddy at boot (Debian: apt install caddy)");
+    let is = |shown: &BTreeMap<String, String>, name: &str, value: &str| {
+        shown.get(name).is_some_and(|v| v == value)
+    };
+    units.retain(|(_, shown)| is(shown, "LoadState", "loaded"));
+    let active = units.iter().find(|(_, shown)| is(shown, "ActiveState", "active"));
+    let Some(&(unit, ref shown)) = active.or(units.first()) else {
+        return Ok(warn("there is none: nothing starts Caddy at boot (Debian: apt install caddy)"));
     };
     let drop_in = "install the drop-in with contrib/install.sh";
     let start = shown.get("ExecStart").map_or("", String::as_str);
-    if !active {
-        Check::fail(NAME, format!("{unit} is not active; systemctl enable --now {unit}"))
+    Ok(if active.is_none() {
+        fail(format!("{unit} is not active; systemctl enable --now {unit}"))
     } else if !start.split_whitespace().any(|word| word == "--resume") {
-        Check::warn(
-            NAME,
-            format!(
-                "{unit} runs without --resume and forgets our route at a restart, until the next pass; {drop_in}"
-            ),
-        )
+        warn(format!(
+            "{unit} runs without --resume and forgets our route at a restart, until the next pass; {drop_in}"
+        ))
     } else if shown.get("Restart").is_none_or(|r| r == "no") {
-        Check::warn(NAME, format!("{unit} has no Restart= and stays down after a crash; {drop_in}"))
+        warn(format!("{unit} has no Restart= and stays down after a crash; {drop_in}"))
     } else if unit == "caddy.service"
         && !shown.get("ExecStartPre").is_some_and(|pre| pre.contains("caddy-start"))
     {
-        Check::warn(
-            NAME,
-            format!(
-                "{unit} resumes, so a restart does not take an edited Caddyfile ('systemctl reload caddy' does); {drop_in}"
-            ),
-        )
+        warn(format!(
+            "{unit} resumes, so a restart does not take an edited Caddyfile ('systemctl reload caddy' does); {drop_in}"
+        ))
     } else {
-        Check::ok(NAME, format!("{unit} resumes and restarts"))
-    }
+        ok(format!("{unit} resumes and restarts"))
+    })
 }
 
 /// Without this, connections that wait in a listening socket which Caddy closes on a change are reset.
-fn migrate_req(path: &Path) -> Check {
-    const NAME: &str = "tcp_migrate_req";
+fn migrate_req(path: &Path) -> Finding {
     match fs_err::read_to_string(path) {
-        Ok(text) if text.trim() == "1" => Check::ok(NAME, "1"),
-        Ok(text) => Check::warn(
-            NAME,
-            format!(
-                "{}: a change of Caddy's routes resets some new connections; sysctl -w net.ipv4.tcp_migrate_req=1, and put it into /etc/sysctl.d",
-                text.trim()
-            ),
-        ),
-        Err(_) => Check::warn(
-            NAME,
+        Ok(text) if text.trim() == "1" => ok("1"),
+        Ok(text) => warn(format!(
+            "{}: a change of Caddy's routes resets some new connections; sysctl -w net.ipv4.tcp_migrate_req=1, and put it into /etc/sysctl.d",
+            text.trim()
+        )),
+        Err(_) => warn(
             "this kernel has none (it came with 5.14): a change of Caddy's routes resets some new connections; upgrade it",
         ),
     }
 }
 
 /// The secrets of this host's services: whom they belong to and who may read them. Never what is in them.
-fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Check> {
-    const NAME: &str = "secrets";
+fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Finding> {
     let here = manifest.services.iter().filter(|s| s.hosts.contains(host));
     let of_each = here.flat_map(|s| secrets::files(s).into_iter().map(|file| (&s.name, file)));
     let files: Vec<(&ServiceName, SecretFile)> = of_each.collect();
     if files.is_empty() {
-        return vec![Check::ok(NAME, "no service here has any")];
+        return vec![ok("no service here has any")];
     }
     if !is_root() {
-        return vec![Check::warn(NAME, "not looked at; run this as root")];
+        return vec![warn("not looked at; run this as root")];
     }
     let mut dirs: Vec<&Path> = files.iter().filter_map(|(_, file)| Path::new(&file.path).parent()).collect();
     dirs.sort();
     dirs.dedup();
-    let mut checks: Vec<Check> =
-        dirs.iter().filter_map(|dir| secrets::secret_dir(dir).map(|why| Check::fail(NAME, why))).collect();
+    let mut found: Vec<Finding> = dirs.iter().filter_map(|dir| secrets::secret_dir(dir).map(fail)).collect();
     for (name, file) in &files {
         match secret_file(name, file) {
-            Some(why) => checks.push(Check::fail(NAME, why)),
-            None => checks.extend(misread(name, file).map(|why| Check::warn(NAME, why))),
+            Some(why) => found.push(fail(why)),
+            None => found.extend(misread(name, file).map(warn)),
         }
     }
-    if checks.is_empty() {
-        checks.push(Check::ok(NAME, format!("files, root's alone: {}", files.len())));
+    if found.is_empty() {
+        found.push(ok(format!("files, root's alone: {}", files.len())));
     }
-    checks
+    found
 }
 
 /// What is wrong with a file of secrets: what the deployer would not start the service with.
@@ -462,8 +401,7 @@ fn misread(name: &ServiceName, file: &SecretFile) -> Option<String> {
 
 /// How exposed the services are that run here, and which of them are reached over HTTP and could be confined.
 /// Nothing of it is wrong: a program that generates code, or must be root, cannot have the strict profile.
-fn exposed(state: &State, manifest: &Manifest) -> Check {
-    const NAME: &str = "exposure";
+fn exposed(state: &State, manifest: &Manifest) -> Finding {
     /// How many services are named.
     const NAMED: usize = 5;
     let mut known: Vec<(Exposure, &ServiceName)> =
@@ -483,73 +421,52 @@ fn exposed(state: &State, manifest: &Manifest) -> Check {
                 && entry.is_some_and(|s| s.http.is_some() && s.hosts.contains(&state.host))
         })
         .collect();
-    Check::ok(
-        NAME,
-        match open.first() {
-            None if all.is_empty() => "not known of any service yet".into(),
-            None => format!("from 0.0 to 10.0: {}", list(&all)),
-            Some((_, name)) => format!(
-                "from 0.0 to 10.0: {}; reached over HTTP and not below {}: {}; 'deploy-manifest set {name} \
+    ok(match open.first() {
+        None if all.is_empty() => "not known of any service yet".into(),
+        None => format!("from 0.0 to 10.0: {}", list(&all)),
+        Some((_, name)) => format!(
+            "from 0.0 to 10.0: {}; reached over HTTP and not below {}: {}; 'deploy-manifest set {name} \
                  hardening.profile=strict' confines one",
-                list(&all),
-                Exposure::MEDIUM,
-                list(&open)
-            ),
-        },
-    )
+            list(&all),
+            Exposure::MEDIUM,
+            list(&open)
+        ),
+    })
 }
 
-fn unit_dir(dir: &Path) -> Check {
-    const NAME: &str = "unit folder";
+fn unit_dir(dir: &Path) -> Finding {
     let at = dir.display();
     if !is_root() {
-        return Check::warn(NAME, format!("{at} not tried; run this as root"));
+        return warn(format!("{at} not tried; run this as root"));
     }
     match writable(dir) {
-        Ok(()) => Check::ok(NAME, format!("{at} can be written")),
-        Err(why) => Check::fail(
-            NAME,
-            format!(
-                "{at} cannot be written: {why}; set unitDir (NixOS: a folder of boot.extraSystemdUnitPaths)"
-            ),
-        ),
+        Ok(()) => ok(format!("{at} can be written")),
+        Err(why) => fail(format!(
+            "{at} cannot be written: {why}; set unitDir (NixOS: a folder of boot.extraSystemdUnitPaths)"
+        )),
     }
 }
 
-/// Free space where closures and state go, as df(1) has it.
-fn space() -> Vec<Check> {
-    const NAME: &str = "disk space";
-    ["/nix", "/var"]
-        .iter()
-        .map(|dir| {
-            let run = Run::new("df").args(["--output=avail,iavail", "--block-size=1", "--", dir]);
-            match run.env("LC_ALL", "C").deadline(DEADLINE).output() {
-                Ok(output) if output.status == ProcessStatus::Exit(0) => free(dir, &output.text()),
-                Ok(output) => Check::warn(NAME, format!("of {dir}: {}", crate::runner::tail(&output.stderr))),
-                Err(e) => said(NAME, e),
-            }
-        })
-        .collect()
+/// Free space where closures and state go.
+fn space(dir: &str) -> Finding {
+    match rustix::fs::statvfs(dir) {
+        Ok(of) => free(dir, of.f_bavail * of.f_frsize, of.f_ffree),
+        Err(e) => warn(format!("of {dir} is not known: {e}; look with 'df {dir}'")),
+    }
 }
 
-fn free(dir: &str, df: &str) -> Check {
-    const NAME: &str = "disk space";
-    let mut words = df.lines().nth(1).unwrap_or_default().split_whitespace();
-    let Some(bytes) = words.next().and_then(|w| w.parse::<u64>().ok()) else {
-        return Check::warn(NAME, format!("of {dir}: df gave no number; look with 'df {dir}'"));
-    };
-    // File systems that make inodes as they go say `-` or 0.
-    let inodes = words.next().and_then(|w| w.parse::<u64>().ok()).filter(|n| *n > 0);
+fn free(dir: &str, bytes: u64, inodes: u64) -> Finding {
     let text = format!("{dir} has {:.1} GiB free", bytes as f64 / f64::from(1 << 30));
     let remedy = "nix-collect-garbage -d frees what no root holds";
     if bytes < NO_SPACE {
-        Check::fail(NAME, format!("{text}; {remedy}"))
+        fail(format!("{text}; {remedy}"))
     } else if bytes < LOW_SPACE {
-        Check::warn(NAME, format!("{text}; {remedy}"))
-    } else if inodes.is_some_and(|n| n < 10_000) {
-        Check::warn(NAME, format!("{dir} has {} inodes free; {remedy}", inodes.unwrap_or_default()))
+        warn(format!("{text}; {remedy}"))
+    // File systems that make inodes as they go say 0.
+    } else if (1..10_000).contains(&inodes) {
+        warn(format!("{dir} has {} inodes free; {remedy}", inodes))
     } else {
-        Check::ok(NAME, text)
+        ok(text)
     }
 }
 
@@ -662,15 +579,14 @@ mod tests {
 
     #[test]
     fn space_that_runs_out_is_said_before_it_does() {
-        for (df, verdict) in [
-            ("  Avail IFree\n81110257664 16359128\n", Verdict::Ok),
-            ("  Avail IFree\n81110257664 -\n", Verdict::Ok),
-            ("  Avail IFree\n81110257664 12\n", Verdict::Warn),
-            ("  Avail IFree\n1073741824 16359128\n", Verdict::Warn),
-            ("  Avail IFree\n1048576 16359128\n", Verdict::Fail),
-            ("", Verdict::Warn),
+        for (bytes, inodes, verdict) in [
+            (81110257664, 16359128, Verdict::Ok),
+            (81110257664, 0, Verdict::Ok),
+            (81110257664, 12, Verdict::Warn),
+            (1073741824, 16359128, Verdict::Warn),
+            (1048576, 16359128, Verdict::Fail),
         ] {
-            assert_eq!(free("/nix", df).verdict, verdict, "{df:?}");
+            assert_eq!(free("/nix", bytes, inodes).verdict, verdict, "{bytes} {inodes}");
         }
     }
 

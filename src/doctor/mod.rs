@@ -6,8 +6,8 @@ pub mod domains;
 pub mod host;
 pub mod machine;
 
-use crate::runner::RunError;
 use serde::{Deserialize, Serialize};
+use std::fmt::Display;
 use std::path::Path;
 
 /// How a fact was found.
@@ -33,29 +33,34 @@ pub struct Check {
     pub text: String,
 }
 
-impl Check {
-    /// It is well.
-    pub fn ok(name: &'static str, text: impl Into<String>) -> Self {
-        Check { name, verdict: Verdict::Ok, text: text.into() }
-    }
+/// How a fact was found, before it has its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    verdict: Verdict,
+    text: String,
+}
 
-    /// It works, and a person should know.
-    pub fn warn(name: &'static str, text: impl Into<String>) -> Self {
-        Check { name, verdict: Verdict::Warn, text: text.into() }
+impl Finding {
+    /// What was found of this.
+    pub fn of(self, name: &'static str) -> Check {
+        Check { name, verdict: self.verdict, text: self.text }
     }
+}
 
-    /// Something will not work.
-    pub fn fail(name: &'static str, text: impl Into<String>) -> Self {
-        Check { name, verdict: Verdict::Fail, text: text.into() }
-    }
+fn ok(text: impl Display) -> Finding {
+    Finding { verdict: Verdict::Ok, text: text.to_string() }
+}
+
+fn warn(text: impl Display) -> Finding {
+    Finding { verdict: Verdict::Warn, text: text.to_string() }
+}
+
+/// Something will not work.
+pub fn fail(text: impl Display) -> Finding {
+    Finding { verdict: Verdict::Fail, text: text.to_string() }
 }
 
 /// Whether files can be made in a folder: makes one without a name, which is gone at once.
 fn writable(dir: &Path) -> Result<(), String> {
     tempfile::tempfile_in(dir).map(drop).map_err(|e| e.to_string())
-}
-
-/// What a program's failure means for a check; the text has the remedy.
-fn said(name: &'static str, error: RunError) -> Check {
-    Check::fail(name, error.to_string())
 }

@@ -6,7 +6,7 @@
 use crate::config::Settings;
 use crate::durable;
 use crate::names::HostName;
-use crate::runner::{Beside, Run};
+use crate::runner::{BackgroundProcess, Run};
 use crate::ssh;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ pub struct Opening(Option<JoinHandle<Option<Connections>>>);
 #[derive(Debug)]
 pub struct Connections {
     // They end when their stdin does, and go before their folder.
-    _masters: Vec<Beside>,
+    _masters: Vec<BackgroundProcess>,
     _folder: tempfile::TempDir,
     paths: BTreeMap<HostName, PathBuf>,
 }
@@ -75,7 +75,7 @@ fn connections(settings: &Settings, hosts: &[HostName]) -> Option<Connections> {
         let script = "\"$@\"; rmdir \"$0\" 2>/dev/null";
         let words = master(settings, host, &path);
         let run = Run::new("sh").args(["-c", script]).arg(folder.path()).args(words);
-        if let Ok(master) = run.beside() {
+        if let Ok(master) = run.spawn_detached() {
             masters.push(master);
             paths.insert(host.clone(), path);
         }

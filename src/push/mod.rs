@@ -2,7 +2,7 @@
 //! before the next begins, and the manifest is written once, at the end: a failure anywhere publishes nothing
 //! and says at which step.
 
-pub mod early;
+pub(crate) mod early;
 pub mod namespace;
 pub mod wait;
 
@@ -65,13 +65,13 @@ pub struct What<'a> {
     pub scope: Scope,
 }
 
-/// Pushes all targets, seen from the folder `cwd`. `soon` is told the hosts that they run on as soon as it is known that
-/// there will be something to run.
+/// Pushes all targets, seen from the folder `cwd`. `on_hosts` gets the hosts that they run on as soon as it is
+/// known that there will be something to run.
 pub fn push(
     settings: &Settings,
     what: What<'_>,
     cwd: &Path,
-    mut soon: impl FnMut(&BTreeSet<HostName>),
+    mut on_hosts: impl FnMut(&BTreeSet<HostName>),
 ) -> Result<Pushed> {
     let What { targets, service, require_clean, scope } = what;
     if targets.len() > 1 && service.is_some() {
@@ -110,7 +110,7 @@ pub fn push(
             // Also what the build itself changed.
             clean(target, revision.as_deref())?;
         }
-        tell_revision(&manifest, target, revision.as_deref())?;
+        warn_about_revision(&manifest, target, revision.as_deref())?;
         built.push(PathUpdate { name: target.service.clone(), path, revision });
     }
     let paths: Vec<StorePath> = built.iter().map(|u| u.path.clone()).collect();
@@ -119,7 +119,7 @@ pub fn push(
     }
 
     let names = built.iter().filter_map(|u| manifest.service(u.name.as_str()));
-    soon(&names.flat_map(|service| service.hosts.iter().cloned()).collect());
+    on_hosts(&names.flat_map(|service| service.hosts.iter().cloned()).collect());
     copy(settings, &paths, scope, &store)
         .map_err(|e| Error::new(format!("copy to the cache failed: {e}; nothing was published")))?;
 
@@ -167,7 +167,7 @@ fn clean(target: &Target, revision: Option<&str>) -> Result<()> {
 
 /// Says what people will see as the commit and should know of it: that it is not all, or that it is older than what
 /// the manifest has.
-fn tell_revision(manifest: &Manifest, target: &Target, revision: Option<&str>) -> Result<()> {
+fn warn_about_revision(manifest: &Manifest, target: &Target, revision: Option<&str>) -> Result<()> {
     let (Some(revision), Some(repository)) = (revision, target.repository.as_deref()) else { return Ok(()) };
     let name = &target.service;
     let short = |revision: &str| revision.chars().take(10).collect::<String>();
@@ -246,7 +246,7 @@ fn build_with_command(settings: &Settings, namespace: &str, dir: &Path) -> Resul
              flake reference, a .nix file or a store path",
         ));
     };
-    let run = Run::new(program).args(words).arg(namespace).dir(dir).end_kept();
+    let run = Run::new(program).args(words).arg(namespace).dir(dir).keep_end();
     let mut found = None;
     let output = run.each_line(|stream, line| match path_in(stream, line) {
         Some(path) => found = Some(path.to_string()),

@@ -4,7 +4,7 @@
 use crate::error::{Error, Result};
 use crate::log;
 use crate::names::{STORE_DIR, ServiceName, StorePath};
-use crate::runner::{Run, RunError, tail};
+use crate::runner::{Output, Run, RunError, tail};
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
@@ -209,20 +209,24 @@ fn header(path: &Path) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn git(dir: &Path, words: &[&str]) -> Result<Option<String>> {
-    let run = Run::new("git").args(words).dir(dir).env("LC_ALL", "C").env("GIT_OPTIONAL_LOCKS", "0");
-    match run.output() {
-        Ok(output) if output.status.ok() => Ok(Some(output.text().trim_end().to_string())),
-        Ok(output) => {
-            let none = ["not a git repository", "Needed a single revision"];
-            if !none.iter().any(|text| output.stderr.contains(text)) {
-                log::warning(format!("git tells nothing about {}: {}", dir.display(), tail(&output.stderr)));
-            }
-            Ok(None)
-        }
+/// None without git.
+fn run_git(dir: &Path, words: &[&str]) -> Result<Option<Output>> {
+    match Run::new("git").args(words).dir(dir).env("GIT_OPTIONAL_LOCKS", "0").output() {
         Err(RunError::NotFound { .. }) => Ok(None),
-        Err(e) => Err(e.into()),
+        output => Ok(Some(output?)),
     }
+}
+
+fn git(dir: &Path, words: &[&str]) -> Result<Option<String>> {
+    let Some(output) = run_git(dir, words)? else { return Ok(None) };
+    if output.status.ok() {
+        return Ok(Some(output.text().trim_end().to_string()));
+    }
+    let none = ["not a git repository", "Needed a single revision"];
+    if !none.iter().any(|text| output.stderr.contains(text)) {
+        log::warning(format!("git tells nothing about {}: {}", dir.display(), tail(&output.stderr)));
+    }
+    Ok(None)
 }
 
 /// The top folder of the repository that `dir` is in; None without git.
@@ -259,16 +263,9 @@ pub fn left_out(repository: &Path, before: &str, after: &str) -> Result<Option<(
         return Ok(None);
     }
     let range = format!("{before}...{after}");
-    let run = Run::new("git").args(["rev-list", "--left-right", "--count", &range, "--"]).dir(repository);
-    let output = match run.env("LC_ALL", "C").output() {
-        Ok(output) => output,
-        Err(RunError::NotFound { .. }) => return Ok(None),
-        Err(e) => return Err(e.into()),
-    };
-    // One of them is in no clone of this machine.
-    if !output.status.ok() {
-        return Ok(None);
-    }
+    let counted = run_git(repository, &["rev-list", "--left-right", "--count", &range, "--"])?;
+    // It fails where one of them is in no clone of this machine.
+    let Some(output) = counted.filter(|output| output.status.ok()) else { return Ok(None) };
     let counts: Vec<u64> = output.text().split_whitespace().filter_map(|w| w.parse().ok()).collect();
     Ok(match counts[..] {
         [left, right] if left > 0 => Some((left, right > 0)),
@@ -359,7 +356,7 @@ mod tests {
         (dir, root)
     }
 
-    fn run_git(root: &Path, words: &[&str]) {
+    fn as_author(root: &Path, words: &[&str]) {
         let identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"];
         Run::new("git").args(identity).args(words).dir(root).success().unwrap();
     }
@@ -367,7 +364,7 @@ mod tests {
     #[test]
     fn a_namespace_is_found_from_anywhere_in_its_repository() {
         let (_dir, root) = repo();
-        run_git(&root, &["init", "-q"]);
+        as_author(&root, &["init", "-q"]);
         let absolute = root.join("Biz/App/Web.py");
         for (text, cwd) in [
             ("Biz/App/Web.py", root.clone()),
@@ -399,10 +396,10 @@ mod tests {
     #[test]
     fn the_revision_is_the_commit_and_tells_of_changes() {
         let (_dir, root) = repo();
-        run_git(&root, &["init", "-q"]);
+        as_author(&root, &["init", "-q"]);
         assert_eq!(revision(&root).unwrap(), None);
-        run_git(&root, &["add", "-A"]);
-        run_git(&root, &["commit", "-qm", "x"]);
+        as_author(&root, &["add", "-A"]);
+        as_author(&root, &["commit", "-qm", "x"]);
         let clean = revision(&root).unwrap().unwrap();
         assert_eq!(clean.len(), 40, "{clean}");
         fs_err::write(root.join("untracked"), "").unwrap();
@@ -414,16 +411,16 @@ mod tests {
     #[test]
     fn what_a_commit_leaves_out_of_another_is_counted() {
         let (_dir, root) = repo();
-        run_git(&root, &["init", "-q", "-b", "main"]);
-        run_git(&root, &["add", "-A"]);
+        as_author(&root, &["init", "-q", "-b", "main"]);
+        as_author(&root, &["add", "-A"]);
         let mut commits = Vec::new();
         let mut commit = |message: &str| {
-            run_git(&root, &["commit", "-q", "--allow-empty", "-m", message]);
+            as_author(&root, &["commit", "-q", "--allow-empty", "-m", message]);
             commits.push(revision(&root).unwrap().unwrap());
         };
         ["a", "b", "c"].iter().for_each(|m| commit(m));
-        run_git(&root, &["checkout", "-q", "-b", "side", "HEAD~1"]);
-        run_git(&root, &["commit", "-q", "--allow-empty", "-m", "d"]);
+        as_author(&root, &["checkout", "-q", "-b", "side", "HEAD~1"]);
+        as_author(&root, &["commit", "-q", "--allow-empty", "-m", "d"]);
         let side = revision(&root).unwrap().unwrap();
         let [a, b, c] = &commits[..] else { panic!("three commits") };
         let unknown = "0".repeat(40);

@@ -14,7 +14,7 @@ use crate::runner::{ProcessStatus as Ended, tail};
 use crate::ssh;
 use crate::status::hint;
 use crate::status::judge::ServiceStatus;
-use crate::status::reports;
+use crate::status::reports::{self, With};
 use crate::store::{MANIFEST_KEY, Store};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -78,14 +78,15 @@ pub struct Off {
 
 impl Outcome {
     /// The word in the output; the same as in `status`, but for `superseded`.
-    pub fn word(&self) -> &'static str {
-        match self {
-            Outcome::Running => ServiceStatus::Running.as_str(),
-            Outcome::Superseded(_) => "superseded",
-            Outcome::Off(off) => off.status.as_str(),
-            Outcome::Pending(_) => ServiceStatus::Pending.as_str(),
-            Outcome::Unknown(_) => ServiceStatus::Unknown.as_str(),
-        }
+    pub fn word(&self) -> String {
+        let status = match self {
+            Outcome::Superseded(_) => return "superseded".into(),
+            Outcome::Running => ServiceStatus::Running,
+            Outcome::Off(off) => off.status,
+            Outcome::Pending(_) => ServiceStatus::Pending,
+            Outcome::Unknown(_) => ServiceStatus::Unknown,
+        };
+        status.to_string()
     }
 }
 
@@ -135,19 +136,11 @@ pub fn judge(state: &State, shipped: &Shipped, serial: u64, store: &str) -> Opti
     let runs = store_path.as_ref();
     let attention = found.attention().map_or(String::new(), |text| format!("; {text}"));
     let off = |status: ServiceStatus, otherwise: String| {
-        let reason = failure.as_ref().map_or(otherwise, |f| f.reason.clone()) + &attention;
-        let reason = if runs.is_none() && status != ServiceStatus::Stopped {
-            format!("{reason}; nothing runs")
-        } else {
-            reason
-        };
-        let journal = failure.as_ref().map(|f| f.journal.clone()).unwrap_or_default();
-        Outcome::Off(Off {
-            status,
-            down: runs.is_none() && status != ServiceStatus::Stopped,
-            reason,
-            journal,
-        })
+        let down = runs.is_none() && status != ServiceStatus::Stopped;
+        let (reason, journal) =
+            failure.as_ref().map_or((otherwise, vec![]), |f| (f.reason.clone(), f.journal.clone()));
+        let nothing = if down { "; nothing runs" } else { "" };
+        Outcome::Off(Off { status, down, reason: format!("{reason}{attention}{nothing}"), journal })
     };
     let another_entry = matches!((&found.entry, entry), (Some(theirs), Some(ours)) if theirs != ours);
     Some(match status {
@@ -237,16 +230,23 @@ pub fn follow(
 enum WaitStep {
     /// Every service has its outcome.
     Done(Vec<Outcome>),
-    /// The pass worked from an older manifest; how that looks.
-    Behind(String),
-    /// The same, and its pass failed or could not use the manifest; another one may.
-    Stuck(String),
-    /// The host was not heard; another try may mend that.
-    Trouble(String),
-    /// Something that no other try mends.
-    Hopeless(String),
+    /// There is none yet: why.
+    Again(NextTry, String),
     /// The host's pass failed: why. It said so itself, and would say it again.
     Failed(String),
+    /// Something that no other try mends.
+    Hopeless(String),
+}
+
+/// Why another try may bring an outcome.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum NextTry {
+    /// The pass worked from an older manifest.
+    Behind,
+    /// The same, and its pass failed or could not use the manifest.
+    Stuck,
+    /// The host was not heard.
+    Unheard,
 }
 
 struct Follower<'a> {
@@ -260,45 +260,30 @@ impl Follower<'_> {
     fn follow(&self, host: &HostName, shipped: &[Shipped]) -> Vec<Outcome> {
         let mut failures = 0;
         let mut last_said = String::new();
-        let mut tell = |text: &str| {
+        let mut report = |text: &str| {
             if last_said != text {
                 log::info(format!("{host}: {text}"));
                 last_said = text.to_string();
             }
         };
-        tell("starting the deployer");
+        report("starting the deployer");
         let mut pause = Duration::from_millis(500);
         loop {
             // Whether the host was heard: what it has not taken up is pending, of the rest nothing is known.
-            let (heard, why) = match self.step(host, shipped) {
+            let (heard, in_vain, why) = match self.step(host, shipped) {
                 WaitStep::Done(outcomes) => {
                     for (service, outcome) in shipped.iter().zip(&outcomes) {
-                        tell(&format!("{} {}", service.name, outcome.word()));
+                        report(&format!("{} {}", service.name, outcome.word()));
                     }
                     return outcomes;
                 }
-                WaitStep::Failed(why) => {
-                    failures = TRIES;
-                    (true, why)
-                }
-                WaitStep::Hopeless(why) => {
-                    failures = TRIES;
-                    (false, why)
-                }
-                WaitStep::Trouble(why) => {
-                    failures += 1;
-                    (false, why)
-                }
-                WaitStep::Stuck(why) => {
-                    failures += 1;
-                    (true, why)
-                }
-                WaitStep::Behind(why) => {
-                    failures = 0;
-                    (true, why)
-                }
+                WaitStep::Failed(why) => (true, TRIES, why),
+                WaitStep::Hopeless(why) => (false, TRIES, why),
+                WaitStep::Again(NextTry::Behind, why) => (true, 0, why),
+                WaitStep::Again(next, why) => (next == NextTry::Stuck, failures + 1, why),
             };
-            tell(&why);
+            failures = in_vain;
+            report(&why);
             let left = self.until.saturating_duration_since(Instant::now());
             if failures >= TRIES || left <= pause {
                 let outcome = if heard { Outcome::Pending(why) } else { Outcome::Unknown(why) };
@@ -311,10 +296,11 @@ impl Follower<'_> {
 
     fn step(&self, host: &HostName, shipped: &[Shipped]) -> WaitStep {
         let Follower { settings, store, serial, until } = self;
+        let unheard = |why: String| WaitStep::Again(NextTry::Unheard, why);
         let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
         let (started, answer) = match self.start(host, left) {
             Ok(both) => both,
-            Err(e) => return WaitStep::Trouble(e.to_string()),
+            Err(e) => return unheard(e.to_string()),
         };
         if started.code == NO_UNIT {
             return WaitStep::Hopeless(format!(
@@ -323,22 +309,20 @@ impl Follower<'_> {
             ));
         }
         let well = started.code == 0;
+        // Of a start that failed the reason is what its pass said last.
+        let failed = |line: Option<String>, otherwise: String| {
+            let line = if well { None } else { line.or_else(|| self.last_line(host)) };
+            line.map_or_else(|| unheard(otherwise), |why| WaitStep::Failed(format!("its pass failed: {why}")))
+        };
         let answer = match answer {
             Ok(answer) => answer,
-            Err(e) if well => return WaitStep::Trouble(e.to_string()),
-            Err(e) => {
-                return match self.last_words(host) {
-                    Some(why) => WaitStep::Failed(format!("its pass failed: {why}")),
-                    None => WaitStep::Trouble(e.to_string()),
-                };
-            }
+            Err(e) => return failed(None, e.to_string()),
         };
         let Some(mut state) = answer.state else {
-            let why = answer.state_error.unwrap_or_else(|| "it has no state".into());
-            return match (well, answer.live.last_line.or_else(|| self.last_words(host))) {
-                (false, Some(line)) => WaitStep::Failed(format!("its pass failed: {line}")),
-                _ => WaitStep::Trouble(why),
-            };
+            return failed(
+                answer.live.last_line,
+                answer.state_error.unwrap_or_else(|| "it has no state".into()),
+            );
         };
         reports::same_store(*store, &mut state);
         let identity = store.identity();
@@ -347,7 +331,7 @@ impl Follower<'_> {
         // A pass that ended without leaving a reason: killed, out of time, or of an older program.
         if !well
             && state.last_error.is_none()
-            && let Some(why) = self.broke_off(host, answer.live.deployer.as_ref(), answer.live.last_line)
+            && let Some(why) = self.pass_failure(host, answer.live.deployer.as_ref(), answer.live.last_line)
         {
             return WaitStep::Failed(why);
         }
@@ -357,13 +341,12 @@ impl Follower<'_> {
         }
         let at = state.serial.map_or("none".to_string(), |s| s.to_string());
         let behind = format!("its last pass saw serial {at}, not yet {serial}");
-        match &state.manifest_error {
-            Some(why) => {
-                WaitStep::Stuck(format!("{behind}: {}", hint::translated(why, host, Some(&settings.host))))
-            }
-            None if !well => WaitStep::Stuck(format!("{behind} (start: {})", started.said)),
-            None => WaitStep::Behind(format!("{behind}; starting another")),
-        }
+        let (next, why) = match &state.manifest_error {
+            Some(why) => (NextTry::Stuck, format!(": {}", hint::translated(why, host, Some(&settings.host)))),
+            None if !well => (NextTry::Stuck, format!(" (start: {})", started.said)),
+            None => (NextTry::Behind, "; starting another".into()),
+        };
+        WaitStep::Again(next, behind + &why)
     }
 
     /// Starts the deployer, and asks the host for its state when there is a result: by one command where the host knows
@@ -388,13 +371,13 @@ impl Follower<'_> {
         let answer = if code == NO_UNIT {
             Err(Error::new(start.said.clone()))
         } else {
-            reports::ask(settings, host, left())
+            reports::ask(settings, host, With::Units, left())
         };
         Ok((start, answer))
     }
 
     /// How a start of the deployer failed, unless it was for a service (exit 3 and 4), of which the state tells.
-    fn broke_off(&self, host: &HostName, unit: Option<&Unit>, line: Option<String>) -> Option<String> {
+    fn pass_failure(&self, host: &HostName, unit: Option<&Unit>, line: Option<String>) -> Option<String> {
         let (result, status) = match unit {
             Some(unit) => (unit.result.clone(), unit.exit_status),
             None => {
@@ -408,12 +391,12 @@ impl Follower<'_> {
         if result == "success" || (result == "exit-code" && matches!(status, 3 | 4)) {
             return None;
         }
-        let line = line.or_else(|| self.last_words(host)).unwrap_or_else(|| "it left no reason".into());
+        let line = line.or_else(|| self.last_line(host)).unwrap_or_else(|| "it left no reason".into());
         Some(format!("its pass failed ({result}, {status}): {line}"))
     }
 
     /// The last line that the deployer wrote to the host's journal.
-    fn last_words(&self, host: &HostName) -> Option<String> {
+    fn last_line(&self, host: &HostName) -> Option<String> {
         let words = [
             "journalctl",
             "--no-pager",
@@ -497,7 +480,7 @@ mod tests {
         ] {
             let outcome = judge(&state(serial, status, runs, attempted), &shipped("ava"), 42, STORE);
             let what = format!("{serial} {status:?} {runs:?} {attempted:?}");
-            assert_eq!(outcome.as_ref().map(Outcome::word), want, "{what}");
+            assert_eq!(outcome.as_ref().map(Outcome::word).as_deref(), want, "{what}");
             if let Some(Outcome::Off(off)) = outcome {
                 assert_eq!(off.down, runs.is_none() && status != ServicePhase::Stopped, "{what}");
                 if attempted.is_some() {
@@ -524,7 +507,7 @@ mod tests {
         assert!(why.contains("biz reads s3://releases2, you published to s3://releases;"), "{why}");
         other.store = Some(STORE.into());
         other.serial = Some(42);
-        assert_eq!(word(&other), Some("running"));
+        assert_eq!(word(&other).as_deref(), Some("running"));
         for (serial, entry, want) in [
             (42, "ours", "running"),
             (42, "theirs", "unknown"),
@@ -533,7 +516,7 @@ mod tests {
         ] {
             let mut state = well(serial);
             state.services.values_mut().for_each(|s| s.entry = Some(entry.into()));
-            assert_eq!(word(&state), Some(want), "{serial} {entry}");
+            assert_eq!(word(&state).as_deref(), Some(want), "{serial} {entry}");
         }
         // A drop-in beside it: the program is the pushed one, and what it runs with is not the manifest's.
         let mut changed = well(42);
@@ -547,7 +530,7 @@ mod tests {
             failed.last_error = Some(LastError { reason: "wrong key".into(), since: Timestamp(0) });
             let outcome = judge(&failed, &shipped("ava"), 42, STORE).unwrap();
             let (Outcome::Unknown(why) | Outcome::Pending(why)) = &outcome else { panic!("{outcome:?}") };
-            assert_eq!((outcome.word(), why.as_str()), (want, "its last pass failed: wrong key"));
+            assert_eq!((outcome.word().as_str(), why.as_str()), (want, "its last pass failed: wrong key"));
         }
     }
 

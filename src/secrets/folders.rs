@@ -13,7 +13,7 @@ const MOST_LINKS: u32 = 40;
 
 /// Why a folder is no place for secrets: it, or one above it, is not root's, or others may write to it. With the next
 /// move. One that is missing is nobody's.
-pub fn trouble(folder: &Path) -> Option<String> {
+pub fn insecure(folder: &Path) -> Option<String> {
     above(folder, MOST_LINKS)
 }
 
@@ -92,8 +92,8 @@ mod tests {
     fn a_link_is_followed_to_whose_folder_it_leads() {
         let dir = tempfile::tempdir().unwrap();
         // A temporary folder is everybody's, one way or another.
-        assert!(trouble(dir.path()).is_some());
-        assert_eq!(trouble(Path::new("/")), None);
-        assert_eq!(trouble(Path::new("/no-such-folder-here/x")), None);
+        assert!(insecure(dir.path()).is_some());
+        assert_eq!(insecure(Path::new("/")), None);
+        assert_eq!(insecure(Path::new("/no-such-folder-here/x")), None);
     }
 }

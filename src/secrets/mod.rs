@@ -49,8 +49,9 @@ impl FileFormat {
     }
 
     /// The form that a word of a command line means.
-    pub fn parse(word: &str) -> Option<Self> {
-        [FileFormat::Environment, FileFormat::Bytes].into_iter().find(|form| form.as_str() == word)
+    pub fn parse(word: &str) -> Result<Self, String> {
+        let mut all = [FileFormat::Environment, FileFormat::Bytes].into_iter();
+        all.find(|form| form.as_str() == word).ok_or_else(|| "no such form of a file".into())
     }
 }
 
@@ -118,15 +119,15 @@ pub fn encode(bytes: &[u8]) -> String {
 
 /// What was encoded; the error has nothing of it.
 pub fn decode(text: &str) -> Result<Vec<u8>> {
-    STANDARD.decode(text).map_err(|_| Error::new("what came over the wire is no base64; try again"))
+    STANDARD.decode(text).map_err(|_| Error::new("what came over the wire is not base64; try again"))
 }
 
 /// On the host: looks at a file, and reads it if `content` is wanted.
 pub fn look(name: &ServiceName, path: &Path, form: FileFormat, content: bool) -> Result<FileState> {
     let mut problems: Vec<String> = observe::secrets_file(name, path).err().into_iter().collect();
     // Where others could lead us to another file nothing is read, and that is all there is to be said.
-    let astray = !content && path.parent().is_some_and(|folder| folders::trouble(folder).is_some());
-    let bytes = if astray { None } else { read(path)? };
+    let unsafe_folder = !content && path.parent().is_some_and(|folder| folders::insecure(folder).is_some());
+    let bytes = if unsafe_folder { None } else { read(path)? };
     problems.extend(path.parent().and_then(secret_dir));
     let (names, mistakes) = match (&bytes, form) {
         (Some((bytes, _)), FileFormat::Environment) => environment::read(bytes),
@@ -146,7 +147,7 @@ pub fn look(name: &ServiceName, path: &Path, form: FileFormat, content: bool) ->
 }
 
 /// What is wrong with a folder that is for secrets alone, besides what keeps a service from being started
-/// ([`folders::trouble`]). One that others use as well (`/etc`) is judged by its files.
+/// ([`folders::insecure`]). One that others use as well (`/etc`) is judged by its files.
 pub fn secret_dir(dir: &Path) -> Option<String> {
     let meta = fs_err::metadata(dir).ok()?;
     let ours = dir.file_name().is_some_and(|name| name.to_string_lossy().contains("secret"));
@@ -157,21 +158,20 @@ pub fn secret_dir(dir: &Path) -> Option<String> {
 /// The first line of a file that keeps its service from being started, with the next move: systemd would refuse it, or
 /// write it to the journal.
 pub fn illegible(name: &ServiceName, file: &SecretFile) -> io::Result<Option<String>> {
-    if file.form == FileFormat::Bytes {
-        return Ok(None);
-    }
-    let (_, mistakes) = environment::read(&fs_err::read(&file.path)?);
-    let grave = mistakes.iter().find(|mistake| mistake.grave);
+    let grave = mistakes(file)?.into_iter().find(|mistake| mistake.grave);
     Ok(grave.map(|why| format!("{}, {why}; mend it with 'omni-deploy secrets edit {name}'", file.path)))
 }
 
 /// The lines of a file that systemd reads otherwise than they are written, without what they say.
 pub fn misread(file: &SecretFile) -> io::Result<Vec<environment::Mistake>> {
-    if file.form == FileFormat::Bytes {
-        return Ok(vec![]);
-    }
-    let (_, mistakes) = environment::read(&fs_err::read(&file.path)?);
-    Ok(mistakes.into_iter().filter(|mistake| !mistake.grave).collect())
+    Ok(mistakes(file)?.into_iter().filter(|mistake| !mistake.grave).collect())
+}
+
+fn mistakes(file: &SecretFile) -> io::Result<Vec<environment::Mistake>> {
+    Ok(match file.form {
+        FileFormat::Environment => environment::read(&fs_err::read(&file.path)?).1,
+        FileFormat::Bytes => Vec::new(),
+    })
 }
 
 /// On the host: puts a content in place, if what is there now is what it is meant to replace. The file keeps its
@@ -179,7 +179,7 @@ pub fn misread(file: &SecretFile) -> io::Result<Vec<environment::Mistake>> {
 pub fn write(path: &Path, wanted: &WriteRequest) -> Result<WriteResult> {
     let content = decode(&wanted.content)?;
     let (Some(folder), true) = (path.parent(), path.is_absolute()) else {
-        return Err(Error::new(format!("{} is no file below a folder", path.display())));
+        return Err(Error::new(format!("{} is not a file below a folder", path.display())));
     };
     guarded(folder)?;
     if !folder.exists() {
@@ -237,12 +237,12 @@ fn read(path: &Path) -> Result<Option<(Vec<u8>, std::fs::Metadata)>> {
 
 /// Refuses a folder through which somebody else than root could lead us to another file.
 fn guarded(folder: &Path) -> Result<()> {
-    folders::trouble(folder).map_or(Ok(()), |why| Err(Error::new(why)))
+    folders::insecure(folder).map_or(Ok(()), |why| Err(Error::new(why)))
 }
 
 /// Where a person's draft of secrets is while it is edited.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct Scratch {
     /// A folder in which one of our own is made.
     pub dir: PathBuf,
     /// Whether it is in memory: it never reaches a disk, but for swap.
@@ -253,17 +253,15 @@ pub struct Place {
 const TMPFS: i128 = 0x0102_1994;
 
 /// A temporary folder that is in memory, if this machine has such a place for this user; else the usual one.
-pub fn scratch_place() -> Place {
+pub fn scratch() -> Scratch {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|p| p.is_absolute());
     let in_memory = |dir: &PathBuf| {
         rustix::fs::statfs(dir).is_ok_and(|of| i128::from(of.f_type) == TMPFS)
             && tempfile::tempfile_in(dir).is_ok()
     };
     let places = [Some(PathBuf::from("/dev/shm")), runtime, Some(std::env::temp_dir())];
-    match places.into_iter().flatten().find(in_memory) {
-        Some(dir) => Place { dir, in_memory: true },
-        None => Place { dir: std::env::temp_dir(), in_memory: false },
-    }
+    let found = places.into_iter().flatten().find(in_memory);
+    Scratch { in_memory: found.is_some(), dir: found.unwrap_or_else(std::env::temp_dir) }
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use crate::manifest::Manifest;
 use crate::names::{HostName, ServiceName, StorePath};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// The version of `status --json`.
 pub const STATUS_VERSION: u64 = 1;
@@ -71,12 +72,7 @@ impl HostReport {
     }
 
     fn live(&self) -> Option<&Live> {
-        match self {
-            HostReport::Missing | HostReport::Unreadable(_) | HostReport::Silent(_) | HostReport::Read(_) => {
-                None
-            }
-            HostReport::Live(_, live) => Some(live),
-        }
+        if let HostReport::Live(_, live) = self { Some(live) } else { None }
     }
 }
 
@@ -110,23 +106,10 @@ pub enum ServiceStatus {
     Unknown,
 }
 
-impl ServiceStatus {
-    /// The word in the formats.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            ServiceStatus::Running => "running",
-            ServiceStatus::Waiting => "waiting",
-            ServiceStatus::Stopped => "stopped",
-            ServiceStatus::Pinned => "pinned",
-            ServiceStatus::Pending => "pending",
-            ServiceStatus::Differs => "differs",
-            ServiceStatus::Missing => "missing",
-            ServiceStatus::Leftover => "leftover",
-            ServiceStatus::Removing => "removing",
-            ServiceStatus::Failed => "failed",
-            ServiceStatus::Rejected => "rejected",
-            ServiceStatus::Unknown => "unknown",
-        }
+/// The word in the formats.
+impl fmt::Display for ServiceStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 
@@ -238,7 +221,7 @@ pub fn judge(
     only: Only<'_>,
 ) -> StatusReport {
     let manifest = wanted.manifest;
-    let mut picture = StatusReport {
+    let mut status = StatusReport {
         version: STATUS_VERSION,
         serial: manifest.serial,
         generation: manifest.generation,
@@ -248,7 +231,7 @@ pub fn judge(
     for service in manifest.services.iter().filter(|s| only.service(&s.name)) {
         for host in service.hosts.iter().filter(|h| only.host(h)) {
             let report = reports.get(host).unwrap_or(&HostReport::Missing);
-            picture.rows.push(service::row(wanted, service, host, report, now));
+            status.rows.push(service::row(wanted, service, host, report, now));
         }
     }
     for (host, report) in reports.iter().filter(|(h, _)| only.host(h)) {
@@ -261,21 +244,21 @@ pub fn judge(
             && wanted.other_store(state).is_none()
         {
             let strangers = state.services.values().filter(|s| only.service(&s.name) && !placed(&s.name));
-            picture.rows.extend(strangers.map(|s| service::leftover(wanted, state, s, now)));
+            status.rows.extend(strangers.map(|s| service::leftover(wanted, state, s, now)));
             // What the state does not know: a pass that ended before it could take that down.
             let unknown = report.live().into_iter().flat_map(|live| &live.services);
             let unknown = unknown.filter(|(name, _)| {
                 only.service(name) && !placed(name) && !state.services.contains_key(*name)
             });
-            picture.rows.extend(unknown.map(|(name, unit)| service::forgotten(state, name, unit)));
+            status.rows.extend(unknown.map(|(name, unit)| service::unknown_unit(state, name, unit)));
         }
     }
     for (host, report) in reports {
-        if picture.rows.iter().any(|r| r.host == *host) {
-            picture.hosts.push(host::row(wanted, host, report, now));
+        if status.rows.iter().any(|r| r.host == *host) {
+            status.hosts.push(host::row(wanted, host, report, now));
         }
     }
-    picture
+    status
 }
 
 /// How far a host is with the manifest in force.
@@ -394,8 +377,8 @@ mod tests {
             let mut state = state(7, &[("ava", status, Some('1'))]);
             state.services.get_mut(&name("ava")).unwrap().drop_ins = vec![file.into()];
             assert_eq!(state.exit_code(), crate::error::Exit::Degraded, "{file}");
-            let picture = judged(&manifest(Some('1'), 60), state);
-            let row = &picture.rows[0];
+            let report = judged(&manifest(Some('1'), 60), state);
+            let row = &report.rows[0];
             let problem = row.problem.as_deref().unwrap_or_default();
             assert!(row.off && problem.contains(file) && problem.contains(words), "{row:?}");
         }
@@ -422,10 +405,10 @@ mod tests {
             (Some('1'), 60, 6, vec![], ServiceStatus::Pending, false),
             (Some('1'), 60, 7, vec![], ServiceStatus::Missing, true),
         ] {
-            let picture = judged(&manifest(target, age), state(serial, &services));
-            let row = &picture.rows[0];
+            let report = judged(&manifest(target, age), state(serial, &services));
+            let row = &report.rows[0];
             assert_eq!((row.status, row.off), (standing, off), "{target:?} {age} {serial} {services:?}");
-            assert_eq!(picture.rows.len(), 1);
+            assert_eq!(report.rows.len(), 1);
             assert!(
                 (off || standing == ServiceStatus::Stopped) == row.problem.is_some(),
                 "what is off or stopped has a reason: {target:?} {age} {serial} {services:?}"
@@ -439,9 +422,9 @@ mod tests {
         assert_eq!(judged(&manifest(Some('1'), 60), state.clone()).rows[0].exposure, None);
         let exposure = Exposure::parse("8.8");
         state.services.get_mut(&name("ava")).unwrap().exposure = exposure;
-        let picture = judged(&manifest(Some('1'), 60), state);
+        let report = judged(&manifest(Some('1'), 60), state);
         assert_eq!(
-            (picture.rows[0].exposure, picture.needs_attention()),
+            (report.rows[0].exposure, report.needs_attention()),
             (exposure, false),
             "it is no reason to be off"
         );
@@ -455,9 +438,9 @@ mod tests {
             HostReport::Unreadable("EOF".into()),
             HostReport::Silent("ssh: refused".into()),
         ] {
-            let picture = judge(&Expected::only(&manifest), &reports(report.clone()), NOW, Only::default());
-            assert_eq!(picture.rows[0].status, ServiceStatus::Unknown);
-            assert!(picture.needs_attention() && picture.hosts[0].problems.len() == 1, "{report:?}");
+            let report = judge(&Expected::only(&manifest), &reports(report.clone()), NOW, Only::default());
+            assert_eq!(report.rows[0].status, ServiceStatus::Unknown);
+            assert!(report.needs_attention() && report.hosts[0].problems.len() == 1, "{report:?}");
         }
     }
 
@@ -480,9 +463,9 @@ mod tests {
                 Some("refused"),
             ),
         ] {
-            let picture = judged(&manifest, state);
-            assert_eq!(picture.needs_attention(), word.is_some(), "{word:?}");
-            let said = picture.hosts[0].problems.join(" ");
+            let report = judged(&manifest, state);
+            assert_eq!(report.needs_attention(), word.is_some(), "{word:?}");
+            let said = report.hosts[0].problems.join(" ");
             assert!(said.contains(word.unwrap_or_default()), "{said}");
         }
     }
@@ -516,10 +499,10 @@ mod tests {
     fn what_the_manifest_does_not_place_on_a_host_is_leaving_or_left_over() {
         let manifest = manifest(Some('1'), 60);
         let both = [("ava", ServicePhase::Running, Some('1')), ("old", ServicePhase::Running, Some('2'))];
-        let picture = judged(&manifest, state(6, &both));
-        assert_eq!((picture.rows[1].status, picture.rows[1].off), (ServiceStatus::Pending, false));
-        let picture = judged(&manifest, state(7, &both));
-        assert_eq!((picture.rows[1].status, picture.rows[1].off), (ServiceStatus::Leftover, true));
+        let report = judged(&manifest, state(6, &both));
+        assert_eq!((report.rows[1].status, report.rows[1].off), (ServiceStatus::Pending, false));
+        let report = judged(&manifest, state(7, &both));
+        assert_eq!((report.rows[1].status, report.rows[1].off), (ServiceStatus::Leftover, true));
     }
 
     #[test]
@@ -542,8 +525,8 @@ mod tests {
         second.hosts.push(host("two"));
         manifest.services.push(second);
         let shown = |service, host| {
-            let picture = judge(&Expected::only(&manifest), &BTreeMap::new(), NOW, Only { service, host });
-            picture.rows.iter().map(|r| format!("{}@{}", r.service, r.host)).collect::<Vec<_>>()
+            let report = judge(&Expected::only(&manifest), &BTreeMap::new(), NOW, Only { service, host });
+            report.rows.iter().map(|r| format!("{}@{}", r.service, r.host)).collect::<Vec<_>>()
         };
         assert_eq!(shown(None, None), ["ava@biz", "web@biz", "web@two"]);
         assert_eq!(shown(Some("web"), None), ["web@biz", "web@two"]);

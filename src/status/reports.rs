@@ -107,7 +107,8 @@ fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(HostReport
     })
 }
 
-fn key(host: &HostName) -> String {
+/// Where a host's report is in a store.
+pub fn key(host: &HostName) -> String {
     format!("{HOSTS_PREFIX}{host}.json")
 }
 
@@ -142,15 +143,13 @@ pub fn live(
     hosts: &BTreeSet<HostName>,
 ) -> Result<BTreeMap<HostName, HostReport>> {
     each(hosts, HOSTS_AT_ONCE, |host| {
-        Ok(match ask_for(settings, host, With::Domains, LIVE_DEADLINE) {
+        Ok(match ask(settings, host, With::Domains, LIVE_DEADLINE) {
             Err(e) => HostReport::Silent(e.to_string()),
             Ok(LiveState { state: Some(mut state), live, .. }) if state.host == *host => {
                 same_store(store, &mut state);
                 HostReport::Live(Box::new(state), Box::new(live))
             }
-            Ok(LiveState { state: Some(state), .. }) => {
-                HostReport::Unreadable(format!("it is by a host that calls itself {}", state.host))
-            }
+            Ok(LiveState { state: Some(state), .. }) => by_another(&state),
             Ok(LiveState { state: None, state_error, live, .. }) => {
                 let line = live.last_line.map(|line| format!("; the deployer says: {line}"));
                 HostReport::Silent(format!(
@@ -162,12 +161,6 @@ pub fn live(
             }
         })
     })
-}
-
-/// Asks a host for its state and for what systemd says there now. One that has an older program, or none that can
-/// be found, gives its state alone, and that is among the problems.
-pub fn ask(settings: &Settings, host: &HostName, deadline: Duration) -> Result<LiveState> {
-    ask_for(settings, host, With::Units, deadline)
 }
 
 /// Starts a host's deployer and waits until its pass has ended, or has come to a result for version `serial`: by one
@@ -185,26 +178,26 @@ pub fn watch(
     }
     let serial = serial.to_string();
     let words = ["omni-deploy", "deployer", "watch", "--serial", &serial];
-    let output = ssh::attempt_on(settings, host, true, &words, deadline)?;
+    let output = ssh::attempt_on(settings, host, &words, deadline)?;
     if !output.status.ok() || output.stdout.len() as u64 > MAX_REPORT {
         return Ok(None);
     }
-    if let Err(why) = bounds::check(&output.stdout, BOUNDS) {
-        return Err(not_read(&why));
-    }
+    bounds::check(&output.stdout, BOUNDS).map_err(|why| not_read(&why))?;
     Ok(LiveState::parse(&output.stdout).ok())
 }
 
 /// What is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum With {
+pub enum With {
     /// State and units.
     Units,
     /// Its domains too, which takes seconds.
     Domains,
 }
 
-fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration) -> Result<LiveState> {
+/// Asks a host for its state and for what systemd says there now. One that has an older program, or none that can
+/// be found, gives its state alone, and that is among the problems.
+pub fn ask(settings: &Settings, host: &HostName, with: With, deadline: Duration) -> Result<LiveState> {
     if ssh::is_here(settings, host) {
         return match with {
             With::Units => live::look(&settings.unit_dir, Timestamp::now()),
@@ -218,7 +211,7 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
          exec cat {STATE_FILE}",
         ssh::finds_ours()
     );
-    let output = ssh::script_on(settings, host, &script, deadline)?;
+    let output = ssh::output_on(settings, host, false, &["sh", "-c", &script], deadline)?;
     if !output.status.ok() {
         return Err(Error::new(format!(
             "its state could not be read ({}): {}; run '{}'",
@@ -230,9 +223,6 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
     if output.stdout.len() as u64 > MAX_REPORT {
         return Err(Error::new(format!("its state has more than {MAX_REPORT} bytes")));
     }
-    let unusable = |why: String| {
-        Error::new(format!("its state cannot be read: {why}; upgrade whichever omni-deploy is older"))
-    };
     bounds::check(&output.stdout, BOUNDS).map_err(|why| not_read(&why))?;
     if let Ok(state) = State::parse(&output.stdout) {
         let problems = vec![
@@ -241,15 +231,12 @@ fn ask_for(settings: &Settings, host: &HostName, with: With, deadline: Duration)
                 .into(),
         ];
         let live = Live { at: Timestamp::now(), problems, ..Live::default() };
-        return Ok(LiveState {
-            version: LIVE_VERSION,
-            state: Some(state),
-            state_error: None,
-            live,
-            start: None,
-        });
+        let (version, state, state_error, start) = (LIVE_VERSION, Some(state), None, None);
+        return Ok(LiveState { version, state, state_error, live, start });
     }
-    LiveState::parse(&output.stdout).map_err(unusable)
+    LiveState::parse(&output.stdout).map_err(|why| {
+        Error::new(format!("its state cannot be read: {why}; upgrade whichever omni-deploy is older"))
+    })
 }
 
 fn not_read(why: &str) -> Error {
@@ -262,10 +249,14 @@ pub fn parsed(bytes: &[u8]) -> Result<State, String> {
     State::parse(bytes)
 }
 
+fn by_another(state: &State) -> HostReport {
+    HostReport::Unreadable(format!("it is by a host that calls itself {}", state.host))
+}
+
 fn read(host: &HostName, bytes: &[u8]) -> HostReport {
     match parsed(bytes) {
         Ok(state) if state.host == *host => HostReport::Read(Box::new(state)),
-        Ok(state) => HostReport::Unreadable(format!("it is by a host that calls itself {}", state.host)),
+        Ok(state) => by_another(&state),
         Err(why) => HostReport::Unreadable(why),
     }
 }

@@ -25,7 +25,7 @@ fn as_user() -> Run {
 fn dies(dir: &Path, program: &[&str], signal: &str, look: impl FnOnce(&str)) -> Vec<String> {
     let pid_file = dir.join("pid");
     let script = "ulimit -c unlimited; echo $$ >pid.new; mv pid.new pid; exec \"$@\"";
-    let run = as_user().args(["sh", "-c", script, "-"]).args(program).dir(dir).discard_stdout();
+    let run = as_user().args(["sh", "-c", script, "-"]).args(program).dir(dir).keep_end();
     let run = run.env("HOME", dir).env("OMNI_DEPLOY_HOST", "laptop").env("MARK", "hunter2");
     let died = std::thread::spawn(move || run.output().unwrap().status);
     wait_until(Duration::from_secs(30), "it has a number", || pid_file.exists());

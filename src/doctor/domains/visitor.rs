@@ -5,7 +5,10 @@
 use crate::clock::Timestamp;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::{
+    CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature,
+};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{
     AlertDescription, CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore,
@@ -17,7 +20,6 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use ureq::tls::{PemItem, parse_pem};
 
 /// The longest head of an answer that is read, in bytes.
 const MAX_HEAD: usize = 32 << 10;
@@ -29,9 +31,9 @@ const ROOTS: [&str; 3] =
 /// What a certificate is held against.
 #[derive(Debug, Clone)]
 pub struct CertificateTrust {
-    provider: Arc<CryptoProvider>,
     /// None: this machine trusts nobody.
     roots: Option<Arc<WebPkiServerVerifier>>,
+    signatures: WebPkiSupportedAlgorithms,
 }
 
 impl CertificateTrust {
@@ -41,17 +43,15 @@ impl CertificateTrust {
         let files = named.as_deref().map(Path::new).into_iter().chain(ROOTS.iter().map(Path::new));
         let pem = files.filter_map(|file| fs_err::read(file).ok()).next().unwrap_or_default();
         let mut roots = RootCertStore::empty();
-        for item in parse_pem(&pem) {
-            if let Ok(PemItem::Certificate(certificate)) = item {
-                // Some of a bundle may be of a form that rustls does not take; the others count.
-                roots.add_parsable_certificates([CertificateDer::from(certificate.der().to_vec())]);
-            }
-        }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let roots =
-            WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().ok();
-        CertificateTrust { provider, roots }
+        // Some of a bundle may be of a form that rustls does not take; the others count.
+        roots.add_parsable_certificates(CertificateDer::pem_slice_iter(&pem).flatten());
+        let roots = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider()).build().ok();
+        CertificateTrust { roots, signatures: provider().signature_verification_algorithms }
     }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
 }
 
 /// What is wrong with a certificate.
@@ -105,7 +105,7 @@ pub enum NoAnswer {
     /// There is no way there.
     Unroutable,
     /// It took too long.
-    Late,
+    TimedOut,
     /// The server has no certificate for the name.
     NoCertificate,
     /// What listens there speaks no TLS.
@@ -119,7 +119,7 @@ impl fmt::Display for NoAnswer {
         match self {
             NoAnswer::Refused => f.write_str("connection refused"),
             NoAnswer::Unroutable => f.write_str("no route to it"),
-            NoAnswer::Late => f.write_str("no answer in time"),
+            NoAnswer::TimedOut => f.write_str("no answer in time"),
             NoAnswer::NoCertificate => f.write_str("no certificate for this name"),
             NoAnswer::NotTls => f.write_str("it does not speak TLS"),
             NoAnswer::Other(why) => f.write_str(why),
@@ -129,7 +129,7 @@ impl fmt::Display for NoAnswer {
 
 /// What a visit met.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Met {
+pub struct Reply {
     /// The certificate, where TLS was spoken and one was shown.
     pub certificate: Option<Certificate>,
     /// The answer, or why there is none.
@@ -150,30 +150,34 @@ pub struct Request<'a> {
 }
 
 /// Asks over TLS.
-pub fn https(request: Request, trust: &CertificateTrust, deadline: Instant) -> Met {
-    let witness = Arc::new(Witness { trust: trust.clone(), seen: Mutex::new(None) });
-    let answer = encrypted(request, &witness, deadline);
-    let seen = witness.seen.lock().unwrap_or_else(PoisonError::into_inner).take();
+pub fn https(request: Request, trust: &CertificateTrust, deadline: Instant) -> Reply {
+    let verifier = Arc::new(RecordingVerifier { trust: trust.clone(), seen: Mutex::new(None) });
+    let answer = encrypted(request, &verifier, deadline);
+    let seen = verifier.seen.lock().unwrap_or_else(PoisonError::into_inner).take();
     let certificate = seen.map(|(der, fault)| {
         let (issuer, self_signed, until) = x509::read(&der).unwrap_or_default();
         Certificate { issuer, self_signed, until, fault, der }
     });
-    Met { certificate, answer }
+    Reply { certificate, answer }
 }
 
 /// Asks without TLS.
-pub fn http(request: Request, deadline: Instant) -> Met {
+pub fn http(request: Request, deadline: Instant) -> Reply {
     let answer = connect(request.to, deadline).and_then(|socket| exchange(socket, request));
-    Met { certificate: None, answer: answer.map_err(|e| no_answer(&e)) }
+    Reply { certificate: None, answer: answer.map_err(|e| no_answer(&e)) }
 }
 
-fn encrypted(request: Request, witness: &Arc<Witness>, deadline: Instant) -> Result<ResponseHead, NoAnswer> {
+fn encrypted(
+    request: Request,
+    verifier: &Arc<RecordingVerifier>,
+    deadline: Instant,
+) -> Result<ResponseHead, NoAnswer> {
     let other = |e: &dyn fmt::Display| NoAnswer::Other(e.to_string());
-    let mut config = ClientConfig::builder_with_provider(witness.trust.provider.clone())
+    let mut config = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(|e| other(&e))?
         .dangerous()
-        .with_custom_certificate_verifier(witness.clone())
+        .with_custom_certificate_verifier(verifier.clone())
         .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     let name = ServerName::try_from(request.host.to_string()).map_err(|e| other(&e))?;
@@ -200,7 +204,7 @@ fn no_answer(e: &io::Error) -> NoAnswer {
         ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
             NoAnswer::Unroutable
         }
-        ErrorKind::TimedOut | ErrorKind::WouldBlock => NoAnswer::Late,
+        ErrorKind::TimedOut | ErrorKind::WouldBlock => NoAnswer::TimedOut,
         ErrorKind::UnexpectedEof
         | ErrorKind::ConnectionReset
         | ErrorKind::ConnectionAborted
@@ -290,12 +294,12 @@ fn exchange(mut stream: impl Read + Write, request: Request) -> io::Result<Respo
 
 /// Keeps what was shown and what is wrong with it, and lets the visit go on.
 #[derive(Debug)]
-struct Witness {
+struct RecordingVerifier {
     trust: CertificateTrust,
     seen: Mutex<Option<(Vec<u8>, Option<CertificateFault>)>>,
 }
 
-impl ServerCertVerifier for Witness {
+impl ServerCertVerifier for RecordingVerifier {
     fn verify_server_cert(
         &self,
         leaf: &CertificateDer<'_>,
@@ -322,12 +326,7 @@ impl ServerCertVerifier for Witness {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(
-            message,
-            certificate,
-            signed,
-            &self.trust.provider.signature_verification_algorithms,
-        )
+        verify_tls12_signature(message, certificate, signed, &self.trust.signatures)
     }
 
     fn verify_tls13_signature(
@@ -336,16 +335,11 @@ impl ServerCertVerifier for Witness {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(
-            message,
-            certificate,
-            signed,
-            &self.trust.provider.signature_verification_algorithms,
-        )
+        verify_tls13_signature(message, certificate, signed, &self.trust.signatures)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.trust.provider.signature_verification_algorithms.supported_schemes()
+        self.trust.signatures.supported_schemes()
     }
 }
 
@@ -432,16 +426,8 @@ mod x509 {
             0x17 => format!("19{text}"),
             _ => text.to_string(),
         };
-        let part = |from: usize, to: usize| full.get(from..to);
-        Timestamp::parse(&format!(
-            "{}-{}-{}T{}:{}:{}Z",
-            part(0, 4)?,
-            part(4, 6)?,
-            part(6, 8)?,
-            part(8, 10)?,
-            part(10, 12)?,
-            part(12, 14)?
-        ))
+        let (day, time) = full.split_at_checked(8)?;
+        Timestamp::parse_compact(&format!("{day}T{time}Z"))
     }
 
     #[cfg(test)]

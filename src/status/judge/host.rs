@@ -12,41 +12,27 @@ use crate::systemd;
 pub(super) const SKEW_SEC: i64 = 5 * 60;
 
 pub(super) fn row(wanted: &Expected<'_>, host: &HostName, report: &HostReport, now: Timestamp) -> HostRow {
+    let state = report.state();
     let mut row = HostRow {
         host: host.clone(),
-        reported_at: None,
-        serial: None,
-        store: None,
-        last_error: None,
+        reported_at: state.map(|state| state.checked_at),
+        serial: state.and_then(|state| state.serial),
+        store: state.and_then(|state| state.store.clone()),
+        last_error: state.and_then(|state| Some(state.last_error.as_ref()?.reason.clone())),
         off: true,
-        problems: Vec::new(),
-    };
-    let here = wanted.here.as_ref();
-    let state = match report {
-        HostReport::Missing => {
-            row.problems.push(format!(
+        problems: match report {
+            HostReport::Missing => vec![format!(
                 "never reported; check 'systemctl status deployer.timer' on {host}, and that it can write hosts/{host}.json"
-            ));
-            return row;
-        }
-        HostReport::Unreadable(why) => {
-            row.problems
-                .push(format!("its report cannot be read: {why}; upgrade whichever omni-deploy is older"));
-            return row;
-        }
-        HostReport::Silent(why) => {
-            row.problems.push(why.clone());
-            return row;
-        }
-        HostReport::Read(state) | HostReport::Live(state, _) => state,
+            )],
+            HostReport::Unreadable(why) => {
+                vec![format!("its report cannot be read: {why}; upgrade whichever omni-deploy is older")]
+            }
+            HostReport::Silent(why) => vec![why.clone()],
+            HostReport::Read(state) | HostReport::Live(state, _) => problems(wanted, host, state, now),
+        },
     };
-    row.reported_at = Some(state.checked_at);
-    row.serial = state.serial;
-    row.store = state.store.clone();
-    row.last_error = state.last_error.as_ref().map(|error| error.reason.clone());
-    row.problems = problems(wanted, host, state, now);
     if let Some(live) = report.live() {
-        now_host(&mut row, live, here);
+        apply_live(&mut row, live, wanted.here.as_ref());
     }
     row.off = !row.problems.is_empty();
     row
@@ -124,7 +110,7 @@ fn problems(wanted: &Expected<'_>, host: &HostName, state: &State, now: Timestam
 }
 
 /// What systemd says now of the deployer and its timer, and what else the host found when it was asked.
-fn now_host(row: &mut HostRow, live: &Live, here: Option<&HostName>) {
+fn apply_live(row: &mut HostRow, live: &Live, here: Option<&HostName>) {
     let Live { at: _, services: _, deployer, timer, last_line, domains: _, problems } = live;
     let host = row.host.clone();
     let logs = format!("'omni-deploy logs deployer --host {host}'");

@@ -13,7 +13,7 @@ use crate::status::hint;
 const CALM_SEC: i64 = 10 * 60;
 
 impl ServiceRow {
-    fn adds(&mut self, problem: String) {
+    fn add_problem(&mut self, problem: String) {
         self.problem = Some(match self.problem.take() {
             Some(before) => format!("{before}; {problem}"),
             None => problem,
@@ -22,7 +22,7 @@ impl ServiceRow {
 }
 
 /// A row of which nothing is known.
-fn blank(service: &ServiceName, host: &HostName) -> ServiceRow {
+fn unknown(service: &ServiceName, host: &HostName) -> ServiceRow {
     ServiceRow {
         service: service.clone(),
         host: host.clone(),
@@ -52,7 +52,7 @@ pub(super) fn row(
     let mut row = ServiceRow {
         wanted: service.artifact.store_path.path().cloned(),
         revision: service.revision.clone(),
-        ..blank(&service.name, host)
+        ..unknown(&service.name, host)
     };
     let state = match report {
         HostReport::Missing => return ServiceRow { problem: Some(format!("{host} never reported")), ..row },
@@ -87,13 +87,7 @@ pub(super) fn row(
             false
         }
         ServiceStatus::Pending => overdue,
-        ServiceStatus::Differs
-        | ServiceStatus::Missing
-        | ServiceStatus::Leftover
-        | ServiceStatus::Removing
-        | ServiceStatus::Failed
-        | ServiceStatus::Rejected
-        | ServiceStatus::Unknown => true,
+        _ => true,
     };
     let here = wanted.here.as_ref();
     match row.status {
@@ -102,12 +96,12 @@ pub(super) fn row(
         status => row.problem = remark(status, service, entry, host, here),
     }
     if let Some(live) = report.live() {
-        now_row(&mut row, live, here);
-        visited(&mut row, live, here);
+        apply_live(&mut row, live, here);
+        apply_domains(&mut row, live, here);
     }
     if let Some(attention) = entry.attention() {
         row.off = true;
-        row.adds(hint::translated(&attention, host, here));
+        row.add_problem(hint::translated(&attention, host, here));
     }
     row
 }
@@ -184,7 +178,7 @@ fn remark(
 }
 
 /// What systemd says now beats what the last pass left.
-fn now_row(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
+fn apply_live(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
     let Some(unit) = live.services.get(&row.service) else { return };
     row.restarts = Some(unit.restarts);
     let does = format!("{}/{}", unit.active, unit.sub);
@@ -251,7 +245,7 @@ fn now_row(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
 }
 
 /// What visitors of its domain meet now; of a service that is down that is known.
-fn visited(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
+fn apply_domains(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
     if row.running.is_none()
         || !matches!(row.status, ServiceStatus::Running | ServiceStatus::Pinned | ServiceStatus::Differs)
     {
@@ -262,7 +256,7 @@ fn visited(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
             continue;
         }
         row.off |= visit.verdict == Verdict::Fail;
-        row.adds(format!("{}: {}", visit.domain, hint::translated(&visit.text, &row.host, here)));
+        row.add_problem(format!("{}: {}", visit.domain, hint::translated(&visit.text, &row.host, here)));
     }
 }
 
@@ -272,12 +266,9 @@ fn explain(row: &mut ServiceRow, failure: Option<&FailureRecord>, here: Option<&
         return;
     };
     let FailureRecord { reason, attempted, at: _, journal, attempts: _, inputs: _, kept_out: _ } = failure;
-    let reason = hint::translated(reason, &row.host, here);
-    row.problem = Some(if attempted.is_some() && *attempted != row.wanted {
-        format!("{reason} (the manifest names another version by now)")
-    } else {
-        reason
-    });
+    let is_old = attempted.is_some() && *attempted != row.wanted;
+    let remark = if is_old { " (the manifest names another version by now)" } else { "" };
+    row.problem = Some(hint::translated(reason, &row.host, here) + remark);
     row.attempted = attempted.clone();
     row.journal = journal.clone();
 }
@@ -301,22 +292,18 @@ pub(super) fn leftover(
         reported_at: Some(state.checked_at),
         exposure: entry.exposure,
         off: status != ServiceStatus::Pending || progress == Progress::Overdue,
-        ..blank(&entry.name, &state.host)
+        ..unknown(&entry.name, &state.host)
     };
-    if status != ServiceStatus::Pending {
-        match &entry.failure {
-            Some(failure) => explain(&mut row, Some(failure), wanted.here.as_ref()),
-            None => {
-                row.problem =
-                    Some("the manifest does not place it here; the next pass should remove it".into());
-            }
-        }
+    match &entry.failure {
+        _ if status == ServiceStatus::Pending => {}
+        Some(failure) => explain(&mut row, Some(failure), wanted.here.as_ref()),
+        None => row.add_problem("the manifest does not place it here; the next pass should remove it".into()),
     }
     row
 }
 
 /// A unit of ours that neither the manifest nor the host's state knows.
-pub(super) fn forgotten(state: &State, name: &ServiceName, unit: &Unit) -> ServiceRow {
+pub(super) fn unknown_unit(state: &State, name: &ServiceName, unit: &Unit) -> ServiceRow {
     ServiceRow {
         status: ServiceStatus::Leftover,
         reported_at: Some(state.checked_at),
@@ -325,6 +312,6 @@ pub(super) fn forgotten(state: &State, name: &ServiceName, unit: &Unit) -> Servi
             "its unit is there ({}/{}), and the manifest does not place it here; the next pass should remove it",
             unit.active, unit.sub
         )),
-        ..blank(name, &state.host)
+        ..unknown(name, &state.host)
     }
 }
