@@ -131,7 +131,7 @@ pub fn hidden(path: &Path) -> bool {
 /// steer a terminal is written as JSON's escapes.
 pub fn to_bytes(form: &impl Serialize) -> Result<Vec<u8>> {
     let text =
-        serde_json::to_string_pretty(form).map_err(|e| Error::new(format!("cannot write the state: {e}")))?;
+        serde_json::to_string_pretty(form).map_err(|e| Error::new(format!("cannot write JSON: {e}")))?;
     Ok(format!("{}\n", printable_json(&text)).into_bytes())
 }
 

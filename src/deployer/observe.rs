@@ -31,10 +31,8 @@ pub fn observe(
     persisted: &PersistedState,
 ) -> Result<Observed> {
     let applied = &persisted.applied;
-    let mut present = BTreeSet::new();
-    let mut unproved = BTreeSet::new();
-    let proved: BTreeSet<&StorePath> =
-        applied.values().flat_map(|a| [&a.path].into_iter().chain(&a.previous)).collect();
+    let (mut present, mut unproved) = (BTreeSet::new(), BTreeSet::new());
+    let proved: BTreeSet<&StorePath> = applied.values().flat_map(LastKnownGood::paths).collect();
     for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
         if !present.contains(path) && is_there(path)? {
             present.insert(path.clone());
@@ -52,12 +50,8 @@ pub fn observe(
             present.remove(&path);
         }
     }
-    let mut secrets = BTreeMap::new();
-    for service in desired {
-        if service.secret_files().next().is_some() {
-            secrets.insert(service.name.clone(), secrets_of(service));
-        }
-    }
+    let with_secrets = desired.iter().filter(|service| service.secret_files().next().is_some());
+    let secrets = with_secrets.map(|service| (service.name.clone(), secrets_of(service))).collect();
     std::thread::scope(|scope| {
         // Caddy answers while files are read. The thread only waits: what it allocated would be taken from the
         // kernel page by page.
@@ -156,7 +150,7 @@ pub fn units(
         seen.drop_ins = found.cloned().unwrap_or_default();
         let UnitFile::Ours(_) = seen.file else { continue };
         if !(running && read) {
-            seen.shadowed = !strays(root, name).is_empty();
+            seen.shadowed = !shadow_copies(root, name).is_empty();
         }
         let mut suspect = found.is_some() || folders.elsewhere(&root.unit_dir, &unit);
         if let (true, Some(started)) = (running, started(name)) {
@@ -179,13 +173,9 @@ pub fn units(
         }
     }
     for service in desired {
-        if service.secret_files().next().is_some()
-            && let Some(seen) = units.get_mut(&service.name)
-            && seen.listed.running()
-            && let Some(started) = started(&service.name)
-        {
+        if let Some(seen) = units.get_mut(&service.name).filter(|seen| seen.listed.running()) {
             seen.secrets_changed =
-                service.secret_files().filter_map(changed).any(|changed| changed > started);
+                service.secret_files().any(|file| changed_since_start(&service.name, file));
         }
     }
     Ok((units, active))
@@ -420,14 +410,10 @@ pub fn ours(root: &Root) -> Result<BTreeSet<ServiceName>> {
     Ok(marked(&root.unit_dir, ".service")?.into_iter().map(|marked| marked.name).collect())
 }
 
-/// When a file's content was last changed.
-fn changed(path: &Path) -> Option<(i64, i64)> {
-    fs_err::metadata(path).ok().map(|m| (m.mtime(), m.mtime_nsec()))
-}
-
 /// Whether a file was changed after a service was last started.
 pub fn changed_since_start(name: &ServiceName, file: &Path) -> bool {
-    matches!((started(name), changed(file)), (Some(started), Some(changed)) if changed > started)
+    let changed = fs_err::metadata(file).ok().map(|m| (m.mtime(), m.mtime_nsec()));
+    matches!((started(name), changed), (Some(started), Some(changed)) if changed > started)
 }
 
 /// What a process shows of what it runs: its executable and its command line.
@@ -530,7 +516,7 @@ pub fn candidates(root: &Root) -> Result<BTreeSet<ServiceName>> {
 }
 
 /// Where copies of our unit would take precedence over, or be shadowed by, the one in our folder.
-pub fn strays(root: &Root, name: &ServiceName) -> Vec<PathBuf> {
+pub fn shadow_copies(root: &Root, name: &ServiceName) -> Vec<PathBuf> {
     UNIT_PATH
         .iter()
         .map(Path::new)
@@ -589,35 +575,26 @@ fn secrets_of(service: &Service) -> Result<String, String> {
 /// the command that mends it.
 pub fn secrets_file(name: &ServiceName, path: &Path) -> Result<String, String> {
     let shown = path.display();
+    let wrong = |why: &str| Err(format!("secrets file {shown} of {name}{why}"));
     if let Some(why) = path.parent().and_then(folders::trouble) {
-        return Err(format!("secrets file {shown} of {name}: {why}"));
+        return wrong(&format!(": {why}"));
     }
-    let meta = match fs_err::symlink_metadata(path) {
-        Ok(meta) => meta,
-        Err(e) if e.kind() == ErrorKind::NotFound => {
-            return Err(format!(
-                "secrets file {shown} of {name} is missing; make it: install -m 600 /dev/null {shown}"
-            ));
-        }
-        Err(e) => return Err(format!("secrets file of {name}: {e}")),
+    let meta = if_there(fs_err::symlink_metadata(path));
+    let Some(meta) = meta.map_err(|e| format!("secrets file of {name}: {e}"))? else {
+        return wrong(&format!(" is missing; make it: install -m 600 /dev/null {shown}"));
     };
     if meta.is_symlink() {
-        return Err(format!("secrets file {shown} of {name} is a symbolic link; put the file itself there"));
+        return wrong(" is a symbolic link; put the file itself there");
     }
     if !meta.is_file() {
-        return Err(format!("secrets file {shown} of {name} is not a regular file; put a file there"));
+        return wrong(" is not a regular file; put a file there");
     }
     if meta.uid() != 0 {
-        return Err(format!(
-            "secrets file {shown} of {name} belongs to user {}; run: chown root:root {shown}",
-            meta.uid()
-        ));
+        return wrong(&format!(" belongs to user {}; run: chown root:root {shown}", meta.uid()));
     }
     let mode = meta.mode() & 0o7777;
     if mode & !0o600 != 0 {
-        return Err(format!(
-            "secrets file {shown} of {name} has mode {mode:04o}, others could read it; run: chmod 600 {shown}"
-        ));
+        return wrong(&format!(" has mode {mode:04o}, others could read it; run: chmod 600 {shown}"));
     }
     Ok(format!("{}.{}.{}.{}", meta.mtime(), meta.mtime_nsec(), meta.size(), meta.ino()))
 }

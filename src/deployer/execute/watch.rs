@@ -1,10 +1,11 @@
 //! The watch: whether what was started comes up, and stays up and well until it has settled.
 
-use crate::deployer::listeners::{self, Answers, Listeners};
+use crate::deployer::listeners::{self, Listeners};
 use crate::deployer::root::Root;
 use crate::deployer::state;
 use crate::error::Result;
 use crate::failpoint;
+use crate::http::{self, HttpLimits};
 use crate::manifest::{Service, command};
 use crate::names::ServiceName;
 use crate::systemd::{self, CameUp, Listed, Shown};
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 pub(super) const SETTLE: Duration = Duration::from_secs(3);
 /// How often services that are coming up are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(150);
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+const PROBE: Duration = Duration::from_secs(2);
 
 /// A unit that was started and is to come up.
 #[derive(Debug)]
@@ -37,10 +38,8 @@ impl Watched<'_> {
     /// Who else has its port, if anybody does.
     fn other(&self, listeners: Option<&Listeners>) -> Option<String> {
         let port = self.service.port()?;
-        match listeners?.at(port, &self.unit) {
-            Answers::Others(owners) => Some(listeners::in_the_way(port, self.name.as_str(), &owners)),
-            Answers::Nobody | Answers::Unit | Answers::Unknown => None,
-        }
+        let answers = listeners?.at(port, &self.unit);
+        answers.others().map(|owners| listeners::in_the_way(port, self.name.as_str(), owners))
     }
 
     /// What systemd has loaded in place of the unit that was written, if anything.
@@ -230,19 +229,13 @@ fn probe(service: &Service) -> Option<Result<(), String>> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let Some((path, host)) = question else {
         return Some(
-            TcpStream::connect_timeout(&address, PROBE_TIMEOUT)
+            TcpStream::connect_timeout(&address, PROBE)
                 .map(drop)
                 .map_err(|e| format!("nothing answers on {address} ({e})")),
         );
     };
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .proxy(None)
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .http_status_as_error(false)
-        .timeout_global(Some(PROBE_TIMEOUT))
-        .build()
-        .into();
+    let limits = HttpLimits { connect: PROBE, answer: PROBE, total: Some(PROBE), stall: PROBE };
+    let agent = http::local_agent(limits);
     let answer = agent.get(format!("http://{address}{path}")).header("Host", &host).call();
     Some(match answer {
         Ok(response) if response.status().is_success() || response.status().is_redirection() => Ok(()),

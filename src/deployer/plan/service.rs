@@ -3,7 +3,6 @@
 use super::{Goal, Options, PortOwners, ServicePlan, Step, Verified};
 use crate::clock::Timestamp;
 use crate::deployer::applied::LastKnownGood;
-use crate::deployer::caddy::CaddyState;
 use crate::deployer::listeners::{self, Answers};
 use crate::deployer::observed::{Observed, UnitFile, UnitSeen};
 use crate::deployer::outcome::{AttemptFailure, Outcome, PendingJob};
@@ -342,7 +341,7 @@ impl<'a> Case<'a> {
                 Some(Step::Prove("an earlier pass was interrupted while it came up"))
             }
             Verified::No => Some(Step::Restart("it was not proved yet")),
-            Verified::Yes if self.is_mute(goal) => Some(match self.before.map(|b| b.status) {
+            Verified::Yes if self.nothing_listens(goal) => Some(match self.before.map(|b| b.status) {
                 Some(ServicePhase::Failed) => Step::Restart("it runs, but nothing listens on its port"),
                 _ => Step::Prove("nothing listens on its port"),
             }),
@@ -355,7 +354,7 @@ impl<'a> Case<'a> {
 
     /// Whether nothing listens on its port. It may still be coming up, as after a boot. If it did not in the last pass,
     /// its process has missed its turn.
-    fn is_mute(&self, goal: &Goal) -> bool {
+    fn nothing_listens(&self, goal: &Goal) -> bool {
         let Given { observed, so_far, .. } = self.given;
         let answers = goal.service.port().and_then(|port| observed.ports.get(&(self.name.clone(), port)));
         !so_far.started.contains(self.name) && answers == Some(&Answers::Nobody)
@@ -371,7 +370,7 @@ impl<'a> Case<'a> {
             && goal.service.rollout == Rollout::Overlap
             && goal.service.port_variable().is_some()
             && self.seen.is_some_and(|seen| seen.listed.running())
-            && matches!(caddy, CaddyState::Servers(_))
+            && caddy.is_available()
             && !candidates.contains(self.name)
             && !foreign_next.contains_key(self.name)
     }
@@ -382,7 +381,7 @@ impl<'a> Case<'a> {
 
     /// Roots that are gone though what they held is still there: of the last known good and those before it.
     fn lost_roots(&self) -> Vec<Step> {
-        let paths = self.applied.into_iter().flat_map(|a| [&a.path].into_iter().chain(&a.previous));
+        let paths = self.applied.into_iter().flat_map(LastKnownGood::paths);
         let lost = paths.filter(|path| self.given.observed.present.contains(*path) && !self.holds(path));
         lost.cloned().map(Step::Root).collect()
     }
@@ -399,7 +398,7 @@ impl<'a> Case<'a> {
         if !persisted.readable {
             return Vec::new();
         }
-        let good = self.applied.into_iter().flat_map(|a| [&a.path].into_iter().chain(&a.previous));
+        let good = self.applied.into_iter().flat_map(LastKnownGood::paths);
         let pending = target.filter(|_| !failure.is_some_and(AttemptFailure::is_rejected));
         let kept: BTreeSet<&str> =
             current.into_iter().chain(pending).chain(good).map(StorePath::base).collect();
