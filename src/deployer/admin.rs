@@ -211,8 +211,9 @@ fn unix(at: &Endpoint, path: &Path) -> Result<UnixStream, String> {
     let stream = unix_connected(path).map_err(|e| failed(e.into()))?;
     let peer = sockopt::socket_peercred(&stream).map_err(|e| failed(e.into()))?;
     let (uid, pid) = (peer.uid.as_raw(), peer.pid.as_raw_nonzero().get() as u32);
-    if uid != 0 && !listeners::is_caddys(pid) {
-        return Err(not_caddy(at, &listeners::owner(pid).to_string()));
+    let owner = || listeners::owner(pid);
+    if uid != 0 && !owner().is_caddys() {
+        return Err(not_caddy(at, &owner().to_string()));
     }
     // Whoever may put another socket there could lead us to one of root's.
     if let Some(why) = open_to_others(path, uid) {

@@ -285,11 +285,6 @@ fn caddys_user(slice: &Path) -> Option<u32> {
     uids.split_whitespace().next()?.parse().ok()
 }
 
-/// Whether a process is one of Caddy's units.
-pub fn is_caddys(pid: u32) -> bool {
-    owner(pid).is_caddys()
-}
-
 /// A process, for people.
 pub fn owner(pid: u32) -> Owner {
     owner_below(pid, &above())
@@ -314,7 +309,8 @@ fn plain(name: &str) -> String {
 }
 
 impl Owner {
-    fn is_caddys(&self) -> bool {
+    /// Whether it is of one of Caddy's units.
+    pub fn is_caddys(&self) -> bool {
         self.unit.as_deref().is_some_and(is_caddys_unit)
     }
 }

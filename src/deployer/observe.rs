@@ -153,7 +153,7 @@ pub fn units(
             seen.shadowed = !shadow_copies(root, name).is_empty();
         }
         let mut suspect = found.is_some() || folders.elsewhere(&root.unit_dir, &unit);
-        if let (true, Some(started)) = (running, started(name)) {
+        if let (true, Some(started)) = (running, started(&unit)) {
             seen.current = placed.get(name).is_some_and(|written| *written <= started);
             seen.invocation = systemd::invocation(&unit);
             seen.verified =
@@ -327,10 +327,8 @@ impl<'a> Folders<'a> {
             let entries = entries.iter().filter_map(|name| name.to_str());
             for folder in entries.filter(|name| name.ends_with(".service.d") || *name == "service.d") {
                 let path = dir.join(folder);
-                let confs = names_in(&path).unwrap_or_default();
-                for conf in
-                    confs.into_iter().filter(|name| Path::new(name).extension().is_some_and(|e| e == "conf"))
-                {
+                let is_conf = |name: &OsString| Path::new(name).extension().is_some_and(|e| e == "conf");
+                for conf in names_in(&path).unwrap_or_default().into_iter().filter(is_conf) {
                     found.entry(folder).or_default().entry(conf.clone()).or_insert_with(|| path.join(conf));
                 }
             }
@@ -343,26 +341,17 @@ impl<'a> Folders<'a> {
             });
         }
         found.retain(|_, confs| !confs.is_empty());
-        let mut drop_ins: BTreeMap<ServiceName, Vec<PathBuf>> = BTreeMap::new();
-        if found.is_empty() {
-            return Ok(drop_ins);
-        }
-        for name in names {
+        let of = |name: &ServiceName| {
             let concerns = |folder: &str| match folder.strip_suffix(".service.d") {
                 None => true,
                 Some(start) if start.ends_with('-') => name.as_str().starts_with(start),
                 Some(whole) => whole == name.as_str(),
             };
-            let files: Vec<PathBuf> = found
-                .iter()
-                .filter(|(folder, _)| concerns(folder))
-                .flat_map(|(_, confs)| confs.values().cloned())
-                .collect();
-            if !files.is_empty() {
-                drop_ins.insert(name.clone(), files);
-            }
-        }
-        Ok(drop_ins)
+            let here = found.iter().filter(|(folder, _)| concerns(folder));
+            let files: Vec<PathBuf> = here.flat_map(|(_, confs)| confs.values().cloned()).collect();
+            (!files.is_empty()).then(|| (name.clone(), files))
+        };
+        Ok(names.filter_map(of).collect())
     }
 
     /// Whether somebody else has a unit of this name, anywhere that systemd looks. A link to /dev/null over a
@@ -391,18 +380,14 @@ impl<'a> Folders<'a> {
 }
 
 /// When a unit was last started: systemd makes this link anew with every start, and only then.
-fn started(name: &ServiceName) -> Option<(i64, i64)> {
-    start_of(&name.unit())
-}
-
-fn start_of(unit: &str) -> Option<(i64, i64)> {
+fn started(unit: &str) -> Option<(i64, i64)> {
     let link = Path::new("/run/systemd/units").join(format!("invocation:{unit}"));
     fs_err::symlink_metadata(link).ok().map(|m| (m.mtime(), m.mtime_nsec()))
 }
 
-/// The same for any unit, in whole seconds.
+/// The same in whole seconds.
 pub fn started_at(unit: &str) -> Option<Timestamp> {
-    start_of(unit).map(|(seconds, _)| Timestamp(seconds))
+    started(unit).map(|(seconds, _)| Timestamp(seconds))
 }
 
 /// The services that have a unit with our mark.
@@ -413,7 +398,7 @@ pub fn ours(root: &Root) -> Result<BTreeSet<ServiceName>> {
 /// Whether a file was changed after a service was last started.
 pub fn changed_since_start(name: &ServiceName, file: &Path) -> bool {
     let changed = fs_err::metadata(file).ok().map(|m| (m.mtime(), m.mtime_nsec()));
-    matches!((started(name), changed), (Some(started), Some(changed)) if changed > started)
+    matches!((started(&name.unit()), changed), (Some(started), Some(changed)) if changed > started)
 }
 
 /// What a process shows of what it runs: its executable and its command line.

@@ -295,13 +295,10 @@ fn record_result(round: &Round, start: &Start, begun: i64, outcome: &Result<Up, 
 /// Whether systemd takes a service's secrets: of a line that sets no name of a variable it writes all to the journal,
 /// the value with it.
 fn check_secrets(service: &Service) -> Result<(), String> {
-    for file in secrets::files(service) {
-        // One that cannot be read has been said by the plan, and is systemd's to refuse.
-        if let Ok(Some(why)) = secrets::illegible(&service.name, &file) {
-            return Err(format!("its secrets file {why}"));
-        }
-    }
-    Ok(())
+    // One that cannot be read has been said by the plan, and is systemd's to refuse.
+    let wrong = |file: &_| secrets::illegible(&service.name, file).ok().flatten();
+    let wrong = secrets::files(service).iter().find_map(wrong);
+    wrong.map_or(Ok(()), |why| Err(format!("its secrets file {why}")))
 }
 
 /// Who has the port of a service that did not come up and says that it is in use: somebody at another address, which

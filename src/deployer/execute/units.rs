@@ -48,19 +48,16 @@ fn remove_units(round: &Round, services: &[ServicePlan], done: &mut Outcome) -> 
     if going.is_empty() {
         return Ok(());
     }
-    let mut ours: Vec<&ServiceName> = Vec::new();
     for (name, why) in &going {
         log::notice(format!("{name}: removing ({why})"));
-        // A unit that was deleted by hand leaves its process and its boot link, which are ours as well.
-        let is_ours = match round.at.observed.units.get(*name).map(|u| &u.file) {
-            Some(UnitFile::Ours(_)) => true,
-            Some(UnitFile::Absent) => round.at.persisted.applied.contains_key(*name),
-            Some(UnitFile::Foreign(_)) | None => false,
-        };
-        if is_ours {
-            ours.push(name);
-        }
     }
+    // A unit that was deleted by hand leaves its process and its boot link, which are ours as well.
+    let is_ours = |name: &&ServiceName| match round.at.observed.units.get(*name).map(|u| &u.file) {
+        Some(UnitFile::Ours(_)) => true,
+        Some(UnitFile::Absent) => round.at.persisted.applied.contains_key(*name),
+        Some(UnitFile::Foreign(_)) | None => false,
+    };
+    let mut ours: Vec<&ServiceName> = going.iter().map(|(name, _)| *name).filter(is_ours).collect();
     // Stop before deleting: a unit without a file keeps its process and cannot be restarted.
     let stopping = systemd::stop(&units_of(&ours), EVERYBODY_WAITS)?;
     for (name, _) in going.iter().filter(|(name, _)| stopping.contains(&name.unit())) {

@@ -8,6 +8,7 @@ use crate::failpoint;
 use crate::http::{self, HttpLimits};
 use crate::manifest::{Service, command};
 use crate::names::ServiceName;
+use crate::parallel;
 use crate::systemd::{self, CameUp, Listed, Shown};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -17,6 +18,8 @@ use std::time::{Duration, Instant};
 pub(super) const SETTLE: Duration = Duration::from_secs(3);
 /// How often services that are coming up are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(150);
+/// How many services are probed at a time.
+const SIDE_BY_SIDE: usize = 16;
 const PROBE: Duration = Duration::from_secs(2);
 
 /// A unit that was started and is to come up.
@@ -186,7 +189,7 @@ pub(super) fn watch(
         let unchanged: Vec<bool> = pending.iter().map(|one| one.is_unchanged(&listed)).collect();
         let close = pending.iter().zip(&unchanged).filter(|(_, unchanged)| !**unchanged);
         let mut shown = systemd::show(&close.map(|(p, _)| p.watched.unit.clone()).collect::<Vec<_>>())?;
-        let probes = probe_all(pending.iter().map(|p| p.watched.service));
+        let probes = parallel::map(&pending, SIDE_BY_SIDE, |one| probe(one.watched.service));
         // After the probes: whoever has answered them is still there.
         let look = Look { root, begun, looked, listeners: Listeners::read().ok() };
         let mut still = Vec::new();
@@ -207,23 +210,7 @@ pub(super) fn watch(
     Ok(outcomes)
 }
 
-/// One probe of each service, side by side; None where there is nothing to probe.
-fn probe_all<'a>(services: impl Iterator<Item = &'a Service>) -> Vec<Option<Result<(), String>>> {
-    let services: Vec<&Service> = services.collect();
-    let mut answers = Vec::with_capacity(services.len());
-    for some in services.chunks(16) {
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = some.iter().map(|s| scope.spawn(|| probe(s))).collect();
-            for thread in threads {
-                // A probe that panics is a defect of ours; the service is then not known to be well.
-                answers.push(thread.join().unwrap_or_else(|_| Some(Err("the probe broke".into()))));
-            }
-        });
-    }
-    answers
-}
-
-/// Asks a service whether it is well: GET of its health path, else a TCP connect, else nothing.
+/// Asks a service whether it is well: GET of its health path, else a TCP connect; None where there is nothing to ask.
 fn probe(service: &Service) -> Option<Result<(), String>> {
     let (port, question) = service.probe()?;
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));

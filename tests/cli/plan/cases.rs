@@ -65,12 +65,10 @@ fn nothing_overlaps_with_a_version_whose_state_it_would_take() {
     ] {
         let mut m = Machine::new(false);
         deploy(&mut m, &[&overlapping(1, json!({}))]);
-        let new = json!({
-            "systemd": {"stateDirectory": state},
-            "exec": {"user": user},
-            "hardening": {"dynamicUser": dynamic},
-        });
-        let plan = plan(&m, &[&overlapping(2, new)]).unwrap();
+        let new = json!({"systemd": {"stateDirectory": state}, "exec": {"user": user}});
+        let mut new = overlapping(2, new);
+        new.hardening.dynamic_user = Some(dynamic);
+        let plan = plan(&m, &[&new]).unwrap();
         let steps = &plan.services[0].steps;
         assert!(steps.contains(&Step::Restart("another version")), "{steps:?}");
         let overlapped = steps.contains(&Step::Overlap("another version"));
