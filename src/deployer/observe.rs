@@ -31,22 +31,22 @@ pub fn observe(
     persisted: &PersistedState,
 ) -> Result<Observed> {
     let applied = &persisted.applied;
-    let (mut present, mut unproved) = (BTreeSet::new(), BTreeSet::new());
-    let proved: BTreeSet<&StorePath> = applied.values().flat_map(LastKnownGood::paths).collect();
-    for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
+    let (mut present, mut unverified) = (BTreeSet::new(), BTreeSet::new());
+    let verified: BTreeSet<&StorePath> = applied.values().flat_map(LastKnownGood::paths).collect();
+    for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(verified.iter().copied()) {
         if !present.contains(path) && is_there(path)? {
             present.insert(path.clone());
-            if !proved.contains(path) {
-                unproved.insert(path.clone());
+            if !verified.contains(path) {
+                unverified.insert(path.clone());
             }
         }
     }
     // Nix unpacks in place and registers at the end: a copy that was cut off leaves half a path behind. Whether
     // one is whole is only asked of what never ran here, so that an idle pass starts no program for it. Where
     // Nix cannot be asked, fetching will say so.
-    if !unproved.is_empty() {
-        let halves = crate::nix::missing(&unproved.iter().cloned().collect::<Vec<_>>());
-        for path in halves.unwrap_or_else(|_| unproved.into_iter().collect()) {
+    if !unverified.is_empty() {
+        let halves = crate::nix::missing(&unverified.iter().cloned().collect::<Vec<_>>());
+        for path in halves.unwrap_or_else(|_| unverified.into_iter().collect()) {
             present.remove(&path);
         }
     }
@@ -229,7 +229,7 @@ fn look_closely(root: &Root, name: &ServiceName, seen: &mut UnitSeen, shown: &Sh
         }
     }
     let running = seen.listed.running();
-    let unread = shown.needs_reload || another_closure(&shown.command, text) && seen.drop_ins.is_empty();
+    let stale = shown.needs_reload || another_closure(&shown.command, text) && seen.drop_ins.is_empty();
     let file = root.unit(name);
     // A copy of ours, or what is not there any more, is put right by another step.
     let stray = shown.fragment.as_ref().is_some_and(|fragment| {
@@ -237,8 +237,8 @@ fn look_closely(root: &Root, name: &ServiceName, seen: &mut UnitSeen, shown: &Sh
     });
     seen.replaced = unit::program_of(text)
         .and_then(|program| shown.replaced(&file, Path::new(&program)))
-        .filter(|_| !(stray || unread && seen.drop_ins.is_empty()));
-    seen.needs_reload |= unread && (running || seen.replaced.is_some());
+        .filter(|_| !(stray || stale && seen.drop_ins.is_empty()));
+    seen.needs_reload |= stale && (running || seen.replaced.is_some());
     if running {
         let process = process(shown.main_pid);
         seen.shows = shows(&process, text);
@@ -252,6 +252,10 @@ fn look_closely(root: &Root, name: &ServiceName, seen: &mut UnitSeen, shown: &Sh
         && seen.drop_ins.is_empty();
 }
 
+fn is_our_file(path: &Path) -> bool {
+    fs_err::read(path).is_ok_and(|bytes| unit::is_ours(&bytes))
+}
+
 /// Whose unit a name belongs to, as systemd has it loaded: the file, or what a generator made it from. None: nobody's,
 /// or ours.
 fn owner(root: &Root, unit: &str, was_ours: bool, shown: &Shown) -> Option<PathBuf> {
@@ -263,7 +267,7 @@ fn owner(root: &Root, unit: &str, was_ours: bool, shown: &Shown) -> Option<PathB
     };
     let masks =
         shown.load == "masked" || fs_err::metadata(fragment).is_ok_and(|m| !m.is_file() || m.len() == 0);
-    let ours = fs_err::read(fragment).is_ok_and(|bytes| unit::is_ours(&bytes));
+    let ours = is_our_file(fragment);
     // Deleted, or masked, over a service that we run: drift.
     let drift = was_ours && (*fragment == file || masks || fs_err::symlink_metadata(fragment).is_err());
     (!ours && !drift).then(|| shown.source.clone().unwrap_or_else(|| fragment.clone()))
@@ -370,7 +374,7 @@ impl<'a> Folders<'a> {
             if was_ours && (masks || meta.is_file() && meta.len() == 0) {
                 continue;
             }
-            if meta.is_file() && fs_err::read(&path).is_ok_and(|bytes| unit::is_ours(&bytes)) {
+            if meta.is_file() && is_our_file(&path) {
                 continue;
             }
             return Ok(UnitFile::Foreign(path));
@@ -406,29 +410,26 @@ fn process(pid: u32) -> String {
     let proc = Path::new("/proc").join(pid.to_string());
     let exe = fs_err::read_link(proc.join("exe")).unwrap_or_default();
     let cmdline = fs_err::read(proc.join("cmdline")).unwrap_or_default();
-    let mut shown = exe.to_string_lossy().into_owned();
-    for word in cmdline.split(|b| *b == 0) {
-        shown.push(' ');
-        shown.push_str(&String::from_utf8_lossy(word));
-    }
-    shown
+    format!("{} {}", exe.display(), String::from_utf8_lossy(&cmdline).replace('\0', " "))
 }
 
 /// The closure that a process shows: one that a unit names, if it shows that, else the first.
 fn shows(process: &str, unit: &str) -> Option<StorePath> {
     let mut named = bases(process).peekable();
     let first = named.peek().copied();
-    let base = named.find(|base| unit.contains(base)).or(first)?;
-    StorePath::parse(&format!("{}/{base}", crate::names::STORE_DIR)).ok()
+    store_path(named.find(|base| unit.contains(base)).or(first)?)
+}
+
+fn store_path(base: &str) -> Option<StorePath> {
+    StorePath::parse(&format!("{STORE_PREFIX}{base}")).ok()
 }
 
 /// Whether a path is part of a closure that a unit names: a program may become another one of its own closure. Where
 /// Nix does not say, it is.
 fn is_part(path: &Option<StorePath>, unit: &str) -> bool {
     let Some(path) = path else { return true };
-    let prefix = format!("{}/", crate::names::STORE_DIR);
-    let named = bases(unit).filter_map(|base| StorePath::parse(&format!("{prefix}{base}")).ok());
-    let named: Vec<StorePath> = named.collect::<BTreeSet<_>>().into_iter().collect();
+    let named: BTreeSet<StorePath> = bases(unit).filter_map(store_path).collect();
+    let named: Vec<StorePath> = named.into_iter().collect();
     crate::nix::closure(&named).map_or(true, |closure| closure.contains(path))
 }
 

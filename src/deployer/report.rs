@@ -202,9 +202,9 @@ impl Report<'_> {
             if let Some(failure) = &service.failure {
                 let runs =
                     service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
-                let said = outcome.failures.values().any(|f| f.record() == failure)
+                let logged = outcome.failures.values().any(|f| f.record() == failure)
                     || outcome.unfetchable.values().any(|reason| *reason == failure.reason);
-                let reason = if said { String::new() } else { format!(": {}", failure.reason) };
+                let reason = if logged { String::new() } else { format!(": {}", failure.reason) };
                 log::error(format!("{name}: {status}, {runs}{reason}"));
             }
             if let Some(attention) = service.attention() {
@@ -232,21 +232,18 @@ impl Report<'_> {
             return open;
         }
         for service in self.at.desired {
-            let lines_of = |state: &State| Some(state.services.get(&service.name)?.failure.clone()?.journal);
-            let Some(lines) = lines_of(state).filter(|lines| !lines.is_empty()) else { continue };
-            let mask = match Mask::of(&secrets::files(service)) {
-                Ok(mask) => mask,
-                Err(e) => {
-                    log::info(format!(
-                        "{}: its last lines are not reported: {}",
-                        service.name,
-                        crate::error::io_text(&e)
-                    ));
-                    continue;
-                }
+            let name = &service.name;
+            let failed = state.services.get(name).and_then(|s| s.failure.as_ref());
+            let reported = open.services.get_mut(name).and_then(|s| s.failure.as_mut());
+            let Some((failed, reported)) = failed.filter(|f| !f.journal.is_empty()).zip(reported) else {
+                continue;
             };
-            if let Some(failure) = open.services.get_mut(&service.name).and_then(|s| s.failure.as_mut()) {
-                failure.journal = lines.iter().map(|line| mask.hide(line)).collect();
+            match Mask::of(&secrets::files(service)) {
+                Ok(mask) => reported.journal = failed.journal.iter().map(|line| mask.hide(line)).collect(),
+                Err(e) => {
+                    let why = crate::error::io_text(&e);
+                    log::info(format!("{name}: its last lines are not reported: {why}"));
+                }
             }
         }
         open

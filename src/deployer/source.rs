@@ -142,7 +142,7 @@ fn obeyed(
                         sha256: hash.clone(),
                         refused: None,
                     };
-                    if let Some(why) = policy.objection(&bytes, &manifest, store, cached.as_ref()) {
+                    if let Some(why) = policy.reject_reason(&bytes, &manifest, store, cached.as_ref()) {
                         if let Some(kept) = cached.as_ref().filter(|_| keep) {
                             keep_refused(root, &url, kept, policy, &bytes, &manifest);
                         }
@@ -181,7 +181,7 @@ fn obeyed(
     };
     let manifest = parse::manifest(&bytes, Mode::Tolerant).map_err(|e| unusable(&e))?;
     // It may have been kept before this host was told whom to trust.
-    if let Some(why) = policy.doubt(&bytes, &manifest, store) {
+    if let Some(why) = policy.signature_error(&bytes, &manifest, store) {
         return Err(unusable(&why));
     }
     Ok(obeyed(manifest, &bytes, hash, error))
@@ -320,7 +320,7 @@ impl TrustPolicy {
     }
 
     /// Why its signature does not do.
-    fn doubt(&self, bytes: &[u8], manifest: &Manifest, store: &dyn Store) -> Option<String> {
+    fn signature_error(&self, bytes: &[u8], manifest: &Manifest, store: &dyn Store) -> Option<String> {
         if self.trusted.is_empty() {
             return None;
         }
@@ -330,7 +330,7 @@ impl TrustPolicy {
 
     /// Why one that [`TrustPolicy::read`] read is not obeyed: it is an old one put back. `kept` is the last good one, which
     /// remembers the serial when the state is lost.
-    fn objection(
+    fn reject_reason(
         &self,
         bytes: &[u8],
         manifest: &Manifest,
@@ -348,7 +348,7 @@ impl TrustPolicy {
         // One that was kept before this host was told whom to trust, or that a key has signed which was taken out
         // since, says nothing of what comes after it.
         if let Some((kept, obeyed)) =
-            kept.filter(|(b, m)| m.serial <= serial && self.doubt(b, m, store).is_none())
+            kept.filter(|(b, m)| m.serial <= serial && self.signature_error(b, m, store).is_none())
             && let Some(why) = self.fork(bytes, manifest, kept, &obeyed, refused)
         {
             return Some(why);
