@@ -43,7 +43,7 @@ pub(super) enum Phase {
 
 /// Everything that is done for the services of the manifest, in this order.
 const SERVICES: [Phase; 17] = [
-    Act(record_intent),
+    Act(|round| record_intent(round, &round.plan.services)),
     Replan,
     Act(closures::root),
     Act(closures::fetch),
@@ -67,7 +67,7 @@ const SERVICES: [Phase; 17] = [
 const SETTLED: [Phase; 5] = [
     Act(route::write),
     Act(candidate::leave),
-    Act(record_intent_of_gone),
+    Act(|round| record_intent(round, &round.plan.gone)),
     Act(|round| units::remove(round, &round.plan.gone)),
     Act(closures::unroot_gone),
 ];
@@ -171,9 +171,9 @@ fn execute(phases: &[Phase], at: Situation, planned: &Planned, so_far: Outcome) 
 
 /// Which services an interruption would leave something to find out of. What cannot be taken down is not begun; what
 /// merely does not run is started all the same.
-fn record_intent(round: &Round) -> Outcome {
+fn record_intent(round: &Round, services: &[ServicePlan]) -> Outcome {
     Outcome::of(|done| {
-        let touched = || round.plan.services.iter().filter(|s| s.steps.iter().any(Step::touches));
+        let touched = || services.iter().filter(|s| s.steps.iter().any(Step::touches));
         let names: BTreeSet<ServiceName> = touched().map(|s| s.name.clone()).collect();
         if names.is_empty() {
             return Ok(());
@@ -184,14 +184,6 @@ fn record_intent(round: &Round) -> Outcome {
             done.fail_on_host(name, goal, &e);
         }
         Ok(())
-    })
-}
-
-fn record_intent_of_gone(round: &Round) -> Outcome {
-    let gone = &round.plan.gone;
-    Outcome::of(|_| match gone.is_empty() {
-        true => Ok(()),
-        false => intent::record(round.at.root, gone.iter().map(|s| s.name.clone()).collect()),
     })
 }
 
