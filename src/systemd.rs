@@ -44,6 +44,11 @@ fn systemctl() -> Run {
     Run::new("systemctl").arg("--no-pager").arg("--no-ask-password")
 }
 
+/// A call for these units; None where there are none, which systemctl takes for all, or for a mistake.
+fn call_for(units: &[String], args: &[&str]) -> Option<Run> {
+    (!units.is_empty()).then(|| systemctl().args(args).arg("--").args(units).deadline(QUICK))
+}
+
 /// What `list-units` says of a unit.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Listed {
@@ -107,16 +112,12 @@ pub fn list_units() -> Result<BTreeMap<String, Listed>> {
 }
 
 fn parse_list(text: &str) -> BTreeMap<String, Listed> {
-    let mut units = BTreeMap::new();
-    for line in text.lines() {
-        let mut words = line.split_whitespace();
-        if let (Some(unit), Some(load), Some(active), Some(sub)) =
-            (words.next(), words.next(), words.next(), words.next())
-        {
-            units.insert(unit.into(), Listed { load: load.into(), active: active.into(), sub: sub.into() });
-        }
-    }
-    units
+    let unit = |line: &str| {
+        let mut words = line.split_whitespace().map(String::from);
+        let unit = words.next()?;
+        Some((unit, Listed { load: words.next()?, active: words.next()?, sub: words.next()? }))
+    };
+    text.lines().filter_map(unit).collect()
 }
 
 /// What `show` says of a unit: the properties the rule looks at.
@@ -197,54 +198,38 @@ pub fn is_vendor_drop_in(path: &Path) -> bool {
 
 /// The properties of some units; those systemd knows nothing of are shown as `not-found`.
 pub fn show(units: &[String]) -> Result<BTreeMap<String, Shown>> {
-    if units.is_empty() {
-        return Ok(BTreeMap::new());
-    }
-    let output = systemctl()
-        .args([
-            "show",
-            "--property=Id,LoadState,ActiveState,SubState,Result,NRestarts,InvocationID,MainPID,ExecMainCode,\
-             ExecMainStatus,NeedDaemonReload,ExecStart,Names,FragmentPath,SourcePath,DropInPaths",
-            "--",
-        ])
-        .args(units)
-        .deadline(QUICK)
-        .success()?;
-    Ok(parse_show(&output.text()))
+    const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,Result,NRestarts,InvocationID,MainPID,\
+        ExecMainCode,ExecMainStatus,NeedDaemonReload,ExecStart,Names,FragmentPath,SourcePath,DropInPaths";
+    let Some(run) = call_for(units, &["show", PROPERTIES]) else { return Ok(BTreeMap::new()) };
+    Ok(parse_show(&run.success()?.text()))
 }
 
 fn parse_show(text: &str) -> BTreeMap<String, Shown> {
     let mut units = BTreeMap::new();
-    for block in text.split("\n\n") {
-        let mut id = String::new();
-        let mut shown = Shown::default();
-        for (key, value) in block.lines().filter_map(|l| l.split_once('=')) {
-            match key {
-                "Id" => id = value.into(),
-                "LoadState" => shown.load = value.into(),
-                "ActiveState" => shown.active = value.into(),
-                "SubState" => shown.sub = value.into(),
-                "Result" => shown.result = value.into(),
-                "NRestarts" => shown.restarts = value.parse().unwrap_or(0),
-                "InvocationID" => shown.invocation = value.into(),
-                "MainPID" => shown.main_pid = value.parse().unwrap_or(0),
-                "ExecMainCode" => shown.exec_code = value.parse().unwrap_or(0),
-                "ExecStart" => shown.command = value.into(),
-                "NeedDaemonReload" => shown.needs_reload = value == "yes",
-                "ExecMainStatus" => shown.exec_status = value.parse().unwrap_or(0),
-                "Names" => shown.names = value.split_whitespace().map(String::from).collect(),
-                "FragmentPath" if !value.is_empty() => shown.fragment = Some(value.into()),
-                "SourcePath" if !value.is_empty() => shown.source = Some(value.into()),
-                "DropInPaths" => shown.drop_ins = value.split_whitespace().map(PathBuf::from).collect(),
-                _ => {}
-            }
-        }
+    for block in blocks(text) {
+        let value = |key: &str| block.get(key).copied().unwrap_or_default();
+        let text = |key| value(key).to_string();
+        let file = |key| Some(value(key)).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let shown = Shown {
+            load: text("LoadState"),
+            active: text("ActiveState"),
+            sub: text("SubState"),
+            result: text("Result"),
+            restarts: value("NRestarts").parse().unwrap_or(0),
+            invocation: text("InvocationID"),
+            main_pid: value("MainPID").parse().unwrap_or(0),
+            exec_code: value("ExecMainCode").parse().unwrap_or(0),
+            exec_status: value("ExecMainStatus").parse().unwrap_or(0),
+            needs_reload: value("NeedDaemonReload") == "yes",
+            command: text("ExecStart"),
+            names: value("Names").split_whitespace().map(String::from).collect(),
+            fragment: file("FragmentPath"),
+            source: file("SourcePath"),
+            drop_ins: value("DropInPaths").split_whitespace().map(PathBuf::from).collect(),
+        };
         // Asked for by an alias, it is found by that as well.
-        for name in shown.names.iter().filter(|name| **name != id) {
-            units.insert(name.clone(), shown.clone());
-        }
-        if !id.is_empty() {
-            units.insert(id, shown);
+        for name in shown.names.iter().map(String::as_str).chain(block.get("Id").copied()) {
+            units.insert(name.to_string(), shown.clone());
         }
     }
     units
@@ -281,9 +266,8 @@ pub fn came_up(first: Option<&Shown>, now: &Shown, probe: Option<&Result<(), Str
         (2 | 3, signal) => format!("its process was ended by signal {signal}"),
         _ => format!("systemd's result is '{}'", now.result),
     };
-    match now.load.as_str() {
-        "loaded" => {}
-        other => return CameUp::No(format!("systemd did not load its unit (LoadState={other})")),
+    if now.load != "loaded" {
+        return CameUp::No(format!("systemd did not load its unit (LoadState={})", now.load));
     }
     match (now.active.as_str(), now.sub.as_str()) {
         // Since systemd 254 it may be `auto-restart-queued` for a moment.
@@ -316,35 +300,24 @@ pub fn came_up(first: Option<&Shown>, now: &Shown, probe: Option<&Result<(), Str
 
 /// Whether systemd itself listens on a port for a unit, which it starts and hands the socket to (systemd.socket(5)).
 pub fn listens_for(unit: &str, port: u16) -> bool {
-    let ask = |property: &str, units: &[&str]| {
-        let run = systemctl().args(["show", "--value", "--property", property, "--"]).args(units);
-        run.deadline(QUICK).success().map(|output| output.text()).unwrap_or_default()
-    };
-    let triggers = ask("TriggeredBy", &[unit]);
-    let sockets: Vec<&str> = triggers.split_whitespace().filter(|u| u.ends_with(".socket")).collect();
     let listens = format!(":{port} (Stream)");
-    !sockets.is_empty() && ask("Listen", &sockets).lines().any(|line| line.ends_with(&listens))
-}
-
-/// The file that a unit was loaded from, if systemd says so.
-pub fn fragment(unit: &str) -> Option<PathBuf> {
-    let run = systemctl().args(["show", "--value", "--property", "FragmentPath", "--", unit]);
-    let text = run.deadline(QUICK).success().ok()?.text();
-    Some(text.trim()).filter(|path| path.starts_with('/')).map(PathBuf::from)
+    let triggers = values(unit, "TriggeredBy").join(" ");
+    let mut sockets = triggers.split_whitespace().filter(|unit| unit.ends_with(".socket"));
+    sockets.any(|socket| values(socket, "Listen").iter().any(|line| line.ends_with(&listens)))
 }
 
 /// The names of the variables that the manager gives every service it starts, but those that every system has: the
 /// path, the language, and where NixOS keeps locales and time zones.
 pub fn given_to_all() -> Result<Vec<String>> {
     let output = systemctl().arg("show-environment").deadline(QUICK).success()?;
-    let names = output.text();
-    let names = names.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name);
-    let names = names.filter(|name| is_variable(name));
-    let usual = |name: &&str| {
-        !matches!(*name, "PATH" | "LANG" | "LANGUAGE" | "TZ" | "TZDIR" | "LOCALE_ARCHIVE")
-            && !name.starts_with("LC_")
+    let usual = |name: &str| {
+        matches!(name, "PATH" | "LANG" | "LANGUAGE" | "TZ" | "TZDIR" | "LOCALE_ARCHIVE")
+            || name.starts_with("LC_")
     };
-    let mut names: Vec<String> = names.filter(usual).map(String::from).collect();
+    let text = output.text();
+    let names = text.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name);
+    let names = names.filter(|name| is_variable(name) && !usual(name));
+    let mut names: Vec<String> = names.map(String::from).collect();
     if !names.is_empty() {
         // What the system's configuration names is meant, and comes again with the next boot.
         let run = Run::new("systemd-analyze").args(["cat-config", "systemd/system.conf"]).deadline(QUICK);
@@ -381,11 +354,9 @@ pub fn daemon_reload() -> Result<()> {
 /// Forgets failures and start counts, so that our own starts do not trip the start limit. Units that are not
 /// loaded make systemctl complain, which is no news: only loaded ones may be given.
 pub fn reset_failed(units: &[String]) -> Result<()> {
-    if units.is_empty() {
-        return Ok(());
-    }
+    let Some(run) = call_for(units, &["reset-failed"]) else { return Ok(()) };
     let _effect = failpoint::mark("systemctl reset-failed", format_args!("{units:?}"));
-    let output = systemctl().args(["reset-failed", "--"]).args(units).deadline(QUICK).output()?;
+    let output = run.output()?;
     if !output.status.ok() && !output.stderr.contains("not loaded") {
         return Err(Error::new(format!("systemctl reset-failed: {}", output.stderr.trim())));
     }
@@ -393,25 +364,25 @@ pub fn reset_failed(units: &[String]) -> Result<()> {
 }
 
 /// What came of asking for restarts.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Restarted {
-    /// All have been tried; systemctl's complaint, if it has one.
-    All(Option<String>),
-    /// These are not through yet, and systemd goes on with them.
-    Not(BTreeSet<String>),
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Restarted {
+    /// systemctl's complaint, if it has one.
+    pub complaint: Option<String>,
+    /// Those that are not through yet, with which systemd goes on.
+    pub busy: BTreeSet<String>,
 }
 
 /// Restarts units in one call, and waits for `within`. A unit that fails makes systemctl fail but not the others
 /// start less: what became of each is for [`show`] to tell, so the call's complaint is returned as a text.
 pub fn restart(units: &[String], within: Duration) -> Result<Restarted> {
-    if units.is_empty() {
-        return Ok(Restarted::All(None));
-    }
+    let Some(run) = call_for(units, &["restart"]) else { return Ok(Restarted::default()) };
     let _effect = failpoint::mark("systemctl restart", format_args!("{units:?}"));
     let before: Vec<Option<String>> = units.iter().map(|unit| invocation(unit)).collect();
-    match systemctl().args(["restart", "--"]).args(units).deadline(within).output() {
-        Ok(output) if output.status.ok() => Ok(Restarted::All(None)),
-        Ok(output) => Ok(Restarted::All(Some(output.stderr.trim().to_string()))),
+    match run.deadline(within).output() {
+        Ok(output) if output.status.ok() => Ok(Restarted::default()),
+        Ok(output) => {
+            Ok(Restarted { complaint: Some(output.stderr.trim().to_string()), busy: BTreeSet::new() })
+        }
         Err(RunError::Deadline { .. }) => {
             let mut busy = busy(units)?;
             // systemctl asks for one after the other, and on a host that is slow has not come to the last by then. That
@@ -419,15 +390,14 @@ pub fn restart(units: &[String], within: Duration) -> Result<Restarted> {
             let same = |(unit, before): &(&String, &Option<String>)| invocation(unit) == **before;
             let unasked = units.iter().zip(&before).filter(|(unit, _)| !busy.contains(*unit)).filter(same);
             let unasked: Vec<String> = unasked.map(|(unit, _)| unit.clone()).collect();
-            if !unasked.is_empty() {
-                let ask = systemctl().args(["restart", "--no-block", "--"]).args(&unasked).deadline(QUICK);
+            if let Some(ask) = call_for(&unasked, &["restart", "--no-block"]) {
                 // Of those that are not asked for again either, the next look says that they do not run.
                 match ask.output() {
                     Ok(_) | Err(RunError::Deadline { .. }) => busy.extend(unasked),
                     Err(e) => return Err(e.into()),
                 }
             }
-            Ok(Restarted::Not(busy))
+            Ok(Restarted { complaint: None, busy })
         }
         Err(e) => Err(e.into()),
     }
@@ -435,11 +405,9 @@ pub fn restart(units: &[String], within: Duration) -> Result<Restarted> {
 
 /// Stops units in one call, and waits for `within`; those that are not stopped then, with which systemd goes on.
 pub fn stop(units: &[String], within: Duration) -> Result<BTreeSet<String>> {
-    if units.is_empty() {
-        return Ok(BTreeSet::new());
-    }
+    let Some(run) = call_for(units, &["stop"]) else { return Ok(BTreeSet::new()) };
     let _effect = failpoint::mark("systemctl stop", format_args!("{units:?}"));
-    match systemctl().args(["stop", "--"]).args(units).deadline(within).output() {
+    match run.deadline(within).output() {
         Ok(output) if output.status.ok() || output.stderr.contains("not loaded") => Ok(BTreeSet::new()),
         Ok(output) => {
             let (status, said) = (output.status, output.stderr.trim());
@@ -453,25 +421,25 @@ pub fn stop(units: &[String], within: Duration) -> Result<BTreeSet<String>> {
 /// Stops those of `units`, which have ended and wait for systemd to start them again, that nothing else is stopped with:
 /// once systemd has read a new unit it would start that by itself, and whoever restarts it once more.
 pub fn stop_waiting(units: &[String]) -> Result<()> {
-    if units.is_empty() {
-        return Ok(());
-    }
     // What a stop reaches besides (systemd.unit(5)).
-    let run = systemctl()
-        .args(["show", "--property=Id,RequiredBy,RequisiteOf,BoundBy,ConsistsOf,PropagatesStopTo", "--"])
-        .args(units);
-    let alone = stopped_alone(&run.deadline(QUICK).success()?.text());
+    const REACHED: &str = "--property=Id,RequiredBy,RequisiteOf,BoundBy,ConsistsOf,PropagatesStopTo";
+    let Some(run) = call_for(units, &["show", REACHED]) else { return Ok(()) };
+    let alone = stopped_alone(&run.success()?.text());
     // How far that has come within this time does not matter to what follows.
     stop(&alone, QUICK).map(drop)
 }
 
 fn stopped_alone(text: &str) -> Vec<String> {
-    let blocks = text.split("\n\n").filter_map(|block| {
-        let lines = || block.lines().filter_map(|line| line.split_once('='));
-        let (_, id) = lines().find(|(key, _)| *key == "Id")?;
-        lines().all(|(key, value)| key == "Id" || value.is_empty()).then(|| id.to_string())
+    let alone = blocks(text).filter_map(|mut unit| {
+        let id = unit.remove("Id")?;
+        unit.values().all(|others| others.is_empty()).then(|| id.to_string())
     });
-    blocks.collect()
+    alone.collect()
+}
+
+/// What `show` prints of several units: the properties of each.
+fn blocks(text: &str) -> impl Iterator<Item = BTreeMap<&str, &str>> {
+    text.split("\n\n").map(|block| block.lines().filter_map(|line| line.split_once('=')).collect())
 }
 
 /// Those of `units` with which systemd is not through: there is a job for them, or their processes are ending.
@@ -493,31 +461,22 @@ pub fn start_without_waiting(unit: &str) -> Result<Output> {
 
 /// Whether systemd has something to do for a unit, or is at it.
 pub fn under_way(unit: &str) -> Result<bool> {
-    let shown =
-        systemctl().args(["show", "--property=ActiveState,Job", "--", unit]).deadline(QUICK).success()?;
-    Ok(shown.text().lines().any(|line| match line.split_once('=') {
-        Some(("Job", job)) => !matches!(job, "" | "0"),
-        Some(("ActiveState", state)) => matches!(state, "activating" | "reloading" | "deactivating"),
-        _ => false,
-    }))
+    let shown = properties(unit, "ActiveState,Job")?;
+    let has = |name: &str, of: &[&str]| shown.get(name).is_some_and(|value| of.contains(&value.as_str()));
+    Ok(shown.get("Job").is_some_and(|job| !matches!(job.as_str(), "" | "0"))
+        || has("ActiveState", &["activating", "reloading", "deactivating"]))
 }
 
 /// How long systemd lets units take to stop, by what it has loaded (`TimeoutStopSec=`, or the manager's
 /// `DefaultTimeoutStopSec=`); None: without end.
 pub fn stop_timeouts(units: &[String]) -> Result<BTreeMap<String, Option<Duration>>> {
-    if units.is_empty() {
-        return Ok(BTreeMap::new());
-    }
-    let run = systemctl().args(["show", "--property=Id,TimeoutStopUSec", "--"]).args(units).deadline(QUICK);
+    let run = call_for(units, &["show", "--property=Id,TimeoutStopUSec"]);
+    let Some(run) = run else { return Ok(BTreeMap::new()) };
     let text = run.success()?.text();
-    let mut timeouts = BTreeMap::new();
-    for block in text.split("\n\n") {
-        let value = |key: &str| block.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('='));
-        if let (Some(id), Some(span)) = (value("Id"), value("TimeoutStopUSec")) {
-            timeouts.insert(id.to_string(), time_span(span));
-        }
-    }
-    Ok(timeouts)
+    let timeout = |unit: BTreeMap<&str, &str>| {
+        Some((unit.get("Id")?.to_string(), time_span(unit.get("TimeoutStopUSec")?)))
+    };
+    Ok(blocks(&text).filter_map(timeout).collect())
 }
 
 /// A length of time as systemd shows it (systemd.time(7)), as `1min 30s`; None: `infinity`, or nothing we know.

@@ -281,7 +281,7 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
     for name in &plan.candidates {
         text.push_str(&format!("{name}: stop and remove the candidate that an earlier pass left\n"));
     }
-    match &plan.route {
+    match &preview.route {
         RoutePlan::None | RoutePlan::Current => {}
         RoutePlan::Pending(why) => text.push_str(&format!("route: pending: {}\n", log::printable(why))),
         RoutePlan::Write(requests) => {
@@ -290,7 +290,7 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
             }
         }
     }
-    if plan.is_empty() {
+    if plan.is_empty() && preview.route.is_settled() {
         text.push_str("nothing to do\n");
     }
     text
@@ -308,23 +308,17 @@ fn plan_json(preview: &Preview) -> String {
             "steps": s.steps.iter().map(step_json).collect::<Vec<_>>(),
         })
     };
-    let route = match &preview.plan.route {
+    let route = match &preview.route {
         RoutePlan::None => json!({"status": "none"}),
         RoutePlan::Current => json!({"status": "current"}),
         RoutePlan::Pending(why) => json!({"status": "pending", "reason": why}),
-        RoutePlan::Write(requests) => json!({
-            "status": "write",
-            "requests": requests
-                .iter()
-                .map(|r| json!({"method": r.method, "path": r.path, "body": r.body}))
-                .collect::<Vec<_>>(),
-        }),
+        RoutePlan::Write(requests) => json!({"status": "write", "requests": requests}),
     };
     let value = json!({
         "version": 1,
         "serial": preview.serial,
         "manifestError": preview.manifest_error,
-        "empty": preview.plan.is_empty(),
+        "empty": preview.plan.is_empty() && preview.route.is_settled(),
         "services": preview.plan.services.iter().map(service).collect::<Vec<_>>(),
         "gone": preview.plan.gone.iter().map(service).collect::<Vec<_>>(),
         "understudies": preview.plan.candidates,
@@ -463,8 +457,9 @@ mod tests {
         let settings = load(&Flags::from([("host", "here".to_string())])).unwrap();
         let why = "'\u{9b}2J\x1b]0;x' (process 7) listens";
         let route = RoutePlan::Pending(why.into());
-        let plan = Plan { services: Vec::new(), gone: Vec::new(), route, candidates: Vec::new() };
-        let preview = Preview { serial: 1, generation: Timestamp(0), manifest_error: None, plan };
+        let plan =
+            Plan { services: Vec::new(), gone: Vec::new(), routes: Vec::new(), candidates: Vec::new() };
+        let preview = Preview { serial: 1, generation: Timestamp(0), manifest_error: None, plan, route };
         for text in [plan_text(&preview, &settings), plan_json(&preview)] {
             assert!(!text.chars().any(|c| c != '\n' && c.is_control()), "{text:?}");
         }

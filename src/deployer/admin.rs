@@ -3,11 +3,12 @@
 //! may listen where Caddy does not. No redirects, no proxies, a bounded answer; what somebody else says is shown to
 //! nobody. Knows nothing of routes.
 
-use super::listeners::{self, CaddySeen};
+use super::listeners::{self, Answers};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -67,14 +68,14 @@ impl Address {
             _ => (authority, 80),
         };
         let inner = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-        let well = match inner {
+        let valid = match inner {
             Some(inner) => inner.parse::<IpAddr>().is_ok_and(|ip| ip.is_ipv6()),
             None => {
                 !host.is_empty()
                     && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
             }
         };
-        if !well {
+        if !valid {
             return Err(format!("does not name a host and a port alone; {FORM}"));
         }
         Ok(Address::At(Endpoint::Tcp(host.to_string(), port)))
@@ -131,11 +132,11 @@ impl AdminResponse {
     }
 
     /// What an answer that was not meant to be says, in one line for people.
-    pub fn said(&self) -> String {
-        let text = match self.proven {
-            true => String::from_utf8_lossy(&self.body),
-            false => return self.status.to_string(),
-        };
+    pub fn summary(&self) -> String {
+        if !self.proven {
+            return self.status.to_string();
+        }
+        let text = String::from_utf8_lossy(&self.body);
         let line: String = text.lines().next().unwrap_or_default().chars().take(300).collect();
         format!("{}: {line}", self.status)
     }
@@ -172,31 +173,26 @@ fn ask(at: &Endpoint, method: &str, path: &str, body: &str) -> Result<AdminRespo
     let until = Instant::now() + DEADLINE;
     let mut connection = connect(at)?;
     let broke = |e: io::Error| format!("Caddy's answer at {at} broke off ({e}); the next pass asks again");
-    connection.stream.say(&request(at, method, path, body), until).map_err(broke)?;
-    let bytes = connection.stream.hear(until).map_err(broke)?;
+    connection.send(&request(at, method, path, body), until).map_err(broke)?;
+    let bytes = connection.receive(until).map_err(broke)?;
     read(&bytes, connection.proven).map_err(|why| format!("Caddy's answer at {at} {why}"))
 }
 
 struct Connection {
-    stream: AdminStream,
+    /// Of either kind: what is done with it is the same.
+    socket: UnixStream,
     proven: bool,
-}
-
-#[derive(Debug)]
-enum AdminStream {
-    Unix(UnixStream),
-    Tcp(TcpStream),
 }
 
 /// Connects to Caddy, or to nobody.
 fn connect(at: &Endpoint) -> Result<Connection, String> {
     match at {
-        Endpoint::Unix(path) => Ok(Connection { stream: AdminStream::Unix(unix(at, path)?), proven: true }),
+        Endpoint::Unix(path) => Ok(Connection { socket: unix(at, path)?, proven: true }),
         Endpoint::Tcp(host, port) => tcp(at, host, *port),
     }
 }
 
-fn silent(at: &Endpoint, why: &dyn fmt::Display) -> String {
+fn no_answer(at: &Endpoint, why: &dyn fmt::Display) -> String {
     format!(
         "Caddy's admin endpoint {at} does not answer ({why}); start Caddy ('systemctl start caddy') or set 'caddyAdmin'"
     )
@@ -206,7 +202,7 @@ fn unix(at: &Endpoint, path: &Path) -> Result<UnixStream, String> {
     let denied = |e: &io::Error| e.kind() == ErrorKind::PermissionDenied;
     let failed = |e: io::Error| match denied(&e) {
         true => format!("Caddy's admin endpoint {at} is root's and Caddy's alone; run this as root"),
-        false => silent(at, &e),
+        false => no_answer(at, &e),
     };
     let meta = fs_err::symlink_metadata(path).map_err(failed)?;
     if !meta.file_type().is_socket() {
@@ -215,8 +211,9 @@ fn unix(at: &Endpoint, path: &Path) -> Result<UnixStream, String> {
     let stream = unix_connected(path).map_err(|e| failed(e.into()))?;
     let peer = sockopt::socket_peercred(&stream).map_err(|e| failed(e.into()))?;
     let (uid, pid) = (peer.uid.as_raw(), peer.pid.as_raw_nonzero().get() as u32);
-    if uid != 0 && !listeners::is_caddys(pid) {
-        return Err(not_caddy(at, &listeners::owner(pid).to_string()));
+    let owner = || listeners::owner(pid);
+    if uid != 0 && !owner().is_caddys() {
+        return Err(not_caddy(at, &owner().to_string()));
     }
     // Whoever may put another socket there could lead us to one of root's.
     if let Some(why) = open_to_others(path, uid) {
@@ -268,22 +265,20 @@ pub fn lets_in(path: &Path) -> Option<String> {
 }
 
 fn tcp(at: &Endpoint, host: &str, port: u16) -> Result<Connection, String> {
-    let mut trouble = None;
-    for address in addresses(host, port).map_err(|e| silent(at, &e))? {
+    let mut failed = None;
+    for address in addresses(host, port).map_err(|e| no_answer(at, &e))? {
         // An address of another machine, or of a container's network: who listens there cannot be seen from here.
-        if !address.ip().is_loopback() && !is_ours(address.ip()) {
-            match TcpStream::connect_timeout(&address, CONNECT) {
-                Ok(stream) => return Ok(Connection { stream: AdminStream::Tcp(stream), proven: false }),
-                Err(e) => trouble = Some(silent(at, &e)),
-            }
-            continue;
-        }
-        match caddys(at, address) {
-            Ok(stream) => return Ok(Connection { stream: AdminStream::Tcp(stream), proven: true }),
-            Err(why) => trouble = Some(why),
+        let proven = address.ip().is_loopback() || is_ours(address.ip());
+        let connected = match proven {
+            true => caddys(at, address),
+            false => TcpStream::connect_timeout(&address, CONNECT).map_err(|e| no_answer(at, &e)),
+        };
+        match connected {
+            Ok(stream) => return Ok(Connection { socket: OwnedFd::from(stream).into(), proven }),
+            Err(why) => failed = Some(why),
         }
     }
-    Err(trouble.unwrap_or_else(|| silent(at, &"its name has no address")))
+    Err(failed.unwrap_or_else(|| no_answer(at, &"its name has no address")))
 }
 
 /// How often, and with which pause, who listens is looked at while it changes.
@@ -307,23 +302,23 @@ fn caddys(at: &Endpoint, address: SocketAddr) -> Result<TcpStream, String> {
 
 /// One look and one connection; an inner error is one that another look may do away with.
 fn connect_once(at: &Endpoint, address: SocketAddr) -> Result<Result<TcpStream, String>, String> {
-    let seen =
+    let (seen, inodes) =
         listeners::caddy_at(address).map_err(|e| format!("who listens at {at} cannot be told: {e}"))?;
-    let inodes = match seen {
-        CaddySeen::Caddy(inodes) => inodes,
-        CaddySeen::Nobody => return Err(silent(at, &"nobody listens there")),
-        CaddySeen::Others(owners) => {
+    match seen {
+        Answers::Expected => {}
+        Answers::Nobody => return Err(no_answer(at, &"nobody listens there")),
+        Answers::Others(owners) => {
             let who: Vec<String> = owners.iter().map(ToString::to_string).collect();
             let why = not_caddy(at, &who.join(" and "));
             return if owners.iter().any(|owner| owner.pid.is_none()) { Ok(Err(why)) } else { Err(why) };
         }
-        CaddySeen::Unknown => {
+        Answers::Unknown => {
             return Err(format!("who listens at {at} cannot be seen by this user; run this as root"));
         }
-    };
-    let stream = TcpStream::connect_timeout(&address, CONNECT).map_err(|e| silent(at, &e))?;
+    }
+    let stream = TcpStream::connect_timeout(&address, CONNECT).map_err(|e| no_answer(at, &e))?;
     Ok(match listeners::listening_at(address) {
-        Ok(now) if now.iter().all(|socket| inodes.contains(&socket.inode)) && !now.is_empty() => Ok(stream),
+        Ok(now) if now.iter().all(|inode| inodes.contains(inode)) && !now.is_empty() => Ok(stream),
         _ => Err(format!("Caddy at {at} is just being restarted; the next pass asks again")),
     })
 }
@@ -361,42 +356,31 @@ fn request(at: &Endpoint, method: &str, path: &str, body: &str) -> Vec<u8> {
     format!("{method} {path} HTTP/1.0\r\nHost: {host}\r\n{content}\r\n{body}").into_bytes()
 }
 
-impl AdminStream {
+impl Connection {
     fn patience(&self, until: Instant) -> io::Result<()> {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(io::Error::new(ErrorKind::TimedOut, format!("it took {} s", DEADLINE.as_secs())));
         }
-        match self {
-            AdminStream::Unix(s) => s.set_read_timeout(Some(left)).and(s.set_write_timeout(Some(left))),
-            AdminStream::Tcp(s) => s.set_read_timeout(Some(left)).and(s.set_write_timeout(Some(left))),
-        }
+        self.socket.set_read_timeout(Some(left)).and(self.socket.set_write_timeout(Some(left)))
     }
 
     /// Sends all. Who refuses a request need not have read it: what he answers says why.
-    fn say(&mut self, bytes: &[u8], until: Instant) -> io::Result<()> {
+    fn send(&mut self, bytes: &[u8], until: Instant) -> io::Result<()> {
         self.patience(until)?;
-        let sent = match self {
-            AdminStream::Unix(s) => s.write_all(bytes),
-            AdminStream::Tcp(s) => s.write_all(bytes),
-        };
-        match sent {
+        match self.socket.write_all(bytes) {
             Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => Ok(()),
             sent => sent,
         }
     }
 
     /// Reads to the end, or a byte past what is taken.
-    fn hear(&mut self, until: Instant) -> io::Result<Vec<u8>> {
+    fn receive(&mut self, until: Instant) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
         let mut buffer = [0; 16 << 10];
         while bytes.len() as u64 <= MAX_ANSWER {
             self.patience(until)?;
-            let read = match self {
-                AdminStream::Unix(s) => s.read(&mut buffer),
-                AdminStream::Tcp(s) => s.read(&mut buffer),
-            };
-            match read {
+            match self.socket.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(n) => bytes.extend_from_slice(&buffer[..n]),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
@@ -477,7 +461,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let answer = answer.to_vec();
         let other = std::thread::spawn(move || theirs.write_all(&answer));
-        let bytes = AdminStream::Unix(ours).hear(Instant::now() + DEADLINE).unwrap();
+        let bytes = Connection { socket: ours, proven: true }.receive(Instant::now() + DEADLINE).unwrap();
         // Whoever goes on after we have gone is told.
         let _ = other.join().unwrap();
         read(&bytes, true)
@@ -488,7 +472,7 @@ mod tests {
         let well = answered(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n{}").unwrap();
         assert_eq!((well.status, &*well.body, well.viewed), (200, &b"{}"[..], false));
         let open = answered(b"HTTP/1.1 500 Internal Server Error\r\n\r\n{\"error\":\"why\"}\nmore").unwrap();
-        assert_eq!(open.said(), "500: {\"error\":\"why\"}");
+        assert_eq!(open.summary(), "500: {\"error\":\"why\"}");
         let led =
             answered(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:7777/\r\nContent-Length: 0\r\n\r\n")
                 .unwrap();
@@ -509,7 +493,7 @@ mod tests {
         }
         let of_others =
             AdminResponse { proven: false, ..answered(b"HTTP/1.1 200 OK\r\n\r\nsession-key").unwrap() };
-        assert_eq!(of_others.said(), "200");
+        assert_eq!(of_others.summary(), "200");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! pass or after a reboot. Written only after a service came up.
 
 use super::root::Root;
-use super::unit;
+use super::{lines, unit};
 use crate::durable::{self, Batch};
 use crate::error::{Error, Result};
 use crate::files::{self, if_there};
@@ -39,6 +39,11 @@ impl LastKnownGood {
         }
     }
 
+    /// What it holds: its path, and those before it.
+    pub fn paths(&self) -> impl Iterator<Item = &StorePath> {
+        std::iter::once(&self.path).chain(&self.previous)
+    }
+
     /// Whether this very unit came up.
     pub fn is_of_unit(&self, text: &str) -> bool {
         match &self.unit {
@@ -51,7 +56,7 @@ impl LastKnownGood {
 /// The versions before the current one, after `current` came up where `replaced` was before.
 fn previous_after(current: &StorePath, replaced: Option<&LastKnownGood>) -> Vec<StorePath> {
     let mut previous: Vec<StorePath> = Vec::new();
-    for path in replaced.iter().flat_map(|a| [&a.path].into_iter().chain(&a.previous)) {
+    for path in replaced.into_iter().flat_map(LastKnownGood::paths) {
         if path != current && !previous.contains(path) {
             previous.push(path.clone());
         }
@@ -132,11 +137,7 @@ pub fn record<'a>(root: &Root, all: impl IntoIterator<Item = &'a LastKnownGood>)
 
 fn text(applied: &LastKnownGood) -> Result<Vec<u8>> {
     let LastKnownGood { service, path: _, previous, unit } = applied;
-    let written = Written { version: VERSION, previous, unit: unit.as_deref(), service };
-    let mut bytes = serde_json::to_vec_pretty(&written)
-        .map_err(|e| Error::new(format!("cannot write the entry of {}: {e}", applied.service.name)))?;
-    bytes.push(b'\n');
-    Ok(bytes)
+    lines::to_bytes(&Written { version: VERSION, previous, unit: unit.as_deref(), service })
 }
 
 #[cfg(test)]

@@ -1,13 +1,16 @@
-//! Caddy's one route, and the server that shows its configuration. [`route`], [`plan`] and [`with_view`] are pure:
-//! entries and Caddy's present servers in, the requests to make out. All services of the host are one route with the id `deployer` that matches all their domains
-//! (Caddy manages certificates only for hosts matched by a server's own routes) and holds a subroute, longest
-//! path first. Other people's routes and servers are never changed.
+//! How Caddy is told the routes, and the server that shows its configuration. [`changes`] is pure but for where Caddy
+//! is: routes and Caddy's present servers in, the requests to make out. All routes of the host are one with the id
+//! `deployer` that matches all their domains (Caddy manages certificates only for hosts matched by a server's own routes)
+//! and holds a subroute, longest path first. Other people's routes and servers are never changed.
 
-use super::admin::{self, Address};
-use super::listeners::{self, CaddySeen};
+use super::admin::{self, Address, Endpoint};
+use super::listeners::{self, Answers};
+use super::routes::Route;
 use crate::bounds::{self, Bounds};
-use crate::manifest::Http;
+use crate::config::Settings;
+use crate::log;
 use crate::percent;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -37,7 +40,7 @@ pub enum CaddyState {
 }
 
 /// One request to Caddy's admin API.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AdminRequest {
     /// `PUT`, `PATCH` or `DELETE`.
     pub method: &'static str,
@@ -46,6 +49,7 @@ pub struct AdminRequest {
     /// The JSON body, if any.
     pub body: Option<Value>,
     /// What it does, for people.
+    #[serde(skip)]
     pub what: String,
 }
 
@@ -62,28 +66,43 @@ pub enum RoutePlan {
     Pending(String),
 }
 
-/// The one route for these services, or None when there are none. Order in, order out: equal sets of entries
-/// give equal routes. To a port that is `closed` nobody is led: its service is unavailable.
-pub fn route(entries: &[&Http], closed: &BTreeSet<u16>) -> Option<Value> {
-    if entries.is_empty() {
+impl RoutePlan {
+    /// Whether there is nothing to do, or nothing that can be done now.
+    pub fn is_settled(&self) -> bool {
+        !matches!(self, RoutePlan::Write(_))
+    }
+}
+
+/// What is to be done for Caddy to have these routes, and to show its configuration.
+pub fn changes(settings: &Settings, routes: &[Route], observed: &CaddyState) -> RoutePlan {
+    let plan = plan(settings.caddy_server.as_deref(), route(routes).as_ref(), observed);
+    match settings.caddy_admin.now() {
+        Endpoint::Unix(socket) => with_view(plan, Some(&socket), observed),
+        Endpoint::Tcp(..) => with_view(plan, None, observed),
+    }
+}
+
+/// Caddy's one route for all of these, or None when there are none. Equal sets of routes give equal ones.
+pub fn route(routes: &[Route]) -> Option<Value> {
+    if routes.is_empty() {
         return None;
     }
-    let domains: BTreeSet<&str> = entries.iter().map(|h| h.domain.as_str()).collect();
-    let mut sorted: Vec<&&Http> = entries.iter().collect();
+    let domains: BTreeSet<&str> = routes.iter().map(|r| r.domain.as_str()).collect();
+    let mut sorted: Vec<&Route> = routes.iter().collect();
     // First match wins in Caddy: a plain name before a wildcard, then the longest path.
-    fn rank(h: &Http) -> (bool, &str, Reverse<usize>, &str) {
-        (h.domain.starts_with("*."), &h.domain, Reverse(h.path.len()), &h.path)
+    fn rank(r: &Route) -> (bool, &str, Reverse<usize>, &str) {
+        (r.domain.starts_with("*."), &r.domain, Reverse(r.path.len()), &r.path)
     }
     sorted.sort_by(|a, b| rank(a).cmp(&rank(b)));
     let routes: Vec<Value> = sorted
         .iter()
-        .map(|http| {
-            let mut matcher = json!({"host": [http.domain]});
-            if http.path.as_str() != "/" {
+        .map(|Route { domain, path, port, closed }| {
+            let mut matcher = json!({"host": [domain]});
+            if path.as_str() != "/" {
                 // `/api/*` alone misses `/api`, and `/api*` would catch `/apix`.
-                matcher["path"] = json!([http.path, format!("{}/*", http.path)]);
+                matcher["path"] = json!([path, format!("{path}/*")]);
             }
-            if closed.contains(&http.internal_port.get()) {
+            if *closed {
                 let unavailable = json!({"handler": "static_response", "status_code": 503});
                 return json!({"match": [matcher], "handle": [unavailable], "terminal": true});
             }
@@ -91,7 +110,7 @@ pub fn route(entries: &[&Http], closed: &BTreeSet<u16>) -> Option<Value> {
                 "match": [matcher],
                 "handle": [{
                     "handler": "reverse_proxy",
-                    "upstreams": [{"dial": format!("127.0.0.1:{}", http.internal_port)}],
+                    "upstreams": [{"dial": format!("127.0.0.1:{port}")}],
                     // Only of a transport that is given does Caddy close the idle connections when the route
                     // changes, and only so can be told when a service has drained. The values are Caddy's own
                     // but for the idle time: that is below what servers allow by themselves (5 s is common), as
@@ -141,8 +160,7 @@ fn own_server(name: &str, server: &Value) -> bool {
 }
 
 fn listens_on_https(server: &Value) -> bool {
-    let addresses = server.get("listen").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-    addresses.iter().filter_map(Value::as_str).any(|a| a.rsplit(':').next() == Some("443"))
+    port_ranges(server).any(|range| range == "443")
 }
 
 /// The name of a server as one segment of a path of the admin API. Names come from Caddy or the configuration.
@@ -181,20 +199,12 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &CaddyState
         }
         let path = format!("{SERVERS}/{}", segment(name));
         if own_server(name, server) {
-            requests.push(AdminRequest {
-                method: "DELETE",
-                path,
-                body: None,
-                what: format!("remove our server '{name}'"),
-            });
+            let what = format!("remove our server '{name}'");
+            requests.push(AdminRequest { method: "DELETE", path, body: None, what });
         } else {
             let rest: Vec<&Value> = routes_of(server).iter().filter(|r| !is_ours(r)).collect();
-            requests.push(AdminRequest {
-                method: "PATCH",
-                path: format!("{path}/routes"),
-                body: Some(json!(rest)),
-                what: format!("remove our route from server '{name}'"),
-            });
+            let what = format!("remove our route from server '{name}'");
+            requests.push(AdminRequest::new("PATCH", format!("{path}/routes"), json!(rest), what));
         }
     }
     let Some(desired) = desired else {
@@ -202,58 +212,47 @@ pub fn plan(wanted: Option<&str>, desired: Option<&Value>, observed: &CaddyState
     };
 
     let path = format!("{SERVERS}/{}", segment(target));
-    match servers.get(target) {
-        None => requests.push(AdminRequest {
-            method: "PUT",
-            path,
-            body: Some(json!({"listen": [":443"], "routes": [desired, not_found()]})),
-            what: format!("make server '{target}' on :443 with our route"),
-        }),
-        Some(server) => {
-            let routes = routes_of(server);
-            let ours: Vec<usize> =
-                routes.iter().enumerate().filter(|(_, r)| is_ours(r)).map(|(i, _)| i).collect();
-            match ours[..] {
-                [0] if routes[0] == *desired => {}
-                [0] => requests.push(AdminRequest {
-                    method: "PATCH",
-                    path: format!("/id/{ROUTE_ID}"),
-                    body: Some(desired.clone()),
-                    what: format!("replace our route in server '{target}'"),
-                }),
-                // Caddy inserts before a route that is there, not into an empty list.
-                [] if !routes.is_empty() => requests.push(AdminRequest {
-                    method: "PUT",
-                    path: format!("{path}/routes/0"),
-                    body: Some(desired.clone()),
-                    what: format!("add our route to server '{target}'"),
-                }),
-                [] => requests.push(AdminRequest {
-                    method: if server.get("routes").is_some() { "PATCH" } else { "PUT" },
-                    path: format!("{path}/routes"),
-                    body: Some(json!([desired])),
-                    what: format!("add our route to server '{target}'"),
-                }),
-                // Not first, or more than once: the list is written anew, others' routes in their order.
-                _ => {
-                    let mut all = vec![desired];
-                    all.extend(routes.iter().filter(|r| !is_ours(r)));
-                    requests.push(AdminRequest {
-                        method: "PATCH",
-                        path: format!("{path}/routes"),
-                        body: Some(json!(all)),
-                        what: format!("put our route first in server '{target}'"),
-                    });
-                }
-            }
+    let add = format!("add our route to server '{target}'");
+    let Some(server) = servers.get(target) else {
+        let made = json!({"listen": [":443"], "routes": [desired, not_found()]});
+        let what = format!("make server '{target}' on :443 with our route");
+        requests.push(AdminRequest::new("PUT", path, made, what));
+        return RoutePlan::Write(requests);
+    };
+    let routes = routes_of(server);
+    let ours: Vec<usize> = routes.iter().enumerate().filter(|(_, r)| is_ours(r)).map(|(i, _)| i).collect();
+    requests.extend(match ours[..] {
+        [0] if routes[0] == *desired => None,
+        [0] => {
+            let what = format!("replace our route in server '{target}'");
+            Some(AdminRequest::new("PATCH", format!("/id/{ROUTE_ID}"), desired.clone(), what))
         }
-    }
+        // Caddy inserts before a route that is there, not into an empty list.
+        [] if !routes.is_empty() => {
+            Some(AdminRequest::new("PUT", format!("{path}/routes/0"), desired.clone(), add))
+        }
+        [] => {
+            let method = if server.get("routes").is_some() { "PATCH" } else { "PUT" };
+            Some(AdminRequest::new(method, format!("{path}/routes"), json!([desired]), add))
+        }
+        // Not first, or more than once: the list is written anew, others' routes in their order.
+        _ => {
+            let mut all = vec![desired];
+            all.extend(routes.iter().filter(|r| !is_ours(r)));
+            let what = format!("put our route first in server '{target}'");
+            Some(AdminRequest::new("PATCH", format!("{path}/routes"), json!(all), what))
+        }
+    });
     if requests.is_empty() { RoutePlan::Current } else { RoutePlan::Write(requests) }
 }
 
 impl AdminRequest {
+    fn new(method: &'static str, path: String, body: Value, what: String) -> Self {
+        AdminRequest { method, path, body: Some(body), what }
+    }
+
     /// Whether it is about the server that shows the configuration, which no visitor meets.
-    pub fn is_view(&self) -> bool {
+    fn is_view(&self) -> bool {
         self.path == format!("{SERVERS}/{VIEW_SERVER}")
     }
 }
@@ -317,21 +316,25 @@ pub fn with_view(plan: RoutePlan, socket: Option<&Path>, observed: &CaddyState) 
         body: wanted,
         what: format!("{what} server '{VIEW_SERVER}', which shows Caddy's configuration on port {VIEW_PORT}"),
     };
-    match plan {
-        RoutePlan::Write(mut requests) => {
-            requests.push(request);
-            RoutePlan::Write(requests)
-        }
-        RoutePlan::None | RoutePlan::Current => RoutePlan::Write(vec![request]),
-        RoutePlan::Pending(_) => plan,
-    }
+    let mut requests = match plan {
+        RoutePlan::Write(requests) => requests,
+        RoutePlan::None | RoutePlan::Current => Vec::new(),
+        RoutePlan::Pending(_) => return plan,
+    };
+    requests.push(request);
+    RoutePlan::Write(requests)
 }
 
-/// The ports that a server listens on: every address is `[NETWORK/]HOST:PORT[-LAST]`.
-fn ports(server: &Value) -> BTreeSet<u16> {
+/// Where a server listens: every address is `[NETWORK/]HOST:PORT[-LAST]`.
+fn port_ranges(server: &Value) -> impl Iterator<Item = &str> {
     let addresses = server.get("listen").and_then(Value::as_array).into_iter().flatten();
+    addresses.filter_map(Value::as_str).filter_map(|address| address.rsplit(':').next())
+}
+
+/// The ports that a server listens on.
+fn ports(server: &Value) -> BTreeSet<u16> {
     let mut ports = BTreeSet::new();
-    for range in addresses.filter_map(Value::as_str).filter_map(|a| a.rsplit(':').next()) {
+    for range in port_ranges(server) {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         if let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) {
             ports.extend(first..=last);
@@ -341,6 +344,11 @@ fn ports(server: &Value) -> BTreeSet<u16> {
 }
 
 impl CaddyState {
+    /// Whether it can be told anything.
+    pub fn is_available(&self) -> bool {
+        matches!(self, CaddyState::Servers(_))
+    }
+
     /// Whether our route may lead visitors to a port of this host: it does, or nobody can tell.
     pub fn may_lead_to(&self, port: u16) -> bool {
         let dial = format!("127.0.0.1:{port}");
@@ -373,7 +381,7 @@ fn dials(value: &Value, to: &str) -> bool {
 }
 
 /// Caddy's answer to the question for its servers, not looked into yet.
-pub type Asked = Result<admin::AdminResponse, String>;
+pub type AdminResult = Result<admin::AdminResponse, String>;
 
 /// Asks Caddy for its servers and reads the answer.
 pub fn observe(at: &Address) -> CaddyState {
@@ -386,12 +394,12 @@ pub fn look(at: &Address) -> CaddyState {
 }
 
 /// Asks Caddy for its servers; an error is the reason why there is no answer, with the next move.
-pub fn ask(at: &Address) -> Asked {
+pub fn ask(at: &Address) -> AdminResult {
     admin::exchange(at, "GET", SERVERS, "")
 }
 
 /// What Caddy's answer says.
-pub fn read(at: &Address, answer: Asked) -> CaddyState {
+pub fn read(at: &Address, answer: AdminResult) -> CaddyState {
     let answer = match answer {
         Ok(answer) => answer,
         Err(why) => return CaddyState::Unavailable(why),
@@ -410,7 +418,7 @@ pub fn read(at: &Address, answer: Asked) -> CaddyState {
         (200, Err(_)) => {
             CaddyState::Unavailable(format!("Caddy's answer at {at} broke off; the next pass asks again"))
         }
-        _ => CaddyState::Unavailable(format!("Caddy at {at} answered {}", answer.said())),
+        _ => CaddyState::Unavailable(format!("Caddy at {at} answered {}", answer.summary())),
     }
 }
 
@@ -418,18 +426,28 @@ pub fn read(at: &Address, answer: Asked) -> CaddyState {
 fn view_kept_out() -> Option<String> {
     let addresses = [(Ipv4Addr::LOCALHOST, VIEW_PORT).into(), (Ipv6Addr::LOCALHOST, VIEW_PORT).into()];
     let seen = addresses.into_iter().filter_map(|address: SocketAddr| listeners::caddy_at(address).ok());
-    let others = seen.filter_map(|seen| match seen {
-        CaddySeen::Others(owners) => Some(owners),
-        CaddySeen::Nobody | CaddySeen::Caddy(_) | CaddySeen::Unknown => None,
-    });
-    let who: BTreeSet<String> = others.flatten().map(|owner| owner.to_string()).collect();
+    let seen: Vec<Answers> = seen.map(|(answers, _)| answers).collect();
+    let others = seen.iter().filter_map(Answers::others).flatten();
+    let who: BTreeSet<String> = others.map(ToString::to_string).collect();
     let who: Vec<String> = who.into_iter().collect();
     let next = "what it says there is not Caddy's; stop that, the next pass tries again";
     (!who.is_empty()).then(|| format!("{} listens on port {VIEW_PORT}: {next}", who.join(" and ")))
 }
 
-/// Performs one request; the error is the reason.
-pub fn perform(at: &Address, request: &AdminRequest) -> Result<(), String> {
+/// Makes these requests, one after the other; the error is the reason.
+pub fn perform(at: &Address, requests: &[AdminRequest]) -> Result<(), String> {
+    requests.iter().try_for_each(|request| {
+        match perform_one(at, request) {
+            Ok(()) => log::notice(format!("route: {}", request.what)),
+            // No visitor misses it.
+            Err(why) if request.is_view() => log::warning(why),
+            Err(why) => return Err(why),
+        }
+        Ok(())
+    })
+}
+
+fn perform_one(at: &Address, request: &AdminRequest) -> Result<(), String> {
     if request.is_view()
         && request.body.is_some()
         && let Some(why) = view_kept_out()
@@ -442,7 +460,7 @@ pub fn perform(at: &Address, request: &AdminRequest) -> Result<(), String> {
     let answer = answer.map_err(|why| format!("cannot {}: {why}", request.what))?;
     match answer.status {
         200..=299 => Ok(()),
-        _ => Err(format!("cannot {}: Caddy answered {}", request.what, answer.said())),
+        _ => Err(format!("cannot {}: Caddy answered {}", request.what, answer.summary())),
     }
 }
 
@@ -452,15 +470,8 @@ mod tests {
     use crate::runner::Run;
     use std::time::Duration;
 
-    fn http(domain: &str, path: &str, port: u16) -> Http {
-        Http {
-            domain: domain.into(),
-            path: path.into(),
-            internal_port: port.into(),
-            port_env: None,
-            drain_sec: None,
-            extra: Map::new(),
-        }
+    fn lead(domain: &str, path: &str, port: u16) -> Route {
+        Route { domain: domain.into(), path: path.into(), port, closed: false }
     }
 
     fn servers(value: Value) -> CaddyState {
@@ -503,10 +514,10 @@ mod tests {
 
     #[test]
     fn after_the_plan_nothing_is_left_to_do_and_others_are_untouched() {
-        let a = http("a.example.com", "/", 8080);
-        let b = http("b.example.com", "/api", 8081);
-        let desired = route(&[&a, &b], &BTreeSet::new()).unwrap();
-        let old = route(&[&a], &BTreeSet::new()).unwrap();
+        let a = lead("a.example.com", "/", 8080);
+        let b = lead("b.example.com", "/api", 8081);
+        let desired = route(&[a.clone(), b]).unwrap();
+        let old = route(&[a]).unwrap();
         let foreign = json!({"handle": [{"handler": "static_response", "body": "theirs"}]});
         for (wanted, start) in [
             (None, json!({})),
@@ -551,12 +562,12 @@ mod tests {
     #[test]
     fn the_outer_route_matches_every_domain_and_the_longest_path_comes_first() {
         let entries = [
-            http("a.example.com", "/", 1),
-            http("a.example.com", "/api/v2", 2),
-            http("a.example.com", "/api", 3),
-            http("*.example.com", "/", 4),
+            lead("a.example.com", "/", 1),
+            lead("a.example.com", "/api/v2", 2),
+            lead("a.example.com", "/api", 3),
+            lead("*.example.com", "/", 4),
         ];
-        let route = route(&entries.iter().collect::<Vec<_>>(), &BTreeSet::new()).unwrap();
+        let route = route(&entries).unwrap();
         assert_eq!(route["match"], json!([{"host": ["*.example.com", "a.example.com"]}]));
         let inner = route["handle"][0]["routes"].as_array().unwrap();
         let dials: Vec<&str> =
@@ -604,8 +615,8 @@ mod tests {
             assert!(why.contains(word) && why.contains("caddyAdmin"), "{why}");
         }
         // 8,000 services, and a configuration with ten subroutes within one another.
-        let all: Vec<Http> = (0..8000).map(|n| http(&format!("{n}.example.com"), "/api", 8080)).collect();
-        let ours = route(&all.iter().collect::<Vec<_>>(), &BTreeSet::new()).unwrap();
+        let all: Vec<Route> = (0..8000).map(|n| lead(&format!("{n}.example.com"), "/api", 8080)).collect();
+        let ours = route(&all).unwrap();
         let nested = (0..10).fold(json!([]), |inner, _| json!([{"handle": [{"routes": inner}]}]));
         let text = json!({"srv0": {"routes": [ours]}, "other": {"routes": nested}}).to_string();
         assert!((text.len() as u64) < admin::MAX_ANSWER, "{}", text.len());
@@ -614,8 +625,8 @@ mod tests {
 
     #[test]
     fn visitors_are_led_where_our_route_dials_or_caddy_does_not_say() {
-        let (a, b) = (http("a.example.com", "/", 8080), http("b.example.com", "/x", 20_001));
-        let ours = route(&[&a, &b], &BTreeSet::new()).unwrap();
+        let (a, b) = (lead("a.example.com", "/", 8080), lead("b.example.com", "/x", 20_001));
+        let ours = route(&[a.clone(), b]).unwrap();
         let theirs =
             json!({"handle": [{"handler": "reverse_proxy", "upstreams": [{"dial": "127.0.0.1:9000"}]}]});
         let seen = servers(json!({"srv0": {"routes": [ours, theirs]}, "srv1": {}}));
@@ -639,8 +650,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_done_now_is_pending_with_a_reason() {
-        let a = http("a.example.com", "/", 8080);
-        let desired = route(&[&a], &BTreeSet::new()).unwrap();
+        let a = lead("a.example.com", "/", 8080);
+        let desired = route(&[a]).unwrap();
         let down = CaddyState::Unavailable("down".into());
         assert_eq!(plan(None, Some(&desired), &down), RoutePlan::Pending("down".into()));
         assert_eq!(plan(None, None, &down), RoutePlan::None);

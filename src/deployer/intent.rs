@@ -1,9 +1,10 @@
 //! What a pass is about to touch, written before it does and removed when it has finished. A pass that finds
 //! one knows that another was interrupted, and for which services a running process proves nothing.
 
+use super::lines;
 use super::root::Root;
 use crate::durable;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::files::if_there;
 use crate::names::ServiceName;
 use serde::{Deserialize, Serialize};
@@ -28,9 +29,7 @@ pub fn record(root: &Root, mut services: BTreeSet<ServiceName>) -> Result<()> {
         return Ok(());
     }
     services.extend(before);
-    let bytes = serde_json::to_vec(&Intent { services })
-        .map_err(|e| Error::new(format!("cannot write the intent: {e}")))?;
-    durable::write(&root.intent(), &bytes, 0o644)?;
+    durable::write(&root.intent(), &lines::to_bytes(&Intent { services })?, 0o644)?;
     Ok(())
 }
 

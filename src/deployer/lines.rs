@@ -24,7 +24,7 @@ const LINES_VERSION: u64 = 1;
 const SUDO_WITHIN: Duration = Duration::from_secs(10);
 
 /// What is kept.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Lines {
     version: u64,
@@ -41,12 +41,6 @@ struct OfService {
     lines: Vec<String>,
 }
 
-impl Default for Lines {
-    fn default() -> Self {
-        Lines { version: LINES_VERSION, services: BTreeMap::new() }
-    }
-}
-
 impl Lines {
     /// Those that a state has.
     fn of(state: &State) -> Self {
@@ -55,7 +49,7 @@ impl Lines {
             let of_service = OfService { at: *at, lines: journal.clone() };
             (!journal.is_empty()).then(|| (name.clone(), of_service))
         });
-        Lines { services: kept.collect(), ..Lines::default() }
+        Lines { version: LINES_VERSION, services: kept.collect() }
     }
 
     /// Gives the failures of a state their lines again.
@@ -131,7 +125,7 @@ pub fn hidden(path: &Path) -> bool {
 /// steer a terminal is written as JSON's escapes.
 pub fn to_bytes(form: &impl Serialize) -> Result<Vec<u8>> {
     let text =
-        serde_json::to_string_pretty(form).map_err(|e| Error::new(format!("cannot write the state: {e}")))?;
+        serde_json::to_string_pretty(form).map_err(|e| Error::new(format!("cannot write JSON: {e}")))?;
     Ok(format!("{}\n", printable_json(&text)).into_bytes())
 }
 

@@ -4,7 +4,7 @@
 
 use super::unit;
 use crate::files::{self, if_there};
-use crate::systemd;
+use crate::systemd::{self, UNIT_PATH};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -32,48 +32,21 @@ const FILES_OF_ALL: usize = 1 << 17;
 /// The units that Caddy's packages have.
 const CADDYS: [&str; 2] = ["caddy.service", "caddy-api.service"];
 
-/// Where files of units are, the first that has one wins (systemd.unit(5)).
-const UNIT_DIRS: [&str; 5] = [
-    "/etc/systemd/system",
-    "/run/systemd/system",
-    "/usr/local/lib/systemd/system",
-    "/usr/lib/systemd/system",
-    "/lib/systemd/system",
-];
+/// The states of sockets in the kernel's tables.
+pub const ESTABLISHED: &str = "01";
+const LISTENS: &str = "0A";
 
-/// Who would answer at a port of 127.0.0.1.
+/// Who would answer at an address of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answers {
     /// No socket listens there.
     Nobody,
-    /// Only sockets of the unit.
-    Unit,
+    /// Only sockets of the unit that was asked for.
+    Expected,
     /// Somebody else, or somebody else as well.
     Others(Vec<Owner>),
     /// What would tell may not be read by this user.
     Unknown,
-}
-
-/// Who would answer at an address where Caddy is expected.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum CaddySeen {
-    /// No socket listens there.
-    Nobody,
-    /// Sockets of Caddy's unit or of root alone; their inodes.
-    Caddy(Vec<u64>),
-    /// Somebody else, or somebody else as well.
-    Others(Vec<Owner>),
-    /// What would tell may not be read by this user.
-    Unknown,
-}
-
-/// A socket that listens at an address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Listening {
-    /// Its inode.
-    pub inode: u64,
-    /// Who made it. The kernel remembers that, whatever became of the process.
-    pub uid: u32,
 }
 
 /// A process that listens.
@@ -99,26 +72,47 @@ impl fmt::Display for Owner {
     }
 }
 
-/// Which addresses a socket that listens answers for, as far as 127.0.0.1 is concerned: the kernel gives a connection
-/// to the nearest, and only among equals (SO_REUSEPORT) by lot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Reach {
-    Loopback,
-    LoopbackMapped,
-    Everything,
-    /// Also one that is for IPv6 alone, which the tables do not tell: then it is not the nearest, or the only one, and
-    /// nobody answers ([`is_refused`]).
-    EverythingV6,
-    /// Another address, which keeps a program from listening at all addresses.
-    Elsewhere,
+impl Answers {
+    /// Who else has the port, if anybody has.
+    pub fn others(&self) -> Option<&[Owner]> {
+        if let Answers::Others(owners) = self { Some(owners) } else { None }
+    }
 }
 
-/// A socket that listens.
+/// A socket, as the kernel's tables have it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Socket {
-    port: u16,
-    reach: Reach,
+pub struct Socket {
+    v6: bool,
+    /// Where it is; an address of IPv4 as IPv6 has it.
+    ip: Ipv6Addr,
+    /// And at which port.
+    pub port: u16,
+    /// The other end, as the kernel writes it.
+    pub remote: String,
+    /// Who made it. The kernel remembers that, whatever became of the process.
+    uid: u32,
     inode: u64,
+}
+
+/// How near a socket at all addresses of both protocols is. Also one that is for IPv6 alone, which the tables do not
+/// tell: then it is not the nearest, or the only one, and nobody answers ([`is_refused`]).
+const EVERYTHING_V6: u8 = 3;
+
+impl Socket {
+    /// How near it is to an address of this machine, None where it does not answer for that: the kernel gives a connection
+    /// to the nearest, and only among equals (SO_REUSEPORT) by lot. This very address comes before all addresses, and
+    /// IPv4's before those that take both.
+    fn distance(&self, to: IpAddr) -> Option<u8> {
+        let v6 = u8::from(self.v6);
+        match (to, self.ip.to_ipv4_mapped()) {
+            (IpAddr::V4(to), Some(here)) if here == to => Some(v6),
+            (IpAddr::V4(_), Some(here)) if here.is_unspecified() => Some(2 + v6),
+            (IpAddr::V4(_), None) if self.ip.is_unspecified() => Some(EVERYTHING_V6),
+            (IpAddr::V6(to), _) if self.v6 && self.ip == to => Some(0),
+            (IpAddr::V6(_), _) if self.v6 && self.ip.is_unspecified() => Some(1),
+            _ => None,
+        }
+    }
 }
 
 /// All sockets that listened when they were read, and whose they are as far as somebody asked.
@@ -141,54 +135,54 @@ impl Listeners {
     /// Reads the kernel's tables.
     pub fn read() -> Result<Self> {
         let mut sockets = Vec::new();
-        for (table, v6) in [("/proc/net/tcp", false), ("/proc/net/tcp6", true)] {
-            // A kernel without IPv6 has no such table.
-            if let Some(file) = if_there(fs_err::File::open(table))? {
-                add_listening(BufReader::new(file), v6, &mut sockets)?;
-            }
-        }
+        each_socket(LISTENS, |socket| sockets.push(socket))?;
         let slice = SLICES.iter().map(Path::new).find(|dir| dir.is_dir()).unwrap_or(Path::new(SLICES[0]));
         Ok(Listeners { sockets, slice: slice.to_path_buf(), owners: OnceCell::new() })
     }
 
-    /// The inodes of the sockets of which one would get a connection to 127.0.0.1.
-    fn nearest(&self, port: u16) -> Vec<u64> {
-        let here = || self.sockets.iter().filter(|s| s.port == port && s.reach != Reach::Elsewhere);
-        let nearest = here().map(|s| s.reach).min();
-        here().filter(|s| Some(s.reach) == nearest).map(|s| s.inode).collect()
+    /// The sockets of which one would get a connection to an address of this machine.
+    fn nearest(&self, address: SocketAddr) -> Vec<&Socket> {
+        let here = || self.sockets.iter().filter(|s| s.port == address.port());
+        let nearest = here().filter_map(|s| s.distance(address.ip())).min();
+        here().filter(|s| nearest.is_some() && s.distance(address.ip()) == nearest).collect()
     }
 
     /// Who would answer at this port of 127.0.0.1, asked for a unit.
     pub fn at(&self, port: u16, unit: &str) -> Answers {
-        let inodes = self.nearest(port);
-        if inodes.is_empty() {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let sockets = self.nearest(address);
+        if sockets.is_empty() {
             return Answers::Nobody;
         }
+        let inodes: Vec<u64> = sockets.iter().map(|s| s.inode).collect();
         let held = held_by(&self.slice.join(unit), &inodes);
         let left: Vec<u64> = inodes.into_iter().filter(|inode| !held.contains(inode)).collect();
-        if left.is_empty() {
-            return Answers::Unit;
-        }
-        let is_v6 = |s: &Socket| s.reach == Reach::EverythingV6 && left.contains(&s.inode);
-        if self.sockets.iter().any(is_v6) && is_refused(port) {
+        let is_v6 = |s: &&Socket| s.distance(address.ip()) == Some(EVERYTHING_V6) && left.contains(&s.inode);
+        if sockets.iter().any(is_v6) && is_refused(port) {
             return Answers::Nobody;
         }
         // Rare: a process of another slice or of a cgroup of the unit's own making, or really a stranger.
-        let owners = self.owners.get_or_init(|| self.all_owners());
+        self.others(left, |_, all, _| {
+            all.iter().any(|o| o.unit.as_deref() == Some(unit))
+                || (all.iter().any(|o| o.pid == Some(1)) && systemd::listens_for(unit, port))
+        })
+    }
+
+    /// Who has these sockets, but for those of whom `expected` says so: by inode, by all processes that were seen to have
+    /// it, and by whether there may be others.
+    fn others(&self, inodes: Vec<u64>, expected: impl Fn(u64, &[Owner], bool) -> bool) -> Answers {
         let mut others = BTreeSet::new();
-        for inode in left {
+        for inode in inodes {
+            let owners = self.owners.get_or_init(|| self.all_owners());
             let all = owners.by_inode.get(&inode).map(Vec::as_slice).unwrap_or_default();
-            let ours = all.iter().any(|o| o.unit.as_deref() == Some(unit));
-            if ours || (all.iter().any(|o| o.pid == Some(1)) && systemd::listens_for(unit, port)) {
-                continue;
-            }
             match all.first() {
+                _ if expected(inode, all, owners.partial) => {}
                 Some(first) => drop(others.insert(first.clone())),
                 None if owners.partial => return Answers::Unknown,
                 None => drop(others.insert(Owner { pid: None, name: String::new(), unit: None })),
             }
         }
-        if others.is_empty() { Answers::Unit } else { Answers::Others(others.into_iter().collect()) }
+        if others.is_empty() { Answers::Expected } else { Answers::Others(others.into_iter().collect()) }
     }
 
     /// Who else than the unit has this port at any address: a program that wants all addresses does not get it then.
@@ -238,80 +232,35 @@ impl Listeners {
 }
 
 /// Who would answer at an address of this machine, asked for Caddy: a unit of its name that is not of ours, or root. A
-/// name is what root gave a unit; what a process calls itself says nothing.
-pub fn caddy_at(address: SocketAddr) -> Result<CaddySeen> {
-    let sockets = listening_at(address)?;
-    if sockets.is_empty() {
-        return Ok(CaddySeen::Nobody);
-    }
+/// name is what root gave a unit; what a process calls itself says nothing. Also the inodes of the sockets there.
+pub fn caddy_at(address: SocketAddr) -> Result<(Answers, Vec<u64>)> {
+    let listeners = Listeners::read()?;
+    let sockets = listeners.nearest(address);
     let inodes: Vec<u64> = sockets.iter().map(|s| s.inode).collect();
+    if sockets.is_empty() {
+        return Ok((Answers::Nobody, inodes));
+    }
     let mut left: Vec<u64> = sockets.iter().filter(|s| s.uid != 0).map(|s| s.inode).collect();
-    let slice = SLICES.iter().map(Path::new).find(|dir| dir.is_dir()).unwrap_or(Path::new(SLICES[0]));
     for unit in CADDYS {
         if !left.is_empty() {
-            let held = held_by(&slice.join(unit), &left);
+            let held = held_by(&listeners.slice.join(unit), &left);
             if !held.is_empty() && is_caddys_unit(unit) {
                 left.retain(|inode| !held.contains(inode));
             }
         }
     }
-    if left.is_empty() {
-        return Ok(CaddySeen::Caddy(inodes));
-    }
     // Rare: a unit with another name of Caddy's, or really a stranger.
-    let owners = Listeners::read()?.all_owners();
-    let mut others = BTreeSet::new();
-    for inode in left {
-        let all = owners.by_inode.get(&inode).map(Vec::as_slice).unwrap_or_default();
+    let answers = listeners.others(left, |inode, all, partial| {
         // Whoever may not look into other processes knows the user that Caddy runs as.
-        let its_user = || sockets.iter().any(|s| s.inode == inode && Some(s.uid) == caddys_user(slice));
-        match all.first() {
-            Some(_) if all.iter().any(Owner::is_caddys) => {}
-            Some(first) => drop(others.insert(first.clone())),
-            None if owners.partial && its_user() => {}
-            None if owners.partial => return Ok(CaddySeen::Unknown),
-            None => drop(others.insert(Owner { pid: None, name: String::new(), unit: None })),
-        }
-    }
-    let ours = others.is_empty();
-    Ok(if ours { CaddySeen::Caddy(inodes) } else { CaddySeen::Others(others.into_iter().collect()) })
+        let is_its = |s: &&Socket| s.inode == inode && Some(s.uid) == caddys_user(&listeners.slice);
+        all.iter().any(Owner::is_caddys) || all.is_empty() && partial && sockets.iter().any(is_its)
+    });
+    Ok((answers, inodes))
 }
 
-/// The sockets of which one would get a connection to an address of this machine: those at this very address, else at
-/// all addresses, IPv4's before those that take both.
-pub fn listening_at(address: SocketAddr) -> Result<Vec<Listening>> {
-    let mut found: Vec<(u8, Listening)> = Vec::new();
-    for (table, v6) in [("/proc/net/tcp", false), ("/proc/net/tcp6", true)] {
-        let Some(file) = if_there(fs_err::File::open(table))? else { continue };
-        for line in BufReader::new(file).lines().skip(1) {
-            let line = line?;
-            let columns: Vec<&str> = line.split_whitespace().take(10).collect();
-            let [_, local, _, state, _, _, _, uid, _, inode] = columns[..] else { continue };
-            if state != "0A" {
-                break;
-            }
-            let Some((ip, port)) = local.rsplit_once(':') else { continue };
-            if u16::from_str_radix(port, 16) != Ok(address.port()) {
-                continue;
-            }
-            let distance = match (address.ip(), words(ip)) {
-                (IpAddr::V4(wanted), Some(ip)) => match (v6, ip.to_ipv4_mapped()) {
-                    (_, Some(here)) if here == wanted => u8::from(v6),
-                    (_, Some(here)) if here.is_unspecified() => 2 + u8::from(v6),
-                    (true, None) if ip.is_unspecified() => 3,
-                    _ => continue,
-                },
-                (IpAddr::V6(wanted), Some(ip)) if v6 && ip == wanted => 0,
-                (IpAddr::V6(_), Some(ip)) if v6 && ip.is_unspecified() => 1,
-                _ => continue,
-            };
-            if let (Ok(uid), Ok(inode)) = (uid.parse(), inode.parse()) {
-                found.push((distance, Listening { inode, uid }));
-            }
-        }
-    }
-    let nearest = found.iter().map(|(distance, _)| *distance).min();
-    Ok(found.into_iter().filter(|(d, _)| Some(*d) == nearest).map(|(_, socket)| socket).collect())
+/// The inodes of the sockets of which one would get a connection to an address of this machine.
+pub fn listening_at(address: SocketAddr) -> Result<Vec<u64>> {
+    Ok(Listeners::read()?.nearest(address).into_iter().map(|s| s.inode).collect())
 }
 
 /// An address of the kernel's tables: words of the machine's byte order, in hexadecimal. One of IPv4 as IPv6 has it.
@@ -334,11 +283,6 @@ fn caddys_user(slice: &Path) -> Option<u32> {
     let status = fs_err::read_to_string(format!("/proc/{}/status", all.lines().next()?)).ok()?;
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
     uids.split_whitespace().next()?.parse().ok()
-}
-
-/// Whether a process is one of Caddy's units.
-pub fn is_caddys(pid: u32) -> bool {
-    owner(pid).is_caddys()
 }
 
 /// A process, for people.
@@ -365,14 +309,20 @@ fn plain(name: &str) -> String {
 }
 
 impl Owner {
-    fn is_caddys(&self) -> bool {
+    /// Whether it is of one of Caddy's units.
+    pub fn is_caddys(&self) -> bool {
         self.unit.as_deref().is_some_and(is_caddys_unit)
     }
 }
 
 /// Whether a unit is one of Caddy's packages, and not a service that a manifest gave that name.
 fn is_caddys_unit(unit: &str) -> bool {
-    has_caddys_name(unit) && is_others(unit, &UNIT_DIRS.map(Path::new), systemd::fragment)
+    has_caddys_name(unit) && is_others(unit, &UNIT_PATH.map(Path::new), loaded_from)
+}
+
+/// The file that systemd has loaded a unit from.
+fn loaded_from(unit: &str) -> Option<PathBuf> {
+    systemd::show(&[unit.to_string()]).ok()?.remove(unit)?.fragment
 }
 
 /// `caddy.service`, `caddy-api.service` and instances of `caddy@.service`.
@@ -413,7 +363,8 @@ fn held_by(cgroup: &Path, inodes: &[u64]) -> BTreeSet<u64> {
         if held.len() == inodes.len() {
             return held;
         }
-        for inode in sockets_of(pid).into_iter().flatten().filter(|inode| inodes.contains(inode)) {
+        let files = files_of(pid).into_iter().flatten().flatten();
+        for inode in files.filter(|inode| inodes.contains(inode)) {
             held.insert(inode);
             // A server opens its sockets early: what follows are its connections, which may be many.
             if held.len() == inodes.len() {
@@ -422,11 +373,6 @@ fn held_by(cgroup: &Path, inodes: &[u64]) -> BTreeSet<u64> {
         }
     }
     held
-}
-
-/// The sockets that a process holds (proc_pid_fd(5)).
-fn sockets_of(pid: u32) -> Result<impl Iterator<Item = u64>> {
-    Ok(files_of(pid)?.flatten())
 }
 
 /// Those sockets that are among the first files of a process, while some of all files are left to be looked at.
@@ -439,7 +385,7 @@ fn first_of(
     looked_at.flatten().filter(|inode| listening.contains(inode)).collect()
 }
 
-/// The files that a process has open, in their order; of each that is a socket its inode.
+/// The files that a process has open (proc_pid_fd(5)), in their order; of each that is a socket its inode.
 fn files_of(pid: u32) -> Result<impl Iterator<Item = Option<u64>>> {
     let files = fs_err::read_dir(format!("/proc/{pid}/fd"))?;
     Ok(files.map(|file| socket_inode(fs_err::read_link(file.ok()?.path()).ok()?.as_os_str())))
@@ -469,34 +415,33 @@ fn unit_of(place: &str) -> Option<String> {
     Some(unit.strip_prefix('_').unwrap_or(unit).to_string())
 }
 
-/// The sockets that listen in one of the kernel's tables (proc_pid_net(5)): column 2 is the local address with its
-/// port, in hexadecimal and words of the machine's byte order, column 4 the state, `0A` for listening, column 10 the
-/// inode. The kernel lists these first, and a busy machine has very many others.
-fn add_listening(table: impl BufRead, v6: bool, sockets: &mut Vec<Socket>) -> Result<()> {
-    let word = |bytes: [u8; 4]| format!("{:08X}", u32::from_ne_bytes(bytes));
-    let (any, loopback) = (word([0; 4]), word(Ipv4Addr::LOCALHOST.octets()));
-    let mapped = format!("{any}{any}{}", word([0, 0, 0xff, 0xff]));
+/// Goes through the sockets of a state in the kernel's tables (proc_pid_net(5)).
+pub fn each_socket(state: &str, mut each: impl FnMut(Socket)) -> Result<()> {
+    for (table, v6) in [("/proc/net/tcp", false), ("/proc/net/tcp6", true)] {
+        // A kernel without IPv6 has no such table.
+        if let Some(file) = if_there(fs_err::File::open(table))? {
+            each_of(BufReader::new(file), v6, state, &mut each)?;
+        }
+    }
+    Ok(())
+}
+
+/// In one of them: column 2 is the local address with its port, in hexadecimal and words of the machine's byte order,
+/// column 3 the remote one, column 4 the state, column 8 the user, column 10 the inode. The kernel lists those that
+/// listen first, and a busy machine has very many others.
+pub fn each_of(table: impl BufRead, v6: bool, state: &str, each: &mut impl FnMut(Socket)) -> Result<()> {
     for line in table.lines().skip(1) {
         let line = line?;
-        let mut columns = line.split_whitespace().skip(1);
-        let (Some(local), Some(_), Some(state)) = (columns.next(), columns.next(), columns.next()) else {
-            continue;
-        };
-        if state != "0A" {
+        let columns: Vec<&str> = line.split_whitespace().take(10).collect();
+        let [_, local, remote, now, _, _, _, uid, _, inode] = columns[..] else { continue };
+        if now != state && state == LISTENS {
             break;
         }
-        let Some((address, port)) = local.rsplit_once(':') else { continue };
-        let reach = match v6 {
-            false if address == loopback => Reach::Loopback,
-            false if address == any => Reach::Everything,
-            true if address.strip_prefix(&mapped) == Some(&loopback) => Reach::LoopbackMapped,
-            true if address.strip_prefix(&mapped) == Some(&any) => Reach::EverythingV6,
-            true if address.bytes().all(|b| b == b'0') => Reach::EverythingV6,
-            _ => Reach::Elsewhere,
-        };
-        let inode = columns.nth(5).and_then(|inode| inode.parse().ok());
-        if let (Ok(port), Some(inode)) = (u16::from_str_radix(port, 16), inode) {
-            sockets.push(Socket { port, reach, inode });
+        let Some((ip, port)) = local.rsplit_once(':').filter(|_| now == state) else { continue };
+        if let (Some(ip), Ok(port), Ok(uid), Ok(inode)) =
+            (words(ip), u16::from_str_radix(port, 16), uid.parse(), inode.parse())
+        {
+            each(Socket { v6, ip, port, remote: remote.into(), uid, inode });
         }
     }
     Ok(())
@@ -540,11 +485,13 @@ mod tests {
             3: 00000000:1F91 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 14 1 0 100 0\n";
         let mut sockets = Vec::new();
         if cfg!(target_endian = "little") {
-            add_listening(table.as_bytes(), false, &mut sockets).unwrap();
-            let found: Vec<_> = sockets.iter().map(|s| (s.port, s.reach, s.inode)).collect();
-            assert_eq!(found, [(8080, Reach::Loopback, 11), (8080, Reach::Everything, 12)]);
+            each_of(table.as_bytes(), false, LISTENS, &mut |socket| sockets.push(socket)).unwrap();
+            let found: Vec<_> =
+                sockets.iter().map(|s| (s.port, s.distance(Ipv4Addr::LOCALHOST.into()), s.inode)).collect();
+            assert_eq!(found, [(8080, Some(0), 11), (8080, Some(2), 12)]);
         }
         // The kernel's own tables, with sockets of every kind at one port.
+        let nearest = |port: u16| listening_at((Ipv4Addr::LOCALHOST, port).into()).unwrap();
         let v4 = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = v4.local_addr().unwrap().port();
         let inode = |l: &TcpListener| {
@@ -553,9 +500,9 @@ mod tests {
             socket_inode(link.as_os_str()).unwrap()
         };
         let _other_address = TcpListener::bind(("127.0.0.2", port)).unwrap();
-        assert_eq!(Listeners::read().unwrap().nearest(port), [inode(&v4)]);
+        assert_eq!(nearest(port), [inode(&v4)]);
         drop(v4);
-        soon("nobody is near", || Listeners::read().unwrap().nearest(port).is_empty());
+        soon("nobody is near", || nearest(port).is_empty());
         let in_the_way = Listeners::read().unwrap().anywhere(port, "nobody-of-this-name.service");
         assert_eq!(in_the_way.iter().map(|o| o.pid).collect::<Vec<_>>(), [Some(std::process::id())]);
         drop(_other_address);
@@ -564,15 +511,13 @@ mod tests {
         });
         if let Ok(any) = TcpListener::bind("[::]:0") {
             let port = any.local_addr().unwrap().port();
-            assert_eq!(Listeners::read().unwrap().nearest(port), [inode(&any)]);
+            assert_eq!(nearest(port), [inode(&any)]);
         }
     }
 
     #[test]
     fn an_address_is_answered_by_the_nearest_and_by_nobody_elses() {
-        let inodes = |address: SocketAddr| -> Vec<u64> {
-            listening_at(address).unwrap().into_iter().map(|s| s.inode).collect()
-        };
+        let inodes = |address: SocketAddr| listening_at(address).unwrap();
         let inode = |l: &TcpListener| {
             use std::os::fd::AsRawFd;
             let link = fs_err::read_link(format!("/proc/self/fd/{}", l.as_raw_fd())).unwrap();
@@ -582,7 +527,7 @@ mod tests {
         let at = v4.local_addr().unwrap();
         assert_eq!(inodes(at), [inode(&v4)]);
         let made_by = rustix::process::geteuid().as_raw();
-        assert_eq!(listening_at(at).unwrap()[0].uid, made_by);
+        assert_eq!(Listeners::read().unwrap().nearest(at)[0].uid, made_by);
         assert_eq!(inodes((Ipv4Addr::new(127, 0, 0, 2), at.port()).into()), [0u64; 0]);
         assert_eq!(inodes((Ipv6Addr::LOCALHOST, at.port()).into()), [0u64; 0]);
         if let Ok(v6) = TcpListener::bind((Ipv6Addr::LOCALHOST, at.port())) {
@@ -598,11 +543,11 @@ mod tests {
         let port = any.local_addr().unwrap().port();
         assert_eq!(inodes((Ipv4Addr::LOCALHOST, port).into()), [inode(&any)]);
         drop(any);
-        soon("nobody", || caddy_at((Ipv4Addr::LOCALHOST, port).into()).unwrap() == CaddySeen::Nobody);
+        soon("nobody", || caddy_at((Ipv4Addr::LOCALHOST, port).into()).unwrap().0 == Answers::Nobody);
         // A test is no unit of Caddy's: it is root's, or a stranger that is named.
         match (caddy_at(at).unwrap(), made_by) {
-            (CaddySeen::Caddy(found), 0) => assert_eq!(found, [inode(&v4)]),
-            (CaddySeen::Others(owners), _) => assert_eq!(owners[0].pid, Some(std::process::id())),
+            ((Answers::Expected, found), 0) => assert_eq!(found, [inode(&v4)]),
+            ((Answers::Others(owners), _), _) => assert_eq!(owners[0].pid, Some(std::process::id())),
             (seen, _) => panic!("{seen:?}"),
         }
     }

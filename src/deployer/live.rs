@@ -174,7 +174,6 @@ pub fn look(unit_dir: &Path, now: Timestamp) -> Result<LiveState> {
         _ => systemd::last_line(DEPLOYER),
     };
     let (deployer, timer) = (Some(deployer), Some(timer));
-    let live =
-        Live { at: now, services, deployer, timer, last_line, domains: Vec::new(), problems: Vec::new() };
+    let live = Live { at: now, services, deployer, timer, last_line, ..Live::default() };
     Ok(LiveState { version: LIVE_VERSION, state, state_error, live, start: None })
 }

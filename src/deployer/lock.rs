@@ -38,21 +38,15 @@ pub enum LockResult {
 pub fn take(root: &Root, now: Timestamp) -> Result<LockResult> {
     durable::folder(&root.run_dir, 0o755)?;
     let path = root.lock();
-    let mut options = fs_err::OpenOptions::new();
-    // Root's alone: whoever may open a file may lock it, and keep us from working.
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let mut file = options.open(&path)?;
+    let mut file = opened(&path)?;
     match file.file().try_lock() {
         Ok(()) => {}
         Err(std::fs::TryLockError::WouldBlock) => {
             let mut holder = String::new();
             file.read_to_string(&mut holder)?;
             let holder = holder.trim();
-            return Ok(LockResult::Held(if holder.is_empty() {
-                "another process".into()
-            } else {
-                holder.into()
-            }));
+            let holder = if holder.is_empty() { "another process" } else { holder };
+            return Ok(LockResult::Held(holder.into()));
         }
         Err(std::fs::TryLockError::Error(e)) => {
             return Err(Error::new(format!("cannot lock {}: {e}", path.display())));
@@ -65,6 +59,12 @@ pub fn take(root: &Root, now: Timestamp) -> Result<LockResult> {
     Ok(LockResult::Taken(Lock { file }))
 }
 
+/// A file to lock, root's alone: whoever may open one may lock it, and keep us from working.
+fn opened(path: &Path) -> std::io::Result<fs_err::File> {
+    let mut options = fs_err::OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
 /// Takes the lock of what root does in a folder: a file of ours, named by the folder. A lock on the folder itself would
 /// be anybody's to hold who may look into it.
 pub fn of_folder(run_dir: &Path, folder: &Path, patience: Duration) -> Result<Lock> {
@@ -72,9 +72,7 @@ pub fn of_folder(run_dir: &Path, folder: &Path, patience: Duration) -> Result<Lo
     let real = fs_err::canonicalize(folder)?;
     let name = Sha256::of(real.as_os_str().as_encoded_bytes()).short(8);
     let path = run_dir.join(format!("folder-{name}.lock"));
-    let mut options = fs_err::OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let file = options.open(&path)?;
+    let file = opened(&path)?;
     let begun = Instant::now();
     while let Err(e) = file.file().try_lock() {
         if begun.elapsed() > patience {
@@ -92,18 +90,18 @@ pub fn of_folder(run_dir: &Path, folder: &Path, patience: Duration) -> Result<Lo
 /// How often a lock that is held is asked for again.
 const ASK_EVERY: Duration = Duration::from_millis(100);
 /// How often a person who waits is told.
-const TELL_EVERY: Duration = Duration::from_secs(60);
+const REMIND_EVERY: Duration = Duration::from_secs(60);
 
 /// Asks for the lock and waits until it is ours, as long as that takes: who holds it may be stopping a service that
-/// is slow. `told` hears who that is, at once and then every minute.
-pub fn wait(root: &Root, mut told: impl FnMut(&str)) -> Result<Lock> {
+/// is slow. `on_wait` is told who that is, at once and then every minute.
+pub fn wait(root: &Root, mut on_wait: impl FnMut(&str)) -> Result<Lock> {
     let mut last: Option<Instant> = None;
     loop {
         match take(root, Timestamp::now())? {
             LockResult::Taken(lock) => return Ok(lock),
             LockResult::Held(who) => {
-                if last.is_none_or(|last| last.elapsed() >= TELL_EVERY) {
-                    told(&who);
+                if last.is_none_or(|last| last.elapsed() >= REMIND_EVERY) {
+                    on_wait(&who);
                     last = Some(Instant::now());
                 }
                 std::thread::sleep(ASK_EVERY);

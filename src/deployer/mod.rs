@@ -22,6 +22,7 @@ pub mod plan;
 mod reading;
 mod report;
 pub mod root;
+pub mod routes;
 mod source;
 pub mod state;
 pub mod unit;

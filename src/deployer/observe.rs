@@ -31,33 +31,27 @@ pub fn observe(
     persisted: &PersistedState,
 ) -> Result<Observed> {
     let applied = &persisted.applied;
-    let mut present = BTreeSet::new();
-    let mut unproved = BTreeSet::new();
-    let proved: BTreeSet<&StorePath> =
-        applied.values().flat_map(|a| [&a.path].into_iter().chain(&a.previous)).collect();
-    for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(proved.iter().copied()) {
+    let (mut present, mut unverified) = (BTreeSet::new(), BTreeSet::new());
+    let verified: BTreeSet<&StorePath> = applied.values().flat_map(LastKnownGood::paths).collect();
+    for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(verified.iter().copied()) {
         if !present.contains(path) && is_there(path)? {
             present.insert(path.clone());
-            if !proved.contains(path) {
-                unproved.insert(path.clone());
+            if !verified.contains(path) {
+                unverified.insert(path.clone());
             }
         }
     }
     // Nix unpacks in place and registers at the end: a copy that was cut off leaves half a path behind. Whether
     // one is whole is only asked of what never ran here, so that an idle pass starts no program for it. Where
     // Nix cannot be asked, fetching will say so.
-    if !unproved.is_empty() {
-        let halves = crate::nix::missing(&unproved.iter().cloned().collect::<Vec<_>>());
-        for path in halves.unwrap_or_else(|_| unproved.into_iter().collect()) {
+    if !unverified.is_empty() {
+        let halves = crate::nix::missing(&unverified.iter().cloned().collect::<Vec<_>>());
+        for path in halves.unwrap_or_else(|_| unverified.into_iter().collect()) {
             present.remove(&path);
         }
     }
-    let mut secrets = BTreeMap::new();
-    for service in desired {
-        if service.secret_files().next().is_some() {
-            secrets.insert(service.name.clone(), secrets_of(service));
-        }
-    }
+    let with_secrets = desired.iter().filter(|service| service.secret_files().next().is_some());
+    let secrets = with_secrets.map(|service| (service.name.clone(), secrets_of(service))).collect();
     std::thread::scope(|scope| {
         // Caddy answers while files are read. The thread only waits: what it allocated would be taken from the
         // kernel page by page.
@@ -156,10 +150,10 @@ pub fn units(
         seen.drop_ins = found.cloned().unwrap_or_default();
         let UnitFile::Ours(_) = seen.file else { continue };
         if !(running && read) {
-            seen.shadowed = !strays(root, name).is_empty();
+            seen.shadowed = !shadow_copies(root, name).is_empty();
         }
         let mut suspect = found.is_some() || folders.elsewhere(&root.unit_dir, &unit);
-        if let (true, Some(started)) = (running, started(name)) {
+        if let (true, Some(started)) = (running, started(&unit)) {
             seen.current = placed.get(name).is_some_and(|written| *written <= started);
             seen.invocation = systemd::invocation(&unit);
             seen.verified =
@@ -179,13 +173,9 @@ pub fn units(
         }
     }
     for service in desired {
-        if service.secret_files().next().is_some()
-            && let Some(seen) = units.get_mut(&service.name)
-            && seen.listed.running()
-            && let Some(started) = started(&service.name)
-        {
+        if let Some(seen) = units.get_mut(&service.name).filter(|seen| seen.listed.running()) {
             seen.secrets_changed =
-                service.secret_files().filter_map(changed).any(|changed| changed > started);
+                service.secret_files().any(|file| changed_since_start(&service.name, file));
         }
     }
     Ok((units, active))
@@ -239,7 +229,7 @@ fn look_closely(root: &Root, name: &ServiceName, seen: &mut UnitSeen, shown: &Sh
         }
     }
     let running = seen.listed.running();
-    let unread = shown.needs_reload || another_closure(&shown.command, text) && seen.drop_ins.is_empty();
+    let stale = shown.needs_reload || another_closure(&shown.command, text) && seen.drop_ins.is_empty();
     let file = root.unit(name);
     // A copy of ours, or what is not there any more, is put right by another step.
     let stray = shown.fragment.as_ref().is_some_and(|fragment| {
@@ -247,8 +237,8 @@ fn look_closely(root: &Root, name: &ServiceName, seen: &mut UnitSeen, shown: &Sh
     });
     seen.replaced = unit::program_of(text)
         .and_then(|program| shown.replaced(&file, Path::new(&program)))
-        .filter(|_| !(stray || unread && seen.drop_ins.is_empty()));
-    seen.needs_reload |= unread && (running || seen.replaced.is_some());
+        .filter(|_| !(stray || stale && seen.drop_ins.is_empty()));
+    seen.needs_reload |= stale && (running || seen.replaced.is_some());
     if running {
         let process = process(shown.main_pid);
         seen.shows = shows(&process, text);
@@ -262,6 +252,10 @@ fn look_closely(root: &Root, name: &ServiceName, seen: &mut UnitSeen, shown: &Sh
         && seen.drop_ins.is_empty();
 }
 
+fn is_our_file(path: &Path) -> bool {
+    fs_err::read(path).is_ok_and(|bytes| unit::is_ours(&bytes))
+}
+
 /// Whose unit a name belongs to, as systemd has it loaded: the file, or what a generator made it from. None: nobody's,
 /// or ours.
 fn owner(root: &Root, unit: &str, was_ours: bool, shown: &Shown) -> Option<PathBuf> {
@@ -273,7 +267,7 @@ fn owner(root: &Root, unit: &str, was_ours: bool, shown: &Shown) -> Option<PathB
     };
     let masks =
         shown.load == "masked" || fs_err::metadata(fragment).is_ok_and(|m| !m.is_file() || m.len() == 0);
-    let ours = fs_err::read(fragment).is_ok_and(|bytes| unit::is_ours(&bytes));
+    let ours = is_our_file(fragment);
     // Deleted, or masked, over a service that we run: drift.
     let drift = was_ours && (*fragment == file || masks || fs_err::symlink_metadata(fragment).is_err());
     (!ours && !drift).then(|| shown.source.clone().unwrap_or_else(|| fragment.clone()))
@@ -337,10 +331,8 @@ impl<'a> Folders<'a> {
             let entries = entries.iter().filter_map(|name| name.to_str());
             for folder in entries.filter(|name| name.ends_with(".service.d") || *name == "service.d") {
                 let path = dir.join(folder);
-                let confs = names_in(&path).unwrap_or_default();
-                for conf in
-                    confs.into_iter().filter(|name| Path::new(name).extension().is_some_and(|e| e == "conf"))
-                {
+                let is_conf = |name: &OsString| Path::new(name).extension().is_some_and(|e| e == "conf");
+                for conf in names_in(&path).unwrap_or_default().into_iter().filter(is_conf) {
                     found.entry(folder).or_default().entry(conf.clone()).or_insert_with(|| path.join(conf));
                 }
             }
@@ -353,26 +345,17 @@ impl<'a> Folders<'a> {
             });
         }
         found.retain(|_, confs| !confs.is_empty());
-        let mut drop_ins: BTreeMap<ServiceName, Vec<PathBuf>> = BTreeMap::new();
-        if found.is_empty() {
-            return Ok(drop_ins);
-        }
-        for name in names {
+        let of = |name: &ServiceName| {
             let concerns = |folder: &str| match folder.strip_suffix(".service.d") {
                 None => true,
                 Some(start) if start.ends_with('-') => name.as_str().starts_with(start),
                 Some(whole) => whole == name.as_str(),
             };
-            let files: Vec<PathBuf> = found
-                .iter()
-                .filter(|(folder, _)| concerns(folder))
-                .flat_map(|(_, confs)| confs.values().cloned())
-                .collect();
-            if !files.is_empty() {
-                drop_ins.insert(name.clone(), files);
-            }
-        }
-        Ok(drop_ins)
+            let here = found.iter().filter(|(folder, _)| concerns(folder));
+            let files: Vec<PathBuf> = here.flat_map(|(_, confs)| confs.values().cloned()).collect();
+            (!files.is_empty()).then(|| (name.clone(), files))
+        };
+        Ok(names.filter_map(of).collect())
     }
 
     /// Whether somebody else has a unit of this name, anywhere that systemd looks. A link to /dev/null over a
@@ -391,7 +374,7 @@ impl<'a> Folders<'a> {
             if was_ours && (masks || meta.is_file() && meta.len() == 0) {
                 continue;
             }
-            if meta.is_file() && fs_err::read(&path).is_ok_and(|bytes| unit::is_ours(&bytes)) {
+            if meta.is_file() && is_our_file(&path) {
                 continue;
             }
             return Ok(UnitFile::Foreign(path));
@@ -401,18 +384,14 @@ impl<'a> Folders<'a> {
 }
 
 /// When a unit was last started: systemd makes this link anew with every start, and only then.
-fn started(name: &ServiceName) -> Option<(i64, i64)> {
-    start_of(&name.unit())
-}
-
-fn start_of(unit: &str) -> Option<(i64, i64)> {
+fn started(unit: &str) -> Option<(i64, i64)> {
     let link = Path::new("/run/systemd/units").join(format!("invocation:{unit}"));
     fs_err::symlink_metadata(link).ok().map(|m| (m.mtime(), m.mtime_nsec()))
 }
 
-/// The same for any unit, in whole seconds.
+/// The same in whole seconds.
 pub fn started_at(unit: &str) -> Option<Timestamp> {
-    start_of(unit).map(|(seconds, _)| Timestamp(seconds))
+    started(unit).map(|(seconds, _)| Timestamp(seconds))
 }
 
 /// The services that have a unit with our mark.
@@ -420,14 +399,10 @@ pub fn ours(root: &Root) -> Result<BTreeSet<ServiceName>> {
     Ok(marked(&root.unit_dir, ".service")?.into_iter().map(|marked| marked.name).collect())
 }
 
-/// When a file's content was last changed.
-fn changed(path: &Path) -> Option<(i64, i64)> {
-    fs_err::metadata(path).ok().map(|m| (m.mtime(), m.mtime_nsec()))
-}
-
 /// Whether a file was changed after a service was last started.
 pub fn changed_since_start(name: &ServiceName, file: &Path) -> bool {
-    matches!((started(name), changed(file)), (Some(started), Some(changed)) if changed > started)
+    let changed = fs_err::metadata(file).ok().map(|m| (m.mtime(), m.mtime_nsec()));
+    matches!((started(&name.unit()), changed), (Some(started), Some(changed)) if changed > started)
 }
 
 /// What a process shows of what it runs: its executable and its command line.
@@ -435,29 +410,26 @@ fn process(pid: u32) -> String {
     let proc = Path::new("/proc").join(pid.to_string());
     let exe = fs_err::read_link(proc.join("exe")).unwrap_or_default();
     let cmdline = fs_err::read(proc.join("cmdline")).unwrap_or_default();
-    let mut shown = exe.to_string_lossy().into_owned();
-    for word in cmdline.split(|b| *b == 0) {
-        shown.push(' ');
-        shown.push_str(&String::from_utf8_lossy(word));
-    }
-    shown
+    format!("{} {}", exe.display(), String::from_utf8_lossy(&cmdline).replace('\0', " "))
 }
 
 /// The closure that a process shows: one that a unit names, if it shows that, else the first.
 fn shows(process: &str, unit: &str) -> Option<StorePath> {
     let mut named = bases(process).peekable();
     let first = named.peek().copied();
-    let base = named.find(|base| unit.contains(base)).or(first)?;
-    StorePath::parse(&format!("{}/{base}", crate::names::STORE_DIR)).ok()
+    store_path(named.find(|base| unit.contains(base)).or(first)?)
+}
+
+fn store_path(base: &str) -> Option<StorePath> {
+    StorePath::parse(&format!("{STORE_PREFIX}{base}")).ok()
 }
 
 /// Whether a path is part of a closure that a unit names: a program may become another one of its own closure. Where
 /// Nix does not say, it is.
 fn is_part(path: &Option<StorePath>, unit: &str) -> bool {
     let Some(path) = path else { return true };
-    let prefix = format!("{}/", crate::names::STORE_DIR);
-    let named = bases(unit).filter_map(|base| StorePath::parse(&format!("{prefix}{base}")).ok());
-    let named: Vec<StorePath> = named.collect::<BTreeSet<_>>().into_iter().collect();
+    let named: BTreeSet<StorePath> = bases(unit).filter_map(store_path).collect();
+    let named: Vec<StorePath> = named.into_iter().collect();
     crate::nix::closure(&named).map_or(true, |closure| closure.contains(path))
 }
 
@@ -530,7 +502,7 @@ pub fn candidates(root: &Root) -> Result<BTreeSet<ServiceName>> {
 }
 
 /// Where copies of our unit would take precedence over, or be shadowed by, the one in our folder.
-pub fn strays(root: &Root, name: &ServiceName) -> Vec<PathBuf> {
+pub fn shadow_copies(root: &Root, name: &ServiceName) -> Vec<PathBuf> {
     UNIT_PATH
         .iter()
         .map(Path::new)
@@ -589,35 +561,26 @@ fn secrets_of(service: &Service) -> Result<String, String> {
 /// the command that mends it.
 pub fn secrets_file(name: &ServiceName, path: &Path) -> Result<String, String> {
     let shown = path.display();
+    let wrong = |why: &str| Err(format!("secrets file {shown} of {name}{why}"));
     if let Some(why) = path.parent().and_then(folders::insecure) {
-        return Err(format!("secrets file {shown} of {name}: {why}"));
+        return wrong(&format!(": {why}"));
     }
-    let meta = match fs_err::symlink_metadata(path) {
-        Ok(meta) => meta,
-        Err(e) if e.kind() == ErrorKind::NotFound => {
-            return Err(format!(
-                "secrets file {shown} of {name} is missing; make it: install -m 600 /dev/null {shown}"
-            ));
-        }
-        Err(e) => return Err(format!("secrets file of {name}: {e}")),
+    let meta = if_there(fs_err::symlink_metadata(path));
+    let Some(meta) = meta.map_err(|e| format!("secrets file of {name}: {e}"))? else {
+        return wrong(&format!(" is missing; make it: install -m 600 /dev/null {shown}"));
     };
     if meta.is_symlink() {
-        return Err(format!("secrets file {shown} of {name} is a symbolic link; put the file itself there"));
+        return wrong(" is a symbolic link; put the file itself there");
     }
     if !meta.is_file() {
-        return Err(format!("secrets file {shown} of {name} is not a regular file; put a file there"));
+        return wrong(" is not a regular file; put a file there");
     }
     if meta.uid() != 0 {
-        return Err(format!(
-            "secrets file {shown} of {name} belongs to user {}; run: chown root:root {shown}",
-            meta.uid()
-        ));
+        return wrong(&format!(" belongs to user {}; run: chown root:root {shown}", meta.uid()));
     }
     let mode = meta.mode() & 0o7777;
     if mode & !0o600 != 0 {
-        return Err(format!(
-            "secrets file {shown} of {name} has mode {mode:04o}, others could read it; run: chmod 600 {shown}"
-        ));
+        return wrong(&format!(" has mode {mode:04o}, others could read it; run: chmod 600 {shown}"));
     }
     Ok(format!("{}.{}.{}.{}", meta.mtime(), meta.mtime_nsec(), meta.size(), meta.ino()))
 }

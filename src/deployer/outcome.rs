@@ -45,6 +45,32 @@ impl AttemptFailure {
     }
 }
 
+/// A pass ended without having done its work.
+#[derive(Debug)]
+pub(super) struct PassError {
+    pub(super) by: EndedBy,
+    pub(super) error: Error,
+}
+
+/// What ended it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EndedBy {
+    /// Somebody typed what cannot be: nothing is wrong with the host.
+    Typing,
+    /// The store was asked and did not answer.
+    Store,
+    /// It is the manifest that cannot be obeyed.
+    Manifest,
+    /// Anything else.
+    Other,
+}
+
+impl<E: Into<Error>> From<E> for PassError {
+    fn from(error: E) -> Self {
+        PassError { by: EndedBy::Other, error: error.into() }
+    }
+}
+
 /// A stop or start that takes its time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PendingJob {

@@ -3,6 +3,7 @@
 //! by the manifest moving on.
 
 use super::applied::LastKnownGood;
+use super::lines;
 use super::root::Root;
 use crate::clock::Timestamp;
 use crate::durable;
@@ -152,9 +153,6 @@ pub fn save(root: &Root, overrides: &Overrides) -> Result<()> {
         return Ok(());
     }
     let written = Overrides { version: VERSION, ..overrides.clone() };
-    let mut bytes = serde_json::to_vec_pretty(&written)
-        .map_err(|e| Error::new(format!("cannot write pauses and pins: {e}")))?;
-    bytes.push(b'\n');
-    durable::write(&root.overrides(), &bytes, 0o644)?;
+    durable::write(&root.overrides(), &lines::to_bytes(&written)?, 0o644)?;
     Ok(())
 }

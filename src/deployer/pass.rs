@@ -1,18 +1,17 @@
 //! One pass: lock, load, source, observe, plan, execute, absorb, report. Data flows one way; a pass that dies
 //! anywhere is finished by the next, because each starts from what is.
 
-use super::admin::Endpoint;
-use super::caddy::CaddyState;
-use super::execute::{self, Situation};
+use super::caddy::{self, RoutePlan};
+use super::execute::{self, Planned, Situation};
 use super::lock::{self, Lock, LockResult};
 use super::observed::Observed;
-use super::outcome::Outcome;
+use super::outcome::{EndedBy, Outcome, PassError};
 use super::overrides::{self, Decision};
 use super::persisted::PersistedState;
 use super::plan::{self, Options, Plan};
-use super::report::{self, PassError, Report};
+use super::report::{self, Report};
 use super::root::Root;
-use super::source::{self, Purpose, SourceError};
+use super::source::{self, Purpose};
 use super::state::State;
 use super::{lines, observe};
 use crate::clock::Timestamp;
@@ -47,10 +46,10 @@ pub struct RunOptions {
 }
 
 /// Makes one pass; returns the exit code.
-pub fn run(settings: &Settings, asks: &RunOptions) -> Result<Exit> {
+pub fn run(settings: &Settings, requested: &RunOptions) -> Result<Exit> {
     let root = Root::system(&settings.unit_dir);
-    let lock = match asks.timer {
-        false => patient(&root)?,
+    let lock = match requested.timer {
+        false => wait_for_lock(&root)?,
         true => match lock::take(&root, Timestamp::now())? {
             LockResult::Taken(lock) => lock,
             LockResult::Held(who) => {
@@ -61,13 +60,13 @@ pub fn run(settings: &Settings, asks: &RunOptions) -> Result<Exit> {
             }
         },
     };
-    locked(settings, asks, &root, lock, Timestamp::now())
+    locked(settings, requested, &root, lock, Timestamp::now())
 }
 
 /// Takes a decision down and makes a pass, which carries it out; returns the pass's exit code.
 pub fn apply_override(settings: &Settings, name: &str, decision: &Decision) -> Result<Exit> {
     let root = Root::system(&settings.unit_dir);
-    let lock = patient(&root)?;
+    let lock = wait_for_lock(&root)?;
     let now = Timestamp::now();
     let (mut persisted, _) = PersistedState::load(&root, &settings.host, now)?;
     let Some(good) = persisted.applied.values().find(|a| a.service.name.as_str() == name) else {
@@ -81,7 +80,7 @@ pub fn apply_override(settings: &Settings, name: &str, decision: &Decision) -> R
 }
 
 /// The lock, for a person, who wants it done rather than to be sent away.
-fn patient(root: &Root) -> Result<Lock> {
+fn wait_for_lock(root: &Root) -> Result<Lock> {
     lock::wait(root, |who| {
         log::notice(format!(
             "waiting for the pass under way on this host ({who}); Ctrl-C ends the wait, and nothing is done"
@@ -90,14 +89,20 @@ fn patient(root: &Root) -> Result<Lock> {
 }
 
 /// Makes a pass under the lock; where it does not do its work, the state says why.
-fn locked(settings: &Settings, asks: &RunOptions, root: &Root, _lock: Lock, now: Timestamp) -> Result<Exit> {
-    pass(settings, asks, root, now).map_err(|ended| {
-        if !matches!(ended, PassError::Mistyped(_))
+fn locked(
+    settings: &Settings,
+    requested: &RunOptions,
+    root: &Root,
+    _lock: Lock,
+    now: Timestamp,
+) -> Result<Exit> {
+    pass(settings, requested, root, now).map_err(|ended| {
+        if ended.by != EndedBy::Typing
             && let Err(e) = report::leave_reason(settings, root, &ended, now)
         {
             log::error(format!("why this pass failed could not be recorded: {e}"));
         }
-        ended.error().clone()
+        ended.error
     })
 }
 
@@ -112,36 +117,39 @@ pub struct Preview {
     pub manifest_error: Option<String>,
     /// What would be done.
     pub plan: Plan,
+    /// And for Caddy to have its routes.
+    pub route: RoutePlan,
 }
 
 /// Plans one pass without doing it.
-pub fn preview(settings: &Settings, asks: &RunOptions) -> Result<Preview> {
+pub fn preview(settings: &Settings, requested: &RunOptions) -> Result<Preview> {
     let now = Timestamp::now();
     let root = Root::system(&settings.unit_dir);
     let store = store::open(&settings.store)?;
     let (mut persisted, _) = PersistedState::load(&root, &settings.host, now)?;
     let known = &persisted.state;
     let source =
-        source::current(settings, &root, store.as_ref(), known, asks.accept_serial, Purpose::Preview)
-            .map_err(SourceError::into_error)?;
+        source::current(settings, &root, store.as_ref(), known, requested.accept_serial, Purpose::Preview)
+            .map_err(|ended| ended.error)?;
     let (services, _) = services_for_host(&source.manifest, settings, &mut persisted, now);
-    let host = Host::new(settings, &root, asks, &services, now);
-    let mut host = host.map_err(|ended| ended.error().clone())?;
+    let host = Host::new(settings, &root, requested, &services, now);
+    let mut host = host.map_err(|ended| ended.error)?;
     let observed = host.observe_first(&persisted)?;
-    let plan = host.plan(&observed, &persisted, &Outcome::default())?;
+    let Planned { plan, route } = host.plan(&observed, &persisted, &Outcome::default())?;
     Ok(Preview {
         serial: source.manifest.serial,
         generation: source.manifest.generation,
         manifest_error: source.error,
         plan,
+        route,
     })
 }
 
-fn pass(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> Result<Exit, PassError> {
+fn pass(settings: &Settings, requested: &RunOptions, root: &Root, now: Timestamp) -> Result<Exit, PassError> {
     let mut persisted = load(settings, root, now)?;
     let before = persisted.state.clone();
     let store = store::open(&settings.store)?;
-    let accept = asks.accept_serial;
+    let accept = requested.accept_serial;
     let source = source::current(settings, root, store.as_ref(), &before, accept, Purpose::Pass)?;
     if let Some(error) = &source.error {
         let serial = source.manifest.serial;
@@ -151,7 +159,7 @@ fn pass(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
     if expired {
         overrides::save(root, &persisted.overrides)?;
     }
-    let mut host = Host::new(settings, root, asks, &services, now)?;
+    let mut host = Host::new(settings, root, requested, &services, now)?;
     log_manifest(&source.manifest, &before, &host);
     recover(root, &persisted)?;
 
@@ -162,14 +170,16 @@ fn pass(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
         observed = host.observe(&persisted)?;
     }
     // Whoever looks from afar shall see why nothing happens.
-    let mut plan = host.plan(&observed, &persisted, &outcome).map_err(PassError::Manifest)?;
-    sweep(root, &plan, &observed, &persisted)?;
+    let mut planned = host
+        .plan(&observed, &persisted, &outcome)
+        .map_err(|error| PassError { by: EndedBy::Manifest, error })?;
+    sweep(root, &planned, &observed, &persisted)?;
     let mut rounds = 0;
     while rounds < MAX_ROUNDS {
-        if !plan.is_settled() {
+        if !planned.plan.is_settled() {
             rounds += 1;
-            outcome = execute::services(host.at(&observed, &persisted), &plan, outcome);
-        } else if !execute::wait(host.at(&observed, &persisted), &plan, &mut outcome)? {
+            outcome = execute::services(host.at(&observed, &persisted), &planned, outcome);
+        } else if !execute::wait(host.at(&observed, &persisted), &planned, &mut outcome)? {
             break;
         }
         // At once: should this pass die on the way back, the next one goes back as well and does not try the bad
@@ -178,26 +188,25 @@ fn pass(settings: &Settings, asks: &RunOptions, root: &Root, now: Timestamp) -> 
             outcome.wrote(lines::keep(root, &persisted.state));
         }
         observed = host.observe(&persisted)?;
-        plan = host.plan(&observed, &persisted, &outcome)?;
+        planned = host.plan(&observed, &persisted, &outcome)?;
     }
-    let touched = outcome.changed || !plan.candidates.is_empty();
-    if touched && matches!(observed.caddy, CaddyState::Unavailable(_)) {
+    let touched = outcome.changed || !planned.plan.candidates.is_empty();
+    if touched && !observed.caddy.is_available() {
         // It may answer by now: it opens its endpoint anew at every change, and may have been restarted meanwhile.
         observed = host.observe(&persisted)?;
-        plan = host.plan(&observed, &persisted, &outcome)?;
+        planned = host.plan(&observed, &persisted, &outcome)?;
     }
-    outcome = execute::settled(host.at(&observed, &persisted), &plan, outcome);
+    outcome = execute::settled(host.at(&observed, &persisted), &planned, outcome);
     persisted.absorb(&outcome);
     if outcome.changed || outcome.error.is_some() {
         let (units, active) = observe::units(root, &host.desired, &persisted)?;
         observed = Observed { units, active, ..observed };
         // An attempt starts what it requires: what this changed is no reason to try again.
-        plan::settle_inputs(&mut plan, &host.desired, &observed, &outcome);
+        plan::settle_inputs(&mut planned.plan, &host.desired, &observed, &outcome);
     }
     let at = host.at(&observed, &persisted);
-    let report =
-        Report { at, store: store.as_ref(), source: &source, before: &before, plan: &plan, outcome, now };
-    Ok(report.finish()?)
+    let (store, source, before, planned) = (store.as_ref(), &source, &before, &planned);
+    Ok(Report { at, store, source, before, planned, outcome, now }.finish()?)
 }
 
 /// What stays the same for a whole pass.
@@ -213,30 +222,25 @@ impl<'a> Host<'a> {
     fn new(
         settings: &'a Settings,
         root: &'a Root,
-        asks: &RunOptions,
+        requested: &RunOptions,
         services: &'a [Service],
         now: Timestamp,
     ) -> Result<Self, PassError> {
         let desired: Vec<&Service> = services.iter().collect();
         let mut retry = BTreeSet::new();
-        for name in &asks.retry {
+        for name in &requested.retry {
             let Some(service) = desired.iter().find(|s| s.name.as_str() == name) else {
                 let near = did_you_mean(name, desired.iter().map(|s| s.name.as_str()));
                 let unknown = format!("no service '{name}' on host '{}'{near}", settings.host);
-                return Err(PassError::Mistyped(Error::new(unknown)));
+                return Err(PassError { by: EndedBy::Typing, error: Error::new(unknown) });
             };
             retry.insert(service.name.clone());
         }
         let options = Options {
             retry,
-            allow_empty: asks.allow_empty,
+            allow_empty: requested.allow_empty,
             // systemd tells a service that a timer started it (systemd.exec(5), since 252).
-            timer: asks.timer && std::env::var_os("TRIGGER_UNIT").is_some(),
-            caddy_server: settings.caddy_server.clone(),
-            caddy_socket: match settings.caddy_admin.now() {
-                Endpoint::Unix(path) => Some(path),
-                Endpoint::Tcp(..) => None,
-            },
+            timer: requested.timer && std::env::var_os("TRIGGER_UNIT").is_some(),
             active: BTreeSet::new(),
         };
         Ok(Host { settings, root, desired, options, now })
@@ -252,8 +256,9 @@ impl<'a> Host<'a> {
         Ok(observed)
     }
 
-    fn plan(&self, observed: &Observed, persisted: &PersistedState, so_far: &Outcome) -> Result<Plan> {
-        plan::plan(&self.desired, observed, persisted, so_far, &self.options, self.now).map_err(|e| {
+    fn plan(&self, observed: &Observed, persisted: &PersistedState, so_far: &Outcome) -> Result<Planned> {
+        let plan = plan::plan(&self.desired, observed, persisted, so_far, &self.options, self.now);
+        let plan = plan.map_err(|e| {
             let names: Vec<&str> = e.0.iter().map(ServiceName::as_str).collect();
             Error::new(format!(
                 "the manifest has nothing to run on host '{}', but {} run(s) here: nothing was removed; if that is \
@@ -262,7 +267,9 @@ impl<'a> Host<'a> {
                 self.settings.host,
                 names.join(", ")
             ))
-        })
+        })?;
+        let route = caddy::changes(self.settings, &plan.routes, &observed.caddy);
+        Ok(Planned { plan, route })
     }
 
     fn at<'b>(&'b self, observed: &'b Observed, persisted: &'b PersistedState) -> Situation<'b> {
@@ -336,8 +343,8 @@ fn stop_rewritten(root: &Root, interrupted: &BTreeSet<ServiceName>) -> Result<()
 }
 
 /// Removes writes that were cut short, where this pass changes something.
-fn sweep(root: &Root, plan: &Plan, observed: &Observed, persisted: &PersistedState) -> Result<()> {
-    if plan.is_empty() && persisted.interrupted.is_empty() {
+fn sweep(root: &Root, planned: &Planned, observed: &Observed, persisted: &PersistedState) -> Result<()> {
+    if planned.plan.is_empty() && planned.route.is_settled() && persisted.interrupted.is_empty() {
         return Ok(());
     }
     for dir in [&root.unit_dir, &root.applied_dir(), &root.run_dir, &root.wants_dir()] {

@@ -29,7 +29,7 @@ fn left(root: &Root) -> Option<Note> {
 }
 
 /// The version of this store that ended the passes which read it.
-pub(super) fn deadly(root: &Root, store: &str) -> Option<Etag> {
+pub(super) fn fatal(root: &Root, store: &str) -> Option<Etag> {
     left(root).filter(|note| note.store == store && note.passes >= MOST).map(|note| Etag(note.etag))
 }
 
@@ -84,16 +84,16 @@ mod tests {
         let (one, two) = (Etag("1".into()), Etag("2".into()));
         let dies = |etag: &Etag| std::mem::forget(ReadingMark::begin(&root, "s3://a", etag));
         dies(&one);
-        assert_eq!(deadly(&root, "s3://a"), None, "once is chance");
+        assert_eq!(fatal(&root, "s3://a"), None, "once is chance");
         dies(&one);
-        assert_eq!(deadly(&root, "s3://a"), Some(one.clone()));
-        assert_eq!(deadly(&root, "s3://b"), None);
+        assert_eq!(fatal(&root, "s3://a"), Some(one.clone()));
+        assert_eq!(fatal(&root, "s3://b"), None);
         assert!(refusal(&root, "s3://a").contains("reading.json"));
         dies(&two);
-        assert_eq!(deadly(&root, "s3://a"), None, "another version");
+        assert_eq!(fatal(&root, "s3://a"), None, "another version");
         drop(ReadingMark::begin(&root, "s3://a", &two));
         assert_eq!(left(&root), None, "read to its end");
         fs_err::write(root.reading(), "{").unwrap();
-        assert_eq!(deadly(&root, "s3://a"), None);
+        assert_eq!(fatal(&root, "s3://a"), None);
     }
 }

@@ -1,16 +1,15 @@
 //! What remains of a pass: the state on the disk, the report in the bucket, and the story's last lines. Made from
 //! values alone, but for what systemd is asked about what was started.
 
-use super::execute::{self, Situation};
+use super::execute::{self, Planned, Situation};
 use super::lock::{self, LockResult};
 use super::observed::UnitFile;
-use super::outcome::Outcome;
-use super::plan::{Plan, ServicePlan};
+use super::outcome::{EndedBy, Outcome, PassError};
+use super::plan::ServicePlan;
 use super::root::Root;
-use super::source::{SourceError, SourceManifest};
+use super::source::SourceManifest;
 use super::state::{
-    FailureRecord, LastError, OtherMachine, REPORT_EVERY_SEC, SILENT_SEC, STATE_VERSION, ServicePhase,
-    ServiceState, State,
+    FailureRecord, LastError, OtherMachine, REPORT_EVERY_SEC, SILENT_SEC, ServicePhase, ServiceState, State,
 };
 use super::{intent, lines, machine};
 use crate::clock::Timestamp;
@@ -29,42 +28,6 @@ use crate::systemd;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// Why a pass ended without having done its work.
-pub(super) enum PassError {
-    /// Somebody typed what cannot be: nothing is wrong with the host.
-    Mistyped(Error),
-    /// The store was asked and did not answer.
-    Unreachable(Error),
-    /// It is the manifest that cannot be obeyed.
-    Manifest(Error),
-    /// Anything else.
-    Other(Error),
-}
-
-impl PassError {
-    pub(super) fn error(&self) -> &Error {
-        match self {
-            PassError::Mistyped(e) | PassError::Unreachable(e) => e,
-            PassError::Manifest(e) | PassError::Other(e) => e,
-        }
-    }
-}
-
-impl<E: Into<Error>> From<E> for PassError {
-    fn from(error: E) -> Self {
-        PassError::Other(error.into())
-    }
-}
-
-impl From<SourceError> for PassError {
-    fn from(error: SourceError) -> Self {
-        match error {
-            SourceError::Unreachable(error) => PassError::Unreachable(error),
-            SourceError::Unusable(error) => PassError::Other(error),
-        }
-    }
-}
-
 /// A pass that has done its work.
 pub(super) struct Report<'a> {
     /// As it was seen last.
@@ -73,7 +36,7 @@ pub(super) struct Report<'a> {
     pub(super) source: &'a SourceManifest,
     /// The state that the pass before left.
     pub(super) before: &'a State,
-    pub(super) plan: &'a Plan,
+    pub(super) planned: &'a Planned,
     pub(super) outcome: Outcome,
     pub(super) now: Timestamp,
 }
@@ -89,7 +52,7 @@ impl Report<'_> {
         self.outcome.wrote(published);
         // Whoever waits for the release need not wait for the last connections of the candidates.
         if !self.outcome.leaving.is_empty() {
-            self.outcome = execute::after_report(self.at, self.plan, self.outcome)?;
+            self.outcome = execute::after_report(self.at, self.planned, self.outcome)?;
             state.draining.clear();
             self.outcome.wrote(lines::keep(root, &state));
         }
@@ -105,19 +68,15 @@ impl Report<'_> {
 
     /// How the host stands after the pass.
     fn state(&self) -> State {
-        let services = self.plan.services.iter().map(|plan| {
+        let plan = &self.planned.plan;
+        let services = plan.services.iter().map(|plan| {
             let entry = self.source.entries.get(&plan.name).cloned();
             (plan.name.clone(), ServiceState { entry, ..self.service(plan) })
         });
-        let gone =
-            self.plan.gone.iter().filter_map(|plan| Some((plan.name.clone(), self.going(&plan.name)?)));
+        let gone = plan.gone.iter().filter_map(|plan| Some((plan.name.clone(), self.going(&plan.name)?)));
         let mut state = State {
-            version: STATE_VERSION,
-            host: self.at.settings.host.clone(),
-            deployer: env!("CARGO_PKG_VERSION").into(),
             serial: Some(self.source.manifest.serial),
             generation: Some(self.source.manifest.generation),
-            checked_at: self.now,
             changed_at: if self.outcome.changed { Some(Timestamp::now()) } else { self.before.changed_at },
             manifest_error: self.source.error.clone(),
             route: self.outcome.route.clone().unwrap_or_default(),
@@ -127,9 +86,9 @@ impl Report<'_> {
             machine: machine::this(),
             other_machine: self.before.other_machine.clone(),
             manager_environment: self.manager_environment(),
-            last_error: None,
             draining: self.outcome.leaving.clone(),
             services: services.chain(gone).collect(),
+            ..State::new(self.at.settings.host.clone(), self.now)
         };
         if should_publish(self.at.root, self.before, &state) {
             fill_exposure(&mut state, &self.outcome);
@@ -243,9 +202,9 @@ impl Report<'_> {
             if let Some(failure) = &service.failure {
                 let runs =
                     service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
-                let said = outcome.failures.values().any(|f| f.record() == failure)
+                let logged = outcome.failures.values().any(|f| f.record() == failure)
                     || outcome.unfetchable.values().any(|reason| *reason == failure.reason);
-                let reason = if said { String::new() } else { format!(": {}", failure.reason) };
+                let reason = if logged { String::new() } else { format!(": {}", failure.reason) };
                 log::error(format!("{name}: {status}, {runs}{reason}"));
             }
             if let Some(attention) = service.attention() {
@@ -273,21 +232,18 @@ impl Report<'_> {
             return open;
         }
         for service in self.at.desired {
-            let lines_of = |state: &State| Some(state.services.get(&service.name)?.failure.clone()?.journal);
-            let Some(lines) = lines_of(state).filter(|lines| !lines.is_empty()) else { continue };
-            let mask = match Mask::of(&secrets::files(service)) {
-                Ok(mask) => mask,
-                Err(e) => {
-                    log::info(format!(
-                        "{}: its last lines are not reported: {}",
-                        service.name,
-                        crate::error::io_text(&e)
-                    ));
-                    continue;
-                }
+            let name = &service.name;
+            let failed = state.services.get(name).and_then(|s| s.failure.as_ref());
+            let reported = open.services.get_mut(name).and_then(|s| s.failure.as_mut());
+            let Some((failed, reported)) = failed.filter(|f| !f.journal.is_empty()).zip(reported) else {
+                continue;
             };
-            if let Some(failure) = open.services.get_mut(&service.name).and_then(|s| s.failure.as_mut()) {
-                failure.journal = lines.iter().map(|line| mask.hide(line)).collect();
+            match Mask::of(&secrets::files(service)) {
+                Ok(mask) => reported.journal = failed.journal.iter().map(|line| mask.hide(line)).collect(),
+                Err(e) => {
+                    let why = crate::error::io_text(&e);
+                    log::info(format!("{name}: its last lines are not reported: {why}"));
+                }
             }
         }
         open
@@ -390,10 +346,10 @@ pub(super) fn leave_reason(
     now: Timestamp,
 ) -> Result<()> {
     let Some(before) = last_state(root, &settings.host, now)? else { return Ok(()) };
-    let reason = ended.error().to_string();
+    let reason = ended.error.to_string();
     let mut state = failed_state(&before, reason.clone(), now);
     state.host = settings.host.clone();
-    if let PassError::Manifest(_) = ended {
+    if ended.by == EndedBy::Manifest {
         state.manifest_error = Some(reason);
     }
     state.machine = machine::this();
@@ -405,7 +361,7 @@ pub(super) fn leave_reason(
     let known = before.last_error == state.last_error;
     state.reported = if known { before.reported } else { true };
     match store {
-        Some(store) if !matches!(ended, PassError::Unreachable(_)) => {
+        Some(store) if ended.by != EndedBy::Store => {
             publish(root, store.as_ref(), &before, &mut state, lines::without)
         }
         _ => {

@@ -102,7 +102,7 @@ impl Root {
     }
 
     /// The link that starts a service at boot.
-    pub fn wanted(&self, name: &ServiceName) -> PathBuf {
+    pub fn boot_link(&self, name: &ServiceName) -> PathBuf {
         self.wants_dir().join(name.unit())
     }
 

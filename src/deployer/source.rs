@@ -1,6 +1,8 @@
 //! Which manifest this host obeys: the store's, if it is a good one that comes after what was obeyed before, else the
 //! last good one, which is kept on disk. Never looks at the host's services.
 
+use super::lines;
+use super::outcome::{EndedBy, PassError};
 use super::reading::{self, ReadingMark};
 use super::root::Root;
 use super::state::State;
@@ -40,23 +42,6 @@ pub(super) enum Purpose {
     Preview,
 }
 
-/// There is no manifest to obey.
-#[derive(Debug)]
-pub(super) enum SourceError {
-    /// The store did not answer.
-    Unreachable(Error),
-    /// It has none that is good, nor has this host.
-    Unusable(Error),
-}
-
-impl SourceError {
-    pub(super) fn into_error(self) -> Error {
-        match self {
-            SourceError::Unreachable(error) | SourceError::Unusable(error) => error,
-        }
-    }
-}
-
 /// Which version of which store the last good manifest is.
 #[derive(Serialize, Deserialize)]
 struct ManifestOrigin {
@@ -80,6 +65,12 @@ struct LastGood {
     refused: Option<Ancestor>,
 }
 
+impl LastGood {
+    fn manifest(&self) -> Option<Manifest> {
+        parse::manifest(&self.bytes, Mode::Tolerant).ok()
+    }
+}
+
 /// The last good manifest of this store; None when there is none.
 fn last_good(root: &Root, store: &dyn Store) -> Option<LastGood> {
     let bytes = fs_err::read(root.manifest()).ok()?;
@@ -101,9 +92,7 @@ fn keep_manifest(root: &Root, bytes: &[u8], origin: &ManifestOrigin) -> Result<(
 }
 
 fn keep_origin(root: &Root, origin: &ManifestOrigin) -> Result<()> {
-    let origin = serde_json::to_vec(origin)
-        .map_err(|e| Error::new(format!("cannot write the manifest's origin: {e}")))?;
-    durable::write(&root.manifest_origin(), &origin, 0o644)?;
+    durable::write(&root.manifest_origin(), &lines::to_bytes(origin)?, 0o644)?;
     Ok(())
 }
 
@@ -116,8 +105,8 @@ pub(super) fn current(
     known: &State,
     accept: Option<u64>,
     purpose: Purpose,
-) -> Result<SourceManifest, SourceError> {
-    let policy = TrustPolicy::new(settings, store, known, accept).map_err(SourceError::Unusable)?;
+) -> Result<SourceManifest, PassError> {
+    let policy = TrustPolicy::new(settings, store, known, accept)?;
     obeyed(root, store, &policy, known, purpose)
 }
 
@@ -127,20 +116,20 @@ fn obeyed(
     policy: &TrustPolicy,
     known: &State,
     purpose: Purpose,
-) -> Result<SourceManifest, SourceError> {
+) -> Result<SourceManifest, PassError> {
     let keep = purpose == Purpose::Pass;
     let obeyed = |manifest: Manifest, bytes: &[u8], hash: String, error: Option<String>| {
         let entries = if keep { entries(bytes, &hash, policy, known) } else { BTreeMap::new() };
         SourceManifest { manifest, hash, entries, error }
     };
-    let mut unreachable = false;
+    let mut by = EndedBy::Other;
     let cached = last_good(root, store);
     let url = store.url();
     let known_etag = cached.as_ref().and_then(|kept| kept.etag.as_ref());
-    let deadly = reading::deadly(root, &url).filter(|etag| Some(etag) != known_etag);
-    let error = match store.get(MANIFEST_KEY, deadly.as_ref().or(known_etag), MAX_BYTES) {
-        Ok(GetResult::NotModified) => deadly.map(|_| reading::refusal(root, &url)),
-        Ok(GetResult::Found { etag, .. }) if deadly.as_ref() == Some(&etag) => {
+    let fatal = reading::fatal(root, &url).filter(|etag| Some(etag) != known_etag);
+    let error = match store.get(MANIFEST_KEY, fatal.as_ref().or(known_etag), MAX_BYTES) {
+        Ok(GetResult::NotModified) => fatal.map(|_| reading::refusal(root, &url)),
+        Ok(GetResult::Found { etag, .. }) if fatal.as_ref() == Some(&etag) => {
             Some(reading::refusal(root, &url))
         }
         Ok(GetResult::Found { bytes, etag }) => {
@@ -153,7 +142,7 @@ fn obeyed(
                         sha256: hash.clone(),
                         refused: None,
                     };
-                    if let Some(why) = policy.objection(&bytes, &manifest, store, cached.as_ref()) {
+                    if let Some(why) = policy.reject_reason(&bytes, &manifest, store, cached.as_ref()) {
                         if let Some(kept) = cached.as_ref().filter(|_| keep) {
                             keep_refused(root, &url, kept, policy, &bytes, &manifest);
                         }
@@ -168,34 +157,31 @@ fn obeyed(
                 Err(why) => Some(why),
             }
         }
-        Ok(GetResult::Missing) => {
-            Some(no_manifest(&url, cached.as_ref().map(|kept| kept.bytes.as_slice()), policy))
-        }
+        Ok(GetResult::Missing) => Some(no_manifest(&url, cached.as_ref(), policy)),
         Err(e) => {
-            unreachable = matches!(e, StoreError::Unreachable(_));
+            if let StoreError::Unreachable(_) = e {
+                by = EndedBy::Store;
+            }
             Some(e.to_string())
         }
     };
-    let ended = |error: Error| match unreachable {
-        true => SourceError::Unreachable(error),
-        false => SourceError::Unusable(error),
-    };
+    let ended = |text: String| PassError { by, error: Error::new(text) };
     let Some(LastGood { bytes, hash, .. }) = cached else {
-        return Err(ended(Error::new(match error {
+        return Err(ended(match error {
             Some(e) => {
                 format!("{e}; there is no earlier manifest on this host to work from, nothing was changed")
             }
             None => format!("{url} says that its manifest is unchanged, but none is on this host; run again"),
-        })));
+        }));
     };
     let unusable = |why: &dyn std::fmt::Display| {
         let at = root.manifest();
         let before = error.as_ref().map(|e| format!("{e}; ")).unwrap_or_default();
-        ended(Error::new(format!("{before}{} cannot be used: {why}; remove it and run again", at.display())))
+        ended(format!("{before}{} cannot be used: {why}; remove it and run again", at.display()))
     };
     let manifest = parse::manifest(&bytes, Mode::Tolerant).map_err(|e| unusable(&e))?;
     // It may have been kept before this host was told whom to trust.
-    if let Some(why) = policy.doubt(&bytes, &manifest, store) {
+    if let Some(why) = policy.signature_error(&bytes, &manifest, store) {
         return Err(unusable(&why));
     }
     Ok(obeyed(manifest, &bytes, hash, error))
@@ -205,7 +191,7 @@ fn obeyed(
 pub(super) fn last_named(settings: &Settings, root: &Root, name: &ServiceName) -> Result<StorePath> {
     let store = store::open(&settings.store)?;
     let manifest = last_good(root, store.as_ref())
-        .and_then(|kept| parse::manifest(&kept.bytes, Mode::Tolerant).ok())
+        .and_then(|kept| kept.manifest())
         .ok_or_else(|| Error::new("there is no good manifest on this host yet; run 'deployer' first"))?;
     manifest
         .service(name.as_str())
@@ -222,10 +208,7 @@ fn keep_refused(
     bytes: &[u8],
     manifest: &Manifest,
 ) {
-    let Some((obeyed, etag)) = parse::manifest(&kept.bytes, Mode::Tolerant).ok().zip(kept.etag.clone())
-    else {
-        return;
-    };
+    let Some((obeyed, etag)) = kept.manifest().zip(kept.etag.clone()) else { return };
     let Ok(digest) = signature::digest(bytes) else { return };
     // Refused for something else (below what was obeyed once, say), it may be what an honest version comes after.
     let fork = !policy.trusted.is_empty()
@@ -257,9 +240,8 @@ fn entries(bytes: &[u8], hash: &str, policy: &TrustPolicy, known: &State) -> BTr
 }
 
 /// Why there is none, and what brings one there: on a developer's machine, so that is where the commands are typed.
-fn no_manifest(url: &str, kept: Option<&[u8]>, policy: &TrustPolicy) -> String {
-    let kept = kept.and_then(|bytes| parse::manifest(bytes, Mode::Tolerant).ok());
-    match kept {
+fn no_manifest(url: &str, kept: Option<&LastGood>, policy: &TrustPolicy) -> String {
+    match kept.and_then(LastGood::manifest) {
         Some(kept) => format!(
             "there is no manifest in {url} any more; this host obeys its copy of serial {}, which a developer \
              puts back with '{}'",
@@ -338,7 +320,7 @@ impl TrustPolicy {
     }
 
     /// Why its signature does not do.
-    fn doubt(&self, bytes: &[u8], manifest: &Manifest, store: &dyn Store) -> Option<String> {
+    fn signature_error(&self, bytes: &[u8], manifest: &Manifest, store: &dyn Store) -> Option<String> {
         if self.trusted.is_empty() {
             return None;
         }
@@ -348,7 +330,7 @@ impl TrustPolicy {
 
     /// Why one that [`TrustPolicy::read`] read is not obeyed: it is an old one put back. `kept` is the last good one, which
     /// remembers the serial when the state is lost.
-    fn objection(
+    fn reject_reason(
         &self,
         bytes: &[u8],
         manifest: &Manifest,
@@ -360,14 +342,13 @@ impl TrustPolicy {
             return None;
         }
         let refused = kept.and_then(|kept| kept.refused.as_ref());
-        let kept = kept.map(|kept| kept.bytes.as_slice());
-        let kept = kept.and_then(|bytes| Some((bytes, parse::manifest(bytes, Mode::Tolerant).ok()?)));
+        let kept = kept.and_then(|kept| Some((kept.bytes.as_slice(), kept.manifest()?)));
         let own = kept.as_ref().map_or(0, |(_, m)| m.serial);
         let highest = own.max(self.highest);
         // One that was kept before this host was told whom to trust, or that a key has signed which was taken out
         // since, says nothing of what comes after it.
         if let Some((kept, obeyed)) =
-            kept.filter(|(b, m)| m.serial <= serial && self.doubt(b, m, store).is_none())
+            kept.filter(|(b, m)| m.serial <= serial && self.signature_error(b, m, store).is_none())
             && let Some(why) = self.fork(bytes, manifest, kept, &obeyed, refused)
         {
             return Some(why);
@@ -498,9 +479,7 @@ mod tests {
                 accept: None,
             };
             let state = State::new(host, Timestamp(0));
-            let found = obeyed(&root, &*self.store, &policy, &state, Purpose::Pass)
-                .map_err(SourceError::into_error)
-                .unwrap();
+            let found = obeyed(&root, &*self.store, &policy, &state, Purpose::Pass).unwrap();
             (found.manifest.serial, found.manifest.extra["what"].as_str().unwrap().to_string(), found.error)
         }
     }

@@ -375,42 +375,8 @@ impl State {
 
     /// Whether two states differ in nothing but when they were written, and when something was last changed.
     pub fn says_the_same(&self, other: &State) -> bool {
-        let State {
-            version,
-            host,
-            deployer,
-            serial,
-            generation,
-            checked_at: _,
-            changed_at: _,
-            manifest_error,
-            route,
-            reported,
-            store,
-            manifest_hash,
-            machine,
-            other_machine,
-            manager_environment,
-            last_error,
-            draining,
-            services,
-        } = self;
-        *version == other.version
-            && *host == other.host
-            && *deployer == other.deployer
-            && *serial == other.serial
-            && *generation == other.generation
-            && *manifest_error == other.manifest_error
-            && *route == other.route
-            && *reported == other.reported
-            && *store == other.store
-            && *manifest_hash == other.manifest_hash
-            && *machine == other.machine
-            && *other_machine == other.other_machine
-            && *manager_environment == other.manager_environment
-            && *last_error == other.last_error
-            && *draining == other.draining
-            && *services == other.services
+        let (checked_at, changed_at) = (other.checked_at, other.changed_at);
+        State { checked_at, changed_at, ..self.clone() } == *other
     }
 
     /// Whether this is why the last pass ended.

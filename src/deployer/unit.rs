@@ -2,10 +2,11 @@
 //! escaped for the directive it stands in (systemd.syntax(7), systemd.exec(5)); nothing is expanded by a
 //! shell, and neither `%` nor `$` means anything.
 
+use crate::hash::Sha256;
 use crate::manifest::types::UnitName;
 use crate::manifest::{Profile, Service, command};
 use crate::names::StorePath;
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 /// The first line of every unit we write: whoever sees it knows whose the unit is, and so do we.
 pub const MARK: &str = "# Managed by omni-deploy: edit the manifest instead, changes here are undone.";
@@ -17,14 +18,12 @@ pub fn is_ours(text: &[u8]) -> bool {
 
 /// The digest of a unit's text, by which one that came up is known again.
 pub fn digest(text: &str) -> String {
-    let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
-    digest.as_ref()[..12].iter().map(|b| format!("{b:02x}")).collect()
+    Sha256::of(text.as_bytes()).short(12)
 }
 
 /// A word in double quotes, with what systemd would interpret escaped. `%` is a specifier everywhere.
 fn quoted(text: &str) -> String {
-    let mut out = String::with_capacity(text.len() + 2);
-    out.push('"');
+    let mut out = String::from('"');
     for c in text.chars() {
         match c {
             '\\' => out.push_str("\\\\"),
@@ -36,8 +35,7 @@ fn quoted(text: &str) -> String {
             c => out.push(c),
         }
     }
-    out.push('"');
-    out
+    out + "\""
 }
 
 /// A word of `ExecStart=`, where `$` would be a variable as well.
@@ -107,88 +105,62 @@ pub fn render(service: &Service, path: &StorePath) -> String {
         extra: _,
     } = service;
     let (program, args) = command::program(service, path);
-    let mut u = String::with_capacity(1024);
-    // Writing into a String cannot fail.
-    let mut line = |key: &str, value: &str| {
-        let _infallible = writeln!(u, "{key}={value}");
-    };
-    let mut section = Vec::new();
-    section.push(("Description", format!("{name} (deployed by omni-deploy)")));
     let names = |units: &[UnitName]| units.iter().map(UnitName::as_str).collect::<Vec<_>>().join(" ");
-    if !systemd.after.is_empty() {
-        section.push(("After", names(&systemd.after)));
+    let some_names = |units: &[UnitName]| Some(names(units)).filter(|names| !names.is_empty());
+    let is_online = |unit: &&UnitName| unit.as_str() == UnitName::NETWORK_ONLINE;
+    let mut u = UnitText(format!("{MARK}\n\n[Unit]\n"));
+    u.line("Description", format!("{name} (deployed by omni-deploy)"));
+    u.lines("After", some_names(&systemd.after));
+    u.lines("Wants", systemd.after.iter().find(is_online));
+    u.lines("Requires", some_names(&systemd.requires));
+
+    u.line("\n[Service]\nType", "exec");
+    let program = program.to_string_lossy();
+    let words = std::iter::once(&*program).chain(args.iter().map(String::as_str));
+    u.line("ExecStart", words.map(exec_word).collect::<Vec<_>>().join(" "));
+    if service.dynamic_user() {
+        u.line("DynamicUser", "yes");
+        // The default names say nothing here: the user is made for the service.
+        u.lines("User", service.dynamic_user_name());
+        u.lines("Group", Some(&exec.group).filter(|group| group.as_str() != "root"));
+    } else {
+        u.line("User", &exec.user);
+        u.line("Group", &exec.group);
     }
-    if systemd.after.iter().any(|unit| unit.as_str() == UnitName::NETWORK_ONLINE) {
-        section.push(("Wants", UnitName::NETWORK_ONLINE.into()));
+    u.lines("Environment", env.iter().map(|(name, value)| quoted(&format!("{name}={value}"))));
+    u.lines("EnvironmentFile", env_file.as_deref().map(bare));
+    u.lines("LoadCredential", credentials.iter().map(|(name, file)| bare(&format!("{name}:{file}"))));
+    u.lines("WorkingDirectory", systemd.working_directory.as_deref().map(bare));
+    u.line("Restart", systemd.restart.as_str());
+    u.line("RestartSec", systemd.restart_sec.get());
+    u.lines("TimeoutStopSec", systemd.stop_timeout_sec.map(|seconds| seconds.get()));
+    u.lines("StateDirectory", systemd.state_directory.as_deref().map(quoted));
+    // A percentage is not a specifier here: systemd does not expand them in resource limits.
+    u.lines("MemoryMax", systemd.memory_max.as_deref());
+    u.lines("CPUQuota", systemd.cpu_quota.as_deref());
+    u.line("PrivateTmp", yes(hardening.private_tmp));
+    u.line("ProtectSystem", hardening.protect_system.as_str());
+    u.line("ProtectHome", yes(hardening.protect_home));
+    u.lines("ReadWritePaths", systemd.read_write_paths.iter().map(|path| quoted(path)));
+    if hardening.profile == Profile::Strict {
+        STRICT.iter().chain(&STRICT_CALLS).for_each(|(key, value)| u.line(key, value));
     }
-    if !systemd.requires.is_empty() {
-        section.push(("Requires", names(&systemd.requires)));
-    }
-    line(&format!("{MARK}\n\n[Unit]\n{}", section[0].0), &section[0].1);
-    for (key, value) in &section[1..] {
-        line(key, value);
+    u.line("\n[Install]\nWantedBy", "multi-user.target");
+    u.0
+}
+
+struct UnitText(String);
+
+impl UnitText {
+    fn line(&mut self, key: &str, value: impl Display) {
+        // Writing into a String cannot fail.
+        let _infallible = writeln!(self.0, "{key}={value}");
     }
 
-    let mut exec_start = exec_word(&program.to_string_lossy());
-    for arg in &args {
-        exec_start.push(' ');
-        exec_start.push_str(&exec_word(arg));
+    /// A directive for each of these values, of which there may be none.
+    fn lines(&mut self, key: &str, values: impl IntoIterator<Item = impl Display>) {
+        values.into_iter().for_each(|value| self.line(key, value));
     }
-    line("\n[Service]\nType", "exec");
-    line("ExecStart", &exec_start);
-    if service.dynamic_user() {
-        line("DynamicUser", "yes");
-        // The default names say nothing here: the user is made for the service.
-        if let Some(user) = service.dynamic_user_name() {
-            line("User", user);
-        }
-        if exec.group.as_str() != "root" {
-            line("Group", &exec.group);
-        }
-    } else {
-        line("User", &exec.user);
-        line("Group", &exec.group);
-    }
-    for (name, value) in env {
-        line("Environment", &quoted(&format!("{name}={value}")));
-    }
-    if let Some(file) = env_file {
-        line("EnvironmentFile", &bare(file));
-    }
-    for (name, file) in credentials {
-        line("LoadCredential", &bare(&format!("{name}:{file}")));
-    }
-    if let Some(dir) = &systemd.working_directory {
-        line("WorkingDirectory", &bare(dir));
-    }
-    line("Restart", systemd.restart.as_str());
-    line("RestartSec", &systemd.restart_sec.get().to_string());
-    if let Some(seconds) = systemd.stop_timeout_sec {
-        line("TimeoutStopSec", &seconds.get().to_string());
-    }
-    if let Some(dir) = &systemd.state_directory {
-        line("StateDirectory", &quoted(dir));
-    }
-    if let Some(limit) = &systemd.memory_max {
-        // A percentage is not a specifier here: systemd does not expand them in resource limits.
-        line("MemoryMax", limit);
-    }
-    if let Some(quota) = &systemd.cpu_quota {
-        line("CPUQuota", quota);
-    }
-    line("PrivateTmp", yes(hardening.private_tmp));
-    line("ProtectSystem", hardening.protect_system.as_str());
-    line("ProtectHome", yes(hardening.protect_home));
-    for path in &systemd.read_write_paths {
-        line("ReadWritePaths", &quoted(path));
-    }
-    if hardening.profile == Profile::Strict {
-        for (key, value) in STRICT.iter().chain(&STRICT_CALLS) {
-            line(key, value);
-        }
-    }
-    line("\n[Install]\nWantedBy", "multi-user.target");
-    u
 }
 
 /// The program that a unit of ours starts, from its text: the inverse of what [`render`] writes.

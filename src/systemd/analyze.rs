@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::names::ServiceName;
 use crate::runner::{ProcessStatus, Run};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,7 +13,8 @@ use std::time::Duration;
 
 /// The overall exposure level of a unit, in tenths: 0.0 has nothing to attack, 10.0 everything
 /// (systemd-analyze(1), "security").
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
 pub struct Exposure(u8);
 
 impl Exposure {
@@ -22,32 +23,29 @@ impl Exposure {
 
     /// From a number with at most one digit after the point, as systemd writes it.
     pub fn parse(text: &str) -> Option<Self> {
-        Self::from_level(text.parse().ok()?)
+        Self::try_from(text.parse::<f64>().ok()?).ok()
     }
+}
 
-    fn from_level(level: f64) -> Option<Self> {
+impl TryFrom<f64> for Exposure {
+    type Error = String;
+
+    fn try_from(level: f64) -> Result<Self, String> {
         // Rounded, and within the range: the cast loses nothing.
-        (0.0..=10.0).contains(&level).then(|| Exposure((level * 10.0).round() as u8))
+        let exposure = (0.0..=10.0).contains(&level).then(|| Exposure((level * 10.0).round() as u8));
+        exposure.ok_or_else(|| format!("{level} is no exposure; 0.0 to 10.0 is meant"))
+    }
+}
+
+impl From<Exposure> for f64 {
+    fn from(exposure: Exposure) -> f64 {
+        f64::from(exposure.0) / 10.0
     }
 }
 
 impl fmt::Display for Exposure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.0 / 10, self.0 % 10)
-    }
-}
-
-impl Serialize for Exposure {
-    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.serialize_f64(f64::from(self.0) / 10.0)
-    }
-}
-
-impl<'de> Deserialize<'de> for Exposure {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let level = f64::deserialize(d)?;
-        Self::from_level(level)
-            .ok_or_else(|| de::Error::custom(format!("{level} is no exposure; 0.0 to 10.0 is meant")))
     }
 }
 

@@ -6,6 +6,13 @@ use std::time::Duration;
 /// How long journald may take to have read what was written.
 const SYNC: Duration = Duration::from_secs(5);
 
+/// How many lines of a unit's are asked for.
+const LINES: usize = 10;
+
+fn journalctl() -> Run {
+    Run::new("journalctl").args(["--no-pager", "--output=cat", "--quiet"])
+}
+
 /// Of which start of a unit the lines are asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Began {
@@ -17,14 +24,13 @@ pub enum Began {
 }
 
 /// The last lines that a unit wrote to the journal, and systemd about it, oldest first.
-pub fn journal(unit: &str, began: &Began, lines: u32) -> Vec<String> {
+pub fn journal(unit: &str, began: &Began) -> Vec<String> {
     // What was written a moment ago journald may not have read yet: it answers this when it has. A journald that does not
     // gives what it has.
     drop(Run::new("journalctl").arg("--sync").deadline(SYNC).output());
-    let run = Run::new("journalctl").args(["--no-pager", "--output=cat", "--quiet"]);
-    let run = run.arg(format!("--lines={lines}")).args(lines_of(unit, began));
+    let run = journalctl().arg(format!("--lines={LINES}")).args(lines_of(unit, began));
     match run.deadline(Duration::from_secs(20)).output() {
-        Ok(output) => last(&output.text(), lines as usize),
+        Ok(output) => last(&output.text(), LINES),
         Err(e) => vec![format!("(its journal cannot be read: {e})")],
     }
 }
@@ -54,9 +60,8 @@ fn last(log: &str, lines: usize) -> Vec<String> {
 
 /// The last lines that Caddy wrote to the journal, oldest first, whole: they are JSON. None where there is no journal.
 pub fn caddy_log() -> Vec<String> {
-    let output = Run::new("journalctl")
-        .args(["--no-pager", "--output=cat", "--quiet", "--unit=caddy.service", "--unit=caddy-api.service"])
-        .args(["--since=-2days", "--lines=3000"])
+    let output = journalctl()
+        .args(["--unit=caddy.service", "--unit=caddy-api.service", "--since=-2days", "--lines=3000"])
         .deadline(Duration::from_secs(5))
         .output();
     output.map(|output| output.text().lines().map(String::from).collect()).unwrap_or_default()
@@ -64,8 +69,8 @@ pub fn caddy_log() -> Vec<String> {
 
 /// The last line a unit wrote to the journal; None where there is none, or where we may not read it.
 pub fn last_line(unit: &str) -> Option<String> {
-    let output = Run::new("journalctl")
-        .args(["--no-pager", "--output=cat", "--quiet", "--lines=1"])
+    let output = journalctl()
+        .arg("--lines=1")
         // What systemd itself says of the unit says less than the unit did.
         .arg(format!("_SYSTEMD_UNIT={unit}"))
         .deadline(Duration::from_secs(5))

@@ -4,9 +4,10 @@
 //! is seen by the next pass and undone or finished by it.
 
 use super::watch::{NotUp, SETTLE, Watched, watch};
-use super::{EVERYBODY_WAITS, JOURNAL_LINES, Round, Situation, with_goal};
+use super::{EVERYBODY_WAITS, Round, Situation, with_goal};
 use crate::clock;
 use crate::deployer::caddy::{self, CaddyState};
+use crate::deployer::listeners::{self, ESTABLISHED, Socket};
 use crate::deployer::outcome::Outcome;
 use crate::deployer::plan::{self, Goal, Step};
 use crate::deployer::root::Root;
@@ -20,6 +21,7 @@ use crate::log;
 use crate::manifest::Service;
 use crate::manifest::model::DEFAULT_DRAIN_SEC;
 use crate::names::ServiceName;
+use crate::random;
 use crate::systemd::{self, Began, Restarted};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
@@ -91,10 +93,7 @@ pub(super) fn start(round: &Round) -> Outcome {
         let units: Vec<String> = candidates.iter().map(|c| c.name.next_unit()).collect();
         systemd::reset_failed(&units)?;
         let begun = clock::journal_now();
-        let (complaint, busy) = match systemd::restart(&units, EVERYBODY_WAITS)? {
-            Restarted::All(complaint) => (complaint, BTreeSet::new()),
-            Restarted::Not(busy) => (None, busy),
-        };
+        let Restarted { complaint, busy } = systemd::restart(&units, EVERYBODY_WAITS)?;
         let watched = candidates.iter().map(|c| Watched {
             name: c.name,
             unit: c.name.next_unit(),
@@ -114,21 +113,15 @@ pub(super) fn start(round: &Round) -> Outcome {
                     done.candidates.insert((*name).clone(), (http.clone(), goal.inputs()));
                     continue;
                 }
-                (None, _) if busy.contains(&unit) => {
+                (Some(Err(NotUp::Host(why))), _) => done.fail_on_host(name, goal, why),
+                (Some(Err(NotUp::Release(why))), _) => {
+                    let not_begun = systemd::could_not_start(complaint.as_deref(), &unit);
+                    let journal = systemd::journal(&unit, &Began::At(begun));
+                    done.reject(name, goal, not_begun.as_ref().unwrap_or(why), journal);
+                }
+                (None | Some(Ok(_)), _) => {
                     let why = format!("systemd does not get to start {unit}; see 'systemctl list-jobs'");
                     done.fail_on_host(name, goal, &why);
-                }
-                (Some(Err(NotUp::Host(why))), _) => done.fail_on_host(name, goal, why),
-                (outcome, _) => {
-                    let why = match outcome {
-                        Some(Err(NotUp::Release(why))) => {
-                            systemd::could_not_start(complaint.as_deref(), &unit)
-                                .unwrap_or_else(|| why.clone())
-                        }
-                        _ => complaint.clone().unwrap_or_else(|| "systemd says nothing of it".into()),
-                    };
-                    let journal = systemd::journal(&unit, &Began::At(begun), JOURNAL_LINES);
-                    done.reject(name, goal, &why, journal);
                 }
             }
             failed.push(*name);
@@ -291,11 +284,8 @@ fn remove_units(root: &Root, names: &[&ServiceName]) -> Result<()> {
 
 /// A port nobody listens on and nobody was promised.
 fn spare_port(taken: &mut BTreeSet<u16>) -> Result<u16> {
-    let mut start = [0u8; 2];
-    ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut start)
-        .map_err(|_| Error::new("the kernel gives no random numbers"))?;
     let count = SPARE_PORTS.len() as u32;
-    let offset = u32::from(u16::from_ne_bytes(start)) % count;
+    let offset = u32::from(u16::from_ne_bytes(random::bytes())) % count;
     for i in 0..count {
         let port = SPARE_PORTS.start + ((offset + i) % count) as u16;
         if !taken.contains(&port) && nobody_listens(port) {
@@ -324,7 +314,7 @@ fn nobody_listens(port: u16) -> bool {
 /// client may still come by the old route: Caddy ends what it has from before the change, idle ones at once, and until
 /// then nobody can tell old from new, nor where Caddy's ports are not known.
 fn drain_ports(ports: &[(&ServiceName, u16, u32)], caddy: &CaddyState) -> Result<()> {
-    let (front, known) = (caddy.ports(), matches!(caddy, CaddyState::Servers(_)));
+    let (front, known) = (caddy.ports(), caddy.is_available());
     let begun = Instant::now();
     let mut open: Vec<&(&ServiceName, u16, u32)> = ports.iter().collect();
     if open.is_empty() {
@@ -362,29 +352,14 @@ fn drain_ports(ports: &[(&ServiceName, u16, u32)], caddy: &CaddyState) -> Result
 /// Who is connected to each local port.
 type Peers = BTreeMap<u16, BTreeSet<String>>;
 
-/// The established connections by the kernel's tables (proc_pid_net(5)): column 2 is the local address with its
-/// port in hexadecimal, column 3 the remote one, column 4 the state, 01 for established.
 fn established() -> Result<Peers> {
-    let mut peers = BTreeMap::new();
-    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
-        // A kernel without IPv6 has no such table.
-        if let Some(text) = if_there(fs_err::read_to_string(table))? {
-            add_established(&text, &mut peers);
-        }
-    }
+    let mut peers = Peers::new();
+    listeners::each_socket(ESTABLISHED, |socket| add(&mut peers, socket))?;
     Ok(peers)
 }
 
-fn add_established(table: &str, peers: &mut Peers) {
-    for line in table.lines().skip(1) {
-        let mut columns = line.split_whitespace().skip(1);
-        let (Some(local), Some(remote), Some("01")) = (columns.next(), columns.next(), columns.next()) else {
-            continue;
-        };
-        if let Some(Ok(port)) = local.rsplit(':').next().map(|p| u16::from_str_radix(p, 16)) {
-            peers.entry(port).or_default().insert(remote.into());
-        }
-    }
+fn add(peers: &mut Peers, socket: Socket) {
+    peers.entry(socket.port).or_default().insert(socket.remote);
 }
 
 #[cfg(test)]
@@ -392,6 +367,7 @@ mod tests {
     use super::*;
     use crate::clock::Timestamp;
     use crate::config::{Flags, load};
+    use crate::deployer::listeners::each_of;
     use crate::deployer::observed::Observed;
     use crate::deployer::overrides::Overrides;
     use crate::deployer::persisted::PersistedState;
@@ -406,13 +382,13 @@ mod tests {
 
     #[test]
     fn only_established_connections_to_the_port_count() {
-        let table = "  sl  local_address rem_address   st tx_queue\n\
-            0: 0100007F:1F90 00000000:0000 0A 00000000:00000000\n\
-            1: 0100007F:1F90 0100007F:D431 01 00000000:00000000\n\
-            2: 0100007F:D431 0100007F:1F90 01 00000000:00000000\n\
-            3: 0100007F:1F90 0100007F:D432 06 00000000:00000000\n";
-        let mut peers = BTreeMap::new();
-        add_established(table, &mut peers);
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
+            0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1\n\
+            1: 0100007F:1F90 0100007F:D431 01 00000000:00000000 00:00000000 00000000     0        0 12 1\n\
+            2: 0100007F:D431 0100007F:1F90 01 00000000:00000000 00:00000000 00000000     0        0 13 1\n\
+            3: 0100007F:1F90 0100007F:D432 06 00000000:00000000 00:00000000 00000000     0        0 0 1\n";
+        let mut peers = Peers::new();
+        each_of(table.as_bytes(), false, ESTABLISHED, &mut |socket| add(&mut peers, socket)).unwrap();
         assert_eq!(peers[&8080], BTreeSet::from(["0100007F:D431".to_string()]));
     }
 

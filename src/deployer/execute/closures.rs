@@ -39,13 +39,13 @@ pub(super) fn root(round: &Round) -> Outcome {
 /// All closures in one copy.
 pub(super) fn fetch(round: &Round) -> Outcome {
     let mut done = Outcome::default();
-    let mut wanted: BTreeMap<&StorePath, Vec<&str>> = BTreeMap::new();
+    let mut missing: BTreeMap<&StorePath, Vec<&str>> = BTreeMap::new();
     for (service, step) in steps(&round.plan.services) {
         if let Step::Fetch(path) = step {
-            wanted.entry(path).or_default().push(service.name.as_str());
+            missing.entry(path).or_default().push(service.name.as_str());
         }
     }
-    if wanted.is_empty() {
+    if missing.is_empty() {
         // Also what a pass that died has left of something that was taken back since.
         if round.so_far.unfetchable.is_empty() {
             nix::forget_transfers();
@@ -53,12 +53,12 @@ pub(super) fn fetch(round: &Round) -> Outcome {
         return done;
     }
     let settings = round.at.settings;
-    log::info(format!("fetching {} closure(s) from {}", wanted.len(), settings.cache));
+    log::info(format!("fetching {} closure(s) from {}", missing.len(), settings.cache));
     let begun = Instant::now();
-    let paths: Vec<StorePath> = wanted.keys().map(|p| (*p).clone()).collect();
+    let paths: Vec<StorePath> = missing.keys().map(|p| (*p).clone()).collect();
     match nix::fetch_within(settings, &paths, &round.at.root.run_dir) {
         Ok(failures) => {
-            for (path, names) in wanted {
+            for (path, names) in missing {
                 let names = names.join(", ");
                 match failures.get(path) {
                     None => {

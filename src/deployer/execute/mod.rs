@@ -34,9 +34,6 @@ use std::time::{Duration, Instant};
 /// How long everybody waits for units to stop or start; what takes longer is waited for when nothing else is left
 /// to do, or left to the next pass.
 const EVERYBODY_WAITS: Duration = Duration::from_secs(20);
-/// How many lines of its journal go with a rejection.
-const JOURNAL_LINES: u32 = 10;
-
 /// One kind of effect, for all services that need it.
 pub(super) enum Phase {
     Act(fn(&Round) -> Outcome),
@@ -46,7 +43,7 @@ pub(super) enum Phase {
 
 /// Everything that is done for the services of the manifest, in this order.
 const SERVICES: [Phase; 17] = [
-    Act(record_intent),
+    Act(|round| record_intent(round, &round.plan.services)),
     Replan,
     Act(closures::root),
     Act(closures::fetch),
@@ -56,7 +53,7 @@ const SERVICES: [Phase; 17] = [
     Act(candidate::switch),
     Replan,
     Act(units::pause),
-    Act(units::remove_refused),
+    Act(|round| units::remove(round, &round.plan.services)),
     Act(units::write),
     Act(units::enable),
     Act(start::reload),
@@ -70,8 +67,8 @@ const SERVICES: [Phase; 17] = [
 const SETTLED: [Phase; 5] = [
     Act(route::write),
     Act(candidate::leave),
-    Act(record_intent_of_gone),
-    Act(units::remove_gone),
+    Act(|round| record_intent(round, &round.plan.gone)),
+    Act(|round| units::remove(round, &round.plan.gone)),
     Act(closures::unroot_gone),
 ];
 
@@ -88,22 +85,29 @@ pub(super) struct Situation<'a> {
     pub(super) persisted: &'a PersistedState,
 }
 
+/// A plan, and what it takes for Caddy to have its routes.
+pub(super) struct Planned {
+    pub(super) plan: Plan,
+    pub(super) route: RoutePlan,
+}
+
 /// One call of [`execute`], as its phases see it.
 pub(super) struct Round<'a> {
     at: Situation<'a>,
     plan: &'a Plan,
+    route: &'a RoutePlan,
     /// What this pass has come to, the phases before this one included.
     so_far: Outcome,
 }
 
 /// Performs what a plan has for the services of the manifest, until there is something to plan anew. An error that kept
 /// it from going on is the failure of those that it was made for, and of nobody else.
-pub(super) fn services(at: Situation, plan: &Plan, so_far: Outcome) -> Outcome {
-    let mut outcome = execute(&SERVICES, at, plan, so_far);
+pub(super) fn services(at: Situation, planned: &Planned, so_far: Outcome) -> Outcome {
+    let mut outcome = execute(&SERVICES, at, planned, so_far);
     let Some(error) = outcome.error.take() else { return outcome };
     outcome.changed = true;
     let mut alone = true;
-    for service in plan.services.iter().filter(|s| !s.steps.is_empty()) {
+    for service in planned.plan.services.iter().filter(|s| !s.steps.is_empty()) {
         if let Some(goal) = &service.goal {
             outcome.fail_on_host(&service.name, goal, &error);
             alone = false;
@@ -117,8 +121,8 @@ pub(super) fn services(at: Situation, plan: &Plan, so_far: Outcome) -> Outcome {
 
 /// Performs the rest of a plan: the route, what is gone, and which candidates leave. `error` is why something is not
 /// gone yet.
-pub(super) fn settled(at: Situation, plan: &Plan, so_far: Outcome) -> Outcome {
-    let mut outcome = execute(&SETTLED, at, plan, so_far);
+pub(super) fn settled(at: Situation, planned: &Planned, so_far: Outcome) -> Outcome {
+    let mut outcome = execute(&SETTLED, at, planned, so_far);
     if let Some(error) = outcome.error.clone() {
         outcome.not_written(&error);
     }
@@ -127,12 +131,12 @@ pub(super) fn settled(at: Situation, plan: &Plan, so_far: Outcome) -> Outcome {
 
 /// Waits for what takes its time, when everybody else has what is due to him, requests included; false when there is
 /// nothing to be waited for any longer.
-pub(super) fn wait(at: Situation, plan: &Plan, so_far: &mut Outcome) -> Result<bool> {
+pub(super) fn wait(at: Situation, planned: &Planned, so_far: &mut Outcome) -> Result<bool> {
     if !so_far.pending.values().any(|job| job.awaited) {
         return Ok(false);
     }
-    if let RoutePlan::Write(_) = plan.route {
-        *so_far = execute(&[Act(route::write)], at, plan, std::mem::take(so_far));
+    if !planned.route.is_settled() {
+        *so_far = execute(&[Act(route::write)], at, planned, std::mem::take(so_far));
     }
     let through = start::wait(&so_far.pending)?;
     so_far.pending.retain(|name, _| !through.contains(name));
@@ -140,14 +144,15 @@ pub(super) fn wait(at: Situation, plan: &Plan, so_far: &mut Outcome) -> Result<b
 }
 
 /// Lets the connections of the candidates that leave end, and removes them.
-pub(super) fn after_report(at: Situation, plan: &Plan, so_far: Outcome) -> Result<Outcome> {
-    let mut outcome = execute(&REPORTED, at, plan, Outcome { error: None, ..so_far });
+pub(super) fn after_report(at: Situation, planned: &Planned, so_far: Outcome) -> Result<Outcome> {
+    let mut outcome = execute(&REPORTED, at, planned, Outcome { error: None, ..so_far });
     outcome.error.take().map_or(Ok(outcome), Err)
 }
 
-fn execute(phases: &[Phase], at: Situation, plan: &Plan, so_far: Outcome) -> Outcome {
+fn execute(phases: &[Phase], at: Situation, planned: &Planned, so_far: Outcome) -> Outcome {
     let known = so_far.failed();
-    let mut round = Round { at, plan, so_far };
+    let Planned { plan, route } = planned;
+    let mut round = Round { at, plan, route, so_far };
     for phase in phases {
         match phase {
             Act(act) => {
@@ -166,9 +171,9 @@ fn execute(phases: &[Phase], at: Situation, plan: &Plan, so_far: Outcome) -> Out
 
 /// Which services an interruption would leave something to find out of. What cannot be taken down is not begun; what
 /// merely does not run is started all the same.
-fn record_intent(round: &Round) -> Outcome {
+fn record_intent(round: &Round, services: &[ServicePlan]) -> Outcome {
     Outcome::of(|done| {
-        let touched = || round.plan.services.iter().filter(|s| s.steps.iter().any(Step::touches));
+        let touched = || services.iter().filter(|s| s.steps.iter().any(Step::touches));
         let names: BTreeSet<ServiceName> = touched().map(|s| s.name.clone()).collect();
         if names.is_empty() {
             return Ok(());
@@ -179,14 +184,6 @@ fn record_intent(round: &Round) -> Outcome {
             done.fail_on_host(name, goal, &e);
         }
         Ok(())
-    })
-}
-
-fn record_intent_of_gone(round: &Round) -> Outcome {
-    let gone = &round.plan.gone;
-    Outcome::of(|_| match gone.is_empty() {
-        true => Ok(()),
-        false => intent::record(round.at.root, gone.iter().map(|s| s.name.clone()).collect()),
     })
 }
 

@@ -4,17 +4,18 @@ use super::{Round, Situation};
 use crate::deployer::caddy::{self, CaddyState, RoutePlan};
 use crate::deployer::outcome::Outcome;
 use crate::deployer::plan;
+use crate::deployer::routes::{self, Route};
 use crate::deployer::state::{RouteState, RouteStatus};
 use crate::log;
 use crate::manifest::Http;
 use crate::names::ServiceName;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// Gives Caddy the route of a plan; how it stands then.
 pub(super) fn write(round: &Round) -> Outcome {
     let pending = |reason: String| RouteState { status: RouteStatus::Pending, reason: Some(reason) };
     let current = RouteState { status: RouteStatus::Current, reason: None };
-    let (changed, route) = match &round.plan.route {
+    let (changed, route) = match round.route {
         RoutePlan::None => (false, RouteState::default()),
         RoutePlan::Current => (false, current),
         RoutePlan::Pending(reason) => {
@@ -22,23 +23,12 @@ pub(super) fn write(round: &Round) -> Outcome {
             (false, pending(reason.clone()))
         }
         RoutePlan::Write(requests) => {
-            let made = requests.iter().try_for_each(|request| {
-                match caddy::perform(&round.at.settings.caddy_admin, request) {
-                    Ok(()) => log::notice(format!("route: {}", request.what)),
-                    // No visitor misses it.
-                    Err(why) if request.is_view() => log::warning(why),
-                    Err(why) => return Err(why),
-                }
-                Ok(())
-            });
-            let route = match made {
+            let route = match caddy::perform(&round.at.settings.caddy_admin, requests) {
                 Err(why) => {
                     log::error(format!("route: {why}; the next pass tries again"));
                     pending(why)
                 }
-                Ok(()) if plan::routed(round.at.desired, &round.plan.services).is_empty() => {
-                    RouteState::default()
-                }
+                Ok(()) if round.plan.routes.is_empty() => RouteState::default(),
                 Ok(()) => current,
             };
             (true, route)
@@ -55,18 +45,13 @@ impl Situation<'_> {
         candidates: &BTreeMap<&ServiceName, &Http>,
     ) -> (Result<(), String>, CaddyState) {
         let admin = &self.settings.caddy_admin;
-        let closed = plan::closed(self.desired, self.observed, self.persisted);
-        let route = caddy::route(&self.interim_route(candidates), &closed);
+        let route = caddy::route(&self.interim_routes(candidates));
         let plan =
             |seen: &CaddyState| caddy::plan(self.settings.caddy_server.as_deref(), route.as_ref(), seen);
         let asked = match plan(&caddy::observe(admin)) {
             RoutePlan::None | RoutePlan::Current => Ok(()),
             RoutePlan::Pending(why) => Err(why),
-            RoutePlan::Write(requests) => requests.iter().try_for_each(|request| {
-                caddy::perform(admin, request)?;
-                log::notice(format!("route: {}", request.what));
-                Ok(())
-            }),
+            RoutePlan::Write(requests) => caddy::perform(admin, &requests),
         };
         // Also of what failed: the answer may have been lost to a change that was made, and what follows must know.
         let now = caddy::observe(admin);
@@ -78,8 +63,7 @@ impl Situation<'_> {
     }
 
     /// What was never known to be good is led to where it will be.
-    fn interim_route<'r>(&'r self, candidates: &BTreeMap<&ServiceName, &'r Http>) -> Vec<&'r Http> {
-        let mut claimed = BTreeSet::new();
+    fn interim_routes(&self, candidates: &BTreeMap<&ServiceName, &Http>) -> Vec<Route> {
         let desired = self.desired.iter().filter(|s| s.artifact.store_path.path().is_some());
         let entries =
             desired.filter_map(|s| match (candidates.get(&s.name), self.persisted.applied.get(&s.name)) {
@@ -87,14 +71,14 @@ impl Situation<'_> {
                 (None, Some(good)) => good.service.http.as_ref(),
                 (None, None) => s.http.as_ref(),
             });
-        entries.filter(|http| claimed.insert((http.domain.as_str(), http.path.as_str()))).collect()
+        routes::of(entries, &plan::closed(self.desired, self.observed, self.persisted))
     }
 }
 
 /// Leads requests to services that have never been up, in one change for all of them: there is nothing older that
 /// could answer. Candidates keep what they have. What Caddy does not take now, the end of the pass tries again.
 pub(super) fn lead_to_first(round: &Round) {
-    if !matches!(round.at.observed.caddy, CaddyState::Servers(_)) {
+    if !round.at.observed.caddy.is_available() {
         return;
     }
     let led = round.so_far.candidates.iter().filter(|(name, _)| round.so_far.led.contains(*name));

@@ -1,7 +1,7 @@
 //! Starts: checked before anything is touched, restarted in one call, and seen to come up.
 
 use super::watch::{NotUp, SETTLE, Up, Watched, watch};
-use super::{EVERYBODY_WAITS, JOURNAL_LINES, Round, Start, route, steps, still_stopping};
+use super::{EVERYBODY_WAITS, Round, Start, route, steps, still_stopping};
 use crate::clock;
 use crate::deployer::listeners::{self, Listeners};
 use crate::deployer::outcome::{Outcome, PendingJob};
@@ -47,7 +47,7 @@ pub(super) fn check(round: &Round) -> Outcome {
             if goal.is_verified() || round.so_far.unfetchable.contains_key(&goal.path) {
                 continue;
             }
-            match executable(&goal.service, &goal.path).and_then(|()| legible(&goal.service)) {
+            match executable(&goal.service, &goal.path).and_then(|()| check_secrets(&goal.service)) {
                 Ok(()) => to_verify.push((name.clone(), goal.unit.clone())),
                 Err(why) => done.reject(name, goal, &why, Vec::new()),
             }
@@ -123,13 +123,13 @@ pub(super) fn restart(round: &Round) -> Outcome {
         }
         let called = Called::call(starts, done)?;
         let outcomes = watch_all(round, &called, done)?;
-        let came_up =
-            |s: &Start| !called.not_begun.contains_key(s.name) && matches!(outcomes.get(s.name), Some(Ok(_)));
         // What came up is taken down first: a pass that dies among the others' failures leaves it verified.
-        let up = called.starts.iter().filter(|s| came_up(s));
+        let up = called.starts.iter().filter(|s| matches!(outcomes.get(s.name), Some(Ok(_))));
         done.came_up(round, up.map(|s| (s.name, s.goal)));
         for start in &called.starts {
-            take_down(round, start, &called, outcomes.get(start.name), done);
+            if let Some(outcome) = outcomes.get(start.name) {
+                record_result(round, start, called.begun, outcome, done);
+            }
         }
         Ok(())
     })
@@ -191,7 +191,6 @@ struct Called<'a> {
     starts: Vec<Start<'a>>,
     /// The journal's time before it.
     begun: i64,
-    complaint: Option<String>,
     /// A restart that systemd does not even begin leaves the old process running, and that would look well.
     not_begun: BTreeMap<&'a ServiceName, String>,
 }
@@ -203,10 +202,7 @@ impl<'a> Called<'a> {
         let before: BTreeMap<&str, String> =
             units.iter().filter_map(|u| Some((u.as_str(), systemd::invocation(u)?))).collect();
         let begun = clock::journal_now();
-        let (complaint, busy) = match systemd::restart(&units, EVERYBODY_WAITS)? {
-            Restarted::All(complaint) => (complaint, BTreeSet::new()),
-            Restarted::Not(busy) => (None, busy),
-        };
+        let Restarted { complaint, busy } = systemd::restart(&units, EVERYBODY_WAITS)?;
         // Whatever comes of it, no process is left from before: a clock that was set back must not make them look older
         // than their units for ever.
         done.restarted.extend(starts.iter().filter(|s| s.restart).map(|s| s.name.clone()));
@@ -221,19 +217,16 @@ impl<'a> Called<'a> {
             let why = systemd::could_not_start(complaint.as_deref(), &unit);
             let same =
                 before.get(unit.as_str()).is_some_and(|id| systemd::invocation(&unit).as_ref() == Some(id));
-            why.or_else(|| same.then(|| format!("it was not restarted: {}", said(complaint.as_deref()))))
+            let said = complaint.as_deref().map_or_else(|| "systemd says nothing of it".into(), tail);
+            why.or_else(|| same.then(|| format!("it was not restarted: {said}")))
         };
         let restarts = starts.iter().filter(|s| s.restart);
         let not_begun = restarts.filter_map(|s| Some((s.name, not_begun(s)?))).collect();
-        Ok(Called { starts, begun, complaint, not_begun })
+        Ok(Called { starts, begun, not_begun })
     }
 }
 
-/// A complaint of systemctl, for a reason.
-fn said(complaint: Option<&str>) -> String {
-    complaint.map_or_else(|| "systemd says nothing of it".into(), tail)
-}
-
+/// What came of each start.
 fn watch_all(
     round: &Round,
     called: &Called,
@@ -273,48 +266,39 @@ fn watch_all(
         Ok(exposures) => done.exposures = exposures,
         Err(e) => log::info(format!("how exposed the services are is not known: {e}")),
     }
-    outcomes
+    let not_begun = not_begun.iter().map(|(name, why)| ((*name).clone(), Err(NotUp::Release(why.clone()))));
+    Ok(outcomes?.into_iter().chain(not_begun).collect())
 }
 
 /// Takes down what came of one start.
-fn take_down(
-    round: &Round,
-    start: &Start,
-    called: &Called,
-    watched: Option<&Result<Up, NotUp>>,
-    done: &mut Outcome,
-) {
-    let why = match (called.not_begun.get(start.name), watched) {
-        (None, Some(Ok(up))) => {
+fn record_result(round: &Round, start: &Start, begun: i64, outcome: &Result<Up, NotUp>, done: &mut Outcome) {
+    let why = match outcome {
+        Ok(up) => {
             log::info(format!("{}: up after {:.1} s", start.name, up.after.as_secs_f64()));
             done.invocations.insert(start.name.clone(), up.verified.clone());
             return;
         }
-        (None, Some(Err(NotUp::Host(why)))) => return done.fail_on_host(start.name, start.goal, why),
-        (Some(why), _) | (None, Some(Err(NotUp::Release(why)))) => why.clone(),
-        (None, None) => said(called.complaint.as_deref()),
+        Err(NotUp::Host(why)) => return done.fail_on_host(start.name, start.goal, why),
+        Err(NotUp::Release(why)) => why,
     };
     // What this pass did not start may have said what there is to be known before it began.
     let ran = round.at.observed.units.get(start.name).filter(|_| !start.restart);
     let ran = ran.and_then(|u| u.invocation.clone());
-    let began = ran.map_or(Began::At(called.begun), Began::Before);
-    let journal = systemd::journal(&start.name.unit(), &began, JOURNAL_LINES);
+    let began = ran.map_or(Began::At(begun), Began::Before);
+    let journal = systemd::journal(&start.name.unit(), &began);
     match taken(start.name, &start.goal.service, &journal) {
         Some(other) => done.not_the_release(start.name, start.goal, format!("{other} ({why})"), true),
-        None => done.reject(start.name, start.goal, &why, journal),
+        None => done.reject(start.name, start.goal, why, journal),
     }
 }
 
 /// Whether systemd takes a service's secrets: of a line that sets no name of a variable it writes all to the journal,
 /// the value with it.
-fn legible(service: &Service) -> Result<(), String> {
-    for file in secrets::files(service) {
-        // One that cannot be read has been said by the plan, and is systemd's to refuse.
-        if let Ok(Some(why)) = secrets::illegible(&service.name, &file) {
-            return Err(format!("its secrets file {why}"));
-        }
-    }
-    Ok(())
+fn check_secrets(service: &Service) -> Result<(), String> {
+    // One that cannot be read has been said by the plan, and is systemd's to refuse.
+    let wrong = |file: &_| secrets::illegible(&service.name, file).ok().flatten();
+    let wrong = secrets::files(service).iter().find_map(wrong);
+    wrong.map_or(Ok(()), |why| Err(format!("its secrets file {why}")))
 }
 
 /// Who has the port of a service that did not come up and says that it is in use: somebody at another address, which

@@ -32,17 +32,13 @@ pub(super) fn pause(round: &Round) -> Outcome {
     })
 }
 
-/// Removes what was refused and has no version before it, and what waits again.
-pub(super) fn remove_refused(round: &Round) -> Outcome {
-    Outcome::of(|done| remove(round, &round.plan.services, done))
+/// Removes those of these services that go: what was refused and has no version before it, what waits again, and what is
+/// not in the manifest any more.
+pub(super) fn remove(round: &Round, services: &[ServicePlan]) -> Outcome {
+    Outcome::of(|done| remove_units(round, services, done))
 }
 
-/// Removes what is not in the manifest any more.
-pub(super) fn remove_gone(round: &Round) -> Outcome {
-    Outcome::of(|done| remove(round, &round.plan.gone, done))
-}
-
-fn remove(round: &Round, services: &[ServicePlan], done: &mut Outcome) -> Result<()> {
+fn remove_units(round: &Round, services: &[ServicePlan], done: &mut Outcome) -> Result<()> {
     let root = round.at.root;
     let removed = steps(services).filter_map(|(service, step)| match step {
         Step::Remove(why) => Some((&service.name, *why)),
@@ -52,19 +48,16 @@ fn remove(round: &Round, services: &[ServicePlan], done: &mut Outcome) -> Result
     if going.is_empty() {
         return Ok(());
     }
-    let mut ours: Vec<&ServiceName> = Vec::new();
     for (name, why) in &going {
         log::notice(format!("{name}: removing ({why})"));
-        // A unit that was deleted by hand leaves its process and its boot link, which are ours as well.
-        let is_ours = match round.at.observed.units.get(*name).map(|u| &u.file) {
-            Some(UnitFile::Ours(_)) => true,
-            Some(UnitFile::Absent) => round.at.persisted.applied.contains_key(*name),
-            Some(UnitFile::Foreign(_)) | None => false,
-        };
-        if is_ours {
-            ours.push(name);
-        }
     }
+    // A unit that was deleted by hand leaves its process and its boot link, which are ours as well.
+    let is_ours = |name: &&ServiceName| match round.at.observed.units.get(*name).map(|u| &u.file) {
+        Some(UnitFile::Ours(_)) => true,
+        Some(UnitFile::Absent) => round.at.persisted.applied.contains_key(*name),
+        Some(UnitFile::Foreign(_)) | None => false,
+    };
+    let mut ours: Vec<&ServiceName> = going.iter().map(|(name, _)| *name).filter(is_ours).collect();
     // Stop before deleting: a unit without a file keeps its process and cannot be restarted.
     let stopping = systemd::stop(&units_of(&ours), EVERYBODY_WAITS)?;
     for (name, _) in going.iter().filter(|(name, _)| stopping.contains(&name.unit())) {
@@ -75,10 +68,10 @@ fn remove(round: &Round, services: &[ServicePlan], done: &mut Outcome) -> Result
     going.retain(|(name, _)| !stopping.contains(&name.unit()));
     ours.retain(|name| !stopping.contains(&name.unit()));
     // What would start it, before what it is started from.
-    remove_all(ours.iter().map(|name| root.wanted(name)))?;
+    remove_all(ours.iter().map(|name| root.boot_link(name)))?;
     remove_all(ours.iter().map(|name| root.unit(name)))?;
-    for stray in ours.iter().flat_map(|name| observe::strays(root, name)) {
-        durable::remove(&stray)?;
+    for copy in ours.iter().flat_map(|name| observe::shadow_copies(root, name)) {
+        durable::remove(&copy)?;
     }
     if !ours.is_empty() {
         systemd::daemon_reload()?;
@@ -106,7 +99,7 @@ pub(super) fn write(round: &Round) -> Outcome {
         let mut failed = batch.finish();
         for (name, goal) in &all {
             let written = failed.remove(&root.unit(name)).map_or(Ok(()), Err);
-            if let Err(e) = written.and_then(|()| remove_strays(root, name)) {
+            if let Err(e) = written.and_then(|()| remove_shadow_copies(root, name)) {
                 done.fail_on_host(name, goal, &Error::from(e));
             }
         }
@@ -114,10 +107,10 @@ pub(super) fn write(round: &Round) -> Outcome {
     })
 }
 
-fn remove_strays(root: &Root, name: &ServiceName) -> std::io::Result<()> {
-    for stray in observe::strays(root, name) {
-        log::notice(format!("{name}: removing {}, which would stand in for its unit", stray.display()));
-        durable::remove(&stray)?;
+fn remove_shadow_copies(root: &Root, name: &ServiceName) -> std::io::Result<()> {
+    for copy in observe::shadow_copies(root, name) {
+        log::notice(format!("{name}: removing {}, which would stand in for its unit", copy.display()));
+        durable::remove(&copy)?;
     }
     Ok(())
 }
@@ -134,11 +127,11 @@ pub(super) fn enable(round: &Round) -> Outcome {
     let mut batch = Batch::default();
     let folder = durable::folder(&root.wants_dir(), 0o755).map_err(Error::from);
     if folder.is_ok() {
-        all.iter().for_each(|(name, _)| batch.symlink(&root.unit(name), &root.wanted(name)));
+        all.iter().for_each(|(name, _)| batch.symlink(&root.unit(name), &root.boot_link(name)));
     }
     let mut failed = batch.finish();
     for (name, goal) in all {
-        let linked = failed.remove(&root.wanted(name)).map_or(Ok(()), |e| Err(e.into()));
+        let linked = failed.remove(&root.boot_link(name)).map_or(Ok(()), |e| Err(e.into()));
         match folder.clone().and(linked) {
             Ok(()) => log::info(format!("{name}: started at boot from now on")),
             Err(e) => done.fail_on_host(name, goal, &e),
@@ -148,7 +141,7 @@ pub(super) fn enable(round: &Round) -> Outcome {
 }
 
 fn not_at_boot(root: &Root, name: &ServiceName) -> Result<()> {
-    if_there(durable::remove(&root.wanted(name)))?;
+    if_there(durable::remove(&root.boot_link(name)))?;
     Ok(())
 }
 

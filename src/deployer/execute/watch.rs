@@ -1,12 +1,14 @@
 //! The watch: whether what was started comes up, and stays up and well until it has settled.
 
-use crate::deployer::listeners::{self, Answers, Listeners};
+use crate::deployer::listeners::{self, Listeners};
 use crate::deployer::root::Root;
 use crate::deployer::state;
 use crate::error::Result;
 use crate::failpoint;
+use crate::http::{self, HttpLimits};
 use crate::manifest::{Service, command};
 use crate::names::ServiceName;
+use crate::parallel;
 use crate::systemd::{self, CameUp, Listed, Shown};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -16,7 +18,9 @@ use std::time::{Duration, Instant};
 pub(super) const SETTLE: Duration = Duration::from_secs(3);
 /// How often services that are coming up are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(150);
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How many services are probed at a time.
+const SIDE_BY_SIDE: usize = 16;
+const PROBE: Duration = Duration::from_secs(2);
 
 /// A unit that was started and is to come up.
 #[derive(Debug)]
@@ -37,10 +41,8 @@ impl Watched<'_> {
     /// Who else has its port, if anybody does.
     fn other(&self, listeners: Option<&Listeners>) -> Option<String> {
         let port = self.service.port()?;
-        match listeners?.at(port, &self.unit) {
-            Answers::Others(owners) => Some(listeners::in_the_way(port, self.name.as_str(), &owners)),
-            Answers::Nobody | Answers::Unit | Answers::Unknown => None,
-        }
+        let answers = listeners?.at(port, &self.unit);
+        answers.others().map(|owners| listeners::in_the_way(port, self.name.as_str(), owners))
     }
 
     /// What systemd has loaded in place of the unit that was written, if anything.
@@ -187,7 +189,7 @@ pub(super) fn watch(
         let unchanged: Vec<bool> = pending.iter().map(|one| one.is_unchanged(&listed)).collect();
         let close = pending.iter().zip(&unchanged).filter(|(_, unchanged)| !**unchanged);
         let mut shown = systemd::show(&close.map(|(p, _)| p.watched.unit.clone()).collect::<Vec<_>>())?;
-        let probes = probe_all(pending.iter().map(|p| p.watched.service));
+        let probes = parallel::map(&pending, SIDE_BY_SIDE, |one| probe(one.watched.service));
         // After the probes: whoever has answered them is still there.
         let look = Look { root, begun, looked, listeners: Listeners::read().ok() };
         let mut still = Vec::new();
@@ -208,41 +210,19 @@ pub(super) fn watch(
     Ok(outcomes)
 }
 
-/// One probe of each service, side by side; None where there is nothing to probe.
-fn probe_all<'a>(services: impl Iterator<Item = &'a Service>) -> Vec<Option<Result<(), String>>> {
-    let services: Vec<&Service> = services.collect();
-    let mut answers = Vec::with_capacity(services.len());
-    for some in services.chunks(16) {
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = some.iter().map(|s| scope.spawn(|| probe(s))).collect();
-            for thread in threads {
-                // A probe that panics is a defect of ours; the service is then not known to be well.
-                answers.push(thread.join().unwrap_or_else(|_| Some(Err("the probe broke".into()))));
-            }
-        });
-    }
-    answers
-}
-
-/// Asks a service whether it is well: GET of its health path, else a TCP connect, else nothing.
+/// Asks a service whether it is well: GET of its health path, else a TCP connect; None where there is nothing to ask.
 fn probe(service: &Service) -> Option<Result<(), String>> {
     let (port, question) = service.probe()?;
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let Some((path, host)) = question else {
         return Some(
-            TcpStream::connect_timeout(&address, PROBE_TIMEOUT)
+            TcpStream::connect_timeout(&address, PROBE)
                 .map(drop)
                 .map_err(|e| format!("nothing answers on {address} ({e})")),
         );
     };
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .proxy(None)
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .http_status_as_error(false)
-        .timeout_global(Some(PROBE_TIMEOUT))
-        .build()
-        .into();
+    let limits = HttpLimits { connect: PROBE, answer: PROBE, total: Some(PROBE), stall: PROBE };
+    let agent = http::local_agent(limits);
     let answer = agent.get(format!("http://{address}{path}")).header("Host", &host).call();
     Some(match answer {
         Ok(response) if response.status().is_success() || response.status().is_redirection() => Ok(()),

@@ -3,22 +3,20 @@
 //! same function so decides the first deploy, the repair of drift, and putting a previous version back.
 
 mod service;
-#[cfg(test)]
-mod tests;
 
 use super::applied::LastKnownGood;
-use super::caddy::{self, RoutePlan};
-use super::listeners::{Answers, Owner};
+use super::listeners::Owner;
 use super::observed::{Observed, UnitFile};
 use super::outcome::{AttemptFailure, Outcome};
 use super::persisted::PersistedState;
+use super::routes::{self, Route};
 use super::unit;
 use crate::clock::Timestamp;
+use crate::hash::Hasher;
 use crate::manifest::{Http, Service};
 use crate::names::{NEXT_SUFFIX, ServiceName, StorePath};
 use service::{Given, attempt_stamp};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 
 /// What a pass goes by besides.
 #[derive(Debug, Clone, Default)]
@@ -29,10 +27,6 @@ pub struct Options {
     pub allow_empty: bool,
     /// Started by the timer: fetching again what could not be fetched may wait.
     pub timer: bool,
-    /// Which of Caddy's servers gets our route.
-    pub caddy_server: Option<String>,
-    /// The socket that Caddy is changed through, if it is one.
-    pub caddy_socket: Option<PathBuf>,
     /// The units that were active when the pass began. Not as they are now: a start of ours that brings up what it
     /// requires must not make its own attempt look like another one.
     pub active: BTreeSet<String>,
@@ -183,8 +177,8 @@ pub struct Plan {
     pub services: Vec<ServicePlan>,
     /// Services of ours that are not in the manifest (any more).
     pub gone: Vec<ServicePlan>,
-    /// Caddy's route.
-    pub route: RoutePlan,
+    /// Where requests are led.
+    pub routes: Vec<Route>,
     /// Candidates to stop and remove once the route leads past them.
     pub candidates: Vec<ServiceName>,
 }
@@ -195,12 +189,9 @@ impl Plan {
         self.services.iter().all(|s| s.steps.is_empty())
     }
 
-    /// Whether there is nothing to do at all.
+    /// Whether there is nothing to do at all, but for the routes.
     pub fn is_empty(&self) -> bool {
-        self.is_settled()
-            && self.gone.iter().all(|s| s.steps.is_empty())
-            && self.candidates.is_empty()
-            && !matches!(self.route, RoutePlan::Write(_))
+        self.is_settled() && self.gone.iter().all(|s| s.steps.is_empty()) && self.candidates.is_empty()
     }
 }
 
@@ -211,13 +202,13 @@ pub struct WouldEmpty(pub Vec<ServiceName>);
 /// A short hash of what goes into an attempt: the unit, the whole entry (a corrected health path is worth
 /// another one), and the stamp of what is outside of both.
 fn inputs_hash(unit: &str, service: &Service, stamp: &str) -> String {
-    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
+    let mut hasher = Hasher::default();
     let entry = serde_json::to_vec(service).expect("plain data with text keys serializes");
     for part in [unit.as_bytes(), &entry, stamp.as_bytes()] {
-        context.update(&(part.len() as u64).to_le_bytes());
-        context.update(part);
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part);
     }
-    context.finish().as_ref()[..12].iter().map(|b| format!("{b:02x}")).collect()
+    hasher.finish().short(12)
 }
 
 /// Compares what should be with what is. `so_far`: what the effects of this pass came to.
@@ -248,33 +239,19 @@ pub fn plan(
         ServicePlan { steps, ..ServicePlan::nothing(name) }
     });
     let gone = gone.collect();
-    let entries: Vec<&Http> = routed(desired, &services).into_values().collect();
-    let route = caddy::route(&entries, &closed);
-    let route = caddy::plan(options.caddy_server.as_deref(), route.as_ref(), &observed.caddy);
-    let route = caddy::with_view(route, options.caddy_socket.as_deref(), &observed.caddy);
+    let routes = routes::of(routed(desired, &services), &closed);
     let candidates = observed.candidates.iter().cloned().collect();
-    Ok(Plan { services, gone, route, candidates })
+    Ok(Plan { services, gone, routes, candidates })
 }
 
-/// The services whose requests Caddy should bring, by name: what runs, and what should run but cannot (whose
-/// answer is then honestly a 502, and never the neighbour's page). Waiting services are not routed.
-pub fn routed<'a>(desired: &[&'a Service], plans: &'a [ServicePlan]) -> BTreeMap<&'a str, &'a Http> {
-    let mut routed = BTreeMap::new();
-    let mut claimed = BTreeSet::new();
-    for (entry, plan) in desired.iter().zip(plans) {
-        let http = match (&plan.goal, &plan.target) {
-            (Some(goal), _) => goal.service.http.as_ref(),
-            (None, Some(_)) => entry.http.as_ref(),
-            (None, None) => None,
-        };
-        // A version that was put back may claim what a neighbour has by now; the first keeps it.
-        if let Some(http) = http
-            && claimed.insert((http.domain.as_str(), http.path.as_str()))
-        {
-            routed.insert(plan.name.as_str(), http);
-        }
-    }
-    routed
+/// What is reached over HTTP: what runs, and what should run but cannot (whose answer is then honestly a 502, and never
+/// the neighbour's page). Waiting services are not routed.
+fn routed<'a>(desired: &[&'a Service], plans: &'a [ServicePlan]) -> impl Iterator<Item = &'a Http> {
+    desired.iter().zip(plans).filter_map(|(entry, plan)| match (&plan.goal, &plan.target) {
+        (Some(goal), _) => goal.service.http.as_ref(),
+        (None, Some(_)) => entry.http.as_ref(),
+        (None, None) => None,
+    })
 }
 
 type PortOwners = BTreeMap<(ServiceName, u16), Vec<Owner>>;
@@ -282,10 +259,7 @@ type PortOwners = BTreeMap<(ServiceName, u16), Vec<Owner>>;
 /// Who holds ports of services here besides these themselves. Services of ours that leave the port are none of them:
 /// they are stopped before another one starts there.
 fn others(desired: &[&Service], observed: &Observed, persisted: &PersistedState) -> PortOwners {
-    let held = observed.ports.iter().filter_map(|(at, answers)| match answers {
-        Answers::Others(owners) => Some((at, owners)),
-        Answers::Nobody | Answers::Unit | Answers::Unknown => None,
-    });
+    let held = observed.ports.iter().filter_map(|(at, answers)| Some((at, answers.others()?)));
     let leaves = |owner: &Owner, port: u16| {
         let Some(name) = owner.unit.as_deref().and_then(|u| u.strip_suffix(".service")) else { return false };
         let name = name.strip_suffix(NEXT_SUFFIX).unwrap_or(name);

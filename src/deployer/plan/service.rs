@@ -3,7 +3,6 @@
 use super::{Goal, Options, PortOwners, ServicePlan, Step, Verified};
 use crate::clock::Timestamp;
 use crate::deployer::applied::LastKnownGood;
-use crate::deployer::caddy::CaddyState;
 use crate::deployer::listeners::{self, Answers};
 use crate::deployer::observed::{Observed, UnitFile, UnitSeen};
 use crate::deployer::outcome::{AttemptFailure, Outcome, PendingJob};
@@ -45,30 +44,30 @@ pub(super) fn service(entry: &Service, given: &Given) -> ServicePlan {
         return case.foreign(path);
     }
     let Some(target) = entry.artifact.store_path.path() else { return case.placeholder() };
-    let wanted = Goal::new(entry, target, case.stamp(), case.applied, true);
+    let desired = Goal::new(entry, target, case.stamp(), case.applied, true);
     if let Some(job) = given.so_far.pending.get(case.name) {
-        return case.pending(wanted, job);
+        return case.pending(desired, job);
     }
     if given.persisted.overrides.is_paused(case.name, given.now) {
-        return case.paused(&wanted);
+        return case.paused(&desired);
     }
     if let Some(reason) = case.seen.and_then(|seen| seen.replaced.as_ref()) {
-        return case.replaced(wanted, reason);
+        return case.replaced(desired, reason);
     }
     if let Some(Err(reason)) = given.observed.secrets.get(case.name) {
         return case.bad_secrets(reason);
     }
     // A rejection before what cannot be fetched: that may be another service's attempt with the same closure.
-    let failure = case.failed_now(&wanted).or_else(|| case.remembered(&wanted));
-    let Some(failure) = failure.or_else(|| case.in_the_way(&wanted)) else {
-        return case.converge(wanted, None);
+    let failure = case.failed_now(&desired).or_else(|| case.remembered(&desired));
+    let Some(failure) = failure.or_else(|| case.in_the_way(&desired)) else {
+        return case.converge(desired, None);
     };
     let Some(previous) = case.last_known_good() else { return case.without_predecessor(target, failure) };
     let failed_too = case.failed_now(&previous).or_else(|| case.in_the_way(&previous)).is_some();
     match failed_too && !case.was_put_aside(&previous) {
         // What ran before does not come up either: systemd goes on trying, we do not.
         true => case.done(Some(previous), Some(failure), Vec::new()),
-        false => case.converge(previous, Some((failure, &wanted))),
+        false => case.converge(previous, Some((failure, &desired))),
     }
 }
 
@@ -93,13 +92,13 @@ impl Case<'_> {
     }
 
     /// systemd is not through with it.
-    fn pending(&self, wanted: Goal, job: &PendingJob) -> ServicePlan {
+    fn pending(&self, desired: Goal, job: &PendingJob) -> ServicePlan {
         let failure = self.host_failure(format!("{}; the next pass goes on with it", job.why));
         let paused = self.given.persisted.overrides.is_paused(self.name, self.given.now);
-        ServicePlan { paused, ..self.done(Some(wanted), Some(failure), Vec::new()) }
+        ServicePlan { paused, ..self.done(Some(desired), Some(failure), Vec::new()) }
     }
 
-    fn paused(&self, wanted: &Goal) -> ServicePlan {
+    fn paused(&self, desired: &Goal) -> ServicePlan {
         let stopped = self.seen.is_none_or(|seen| {
             matches!(seen.listed.active.as_str(), "" | "inactive" | "failed") && !seen.enabled
         });
@@ -107,12 +106,12 @@ impl Case<'_> {
         if !stopped {
             steps.push(Step::Pause);
         }
-        let plan = self.done(self.last_known_good(), self.remembered(wanted), steps);
+        let plan = self.done(self.last_known_good(), self.remembered(desired), steps);
         ServicePlan { paused: true, ..plan }
     }
 
     /// Whatever is started now is not ours: what runs is left alone, and kept from the garbage collector.
-    fn replaced(&self, wanted: Goal, reason: &str) -> ServicePlan {
+    fn replaced(&self, desired: Goal, reason: &str) -> ServicePlan {
         let shows = self.seen.and_then(|seen| seen.shows.as_ref());
         let mut steps = self.lost_roots();
         steps.extend(shows.filter(|path| !self.holds(path)).cloned().map(Step::Root));
@@ -120,12 +119,12 @@ impl Case<'_> {
             steps.push(Step::Reload);
         }
         // Not started anew since: it is as it should be, as long as nobody restarts it.
-        let intact = self.text() == Some(&wanted.unit) && shows == Some(&wanted.path);
-        if wanted.is_verified() && intact && !self.drop_ins().is_empty() {
-            if self.applied.is_none_or(|a| a.service != wanted.service) {
+        let intact = self.text() == Some(&desired.unit) && shows == Some(&desired.path);
+        if desired.is_verified() && intact && !self.drop_ins().is_empty() {
+            if self.applied.is_none_or(|a| a.service != desired.service) {
                 steps.push(Step::Record);
             }
-            return self.done(Some(wanted), None, steps);
+            return self.done(Some(desired), None, steps);
         }
         self.done(self.last_known_good(), Some(self.host_failure(reason.into())), steps)
     }
@@ -146,7 +145,7 @@ impl Case<'_> {
         self.done(None, Some(failure), steps)
     }
 
-    /// The steps to a goal; `failed`: what was wanted instead, and why that cannot be.
+    /// The steps to a goal; `failed`: what was desired instead, and why that cannot be.
     fn converge(&self, goal: Goal, failed: Option<(AttemptFailure, &Goal)>) -> ServicePlan {
         let mut steps = Vec::new();
         if !self.holds(&goal.path) {
@@ -156,7 +155,7 @@ impl Case<'_> {
         if !self.given.observed.present.contains(&goal.path) {
             steps.push(Step::Fetch(goal.path.clone()));
         }
-        let write = self.reason_to_write(&goal, failed.as_ref().map(|(_, wanted)| *wanted));
+        let write = self.reason_to_write(&goal, failed.as_ref().map(|(_, desired)| *desired));
         match write {
             Some(why) => steps.push(Step::Write(why)),
             None if self.seen.is_some_and(|seen| seen.needs_reload) => steps.push(Step::Reload),
@@ -307,13 +306,13 @@ impl<'a> Case<'a> {
             && self.text() != Some(&previous.unit)
     }
 
-    /// Why its unit is to be written, if it is. `wanted`: what the manifest says, if that is not the goal.
-    fn reason_to_write(&self, goal: &Goal, wanted: Option<&Goal>) -> Option<&'static str> {
+    /// Why its unit is to be written, if it is. `desired`: what the manifest says, if that is not the goal.
+    fn reason_to_write(&self, goal: &Goal, desired: Option<&Goal>) -> Option<&'static str> {
         let shadowed = self.seen.is_some_and(|seen| seen.shadowed);
         match self.text() {
             Some(text) if *text == goal.unit && !shadowed => None,
             Some(text) if *text == goal.unit => Some("another unit stood in for it"),
-            Some(text) if wanted.is_some_and(|w| w.unit == *text) => Some("putting the version before back"),
+            Some(text) if desired.is_some_and(|w| w.unit == *text) => Some("putting the version before back"),
             Some(_) if self.applied.is_some_and(|a| a.path != goal.path) => Some("another version"),
             Some(_) if goal.is_verified() => Some("the unit was changed on the host"),
             Some(_) => Some("the manifest's entry changed"),
@@ -342,7 +341,7 @@ impl<'a> Case<'a> {
                 Some(Step::Prove("an earlier pass was interrupted while it came up"))
             }
             Verified::No => Some(Step::Restart("it was not proved yet")),
-            Verified::Yes if self.is_mute(goal) => Some(match self.before.map(|b| b.status) {
+            Verified::Yes if self.nothing_listens(goal) => Some(match self.before.map(|b| b.status) {
                 Some(ServicePhase::Failed) => Step::Restart("it runs, but nothing listens on its port"),
                 _ => Step::Prove("nothing listens on its port"),
             }),
@@ -355,7 +354,7 @@ impl<'a> Case<'a> {
 
     /// Whether nothing listens on its port. It may still be coming up, as after a boot. If it did not in the last pass,
     /// its process has missed its turn.
-    fn is_mute(&self, goal: &Goal) -> bool {
+    fn nothing_listens(&self, goal: &Goal) -> bool {
         let Given { observed, so_far, .. } = self.given;
         let answers = goal.service.port().and_then(|port| observed.ports.get(&(self.name.clone(), port)));
         !so_far.started.contains(self.name) && answers == Some(&Answers::Nobody)
@@ -371,7 +370,7 @@ impl<'a> Case<'a> {
             && goal.service.rollout == Rollout::Overlap
             && goal.service.port_variable().is_some()
             && self.seen.is_some_and(|seen| seen.listed.running())
-            && matches!(caddy, CaddyState::Servers(_))
+            && caddy.is_available()
             && !candidates.contains(self.name)
             && !foreign_next.contains_key(self.name)
     }
@@ -382,7 +381,7 @@ impl<'a> Case<'a> {
 
     /// Roots that are gone though what they held is still there: of the last known good and those before it.
     fn lost_roots(&self) -> Vec<Step> {
-        let paths = self.applied.into_iter().flat_map(|a| [&a.path].into_iter().chain(&a.previous));
+        let paths = self.applied.into_iter().flat_map(LastKnownGood::paths);
         let lost = paths.filter(|path| self.given.observed.present.contains(*path) && !self.holds(path));
         lost.cloned().map(Step::Root).collect()
     }
@@ -399,7 +398,7 @@ impl<'a> Case<'a> {
         if !persisted.readable {
             return Vec::new();
         }
-        let good = self.applied.into_iter().flat_map(|a| [&a.path].into_iter().chain(&a.previous));
+        let good = self.applied.into_iter().flat_map(LastKnownGood::paths);
         let pending = target.filter(|_| !failure.is_some_and(AttemptFailure::is_rejected));
         let kept: BTreeSet<&str> =
             current.into_iter().chain(pending).chain(good).map(StorePath::base).collect();
