@@ -149,19 +149,7 @@ pub enum TransferError {
 impl TransferError {
     /// Whether the same request may well succeed a moment later.
     pub fn passes(&self) -> bool {
-        match self {
-            TransferError::Unresolved
-            | TransferError::Refused
-            | TransferError::Unroutable
-            | TransferError::Late
-            | TransferError::Cut => true,
-            TransferError::Tls(_)
-            | TransferError::Certificate(_)
-            | TransferError::Expired(..)
-            | TransferError::NotYetValid(..)
-            | TransferError::Protocol(_)
-            | TransferError::Other(_) => false,
-        }
+        self.is_absence() || matches!(self, TransferError::Late | TransferError::Cut)
     }
 
     /// Whether nobody is there at all, so that a few quick tries tell as much as many.
