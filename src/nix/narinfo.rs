@@ -202,15 +202,13 @@ impl NarInfo {
     /// A field that no signature covers and that is nothing for a host's Nix, if there is one. A content address is that
     /// too unless it is what the path is named after.
     pub fn planted(&self) -> Option<&'static str> {
-        if self.ca.is_some() && self.own_warrant().is_none() {
-            Some("CA")
-        } else if self.deriver.as_deref().is_some_and(|deriver| !deriver.ends_with(".drv")) {
-            Some("Deriver")
-        } else if !self.signatures.iter().all(|signature| is_signature(signature)) {
-            Some("Sig")
-        } else {
-            None
-        }
+        let clean = self.clone().without_planted();
+        let kept = [
+            ("CA", self.ca == clean.ca),
+            ("Deriver", self.deriver == clean.deriver),
+            ("Sig", self.signatures == clean.signatures),
+        ];
+        kept.into_iter().find_map(|(field, kept)| (!kept).then_some(field))
     }
 
     /// The same without what [`Self::planted`] names.
