@@ -99,11 +99,6 @@ impl Sha256 {
         STANDARD.encode(self.0)
     }
 
-    /// `sha256-BASE64`, as flake locks and newer Nix's JSON have it.
-    pub fn sri(&self) -> String {
-        format!("sha256-{}", self.base64())
-    }
-
     /// The 32 digits that stand in a store path: the hash folded to 160 bits, in base 32.
     pub fn of_store_path(&self) -> String {
         let mut folded = [0u8; 20];
@@ -178,7 +173,7 @@ mod tests {
         assert!(EMPTY.iter().all(|text| Sha256::parse(text) == Ok(hash)));
         assert_eq!(hash.to_string(), EMPTY[0]);
         assert_eq!(format!("sha256:{}", hash.base16()), EMPTY[1]);
-        assert_eq!(hash.sri(), EMPTY[3]);
+        assert_eq!(format!("sha256-{}", hash.base64()), EMPTY[3]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! asked for, and a closure that is found is whole and in order.
 
 use crate::entries::Choices;
-use crate::narinfo::{KEYS, path};
+use crate::narinfo::{KEYS, path, sign};
 use omni_deploy::names::StorePath;
 use omni_deploy::hash::Sha256;
 use omni_deploy::nix::narinfo::{Compression, NarInfo};
@@ -177,8 +177,8 @@ fn narinfo(of: &StorePath, (kind, references): &(Kind, BTreeSet<StorePath>)) -> 
         ca: None,
     };
     match kind {
-        Kind::Signed | Kind::AboutAnother => info.sign(&KEYS[0]).expect("a key signs"),
-        Kind::Strangers => info.sign(&KEYS[1]).expect("a key signs"),
+        Kind::Signed | Kind::AboutAnother => sign(&mut info, &KEYS[0]),
+        Kind::Strangers => sign(&mut info, &KEYS[1]),
         Kind::Unsigned | Kind::Absent => {}
     }
     info

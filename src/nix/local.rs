@@ -94,6 +94,7 @@ fn number(text: &str) -> std::result::Result<u64, String> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::keys::SecretKey;
 
     pub(in crate::nix) fn path(digit: char, name: &str) -> StorePath {
         StorePath::parse(&format!("/nix/store/{}-{name}", digit.to_string().repeat(32))).unwrap()
@@ -114,6 +115,11 @@ pub(super) mod tests {
             signatures: Vec::new(),
             ca: None,
         }
+    }
+
+    /// As Nix does it.
+    pub(in crate::nix) fn sign(info: &mut NarInfo, key: &SecretKey) {
+        info.signatures.push(key.sign(info.fingerprint().as_bytes()).unwrap());
     }
 
     /// As Nix 2.8, 2.26 and 2.34 write it.

@@ -4,7 +4,7 @@
 //! for (where the NAR is, how it is compressed, how large the file is) is never more than a hint. No network, no files.
 
 use crate::hash::Sha256;
-use crate::keys::{PublicKey, SecretKey, is_signature};
+use crate::keys::{PublicKey, is_signature};
 use crate::names::{STORE_DIR, StorePath};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -163,15 +163,6 @@ impl NarInfo {
     pub fn fingerprint(&self) -> String {
         let references: Vec<&str> = self.references.iter().map(StorePath::as_str).collect();
         format!("1;{};{};{};{}", self.path, self.nar_hash, self.nar_size, references.join(","))
-    }
-
-    /// Adds a signature by this key, unless it has one already.
-    pub fn sign(&mut self, key: &SecretKey) -> crate::error::Result<()> {
-        let signature = key.sign(self.fingerprint().as_bytes())?;
-        if !self.signatures.contains(&signature) {
-            self.signatures.push(signature);
-        }
-        Ok(())
     }
 
     /// Whether one of the keys has signed this. Names alone prove nothing: every signature is verified.
@@ -391,7 +382,9 @@ fn shown(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::local::tests::sign;
     use super::*;
+    use crate::keys::SecretKey;
 
     /// Written by Nix 2.8.
     const INFO: &str = "StorePath: /nix/store/3037rf1n52a6y74sx0qhg518wsyfsmny-b\n\
@@ -480,8 +473,7 @@ mod tests {
         let keys = [key.public()];
         let mut info = parse(INFO).unwrap();
         assert_eq!(info.warrant(&keys), None);
-        info.sign(&key).unwrap();
-        info.sign(&key).unwrap();
+        sign(&mut info, &key);
         assert_eq!(info.signatures.len(), 3);
         assert_eq!(info.warrant(&keys), Some(Warrant::Signature));
         assert_eq!(info.warrant(&[SecretKey::generate("here-1").unwrap().public()]), None);
@@ -539,7 +531,7 @@ mod tests {
         let mut other = tree.clone();
         other.deriver = Some("0zix1dpqqm54fl3j4qz1j7yfb2y6fwj7-b.drv".into());
         let stranger = SecretKey::generate("real-1").unwrap();
-        other.sign(&stranger).unwrap();
+        sign(&mut other, &stranger);
         other.signatures.push("nocolon".into());
         assert_eq!((other.planted(), other.clone().vouched(&keys)), (Some("Sig"), tree.clone()));
         // Where Nix judges the signatures, it gets all that are some.

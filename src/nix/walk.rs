@@ -219,6 +219,7 @@ mod tests {
     use super::*;
     use crate::hash::Sha256;
     use crate::keys::SecretKey;
+    use crate::nix::local::tests::sign;
     use crate::nix::narinfo::Compression;
     use crate::store::Condition;
     use crate::store::dir::DirStore;
@@ -243,7 +244,7 @@ mod tests {
             ca: None,
         };
         if let Some(key) = key {
-            info.sign(key).unwrap();
+            sign(&mut info, key);
         }
         cache.put(&NarInfo::key(&path(n)), info.render().as_bytes(), &Condition::Always).unwrap();
     }
