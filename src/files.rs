@@ -20,6 +20,14 @@ pub fn if_there<T>(found: Result<T>) -> Result<Option<T>> {
     }
 }
 
+/// The same, where a file may also stand in the place of a folder above it.
+pub fn if_reached<T>(found: Result<T>) -> Result<Option<T>> {
+    match found {
+        Err(e) if e.kind() == ErrorKind::NotADirectory => Ok(None),
+        found => if_there(found),
+    }
+}
+
 /// Why a form of ours cannot be read.
 #[derive(Debug)]
 pub enum FormatError {

@@ -5,7 +5,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ring::digest::{Context, SHA256, digest};
 use std::fmt;
-use std::io::{self, Read};
+use std::io::{self, BufReader, Read, Write};
 
 /// The digits of Nix's base 32; e, o, t and u are left out.
 pub const BASE32_DIGITS: &[u8; 32] = b"0123456789abcdfghijklmnpqrsvwxyz";
@@ -25,12 +25,18 @@ impl Default for Hasher {
     }
 }
 
-impl Hasher {
-    /// Takes in more bytes.
-    pub fn update(&mut self, bytes: &[u8]) {
+impl Write for Hasher {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.update(bytes);
+        Ok(bytes.len())
     }
 
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Hasher {
     /// The hash of all that was taken in.
     pub fn finish(self) -> Sha256 {
         Sha256::of_digest(self.0.finish().as_ref())
@@ -46,13 +52,8 @@ impl Sha256 {
     /// The hash of all that can be read.
     pub fn of_reader(source: &mut impl Read) -> io::Result<Self> {
         let mut hasher = Hasher::default();
-        let mut buffer = vec![0; 1 << 16];
-        loop {
-            match source.read(&mut buffer)? {
-                0 => return Ok(hasher.finish()),
-                read => hasher.update(&buffer[..read]),
-            }
-        }
+        io::copy(&mut BufReader::with_capacity(1 << 16, source), &mut hasher)?;
+        Ok(hasher.finish())
     }
 
     fn of_digest(digest: &[u8]) -> Self {
@@ -96,11 +97,6 @@ impl Sha256 {
     /// The 44 characters of base 64.
     pub fn base64(&self) -> String {
         STANDARD.encode(self.0)
-    }
-
-    /// `sha256-BASE64`, as flake locks and newer Nix's JSON have it.
-    pub fn sri(&self) -> String {
-        format!("sha256-{}", self.base64())
     }
 
     /// The 32 digits that stand in a store path: the hash folded to 160 bits, in base 32.
@@ -177,7 +173,7 @@ mod tests {
         assert!(EMPTY.iter().all(|text| Sha256::parse(text) == Ok(hash)));
         assert_eq!(hash.to_string(), EMPTY[0]);
         assert_eq!(format!("sha256:{}", hash.base16()), EMPTY[1]);
-        assert_eq!(hash.sri(), EMPTY[3]);
+        assert_eq!(format!("sha256-{}", hash.base64()), EMPTY[3]);
     }
 
     #[test]

@@ -86,14 +86,6 @@ fn roots(env: Env) -> Result<RootCerts, String> {
     Ok(certificates.into())
 }
 
-fn is_loopback(host: &str) -> bool {
-    let bare = host.trim_start_matches('[').trim_end_matches(']');
-    match bare.parse::<std::net::IpAddr>() {
-        Ok(address) => address.is_loopback(),
-        Err(_) => bare.eq_ignore_ascii_case("localhost") || bare.to_ascii_lowercase().ends_with(".localhost"),
-    }
-}
-
 /// The proxy that curl(1) would take for this server; none for loopback, whatever the environment says.
 fn proxy(env: Env, scheme: &str, host: &str) -> Result<Option<ureq::Proxy>, String> {
     let set = |name: &&str| Some((name.to_string(), env(name).filter(|v| !v.is_empty())?));
@@ -102,17 +94,17 @@ fn proxy(env: Env, scheme: &str, host: &str) -> Result<Option<ureq::Proxy>, Stri
         _ => &["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"],
     };
     let Some((name, url)) = names.iter().find_map(set) else { return Ok(None) };
+    let host = host.trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
+    let is_in = |domain: &str| format!(".{host}").ends_with(&format!(".{domain}"));
     let direct = ["no_proxy", "NO_PROXY"].iter().find_map(set).is_some_and(|(_, list)| {
         list.split(',').map(str::trim).any(|entry| {
-            let domain = entry.trim_start_matches('*').trim_start_matches('.');
-            let bare = host.trim_start_matches('[').trim_end_matches(']');
-            entry == "*"
-                || !domain.is_empty()
-                    && (bare.eq_ignore_ascii_case(domain)
-                        || bare.to_ascii_lowercase().ends_with(&format!(".{}", domain.to_ascii_lowercase())))
+            let domain = entry.trim_start_matches('*').trim_start_matches('.').to_ascii_lowercase();
+            entry == "*" || !domain.is_empty() && is_in(&domain)
         })
     });
-    if direct || is_loopback(host) {
+    let loopback =
+        host.parse::<std::net::IpAddr>().map_or_else(|_| is_in("localhost"), |ip| ip.is_loopback());
+    if direct || loopback {
         return Ok(None);
     }
     // The URL itself may hold a password: it is not shown.
@@ -149,19 +141,7 @@ pub enum TransferError {
 impl TransferError {
     /// Whether the same request may well succeed a moment later.
     pub fn passes(&self) -> bool {
-        match self {
-            TransferError::Unresolved
-            | TransferError::Refused
-            | TransferError::Unroutable
-            | TransferError::Late
-            | TransferError::Cut => true,
-            TransferError::Tls(_)
-            | TransferError::Certificate(_)
-            | TransferError::Expired(..)
-            | TransferError::NotYetValid(..)
-            | TransferError::Protocol(_)
-            | TransferError::Other(_) => false,
-        }
+        self.is_absence() || matches!(self, TransferError::Late | TransferError::Cut)
     }
 
     /// Whether nobody is there at all, so that a few quick tries tell as much as many.

@@ -111,13 +111,8 @@ struct Cache {
 
 impl Cache {
     fn new(url: &str, settings: &Settings, side: Side) -> Self {
-        let mut params = Vec::new();
-        if side == Side::To && is_binary_cache(url) {
-            params.push(("compression", "zstd".to_string()));
-            if let Some(file) = &settings.secret_key_file {
-                params.push(("secret-key", encoded(&file.to_string_lossy())));
-            }
-        }
+        let packs = side == Side::To && is_binary_cache(url);
+        let params = if packs { packing(settings) } else { Vec::new() };
         let secret = without_secrets(url) != url;
         Cache {
             shown: settings.cache.to_string(),
@@ -127,18 +122,19 @@ impl Cache {
         }
     }
 
-    /// A call of `nix` with this cache on one side and this machine's store on the other; `side` is the
-    /// option that names the cache.
+    /// A call of `nix` with this cache on one side and this machine's store on the other.
     fn nix(&self, settings: &Settings, side: Side, words: &[&str]) -> Result<(Run, tempfile::TempDir)> {
         let (run, scratch) = nix(&["nix-command"], &self.scratch)?;
         let mut run = run.args(words);
-        match (&self.secret, side) {
-            (None, side) => run = run.arg(side.option()).arg(&self.url),
-            (Some(_), side) => {
+        let (of_cache, of_other) = side.options();
+        match &self.secret {
+            None => run = run.arg(of_cache).arg(&self.url),
+            Some(_) => {
                 // The cache takes the place of the default store, and the option names the local one.
-                run = run.env("NIX_CONFIG", config_with_store(&self.url));
+                let own = std::env::var("NIX_CONFIG").unwrap_or_default();
+                run = run.env("NIX_CONFIG", format!("{own}\nstore = {}\n", self.url));
                 let local = std::env::var("NIX_REMOTE").ok().filter(|r| !r.is_empty());
-                if let Some(other) = side.other() {
+                if let Some(other) = of_other {
                     run = run.arg(other).arg(local.as_deref().unwrap_or("auto"));
                 }
             }
@@ -146,36 +142,12 @@ impl Cache {
         // Nix 2.8 tries an upload again with an empty body, and waits for an answer to it.
         let attempts = if side == Side::To { "1" } else { "3" };
         run = run.args(["--option", "download-attempts", attempts, "--option", "connect-timeout", "15"]);
-        if side == Side::From && !settings.trusted_public_keys.is_empty() {
-            let keys = settings.trusted_public_keys.join(" ");
-            run = run.args(["--option", "require-sigs", "true", "--option", "trusted-public-keys", &keys]);
-        }
-        Ok((run, scratch))
-    }
-
-    /// Copies to this cache.
-    fn write(&self, settings: &Settings, paths: &[StorePath], on_line: &mut dyn FnMut(&str)) -> Result<()> {
-        for some in paths.chunks(PER_CALL) {
-            let (run, _scratch) = self.nix(settings, Side::To, &["copy"])?;
-            let output = run.args(some).each_line(|_, line| {
-                if is_news(line) {
-                    on_line(&self.clean(line));
-                }
-            });
-            check(output, "nix")
-                .map_err(|e| Error::new(format!("nix copy to {} failed: {}", self.shown, self.cause(&e))))?;
-        }
-        Ok(())
+        Ok((if side == Side::From { trusting(run, settings) } else { run }, scratch))
     }
 
     /// Why a call of nix failed.
     fn cause(&self, e: &RunError) -> String {
-        match e {
-            RunError::Failed { stderr, .. } if !stderr.trim().is_empty() => {
-                store_trouble(stderr).unwrap_or_else(|| self.clean(&tail(&errors_of(stderr))))
-            }
-            e => self.clean(&e.to_string()),
-        }
+        cause(e, |text| self.clean(text))
     }
 
     /// A text of Nix's with the cache's name for people in place of what is secret.
@@ -196,19 +168,12 @@ enum Side {
 }
 
 impl Side {
-    fn option(self) -> &'static str {
+    /// The option that names the cache, and the one for the store on the other side, if there is one.
+    fn options(self) -> (&'static str, Option<&'static str>) {
         match self {
-            Side::From => "--from",
-            Side::To => "--to",
-            Side::Store => "--store",
-        }
-    }
-
-    fn other(self) -> Option<&'static str> {
-        match self {
-            Side::From => Some("--to"),
-            Side::To => Some("--from"),
-            Side::Store => None,
+            Side::From => ("--from", Some("--to")),
+            Side::To => ("--to", Some("--from")),
+            Side::Store => ("--store", None),
         }
     }
 }
@@ -227,9 +192,59 @@ fn nix(features: &[&str], within: &Path) -> Result<(Run, tempfile::TempDir)> {
     Ok((run, scratch))
 }
 
-fn config_with_store(url: &str) -> String {
-    let own = std::env::var("NIX_CONFIG").unwrap_or_default();
-    format!("{own}\nstore = {url}\n")
+/// How Nix packs and signs what it writes into a cache, as parameters of its URL.
+fn packing(settings: &Settings) -> Vec<(&'static str, String)> {
+    let key = settings.secret_key_file.as_ref().map(|file| ("secret-key", encoded(&file.to_string_lossy())));
+    [("compression", "zstd".to_string())].into_iter().chain(key).collect()
+}
+
+/// Whose signatures Nix takes; where no key is named, its own settings say so.
+fn trusting(run: Run, settings: &Settings) -> Run {
+    if settings.trusted_public_keys.is_empty() {
+        return run;
+    }
+    let keys = settings.trusted_public_keys.join(" ");
+    run.args(["--option", "require-sigs", "true", "--option", "trusted-public-keys", &keys])
+}
+
+/// Runs Nix and hands over what it tells people, as `clean` has it.
+fn with_news(
+    run: Run,
+    clean: impl Fn(&str) -> String,
+    on_line: &mut dyn FnMut(&str),
+) -> Result<Output, RunError> {
+    let output = run.each_line(|_, line| {
+        if is_news(line) {
+            on_line(&clean(line));
+        }
+    });
+    check(output, "nix")
+}
+
+/// Why a call of nix failed; of Nix's words what `clean` leaves.
+fn cause(e: &RunError, clean: impl Fn(&str) -> String) -> String {
+    match e {
+        RunError::Failed { stderr, .. } if !stderr.trim().is_empty() => {
+            store_trouble(stderr).unwrap_or_else(|| clean(&tail(&errors_of(stderr))))
+        }
+        e => clean(&e.to_string()),
+    }
+}
+
+/// Cuts a list into parts of about so many bytes, and of as many items as fit into a command line.
+fn groups<T>(items: &[T], most: u64, size: impl Fn(&T) -> u64) -> impl Iterator<Item = &[T]> {
+    let mut left = items;
+    std::iter::from_fn(move || {
+        let mut bytes = 0u64;
+        let fits = |item: &T| {
+            bytes = bytes.saturating_add(size(item));
+            bytes <= most
+        };
+        let count = left.iter().take(PER_CALL).map(fits).take_while(|fits| *fits).count().max(1);
+        let (group, rest) = left.split_at_checked(count)?;
+        left = rest;
+        Some(group)
+    })
 }
 
 /// Why Nix failed, with what to do about it where the disk is full: Nix says neither which nor what.
@@ -312,7 +327,7 @@ fn with_params(url: &str, params: &[(&str, String)]) -> String {
     if pairs.is_empty() { base.to_string() } else { format!("{base}?{}", pairs.join("&")) }
 }
 
-/// The bytes that are free for us where the store is; None when the kernel does not say.
+/// The bytes that are free for us where a store or a spool is; None when the kernel does not say.
 fn free_bytes(store: &Path) -> Option<u64> {
     let of = |path: &Path| rustix::fs::statvfs(path).ok().map(|v| v.f_bavail.saturating_mul(v.f_frsize));
     // A store that is still to be made will be where the folder above it is.
@@ -336,7 +351,11 @@ fn publish_through_nix(
     on_line: &mut dyn FnMut(&str),
 ) -> Result<Published> {
     let cache = Cache::new(url, settings, Side::To);
-    cache.write(settings, paths, on_line)?;
+    for some in paths.chunks(PER_CALL) {
+        let (run, _scratch) = cache.nix(settings, Side::To, &["copy"])?;
+        with_news(run.args(some), |line| cache.clean(line), on_line)
+            .map_err(|e| Error::new(format!("nix copy to {} failed: {}", cache.shown, cache.cause(&e))))?;
+    }
     let mut found = BTreeSet::new();
     for some in paths.chunks(PER_CALL) {
         let (run, _scratch) = cache.nix(settings, Side::Store, &["path-info", "--recursive"])?;

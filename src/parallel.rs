@@ -1,6 +1,13 @@
-//! Many requests at a time: a few threads that take one item after the other. It knows nothing of what is asked.
+//! Many requests at a time: a few threads that take one item after the other, and what they share. It knows nothing of what is
+//! asked.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What threads share. One that panicked with it ends the others anyway.
+pub fn locked<T: ?Sized>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The answers to all items, in their order, asked for by at most `at_once` threads.
 pub fn map<T: Sync, R: Send>(items: &[T], at_once: usize, ask: impl Fn(&T) -> R + Sync) -> Vec<R> {

@@ -2,6 +2,7 @@
 //! nothing else. No link is followed, and nothing but a regular file is swept.
 
 use super::{TEMP_PREFIX, named};
+use crate::files::if_there;
 use crate::hash::hex;
 use crate::{failpoint, random};
 use fs_err::File;
@@ -44,11 +45,7 @@ impl Folder {
 
     /// What stands under a name in it, links not followed; None where there is nothing.
     pub fn look(&self, name: &str) -> io::Result<Option<fs::Stat>> {
-        match fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => Ok(Some(stat)),
-            Err(rustix::io::Errno::NOENT) => Ok(None),
-            Err(e) => Err(e.into()),
-        }
+        if_there(fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW).map_err(io::Error::from))
     }
 
     /// A folder in it; one that is a link, or no folder, is an error (`ENOTDIR`, `ELOOP`).

@@ -184,6 +184,12 @@ mod tests {
         fn get(&self, _: &str, _: Option<&Etag>, _: u64) -> Result<GetResult, StoreError> {
             unreachable!()
         }
+        fn read_from(&self, _: &str, _: u64, _: Option<&Etag>) -> Result<crate::store::Opened, StoreError> {
+            unreachable!()
+        }
+        fn write_from(&self, _: &str, _: &crate::store::Upload<'_>) -> Result<(), StoreError> {
+            unreachable!()
+        }
         fn get_start(&self, key: &str, _: u64) -> Result<Option<Vec<u8>>, StoreError> {
             assert_eq!(key, MANIFEST_KEY);
             let VersionHead { serial, generation, .. } = &self.current;

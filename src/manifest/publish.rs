@@ -862,6 +862,12 @@ mod tests {
                 Some(bytes) => Ok(GetResult::Found { etag: etag(bytes), bytes: bytes.clone() }),
             }
         }
+        fn read_from(&self, _: &str, _: u64, _: Option<&Etag>) -> Result<store::Opened, StoreError> {
+            unreachable!()
+        }
+        fn write_from(&self, _: &str, _: &store::Upload<'_>) -> Result<(), StoreError> {
+            unreachable!()
+        }
         fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
             let objects = self.objects.lock().unwrap();
             Ok(objects.get(key).map(|b| b[..b.len().min(count as usize)].to_vec()))

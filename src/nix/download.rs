@@ -11,11 +11,12 @@ use crate::failpoint;
 use crate::files::if_there;
 use crate::hash::Sha256;
 use crate::names::StorePath;
+use crate::parallel::{self, locked};
 use crate::store::{Etag, Opened, Store, StoreError};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io::{self, BufReader, Read, Seek, Write};
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::sync::{Mutex, mpsc};
 use std::time::Instant;
 
 /// Transfers at a time, each on a connection of its own.
@@ -107,38 +108,35 @@ pub fn download<'a>(
 ) -> BTreeMap<StorePath, DownloadError> {
     let mut queue: Vec<&'a VerifiedNarInfo> = wanted.to_vec();
     queue.sort_by_key(|found| std::cmp::Reverse(found.info.file_size.unwrap_or(found.info.nar_size)));
-    let queue = Mutex::new(VecDeque::from(queue));
     let failures = Mutex::new(BTreeMap::new());
-    let stopped: Mutex<Option<DownloadError>> = Mutex::new(None);
+    let stopped = &Mutex::<Option<DownloadError>>::new(None);
     let (sender, receiver) = mpsc::channel::<(&'a VerifiedNarInfo, SpoolEntry)>();
-    let receiver = Mutex::new(receiver);
-    let fail = |found: &VerifiedNarInfo, failure: DownloadError| {
+    let received = Mutex::new(receiver);
+    let fail = &|found: &VerifiedNarInfo, failure: DownloadError| {
         // A cache that does not answer for one will not for the others; each waiting for itself, they would take
         // as long as there are paths. One that refuses does so at once, and maybe for one alone.
         if matches!(failure, DownloadError::Cache(StoreError::Unreachable(_)) | DownloadError::Late) {
-            *locked(&stopped) = Some(failure.clone());
+            *locked(stopped) = Some(failure.clone());
         }
         locked(&failures).insert(found.info.path.clone(), failure);
     };
-    let transfer = |sender: mpsc::Sender<(&'a VerifiedNarInfo, SpoolEntry)>| {
-        while let Some(found) = next(&queue) {
-            let stop = locked(&stopped).clone();
-            match stop.map_or_else(|| bring(cache, spool, &found.info, until), Err) {
-                Ok(origin) => drop(sender.send((found, origin))),
-                Err(failure) => {
-                    // On a full disk, what cannot be finished makes way.
-                    if matches!(failure, DownloadError::Here(_)) {
-                        drop(Files::of(spool, &found.info.path).forget());
-                    }
-                    fail(found, failure);
+    let transfer = move |found: &&'a VerifiedNarInfo| {
+        let stop = locked(stopped).clone();
+        match stop.map_or_else(|| bring(cache, spool, &found.info, until), Err) {
+            Ok(origin) => drop(sender.send((*found, origin))),
+            Err(failure) => {
+                // On a full disk, what cannot be finished makes way.
+                if matches!(failure, DownloadError::Here(_)) {
+                    drop(Files::of(spool, &found.info.path).forget());
                 }
+                fail(found, failure);
             }
         }
     };
     let finish = || {
         loop {
-            let received = locked(&receiver).recv();
-            let Ok((found, origin)) = received else { return };
+            let next = locked(&received).recv();
+            let Ok((found, origin)) = next else { return };
             let mut done = settle(spool, found, origin);
             if let (Err(DownloadError::Fault(_)), SpoolEntry::Left) = (&done, origin) {
                 // What an earlier run left may be what is wrong: once more, from nothing.
@@ -154,24 +152,13 @@ pub fn download<'a>(
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
-        for _ in 0..wanted.len().min(TRANSFERS) {
-            let sender = sender.clone();
-            scope.spawn(|| transfer(sender));
-        }
-        drop(sender);
         for _ in 0..wanted.len().min(UNPACKERS).min(cores) {
             scope.spawn(finish);
         }
+        // The end of it drops the sender: who unpacks ends with what is there.
+        parallel::map(&queue, TRANSFERS, transfer);
     });
-    failures.into_inner().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn next<'a>(queue: &Mutex<VecDeque<&'a VerifiedNarInfo>>) -> Option<&'a VerifiedNarInfo> {
-    locked(queue).pop_front()
+    std::mem::take(&mut locked(&failures))
 }
 
 /// The most bytes that a file of such a NAR can have: no compression makes anything much larger than it was. What the
@@ -479,7 +466,7 @@ mod tests {
             }
             let Some(DownloadError::Fault(fault)) = scene.fetch() else { panic!("{word}") };
             assert!(fault.text().contains(word), "{}", fault.text());
-            assert_eq!(fault.is_absence(), object.is_none());
+            assert_eq!(matches!(fault, PathFault::Lost(_)), object.is_none());
             assert_eq!(scene.spool().files().unwrap(), []);
         }
     }

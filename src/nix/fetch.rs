@@ -8,14 +8,18 @@ use super::download::{self, DownloadError, download};
 use super::held::{self, TemporaryRoots};
 use super::spool::{self, Spool};
 use super::walk::{PathFault, VerifiedNarInfo, WalkError, WalkLimits, Walked, walk};
-use super::{Cache, FetchError, GCROOTS, PER_CALL, Side, errors_of, missing, nix, store_trouble, with_room};
+use super::{
+    Cache, FetchError, GCROOTS, PER_CALL, Side, cause, groups, missing, nix, store_trouble, trusting,
+    with_room,
+};
 use crate::config::Settings;
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::keys::PublicKey;
+use crate::manifest::signature;
 use crate::names::{STORE_DIR, StorePath};
-use crate::runner::{RunError, tail};
+use crate::runner::RunError;
 use crate::store::{self, CacheUrl, Store};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -80,10 +84,7 @@ pub fn fetch_within(settings: &Settings, paths: &[StorePath], scratch: &Path) ->
     if let Some(why) = cache.absence() {
         return unreachable(why);
     }
-    let keys = settings.trusted_public_keys.iter().map(|key| PublicKey::parse(key));
-    let keys: Vec<PublicKey> = keys.collect::<Result<_, _>>().map_err(|why| {
-        Error::new(format!("a key of 'trustedPublicKeys' {why}; correct it in the configuration"))
-    })?;
+    let keys = signature::trusted(settings)?;
     let spool = Spool::open(&spool::home(spool::Of::Machine), WORK)?;
     let mut fetch = Fetch { settings, cache, keys, spool, scratch, until, shown, reasons: Reasons::new() };
     fetch.run(left)?;
@@ -114,13 +115,9 @@ impl Fetch<'_> {
         let mut closures = self.closures(tops);
         self.keep_what_fits(&mut closures);
         // Each path once, after what it refers to.
-        let mut wanted: Vec<Arc<VerifiedNarInfo>> = Vec::new();
         let mut seen = BTreeSet::new();
-        for found in closures.values().flatten() {
-            if seen.insert(found.info.path.clone()) {
-                wanted.push(Arc::clone(found));
-            }
-        }
+        let mut wanted: Vec<Arc<VerifiedNarInfo>> = closures.values().flatten().cloned().collect();
+        wanted.retain(|found| seen.insert(found.info.path.clone()));
         // What lies there of fetches that nobody wants any more, so that the spool does not grow for ever; but not while
         // the cache does not say what is wanted.
         if !self.reasons.values().any(|reason| matches!(reason, FetchError::Unreachable(_))) {
@@ -130,7 +127,7 @@ impl Fetch<'_> {
         // What they refer to as well: some of it may be here for no other reason than that nobody has collected it.
         let paths = wanted.iter().flat_map(|found| found.info.references.iter().chain([&found.info.path]));
         let _held = TemporaryRoots::new(Path::new(GCROOTS), paths);
-        for group in groups(&wanted) {
+        for group in groups(&wanted, GROUP, |found| found.info.nar_size) {
             let copied = self.bring(group, &mut closures)?;
             let copied: BTreeSet<&str> = copied.iter().map(StorePath::hash).collect();
             self.spool.clear(|key| !copied.contains(download::hash_of(key)))?;
@@ -205,11 +202,11 @@ impl Fetch<'_> {
             use std::os::unix::fs::MetadataExt;
             fs_err::metadata(path).ok().map(|meta| meta.dev())
         };
-        let shared = device(Path::new(STORE_DIR)) == self.spool.device();
+        let shared = device(Path::new(STORE_DIR)) == device(self.spool.dir());
         // What an earlier fetch has left of them has its room already; the rest of the spool makes way.
         let left = self.spool.files().map_or(0, |files| files.iter().map(|(_, size)| size).sum::<u64>());
         let free = if shared { free.saturating_add(left) } else { free };
-        let spool_free = if shared { None } else { self.spool.free_bytes() };
+        let spool_free = if shared { None } else { super::free_bytes(self.spool.dir()) };
         let spool_free = spool_free.map(|free| free.saturating_add(left));
         let mut counted = BTreeSet::new();
         let (mut used, mut largest) = (0u64, 0u64);
@@ -291,24 +288,15 @@ impl Fetch<'_> {
     /// Lets Nix copy these paths, which are in the spool, and nothing else. The inner error is Nix's; the outer one is of
     /// our own files, and of no closure.
     fn copy(&self, paths: &[StorePath]) -> Result<Result<(), RunError>> {
-        for some in paths.chunks(PER_CALL) {
-            let (run, _scratch) = nix(&["nix-command"], self.scratch)?;
-            let mut run = run.args(["copy", "--no-recursive", "--from"]).arg(self.spool.url());
-            if !self.settings.trusted_public_keys.is_empty() {
-                let keys = self.settings.trusted_public_keys.join(" ");
-                run =
-                    run.args(["--option", "require-sigs", "true", "--option", "trusted-public-keys", &keys]);
-            }
-            let within = self.until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
-            let copy = || {
-                let _effect = failpoint::mark("nix copy", &self.shown);
-                run.args(some).deadline(within).success()
-            };
-            if let Err(e) = announced::copying(&self.spool, some, copy)? {
-                return Ok(Err(e));
-            }
+        if paths.is_empty() {
+            return Ok(Ok(()));
         }
-        Ok(Ok(()))
+        let (run, _scratch) = nix(&["nix-command"], self.scratch)?;
+        let run = run.args(["copy", "--no-recursive", "--from"]).arg(self.spool.url());
+        announced::copying(&self.spool, paths, || {
+            let _effect = failpoint::mark("nix copy", &self.shown);
+            trusting(run, self.settings).args(paths).deadline(time_left(self.until)).success().map(drop)
+        })
     }
 
     /// The reason when a part of a closure is missing or wrong in the cache. What it advises is safe to follow: a push
@@ -367,7 +355,7 @@ impl Fetch<'_> {
             }
             e => return FetchError::Failed(format!("cannot copy {top}: {e}")),
         };
-        let cause = store_trouble(stderr).unwrap_or_else(|| tail(&errors_of(stderr)));
+        let cause = cause(e, str::to_string);
         if store_trouble(stderr).is_none() && stderr.contains("signature") {
             return FetchError::Refused(format!(
                 "nix refuses what {} has of the closure of {top}: {cause}; push it again from a machine whose key \
@@ -395,20 +383,9 @@ fn needed<'g>(group: &'g [Arc<VerifiedNarInfo>], closures: &Closures) -> Vec<&'g
     group.iter().map(Arc::as_ref).filter(|found| needed.contains(&found.info.path)).collect()
 }
 
-/// Cuts a list into parts of about [`GROUP`] bytes.
-fn groups(wanted: &[Arc<VerifiedNarInfo>]) -> impl Iterator<Item = &[Arc<VerifiedNarInfo>]> {
-    let mut left = wanted;
-    std::iter::from_fn(move || {
-        let mut bytes = 0u64;
-        let fits = |found: &Arc<VerifiedNarInfo>| {
-            bytes = bytes.saturating_add(found.info.nar_size);
-            bytes <= GROUP
-        };
-        let count = left.iter().map(fits).take_while(|fits| *fits).count().max(1);
-        let (group, rest) = left.split_at_checked(count)?;
-        left = rest;
-        Some(group)
-    })
+/// How long a call of Nix may still take.
+fn time_left(until: Instant) -> Duration {
+    until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1))
 }
 
 /// Closures of a cache that Nix itself speaks with: all in one `nix copy`, and if that fails, one by one.
@@ -444,9 +421,8 @@ fn copy_through_nix(
     let spawn = |e: Error| RunError::Spawn { program: "nix".into(), cause: e.to_string() };
     for some in paths.chunks(PER_CALL) {
         let (run, _scratch) = cache.nix(settings, Side::From, &["copy"]).map_err(spawn)?;
-        let within = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
         let _effect = failpoint::mark("nix copy", &cache.shown);
-        run.args(some).deadline(within).success()?;
+        run.args(some).deadline(time_left(until)).success()?;
     }
     Ok(())
 }

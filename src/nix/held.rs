@@ -1,7 +1,8 @@
 //! Keeps what a fetch has brought from the garbage collector until the closure is whole, and so held by its service's own
 //! root: whoever may use Nix's daemon can have it collect at any time, also between two groups of one closure. Roots are
 //! links in a folder of their own beside the services'; no pass that ended leaves one, and the next removes what one that
-//! died has left. Removes nothing but such links.
+//! died has left. Removes nothing but such links, and
+//! flushes none of them: they are worth nothing after a power cut.
 
 use crate::log;
 use crate::names::{STORE_DIR, StorePath};

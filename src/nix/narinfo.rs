@@ -4,9 +4,9 @@
 //! for (where the NAR is, how it is compressed, how large the file is) is never more than a hint. No network, no files.
 
 use crate::hash::Sha256;
-use crate::keys::{PublicKey, SecretKey, is_signature};
+use crate::keys::{PublicKey, is_signature};
 use crate::names::{STORE_DIR, StorePath};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 /// The most bytes of a narinfo; thousands of references fit.
@@ -86,24 +86,22 @@ impl NarInfo {
         for line in text.split('\n').filter(|line| !line.is_empty()) {
             fields.take(line)?;
         }
-        let path = required(fields.path, "StorePath")?;
+        let path = fields.required("StorePath")?;
         let path = StorePath::parse(path)
             .map_err(|why| format!("has the StorePath {}, which {why}", shown(path)))?;
-        let url = required(fields.url, "URL")?;
+        let url = fields.required("URL")?;
         if !is_nar_key(url) {
             return Err(format!("has the URL {}, which is not a file below nar/", shown(url)));
         }
-        let hash = |text: &str, name: &str| {
-            Sha256::parse(text).map_err(|why| format!("has the {name} {}, which {why}", shown(text)))
-        };
-        let deriver = fields.deriver.filter(|d| *d != "unknown-deriver");
+        let nar_hash = fields.required("NarHash")?;
+        let deriver = fields.get("Deriver").filter(|d| *d != "unknown-deriver");
         if let Some(deriver) = deriver {
             reference(deriver, "Deriver")?;
         }
         Ok(NarInfo {
             path,
             url: url.to_string(),
-            compression: match fields.compression {
+            compression: match fields.get("Compression") {
                 // What Nix takes a narinfo for that does not say.
                 None => Compression::Other,
                 Some("none" | "") => Compression::None,
@@ -112,14 +110,15 @@ impl NarInfo {
                 Some(_) => Compression::Other,
             },
             // A hint alone, so that one in another algorithm is no fault.
-            file_hash: fields.file_hash.and_then(|text| Sha256::parse(text).ok()),
-            file_size: fields.file_size.map(|text| number(text, "FileSize")).transpose()?,
-            nar_hash: hash(required(fields.nar_hash, "NarHash")?, "NarHash")?,
-            nar_size: number(required(fields.nar_size, "NarSize")?, "NarSize")?,
-            references: references(required(fields.references, "References")?)?,
+            file_hash: fields.get("FileHash").and_then(|text| Sha256::parse(text).ok()),
+            file_size: fields.get("FileSize").map(|text| number(text, "FileSize")).transpose()?,
+            nar_hash: Sha256::parse(nar_hash)
+                .map_err(|why| format!("has the NarHash {}, which {why}", shown(nar_hash)))?,
+            nar_size: number(fields.required("NarSize")?, "NarSize")?,
+            references: references(fields.required("References")?)?,
             deriver: deriver.map(str::to_string),
-            signatures: fields.signatures.into_iter().map(str::to_string).collect(),
-            ca: fields.ca.filter(|ca| !ca.is_empty()).map(str::to_string),
+            signatures: fields.signatures.iter().map(|signature| signature.to_string()).collect(),
+            ca: fields.get("CA").filter(|ca| !ca.is_empty()).map(str::to_string),
         })
     }
 
@@ -166,15 +165,6 @@ impl NarInfo {
         format!("1;{};{};{};{}", self.path, self.nar_hash, self.nar_size, references.join(","))
     }
 
-    /// Adds a signature by this key, unless it has one already.
-    pub fn sign(&mut self, key: &SecretKey) -> crate::error::Result<()> {
-        let signature = key.sign(self.fingerprint().as_bytes())?;
-        if !self.signatures.contains(&signature) {
-            self.signatures.push(signature);
-        }
-        Ok(())
-    }
-
     /// Whether one of the keys has signed this. Names alone prove nothing: every signature is verified.
     pub fn verified_by(&self, keys: &[PublicKey]) -> bool {
         self.verified(keys).next().is_some()
@@ -203,15 +193,13 @@ impl NarInfo {
     /// A field that no signature covers and that is nothing for a host's Nix, if there is one. A content address is that
     /// too unless it is what the path is named after.
     pub fn planted(&self) -> Option<&'static str> {
-        if self.ca.is_some() && self.own_warrant().is_none() {
-            Some("CA")
-        } else if self.deriver.as_deref().is_some_and(|deriver| !deriver.ends_with(".drv")) {
-            Some("Deriver")
-        } else if !self.signatures.iter().all(|signature| is_signature(signature)) {
-            Some("Sig")
-        } else {
-            None
-        }
+        let clean = self.clone().without_planted();
+        let kept = [
+            ("CA", self.ca == clean.ca),
+            ("Deriver", self.deriver == clean.deriver),
+            ("Sig", self.signatures == clean.signatures),
+        ];
+        kept.into_iter().find_map(|(field, kept)| (!kept).then_some(field))
     }
 
     /// The same without what [`Self::planted`] names.
@@ -257,35 +245,37 @@ impl NarInfo {
 
     /// What keeps this from being what the local store says, if anything: the signed fields are compared.
     pub fn differs_from(&self, local: &NarInfo) -> Option<&'static str> {
-        if self.path != local.path {
-            Some("StorePath")
-        } else if self.nar_hash != local.nar_hash {
-            Some("NarHash")
-        } else if self.nar_size != local.nar_size {
-            Some("NarSize")
-        } else if self.references != local.references {
-            Some("References")
-        } else {
-            None
-        }
+        let signed = [
+            ("StorePath", self.path == local.path),
+            ("NarHash", self.nar_hash == local.nar_hash),
+            ("NarSize", self.nar_size == local.nar_size),
+            ("References", self.references == local.references),
+        ];
+        signed.into_iter().find_map(|(field, same)| (!same).then_some(field))
     }
 }
 
 /// The fields as they stand there.
 #[derive(Default)]
 struct NarInfoFields<'a> {
-    path: Option<&'a str>,
-    url: Option<&'a str>,
-    compression: Option<&'a str>,
-    file_hash: Option<&'a str>,
-    file_size: Option<&'a str>,
-    nar_hash: Option<&'a str>,
-    nar_size: Option<&'a str>,
-    references: Option<&'a str>,
-    deriver: Option<&'a str>,
-    ca: Option<&'a str>,
+    /// Those of [`FIELDS`] that are there.
+    single: BTreeMap<&'a str, &'a str>,
     signatures: Vec<&'a str>,
 }
+
+/// What is read beside the signatures.
+const FIELDS: [&str; 10] = [
+    "StorePath",
+    "URL",
+    "Compression",
+    "FileHash",
+    "FileSize",
+    "NarHash",
+    "NarSize",
+    "References",
+    "Deriver",
+    "CA",
+];
 
 impl<'a> NarInfoFields<'a> {
     fn take(&mut self, line: &'a str) -> Result<(), String> {
@@ -303,36 +293,25 @@ impl<'a> NarInfoFields<'a> {
                 shown(name)
             ));
         }
-        let field = match name {
-            "StorePath" => &mut self.path,
-            "URL" => &mut self.url,
-            "Compression" => &mut self.compression,
-            "FileHash" => &mut self.file_hash,
-            "FileSize" => &mut self.file_size,
-            "NarHash" => &mut self.nar_hash,
-            "NarSize" => &mut self.nar_size,
-            "References" => &mut self.references,
-            "Deriver" => &mut self.deriver,
-            "CA" => &mut self.ca,
-            "Sig" if self.signatures.len() == MAX_SIGNATURES => {
+        if name == "Sig" {
+            if self.signatures.len() == MAX_SIGNATURES {
                 return Err(format!("has more than {MAX_SIGNATURES} signatures"));
             }
-            "Sig" => {
-                self.signatures.push(value);
-                return Ok(());
-            }
-            _ => return Ok(()),
-        };
-        // Whoever reads the first and whoever reads the last would read two narinfos.
-        match field.replace(value) {
-            None => Ok(()),
-            Some(_) => Err(format!("has {name} twice")),
+            self.signatures.push(value);
+        } else if FIELDS.contains(&name) && self.single.insert(name, value).is_some() {
+            // Whoever reads the first and whoever reads the last would read two narinfos.
+            return Err(format!("has {name} twice"));
         }
+        Ok(())
     }
-}
 
-fn required<'a>(field: Option<&'a str>, name: &str) -> Result<&'a str, String> {
-    field.ok_or_else(|| format!("has no {name}"))
+    fn get(&self, name: &str) -> Option<&'a str> {
+        self.single.get(name).copied()
+    }
+
+    fn required(&self, name: &str) -> Result<&'a str, String> {
+        self.get(name).ok_or_else(|| format!("has no {name}"))
+    }
 }
 
 fn number(text: &str, name: &str) -> Result<u64, String> {
@@ -357,6 +336,31 @@ fn references(text: &str) -> Result<BTreeSet<StorePath>, String> {
     Ok(references)
 }
 
+/// The paths below some others, each after all that it refers to. `references` says what one refers to: None leaves it
+/// out, with what is below it; its first error is the answer.
+pub fn references_first<'a, E>(
+    tops: impl IntoIterator<Item = &'a StorePath>,
+    references: impl Fn(&'a StorePath) -> Result<Option<&'a BTreeSet<StorePath>>, E>,
+) -> Result<Vec<&'a StorePath>, E> {
+    let (mut order, mut seen) = (Vec::new(), BTreeSet::new());
+    for top in tops {
+        // Depth first, without recursion: a closure can be deeper than a thread's stack. With each path, whether what it
+        // refers to was put before it.
+        let mut open = vec![(top, false)];
+        while let Some((path, ready)) = open.pop() {
+            if ready {
+                order.push(path);
+            } else if seen.insert(path)
+                && let Some(below) = references(path)?
+            {
+                open.push((path, true));
+                open.extend(below.iter().filter(|r| !seen.contains(r)).map(|r| (r, false)));
+            }
+        }
+    }
+    Ok(order)
+}
+
 /// Whether a URL is the key of a file below `nar/`, and nothing that leads anywhere else: not to another host, not
 /// upwards, not to a query.
 pub fn is_nar_key(url: &str) -> bool {
@@ -378,7 +382,9 @@ fn shown(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::local::tests::sign;
     use super::*;
+    use crate::keys::SecretKey;
 
     /// Written by Nix 2.8.
     const INFO: &str = "StorePath: /nix/store/3037rf1n52a6y74sx0qhg518wsyfsmny-b\n\
@@ -467,8 +473,7 @@ mod tests {
         let keys = [key.public()];
         let mut info = parse(INFO).unwrap();
         assert_eq!(info.warrant(&keys), None);
-        info.sign(&key).unwrap();
-        info.sign(&key).unwrap();
+        sign(&mut info, &key);
         assert_eq!(info.signatures.len(), 3);
         assert_eq!(info.warrant(&keys), Some(Warrant::Signature));
         assert_eq!(info.warrant(&[SecretKey::generate("here-1").unwrap().public()]), None);
@@ -526,7 +531,7 @@ mod tests {
         let mut other = tree.clone();
         other.deriver = Some("0zix1dpqqm54fl3j4qz1j7yfb2y6fwj7-b.drv".into());
         let stranger = SecretKey::generate("real-1").unwrap();
-        other.sign(&stranger).unwrap();
+        sign(&mut other, &stranger);
         other.signatures.push("nocolon".into());
         assert_eq!((other.planted(), other.clone().vouched(&keys)), (Some("Sig"), tree.clone()));
         // Where Nix judges the signatures, it gets all that are some.
@@ -576,5 +581,21 @@ mod tests {
         let mut other = tree.clone();
         other.nar_hash = Sha256::of(b"other");
         assert_eq!(other.warrant(&[]), None);
+    }
+
+    #[test]
+    fn references_come_before_what_refers_to_them() {
+        use super::super::local::tests::{info, path};
+        let [a, b, c, d] = ['1', '2', '3', '4'].map(|digit| path(digit, "x"));
+        let closure = BTreeMap::from([
+            (a.clone(), info(&a, &[&a, &d, &c])),
+            (b.clone(), info(&b, &[&a])),
+            (c.clone(), info(&c, &[&d])),
+            (d.clone(), info(&d, &[])),
+        ]);
+        let order = references_first(closure.keys(), |path| {
+            Ok::<_, ()>(closure.get(path).map(|info| &info.references))
+        });
+        assert_eq!(order.unwrap(), [&d, &c, &a, &b]);
     }
 }

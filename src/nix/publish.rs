@@ -3,24 +3,23 @@
 //! ([`super::present`]). Never deletes anything in a cache: what is wrong there is written over.
 
 use super::local::{self, Closure};
-use super::narinfo::NarInfo;
+use super::narinfo::{NarInfo, references_first};
 use super::present::{self, AbsenceReason, Voucher};
 use super::spool::{self, Spool};
 use super::upload::Uploads;
-use super::{
-    Figures, PER_CALL, check, encoded, errors_of, is_news, nix, store_trouble, with_params, with_room,
-};
+use super::{Figures, cause, groups, nix, packing, with_news, with_params, with_room};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::keys::{PublicKey, SecretKey};
 use crate::log;
+use crate::manifest::signature;
 use crate::names::StorePath;
-use crate::runner::{RunError, tail};
+use crate::parallel::locked;
 use crate::store::{self, CacheUrl, Condition, GetResult, Store, StoreError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// So many bytes of NARs Nix is given to pack at a time; a single larger path is a batch of its own.
@@ -72,7 +71,8 @@ pub fn publish(
         None => store::open(url)?,
     };
     let key = settings.secret_key_file.as_deref().map(SecretKey::read).transpose()?.map(|key| key.public());
-    let keys = trusted(settings, key.as_ref())?;
+    // Those whose signatures count: those that are trusted, and our own.
+    let keys: Vec<PublicKey> = signature::trusted(settings)?.into_iter().chain(key.clone()).collect();
     let closure = local::read(tops)?;
     let shown = settings.cache.to_string();
     let found = look(cache.as_ref(), &closure, scope, &keys)?;
@@ -87,8 +87,10 @@ pub fn publish(
     if found.faults.is_empty() {
         return Ok(Published { figures: figures(0), written: Some(0) });
     }
-    let missing: Vec<&StorePath> =
-        local::references_first(&closure).into_iter().filter(|p| found.faults.contains_key(*p)).collect();
+    let mut missing = references_first(closure.keys(), |path| {
+        Ok::<_, Error>(closure.get(path).map(|info| &info.references))
+    })?;
+    missing.retain(|path| found.faults.contains_key(*path));
     let copy = Copy {
         settings,
         closure: &closure,
@@ -99,17 +101,6 @@ pub fn publish(
     };
     let bytes = copy.run(cache.as_ref(), on_line)?;
     Ok(Published { figures: figures(bytes), written: Some(missing.len()) })
-}
-
-/// The keys whose signatures count: those that are trusted, and our own.
-fn trusted(settings: &Settings, own: Option<&PublicKey>) -> Result<Vec<PublicKey>> {
-    let parse = |text: &String| {
-        PublicKey::parse(text).map_err(|why| {
-            Error::new(format!("{text:?} in 'trustedPublicKeys' {why}; correct the configuration"))
-        })
-    };
-    let keys: Result<Vec<PublicKey>> = settings.trusted_public_keys.iter().map(parse).collect();
-    Ok(keys?.into_iter().chain(own.cloned()).collect())
 }
 
 /// What the cache has, and that it says what it is for.
@@ -209,9 +200,15 @@ impl Copy<'_> {
                 scope.spawn(|| uploads.work());
             }
             scope.spawn(|| {
-                self.watch(&spool, &uploads, &awaited, &|| {
-                    ended.load(Ordering::SeqCst) || stop.load(Ordering::SeqCst)
-                })
+                // Hands over what Nix writes, while it writes.
+                while !ended.load(Ordering::SeqCst) && !stop.load(Ordering::SeqCst) {
+                    let since = Instant::now();
+                    if let Err(e) = self.collect(&spool, &uploads, &awaited) {
+                        uploads.fail(StoreError::Refused(e.to_string()));
+                    }
+                    // A large spool takes its time to list: not more of ours than a tenth.
+                    std::thread::sleep(LOOK_EVERY.max(since.elapsed() * 10));
+                }
             });
             match self.pack(&spool, &uploads, &awaited, &stop, on_line) {
                 Ok(()) => uploads.close(),
@@ -223,7 +220,7 @@ impl Copy<'_> {
         uploads.outcome()?;
         // What cannot be removed goes with the next push.
         drop(spool.clear(|_| false));
-        let awaited = awaited.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let awaited = locked(&awaited);
         if awaited.unsigned > 0 {
             log::warning(format!(
                 "{} of the paths in {} carry no signature by a key that is trusted here, and hosts with these keys refuse \
@@ -258,39 +255,26 @@ impl Copy<'_> {
         stop: &Arc<AtomicBool>,
         on_line: &mut dyn FnMut(&str),
     ) -> Result<()> {
-        let mut params = vec![("compression", "zstd".to_string())];
-        if let Some(file) = &self.settings.secret_key_file {
-            params.push(("secret-key", encoded(&file.to_string_lossy())));
-        }
-        let url = with_params(&spool.url(), &params);
+        let url = with_params(&spool.url(), &packing(self.settings));
         let clean = |text: &str| text.replace(&url, self.shown).replace(&spool.url(), self.shown);
-        for (batch, bytes) in batches(self.missing, self.closure) {
+        let size = |path: &&StorePath| self.closure.get(*path).map_or(0, |info| info.nar_size);
+        for batch in groups(self.missing, BATCH, size) {
+            let bytes = batch.iter().map(size).fold(0, u64::saturating_add);
             if !uploads.wait_for_room(bytes, SPOOL_LIMIT) {
                 return Ok(());
             }
             let (run, _scratch) = nix(&["nix-command"], spool.dir())?;
             let run = run.args(["copy", "--no-recursive", "--to", &url]).args(batch).stop(stop);
             let _effect = failpoint::mark("nix copy", self.shown);
-            let output = run.each_line(|_, line| {
-                if is_news(line) {
-                    on_line(&clean(line));
-                }
-            });
-            check(output, "nix").map_err(|e| {
-                let cause = match &e {
-                    RunError::Failed { stderr, .. } if !stderr.trim().is_empty() => {
-                        store_trouble(stderr).unwrap_or_else(|| tail(&errors_of(stderr)))
-                    }
-                    e => e.to_string(),
-                };
+            with_news(run, clean, on_line).map_err(|e| {
                 let room = format!(
                     "make room where {} is, or set XDG_CACHE_HOME to a folder on another disk",
                     spool.dir().display()
                 );
-                Error::new(format!("nix could not pack it: {}", with_room(clean(&cause), &room)))
+                Error::new(format!("nix could not pack it: {}", with_room(cause(&e, clean), &room)))
             })?;
             self.collect(spool, uploads, awaited)?;
-            let awaited = awaited.lock().unwrap_or_else(PoisonError::into_inner);
+            let awaited = locked(awaited);
             if let Some(path) = batch.iter().find(|path| awaited.paths.contains_key(&NarInfo::key(path))) {
                 return Err(Error::new(format!(
                     "nix copy ended well and did not write {path} to {}; look what else writes there",
@@ -301,28 +285,10 @@ impl Copy<'_> {
         Ok(())
     }
 
-    /// Hands over what Nix writes, while it writes.
-    fn watch(
-        &self,
-        spool: &Spool,
-        uploads: &Uploads<'_>,
-        awaited: &Mutex<Awaited<'_>>,
-        over: &dyn Fn() -> bool,
-    ) {
-        while !over() {
-            let since = Instant::now();
-            if let Err(e) = self.collect(spool, uploads, awaited) {
-                uploads.fail(StoreError::Refused(e.to_string()));
-            }
-            // A large spool takes its time to list: not more of ours than a tenth.
-            std::thread::sleep(LOOK_EVERY.max(since.elapsed() * 10));
-        }
-    }
-
     /// Looks what is new in the spool, checks it and hands it over.
     fn collect(&self, spool: &Spool, uploads: &Uploads<'_>, awaited: &Mutex<Awaited<'_>>) -> Result<()> {
         // One at a time: each path is handed over once.
-        let mut awaited = awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut awaited = locked(awaited);
         if awaited.paths.is_empty() {
             return Ok(());
         }
@@ -356,24 +322,6 @@ impl Copy<'_> {
     }
 }
 
-/// The paths in groups that Nix packs at a time, with the size of their NARs together.
-fn batches<'p>(paths: &'p [&'p StorePath], closure: &Closure) -> Vec<(&'p [&'p StorePath], u64)> {
-    let size = |path: &StorePath| closure.get(path).map_or(0, |info| info.nar_size);
-    let mut batches = Vec::new();
-    let mut rest = paths;
-    while !rest.is_empty() {
-        let (mut count, mut bytes) = (1, size(rest[0]));
-        while count < rest.len().min(PER_CALL) && bytes.saturating_add(size(rest[count])) <= BATCH {
-            bytes += size(rest[count]);
-            count += 1;
-        }
-        let (batch, others) = rest.split_at(count);
-        batches.push((batch, bytes));
-        rest = others;
-    }
-    batches
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::local::tests::{info, path};
@@ -389,8 +337,10 @@ mod tests {
             .map(|(path, size)| (path.clone(), NarInfo { nar_size: size, ..info(path, &[]) }))
             .collect();
         let paths: Vec<&StorePath> = paths.iter().collect();
-        let counts: Vec<usize> = batches(&paths, &closure).iter().map(|(batch, _)| batch.len()).collect();
-        assert_eq!(counts, [2, 1, 1, 1, 1]);
-        assert_eq!(batches(&[], &closure), []);
+        let counts = |paths: &[&StorePath]| -> Vec<usize> {
+            groups(paths, BATCH, |path| closure[*path].nar_size).map(<[_]>::len).collect()
+        };
+        assert_eq!(counts(&paths), [2, 1, 1, 1, 1]);
+        assert_eq!(counts(&[]), [0; 0]);
     }
 }

@@ -211,16 +211,6 @@ impl Spool {
         }
         Ok(())
     }
-
-    /// The bytes that are free for us where the spool is; None when the kernel does not say.
-    pub fn free_bytes(&self) -> Option<u64> {
-        rustix::fs::statvfs(&self.dir).ok().map(|v| v.f_bavail.saturating_mul(v.f_frsize))
-    }
-
-    /// The file system the spool is on.
-    pub fn device(&self) -> Option<u64> {
-        fs_err::metadata(&self.dir).ok().map(|meta| meta.dev())
-    }
 }
 
 /// Makes a folder for this user alone, with those above it, or refuses one that others made or can write to.

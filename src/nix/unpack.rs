@@ -5,6 +5,7 @@
 
 use super::narinfo::Compression;
 use crate::hash::{Hasher, Sha256};
+use crate::store::objects::Witnessed;
 use lzma_rust2::{XzReader, lzma2_get_memory_usage};
 use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
@@ -69,8 +70,8 @@ fn copy(mut from: impl Read, expected: Expected, nar: &mut dyn Write) -> Result<
             return Err(UnpackError::Altered(format!("unpacks to more than its {} bytes", expected.size)));
         }
         left -= count as u64;
-        hasher.update(&buffer[..count]);
-        nar.write_all(&buffer[..count]).map_err(UnpackError::Here)?;
+        let written = hasher.write_all(&buffer[..count]).and_then(|()| nar.write_all(&buffer[..count]));
+        written.map_err(UnpackError::Here)?;
     }
     if left > 0 {
         return Err(UnpackError::Altered(format!(
@@ -102,33 +103,18 @@ fn fault(e: io::Error) -> UnpackError {
 /// The content of a zstd file: any number of frames one after the other, with skippable ones between, as the format has
 /// it (RFC 8878, section 3.1).
 struct Frames<R> {
-    source: HashingReader<R>,
+    /// Its own errors are told from those of what it contains.
+    source: Witnessed<R>,
     decoder: FrameDecoder,
     open: bool,
     any: bool,
-}
-
-/// A source whose own errors are told from those of what it contains.
-struct HashingReader<R> {
-    inner: R,
-    failed: Option<io::Error>,
-}
-
-impl<R: Read> Read for HashingReader<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buffer).inspect_err(|e| {
-            if e.kind() != io::ErrorKind::Interrupted {
-                self.failed = Some(io::Error::new(e.kind(), e.to_string()));
-            }
-        })
-    }
 }
 
 impl<R: Read> Frames<R> {
     fn new(inner: R) -> Self {
         let mut decoder = FrameDecoder::new();
         decoder.set_max_window_size(MAX_WINDOW);
-        Frames { source: HashingReader { inner, failed: None }, decoder, open: false, any: false }
+        Frames { source: Witnessed { inner, failed: None }, decoder, open: false, any: false }
     }
 
     /// Begins the next frame; false at the end of the file.
@@ -195,12 +181,12 @@ impl<R: Read> Read for Frames<R> {
 }
 
 /// The content of an xz file: any number of streams one after the other, with padding between, as the format has it.
-struct Streams<R: Read>(XzReader<HashingReader<R>>);
+struct Streams<R: Read>(XzReader<Witnessed<R>>);
 
 impl<R: Read> Streams<R> {
     fn new(inner: R) -> Self {
         let limit = lzma2_get_memory_usage(MAX_DICTIONARY);
-        Streams(XzReader::new_mem_limit(HashingReader { inner, failed: None }, true, limit))
+        Streams(XzReader::new_mem_limit(Witnessed { inner, failed: None }, true, limit))
     }
 }
 
@@ -223,78 +209,71 @@ impl<R: Read> Read for Streams<R> {
 }
 
 /// The hash of the content, where a NAR holds a plain file and nothing else; None where it holds anything else.
-pub fn plain_file(mut nar: impl Read) -> io::Result<Option<Sha256>> {
-    let mut start = Words(&mut nar);
-    let words: [&[u8]; 4] = [b"nix-archive-1", b"(", b"type", b"regular"];
-    for expected in words {
-        if start.next()?.as_deref() != Some(expected) {
-            return Ok(None);
-        }
+pub fn plain_file(nar: impl Read) -> io::Result<Option<Sha256>> {
+    match Words(nar).plain_file() {
+        Ok(hash) => Ok(Some(hash)),
+        Err(e) if matches!(e.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData) => Ok(None),
+        Err(e) => Err(e),
     }
-    let mut word = start.next()?;
-    if word.as_deref() == Some(b"executable") {
-        if start.next()?.as_deref() != Some(b"") {
-            return Ok(None);
-        }
-        word = start.next()?;
-    }
-    if word.as_deref() != Some(b"contents") {
-        return Ok(None);
-    }
-    let Some(length) = start.length()? else { return Ok(None) };
-    let mut hasher = Hasher::default();
-    let mut content = nar.by_ref().take(length);
-    let mut buffer = vec![0; BUFFER];
-    let mut left = length;
-    while left > 0 {
-        let count = content.read(&mut buffer)?;
-        if count == 0 {
-            return Ok(None);
-        }
-        left -= count as u64;
-        hasher.update(&buffer[..count]);
-    }
-    let mut end = Words(&mut nar);
-    if !end.padding(length)? || end.next()?.as_deref() != Some(b")") || nar.read(&mut [0])? != 0 {
-        return Ok(None);
-    }
-    Ok(Some(hasher.finish()))
 }
 
-/// The short words of a NAR's frame: a length, the bytes, zeros up to a multiple of eight.
-struct Words<'a>(&'a mut dyn Read);
+/// The short words of a NAR's frame: a length, the bytes, zeros up to a multiple of eight. `InvalidData` is another word.
+struct Words<R>(R);
 
-impl Words<'_> {
-    fn bytes<const N: usize>(&mut self) -> io::Result<Option<[u8; N]>> {
-        let mut bytes = [0; N];
-        match self.0.read_exact(&mut bytes) {
-            Ok(()) => Ok(Some(bytes)),
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-            Err(e) => Err(e),
+impl<R: Read> Words<R> {
+    fn plain_file(&mut self) -> io::Result<Sha256> {
+        for word in ["nix-archive-1", "(", "type", "regular"] {
+            self.expect(word)?;
+        }
+        let mut word = self.next()?;
+        if word == b"executable" {
+            self.expect("")?;
+            word = self.next()?;
+        }
+        if word != b"contents" {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let length = u64::from_le_bytes(self.bytes()?);
+        let mut hasher = Hasher::default();
+        if io::copy(&mut self.0.by_ref().take(length), &mut hasher)? < length {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.padding(length)?;
+        self.expect(")")?;
+        match self.0.read(&mut [0])? {
+            0 => Ok(hasher.finish()),
+            _ => Err(io::ErrorKind::InvalidData.into()),
         }
     }
 
-    fn length(&mut self) -> io::Result<Option<u64>> {
-        Ok(self.bytes()?.map(u64::from_le_bytes))
+    fn expect(&mut self, word: &str) -> io::Result<()> {
+        if self.next()? == word.as_bytes() { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
     }
 
-    fn padding(&mut self, length: u64) -> io::Result<bool> {
+    fn next(&mut self) -> io::Result<Vec<u8>> {
+        let length = u64::from_le_bytes(self.bytes()?);
+        if length > 16 {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let mut word = vec![0; length as usize];
+        self.0.read_exact(&mut word)?;
+        self.padding(length)?;
+        Ok(word)
+    }
+
+    fn padding(&mut self, length: u64) -> io::Result<()> {
         for _ in 0..(8 - length % 8) % 8 {
-            if self.bytes()? != Some([0u8]) {
-                return Ok(false);
+            if self.bytes::<1>()? != [0] {
+                return Err(io::ErrorKind::InvalidData.into());
             }
         }
-        Ok(true)
+        Ok(())
     }
 
-    fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
-        let Some(length) = self.length()?.filter(|length| *length <= 16) else { return Ok(None) };
-        let mut word = Vec::new();
-        for _ in 0..length {
-            let Some([byte]) = self.bytes::<1>()? else { return Ok(None) };
-            word.push(byte);
-        }
-        Ok(self.padding(length)?.then_some(word))
+    fn bytes<const N: usize>(&mut self) -> io::Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.0.read_exact(&mut bytes)?;
+        Ok(bytes)
     }
 }
 

@@ -8,6 +8,7 @@ use super::narinfo::NarInfo;
 use crate::failpoint;
 use crate::http::CONNECTIONS;
 use crate::names::StorePath;
+use crate::parallel::locked;
 use crate::store::{Store, StoreError, Upload, objects};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read};
@@ -48,14 +49,8 @@ struct Entry {
 struct Nar {
     file: PathBuf,
     size: u64,
-    state: NarState,
-}
-
-#[derive(Debug)]
-enum NarState {
-    /// In the spool, and these paths wait for it.
-    Awaited(Vec<StorePath>),
-    Acknowledged,
+    /// The paths that wait for it; None once the cache has it.
+    waiting: Option<Vec<StorePath>>,
 }
 
 #[derive(Debug, Default)]
@@ -70,8 +65,6 @@ struct UploadState {
     busy_large: usize,
     /// The bytes of the NARs in the spool.
     spooled: u64,
-    /// The bytes of the NARs that the cache has acknowledged.
-    written: u64,
     /// Nothing more will be offered.
     closed: bool,
     failed: Option<StoreError>,
@@ -83,10 +76,6 @@ enum Job {
 }
 
 impl UploadState {
-    fn is_large(size: u64) -> bool {
-        size >= LARGE
-    }
-
     fn next(&mut self) -> Option<Job> {
         // A narinfo lets others follow.
         if let Some(path) = self.ready.pop_front() {
@@ -94,13 +83,13 @@ impl UploadState {
             return Some(Job::Info { path, text });
         }
         let may = |key: &String| {
-            let large = self.nars.get(key).is_some_and(|nar| UploadState::is_large(nar.size));
+            let large = self.nars.get(key).is_some_and(|nar| nar.size >= LARGE);
             !large || self.busy_large < LARGE_AT_A_TIME
         };
         let at = self.queued.iter().position(may)?;
         let key = self.queued.remove(at)?;
         let nar = self.nars.get(&key)?;
-        self.busy_large += usize::from(UploadState::is_large(nar.size));
+        self.busy_large += usize::from(nar.size >= LARGE);
         Some(Job::Nar { file: nar.file.clone(), size: nar.size, key })
     }
 
@@ -117,17 +106,9 @@ impl UploadState {
     fn acknowledged(&mut self, job: Job) {
         let waiting = match job {
             Job::Nar { key, size, .. } => {
-                self.busy_large -= usize::from(UploadState::is_large(size));
+                self.busy_large -= usize::from(size >= LARGE);
                 self.spooled -= size;
-                self.written += size;
-                match self
-                    .nars
-                    .get_mut(&key)
-                    .map(|nar| std::mem::replace(&mut nar.state, NarState::Acknowledged))
-                {
-                    Some(NarState::Awaited(paths)) => paths,
-                    Some(NarState::Acknowledged) | None => Vec::new(),
-                }
+                self.nars.get_mut(&key).and_then(|nar| nar.waiting.take()).unwrap_or_default()
             }
             Job::Info { path, .. } => self.entries.remove(&path).map(|e| e.dependents).unwrap_or_default(),
         };
@@ -148,9 +129,9 @@ impl<'a> Uploads<'a> {
         missing: &[&StorePath],
         stop: Arc<AtomicBool>,
     ) -> Self {
-        let entry = |_: &StorePath| Entry { text: Vec::new(), blockers: 1, dependents: Vec::new() };
+        let entry = || Entry { text: Vec::new(), blockers: 1, dependents: Vec::new() };
         let mut entries: BTreeMap<StorePath, Entry> =
-            missing.iter().map(|path| ((*path).clone(), entry(path))).collect();
+            missing.iter().map(|path| ((*path).clone(), entry())).collect();
         for path in missing {
             let references = closure.get(*path).map(|info| &info.references);
             for reference in references.into_iter().flatten().filter(|r| r != path) {
@@ -177,7 +158,7 @@ impl<'a> Uploads<'a> {
     }
 
     fn lock(&self) -> MutexGuard<'_, UploadState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.state)
     }
 
     /// Takes on a path that is whole in the spool: its narinfo's text, and the file with its NAR.
@@ -185,17 +166,17 @@ impl<'a> Uploads<'a> {
         let mut state = self.lock();
         let Some(entry) = state.entries.get_mut(&info.path) else { return };
         entry.text = text;
-        match state.nars.get_mut(&info.url).map(|nar| &mut nar.state) {
+        match state.nars.get_mut(&info.url).map(|nar| &mut nar.waiting) {
             None => {
-                let waiting = NarState::Awaited(vec![info.path.clone()]);
-                state.nars.insert(info.url.clone(), Nar { file, size, state: waiting });
+                let waiting = Some(vec![info.path.clone()]);
+                state.nars.insert(info.url.clone(), Nar { file, size, waiting });
                 state.queued.push_back(info.url.clone());
                 state.spooled += size;
             }
-            Some(NarState::Awaited(paths)) => paths.push(info.path.clone()),
+            Some(Some(paths)) => paths.push(info.path.clone()),
             // Nix may have written it again, since we had removed it.
-            Some(NarState::Acknowledged) => {
-                remove(&file);
+            Some(None) => {
+                drop(fs_err::remove_file(&file));
                 state.unblock(&info.path);
             }
         }
@@ -267,7 +248,8 @@ impl<'a> Uploads<'a> {
                 let upload = Upload { length: *size, content_type: "application/x-nix-nar", open: &open };
                 let _effect = failpoint::mark("upload", key);
                 self.cache.write_from(key, &upload)?;
-                remove(file);
+                // What cannot be removed goes with the spool.
+                drop(fs_err::remove_file(file));
                 Ok(())
             }
             Job::Info { path, text } => {
@@ -282,21 +264,16 @@ impl<'a> Uploads<'a> {
         }
     }
 
-    /// What came of it when all threads have ended: the bytes of the NARs that were written.
-    pub fn outcome(self) -> Result<u64, StoreError> {
-        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        match (state.failed, state.entries.keys().next()) {
+    /// What came of it when all threads have ended.
+    pub fn outcome(&self) -> Result<(), StoreError> {
+        let mut state = self.lock();
+        match (state.failed.take(), state.entries.keys().next()) {
             (Some(e), _) => Err(e),
             // Never said to be there because nothing failed.
             (None, Some(path)) => Err(StoreError::Refused(format!("{path} was not written; run it again"))),
-            (None, None) => Ok(state.written),
+            (None, None) => Ok(()),
         }
     }
-}
-
-/// Frees the spool of a file. What cannot be removed goes with the spool.
-fn remove(file: &std::path::Path) {
-    drop(fs_err::remove_file(file));
 }
 
 #[cfg(test)]
@@ -331,7 +308,7 @@ mod tests {
         }
 
         /// Uploads all but the first path, which is there already.
-        fn upload(&self, refused: &str, threads: usize) -> (Result<u64, StoreError>, Vec<String>, bool) {
+        fn upload(&self, refused: &str, threads: usize) -> (Result<(), StoreError>, Vec<String>, bool) {
             let cache = FaultyStore::new(&self.dir.path().join("cache"));
             let why = StoreError::Denied(format!("cannot write {refused}"));
             cache.faults().refused.insert(refused.to_string(), why);
@@ -435,6 +412,6 @@ mod tests {
             assert!(waiting.join().unwrap());
         });
         assert!(!file.exists());
-        assert_eq!(uploads.outcome(), Ok(7));
+        assert_eq!(uploads.outcome(), Ok(()));
     }
 }

@@ -2,13 +2,15 @@
 //! narinfo refers to is asked for only when somebody vouches for that narinfo; bounded in paths, in bytes and in time.
 //! Reads narinfos and nothing else, and changes nothing.
 
-use super::narinfo::{MAX_BYTES, NarInfo, Warrant};
+use super::narinfo::{MAX_BYTES, NarInfo, Warrant, references_first};
 use crate::http::CONNECTIONS;
 use crate::keys::PublicKey;
 use crate::names::StorePath;
+use crate::parallel;
 use crate::store::{GetResult, Store, StoreError};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Requests at a time. Whoever walks has asked for something else before: that is one connection more.
@@ -64,11 +66,6 @@ impl PathFault {
             PathFault::Withheld(e) => format!("is not given out ({e})"),
         }
     }
-
-    /// Whether something is missing, rather than wrong.
-    pub fn is_absence(&self) -> bool {
-        matches!(self, PathFault::Absent | PathFault::Lost(_))
-    }
 }
 
 /// A narinfo that may be followed.
@@ -106,24 +103,12 @@ impl Walked {
     /// What of the closure of `top` is to be had: paths after what they refer to. The error is the first that is
     /// missing or wrong.
     pub fn closure(&self, top: &StorePath) -> Result<Vec<&Arc<VerifiedNarInfo>>, (StorePath, PathFault)> {
-        let mut order = Vec::new();
-        let mut seen = BTreeSet::new();
-        // With each path, whether what it refers to was put before it.
-        let mut next = vec![(top, false)];
-        while let Some((path, ready)) = next.pop() {
-            if let Some(fault) = self.faults.get(path) {
-                return Err((path.clone(), fault.clone()));
-            }
+        let order = references_first([top], |path| match self.faults.get(path) {
+            Some(fault) => Err((path.clone(), fault.clone())),
             // What was not asked for is here.
-            let Some(found) = self.found.get(path) else { continue };
-            if ready {
-                order.push(found);
-            } else if seen.insert(path) {
-                next.push((path, true));
-                next.extend(found.info.references.iter().filter(|r| !seen.contains(r)).map(|r| (r, false)));
-            }
-        }
-        Ok(order)
+            None => Ok(self.found.get(path).map(|found| &found.info.references)),
+        })?;
+        Ok(order.into_iter().filter_map(|path| self.found.get(path)).collect())
     }
 }
 
@@ -142,10 +127,10 @@ pub fn walk(
     let mut walked = Walked::default();
     let mut seen: BTreeSet<StorePath> = tops.iter().cloned().collect();
     let mut next: Vec<StorePath> = seen.iter().cloned().collect();
-    let mut bytes = 0u64;
+    let bytes = AtomicU64::new(0);
     while !next.is_empty() {
         let mut references = BTreeSet::new();
-        for (path, judged) in level(cache, &next, keys, limits, &mut bytes)? {
+        for (path, judged) in level(cache, &next, keys, limits, &bytes)? {
             match judged {
                 Ok(found) => {
                     references.extend(found.info.references.iter().filter(|r| !seen.contains(r)).cloned());
@@ -177,59 +162,21 @@ fn level(
     paths: &[StorePath],
     keys: &[PublicKey],
     limits: WalkLimits,
-    bytes: &mut u64,
+    bytes: &AtomicU64,
 ) -> Result<Vec<Judged>, WalkError> {
-    struct Level<'a> {
-        left: std::slice::Iter<'a, StorePath>,
-        bytes: u64,
-        judged: Vec<Judged>,
-        ended: Option<WalkError>,
-    }
-    let state = Mutex::new(Level { left: paths.iter(), bytes: *bytes, judged: Vec::new(), ended: None });
-    let lock = || state.lock().unwrap_or_else(PoisonError::into_inner);
-    let work = || {
-        loop {
-            let path = {
-                let mut state = lock();
-                if state.ended.is_some() {
-                    return;
-                }
-                let Some(path) = state.left.next() else { return };
-                if Instant::now() >= limits.until {
-                    state.ended = Some(WalkError::Late(format!("at {path} the time for the walk was over")));
-                    return;
-                }
-                path
-            };
-            let asked = ask(cache, path, keys);
-            let mut state = lock();
-            match asked {
-                Ok((judged, size)) => {
-                    state.bytes += size;
-                    state.judged.push((path.clone(), judged));
-                    if state.bytes > limits.bytes {
-                        let why = format!(
-                            "at {path} the walk has read more than {} MiB of narinfos",
-                            limits.bytes >> 20
-                        );
-                        state.ended.get_or_insert(WalkError::Endless(why));
-                    }
-                }
-                // The first is what counts: the others asked at the same time.
-                Err(e) => drop(state.ended.get_or_insert(WalkError::Cache(e))),
-            }
+    parallel::try_map(paths, REQUESTS, |path| {
+        if Instant::now() >= limits.until {
+            return Err(WalkError::Late(format!("at {path} the time for the walk was over")));
         }
-    };
-    match paths.len().min(REQUESTS) {
-        1 => work(),
-        threads => std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work)))),
-    }
-    let state = state.into_inner().unwrap_or_else(PoisonError::into_inner);
-    *bytes = state.bytes;
-    match state.ended {
-        Some(ended) => Err(ended),
-        None => Ok(state.judged),
-    }
+        let (judged, size) = ask(cache, path, keys).map_err(WalkError::Cache)?;
+        if bytes.fetch_add(size, Ordering::Relaxed) + size > limits.bytes {
+            let mib = limits.bytes >> 20;
+            return Err(WalkError::Endless(format!(
+                "at {path} the walk has read more than {mib} MiB of narinfos"
+            )));
+        }
+        Ok((path.clone(), judged))
+    })
 }
 
 /// Asks for one narinfo and judges it; with its size.
@@ -272,6 +219,7 @@ mod tests {
     use super::*;
     use crate::hash::Sha256;
     use crate::keys::SecretKey;
+    use crate::nix::local::tests::sign;
     use crate::nix::narinfo::Compression;
     use crate::store::Condition;
     use crate::store::dir::DirStore;
@@ -296,7 +244,7 @@ mod tests {
             ca: None,
         };
         if let Some(key) = key {
-            info.sign(key).unwrap();
+            sign(&mut info, key);
         }
         cache.put(&NarInfo::key(&path(n)), info.render().as_bytes(), &Condition::Always).unwrap();
     }

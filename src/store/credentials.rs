@@ -3,13 +3,15 @@
 //! prints holds a secret.
 
 use crate::clock::Timestamp;
+use crate::files::if_reached;
 use crate::http::{self, HttpLimits, TransferError};
+use crate::parallel::locked;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// A shared way to read the environment.
@@ -117,7 +119,7 @@ impl Provider {
     /// The credentials of now. The error says what was tried, and what to do.
     pub fn get(&self, now: Timestamp) -> Result<Arc<Credentials>, String> {
         // Held while looking: several threads that need new credentials ask for them once.
-        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = locked(&self.found);
         let left = |c: &Credentials| c.expires.map_or(i64::MAX, |at| at.0 - now.0);
         if let Some(kept) = &found.kept
             && left(kept) > REFRESH_SEC
@@ -186,27 +188,15 @@ impl Provider {
     }
 
     fn look(&self) -> Result<Credentials, String> {
-        match (self.var("AWS_ACCESS_KEY_ID"), self.var("AWS_SECRET_ACCESS_KEY")) {
+        let half = |is: &str, is_not: &str| Err(format!("{is} is set but {is_not} is not; set both or none"));
+        let (id, secret) = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY");
+        match (self.var(id), self.var(secret)) {
             (Some(id), Some(secret)) => {
-                let token = self.var("AWS_SESSION_TOKEN");
-                return Ok(Credentials {
-                    id,
-                    secret,
-                    token,
-                    expires: None,
-                    source: CredentialSource::Environment,
-                });
+                let (token, source) = (self.var("AWS_SESSION_TOKEN"), CredentialSource::Environment);
+                return Ok(Credentials { id, secret, token, expires: None, source });
             }
-            (Some(_), None) => {
-                return Err(
-                    "AWS_ACCESS_KEY_ID is set but AWS_SECRET_ACCESS_KEY is not; set both or none".into()
-                );
-            }
-            (None, Some(_)) => {
-                return Err(
-                    "AWS_SECRET_ACCESS_KEY is set but AWS_ACCESS_KEY_ID is not; set both or none".into()
-                );
-            }
+            (Some(_), None) => return half(id, secret),
+            (None, Some(_)) => return half(secret, id),
             (None, None) => {}
         }
         let name = self.profile_name();
@@ -323,13 +313,8 @@ fn of_profile(
 /// profiles other than `default` are headed `[profile NAME]`, in the credentials file `[NAME]` (AWS CLI user
 /// guide, "Configuration and credential file settings"); both forms are read in both.
 fn read_profile(file: &Path, name: &str) -> Result<Option<BTreeMap<String, String>>, String> {
-    let text = match fs_err::read_to_string(file) {
-        Ok(text) => text,
-        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
-            return Ok(None);
-        }
-        Err(e) => return Err(crate::error::io_text(&e)),
-    };
+    let text = if_reached(fs_err::read_to_string(file)).map_err(|e| crate::error::io_text(&e))?;
+    let Some(text) = text else { return Ok(None) };
     let mut found: Option<BTreeMap<String, String>> = None;
     let mut inside = false;
     for line in text.lines() {

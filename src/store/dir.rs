@@ -8,9 +8,10 @@ use super::objects::{Download, Exact, Opened, Upload};
 use super::{ARCHIVE_PREFIX, Condition, Etag, GetResult, HOSTS_PREFIX, MAX_REPLACED, Store, StoreError};
 use crate::durable::opened::Folder;
 use crate::error::io_text;
-use crate::files::if_there;
+use crate::files::{if_reached, if_there};
 use crate::hash::Sha256;
 use crate::log::printable;
+use crate::parallel::locked;
 use fs_err::File;
 use rustix::fs::FileType;
 use std::collections::BTreeSet;
@@ -18,7 +19,7 @@ use std::fs::TryLockError;
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 /// What our own files begin with: the lock, and the temporary files of [`crate::durable`].
@@ -101,24 +102,13 @@ impl DirStore {
         }
     }
 
-    fn changed(&self, key: &str) -> StoreError {
-        StoreError::Changed(format!(
-            "cannot write {key} in {}: somebody else wrote it first; read it again and retry",
-            self.url()
-        ))
-    }
-
     /// The object's file with its size; None when there is none.
     fn open(&self, key: &str) -> Result<Option<(File, u64)>, StoreError> {
         self.checked(key)?;
         let open = || -> io::Result<Option<(File, u64)>> {
             let Some(root) = self.folder()? else { return Ok(None) };
-            let (folder, name) = match beneath::place(&root, key, Missing::Error) {
-                Ok(place) => place,
-                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                    return Ok(None);
-                }
-                Err(e) => return Err(e),
+            let Some((folder, name)) = if_reached(beneath::place(&root, key, Missing::Error))? else {
+                return Ok(None);
             };
             let Some(file) = beneath::object(&folder, name)? else { return Ok(None) };
             let size = file.metadata()?.len();
@@ -127,22 +117,15 @@ impl DirStore {
         open().map_err(|e| self.failed("read", key, &e))
     }
 
-    fn read(&self, key: &str, limit: u64) -> Result<Option<Vec<u8>>, StoreError> {
-        let Some((file, size)) = self.open(key)? else { return Ok(None) };
-        let mut bytes = Vec::with_capacity(size.min(limit) as usize);
-        file.take(limit).read_to_end(&mut bytes).map_err(|e| self.failed("read", key, &e))?;
-        Ok(Some(bytes))
-    }
-
     /// Whether this version is there now. What else writes here may have put anything there: what is too large to have
     /// been read is another version.
     fn holds(&self, key: &str, version: &Etag) -> Result<bool, StoreError> {
-        let Some(bytes) = self.read(key, MAX_REPLACED + 1)? else { return Ok(false) };
+        let Some(bytes) = self.get_start(key, MAX_REPLACED + 1)? else { return Ok(false) };
         Ok(bytes.len() as u64 <= MAX_REPLACED && etag(&bytes) == *version)
     }
 
     fn is_first_in(&self, folder: &str) -> bool {
-        self.tidied.lock().unwrap_or_else(PoisonError::into_inner).insert(folder.into())
+        locked(&self.tidied).insert(folder.into())
     }
 
     /// Takes the lock of all writers; dropping it gives it back.
@@ -159,10 +142,10 @@ impl DirStore {
             Ok(()) => file,
             Err(TryLockError::Error(e)) => return Err(self.failed(verb, key, &e)),
             Err(TryLockError::WouldBlock) => {
-                let (sender, locked) = std::sync::mpsc::channel();
+                let (sender, waited) = std::sync::mpsc::channel();
                 // When nobody waits any more, the file goes down with the answer, and the lock with the file.
                 std::thread::spawn(move || drop(sender.send(file.file().lock().map(|()| file))));
-                match locked.recv_timeout(self.lock_wait) {
+                match waited.recv_timeout(self.lock_wait) {
                     Ok(Ok(file)) => file,
                     Ok(Err(e)) => return Err(self.failed(verb, key, &e)),
                     Err(_) => {
@@ -184,12 +167,9 @@ impl DirStore {
             // it is not, since nobody flushes it: the first write of a process looks in any case.
             if self.is_first_in("") || file.metadata().is_ok_and(|m| m.len() > 0) {
                 for folder in ["", HOSTS_PREFIX, ARCHIVE_PREFIX] {
-                    match beneath::folder_of(root, folder, Missing::Error).and_then(|folder| folder.sweep()) {
-                        Err(e) if !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                            return Err(self.failed(verb, key, &e));
-                        }
-                        Ok(()) | Err(_) => {}
-                    }
+                    let folder = beneath::folder_of(root, folder, Missing::Error);
+                    if_reached(folder.and_then(|folder| folder.sweep()))
+                        .map_err(|e| self.failed(verb, key, &e))?;
                 }
             }
             let program = std::env::args().next().unwrap_or_default();
@@ -251,19 +231,21 @@ impl Store for DirStore {
     }
 
     fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError> {
-        let Some(bytes) = self.read(key, limit.saturating_add(1))? else { return Ok(GetResult::Missing) };
+        let Some(bytes) = self.get_start(key, limit.saturating_add(1))? else {
+            return Ok(GetResult::Missing);
+        };
         if bytes.len() as u64 > limit {
-            return Err(StoreError::TooLarge(format!(
-                "{key} in {} is larger than {limit} bytes; something else wrote it",
-                self.url()
-            )));
+            return Err(StoreError::too_large(&format!("{key} in {}", self.url()), limit));
         }
         let etag = etag(&bytes);
         Ok(if unless == Some(&etag) { GetResult::NotModified } else { GetResult::Found { bytes, etag } })
     }
 
     fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
-        self.read(key, count)
+        let Some((file, size)) = self.open(key)? else { return Ok(None) };
+        let mut bytes = Vec::with_capacity(size.min(count) as usize);
+        file.take(count).read_to_end(&mut bytes).map_err(|e| self.failed("read", key, &e))?;
+        Ok(Some(bytes))
     }
 
     fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
@@ -287,13 +269,13 @@ impl Store for DirStore {
             Condition::Always => true,
         };
         if !holds {
-            return Err(self.changed(key));
+            return Err(StoreError::changed(key, self));
         }
         let (folder, name) = beneath::place(&root, key, Missing::Made).map_err(failed)?;
         if *when == Condition::IfAbsent {
             // Exact also where something writes here without the lock.
             let made = folder.create_new(name, bytes, 0o644).map_err(failed)?;
-            return if made { Ok(etag(bytes)) } else { Err(self.changed(key)) };
+            return if made { Ok(etag(bytes)) } else { Err(StoreError::changed(key, self)) };
         }
         folder.write(name, bytes, 0o644).map_err(failed)?;
         Ok(etag(bytes))
@@ -336,13 +318,9 @@ impl Store for DirStore {
         let Some(root) = self.folder().map_err(failed)? else { return Ok(keys) };
         while let Some(folder) = folders.pop() {
             let opened = beneath::folder_of(&root, &folder, Missing::Error);
-            let (opened, names) = match opened.and_then(|opened| opened.names().map(|names| (opened, names)))
-            {
-                Ok(found) => found,
-                // Also one that went away while we walked.
-                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => continue,
-                Err(e) => return Err(failed(e)),
-            };
+            let found = opened.and_then(|opened| Ok((opened.names()?, opened)));
+            // Also one that went away while we walked.
+            let Some((names, opened)) = if_reached(found).map_err(failed)? else { continue };
             for name in names {
                 if name.starts_with(OWN_PREFIX) {
                     continue;
@@ -383,12 +361,11 @@ impl Store for DirStore {
         let failed = |e: io::Error| self.failed("write", key, &e);
         let mut source = upload.content().map_err(failed)?;
         let root = beneath::root(&self.root, Missing::Made).map_err(failed)?;
-        let folder = key.rsplit_once('/').map_or("", |(folder, _)| folder);
-        let swept = ["", HOSTS_PREFIX, ARCHIVE_PREFIX].iter().any(|f| f.trim_end_matches('/') == folder);
+        let below = key.rsplit_once('/').map_or("", |(folder, _)| folder);
+        let swept = ["", HOSTS_PREFIX, ARCHIVE_PREFIX].iter().any(|f| f.trim_end_matches('/') == below);
         let _lock = if swept { Some(self.lock(&root, "write", key)?) } else { None };
-        let in_folder = folder;
         let (folder, name) = beneath::place(&root, key, Missing::Made).map_err(failed)?;
-        if !swept && self.is_first_in(in_folder) {
+        if !swept && self.is_first_in(below) {
             folder.sweep_abandoned().map_err(failed)?;
         }
         folder.write_from(name, &mut source, 0o644).map_err(failed)

@@ -4,10 +4,11 @@
 use super::dir::DirStore;
 use super::objects::{Download, Opened, Upload};
 use super::{Condition, Etag, EtagForm, GetResult, Store, StoreError};
+use crate::parallel::locked;
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// What it does otherwise than a directory.
 #[derive(Debug, Default)]
@@ -37,10 +38,6 @@ pub struct FaultyStore {
     sized: Mutex<usize>,
     acknowledged: Mutex<Vec<String>>,
     sent: Mutex<EtagForm>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl FaultyStore {

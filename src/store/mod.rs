@@ -17,7 +17,6 @@ pub mod xml;
 use crate::error::Error;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::Read;
 use std::sync::Arc;
 
 pub use objects::{Download, Opened, Upload};
@@ -84,6 +83,14 @@ pub struct Keys {
     pub more: bool,
 }
 
+impl Keys {
+    /// The rest of a whole listing.
+    fn behind(after: &str, mut keys: Vec<String>) -> Self {
+        keys.retain(|key| key.as_str() > after);
+        Keys { keys, more: false }
+    }
+}
+
 /// Why the store did not do what it was asked. The text names the object, the cause and the next move.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreError {
@@ -97,6 +104,19 @@ pub enum StoreError {
     Denied(String),
     /// The store answered and refused (bucket missing, wrong key, clock skewed, garbage): a person must act.
     Refused(String),
+}
+
+impl StoreError {
+    fn changed(key: &str, store: &dyn Store) -> Self {
+        let url = store.url();
+        StoreError::Changed(format!(
+            "cannot write {key} in {url}: somebody else wrote it first; read it again and retry"
+        ))
+    }
+
+    fn too_large(object: &str, limit: u64) -> Self {
+        StoreError::TooLarge(format!("{object} is larger than {limit} bytes; something else wrote it"))
+    }
 }
 
 impl fmt::Display for StoreError {
@@ -148,9 +168,7 @@ pub trait Store: Send + Sync {
     /// The first keys that begin with `prefix` and sort after `after`: as many as the store gives at once, at least one
     /// if there is one.
     fn list_after(&self, prefix: &str, after: &str) -> Result<Keys, StoreError> {
-        let mut keys = self.list(prefix)?;
-        keys.retain(|key| key.as_str() > after);
-        Ok(Keys { keys, more: false })
+        Ok(Keys::behind(after, self.list(prefix)?))
     }
 
     /// The sizes of objects whose keys begin with `prefix`, by their keys: as many as the store tells at once. What is not
@@ -160,27 +178,13 @@ pub trait Store: Send + Sync {
     }
 
     /// Reads an object from `offset` on; with `only`, only if it is still this version. An offset that is the object's
-    /// size counts as [`Opened::Changed`], but for an empty object. A store without streams of its own reads it whole.
-    fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {
-        let GetResult::Found { bytes, etag } = self.get(key, None, MAX_REPLACED)? else {
-            return Ok(Opened::Missing);
-        };
-        let size = bytes.len() as u64;
-        if only.is_some_and(|only| *only != etag) || offset > 0 && offset >= size {
-            return Ok(Opened::Changed);
-        }
-        let mut body = Box::new(std::io::Cursor::new(bytes));
-        body.set_position(offset);
-        Ok(Opened::Found(Download { length: size - offset, etag, body }))
-    }
+    /// size counts as [`Opened::Changed`], but for an empty object.
+    fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError>;
+
     /// Writes an object, whatever is there; readers see the old one or the new one. Tried again as long as trying can
     /// help.
-    fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
-        let mut bytes = Vec::new();
-        let read = upload.content().and_then(|mut content| content.read_to_end(&mut bytes));
-        read.map_err(|e| StoreError::Refused(format!("cannot write {key} in {}: {e}", self.url())))?;
-        self.put(key, &bytes, &Condition::Always).map(drop)
-    }
+    fn write_from(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError>;
+
     /// Why there can be nothing in it to read, as far as that can be told without asking the network; with the remedy.
     fn absence(&self) -> Option<String> {
         None

@@ -53,6 +53,24 @@ pub fn file(path: &Path) -> impl Fn() -> io::Result<Box<dyn Read + Send>> + Sync
     move || Ok(Box::new(fs_err::File::open(&path)?))
 }
 
+/// A reader that remembers how it failed: who passes its bytes on has an error of its own.
+pub struct Witnessed<R> {
+    /// What is read.
+    pub inner: R,
+    /// Its last error.
+    pub failed: Option<io::Error>,
+}
+
+impl<R: Read> Read for Witnessed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buffer).inspect_err(|e| {
+            if e.kind() != io::ErrorKind::Interrupted {
+                self.failed = Some(io::Error::new(e.kind(), e.to_string()));
+            }
+        })
+    }
+}
+
 /// Exactly so many bytes of another reader, which is then read to its end: a connection whose answer was read to
 /// the end can be used again. Fewer are an error.
 pub(super) struct Exact<R> {

@@ -8,10 +8,11 @@
 use super::{Condition, Etag, EtagForm, GetResult, Store, StoreError};
 use crate::clock::Timestamp;
 use crate::hash::{Sha256, hex};
+use crate::parallel::locked;
 use crate::{config, durable, log, random};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// For how long a store that was found to keep its conditions is not asked again, in seconds.
 const REMEMBERED_SEC: i64 = 7 * 24 * 3600;
@@ -75,7 +76,7 @@ pub fn before_writing(store: &dyn Store, now: Timestamp) -> Result<(), StoreErro
 /// The stores that this process need not try again: one that cannot be remembered is tried once, too.
 fn tried() -> MutexGuard<'static, BTreeMap<String, EtagForm>> {
     static TRIED: Mutex<BTreeMap<String, EtagForm>> = Mutex::new(BTreeMap::new());
-    TRIED.lock().unwrap_or_else(PoisonError::into_inner)
+    locked(&TRIED)
 }
 
 /// What follows the time in the note of a store that takes bare versions.
@@ -130,32 +131,26 @@ fn conditions(store: &dyn Store, key: &str) -> Result<Result<EtagForm, String>, 
             store.url()
         )))
     };
-    let etag = match store.put(key, b"first", &Condition::IfAbsent) {
-        Ok(etag) => etag,
-        Err(StoreError::Changed(_)) => return Ok(Err(refuses(store))),
-        Err(e) => return Err(e),
+    let put = |bytes: &[u8], when: Condition| match store.put(key, bytes, &when) {
+        Ok(etag) => Ok(Some(etag)),
+        Err(StoreError::Changed(_)) => Ok(None),
+        Err(e) => Err(e),
     };
-    match store.put(key, b"second", &Condition::IfAbsent) {
-        Err(StoreError::Changed(_)) => {}
-        Ok(_) => return ignores("If-None-Match"),
-        Err(e) => return Err(e),
+    let Some(etag) = put(b"first", Condition::IfAbsent)? else { return Ok(Err(refuses(store))) };
+    if put(b"second", Condition::IfAbsent)?.is_some() {
+        return ignores("If-None-Match");
     }
     let wrong = Etag("\"00000000000000000000000000000000\"".into());
     for form in [EtagForm::Quoted, EtagForm::Bare] {
         store.send_etags(form);
         // One that compares nothing would take the right one as well.
-        match store.put(key, b"third", &Condition::IfMatch(wrong.clone())) {
-            Err(StoreError::Changed(_)) => {}
-            Ok(_) => return ignores("If-Match"),
-            Err(e) => return Err(e),
-        }
-        match store.put(key, b"fourth", &Condition::IfMatch(etag.clone())) {
-            Ok(_) => return Ok(Ok(form)),
-            Err(StoreError::Changed(_)) => {}
-            Err(e) => return Err(e),
+        if put(b"third", Condition::IfMatch(wrong.clone()))?.is_some() {
+            return ignores("If-Match");
         }
         // A write whose answer was lost is made again, and finds its own work.
-        if matches!(store.get(key, None, 16)?, GetResult::Found { bytes, .. } if bytes == b"fourth") {
+        if put(b"fourth", Condition::IfMatch(etag.clone()))?.is_some()
+            || matches!(store.get(key, None, 16)?, GetResult::Found { bytes, .. } if bytes == b"fourth")
+        {
             return Ok(Ok(form));
         }
     }

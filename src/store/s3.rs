@@ -7,19 +7,20 @@ mod request;
 mod streams;
 
 use super::codes::ErrorClass;
-use super::credentials::{Credentials, Env, Provider};
+use super::credentials::{Env, Provider};
 use super::objects::{Opened, Upload};
 use super::url::{Addressing, S3Location};
 use super::{Condition, Etag, EtagForm, GetResult, Keys, Store, StoreError};
 use crate::clock::Timestamp;
 use crate::http::{self, Again, GaveUp, HttpLimits, Retry};
+use crate::parallel::locked;
 use answer::{AttemptError, S3Response};
 use errors::Verb;
 use request::S3Request;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// The largest object that one PUT can carry, in bytes (S3's limit: 5 GiB).
@@ -139,10 +140,6 @@ impl S3Store {
         format!("{}{key}", self.location.prefix)
     }
 
-    fn sign_with(&self) -> Result<Arc<Credentials>, AttemptError> {
-        self.credentials.get(Timestamp::now()).map_err(AttemptError::Credentials)
-    }
-
     /// A request to an object, or to the bucket itself.
     fn request(&self, method: &str, key: Option<&str>) -> S3Request {
         let key = key.map(|key| self.full_key(key));
@@ -154,7 +151,8 @@ impl S3Store {
             true => request.virtual_host(&self.location.bucket),
             false => request,
         };
-        Ok(request.sign(self.sign_with()?.as_ref()))
+        let with = self.credentials.get(Timestamp::now()).map_err(AttemptError::Credentials)?;
+        Ok(request.sign(&with))
     }
 
     /// One request without a body, again and again as the policy has it; `read` makes the result of its answer.
@@ -191,7 +189,7 @@ impl S3Store {
     ) -> Result<T, GaveUp<AttemptError>> {
         let given = Cell::new(StoreDemands::default());
         let attempt = |left| {
-            given.set(self.wants());
+            given.set(*locked(&self.wants));
             attempt(left, given.get())
         };
         policy.run(attempt, |fault| match self.learns(fault, given.get()) {
@@ -200,14 +198,10 @@ impl S3Store {
         })
     }
 
-    fn wants(&self) -> StoreDemands {
-        *self.wants.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Whether a request that was refused can be made as the store wants it; from now on every one is. `given` is
     /// what the refused one had.
     fn learns(&self, fault: &AttemptError, given: StoreDemands) -> bool {
-        let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wants = locked(&self.wants);
         match fault.meaning() {
             Some(ErrorClass::WantsVirtualHost) if self.may_be_virtual() && !given.virtual_host => {
                 wants.virtual_host = true;
@@ -251,7 +245,7 @@ impl S3Store {
     /// What the store says of an object; None when it is missing. A HEAD's answer has no body, so a missing
     /// bucket is a missing object here.
     pub fn head(&self, key: &str) -> Result<Option<ObjectHead>, StoreError> {
-        let wanted = self.wants();
+        let wanted = *locked(&self.wants);
         let read = |answer: S3Response| {
             answer.etag()?;
             let size = answer.length().ok_or_else(|| AttemptError::Garbage("no Content-Length".into()))?;
@@ -267,7 +261,7 @@ impl S3Store {
                 {
                     self.get_start(key, 1)?;
                     // A GET learns what the store wants, so that the HEAD can be asked again.
-                    if wanted != self.wants() {
+                    if wanted != *locked(&self.wants) {
                         return self.head(key);
                     }
                 }
@@ -350,7 +344,7 @@ impl Store for S3Store {
     /// [`StoreError::Changed`] may then be the echo of our own success. Who gets it and reads again must
     /// compare what is there with what was to be written before writing anew.
     fn put(&self, key: &str, bytes: &[u8], when: &Condition) -> Result<Etag, StoreError> {
-        let condition = condition(when, self.wants().etags);
+        let condition = condition(when, locked(&self.wants).etags);
         let content_type =
             if key.ends_with(".json") { "application/json" } else { "application/octet-stream" };
         let gave_up = match self.put_bytes(key, content_type, bytes, condition) {
@@ -364,10 +358,7 @@ impl Store for S3Store {
             _ => false,
         };
         if changed {
-            return Err(StoreError::Changed(format!(
-                "cannot write {key} in {}: somebody else wrote it first; read it again and retry",
-                self.url()
-            )));
+            return Err(StoreError::changed(key, self));
         }
         Err(self.told(Verb::Write, key, gave_up))
     }
@@ -406,7 +397,7 @@ impl Store for S3Store {
     }
 
     fn list_after(&self, prefix: &str, after: &str) -> Result<Keys, StoreError> {
-        if !self.wants().whole_listings {
+        if !locked(&self.wants).whole_listings {
             let page = self.page(prefix, Some(after).filter(|a| !a.is_empty()), None)?;
             // Some stores give their keys in no order, and some know no such beginning.
             let ordered =
@@ -414,11 +405,9 @@ impl Store for S3Store {
             if ordered {
                 return Ok(Keys { keys: page.keys, more: page.next.is_some() });
             }
-            self.wants.lock().unwrap_or_else(PoisonError::into_inner).whole_listings = true;
+            locked(&self.wants).whole_listings = true;
         }
-        let mut keys = self.list(prefix)?;
-        keys.retain(|key| key.as_str() > after);
-        Ok(Keys { keys, more: false })
+        Ok(Keys::behind(after, self.list(prefix)?))
     }
 
     fn sizes(&self, prefix: &str) -> Result<BTreeMap<String, u64>, StoreError> {
@@ -427,7 +416,7 @@ impl Store for S3Store {
     }
 
     fn send_etags(&self, form: EtagForm) {
-        self.wants.lock().unwrap_or_else(PoisonError::into_inner).etags = form;
+        locked(&self.wants).etags = form;
     }
 
     fn read_from(&self, key: &str, offset: u64, only: Option<&Etag>) -> Result<Opened, StoreError> {

@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 /// Where a bucket is and how it is reached.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct S3Location {
     /// The bucket's name.
     pub bucket: String,
@@ -138,12 +138,8 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
     let mut location = S3Location {
         bucket: bucket.to_string(),
         prefix: if prefix.is_empty() { String::new() } else { format!("{prefix}/") },
-        region: None,
-        endpoint: None,
         scheme: "https".to_string(),
-        profile: None,
-        addressing: Addressing::Auto,
-        endpoint_from: None,
+        ..S3Location::default()
     };
     for pair in query.split('&').filter(|p| !p.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -265,12 +261,14 @@ impl S3Location {
         }
     }
 
+    /// The URL without its parameters.
+    fn without_query(&self) -> String {
+        format!("s3://{}/{}", self.bucket, self.prefix).trim_end_matches('/').to_string()
+    }
+
     /// Bucket and prefix, with the endpoint where it is not AWS's; how it is reached is left out.
     pub fn identity(&self) -> String {
-        let mut text = format!("s3://{}", self.bucket);
-        if !self.prefix.is_empty() {
-            text.push_str(&format!("/{}", self.prefix.trim_end_matches('/')));
-        }
+        let mut text = self.without_query();
         // One of AWS's own addresses that was not written into the URL is a way to the same bucket.
         let own = |host: &str| host.ends_with(".amazonaws.com") || host.ends_with(".amazonaws.com.cn");
         if let Some(endpoint) = &self.endpoint
@@ -284,29 +282,23 @@ impl S3Location {
 
 impl fmt::Display for S3Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "s3://{}", self.bucket)?;
-        if !self.prefix.is_empty() {
-            write!(f, "/{}", self.prefix.trim_end_matches('/'))?;
-        }
-        let mut query = Vec::new();
-        if let Some(region) = &self.region {
-            query.push(format!("region={region}"));
-        }
-        if let Some(endpoint) = &self.endpoint {
-            query.push(format!("endpoint={endpoint}"));
-        }
-        if self.scheme != "https" {
-            query.push(format!("scheme={}", self.scheme));
-        }
-        if let Some(profile) = &self.profile {
-            query.push(format!("profile={profile}"));
-        }
-        match self.addressing {
-            Addressing::Auto => {}
-            Addressing::Path => query.push("addressing-style=path".into()),
-            Addressing::Virtual => query.push("addressing-style=virtual".into()),
-        }
-        if query.is_empty() { Ok(()) } else { write!(f, "?{}", query.join("&")) }
+        f.write_str(&self.without_query())?;
+        let addressing = match self.addressing {
+            Addressing::Auto => None,
+            Addressing::Path => Some("path"),
+            Addressing::Virtual => Some("virtual"),
+        };
+        let query = [
+            ("region", self.region.as_deref()),
+            ("endpoint", self.endpoint.as_deref()),
+            ("scheme", Some(self.scheme.as_str()).filter(|scheme| *scheme != "https")),
+            ("profile", self.profile.as_deref()),
+            ("addressing-style", addressing),
+        ];
+        let given = query.into_iter().filter_map(|(name, value)| Some((name, value?)));
+        given
+            .enumerate()
+            .try_for_each(|(n, (name, value))| write!(f, "{}{name}={value}", if n == 0 { '?' } else { '&' }))
     }
 }
 

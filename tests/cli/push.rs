@@ -510,7 +510,8 @@ fn another_build_of_a_trusted_colleague_is_said_to_be_one() {
     let secret = fs_err::read_dir(team.desks[1].dir.path()).unwrap().map(|e| e.unwrap().path());
     let secret = secret.into_iter().find(|p| p.extension().is_some_and(|e| e == "secret")).unwrap();
     other.signatures.clear();
-    other.sign(&omni_deploy::keys::SecretKey::read(&secret).unwrap()).unwrap();
+    let bobs = omni_deploy::keys::SecretKey::read(&secret).unwrap();
+    other.signatures.push(bobs.sign(other.fingerprint().as_bytes()).unwrap());
     team.put(&NarInfo::key(&closure.lib), other.render().as_bytes());
     let said = team.push(0, &[], &closure.app);
     assert!(said.contains("the narinfo of another build") && !said.contains("look who can write"), "{said}");

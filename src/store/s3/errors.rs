@@ -60,9 +60,7 @@ impl S3Store {
             if tries > 1 { format!(" ({tries} tries in {} s)", after.as_secs()) } else { String::new() };
         match error {
             AttemptError::Credentials(why) => StoreError::Refused(format!("{what}: {why}")),
-            AttemptError::TooLarge(limit) => StoreError::TooLarge(format!(
-                "{object} is larger than {limit} bytes; something else wrote it"
-            )),
+            AttemptError::TooLarge(limit) => StoreError::too_large(&object, limit),
             AttemptError::Source(why) => {
                 StoreError::Unreachable(format!("{what}: its content could not be read: {why}; run it again"))
             }
@@ -126,7 +124,7 @@ impl S3Store {
         let Refusal { status: _, code, message: _, region, headers: _ } = refusal;
         let place = &self.place;
         let bucket = &self.location.bucket;
-        let (id, source) = match self.sign_with() {
+        let (id, source) = match self.credentials.get(now) {
             Ok(c) => (c.id.clone(), c.source.to_string()),
             Err(_) => ("unknown".into(), "the credentials' source".into()),
         };

@@ -60,10 +60,8 @@ impl S3Store {
                 ("start-after", after.as_deref()),
                 ("continuation-token", token),
             ];
-            query.into_iter().fold(self.request("GET", None), |request, (name, value)| match value {
-                Some(value) => request.query(name, value),
-                None => request,
-            })
+            let given = query.into_iter().filter_map(|(name, value)| Some((name, value?)));
+            given.fold(self.request("GET", None), |request, (name, value)| request.query(name, value))
         };
         let read = |answer: S3Response| {
             let (bytes, whole) = answer.read(PAGE_LIMIT)?;

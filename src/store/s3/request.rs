@@ -78,16 +78,10 @@ impl S3Request {
     ) -> Result<S3Response, AttemptError> {
         let odd = |e: ureq::http::Error| AttemptError::Trouble(TransferError::Other(e.to_string()));
         let request = &self.0;
-        let query = Some(request.canonical_query_string()).filter(|q| !q.is_empty());
-        let uri = format!(
-            "{}://{}{}{}{}",
-            request.scheme(),
-            request.hostname(),
-            request.canonical_uri(),
-            if query.is_some() { "?" } else { "" },
-            query.unwrap_or_default()
-        );
-        let mut builder = Request::builder().method(request.method()).uri(uri);
+        let query = request.canonical_query_string();
+        let mark = if query.is_empty() { "" } else { "?" };
+        let address = format!("{}://{}{}", request.scheme(), request.hostname(), request.canonical_uri());
+        let mut builder = Request::builder().method(request.method()).uri(format!("{address}{mark}{query}"));
         // The length is not signed, and the body's own affair.
         for (name, values) in request.headers().iter().filter(|(name, _)| *name != "content-length") {
             for value in values {

@@ -7,7 +7,7 @@ use super::{LIMITS, MAX_SINGLE_PUT, Patience, S3Store};
 use crate::hash::Sha256;
 use crate::http::{GaveUp, Retry, TransferError};
 use crate::store::codes::ErrorClass;
-use crate::store::objects::{Download, Exact, Opened, Upload};
+use crate::store::objects::{Download, Exact, Opened, Upload, Witnessed};
 use crate::store::{Etag, StoreError};
 use std::cell::OnceCell;
 use std::io::{self, Read};
@@ -125,29 +125,12 @@ impl S3Store {
             let body = SendBody::from_reader(&mut content);
             let sent = self.signed(request, wants)?.send(&self.agent, &unsigned, body, Patience::STREAM);
             match (sent, content.failed.take()) {
-                (Err(_), Some(why)) => Err(AttemptError::Source(why)),
+                // What becomes of the request does not tell.
+                (Err(_), Some(e)) => Err(source(e)),
                 (Err(error), None) => Err(error),
                 (Ok(answer), _) => answer.written().map(drop),
             }
         })
-    }
-}
-
-/// A reader that remembers how it failed: what becomes of the request does not tell.
-struct Witnessed<R> {
-    inner: R,
-    failed: Option<String>,
-}
-
-impl<R: Read> Read for Witnessed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buffer);
-        if let Err(e) = &read
-            && e.kind() != io::ErrorKind::Interrupted
-        {
-            self.failed = Some(e.to_string());
-        }
-        read
     }
 }
 
