@@ -12,7 +12,7 @@ use super::persisted::PersistedState;
 use super::routes::{self, Route};
 use super::unit;
 use crate::clock::Timestamp;
-use crate::hash::Hasher;
+use crate::hash::Sha256;
 use crate::manifest::{Http, Service};
 use crate::names::{NEXT_SUFFIX, ServiceName, StorePath};
 use service::{Given, attempt_stamp};
@@ -202,13 +202,13 @@ pub struct WouldEmpty(pub Vec<ServiceName>);
 /// A short hash of what goes into an attempt: the unit, the whole entry (a corrected health path is worth
 /// another one), and the stamp of what is outside of both.
 fn inputs_hash(unit: &str, service: &Service, stamp: &str) -> String {
-    let mut hasher = Hasher::default();
+    let mut inputs = Vec::new();
     let entry = serde_json::to_vec(service).expect("plain data with text keys serializes");
     for part in [unit.as_bytes(), &entry, stamp.as_bytes()] {
-        hasher.update(&(part.len() as u64).to_le_bytes());
-        hasher.update(part);
+        inputs.extend((part.len() as u64).to_le_bytes());
+        inputs.extend(part);
     }
-    hasher.finish().short(12)
+    Sha256::of(&inputs).short(12)
 }
 
 /// Compares what should be with what is. `so_far`: what the effects of this pass came to.
