@@ -2,8 +2,9 @@
 //! escaped for the directive it stands in (systemd.syntax(7), systemd.exec(5)); nothing is expanded by a
 //! shell, and neither `%` nor `$` means anything.
 
+use crate::hash::Sha256;
 use crate::manifest::types::UnitName;
-use crate::manifest::{Profile, Service, command};
+use crate::manifest::{Exec, Hardening, Profile, Service, Systemd, command};
 use crate::names::StorePath;
 use std::fmt::Write;
 
@@ -17,8 +18,7 @@ pub fn is_ours(text: &[u8]) -> bool {
 
 /// The digest of a unit's text, by which one that came up is known again.
 pub fn digest(text: &str) -> String {
-    let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
-    digest.as_ref()[..12].iter().map(|b| format!("{b:02x}")).collect()
+    Sha256::of(text.as_bytes()).short(12)
 }
 
 /// A word in double quotes, with what systemd would interpret escaped. `%` is a specifier everywhere.
@@ -106,34 +106,45 @@ pub fn render(service: &Service, path: &StorePath) -> String {
         revision: _,
         extra: _,
     } = service;
-    let (program, args) = command::program(service, path);
+    let Exec { command: _, user, group, extra: _ } = exec;
+    let Systemd {
+        after,
+        requires,
+        restart,
+        restart_sec,
+        state_directory,
+        read_write_paths,
+        memory_max,
+        cpu_quota,
+        working_directory,
+        stop_timeout_sec,
+        extra: _,
+    } = systemd;
+    // `dynamicUser` is read through the service: its default depends on the profile and the user.
+    let Hardening { profile, dynamic_user: _, private_tmp, protect_system, protect_home, extra: _ } =
+        hardening;
     let mut u = String::with_capacity(1024);
+    u.push_str(MARK);
+    u.push_str("\n\n[Unit]\n");
     // Writing into a String cannot fail.
     let mut line = |key: &str, value: &str| {
         let _infallible = writeln!(u, "{key}={value}");
     };
-    let mut section = Vec::new();
-    section.push(("Description", format!("{name} (deployed by omni-deploy)")));
+    line("Description", &format!("{name} (deployed by omni-deploy)"));
     let names = |units: &[UnitName]| units.iter().map(UnitName::as_str).collect::<Vec<_>>().join(" ");
-    if !systemd.after.is_empty() {
-        section.push(("After", names(&systemd.after)));
+    if !after.is_empty() {
+        line("After", &names(after));
     }
-    if systemd.after.iter().any(|unit| unit.as_str() == UnitName::NETWORK_ONLINE) {
-        section.push(("Wants", UnitName::NETWORK_ONLINE.into()));
+    if after.iter().any(|unit| unit.as_str() == UnitName::NETWORK_ONLINE) {
+        line("Wants", UnitName::NETWORK_ONLINE);
     }
-    if !systemd.requires.is_empty() {
-        section.push(("Requires", names(&systemd.requires)));
-    }
-    line(&format!("{MARK}\n\n[Unit]\n{}", section[0].0), &section[0].1);
-    for (key, value) in &section[1..] {
-        line(key, value);
+    if !requires.is_empty() {
+        line("Requires", &names(requires));
     }
 
-    let mut exec_start = exec_word(&program.to_string_lossy());
-    for arg in &args {
-        exec_start.push(' ');
-        exec_start.push_str(&exec_word(arg));
-    }
+    let (program, args) = command::program(service, path);
+    let program = exec_word(&program.to_string_lossy());
+    let exec_start = args.iter().fold(program, |words, arg| words + " " + &exec_word(arg));
     line("\n[Service]\nType", "exec");
     line("ExecStart", &exec_start);
     if service.dynamic_user() {
@@ -142,12 +153,12 @@ pub fn render(service: &Service, path: &StorePath) -> String {
         if let Some(user) = service.dynamic_user_name() {
             line("User", user);
         }
-        if exec.group.as_str() != "root" {
-            line("Group", &exec.group);
+        if group.as_str() != "root" {
+            line("Group", group);
         }
     } else {
-        line("User", &exec.user);
-        line("Group", &exec.group);
+        line("User", user);
+        line("Group", group);
     }
     for (name, value) in env {
         line("Environment", &quoted(&format!("{name}={value}")));
@@ -158,31 +169,31 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     for (name, file) in credentials {
         line("LoadCredential", &bare(&format!("{name}:{file}")));
     }
-    if let Some(dir) = &systemd.working_directory {
+    if let Some(dir) = working_directory {
         line("WorkingDirectory", &bare(dir));
     }
-    line("Restart", systemd.restart.as_str());
-    line("RestartSec", &systemd.restart_sec.get().to_string());
-    if let Some(seconds) = systemd.stop_timeout_sec {
+    line("Restart", restart.as_str());
+    line("RestartSec", &restart_sec.get().to_string());
+    if let Some(seconds) = stop_timeout_sec {
         line("TimeoutStopSec", &seconds.get().to_string());
     }
-    if let Some(dir) = &systemd.state_directory {
+    if let Some(dir) = state_directory {
         line("StateDirectory", &quoted(dir));
     }
-    if let Some(limit) = &systemd.memory_max {
+    if let Some(limit) = memory_max {
         // A percentage is not a specifier here: systemd does not expand them in resource limits.
         line("MemoryMax", limit);
     }
-    if let Some(quota) = &systemd.cpu_quota {
+    if let Some(quota) = cpu_quota {
         line("CPUQuota", quota);
     }
-    line("PrivateTmp", yes(hardening.private_tmp));
-    line("ProtectSystem", hardening.protect_system.as_str());
-    line("ProtectHome", yes(hardening.protect_home));
-    for path in &systemd.read_write_paths {
+    line("PrivateTmp", yes(*private_tmp));
+    line("ProtectSystem", protect_system.as_str());
+    line("ProtectHome", yes(*protect_home));
+    for path in read_write_paths {
         line("ReadWritePaths", &quoted(path));
     }
-    if hardening.profile == Profile::Strict {
+    if *profile == Profile::Strict {
         for (key, value) in STRICT.iter().chain(&STRICT_CALLS) {
             line(key, value);
         }
