@@ -1,45 +1,16 @@
 //! The manifest as text: laying it out, finding one entry in it, and showing a place or a value of it. Knows nothing of
 //! what the fields mean.
 
-use super::parse::FieldError;
 use crate::bounds::{Container, Token, Tokens};
 use serde::Serialize;
-use std::fmt;
 
-/// Where a value stands: a chain on the stack that is written out only when something is wrong.
-#[derive(Clone, Copy)]
-pub(super) enum At<'a> {
-    /// The document itself.
-    Root,
-    /// A field of an object.
-    Field(&'a At<'a>, &'a str),
-    /// An element of an array.
-    Item(&'a At<'a>, usize),
-}
-
-impl fmt::Display for At<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            At::Root => Ok(()),
-            At::Item(above, index) => write!(f, "{above}[{index}]"),
-            At::Field(above, name) => {
-                let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
-                match above {
-                    _ if name.is_empty() || !name.chars().all(plain) => {
-                        write!(f, "{above}[{}]", shown(name))
-                    }
-                    At::Root => f.write_str(name),
-                    _ => write!(f, "{above}.{name}"),
-                }
-            }
-        }
-    }
-}
-
-impl At<'_> {
-    /// What is wrong here.
-    pub(super) fn error(&self, reason: impl Into<String>) -> FieldError {
-        FieldError { path: self.to_string(), reason: reason.into() }
+/// The path of a field of what is at `above`.
+pub(super) fn field(above: &str, name: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    match above {
+        _ if name.is_empty() || !name.chars().all(plain) => format!("{above}[{}]", shown(name)),
+        "" => name.into(),
+        _ => format!("{above}.{name}"),
     }
 }
 
