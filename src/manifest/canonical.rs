@@ -77,15 +77,11 @@ impl<'de> Visitor<'de> for CanonicalWriter<'_> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
         self.out.push(b'[');
         let first = self.out.len();
-        loop {
-            let before = self.out.len();
-            if before > first {
-                self.out.push(b',');
-            }
-            if seq.next_element_seed(CanonicalWriter { out: self.out, without: &[] })?.is_none() {
-                self.out.truncate(before);
-                break;
-            }
+        while seq.next_element_seed(CanonicalWriter { out: self.out, without: &[] })?.is_some() {
+            self.out.push(b',');
+        }
+        if self.out.len() > first {
+            self.out.pop();
         }
         self.out.push(b']');
         Ok(())

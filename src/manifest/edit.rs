@@ -132,28 +132,28 @@ fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError
         },
         FieldKind::Json => json().unwrap_or_else(|| Value::from(text)),
     };
-    let mut node = service;
     let (last, above) = path.split_last().expect("a split text has at least one part");
+    let mut map = object(service).map_err(error)?;
     for name in above {
-        let map = match node {
-            Value::Object(map) => map,
-            other => return Err(error(format!("{} has no fields", shown(other)))),
-        };
-        let below = map.entry(*name).or_insert(Value::Null);
-        if below.is_null() {
-            *below = Value::Object(Map::new());
-        }
-        node = below;
+        map = object(map.entry(*name).or_insert(Value::Null)).map_err(error)?;
     }
-    let Value::Object(map) = node else {
-        return Err(error(format!("{} has no fields", shown(node))));
-    };
     if wants == FieldKind::Variable && value.is_null() {
         map.remove(*last);
     } else {
         map.insert((*last).into(), value);
     }
     Ok(())
+}
+
+/// The fields of an object, which null becomes.
+fn object(node: &mut Value) -> Result<&mut Map<String, Value>, String> {
+    if node.is_null() {
+        *node = Value::Object(Map::new());
+    }
+    match node {
+        Value::Object(map) => Ok(map),
+        other => Err(format!("{} has no fields", shown(other))),
+    }
 }
 
 /// Brings what a person made of `base` into `current`, which others may have changed meanwhile: service by

@@ -3,6 +3,7 @@
 
 use crate::bounds::{Container, Token, Tokens};
 use serde::Serialize;
+use std::io::Cursor;
 
 /// The path of a field of what is at `above`.
 pub(super) fn field(above: &str, name: &str) -> String {
@@ -16,30 +17,17 @@ pub(super) fn field(above: &str, name: &str) -> String {
 
 /// A value for one line of an error: compact JSON, cut when it is long, nothing in it that a terminal obeys.
 pub(super) fn shown(value: &(impl Serialize + ?Sized)) -> String {
-    let mut start = Start(Vec::new());
+    // Its beginning, and no more: a text of megabytes is not copied to be cut.
+    let mut start = Cursor::new([0; 512]);
     // That it is longer is no error.
     drop(serde_json::to_writer(&mut start, value));
-    let text = String::from_utf8_lossy(&start.0);
+    let length = start.position() as usize;
+    let text = String::from_utf8_lossy(&start.get_ref()[..length]);
     let cut = match text.char_indices().nth(72) {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text.into_owned(),
     };
     crate::log::printable(&cut).into_owned()
-}
-
-/// Takes the beginning of what is written, and no more: a text of megabytes is not copied to be cut.
-struct Start(Vec<u8>);
-
-impl std::io::Write for Start {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let room = 512usize.saturating_sub(self.0.len()).min(bytes.len());
-        self.0.extend_from_slice(&bytes[..room]);
-        Ok(room)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Lays JSON out for people (two spaces, one field a line) without changing a token or the order of anything.

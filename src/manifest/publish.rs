@@ -284,14 +284,16 @@ pub fn unusable(store: &dyn Store, why: &ManifestError) -> Error {
 
 /// Creates an empty manifest where there is none, also where there was one.
 pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<PublishedManifest> {
-    swap(store, now, author, StartingPoint::Begin, |_, current| Ok(current.is_none().then(|| "init".into())))
+    swap(store, now, author, StartingPoint::Begin, first_version)
 }
 
 /// Creates the first manifest of a store. That there was one before is an error.
 pub fn begin(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<PublishedManifest> {
-    swap(store, now, author, StartingPoint::OrEmpty, |_, current| {
-        Ok(current.is_none().then(|| "init".into()))
-    })
+    swap(store, now, author, StartingPoint::OrEmpty, first_version)
+}
+
+fn first_version(_: &mut Manifest, current: Option<&CurrentManifest>) -> Result<Option<String>> {
+    Ok(current.is_none().then(|| "init".into()))
 }
 
 /// One service's new closure.
@@ -812,10 +814,7 @@ mod tests {
     }
 
     fn etag(bytes: &[u8]) -> Etag {
-        use std::hash::{DefaultHasher, Hash};
-        let mut hasher = DefaultHasher::new();
-        bytes.hash(&mut hasher);
-        Etag(format!("{:x}", hasher.finish()))
+        Etag(crate::hash::Sha256::of(bytes).base16())
     }
 
     impl Scripted {
@@ -1035,7 +1034,7 @@ mod tests {
     #[test]
     fn what_was_written_is_remembered_also_without_an_answer_and_nothing_older_after_it() {
         let dir = tempfile::tempdir().unwrap();
-        let author = Author { seen: Seen::below(dir.path()), ..with_key() };
+        let author = Author { seen: Seen { folder: Some(dir.path().into()) }, ..with_key() };
         let store = Scripted::default();
         let add = |name: &str| {
             publish(&store, &NOW, &author, StartingPoint::OrEmpty, |m| {

@@ -10,23 +10,18 @@ use crate::error::{Error, Result};
 use crate::hash::Sha256;
 use crate::log;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Where it is kept. The default remembers nothing.
 #[derive(Debug, Default)]
 pub struct Seen {
-    folder: Option<PathBuf>,
+    pub(super) folder: Option<PathBuf>,
 }
 
 impl Seen {
     /// Of whoever runs this.
     pub fn of_user() -> Self {
         Seen { folder: Some(config::state_dir().join("seen")) }
-    }
-
-    /// Below a folder.
-    pub fn below(folder: &Path) -> Self {
-        Seen { folder: Some(folder.to_path_buf()) }
     }
 
     /// The file of the store of this identity.
@@ -85,7 +80,7 @@ mod tests {
     #[test]
     fn each_store_has_a_file_of_its_own_that_only_its_owner_reads() {
         let dir = tempfile::tempdir().unwrap();
-        let seen = Seen::below(&dir.path().join("state/seen"));
+        let seen = Seen { folder: Some(dir.path().join("state/seen")) };
         assert_eq!(seen.read("s3://a").unwrap(), None);
         seen.keep("s3://a/b", b"one");
         seen.keep("s3://a-b", b"two");

@@ -5,9 +5,10 @@
 use super::lineage::{self, Ancestor, Digest, Relation};
 use super::model::{Change, MAX_BYTES, Manifest};
 use super::publish::{Author, COPY_BACK, CurrentManifest};
-use super::signature::{self, UNKNOWN_SIGNER};
+use super::signature::{self, ReadError, UNKNOWN_SIGNER};
 use super::versions::{self, Version, archive_key, archive_name};
 use crate::error::{Error, Result};
+use crate::keys::PublicKey;
 use crate::log::{self, printable};
 use crate::parallel;
 use crate::store::{GetResult, Store, StoreError};
@@ -34,6 +35,13 @@ pub struct TrustedVersion {
 }
 
 impl TrustedVersion {
+    /// Reads one that may be anybody's; see [`signature::read`].
+    pub fn read(bytes: Vec<u8>, identity: &str, trusted: &[PublicKey]) -> Result<Self, ReadError> {
+        let manifest = signature::read(&bytes, identity, trusted)?;
+        let digest = signature::digest(&bytes).map_err(ReadError::Signature)?;
+        Ok(TrustedVersion { manifest, digest, bytes, kept: None })
+    }
+
     /// It, and those before it, as a version after it names them.
     pub fn line(&self) -> Vec<Ancestor> {
         lineage::line(&self.manifest, self.digest)
@@ -96,9 +104,8 @@ impl Author {
         let identity = store.identity();
         let Some(bytes) = self.seen.read(&identity)? else { return Ok(None) };
         // Signed by a key that has been taken out, or damaged: it says nothing any more.
-        let read = signature::read(&bytes, &identity, &self.trust.trusted);
-        let (Ok(manifest), Ok(digest)) = (read, signature::digest(&bytes)) else { return Ok(None) };
-        Ok(Some(TrustedVersion { manifest, digest, bytes, kept: self.seen.file(&identity) }))
+        let read = TrustedVersion::read(bytes, &identity, &self.trust.trusted).ok();
+        Ok(read.map(|version| TrustedVersion { kept: self.seen.file(&identity), ..version }))
     }
 
     /// Whether what is in force may be built on; None: it may. What cannot be read is not judged here. Who signed it
@@ -277,14 +284,13 @@ pub fn examine(
         Err(StoreError::TooLarge(why)) => return Ok(Err(why)),
         Err(e) => return Err(e.into()),
     };
-    let manifest = match signature::read(&bytes, &store.identity(), &author.trust.trusted) {
-        Ok(manifest) => manifest,
-        Err(e) => return Ok(Err(e.to_string())),
-    };
-    if archive_name(manifest.serial, manifest.generation) != version.name {
-        return Ok(Err(format!("it holds version {} of {}", manifest.serial, manifest.generation)));
-    }
-    Ok(signature::digest(&bytes).map(|digest| TrustedVersion { manifest, digest, bytes, kept: None }))
+    Ok(match TrustedVersion::read(bytes, &store.identity(), &author.trust.trusted) {
+        Ok(found) if found.name() == version.name => Ok(found),
+        Ok(TrustedVersion { manifest: Manifest { serial, generation, .. }, .. }) => {
+            Err(format!("it holds version {serial} of {generation}"))
+        }
+        Err(e) => Err(e.to_string()),
+    })
 }
 
 /// What came of the search for a version before the one in force.

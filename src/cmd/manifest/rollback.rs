@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::log;
 use crate::manifest::diff::{Difference, diff};
 use crate::manifest::edit;
-use crate::manifest::lineage::{self, Ancestor, Relation};
+use crate::manifest::lineage::{self, Relation};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::{enough_for, newest};
 use crate::manifest::publish::{self, Author, StartingPoint};
@@ -21,7 +21,7 @@ use std::io::IsTerminal;
 
 pub(super) fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: bool) -> Result<()> {
     if let Some(word) = word.filter(|w| *w == STDIN || w.starts_with('@')) {
-        return rollback_to_copy(settings, store, &input(word)?, yes);
+        return rollback_to_copy(settings, store, input(word)?, yes);
     }
     let author = Author::of(settings)?;
     let in_force = InForce::of(store, &author)?;
@@ -133,11 +133,11 @@ pub(super) fn version_before(
 pub(super) fn rollback_to_copy(
     settings: &Settings,
     store: &dyn Store,
-    bytes: &[u8],
+    bytes: Vec<u8>,
     yes: bool,
 ) -> Result<()> {
     let mut author = Author::of(settings)?;
-    let read = signature::read(bytes, &store.identity(), &author.trust.trusted);
+    let read = TrustedVersion::read(bytes, &store.identity(), &author.trust.trusted);
     let copy = read.map_err(|e| match e {
         ReadError::Signature(why) => Error::new(format!(
             "the copy is not to be trusted in {}: {why}; take one that a host of this store has kept",
@@ -145,8 +145,9 @@ pub(super) fn rollback_to_copy(
         )),
         ReadError::Manifest(e) => Error::from(e).context("the copy"),
     })?;
-    author.at_hand = copy.serial;
-    let line = signature::digest(bytes).map(|digest| lineage::line(&copy, digest)).unwrap_or_default();
+    let TrustedVersion { manifest: Manifest { serial, .. }, digest, .. } = copy;
+    author.at_hand = serial;
+    let line = copy.line();
     let in_force = InForce::of(store, &author)?;
     // Who can write the store can hold a host at an old version, take the newest away, and wait for somebody to put
     // that host's copy back.
@@ -154,45 +155,41 @@ pub(super) fn rollback_to_copy(
         Some(_) => None,
         None => author.newest_trusted(store)?,
     };
-    if let (Some(newest), Some(Ancestor { digest: Some(digest), .. })) = (&newest, line.first())
-        && lineage::relation(&newest.manifest, &newest.digest, copy.serial, digest) == Relation::Later
-    {
+    if let Some(newest) = newest.filter(|newest| newest.comes_after(&copy)) {
         return Err(Error::new(format!(
             "the copy is {}, and {} is newer: publish that with {}, and then, if the older one should be in force \
              after all, the copy",
-            trust::describe(&copy),
+            copy.describe(),
             newest.describe(),
-            trust::publish_again(newest)
+            trust::publish_again(&newest)
         )));
     }
     if let Some(there) = in_force.signed() {
-        log::notice(format!("from {} to the copy of {}:", trust::describe(there), trust::describe(&copy)));
-        show_differences(diff(there, &copy).iter());
+        log::notice(format!("from {} to the copy of {}:", trust::describe(there), copy.describe()));
+        show_differences(diff(there, &copy.manifest).iter());
     }
     let trusting = !author.trust.trusted.is_empty();
     // A host says that its copy be put back, and it may be nobody's host any more.
     if let (Some(there), Some(current)) = (in_force.trusted().filter(|_| trusting && !yes), &in_force.current)
-        && let (Some(Ancestor { digest: Some(of_copy), .. }), Ok(digest)) =
-            (line.first(), signature::digest(&current.bytes))
-        && lineage::relation(there, &digest, copy.serial, of_copy) == Relation::Later
+        && let Ok(of_current) = signature::digest(&current.bytes)
+        && lineage::relation(there, &of_current, serial, &digest) == Relation::Later
         && !(std::io::stdin().is_terminal() && confirmed("Publish that?")?)
     {
         return Err(Error::new(format!(
             "nothing was published: {} is in force, and it comes after the copy, which is {}; to undo what is between \
              them, add '-y'",
             trust::describe(there),
-            trust::describe(&copy)
+            copy.describe()
         )));
     }
     drop(in_force);
     let published = publish::publish(store, &Timestamp::now, &author, StartingPoint::Replace, |manifest| {
         // Whoever has obeyed the copy knows that the new version comes after it.
-        let behind = manifest.serial < copy.serial
-            || trusting && line.first().is_some_and(|copy| !manifest.previous.contains(copy));
+        let behind = manifest.serial < serial || trusting && !manifest.previous.contains(&line[0]);
         manifest.previous = lineage::join(&line, &manifest.previous);
-        manifest.serial = manifest.serial.max(copy.serial);
-        let changed = edit::restore(manifest, &copy) || behind || manifest.change.by.is_empty();
-        Ok(changed.then(|| format!("rollback to a copy of serial {}", copy.serial)))
+        manifest.serial = manifest.serial.max(serial);
+        let changed = edit::restore(manifest, &copy.manifest) || behind || manifest.change.by.is_empty();
+        Ok(changed.then(|| format!("rollback to a copy of serial {serial}")))
     })?;
     publish::report(store, &published);
     Ok(())
