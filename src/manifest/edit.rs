@@ -13,10 +13,13 @@ use std::collections::{HashMap, HashSet};
 
 /// There is no such service: with the nearest names, or where those are that there are.
 pub fn unknown_service(name: &str, manifest: &Manifest) -> Error {
-    let near = did_you_mean(name, manifest.services.iter().map(|s| s.name.as_str()));
-    let next =
-        if near.is_empty() { "; 'deploy-manifest show' prints those there are" } else { near.as_str() };
+    let near = near(name, manifest);
+    let next = if near.is_empty() { "; 'deploy-manifest show' prints those there are" } else { &near };
     Error::new(format!("no service '{}' in the manifest{next}", crate::log::printable(name)))
+}
+
+fn near(name: &str, manifest: &Manifest) -> String {
+    did_you_mean(name, manifest.services.iter().map(|s| s.name.as_str()))
 }
 
 fn index(manifest: &Manifest, name: &str) -> Result<usize> {
@@ -31,7 +34,7 @@ fn index(manifest: &Manifest, name: &str) -> Result<usize> {
 /// path again, without a commit or with the same, changes nothing.
 pub fn update(manifest: &mut Manifest, name: &str, path: &StorePath, revision: Option<&str>) -> Result<bool> {
     let at = index(manifest, name).map_err(|e| {
-        let joint = if e.to_string().ends_with('?') { " a new one is added" } else { "; add it" };
+        let joint = if near(name, manifest).is_empty() { "; add it" } else { " a new one is added" };
         Error::new(format!("{e}{joint} with 'deploy-manifest add-service'"))
     })?;
     let service = &mut manifest.services[at];

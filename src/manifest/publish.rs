@@ -503,7 +503,9 @@ fn base(
         Err(why) if !repairs || why.is_newer_version() => return Err(unusable(store, why)),
         Ok(_) | Err(_) => return rebuilt(store, author, current, start, now),
     };
-    let (mut from, mut serial, mut known) = (there, there.serial, line_of(there, &found.bytes));
+    let (mut from, mut serial) = (there, there.serial);
+    let mut known =
+        signature::digest(&found.bytes).map(|digest| lineage::line(there, digest)).unwrap_or_default();
     // Signed, and hosts have obeyed what it took the place of: the new version comes after both.
     if let Some(seen) = seen {
         known = lineage::join(&seen.line(), &known);
@@ -512,33 +514,19 @@ fn base(
             from = &seen.manifest;
         }
     }
-    if archived_too {
-        after_archived(store, author, &mut serial, &mut known)?;
+    // Where an old one was put back, hosts have obeyed what it took the place of, which is not in the archive.
+    if archived_too
+        && !author.trust.trusted.is_empty()
+        && let Some(newest) = trust::newest_archived(store, author)?
+        && !known.contains(&newest.line()[0])
+    {
+        serial = serial.max(newest.manifest.serial + 1);
+        known = lineage::join(&newest.line(), &known);
     }
     room_after(store, serial, MANIFEST_KEY)?;
     let manifest = Manifest { serial, previous: known, ..from.clone() };
     let replaced = archive_name(there.serial, there.generation);
     Ok(Base { manifest, replaced, in_force: seen.is_none() })
-}
-
-/// Moves the number behind the newest archived version that is trusted: where an old one was put back, hosts have
-/// obeyed what it took the place of, which is not in the archive.
-fn after_archived(
-    store: &dyn Store,
-    author: &Author,
-    serial: &mut u64,
-    known: &mut Vec<Ancestor>,
-) -> Result<()> {
-    if author.trust.trusted.is_empty() {
-        return Ok(());
-    }
-    if let Some(newest) = trust::newest_archived(store, author)?
-        && !newest.line().first().is_some_and(|newest| known.contains(newest))
-    {
-        *serial = (*serial).max(newest.manifest.serial + 1);
-        *known = lineage::join(&newest.line(), known);
-    }
-    Ok(())
 }
 
 /// Says that nobody here knows what a new version took the place of: who does shall bring it back.
@@ -551,11 +539,6 @@ fn say_lost(author: &Author, manifest: &Manifest) {
              '{COPY_BACK}'"
         ));
     }
-}
-
-/// What a version says of itself and those before it; nothing where it has no canonical form.
-fn line_of(manifest: &Manifest, bytes: &[u8]) -> Vec<Ancestor> {
-    signature::digest(bytes).map(|digest| lineage::line(manifest, digest)).unwrap_or_default()
 }
 
 /// Where nothing is in force that could be built on: the number goes on from the highest there was, since a host

@@ -38,6 +38,7 @@ pub(super) fn at_most(most: usize, what: &str, text: &str) -> Result<(), String>
 
 /// Any clean text that is not empty.
 pub(super) fn words(text: &str) -> Result<String, String> {
+    clean(text)?;
     if text.is_empty() { Err("is empty".into()) } else { Ok(text.into()) }
 }
 

@@ -15,8 +15,8 @@ use crate::store::{GetResult, Store, StoreError};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How many archived versions are read at most in search of one that somebody trusted has signed.
-const SEARCHED: usize = 200;
+/// How many archived versions are read at most in search of one that is trusted, or that says something else.
+pub const SEARCHED: usize = 200;
 
 /// How many of them at once, after the first: whole manifests.
 const READ_AT_ONCE: usize = 16;

@@ -24,13 +24,7 @@ pub(super) const BASE: &str = "base.json";
 pub(super) fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
     let author = Author::of(settings)?;
     let current = publish::load(store)?.ok_or_else(|| publish::lost(store, &author))?;
-    let (text, next) = match edit_base(store, &author, &current)? {
-        EditBase::InForce => (json::pretty(&current.bytes), ""),
-        EditBase::Broken => (current.bytes, ""),
-        EditBase::Trusted(base) => {
-            (json::pretty(&base), "; 'deploy-manifest rollback' publishes it as it was")
-        }
-    };
+    let (text, next) = edit_base(store, &author, &current)?;
     let folder = durable::scratch(&std::env::temp_dir())?;
     let file = folder.path().join("manifest.json");
     durable::write(&file, &text, 0o600)?;
@@ -55,18 +49,13 @@ pub(super) fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
     result
 }
 
-/// What an edit starts from.
-pub(super) enum EditBase {
-    /// The version in force.
-    InForce,
-    /// The text in force, which is no manifest; without trusted keys there is nothing to tell a better one by.
-    Broken,
-    /// The newest version that is trusted, since what is in force is not.
-    Trusted(Vec<u8>),
-}
-
-/// Says what is in force besides, where that is not what the edit starts from.
-pub(super) fn edit_base(store: &dyn Store, author: &Author, current: &CurrentManifest) -> Result<EditBase> {
+/// The text that an edit starts from, and what to do where it is left as it is: that of the version in force, or of the
+/// newest that is trusted. Says what is in force besides, where that is not what the edit starts from.
+fn edit_base(
+    store: &dyn Store,
+    author: &Author,
+    current: &CurrentManifest,
+) -> Result<(Vec<u8>, &'static str)> {
     let url = store.url();
     let trusting = !author.trust.trusted.is_empty();
     let why = match (author.reject_reason(store, current)?, current.manifest()) {
@@ -74,11 +63,12 @@ pub(super) fn edit_base(store: &dyn Store, author: &Author, current: &CurrentMan
             format!("the manifest in {url} is not to be trusted: {why}")
         }
         (Some(reason), _) => return Err(author.rejection(store, current, &reason)),
-        (None, Ok(_)) => return Ok(EditBase::InForce),
+        (None, Ok(_)) => return Ok((json::pretty(&current.bytes), "")),
         (None, Err(e)) if e.is_newer_version() => return Err(publish::unusable(store, e)),
         (None, Err(e)) if !trusting => {
             log::warning(format!("warning: the manifest in {url} cannot be used: {e}"));
-            return Ok(EditBase::Broken);
+            // No manifest, and nothing to tell a better one by.
+            return Ok((current.bytes.clone(), ""));
         }
         (None, Err(e)) => format!("the manifest in {url} cannot be used: {e}"),
     };
@@ -99,7 +89,7 @@ pub(super) fn edit_base(store: &dyn Store, author: &Author, current: &CurrentMan
         }
         Err(_) => log::warning("what is in force can be looked at with 'deploy-manifest show'"),
     }
-    Ok(EditBase::Trusted(newest.bytes))
+    Ok((json::pretty(&newest.bytes), "; 'deploy-manifest rollback' publishes it as it was"))
 }
 
 /// Reads a file of a draft. What is signed must be this user's own: a draft is kept where everybody can write, and once

@@ -110,41 +110,40 @@ pub(super) fn list(settings: &Settings, store: &dyn Store, as_json: bool, number
         }
     }
     let shown = &versions[..versions.len().min(number)];
-    let heads = heads(store, shown)?;
+    // Of an object that has a version's name and is none, nothing that it says of itself is shown.
+    let read = |(version, head): (_, Option<VersionHead>)| {
+        let problem = versions::mismatch(version, head.as_ref().map(VersionHead::id));
+        (version, head.filter(|_| problem.is_none()), problem)
+    };
+    let listed = shown.iter().zip(heads(store, shown)?).map(read);
     if as_json {
-        let rows: Vec<serde_json::Value> = shown
-            .iter()
-            .zip(&heads)
-            .map(|(version, head)| {
-                let problem = versions::mismatch(version, head.as_ref().map(VersionHead::id));
-                let text = |f: fn(&VersionHead) -> String| head.as_ref().filter(|_| problem.is_none()).map(f);
-                let mut row = serde_json::json!({
-                    "name": version.name,
-                    "serial": version.serial,
-                    "current": version.current,
-                    "generation": text(|h| h.generation.to_string()),
-                    "action": text(|h| h.change.action.clone()),
-                    "by": text(|h| h.change.by.clone()),
-                });
-                if let Some(problem) = problem {
-                    row["problem"] = problem.into();
-                }
-                row
-            })
-            .collect();
+        let row = |(version, head, problem): (&Version, Option<VersionHead>, Option<String>)| {
+            let mut row = serde_json::json!({
+                "name": version.name,
+                "serial": version.serial,
+                "current": version.current,
+                "generation": head.as_ref().map(|h| h.generation.to_string()),
+                "action": head.as_ref().map(|h| &h.change.action),
+                "by": head.as_ref().map(|h| &h.change.by),
+            });
+            if let Some(problem) = problem {
+                row["problem"] = problem.into();
+            }
+            row
+        };
+        let rows: Vec<serde_json::Value> = listed.map(row).collect();
         let document = serde_json::json!({"version": 1, "versions": rows});
         return print(&log::printable_json(&format!("{document:#}")));
     }
     let mut rows = vec![["  NAME", "SERIAL", "WHEN", "BY", "ACTION"].map(Cell::from).into()];
-    for (version, head) in shown.iter().zip(heads) {
-        let (when, Change { by, action, .. }) =
-            match (versions::mismatch(version, head.as_ref().map(VersionHead::id)), head) {
-                (None, Some(head)) => (head.generation.to_string(), head.change),
-                (why, _) => {
-                    let action = why.unwrap_or_else(|| "(cannot be read)".into());
-                    (String::new(), Change { action, ..Change::default() })
-                }
-            };
+    for (version, head, problem) in listed {
+        let (when, Change { by, action, .. }) = match head {
+            Some(head) => (head.generation.to_string(), head.change),
+            None => {
+                let action = problem.unwrap_or_else(|| "(cannot be read)".into());
+                (String::new(), Change { action, ..Change::default() })
+            }
+        };
         let mark = if version.current { '*' } else { ' ' };
         let name = format!("{mark} {}", version.name);
         rows.push([name, version.serial.to_string(), when, by, action].map(Cell::from).into());

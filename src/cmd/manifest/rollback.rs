@@ -213,9 +213,6 @@ pub(super) fn rollback_target<'a>(
     versions.iter().find(|v| v.name == name).ok_or_else(|| Error::new(format!("no version '{word}'")))
 }
 
-/// How many versions are read in search of a service's last change.
-pub(super) const SEARCHED: usize = 200;
-
 pub(super) fn rollback_service(
     settings: &Settings,
     store: &dyn Store,
@@ -234,7 +231,7 @@ pub(super) fn rollback_service(
             (version.name.clone(), versions::read_trusted(store, version, &author.trust.trusted)?.0)
         }
         None => {
-            let versions = newest(store, SEARCHED)?.versions;
+            let versions = newest(store, trust::SEARCHED)?.versions;
             let (bytes, now) = publish::read_trusted_bytes(store, &author)?;
             let entry = now.service(name).ok_or_else(|| edit::unknown_service(name, &now))?;
             let digest = signature::digest(&bytes).ok();
