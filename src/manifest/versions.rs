@@ -126,9 +126,8 @@ pub fn mismatch(version: &Version, held: Option<(u64, Timestamp)>) -> Option<Str
 /// it fits several objects, those that are no versions do not count.
 pub fn find<'a>(store: &dyn Store, versions: &'a [Version], word: &str) -> Result<&'a Version> {
     find_where(versions, word, |version| {
-        // One request.
-        let held = || Ok::<_, Error>(head(store, &archive_key(&version.name))?.map(|head| head.id()));
-        Ok(version.current || mismatch(version, held()?).is_none())
+        let head = if version.current { None } else { head(store, &archive_key(&version.name))? };
+        Ok(mismatch(version, head.as_ref().map(VersionHead::id)).is_none())
     })
 }
 
