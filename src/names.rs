@@ -1,21 +1,21 @@
 //! The names that cross every module, parsed once at the edge: services, hosts and store paths. Whoever holds
 //! one of these types may put it into a unit name, a file name or a key of the bucket without asking again.
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use std::fmt;
 
 /// The name of a service: also the name of its unit (`NAME.service`), of its secrets file and of its log.
 /// ASCII letters, digits, `-`, `_` and `.`; begins with a letter or digit; at most 64 characters.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct ServiceName(String);
 
 /// The name of a host as the manifest's `hosts` lists it: the characters of a DNS name.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct HostName(String);
 
 /// A store path, `/nix/store/HASH-NAME`: exactly one level below the store, hash and name well-formed
 /// (Nix's own rules: 32 digits of its base 32, then up to 211 of `[A-Za-z0-9+._?=-]`, no leading dot).
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct StorePath(String);
 
 /// Whether this is the name of an environment variable, as systemd and every shell have them.
@@ -30,40 +30,41 @@ pub const STORE_DIR: &str = "/nix/store";
 /// The ending that names the second instance of a service while a rollout overlaps; no service may have it.
 pub const NEXT_SUFFIX: &str = "-next";
 
-const UNIT_SUFFIXES: [&str; 11] = [
-    ".service",
-    ".socket",
-    ".device",
-    ".mount",
-    ".automount",
-    ".swap",
-    ".target",
-    ".path",
-    ".timer",
-    ".slice",
-    ".scope",
-];
+/// The endings of the names of units (systemd.unit(5)).
+const UNIT_SUFFIXES: &str = "service socket device mount automount swap target path timer slice scope";
+
+/// The ending of a unit's name, if the text has one.
+pub fn unit_suffix(text: &str) -> Option<&str> {
+    let (_, suffix) = text.rsplit_once('.')?;
+    UNIT_SUFFIXES.split(' ').find(|known| *known == suffix)
+}
+
+/// Refuses what is not a plain name of at most `most` characters; the error is the reason alone.
+fn check_plain(text: &str, most: usize, what: &str) -> Result<(), String> {
+    if text.is_empty() {
+        return Err("is empty".into());
+    }
+    if text.len() > most {
+        return Err(format!("has {} characters, at most {most} are possible", text.len()));
+    }
+    if let Some(c) = text.chars().find(|c| !(c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))) {
+        return Err(format!("has {c:?}; only ASCII letters, digits, '-', '_' and '.' make a {what}"));
+    }
+    if !text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        return Err("must begin with a letter or a digit".into());
+    }
+    if text.contains("..") {
+        return Err("has '..'".into());
+    }
+    Ok(())
+}
 
 impl ServiceName {
     /// Parses a name; the error is the reason alone, without the name.
     pub fn parse(text: &str) -> Result<Self, String> {
-        if text.is_empty() {
-            return Err("is empty".into());
-        }
-        if text.len() > 64 {
-            return Err(format!("has {} characters, at most 64 are possible", text.len()));
-        }
-        if let Some(c) = text.chars().find(|c| !(c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))) {
-            return Err(format!("has {c:?}; only ASCII letters, digits, '-', '_' and '.' make a unit name"));
-        }
-        if !text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-            return Err("must begin with a letter or a digit".into());
-        }
-        if text.contains("..") {
-            return Err("has '..'".into());
-        }
-        if let Some(suffix) = UNIT_SUFFIXES.iter().find(|s| text.ends_with(*s)) {
-            return Err(format!("ends with '{suffix}'; expected the name of the service alone"));
+        check_plain(text, 64, "unit name")?;
+        if let Some(suffix) = unit_suffix(text) {
+            return Err(format!("ends with '.{suffix}'; expected the name of the service alone"));
         }
         if text == "deployer" {
             return Err("is the name of the deployer's own unit".into());
@@ -88,21 +89,7 @@ impl ServiceName {
 impl HostName {
     /// Parses a name; the error is the reason alone, without the name.
     pub fn parse(text: &str) -> Result<Self, String> {
-        if text.is_empty() {
-            return Err("is empty".into());
-        }
-        if text.len() > 253 {
-            return Err(format!("has {} characters, at most 253 are possible", text.len()));
-        }
-        if let Some(c) = text.chars().find(|c| !(c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))) {
-            return Err(format!("has {c:?}; only ASCII letters, digits, '-', '_' and '.' make a host name"));
-        }
-        if !text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-            return Err("must begin with a letter or a digit".into());
-        }
-        if text.contains("..") {
-            return Err("has '..'".into());
-        }
+        check_plain(text, 253, "host name")?;
         Ok(HostName(text.to_string()))
     }
 
@@ -180,11 +167,6 @@ macro_rules! text_type {
         impl AsRef<std::path::Path> for $t {
             fn as_ref(&self) -> &std::path::Path {
                 self.0.as_ref()
-            }
-        }
-        impl Serialize for $t {
-            fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-                s.serialize_str(&self.0)
             }
         }
         impl<'de> serde::Deserialize<'de> for $t {

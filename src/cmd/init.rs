@@ -120,8 +120,8 @@ fn first_manifest(store: &dyn Store, author: &Author) -> Result<()> {
         log::notice(format!("manifest: made in {}", store.url()));
         return Ok(());
     };
-    if let Some(objection) = author.objection(store, &current)? {
-        log::warning(format!("warning: {}", author.refusal(store, &current, &objection)));
+    if let Some(reason) = author.reject_reason(store, &current)? {
+        log::warning(format!("warning: {}", author.rejection(store, &current, &reason)));
         return Ok(());
     }
     let manifest = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;

@@ -133,7 +133,7 @@ fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
         return Ok((format!("{}.service", args.name), vec![host]));
     }
     let store = crate::store::open(&settings.store)?;
-    let manifest = publish::believed(store.as_ref(), &Author::reader(settings)?)?;
+    let manifest = publish::read_trusted(store.as_ref(), &Author::reader(settings)?)?;
     if everywhere {
         let hosts: Vec<HostName> = reports::hosts(&manifest).into_iter().collect();
         if hosts.is_empty() {

@@ -11,10 +11,10 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{Error, Exit, Result, io_text};
 use crate::log;
-use crate::manifest::belief::Objection;
 use crate::manifest::model::Manifest;
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::publish::{self, Author, CurrentManifest, PublishedManifest, StartingPoint};
+use crate::manifest::trust::RejectReason;
 use crate::manifest::{edit, schema};
 use crate::names::{ServiceName, StorePath};
 use crate::store::Store;
@@ -228,7 +228,7 @@ struct Sign {
     example = "{command_name}\n{command_name} 41\n{command_name} --accept-version 1"
 )]
 struct Verify {
-    /// forget what this machine has seen, and believe the current version, which must have this number: the store was
+    /// forget what this machine has seen, and trust the current version, which must have this number: the store was
     /// created again or restored on purpose
     #[argh(option, arg_name = "number", from_str_fn(super::number))]
     accept_version: Option<u64>,
@@ -265,15 +265,12 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
     match command {
         Command::Init(Init {}) => {
             let published = publish::init(store, &Timestamp::now, &Author::of(settings)?)?;
-            if !published.written {
-                let serial = published.manifest.serial;
-                log::info(format!(
-                    "unchanged: there is a manifest already, serial {serial} ({})",
-                    store.url()
-                ));
-                return Ok(());
+            match (published.written, published.manifest.serial, store.url()) {
+                (true, _, _) => publish::report(store, &published),
+                (false, serial, url) => {
+                    log::info(format!("unchanged: there is a manifest already, serial {serial} ({url})"));
+                }
             }
-            publish::report(store, &published);
         }
         Command::Show(Show { version, service }) => {
             read::show(settings, store, version.as_deref(), service.as_deref())?;
@@ -341,8 +338,8 @@ fn change(
 /// What an argument names: `@FILE`, `-`, or the text itself.
 fn input(word: &str) -> Result<Vec<u8>> {
     match word.strip_prefix('@') {
-        _ if word == STDIN => stdin(),
-        Some("-") => stdin(),
+        None if word == STDIN => stdin(),
+        Some(STDIN) => stdin(),
         Some(file) => fs_err::read(file)
             .map_err(|e| Error::new(format!("{}; after '@' the path of a file is meant", io_text(&e)))),
         None => Ok(word.as_bytes().to_vec()),
@@ -376,18 +373,14 @@ fn add_service(settings: &Settings, store: &dyn Store, word: &str) -> Result<()>
 }
 
 fn set(settings: &Settings, store: &dyn Store, name: &str, fields: &[String]) -> Result<()> {
-    let usage =
-        |what: String| Error::usage(format!("{what}; FIELD=VALUE is meant, such as http.internalPort=8081"));
-    let mut assignments = Vec::new();
-    for field in fields {
-        match field.split_once('=') {
-            Some((field, value)) if !field.is_empty() => {
-                assignments.push((field.to_string(), value.to_string()))
-            }
-            _ => return Err(usage(format!("'{field}' sets nothing"))),
-        }
-    }
-    let named: Vec<&str> = assignments.iter().map(|(field, _)| field.as_str()).collect();
+    let assignments = fields.iter().map(|field| match field.split_once('=') {
+        Some((field, value)) if !field.is_empty() => Ok((field, value)),
+        _ => Err(Error::usage(format!(
+            "'{field}' sets nothing; FIELD=VALUE is meant, such as http.internalPort=8081"
+        ))),
+    });
+    let assignments = assignments.collect::<Result<Vec<(&str, &str)>>>()?;
+    let named: Vec<&str> = assignments.iter().map(|(field, _)| *field).collect();
     change(settings, store, StartingPoint::Existing, |manifest| {
         let changed = edit::set(manifest, name, &assignments)
             .map_err(|e| if manifest.service(name).is_some() { e.context(name) } else { e })?;
@@ -408,34 +401,34 @@ fn some_of(names: &[&ServiceName]) -> String {
 /// What is in force, and why it is not built on; None: nothing that can be read is.
 struct InForce {
     current: Option<CurrentManifest>,
-    objection: Option<Objection>,
+    reason: Option<RejectReason>,
 }
 
 impl InForce {
     fn of(store: &dyn Store, author: &Author) -> Result<Self> {
         let current = publish::load_to_replace(store)?;
-        let objection = current.as_ref().map(|c| author.objection(store, c)).transpose()?.flatten();
-        let mut in_force = InForce { current, objection };
+        let reason = current.as_ref().map(|c| author.reject_reason(store, c)).transpose()?.flatten();
+        let mut in_force = InForce { current, reason };
         // Who has seen nothing of this store is told by what it has replaced.
-        if let Some(there) = in_force.believed()
+        if let Some(there) = in_force.trusted()
             && author.remembered(store)?.is_none()
-            && let Some(newest) = author.newest_believed(store)?
+            && let Some(newest) = author.newest_trusted(store)?
             && newest.manifest.serial > there.serial
         {
-            in_force.objection = Some(Objection::PutBack(Box::new(newest)));
+            in_force.reason = Some(RejectReason::PutBack(Box::new(newest)));
         }
         Ok(in_force)
     }
 
-    /// It, if it is believed.
-    fn believed(&self) -> Option<&Manifest> {
-        self.signed().filter(|_| self.objection.is_none())
+    /// It, if it is trusted.
+    fn trusted(&self) -> Option<&Manifest> {
+        self.signed().filter(|_| self.reason.is_none())
     }
 
     /// It, unless nobody trusted has signed it.
     fn signed(&self) -> Option<&Manifest> {
-        match (&self.current, &self.objection) {
-            (Some(_), Some(Objection::Unsigned(_))) => None,
+        match (&self.current, &self.reason) {
+            (Some(_), Some(RejectReason::Unsigned(_))) => None,
             (Some(current), _) => current.manifest().as_ref().ok(),
             (None, _) => None,
         }

@@ -91,7 +91,7 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
     let (current, listed) = std::thread::scope(|scope| {
         // Which reports there are is asked for beside the manifest: both answers are waited for.
         let listed = (!args.live).then(|| scope.spawn(|| reports::listed(store.as_ref())));
-        let current = publish::believed_text(store.as_ref(), &author);
+        let current = publish::read_trusted_bytes(store.as_ref(), &author);
         let joined = |thread: std::thread::ScopedJoinHandle<'_, _>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };

@@ -4,7 +4,7 @@
 
 use crate::hash::Sha256;
 use crate::manifest::types::UnitName;
-use crate::manifest::{Profile, Service, command};
+use crate::manifest::{Exec, Hardening, Profile, Service, Systemd, command};
 use crate::names::StorePath;
 use std::fmt::{Display, Write};
 
@@ -104,17 +104,36 @@ pub fn render(service: &Service, path: &StorePath) -> String {
         revision: _,
         extra: _,
     } = service;
+    let Exec { command: _, user, group, extra: _ } = exec;
+    let Systemd {
+        after,
+        requires,
+        restart,
+        restart_sec,
+        state_directory,
+        read_write_paths,
+        memory_max,
+        cpu_quota,
+        working_directory,
+        stop_timeout_sec,
+        extra: _,
+    } = systemd;
+    // `dynamicUser` is read through the service: its default depends on the profile and the user.
+    let Hardening { profile, dynamic_user: _, private_tmp, protect_system, protect_home, extra: _ } =
+        hardening;
     let (program, args) = command::program(service, path);
     let names = |units: &[UnitName]| units.iter().map(UnitName::as_str).collect::<Vec<_>>().join(" ");
     let some_names = |units: &[UnitName]| Some(names(units)).filter(|names| !names.is_empty());
     let is_online = |unit: &&UnitName| unit.as_str() == UnitName::NETWORK_ONLINE;
-    let mut u = UnitText(format!("{MARK}\n\n[Unit]\n"));
+    let mut u = UnitText(format!("{MARK}\n"));
+    u.section("Unit");
     u.line("Description", format!("{name} (deployed by omni-deploy)"));
-    u.lines("After", some_names(&systemd.after));
-    u.lines("Wants", systemd.after.iter().find(is_online));
-    u.lines("Requires", some_names(&systemd.requires));
+    u.lines("After", some_names(after));
+    u.lines("Wants", after.iter().find(is_online));
+    u.lines("Requires", some_names(requires));
 
-    u.line("\n[Service]\nType", "exec");
+    u.section("Service");
+    u.line("Type", "exec");
     let program = program.to_string_lossy();
     let words = std::iter::once(&*program).chain(args.iter().map(String::as_str));
     u.line("ExecStart", words.map(exec_word).collect::<Vec<_>>().join(" "));
@@ -122,36 +141,41 @@ pub fn render(service: &Service, path: &StorePath) -> String {
         u.line("DynamicUser", "yes");
         // The default names say nothing here: the user is made for the service.
         u.lines("User", service.dynamic_user_name());
-        u.lines("Group", Some(&exec.group).filter(|group| group.as_str() != "root"));
+        u.lines("Group", Some(group).filter(|group| group.as_str() != "root"));
     } else {
-        u.line("User", &exec.user);
-        u.line("Group", &exec.group);
+        u.line("User", user);
+        u.line("Group", group);
     }
     u.lines("Environment", env.iter().map(|(name, value)| quoted(&format!("{name}={value}"))));
     u.lines("EnvironmentFile", env_file.as_deref().map(bare));
     u.lines("LoadCredential", credentials.iter().map(|(name, file)| bare(&format!("{name}:{file}"))));
-    u.lines("WorkingDirectory", systemd.working_directory.as_deref().map(bare));
-    u.line("Restart", systemd.restart.as_str());
-    u.line("RestartSec", systemd.restart_sec.get());
-    u.lines("TimeoutStopSec", systemd.stop_timeout_sec.map(|seconds| seconds.get()));
-    u.lines("StateDirectory", systemd.state_directory.as_deref().map(quoted));
+    u.lines("WorkingDirectory", working_directory.as_deref().map(bare));
+    u.line("Restart", restart.as_str());
+    u.line("RestartSec", restart_sec.get());
+    u.lines("TimeoutStopSec", stop_timeout_sec.map(|seconds| seconds.get()));
+    u.lines("StateDirectory", state_directory.as_deref().map(quoted));
     // A percentage is not a specifier here: systemd does not expand them in resource limits.
-    u.lines("MemoryMax", systemd.memory_max.as_deref());
-    u.lines("CPUQuota", systemd.cpu_quota.as_deref());
-    u.line("PrivateTmp", yes(hardening.private_tmp));
-    u.line("ProtectSystem", hardening.protect_system.as_str());
-    u.line("ProtectHome", yes(hardening.protect_home));
-    u.lines("ReadWritePaths", systemd.read_write_paths.iter().map(|path| quoted(path)));
-    if hardening.profile == Profile::Strict {
+    u.lines("MemoryMax", memory_max.as_deref());
+    u.lines("CPUQuota", cpu_quota.as_deref());
+    u.line("PrivateTmp", yes(*private_tmp));
+    u.line("ProtectSystem", protect_system.as_str());
+    u.line("ProtectHome", yes(*protect_home));
+    u.lines("ReadWritePaths", read_write_paths.iter().map(|path| quoted(path)));
+    if *profile == Profile::Strict {
         STRICT.iter().chain(&STRICT_CALLS).for_each(|(key, value)| u.line(key, value));
     }
-    u.line("\n[Install]\nWantedBy", "multi-user.target");
+    u.section("Install");
+    u.line("WantedBy", "multi-user.target");
     u.0
 }
 
 struct UnitText(String);
 
 impl UnitText {
+    fn section(&mut self, name: &str) {
+        let _infallible = writeln!(self.0, "\n[{name}]");
+    }
+
     fn line(&mut self, key: &str, value: impl Display) {
         // Writing into a String cannot fail.
         let _infallible = writeln!(self.0, "{key}={value}");

@@ -2,6 +2,7 @@
 //! signs nothing costs no more than the bytes he sent, twice. Which document that is, and what is left out of it, is
 //! [`super::signature`]'s.
 
+use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use std::borrow::Cow;
 use std::fmt;
@@ -76,15 +77,11 @@ impl<'de> Visitor<'de> for CanonicalWriter<'_> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
         self.out.push(b'[');
         let first = self.out.len();
-        loop {
-            let before = self.out.len();
-            if before > first {
-                self.out.push(b',');
-            }
-            if seq.next_element_seed(CanonicalWriter { out: self.out, without: &[] })?.is_none() {
-                self.out.truncate(before);
-                break;
-            }
+        while seq.next_element_seed(CanonicalWriter { out: self.out, without: &[] })?.is_some() {
+            self.out.push(b',');
+        }
+        if self.out.len() > first {
+            self.out.pop();
         }
         self.out.push(b']');
         Ok(())
@@ -95,7 +92,7 @@ impl<'de> Visitor<'de> for CanonicalWriter<'_> {
         let first = self.out.len();
         // Each with where it stands in what was written, its comma included.
         let mut members: Vec<(Cow<'de, str>, std::ops::Range<usize>)> = Vec::new();
-        while let Some(name) = map.next_key_seed(Name)? {
+        while let Some(Name(name)) = map.next_key()? {
             let start = self.out.len();
             serde_json::to_writer(&mut *self.out, &name).map_err(de::Error::custom)?;
             self.out.push(b':');
@@ -127,31 +124,8 @@ impl<'de> Visitor<'de> for CanonicalWriter<'_> {
 }
 
 /// The name of a member, out of the bytes where it is written without escapes.
-struct Name;
-
-impl<'de> DeserializeSeed<'de> for Name {
-    type Value = Cow<'de, str>;
-
-    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Self::Value, D::Error> {
-        d.deserialize_str(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Name {
-    type Value = Cow<'de, str>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the name of a member")
-    }
-
-    fn visit_borrowed_str<E>(self, name: &'de str) -> Result<Self::Value, E> {
-        Ok(Cow::Borrowed(name))
-    }
-
-    fn visit_str<E>(self, name: &str) -> Result<Self::Value, E> {
-        Ok(Cow::Owned(name.to_string()))
-    }
-}
+#[derive(Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
 #[cfg(test)]
 mod tests {

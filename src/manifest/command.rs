@@ -16,34 +16,29 @@ pub fn split_command(text: &str) -> Result<Vec<String>, String> {
         match c {
             ' ' | '\t' | '\n' | '\r' => words.extend(word.take()),
             '\'' => {
-                let into = word.get_or_insert_default();
-                loop {
-                    match chars.next() {
-                        None => return Err("has a ' that is never closed".into()),
-                        Some('\'') => break,
-                        Some(c) => into.push(c),
-                    }
-                }
+                let (quoted, after) =
+                    chars.as_str().split_once('\'').ok_or("has a ' that is never closed")?;
+                word.get_or_insert_default().push_str(quoted);
+                chars = after.chars();
             }
             '"' => {
                 let into = word.get_or_insert_default();
                 loop {
-                    match chars.next() {
-                        None => return Err("has a \" that is never closed".into()),
-                        Some('"') => break,
-                        Some('\\') => match chars.next() {
-                            None => return Err("has a \" that is never closed".into()),
-                            Some(c @ ('"' | '\\' | '`' | '$')) => into.push(c),
-                            Some(c) => into.extend(['\\', c]),
+                    let mut next = || chars.next().ok_or("has a \" that is never closed");
+                    match next()? {
+                        '"' => break,
+                        '\\' => match next()? {
+                            c @ ('"' | '\\' | '`' | '$') => into.push(c),
+                            c => into.extend(['\\', c]),
                         },
-                        Some(c) => into.push(c),
+                        c => into.push(c),
                     }
                 }
             }
-            '\\' => match chars.next() {
-                None => return Err("ends with a backslash that keeps nothing".into()),
-                Some(c) => word.get_or_insert_default().push(c),
-            },
+            '\\' => {
+                let kept = chars.next().ok_or("ends with a backslash that keeps nothing")?;
+                word.get_or_insert_default().push(kept);
+            }
             c => word.get_or_insert_default().push(c),
         }
     }
@@ -60,9 +55,7 @@ const MAX_PROGRAM: usize = 3800;
 
 /// The words of a command line that can be run; the error is the reason alone.
 pub(super) fn check(text: &str) -> Result<Vec<String>, String> {
-    if text.len() > MAX_BYTES {
-        return Err(format!("has {} bytes; at most {MAX_BYTES} are possible", text.len()));
-    }
+    super::rules::at_most(MAX_BYTES, "bytes", text)?;
     let words = split_command(text)?;
     let first = words.first().ok_or("has no word; null is <storePath>/bin/<name>")?;
     // systemd refuses such a path, and takes `$` in it neither for a variable nor, escaped, for itself.

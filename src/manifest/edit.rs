@@ -13,10 +13,13 @@ use std::collections::{HashMap, HashSet};
 
 /// There is no such service: with the nearest names, or where those are that there are.
 pub fn unknown_service(name: &str, manifest: &Manifest) -> Error {
-    let near = did_you_mean(name, manifest.services.iter().map(|s| s.name.as_str()));
-    let next =
-        if near.is_empty() { "; 'deploy-manifest show' prints those there are" } else { near.as_str() };
+    let near = near(name, manifest);
+    let next = if near.is_empty() { "; 'deploy-manifest show' prints those there are" } else { &near };
     Error::new(format!("no service '{}' in the manifest{next}", crate::log::printable(name)))
+}
+
+fn near(name: &str, manifest: &Manifest) -> String {
+    did_you_mean(name, manifest.services.iter().map(|s| s.name.as_str()))
 }
 
 fn index(manifest: &Manifest, name: &str) -> Result<usize> {
@@ -31,7 +34,7 @@ fn index(manifest: &Manifest, name: &str) -> Result<usize> {
 /// path again, without a commit or with the same, changes nothing.
 pub fn update(manifest: &mut Manifest, name: &str, path: &StorePath, revision: Option<&str>) -> Result<bool> {
     let at = index(manifest, name).map_err(|e| {
-        let joint = if e.to_string().ends_with('?') { " a new one is added" } else { "; add it" };
+        let joint = if near(name, manifest).is_empty() { "; add it" } else { " a new one is added" };
         Error::new(format!("{e}{joint} with 'deploy-manifest add-service'"))
     })?;
     let service = &mut manifest.services[at];
@@ -67,7 +70,7 @@ pub fn remove(manifest: &mut Manifest, name: &str) -> Result<()> {
 
 /// Sets fields of a service: dotted paths with their values as a person types them. Returns whether anything
 /// changed. The result is checked as strictly as a new service; fields of a newer version stay.
-pub fn set(manifest: &mut Manifest, name: &str, assignments: &[(String, String)]) -> Result<bool> {
+pub fn set(manifest: &mut Manifest, name: &str, assignments: &[(&str, &str)]) -> Result<bool> {
     let at = index(manifest, name)?;
     let before = &manifest.services[at];
     let mut value = tree(before);
@@ -86,8 +89,8 @@ pub fn set(manifest: &mut Manifest, name: &str, assignments: &[(String, String)]
 
 /// What came with a profile goes with it: where another one is set, the fields that were as the old one has them
 /// are left to the new one, unless they are set as well. Only one of them depends on the profile.
-fn follow_profile(service: &mut Value, before: &Service, assignments: &[(String, String)]) {
-    let set = |name: &str| assignments.iter().any(|(field, _)| field == name);
+fn follow_profile(service: &mut Value, before: &Service, assignments: &[(&str, &str)]) {
+    let set = |name: &str| assignments.iter().any(|(field, _)| *field == name);
     let mut old = before.clone();
     old.hardening.dynamic_user = None;
     if let (true, Some(fields)) = (set("hardening.profile"), service["hardening"].as_object_mut())
@@ -100,7 +103,7 @@ fn follow_profile(service: &mut Value, before: &Service, assignments: &[(String,
 }
 
 fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError> {
-    let error = |reason: String| FieldError { path: field.to_string(), reason };
+    let error = |reason: String| FieldError::new(field, reason);
     let path: Vec<&str> = match field.split_once('.') {
         // Its name may have points.
         Some(("credentials", name)) => vec!["credentials", name],
@@ -132,22 +135,11 @@ fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError
         },
         FieldKind::Json => json().unwrap_or_else(|| Value::from(text)),
     };
-    let mut node = service;
     let (last, above) = path.split_last().expect("a split text has at least one part");
+    let mut map = object(service).map_err(error)?;
     for name in above {
-        let map = match node {
-            Value::Object(map) => map,
-            other => return Err(error(format!("{} has no fields", shown(other)))),
-        };
-        let below = map.entry(*name).or_insert(Value::Null);
-        if below.is_null() {
-            *below = Value::Object(Map::new());
-        }
-        node = below;
+        map = object(map.entry(*name).or_insert(Value::Null)).map_err(error)?;
     }
-    let Value::Object(map) = node else {
-        return Err(error(format!("{} has no fields", shown(node))));
-    };
     if wants == FieldKind::Variable && value.is_null() {
         map.remove(*last);
     } else {
@@ -156,14 +148,22 @@ fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError
     Ok(())
 }
 
+/// The fields of an object, which null becomes.
+fn object(node: &mut Value) -> Result<&mut Map<String, Value>, String> {
+    if node.is_null() {
+        *node = Value::Object(Map::new());
+    }
+    match node {
+        Value::Object(map) => Ok(map),
+        other => Err(format!("{} has no fields", shown(other))),
+    }
+}
+
 /// Brings what a person made of `base` into `current`, which others may have changed meanwhile: service by
 /// service, and never over somebody else's change. Returns whether anything changed.
 pub fn merge(current: &mut Manifest, base: &Manifest, edited: &Manifest) -> Result<bool> {
     if current.services == base.services && current.extra == base.extra {
-        let changed = current.services != edited.services || current.extra != edited.extra;
-        current.services.clone_from(&edited.services);
-        current.extra.clone_from(&edited.extra);
-        return Ok(changed);
+        return Ok(restore(current, edited));
     }
     let by_name = |m: &Manifest| -> HashMap<String, Service> {
         m.services.iter().map(|s| (s.name.to_string(), s.clone())).collect()
@@ -189,14 +189,9 @@ pub fn merge(current: &mut Manifest, base: &Manifest, edited: &Manifest) -> Resu
     }
     for name in names {
         changed = true;
-        let at = current.services.iter().position(|s| s.name.as_str() == name);
-        match (at, mine.get(&name)) {
-            (Some(at), Some(service)) => current.services[at] = service.clone(),
-            (Some(at), None) => {
-                current.services.remove(at);
-            }
-            (None, Some(service)) => current.services.push(service.clone()),
-            (None, None) => {}
+        match mine.get(&name) {
+            Some(service) => put(current, service),
+            None => current.services.retain(|s| s.name.as_str() != name),
         }
     }
     Ok(changed)
@@ -212,22 +207,26 @@ pub fn restore(current: &mut Manifest, old: &Manifest) -> bool {
 
 /// Puts back what an older version said of one service. Returns whether anything changed.
 pub fn restore_service(current: &mut Manifest, old: &Manifest, name: &str) -> Result<bool> {
-    let at = current.services.iter().position(|s| s.name.as_str() == name);
-    match (at, old.service(name)) {
-        (None, None) => Err(unknown_service(name, current)),
-        (Some(_), None) => Err(Error::new(format!(
-            "serial {} has no service '{name}'; take it out with 'deploy-manifest remove-service {name}'",
-            old.serial
-        ))),
-        (Some(at), Some(service)) => {
-            let changed = current.services[at] != *service;
-            current.services[at] = service.clone();
-            Ok(changed)
-        }
-        (None, Some(service)) => {
-            current.services.push(service.clone());
-            Ok(true)
-        }
+    let there = current.service(name);
+    let Some(service) = old.service(name) else {
+        return Err(match there {
+            None => unknown_service(name, current),
+            Some(_) => Error::new(format!(
+                "serial {} has no service '{name}'; take it out with 'deploy-manifest remove-service {name}'",
+                old.serial
+            )),
+        });
+    };
+    let changed = there != Some(service);
+    put(current, service);
+    Ok(changed)
+}
+
+/// Writes a service over the one of its name, or behind the last.
+fn put(manifest: &mut Manifest, service: &Service) {
+    match manifest.services.iter_mut().find(|s| s.name == service.name) {
+        Some(there) => there.clone_from(service),
+        None => manifest.services.push(service.clone()),
     }
 }
 
@@ -244,8 +243,8 @@ mod tests {
         parse::manifest(document.to_string().as_bytes(), Mode::Tolerant).unwrap()
     }
 
-    fn assignments(list: &[&str]) -> Vec<(String, String)> {
-        list.iter().map(|a| a.split_once('=').unwrap()).map(|(f, v)| (f.into(), v.into())).collect()
+    fn assignments<'a>(list: &[&'a str]) -> Vec<(&'a str, &'a str)> {
+        list.iter().map(|a| a.split_once('=').unwrap()).collect()
     }
 
     #[test]

@@ -7,8 +7,8 @@
 //! members that are null, which is how a newer program writes a field of its own that nobody set.
 
 use super::limits::{self, Level};
+use crate::hash::Sha256;
 use crate::names::ServiceName;
-use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -40,8 +40,7 @@ impl<'de> Deserialize<'de> for Entry {
         let name = entry.get("name").and_then(Value::as_str).and_then(|name| ServiceName::parse(name).ok());
         without_nulls(&mut entry);
         // serde_json keeps members sorted by the bytes of their names.
-        let hash = digest(&SHA256, entry.to_string().as_bytes());
-        let digest = hash.as_ref()[..BYTES].iter().map(|b| format!("{b:02x}")).collect();
+        let digest = Sha256::of(entry.to_string().as_bytes()).short(BYTES);
         Ok(Entry { name, digest })
     }
 }

@@ -1,74 +1,33 @@
 //! The manifest as text: laying it out, finding one entry in it, and showing a place or a value of it. Knows nothing of
 //! what the fields mean.
 
-use super::parse::FieldError;
 use crate::bounds::{Container, Token, Tokens};
 use serde::Serialize;
-use std::fmt;
+use std::io::Cursor;
 
-/// Where a value stands: a chain on the stack that is written out only when something is wrong.
-#[derive(Clone, Copy)]
-pub(super) enum At<'a> {
-    /// The document itself.
-    Root,
-    /// A field of an object.
-    Field(&'a At<'a>, &'a str),
-    /// An element of an array.
-    Item(&'a At<'a>, usize),
-}
-
-impl fmt::Display for At<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            At::Root => Ok(()),
-            At::Item(above, index) => write!(f, "{above}[{index}]"),
-            At::Field(above, name) => {
-                let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
-                match above {
-                    _ if name.is_empty() || !name.chars().all(plain) => {
-                        write!(f, "{above}[{}]", shown(name))
-                    }
-                    At::Root => f.write_str(name),
-                    _ => write!(f, "{above}.{name}"),
-                }
-            }
-        }
-    }
-}
-
-impl At<'_> {
-    /// What is wrong here.
-    pub(super) fn error(&self, reason: impl Into<String>) -> FieldError {
-        FieldError { path: self.to_string(), reason: reason.into() }
+/// The path of a field of what is at `above`.
+pub(super) fn field(above: &str, name: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    match above {
+        _ if name.is_empty() || !name.chars().all(plain) => format!("{above}[{}]", shown(name)),
+        "" => name.into(),
+        _ => format!("{above}.{name}"),
     }
 }
 
 /// A value for one line of an error: compact JSON, cut when it is long, nothing in it that a terminal obeys.
 pub(super) fn shown(value: &(impl Serialize + ?Sized)) -> String {
-    let mut start = Start(Vec::new());
+    // Its beginning, and no more: a text of megabytes is not copied to be cut.
+    let mut start = Cursor::new([0; 512]);
     // That it is longer is no error.
     drop(serde_json::to_writer(&mut start, value));
-    let text = String::from_utf8_lossy(&start.0);
+    let length = start.position() as usize;
+    let text = String::from_utf8_lossy(&start.get_ref()[..length]);
     let cut = match text.char_indices().nth(72) {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text.into_owned(),
     };
     crate::log::printable(&cut).into_owned()
-}
-
-/// Takes the beginning of what is written, and no more: a text of megabytes is not copied to be cut.
-struct Start(Vec<u8>);
-
-impl std::io::Write for Start {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let room = 512usize.saturating_sub(self.0.len()).min(bytes.len());
-        self.0.extend_from_slice(&bytes[..room]);
-        Ok(room)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Lays JSON out for people (two spaces, one field a line) without changing a token or the order of anything.

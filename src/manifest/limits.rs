@@ -3,7 +3,7 @@
 //! manifest of 10,000 services has; what they allow takes less than 200 MiB at its worst. Never judges what a
 //! value means, nor whether the bytes are JSON.
 
-use super::json::At;
+use super::json::field;
 use super::model::{Change, Manifest, OBJECTS, Service};
 use super::parse::FieldError;
 use crate::bounds::{Container, Token, Tokens};
@@ -169,7 +169,7 @@ fn check<'a>(bytes: &'a [u8], root: Level, names: Option<Vec<Cow<'a, [u8]>>>) ->
 }
 
 /// A name as it is meant; most are written without escapes.
-fn unescaped(key: &[u8]) -> std::borrow::Cow<'_, [u8]> {
+fn unescaped(key: &[u8]) -> Cow<'_, [u8]> {
     if !key.contains(&b'\\') {
         return key.into();
     }
@@ -212,7 +212,7 @@ impl Count<'_> {
         self.values += 1;
         if self.values > MAX_VALUES {
             let reason = format!("has more than {MAX_VALUES} values, more than are read");
-            return Err(At::Root.error(format!("it {reason}; take services or variables out")));
+            return Err(FieldError::new("", format!("it {reason}; take services or variables out")));
         }
         match level {
             Level::Service => {
@@ -258,21 +258,20 @@ impl Count<'_> {
 
     /// What is wrong at the member `key` of the object that is open.
     fn error_at(&self, key: &[u8], reason: String) -> FieldError {
-        fn at(frames: &[Frame<'_>], last: &[u8], above: &At<'_>, reason: String) -> FieldError {
-            let Some((frame, below)) = frames.split_first() else { return above.error(reason) };
-            let key = if below.is_empty() { last.into() } else { unescaped(frame.key) };
+        let mut path = String::new();
+        for (nth, frame) in self.open.iter().enumerate() {
             match (frame.container, frame.index) {
-                (Container::Array, Some(index)) => at(below, last, &At::Item(above, index), reason),
+                (Container::Array, Some(index)) => path = format!("{path}[{index}]"),
                 (Container::Object, _) if !frame.key.is_empty() => {
+                    let key = if nth + 1 == self.open.len() { key.into() } else { unescaped(frame.key) };
                     // Whoever sends megabytes of a name gets the beginning of it back.
-                    let key: String =
-                        String::from_utf8_lossy(&key[..key.len().min(256)]).chars().take(64).collect();
-                    at(below, last, &At::Field(above, &key), reason)
+                    let key = String::from_utf8_lossy(&key[..key.len().min(256)]);
+                    path = field(&path, &key.chars().take(64).collect::<String>());
                 }
-                _ => above.error(reason),
+                _ => break,
             }
         }
-        at(&self.open, key, &At::Root, reason)
+        FieldError::new(path, reason)
     }
 }
 

@@ -1,10 +1,11 @@
 //! Which versions a version comes after. A manifest names those before it by number and by the digest of their
 //! canonical form ([`super::signature`]), nearest first, so that whoever has seen one of them can tell whether a
-//! later one was made on top of it. Pure: reads nothing, and believes nothing; whether the list itself is to be
-//! believed is decided by the signature over it.
+//! later one was made on top of it. Pure: reads nothing, and trusts nothing; whether the list itself is to be
+//! trusted is decided by the signature over it.
 
 use super::model::Manifest;
 use super::types::{self, MAX_SERIAL};
+use crate::hash::Sha256;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 
@@ -13,30 +14,24 @@ pub const LENGTH: usize = 16;
 
 /// The SHA-256 of a manifest's content ([`super::signature::digest`]) in lower-case hexadecimal digits: neither the
 /// signatures nor the store that they are for are part of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Digest(String);
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Digest(Sha256);
 
 impl Digest {
     /// Of these bytes.
     pub fn of(canonical: &[u8]) -> Self {
-        let digest = ring::digest::digest(&ring::digest::SHA256, canonical);
-        Digest(digest.as_ref().iter().map(|b| format!("{b:02x}")).collect())
+        Digest(Sha256::of(canonical))
     }
 
     fn parse(text: &str) -> Option<Self> {
-        let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-        (text.len() == 64 && text.bytes().all(hex)).then(|| Digest(text.into()))
-    }
-
-    /// The digits.
-    pub fn as_str(&self) -> &str {
-        &self.0
+        let hash = Sha256::parse(&format!("sha256:{text}")).ok()?;
+        Some(Digest(hash)).filter(|_| text.len() == 64)
     }
 }
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.0.base16())
     }
 }
 
@@ -70,7 +65,10 @@ impl Ancestor {
 
 impl fmt::Display for Ancestor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.serial, self.digest.as_ref().map_or(LOST, Digest::as_str))
+        match self.digest {
+            Some(digest) => write!(f, "{}:{digest}", self.serial),
+            None => write!(f, "{}:{LOST}", self.serial),
+        }
     }
 }
 

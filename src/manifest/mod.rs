@@ -1,11 +1,10 @@
 //! The manifest: what should run where. [`model`] defines it, with the values of its fields in [`types`]; [`parse`] reads
 //! it from JSON with the path of every mistake, [`limits`] bounds what is read, [`validate`] checks what spans services.
 //! [`edit`] is what people do to it, [`publish`] writes a version, [`versions`] finds the replaced ones, [`newest`] the
-//! last of them, [`diff`] compares two, [`belief`] tells what may be built on, [`seen`] remembers it, [`lineage`] tells
+//! last of them, [`diff`] compares two, [`trust`] tells what may be built on, [`seen`] remembers it, [`lineage`] tells
 //! which version comes after which, [`schema`] describes the form to other programs, [`command`] splits command lines,
 //! [`entry`] tells whether an entry is still the same.
 
-pub mod belief;
 mod canonical;
 pub mod command;
 pub mod diff;
@@ -22,6 +21,7 @@ mod rules;
 pub mod schema;
 pub mod seen;
 pub mod signature;
+pub mod trust;
 pub mod types;
 pub mod validate;
 pub mod versions;

@@ -2,11 +2,10 @@
 //! those behind one. What is found is what [`versions::all`] would say of that part; where it cannot be told from a
 //! part, all of them are listed.
 
-use super::versions::{self, Version, VersionHead, archive_key, archive_name, serial_in};
+use super::versions::{self, Version, VersionHead, archive_key, archive_name, named, newest_first, stem};
 use crate::clock::Timestamp;
 use crate::error::Result;
 use crate::store::{ARCHIVE_PREFIX, MANIFEST_KEY, Store};
-use std::cmp::Reverse;
 
 /// Some of the versions, newest first.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,8 +76,8 @@ fn part(
         }
         found.retain(|v| v.name != own_name);
         if found.iter().filter(|v| v.serial < current.serial).count() >= wanted.max(1) {
-            let at = found.partition_point(|v| v.serial > current.serial);
-            found.insert(at, Version { name: own_name, serial: current.serial, current: true });
+            found.push(Version { name: own_name, serial: current.serial, current: true });
+            newest_first(&mut found);
             return Ok(Some((found, others)));
         }
         back = back.saturating_mul(16);
@@ -95,10 +94,9 @@ pub fn enough_for(store: &dyn Store, words: &[&str]) -> Result<Vec<Version>> {
     }
     let highest = versions.iter().map(|v| v.serial).max().unwrap_or_default();
     for word in words {
-        let stem = word.strip_prefix(ARCHIVE_PREFIX).unwrap_or(word);
-        let stem = stem.strip_suffix(".json").unwrap_or(stem);
+        let stem = stem(word);
         let number: Option<u64> = stem.parse().ok();
-        if versions.iter().any(|v| v.name.strip_suffix(".json") == Some(stem) || Some(v.serial) == number) {
+        if versions.iter().any(|v| self::stem(&v.name) == stem || Some(v.serial) == number) {
             continue;
         }
         if number.is_some_and(|number| number <= highest) {
@@ -115,31 +113,8 @@ pub fn enough_for(store: &dyn Store, words: &[&str]) -> Result<Vec<Version>> {
         }
         versions.extend(fitting);
     }
-    sort(&mut versions);
+    newest_first(&mut versions);
     Ok(versions)
-}
-
-/// The versions among these keys, newest first, and the names of the others.
-fn named(keys: &[String]) -> (Vec<Version>, Vec<String>) {
-    let (mut versions, mut others) = (Vec::new(), Vec::new());
-    for name in keys.iter().filter_map(|key| key.strip_prefix(ARCHIVE_PREFIX)) {
-        match serial_in(name) {
-            Some(serial) => versions.push(Version { name: name.into(), serial, current: false }),
-            None => others.push(name.to_string()),
-        }
-    }
-    sort(&mut versions);
-    (versions, others)
-}
-
-fn sort(versions: &mut [Version]) {
-    versions.sort_by(|a, b| {
-        (Reverse(a.serial), Reverse(a.current), Reverse(&a.name)).cmp(&(
-            Reverse(b.serial),
-            Reverse(b.current),
-            Reverse(&b.name),
-        ))
-    });
 }
 
 /// The time in a name.

@@ -2,7 +2,7 @@
 //! of an entry spans several fields, and what a person may not add. What spans services is in [`super::validate`].
 //! Never reads a file and never guesses: what cannot be is refused, with all that is wrong with an entry at once.
 
-use super::json::{self, At, shown};
+use super::json::{self, field, shown};
 use super::limits::{self, Level};
 use super::model::{FORMAT_VERSION, Manifest, OBJECTS, Service};
 use super::rules;
@@ -45,6 +45,10 @@ impl fmt::Display for FieldError {
 }
 
 impl FieldError {
+    pub(super) fn new(path: impl Into<String>, reason: impl Into<String>) -> Self {
+        FieldError { path: path.into(), reason: reason.into() }
+    }
+
     /// As seen from what it is a part of.
     fn below(self, above: &str) -> Self {
         let joint = if self.path.is_empty() || self.path.starts_with('[') { "" } else { "." };
@@ -166,7 +170,7 @@ pub fn service_from(
 
 fn check_document(bytes: &[u8], level: Level) -> Result<(), FieldError> {
     if bytes.iter().all(u8::is_ascii_whitespace) {
-        return Err(At::Root.error("empty: there is nothing to read"));
+        return Err(FieldError::new("", "empty: there is nothing to read"));
     }
     limits::document(bytes, level)
 }
@@ -175,7 +179,7 @@ impl Service {
     /// What its fields mean together: defaults that depend on others are filled in, and what contradicts is returned.
     pub(crate) fn settle(&mut self, default_hosts: Option<&[HostName]>) -> Vec<FieldError> {
         let mut mistakes = Vec::new();
-        let mut wrong = |path: &str, reason: String| mistakes.push(FieldError { path: path.into(), reason });
+        let mut wrong = |path: &str, reason: String| mistakes.push(FieldError::new(path, reason));
         if self.hosts.is_empty() {
             self.hosts = default_hosts.unwrap_or_default().to_vec();
         }
@@ -247,9 +251,10 @@ fn not_json(bytes: &[u8], e: serde_json::Error) -> Option<FieldError> {
         Category::Data => None,
         Category::Eof => {
             let (line, column) = (e.line(), e.column());
-            Some(At::Root.error(format!("cut off: it ends at line {line} column {column} in the middle")))
+            let reason = format!("cut off: it ends at line {line} column {column} in the middle");
+            Some(FieldError::new("", reason))
         }
-        Category::Syntax | Category::Io => Some(At::Root.error(format!("not JSON: {e}"))),
+        Category::Syntax | Category::Io => Some(FieldError::new("", format!("not JSON: {e}"))),
     }
 }
 
@@ -278,7 +283,7 @@ fn mistakes_of_manifest(bytes: &[u8], e: serde_json::Error, mode: Mode) -> Manif
     if mode == Mode::Strict {
         let fields: BTreeMap<String, IgnoredAny> = serde_json::from_slice(bytes).unwrap_or_default();
         let unknown = fields.keys().filter(|name| !Manifest::FIELDS.contains(&name.as_str()));
-        mistakes.extend(unknown.map(|name| unknown_field(&At::Root, name, Manifest::FIELDS)));
+        mistakes.extend(unknown.map(|name| unknown_field("", name, Manifest::FIELDS)));
     }
     mistakes.extend(read_located::<Manifest>(bytes).err().map(|(path, reason)| located(&path, reason)));
     ManifestError::Mistakes(mistakes)
@@ -350,14 +355,12 @@ fn brief(reason: &str) -> String {
 }
 
 fn located(path: &[Segment], reason: String) -> FieldError {
-    fn at(path: &[Segment], above: &At<'_>, reason: String) -> FieldError {
-        match path.split_first() {
-            Some((Segment::Seq { index }, below)) => at(below, &At::Item(above, *index), reason),
-            Some((Segment::Map { key }, below)) => at(below, &At::Field(above, key), reason),
-            Some((Segment::Enum { .. } | Segment::Unknown, _)) | None => above.error(reason),
-        }
-    }
-    at(path, &At::Root, reason)
+    let path = path.iter().fold(String::new(), |above, segment| match segment {
+        Segment::Seq { index } => format!("{above}[{index}]"),
+        Segment::Map { key } => field(&above, key),
+        Segment::Enum { .. } | Segment::Unknown => above,
+    });
+    FieldError::new(path, reason)
 }
 
 /// Takes a field out of an entry; one that must be there becomes what can be read. Of a list all is taken out, so that
@@ -382,27 +385,23 @@ fn take_out(entry: &mut Value, path: &[Segment]) -> Option<()> {
 }
 
 /// A field that is not one of these.
-fn unknown_field(above: &At<'_>, name: &str, known: &[&str]) -> FieldError {
-    At::Field(above, name).error(format!("unknown field{}", did_you_mean(name, known.iter().copied())))
+fn unknown_field(above: &str, name: &str, known: &[&str]) -> FieldError {
+    let reason = format!("unknown field{}", did_you_mean(name, known.iter().copied()));
+    FieldError::new(field(above, name), reason)
 }
 
 /// A field that a service, or an object in it, does not have, with those it may stand for. Fields are often written one
 /// level too high: those below a service are offered for one of its own.
 pub(super) fn unknown_in_service(object: &str, name: &str) -> FieldError {
-    let mut known: Vec<String> = Vec::new();
-    for (above, fields) in OBJECTS {
-        match object {
-            "" => known.extend(fields.iter().map(|field| format!("{above}.{field}"))),
-            _ if object == above => known.extend(fields.iter().map(|field| field.to_string())),
-            _ => {}
-        }
+    if let Some((_, fields)) = OBJECTS.iter().find(|(above, _)| *above == object) {
+        return unknown_field(object, name, fields);
     }
-    if object.is_empty() {
-        known.extend(Service::FIELDS.iter().map(|field| field.to_string()));
-    }
-    let known: Vec<&str> = known.iter().map(String::as_str).collect();
-    let above = if object.is_empty() { At::Root } else { At::Field(&At::Root, object) };
-    unknown_field(&above, name, &known)
+    let below = |(above, fields): &(&str, &[&str])| -> Vec<String> {
+        fields.iter().map(|name| field(above, name)).collect()
+    };
+    let below: Vec<String> = OBJECTS.iter().flat_map(below).collect();
+    let known: Vec<&str> = below.iter().map(String::as_str).chain(Service::FIELDS.iter().copied()).collect();
+    unknown_field("", name, &known)
 }
 
 /// What a person may not have added to `before`, at the first place that has any: fields that this version does not
@@ -431,11 +430,10 @@ pub fn first_unknown(manifest: &Manifest) -> Option<FieldError> {
 }
 
 fn unknown_besides_services(manifest: &Manifest, before: Option<&Manifest>) -> Vec<FieldError> {
-    let change = At::Field(&At::Root, "change");
     let top = new_names(&manifest.extra, before.map(|b| &b.extra));
-    let top = top.map(|name| unknown_field(&At::Root, name, Manifest::FIELDS));
+    let top = top.map(|name| unknown_field("", name, Manifest::FIELDS));
     let below = new_names(&manifest.change.extra, before.map(|b| &b.change.extra));
-    top.chain(below.map(|name| unknown_field(&change, name, super::Change::FIELDS))).collect()
+    top.chain(below.map(|name| unknown_field("change", name, super::Change::FIELDS))).collect()
 }
 
 fn additions(service: &Service, before: Option<&Service>) -> Vec<FieldError> {
@@ -446,13 +444,13 @@ fn additions(service: &Service, before: Option<&Service>) -> Vec<FieldError> {
 
 fn new_unknown(service: &Service, before: Option<&Service>) -> Vec<FieldError> {
     let before = before.map(unknown_fields);
-    let all = unknown_fields(service).into_iter().enumerate().filter_map(|(nth, extra)| Some((nth, extra?)));
-    all.flat_map(|(nth, extra)| {
-        let object = if nth == 0 { "" } else { OBJECTS[nth - 1].0 };
-        let new = new_names(extra, before.as_ref().and_then(|b| b[nth]));
-        new.map(|name| unknown_in_service(object, name)).collect::<Vec<_>>()
-    })
-    .collect()
+    let mut mistakes = Vec::new();
+    for (nth, (object, extra)) in unknown_fields(service).into_iter().enumerate() {
+        let before = before.as_ref().and_then(|b| b[nth].1);
+        let new = extra.into_iter().flat_map(|extra| new_names(extra, before));
+        mistakes.extend(new.map(|name| unknown_in_service(object, name)));
+    }
+    mistakes
 }
 
 fn new_names<'a>(
@@ -462,17 +460,17 @@ fn new_names<'a>(
     extra.keys().filter(move |name| !before.is_some_and(|b| b.contains_key(*name)))
 }
 
-/// The fields that this version does not know, of a service and then of each of [`OBJECTS`].
-fn unknown_fields(service: &Service) -> [Option<&Map<String, Value>>; 1 + OBJECTS.len()] {
+/// The fields that this version does not know, of a service and of each of [`OBJECTS`].
+fn unknown_fields(service: &Service) -> [(&'static str, Option<&Map<String, Value>>); 1 + OBJECTS.len()] {
     let Service { artifact, exec, http, health, systemd, hardening, extra, .. } = service;
     [
-        Some(extra),
-        Some(&artifact.extra),
-        Some(&exec.extra),
-        http.as_ref().map(|h| &h.extra),
-        health.as_ref().map(|h| &h.extra),
-        Some(&systemd.extra),
-        Some(&hardening.extra),
+        ("", Some(extra)),
+        ("artifact", Some(&artifact.extra)),
+        ("exec", Some(&exec.extra)),
+        ("http", http.as_ref().map(|h| &h.extra)),
+        ("health", health.as_ref().map(|h| &h.extra)),
+        ("systemd", Some(&systemd.extra)),
+        ("hardening", Some(&hardening.extra)),
     ]
 }
 
@@ -480,24 +478,23 @@ fn unknown_fields(service: &Service) -> [Option<&Map<String, Value>>; 1 + OBJECT
 fn new_reserved(service: &Service, before: Option<&Service>) -> Vec<FieldError> {
     type Rule = fn(&str) -> Result<String, String>;
     let mut mistakes = Vec::new();
-    let mut check = |at: At<'_>, path: &str, rule: Rule| {
-        mistakes.extend(rule(path).err().map(|why| at.error(format!("{} {why}", shown(path)))));
+    let mut check = |at: &dyn Fn() -> String, path: &str, rule: Rule| {
+        let why = rule(path).err();
+        mistakes.extend(why.map(|why| FieldError::new(at(), format!("{} {why}", shown(path)))));
     };
-    let root = At::Root;
     if let Some(file) = &service.env_file
         && before.and_then(|b| b.env_file.as_ref()) != Some(file)
     {
-        check(At::Field(&root, "envFile"), file, rules::secret_file);
+        check(&|| "envFile".into(), file, rules::secret_file);
     }
     for (name, file) in &service.credentials {
         if before.and_then(|b| b.credentials.get(name)) != Some(file) {
-            check(At::Field(&At::Field(&root, "credentials"), name), file, rules::secret_file);
+            check(&|| field("credentials", name), file, rules::secret_file);
         }
     }
     for (index, path) in service.systemd.read_write_paths.iter().enumerate() {
         if !before.is_some_and(|b| b.systemd.read_write_paths.contains(path)) {
-            let list = At::Field(&At::Field(&root, "systemd"), "readWritePaths");
-            check(At::Item(&list, index), path, rules::writable);
+            check(&|| format!("systemd.readWritePaths[{index}]"), path, rules::writable);
         }
     }
     mistakes

@@ -1,7 +1,6 @@
 //! Writing the manifest: every write is a compare-and-swap that archives what it replaces, so that two people
 //! publishing at once lose nothing and history only grows. What is changed is the caller's ([`super::edit`]).
 
-use super::belief::{self, Believed, Objection};
 use super::edit;
 use super::limits;
 use super::lineage::{self, Ancestor, Digest};
@@ -9,6 +8,7 @@ use super::model::{Change, FORMAT_VERSION, MAX_BYTES, Manifest};
 use super::parse::{self, FieldError, ManifestError, Mode};
 use super::seen::Seen;
 use super::signature::{self, Trust};
+use super::trust::{self, RejectReason, TrustedVersion};
 use super::types::MAX_SERIAL;
 use super::validate::clashes;
 use super::versions::{self, Version, archive_key, archive_name};
@@ -18,26 +18,26 @@ use crate::error::{Error, Result};
 use crate::keys::SecretKey;
 use crate::log;
 use crate::names::{HostName, ServiceName, StorePath};
+use crate::random;
 use crate::store::{
     self, Condition, Etag, GetResult, HOSTS_PREFIX, MANIFEST_KEY, MAX_REPLACED, Store, StoreError,
 };
 use std::cell::OnceCell;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
 
 /// What a change may start from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StartingPoint {
-    /// A manifest that can be read and is believed; anything else is an error.
+    /// A manifest that can be read and is trusted; anything else is an error.
     Existing,
     /// The same, or an empty one where there never was one.
     OrEmpty,
     /// The same, or an empty one where there is none, also if there was one.
     Begin,
-    /// Whatever is there, also what cannot be read or is not believed (it is archived like any other), or nothing:
+    /// Whatever is there, also what cannot be read or is not trusted (it is archived like any other), or nothing:
     /// the change brings the content. Not a manifest of a newer version.
     Replace,
-    /// As `Replace`, and where what is there cannot be read or is not believed, the change is made to the newest
+    /// As `Replace`, and where what is there cannot be read or is not trusted, the change is made to the newest
     /// version that is.
     Repair,
 }
@@ -70,7 +70,7 @@ fn read_bytes(bytes: &[u8]) -> Result<Manifest, ManifestError> {
     match bytes.len() as u64 > MAX_BYTES {
         true => {
             let reason = format!("it has {} bytes, at most {MAX_BYTES} are read", bytes.len());
-            Err(FieldError { path: String::new(), reason }.into())
+            Err(FieldError::new("", reason).into())
         }
         false => parse::manifest(bytes, Mode::Tolerant),
     }
@@ -81,6 +81,8 @@ fn read_bytes(bytes: &[u8]) -> Result<Manifest, ManifestError> {
 pub struct PublishedManifest {
     /// The manifest in force.
     pub manifest: Manifest,
+    /// As it is stored.
+    pub bytes: Vec<u8>,
     /// Whether it was written; false: it said so already.
     pub written: bool,
 }
@@ -90,11 +92,11 @@ pub struct PublishedManifest {
 pub struct Author {
     /// `user@host`.
     pub by: String,
-    /// The key that signs, and those that are believed.
+    /// The key that signs, and those that are trusted.
     pub trust: Trust,
     /// What this machine remembers of the store.
     pub seen: Seen,
-    /// The number of a copy that was given to be published, if it is believed; else 0.
+    /// The number of a copy that was given to be published, if it is trusted; else 0.
     pub at_hand: u64,
 }
 
@@ -110,10 +112,10 @@ impl Author {
         Ok(Author { by: whoami(), trust, seen: Seen::of_user(), at_hand: 0 })
     }
 
-    /// Refuses to build upon what is not believed: a signature on it would be given by the way.
-    fn believes(&self, store: &dyn Store, current: &CurrentManifest) -> Result<()> {
-        match self.objection(store, current)? {
-            Some(objection) => Err(self.refusal(store, current, &objection)),
+    /// Refuses to build upon what is not trusted: a signature on it would be given by the way.
+    pub fn check_trusted(&self, store: &dyn Store, current: &CurrentManifest) -> Result<()> {
+        match self.reject_reason(store, current)? {
+            Some(reason) => Err(self.rejection(store, current, &reason)),
             None => Ok(()),
         }
     }
@@ -180,22 +182,18 @@ pub fn read(store: &dyn Store) -> Result<Manifest> {
 }
 
 /// As [`read`], and that nobody trusted has signed it is an error too.
-pub fn believed(store: &dyn Store, author: &Author) -> Result<Manifest> {
-    Ok(believed_text(store, author)?.1)
+pub fn read_trusted(store: &dyn Store, author: &Author) -> Result<Manifest> {
+    Ok(read_trusted_bytes(store, author)?.1)
 }
 
-/// As [`believed`], with the text that it was read from.
-pub fn believed_text(store: &dyn Store, author: &Author) -> Result<(Vec<u8>, Manifest)> {
+/// As [`read_trusted`], with the text that it was read from.
+pub fn read_trusted_bytes(store: &dyn Store, author: &Author) -> Result<(Vec<u8>, Manifest)> {
     let current = load(store)?.ok_or_else(|| lost(store, author))?;
-    author.believes(store, &current)?;
+    author.check_trusted(store, &current)?;
     let (bytes, manifest) = current.into_parts();
-    match manifest {
-        Ok(manifest) => {
-            author.remember(store, &bytes);
-            Ok((bytes, manifest))
-        }
-        Err(e) => Err(unusable(store, &e)),
-    }
+    let manifest = manifest.map_err(|e| unusable(store, &e))?;
+    author.remember(store, &bytes);
+    Ok((bytes, manifest))
 }
 
 /// There is no manifest: nothing is configured, it was lost, or there never was one.
@@ -264,7 +262,7 @@ pub fn lost(store: &dyn Store, author: &Author) -> Error {
             "no manifest in {} any more, and this machine has seen {} there; put it back with 'deploy-manifest rollback \
              @{}', or begin anew with 'deploy-manifest init'",
             store.url(),
-            seen.words(),
+            seen.describe(),
             seen.kept.unwrap_or_default().display()
         )),
         Ok(None) => missing(store),
@@ -286,14 +284,16 @@ pub fn unusable(store: &dyn Store, why: &ManifestError) -> Error {
 
 /// Creates an empty manifest where there is none, also where there was one.
 pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<PublishedManifest> {
-    swap(store, now, author, StartingPoint::Begin, |_, current| Ok(current.is_none().then(|| "init".into())))
+    swap(store, now, author, StartingPoint::Begin, first_version)
 }
 
 /// Creates the first manifest of a store. That there was one before is an error.
 pub fn begin(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<PublishedManifest> {
-    swap(store, now, author, StartingPoint::OrEmpty, |_, current| {
-        Ok(current.is_none().then(|| "init".into()))
-    })
+    swap(store, now, author, StartingPoint::OrEmpty, first_version)
+}
+
+fn first_version(_: &mut Manifest, current: Option<&CurrentManifest>) -> Result<Option<String>> {
+    Ok(current.is_none().then(|| "init".into()))
 }
 
 /// One service's new closure.
@@ -377,7 +377,7 @@ pub fn adopt(
         })?;
         if there.serial == manifest.serial {
             // The nearest first: of a long list the last are left out.
-            manifest.previous.insert(0, Ancestor { serial: there.serial, digest: Some(shown.clone()) });
+            manifest.previous.insert(0, Ancestor { serial: there.serial, digest: Some(*shown) });
         }
         edit::restore(manifest, there);
         Ok(Some(format!("sign version {}", there.serial)))
@@ -392,7 +392,11 @@ fn swap(
     mut change: impl FnMut(&mut Manifest, Option<&CurrentManifest>) -> Result<Option<String>>,
 ) -> Result<PublishedManifest> {
     let mut contention = Contention::new();
-    let mut tried: Option<(Vec<u8>, Manifest)> = None;
+    let mut tried: Option<PublishedManifest> = None;
+    let wrote = |new: PublishedManifest| {
+        author.remember(store, &new.bytes);
+        Ok(new)
+    };
     let limit = match start {
         StartingPoint::Repair | StartingPoint::Replace => MAX_REPLACED,
         StartingPoint::Existing | StartingPoint::OrEmpty | StartingPoint::Begin => MAX_BYTES,
@@ -400,22 +404,20 @@ fn swap(
     loop {
         let began = Instant::now();
         let current = load_within(store, limit)?;
-        if let Some((bytes, manifest)) = tried.take()
-            && landed(store, current.as_ref(), &bytes, &manifest)?
+        if let Some(new) = tried.take()
+            && landed(store, current.as_ref(), &new)?
         {
-            author.remember(store, &bytes);
-            return Ok(PublishedManifest { manifest, written: true });
+            return wrote(new);
         }
-        let Base { mut manifest, replaced, known, believed } =
-            base(store, author, current.as_ref(), start, now)?;
-        manifest.previous = known;
+        let Base { mut manifest, replaced, in_force } = base(store, author, current.as_ref(), start, now)?;
         let Some(action) = change(&mut manifest, current.as_ref())? else {
-            let found =
-                current.map(CurrentManifest::into_parts).and_then(|(bytes, m)| Some((bytes, m.ok()?)));
-            if let (Some((bytes, _)), true) = (&found, believed) {
-                author.remember(store, bytes);
+            let Some((bytes, Ok(found))) = current.map(CurrentManifest::into_parts) else {
+                return Ok(PublishedManifest { manifest, bytes: Vec::new(), written: false });
+            };
+            if in_force {
+                author.remember(store, &bytes);
             }
-            return Ok(PublishedManifest { manifest: found.map_or(manifest, |(_, m)| m), written: false });
+            return Ok(PublishedManifest { manifest: found, bytes, written: false });
         };
         manifest.version = FORMAT_VERSION;
         manifest.serial += 1;
@@ -435,24 +437,20 @@ fn swap(
                 Condition::IfMatch(current.etag.clone())
             }
         };
-        match store.put(MANIFEST_KEY, &bytes, &when) {
+        let new = PublishedManifest { manifest, bytes, written: true };
+        match store.put(MANIFEST_KEY, &new.bytes, &when) {
             Ok(_) => {
-                author.remember(store, &bytes);
-                say_lost(author, &manifest);
-                return Ok(PublishedManifest { manifest, written: true });
+                say_lost(author, &new.manifest);
+                return wrote(new);
             }
             Err(StoreError::Changed(_)) => {
-                tried = Some((bytes, manifest));
+                tried = Some(new);
                 contention.wait(began.elapsed(), current.map(|c| c.etag), store)?;
             }
             // Without an answer it may have taken place.
             Err(StoreError::Unreachable(why)) => {
-                let landed = load(store).and_then(|c| landed(store, c.as_ref(), &bytes, &manifest));
-                return match landed {
-                    Ok(true) => {
-                        author.remember(store, &bytes);
-                        Ok(PublishedManifest { manifest, written: true })
-                    }
+                return match load(store).and_then(|c| landed(store, c.as_ref(), &new)) {
+                    Ok(true) => wrote(new),
                     Ok(false) => Err(Error::new(why)),
                     Err(_) => Err(Error::new(format!(
                         "{why}; whether it was written is not known: see 'deploy-manifest list'"
@@ -466,13 +464,12 @@ fn swap(
 
 /// What a change starts from.
 struct Base {
+    /// `previous` has the versions that the next one comes after, as far as they are known.
     manifest: Manifest,
     /// The name that what is there is archived under.
     replaced: String,
-    /// The versions that the next one comes after, as far as they are known.
-    known: Vec<Ancestor>,
     /// Whether it is what is in force.
-    believed: bool,
+    in_force: bool,
 }
 
 fn base(
@@ -482,64 +479,54 @@ fn base(
     start: StartingPoint,
     now: &dyn Fn() -> Timestamp,
 ) -> Result<Base> {
-    let objection = current.map(|c| author.objection(store, c)).transpose()?.flatten();
+    let Some(found) = current else {
+        let expected = match start {
+            StartingPoint::Existing => true,
+            StartingPoint::OrEmpty => ever(store, author)?,
+            StartingPoint::Begin | StartingPoint::Replace | StartingPoint::Repair => false,
+        };
+        return if expected { Err(lost(store, author)) } else { rebuilt(store, author, None, start, now) };
+    };
+    let reason = author.reject_reason(store, found)?;
     let repairs = matches!(start, StartingPoint::Replace | StartingPoint::Repair);
-    match (current, objection) {
-        (Some(current), Some(objection)) if !repairs => Err(author.refusal(store, current, &objection)),
+    let seen = match &reason {
+        Some(reason) if !repairs => return Err(author.rejection(store, found, reason)),
         // Whatever nobody trusted has signed says, also that a newer program wrote it.
-        (Some(_), Some(Objection::Unsigned(_))) => rebuilt(store, author, current, start, now),
-        (Some(found), objection) => match (found.manifest(), objection) {
-            // With keys a number is what somebody trusted gave it.
-            (Ok(manifest), None) if start != StartingPoint::Replace || manifest.serial < LAST_SERIAL => {
-                let mut known = line_of(manifest, &found.bytes);
-                let mut serial = manifest.serial;
-                if start == StartingPoint::Replace {
-                    after_archived(store, author, &mut serial, &mut known)?;
-                }
-                room_after(store, serial, MANIFEST_KEY)?;
-                let replaced = archive_name(manifest.serial, manifest.generation);
-                let manifest = Manifest { serial, ..manifest.clone() };
-                Ok(Base { manifest, replaced, known, believed: true })
-            }
-            // Signed, and hosts have obeyed what it took the place of: the new version comes after both.
-            (Ok(manifest), Some(Objection::PutBack(seen) | Objection::Fork(seen)))
-                if manifest.serial < LAST_SERIAL =>
-            {
-                let mut known = lineage::join(&seen.line(), &line_of(manifest, &found.bytes));
-                let mut serial = manifest.serial.max(seen.manifest.serial);
-                after_archived(store, author, &mut serial, &mut known)?;
-                room_after(store, serial, MANIFEST_KEY)?;
-                let replaced = archive_name(manifest.serial, manifest.generation);
-                let from = if start == StartingPoint::Repair { &seen.manifest } else { manifest };
-                Ok(Base { manifest: Manifest { serial, ..from.clone() }, replaced, known, believed: false })
-            }
-            (Err(why), _) if !repairs || why.is_newer_version() => Err(unusable(store, why)),
-            (_, _) => rebuilt(store, author, current, start, now),
-        },
-        (None, _) if start == StartingPoint::Existing => Err(lost(store, author)),
-        (None, _) if start == StartingPoint::OrEmpty && ever(store, author)? => Err(lost(store, author)),
-        (None, _) => rebuilt(store, author, None, start, now),
+        Some(RejectReason::Unsigned(_)) => return rebuilt(store, author, current, start, now),
+        Some(RejectReason::PutBack(seen) | RejectReason::Fork(seen)) => Some(seen),
+        None => None,
+    };
+    let archived_too = seen.is_some() || start == StartingPoint::Replace;
+    let there = match found.manifest() {
+        // With keys a number is what somebody trusted gave it.
+        Ok(there) if there.serial < LAST_SERIAL || !archived_too => there,
+        Err(why) if !repairs || why.is_newer_version() => return Err(unusable(store, why)),
+        Ok(_) | Err(_) => return rebuilt(store, author, current, start, now),
+    };
+    let (mut from, mut serial) = (there, there.serial);
+    let mut known =
+        signature::digest(&found.bytes).map(|digest| lineage::line(there, digest)).unwrap_or_default();
+    // Signed, and hosts have obeyed what it took the place of: the new version comes after both.
+    if let Some(seen) = seen {
+        known = lineage::join(&seen.line(), &known);
+        serial = serial.max(seen.manifest.serial);
+        if start == StartingPoint::Repair {
+            from = &seen.manifest;
+        }
     }
-}
-
-/// Moves the number behind the newest archived version that is believed: where an old one was put back, hosts have
-/// obeyed what it took the place of, which is not in the archive.
-fn after_archived(
-    store: &dyn Store,
-    author: &Author,
-    serial: &mut u64,
-    known: &mut Vec<Ancestor>,
-) -> Result<()> {
-    if author.trust.trusted.is_empty() {
-        return Ok(());
-    }
-    if let Some(newest) = belief::newest_archived(store, author)?
-        && !newest.line().first().is_some_and(|newest| known.contains(newest))
+    // Where an old one was put back, hosts have obeyed what it took the place of, which is not in the archive.
+    if archived_too
+        && !author.trust.trusted.is_empty()
+        && let Some(newest) = trust::newest_archived(store, author)?
+        && !known.contains(&newest.line()[0])
     {
-        *serial = (*serial).max(newest.manifest.serial + 1);
-        *known = lineage::join(&newest.line(), known);
+        serial = serial.max(newest.manifest.serial + 1);
+        known = lineage::join(&newest.line(), &known);
     }
-    Ok(())
+    room_after(store, serial, MANIFEST_KEY)?;
+    let manifest = Manifest { serial, previous: known, ..from.clone() };
+    let replaced = archive_name(there.serial, there.generation);
+    Ok(Base { manifest, replaced, in_force: seen.is_none() })
 }
 
 /// Says that nobody here knows what a new version took the place of: who does shall bring it back.
@@ -554,11 +541,6 @@ fn say_lost(author: &Author, manifest: &Manifest) {
     }
 }
 
-/// What a version says of itself and those before it; nothing where it has no canonical form.
-fn line_of(manifest: &Manifest, bytes: &[u8]) -> Vec<Ancestor> {
-    signature::digest(bytes).map(|digest| lineage::line(manifest, digest)).unwrap_or_default()
-}
-
 /// Where nothing is in force that could be built on: the number goes on from the highest there was, since a host
 /// may have obeyed it. Of what nobody trusted has signed, or nobody has published, not even the number is taken.
 fn rebuilt(
@@ -570,7 +552,7 @@ fn rebuilt(
 ) -> Result<Base> {
     let trusting = !author.trust.trusted.is_empty();
     let remembered = author.remembered(store)?;
-    let archived = if trusting { belief::newest_archived(store, author)? } else { None };
+    let archived = if trusting { trust::newest_archived(store, author)? } else { None };
     let highest = match (&archived, &remembered) {
         (Some(newest), _) => newest.manifest.serial,
         (None, Some(seen)) => seen.manifest.serial.saturating_sub(1),
@@ -582,22 +564,22 @@ fn rebuilt(
     let said = head.as_ref().map(|h| h.serial).filter(|said| !trusting && *said < LAST_SERIAL);
     let serial = match (found, said) {
         (None, _) => lost,
-        (Some(_), None) => highest + 1,
-        (Some(_), Some(serial)) => highest.max(serial),
+        (Some(_), said) => said.map_or(highest + 1, |said| highest.max(said)),
     };
     let serial = serial.max(remembered.as_ref().map_or(0, |r| r.manifest.serial));
     room_after(store, serial, MANIFEST_KEY)?;
-    let line = |version: &Option<Believed>| version.as_ref().map(Believed::line).unwrap_or_default();
-    let known = lineage::join(&line(&archived), &line(&remembered));
+    let line =
+        |version: &Option<TrustedVersion>| version.as_ref().map(TrustedVersion::line).unwrap_or_default();
+    let previous = lineage::join(&line(&archived), &line(&remembered));
     let generation = head.map_or_else(now, |h| h.generation);
     let mut manifest = Manifest::empty(now(), "");
     if start == StartingPoint::Repair
-        && let Some(newest) = belief::newer(remembered, archived)
+        && let Some(newest) = trust::newer(remembered, archived)
     {
         manifest = newest.manifest;
     }
-    manifest.serial = serial;
-    Ok(Base { manifest, replaced: archive_name(serial, generation), known, believed: false })
+    let manifest = Manifest { serial, previous, ..manifest };
+    Ok(Base { manifest, replaced: archive_name(serial, generation), in_force: false })
 }
 
 /// The first serial that leaves no room for what is lost after it and the version that is written then.
@@ -649,10 +631,8 @@ fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Resu
 /// Whether an object has this content, maybe with other signatures.
 fn holds(store: &dyn Store, key: &str, bytes: &[u8]) -> Result<bool> {
     match store.get(key, None, MAX_REPLACED) {
-        Ok(GetResult::Found { bytes: there, .. }) if there == bytes => Ok(true),
-        Ok(GetResult::Found { bytes: there, .. }) => {
-            Ok(signature::digest(&there).is_ok_and(|there| signature::digest(bytes) == Ok(there)))
-        }
+        Ok(GetResult::Found { bytes: there, .. }) => Ok(there == bytes
+            || signature::digest(&there).is_ok_and(|there| signature::digest(bytes) == Ok(there))),
         Ok(GetResult::Missing | GetResult::NotModified) | Err(StoreError::TooLarge(_)) => Ok(false),
         Err(e) => Err(e.into()),
     }
@@ -660,24 +640,17 @@ fn holds(store: &dyn Store, key: &str, bytes: &[u8]) -> Result<bool> {
 
 /// Whether a write that was answered with "changed" had taken place nevertheless: its answer was lost, and
 /// the repeated request met our own version, in force or replaced by the next writer.
-fn landed(
-    store: &dyn Store,
-    current: Option<&CurrentManifest>,
-    bytes: &[u8],
-    manifest: &Manifest,
-) -> Result<bool> {
+fn landed(store: &dyn Store, current: Option<&CurrentManifest>, new: &PublishedManifest) -> Result<bool> {
     let Some(current) = current else { return Ok(false) };
-    if current.bytes == bytes {
+    if current.bytes == new.bytes {
         return Ok(true);
     }
-    if !current.manifest().as_ref().is_ok_and(|c| c.serial > manifest.serial) {
+    let Manifest { serial, generation, .. } = new.manifest;
+    if !current.manifest().as_ref().is_ok_and(|c| c.serial > serial) {
         return Ok(false);
     }
-    let key = archive_key(&archive_name(manifest.serial, manifest.generation));
-    match store.get(&key, None, MAX_BYTES)? {
-        GetResult::Found { bytes: archived, .. } => Ok(archived == bytes),
-        GetResult::Missing | GetResult::NotModified => Ok(false),
-    }
+    let archived = store.get(&archive_key(&archive_name(serial, generation)), None, MAX_BYTES)?;
+    Ok(matches!(archived, GetResult::Found { bytes, .. } if bytes == new.bytes))
 }
 
 fn check_size(manifest: &Manifest, bytes: &[u8]) -> Result<()> {
@@ -745,18 +718,12 @@ impl Contention {
         const UNITS: [u32; 6] = [6, 12, 8, 6, 4, 3];
         let units = UNITS[(self.attempts as usize - 1).min(UNITS.len() - 1)];
         let most = (unit * units).min(Duration::from_secs(4));
-        std::thread::sleep(most.mul_f64(random()));
+        std::thread::sleep(most.mul_f64(random::fraction()));
         Ok(())
     }
 }
 
-/// From 0 to 1; the keys of std's hash maps are random.
-fn random() -> f64 {
-    let bits = RandomState::new().build_hasher().finish();
-    (bits >> 11) as f64 / (1u64 << 53) as f64
-}
-
-/// Adds this machine's signature to the manifest as it is, which must be believed already: its number stays, so
+/// Adds this machine's signature to the manifest as it is, which must be trusted already: its number stays, so
 /// nothing is archived. Returns false when it was there.
 pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
     let key = author.signer()?;
@@ -764,7 +731,7 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
     loop {
         let began = Instant::now();
         let current = load(store)?.ok_or_else(|| missing(store))?;
-        author.believes(store, &current)?;
+        author.check_trusted(store, &current)?;
         let manifest = current.manifest().as_ref().map_err(|e| unusable(store, e))?;
         if signature::check(&current.bytes, manifest, &store.identity(), &[key.public()]).is_ok() {
             return Ok(false);
@@ -772,10 +739,8 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
         let mut signed = manifest.clone();
         // A signature of other content vouches for nothing.
         signed.signatures.retain(|s| {
-            author.trust.trusted.iter().any(|k| {
-                let alone = Manifest { signatures: vec![s.clone()], ..manifest.clone() };
-                signature::check(&current.bytes, &alone, &store.identity(), std::slice::from_ref(k)).is_ok()
-            })
+            let alone = Manifest { signatures: vec![s.clone()], ..manifest.clone() };
+            signature::check(&current.bytes, &alone, &store.identity(), &author.trust.trusted).is_ok()
         });
         signature::sign(&mut signed, &store.identity(), key)?;
         store::before_writing(store, Timestamp::now())?;
@@ -832,10 +797,7 @@ mod tests {
     }
 
     fn etag(bytes: &[u8]) -> Etag {
-        use std::hash::{DefaultHasher, Hash};
-        let mut hasher = DefaultHasher::new();
-        bytes.hash(&mut hasher);
-        Etag(format!("{:x}", hasher.finish()))
+        Etag(crate::hash::Sha256::of(bytes).base16())
     }
 
     impl Scripted {
@@ -1061,7 +1023,7 @@ mod tests {
     #[test]
     fn what_was_written_is_remembered_also_without_an_answer_and_nothing_older_after_it() {
         let dir = tempfile::tempdir().unwrap();
-        let author = Author { seen: Seen::below(dir.path()), ..with_key() };
+        let author = Author { seen: Seen { folder: Some(dir.path().into()) }, ..with_key() };
         let store = Scripted::default();
         let add = |name: &str| {
             publish(&store, &NOW, &author, StartingPoint::OrEmpty, |m| {
@@ -1079,7 +1041,7 @@ mod tests {
         // Another call of this user, which read before and is done later.
         author.remember(&store, &first);
         assert_eq!(seen(), 2);
-        author.believe(&store, &first);
+        author.accept(&store, &first);
         assert_eq!(seen(), 1);
     }
 

@@ -3,6 +3,7 @@
 //! unit, into Caddy's configuration or into a path by whoever escapes for those.
 
 use crate::log::is_invisible;
+use crate::names::unit_suffix;
 
 /// Code points that Unicode keeps out of texts. systemd takes them for broken UTF-8 and leaves out the line.
 fn is_noncharacter(c: char) -> bool {
@@ -11,22 +12,33 @@ fn is_noncharacter(c: char) -> bool {
 
 /// Refuses control characters, invisible ones, and what is no character.
 pub(super) fn clean(text: &str) -> Result<(), String> {
-    match text.chars().find(|c| c.is_control() || is_invisible(*c) || is_noncharacter(*c)) {
-        None => Ok(()),
-        Some(c) if is_noncharacter(c) => Err(no_character(c)),
-        Some(c) if c.is_control() => {
-            Err(format!("has the control character {}; take it out", c.escape_default()))
-        }
-        Some(c) => Err(format!("has the invisible character {}; take it out", c.escape_unicode())),
-    }
+    without(text, |c| c.is_control() || is_invisible(c) || is_noncharacter(c))
 }
 
-fn no_character(c: char) -> String {
-    format!("has {}, which is no character; take it out", c.escape_unicode())
+/// Refuses a text with one of these characters.
+fn without(text: &str, bad: fn(char) -> bool) -> Result<(), String> {
+    Err(match text.chars().find(|c| bad(*c)) {
+        None => return Ok(()),
+        Some(c) if is_noncharacter(c) => {
+            format!("has {}, which is no character; take it out", c.escape_unicode())
+        }
+        Some(c) if c.is_control() => {
+            format!("has the control character {}; take it out", c.escape_default())
+        }
+        Some(c) => format!("has the invisible character {}; take it out", c.escape_unicode()),
+    })
+}
+
+pub(super) fn at_most(most: usize, what: &str, text: &str) -> Result<(), String> {
+    match text.len() > most {
+        true => Err(format!("has {} {what}; at most {most} are possible", text.len())),
+        false => Ok(()),
+    }
 }
 
 /// Any clean text that is not empty.
 pub(super) fn words(text: &str) -> Result<String, String> {
+    clean(text)?;
     if text.is_empty() { Err("is empty".into()) } else { Ok(text.into()) }
 }
 
@@ -46,14 +58,9 @@ pub(super) fn env_name(text: &str) -> Result<String, String> {
 
 /// A value of the environment: tabs and invisible characters are its own affair.
 pub(super) fn env_value(text: &str) -> Result<String, String> {
-    if text.len() > MAX_ENV_BYTES {
-        return Err(format!("has {} bytes; at most {MAX_ENV_BYTES} are possible", text.len()));
-    }
-    match text.chars().find(|c| c.is_control() && *c != '\t' || is_noncharacter(*c)) {
-        Some(c) if is_noncharacter(c) => Err(no_character(c)),
-        Some(c) => Err(format!("has the control character {}; take it out", c.escape_default())),
-        None => Ok(text.into()),
-    }
+    at_most(MAX_ENV_BYTES, "bytes", text)?;
+    without(text, |c| c.is_control() && c != '\t' || is_noncharacter(c))?;
+    Ok(text.into())
 }
 
 /// A credential's name: what systemd takes for one (a file's name without a colon), in letters that need no
@@ -142,11 +149,8 @@ pub(super) fn writable(text: &str) -> Result<String, String> {
     let path = writable_as_read(text)?;
     let real = unaliased(&path)?;
     let held = |dir: &str| dir.strip_prefix(&real).is_some_and(|rest| rest.starts_with('/'));
-    let above = || {
-        let found = RESERVED.iter().chain(&CADDYS).find(|(dir, _)| held(dir));
-        found.map(|(dir, whose)| format!("{whose} ({dir})"))
-    };
-    match reserved(&real).or_else(|| caddys(&real)).or_else(above) {
+    let above = || RESERVED.iter().chain(&CADDYS).find(|(dir, _)| held(dir)).map(owner);
+    match reserved(&real).or_else(|| found_in(&CADDYS, &real)).or_else(above) {
         Some(whose) => Err(format!("would open {whose} to this service; expected a folder of its own")),
         None => Ok(path),
     }
@@ -202,14 +206,14 @@ fn reserved(path: &str) -> Option<String> {
     found_in(&RESERVED, path)
 }
 
-fn caddys(path: &str) -> Option<String> {
-    found_in(&CADDYS, path)
-}
-
 fn found_in(dirs: &[(&str, &str)], path: &str) -> Option<String> {
     let within =
         |dir: &str| path.strip_prefix(dir).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    dirs.iter().find(|(dir, _)| within(dir)).map(|(dir, whose)| format!("{whose} ({dir})"))
+    dirs.iter().find(|(dir, _)| within(dir)).map(owner)
+}
+
+fn owner((dir, whose): &(&str, &str)) -> String {
+    format!("{whose} ({dir})")
 }
 
 /// The longest name of a file (NAME_MAX).
@@ -224,9 +228,7 @@ pub(super) fn named(path: &str) -> Result<(), String> {
 }
 
 fn components(text: &str) -> Result<Vec<&str>, String> {
-    if text.len() > 4000 {
-        return Err(format!("has {} characters; at most 4000 are possible", text.len()));
-    }
+    at_most(4000, "characters", text)?;
     if let Some(c) = text.chars().find(|c| !path_char(*c)) {
         return Err(format!("has {c:?}; ASCII letters, digits and /-_.+@:,=~ make a path"));
     }
@@ -273,13 +275,9 @@ pub(super) fn url_path(text: &str) -> Result<String, String> {
     if !text.starts_with('/') {
         return Err("does not begin with '/'".into());
     }
-    if text.len() > 1000 {
-        return Err(format!("has {} characters; at most 1000 are possible", text.len()));
-    }
-    for bad in ["..", "//"] {
-        if text.contains(bad) {
-            return Err(format!("has '{bad}'; expected the path itself"));
-        }
+    at_most(1000, "characters", text)?;
+    if let Some(bad) = ["..", "//"].into_iter().find(|bad| text.contains(bad)) {
+        return Err(format!("has '{bad}'; expected the path itself"));
     }
     let good = |c: char| c.is_ascii_alphanumeric() || "/-._~!$&'()+,;=:@".contains(c);
     if let Some(c) = text.chars().find(|c| !good(*c)) {
@@ -299,33 +297,14 @@ pub(super) fn probe_path(text: &str) -> Result<String, String> {
     if let Some(c) = query.chars().find(|c| !good(*c)) {
         return Err(format!("has {c:?} in its query; write it as %XX"));
     }
-    if text.len() > 2000 {
-        return Err(format!("has {} characters; at most 2000 are possible", text.len()));
-    }
+    at_most(2000, "characters", text)?;
     Ok(text.into())
 }
-
-const UNIT_SUFFIXES: [&str; 11] = [
-    "service",
-    "socket",
-    "device",
-    "mount",
-    "automount",
-    "swap",
-    "target",
-    "path",
-    "timer",
-    "slice",
-    "scope",
-];
 
 /// A unit's name with its suffix (systemd.unit(5)).
 pub(super) fn unit(text: &str) -> Result<String, String> {
     let good = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
-    let suffixed = text
-        .rsplit_once('.')
-        .is_some_and(|(stem, suffix)| !stem.is_empty() && UNIT_SUFFIXES.contains(&suffix));
-    if !suffixed {
+    if unit_suffix(text).is_none() || text.rfind('.') == Some(0) {
         return Err(
             "is not a valid unit name; expected one with its suffix, such as postgresql.service".into()
         );
@@ -357,15 +336,10 @@ pub(super) fn memory(text: &str) -> Result<String, String> {
     let good = if let Some(share) = text.strip_suffix('%') {
         decimal(share, 2).is_some_and(|(n, more, some)| some && (n < 100 || n == 100 && !more))
     } else {
-        let number = text.strip_suffix(['K', 'M', 'G', 'T']).unwrap_or(text);
-        let shift = match text.chars().last() {
-            Some('K') => 10,
-            Some('M') => 20,
-            Some('G') => 30,
-            Some('T') => 40,
-            _ => 0,
-        };
-        let places = if shift == 0 { 0 } else { 3 };
+        let suffixes = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
+        let scaled =
+            suffixes.iter().find_map(|(suffix, shift)| Some((text.strip_suffix(*suffix)?, *shift, 3)));
+        let (number, shift, places) = scaled.unwrap_or((text, 0, 0));
         decimal(number, places).is_some_and(|(n, _, some)| some && u128::from(n) << shift < 1 << 62)
     };
     if good || text == "infinity" {
@@ -380,10 +354,9 @@ pub(super) fn quota(text: &str) -> Result<String, String> {
         .strip_suffix('%')
         .and_then(|n| decimal(n, 2))
         .is_some_and(|(whole, _, some)| some && whole <= 1_000_000);
-    if good {
-        Ok(text.into())
-    } else {
-        Err("is not a share of the processors; expected one such as 50% or 150%".into())
+    match good {
+        true => Ok(text.into()),
+        false => Err("is not a share of the processors; expected one such as 50% or 150%".into()),
     }
 }
 

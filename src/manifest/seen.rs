@@ -1,21 +1,21 @@
-//! What this user's calls have seen of each store: the newest version that they believed, one file per store below
+//! What this user's calls have seen of each store: the newest version that they trusted, one file per store below
 //! `~/.local/state/omni-deploy/seen`, byte for byte as the store had it. It is what tells an old version that was
 //! put back from the newest, and the copy from which the newest can be published again. Never decides: what is
-//! kept here counts only while a trusted key's signature on it holds ([`super::belief`]).
+//! kept here counts only while a trusted key's signature on it holds ([`super::trust`]).
 
-use super::lineage::Digest;
 use super::model::MAX_BYTES;
 use crate::config;
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::hash::Sha256;
 use crate::log;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Where it is kept. The default remembers nothing.
 #[derive(Debug, Default)]
 pub struct Seen {
-    folder: Option<PathBuf>,
+    pub(super) folder: Option<PathBuf>,
 }
 
 impl Seen {
@@ -24,17 +24,12 @@ impl Seen {
         Seen { folder: Some(config::state_dir().join("seen")) }
     }
 
-    /// Below a folder.
-    pub fn below(folder: &Path) -> Self {
-        Seen { folder: Some(folder.to_path_buf()) }
-    }
-
     /// The file of the store of this identity.
     pub fn file(&self, identity: &str) -> Option<PathBuf> {
         let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
         let readable: String = identity.chars().take(60).map(plain).collect();
-        let digest = Digest::of(identity.as_bytes());
-        Some(self.folder.as_ref()?.join(format!("{readable}-{}.json", &digest.as_str()[..16])))
+        let digest = Sha256::of(identity.as_bytes()).short(8);
+        Some(self.folder.as_ref()?.join(format!("{readable}-{digest}.json")))
     }
 
     /// What was kept of a store.
@@ -55,7 +50,7 @@ impl Seen {
             }
             Err(e) => Err(Error::new(format!(
                 "which version of this store was seen last is not known: {e}; make the file readable, or remove it to \
-                 believe what the store has now"
+                 trust what the store has now"
             ))),
         }
     }
@@ -85,7 +80,7 @@ mod tests {
     #[test]
     fn each_store_has_a_file_of_its_own_that_only_its_owner_reads() {
         let dir = tempfile::tempdir().unwrap();
-        let seen = Seen::below(&dir.path().join("state/seen"));
+        let seen = Seen { folder: Some(dir.path().join("state/seen")) };
         assert_eq!(seen.read("s3://a").unwrap(), None);
         seen.keep("s3://a/b", b"one");
         seen.keep("s3://a-b", b"two");

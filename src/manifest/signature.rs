@@ -9,18 +9,20 @@ use super::canonical;
 use super::limits;
 use super::lineage::Digest;
 use super::model::Manifest;
+use super::parse::{self, ManifestError, Mode};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};
 use crate::log::printable;
 use serde::Deserialize;
+use std::fmt;
 
 /// The keys a machine works with.
 #[derive(Debug, Default)]
 pub struct Trust {
     /// Signs what this machine publishes.
     pub signer: Option<SecretKey>,
-    /// What is believed; empty: everything.
+    /// What is trusted; empty: everything.
     pub trusted: Vec<PublicKey>,
 }
 
@@ -29,7 +31,7 @@ impl Trust {
     pub fn of(settings: &Settings) -> Result<Self> {
         let signer = settings.secret_key_file.as_deref().map(SecretKey::read).transpose()?;
         let mut trusted = trusted(settings)?;
-        // Hosts believe what this key signs: an empty list for one call does not make it sign a stranger's text.
+        // Hosts trust what this key signs: an empty list for one call does not make it sign a stranger's text.
         let by_flag =
             settings.sources.get("trustedPublicKeys").is_some_and(|s| s.source.starts_with("flag "));
         if trusted.is_empty() && by_flag {
@@ -79,6 +81,44 @@ pub fn sign(manifest: &mut Manifest, identity: &str, key: &SecretKey) -> Result<
     manifest.signatures.push(signature);
     Ok(())
 }
+
+/// Why bytes are not taken for the manifest of a store.
+#[derive(Debug)]
+pub enum ReadError {
+    /// None of the trusted keys has signed it for this store.
+    Signature(String),
+    /// It is no manifest.
+    Manifest(ManifestError),
+}
+
+impl fmt::Display for ReadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ReadError::Signature(why) => f.write_str(why),
+            ReadError::Manifest(e) => e.fmt(f),
+        }
+    }
+}
+
+/// Reads a manifest that may be anybody's: first who signed it, and only then what it says, which may be made to cost
+/// much. Without trusted keys, nobody's signature is expected.
+pub fn read(bytes: &[u8], identity: &str, trusted: &[PublicKey]) -> Result<Manifest, ReadError> {
+    let signed = match trusted.is_empty() {
+        true => Some(Ok(Vec::new())),
+        false => verify(bytes, identity, trusted),
+    };
+    if let Some(Err(why)) = signed {
+        return Err(ReadError::Signature(why));
+    }
+    let manifest = parse::manifest(bytes, Mode::Tolerant).map_err(ReadError::Manifest)?;
+    match signed {
+        Some(_) => Ok(manifest),
+        None => Err(ReadError::Signature(UNKNOWN_SIGNER.into())),
+    }
+}
+
+/// Of what can be read, but not by whom it was signed.
+pub(super) const UNKNOWN_SIGNER: &str = "it cannot be told who signed it";
 
 /// Whether a manifest is for this store and signed by one of these keys: their names, or why it is not.
 pub fn check(
@@ -159,7 +199,6 @@ fn signed_by(
 mod tests {
     use super::*;
     use crate::clock::Timestamp;
-    use crate::manifest::parse::{self, Mode};
     use serde_json::Value;
 
     const STORE: &str = "s3://releases";
@@ -207,7 +246,7 @@ mod tests {
         assert!(check(text("manifest").as_bytes(), &next, text("store"), &[key]).is_ok());
         let before = digest(first["manifest"].as_str().unwrap().as_bytes()).unwrap();
         let after = digest(text("manifest").as_bytes()).unwrap();
-        assert_eq!((before.as_str(), after.as_str()), (text("previousDigest"), text("digest")));
+        assert_eq!((&*before.to_string(), &*after.to_string()), (text("previousDigest"), text("digest")));
         assert_eq!(relation(&next, &after, 7, &before), Relation::Later);
         assert_eq!(relation(&next, &after, 7, &after), Relation::Fork);
         assert_eq!(next.previous[1].to_string(), "6:lost");

@@ -89,6 +89,8 @@ macro_rules! texts {
 }
 
 texts! {
+    /// A line of text that is not empty.
+    Words: rules::words;
     /// A user or a group, by name or number.
     UserName: rules::user;
     /// The name of a variable of the environment.
@@ -401,14 +403,6 @@ pub(super) fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Res
 /// A line of text, which may be empty.
 pub(super) fn line<'de, D: Deserializer<'de>>(d: D) -> Result<String, D::Error> {
     text(d, |text| rules::clean(text).map(|()| text.into()))
-}
-
-struct Words(String);
-
-impl<'de> Deserialize<'de> for Words {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        text(d, |text| rules::clean(text).and_then(|()| rules::words(text)).map(Words))
-    }
 }
 
 pub(super) fn words_or_null<'de, D: Deserializer<'de>>(d: D) -> Result<Option<String>, D::Error> {

@@ -1,7 +1,6 @@
 //! Checks that span services: names twice, a port or a domain and path claimed twice on one host. Pure, and
 //! in time linear in what the manifest names.
 
-use super::json::At;
 use super::model::{Http, Manifest};
 use super::parse::FieldError;
 use std::collections::HashMap;
@@ -9,30 +8,28 @@ use std::collections::HashMap;
 /// The first clash, if any, at the later of the two services; its text names both.
 pub fn clashes(manifest: &Manifest) -> Result<(), FieldError> {
     let services = &manifest.services;
-    let list = At::Field(&At::Root, "services");
     let mut names: HashMap<&str, usize> = HashMap::with_capacity(services.len());
     let mut ports: HashMap<(&str, u16), usize> = HashMap::with_capacity(services.len());
     // Caddy compares paths without regard to case.
     let mut routes: HashMap<(&str, &str, String), usize> = HashMap::with_capacity(services.len());
     for (index, service) in services.iter().enumerate() {
-        let at = At::Item(&list, index);
+        let error = |field: &str, reason| Err(FieldError::new(format!("services[{index}].{field}"), reason));
         let name = &service.name;
         if let Some(first) = names.insert(name.as_str(), index) {
             let reason = format!("\"{name}\" is the name of services[{first}] already; rename or remove one");
-            return Err(At::Field(&at, "name").error(reason));
+            return error("name", reason);
         }
         let Some(Http { domain, path, internal_port, port_env: _, drain_sec: _, extra: _ }) = &service.http
         else {
             continue;
         };
-        let at = At::Field(&at, "http");
         for host in &service.hosts {
             if let Some(first) = ports.insert((host.as_str(), internal_port.get()), index) {
                 let reason = format!(
                     "{internal_port} is claimed by '{}' and '{name}' on host '{host}'; give one another port",
                     services[first].name
                 );
-                return Err(At::Field(&at, "internalPort").error(reason));
+                return error("http.internalPort", reason);
             }
             let route = (host.as_str(), domain.as_str(), path.to_ascii_lowercase());
             if let Some(first) = routes.insert(route, index) {
@@ -41,7 +38,7 @@ pub fn clashes(manifest: &Manifest) -> Result<(), FieldError> {
                      path or domain",
                     services[first].name
                 );
-                return Err(At::Field(&at, "path").error(reason));
+                return error("http.path", reason);
             }
         }
     }

@@ -10,8 +10,8 @@ use crate::clock::Timestamp;
 use crate::error::{Error, Result, did_you_mean};
 use crate::keys::PublicKey;
 use crate::store::{ARCHIVE_PREFIX, GetResult, MANIFEST_KEY, Store};
-use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
-use std::cmp::Reverse;
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use std::fmt;
 
 /// One version.
@@ -36,65 +36,18 @@ pub struct VersionHead {
     pub change: Change,
 }
 
+impl VersionHead {
+    /// What its name is made of.
+    pub fn id(&self) -> (u64, Timestamp) {
+        (self.serial, self.generation)
+    }
+}
+
 /// How much of a version is read for its [`VersionHead`], in bytes.
 const HEAD_BYTES: u64 = 4096;
 
 /// How much of one that was written by hand, with its services first: several are read at a time.
 const WHOLE_BYTES: u64 = 4 << 20;
-
-/// A text, or nothing where something else stands: who sends a tree here does not have it built.
-#[derive(Default)]
-struct Text(String);
-
-impl<'de> serde::Deserialize<'de> for Text {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        d.deserialize_any(TextVisitor)
-    }
-}
-
-struct TextVisitor;
-
-impl<'de> Visitor<'de> for TextVisitor {
-    type Value = Text;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a text")
-    }
-
-    fn visit_str<E>(self, text: &str) -> Result<Text, E> {
-        Ok(Text(text.to_string()))
-    }
-
-    fn visit_unit<E>(self) -> Result<Text, E> {
-        Ok(Text::default())
-    }
-
-    fn visit_bool<E>(self, _: bool) -> Result<Text, E> {
-        Ok(Text::default())
-    }
-
-    fn visit_u64<E>(self, _: u64) -> Result<Text, E> {
-        Ok(Text::default())
-    }
-
-    fn visit_i64<E>(self, _: i64) -> Result<Text, E> {
-        Ok(Text::default())
-    }
-
-    fn visit_f64<E>(self, _: f64) -> Result<Text, E> {
-        Ok(Text::default())
-    }
-
-    fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Text, A::Error> {
-        while seq.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Text::default())
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Text, A::Error> {
-        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Text::default())
-    }
-}
 
 /// The name a version is archived under; names sort by time, then serial.
 pub fn archive_name(serial: u64, generation: Timestamp) -> String {
@@ -118,22 +71,24 @@ pub(super) fn serial_in(name: &str) -> Option<u64> {
 
 /// The archived versions, newest first, by their names; objects of other names are left out.
 pub fn archived(store: &dyn Store) -> Result<Vec<Version>> {
-    Ok(listing(store)?.0)
+    Ok(named(&store.list(ARCHIVE_PREFIX)?).0)
 }
 
-/// The archived versions, newest first, and the names of what else is there.
-fn listing(store: &dyn Store) -> Result<(Vec<Version>, Vec<String>)> {
+/// The versions among these keys, newest first, and the names of the others.
+pub(super) fn named(keys: &[String]) -> (Vec<Version>, Vec<String>) {
     let (mut versions, mut others) = (Vec::new(), Vec::new());
-    for key in store.list(ARCHIVE_PREFIX)? {
-        let name = key.strip_prefix(ARCHIVE_PREFIX).unwrap_or(&key).to_string();
-        match serial_in(&name) {
-            Some(serial) => versions.push(Version { name, serial, current: false }),
-            None => others.push(name),
+    for name in keys.iter().map(|key| key.strip_prefix(ARCHIVE_PREFIX).unwrap_or(key)) {
+        match serial_in(name) {
+            Some(serial) => versions.push(Version { name: name.into(), serial, current: false }),
+            None => others.push(name.to_string()),
         }
     }
-    versions
-        .sort_by(|a, b| (Reverse(a.serial), Reverse(&a.name)).cmp(&(Reverse(b.serial), Reverse(&b.name))));
-    Ok((versions, others))
+    newest_first(&mut versions);
+    (versions, others)
+}
+
+pub(super) fn newest_first(versions: &mut [Version]) {
+    versions.sort_by(|a, b| (b.serial, b.current, &b.name).cmp(&(a.serial, a.current, &a.name)));
 }
 
 /// All versions, newest first. A current one that is missing, or whose beginning cannot be read, is not
@@ -144,38 +99,36 @@ pub fn all(store: &dyn Store) -> Result<Vec<Version>> {
 
 /// As [`all`], with the names of what is among the archived versions and has no version's name.
 pub fn all_and_others(store: &dyn Store) -> Result<(Vec<Version>, Vec<String>)> {
-    let (mut versions, others) = listing(store)?;
+    let (mut versions, others) = named(&store.list(ARCHIVE_PREFIX)?);
     if let Some(head) = head(store, MANIFEST_KEY)? {
         let name = archive_name(head.serial, head.generation);
         // A writer that was ended between archiving and replacing leaves the current one in both places.
         versions.retain(|v| v.name != name);
-        let at = versions.partition_point(|v| v.serial > head.serial);
-        versions.insert(at, Version { name, serial: head.serial, current: true });
+        versions.push(Version { name, serial: head.serial, current: true });
+        newest_first(&mut versions);
     }
     Ok((versions, others))
 }
 
 /// Why an object that has the name of a version is none: what it holds has another name. None for a version.
-pub fn mismatch(version: &Version, head: Option<&VersionHead>) -> Option<String> {
-    if version.current {
-        return None;
+pub fn mismatch(version: &Version, held: Option<(u64, Timestamp)>) -> Option<String> {
+    match held {
+        _ if version.current => None,
+        None => Some("not a version: it cannot be read".into()),
+        Some((serial, generation)) if archive_name(serial, generation) == version.name => None,
+        Some((serial, generation)) => {
+            Some(format!("not a version: it holds version {serial} of {generation}"))
+        }
     }
-    let Some(VersionHead { serial, generation, .. }) = head else {
-        return Some("not a version: it cannot be read".into());
-    };
-    let named = archive_name(*serial, *generation) == version.name;
-    (!named).then(|| format!("not a version: it holds version {serial} of {generation}"))
-}
-
-/// Whether what it holds has its name; one request.
-fn is_version(store: &dyn Store, version: &Version) -> Result<bool> {
-    Ok(version.current || mismatch(version, head(store, &archive_key(&version.name))?.as_ref()).is_none())
 }
 
 /// The version that `word` means: a name, an unambiguous beginning of one (`.json` may follow), or a number. Where
 /// it fits several objects, those that are no versions do not count.
 pub fn find<'a>(store: &dyn Store, versions: &'a [Version], word: &str) -> Result<&'a Version> {
-    find_where(versions, word, |version| is_version(store, version))
+    find_where(versions, word, |version| {
+        let head = if version.current { None } else { head(store, &archive_key(&version.name))? };
+        Ok(mismatch(version, head.as_ref().map(VersionHead::id)).is_none())
+    })
 }
 
 /// As [`find`]; where the word fits several, those for which `counts` says no do not count.
@@ -202,11 +155,16 @@ pub fn find_where<'a>(
 /// How many objects that a word fits are looked at for whether they are versions.
 const COMPARED: usize = 20;
 
+/// What a person writes for a name, without what may be around it.
+pub(super) fn stem(word: &str) -> &str {
+    let name = word.strip_prefix(ARCHIVE_PREFIX).unwrap_or(word);
+    name.strip_suffix(".json").unwrap_or(name)
+}
+
 /// All that `word` fits.
 pub(super) fn fitting<'a>(versions: &'a [Version], word: &str) -> Vec<&'a Version> {
-    let stem = word.strip_prefix(ARCHIVE_PREFIX).unwrap_or(word);
-    let stem = stem.strip_suffix(".json").unwrap_or(stem);
-    if let Some(exact) = versions.iter().find(|v| v.name.strip_suffix(".json") == Some(stem)) {
+    let stem = stem(word);
+    if let Some(exact) = versions.iter().find(|v| self::stem(&v.name) == stem) {
         return vec![exact];
     }
     if let Ok(serial) = stem.parse::<u64>() {
@@ -264,54 +222,36 @@ pub fn bytes(store: &dyn Store, version: &Version) -> Result<Vec<u8>> {
 /// What to do about a version that is of no use.
 const ANOTHER: &str = "; take another one of 'deploy-manifest list', by its name";
 
-/// Reads a version whole.
-pub fn read(store: &dyn Store, version: &Version) -> Result<Manifest> {
-    parsed(store, version, &bytes(store, version)?)
-}
-
-fn parsed(store: &dyn Store, version: &Version, bytes: &[u8]) -> Result<Manifest> {
-    let manifest = parse::manifest(bytes, Mode::Tolerant)
-        .map_err(|e| Error::new(format!("{} in {}: {e}{ANOTHER}", version.name, store.url())))?;
-    let head =
-        VersionHead { serial: manifest.serial, generation: manifest.generation, change: Change::default() };
-    match mismatch(version, Some(&head)) {
-        None => Ok(manifest),
-        Some(why) => Err(Error::new(format!(
-            "{} in {} is {why}, which nobody published under this name{ANOTHER}",
-            version.name,
-            store.url()
-        ))),
-    }
-}
-
-/// As [`read`], also what none of these keys has signed, with why it is not believed.
-pub fn read_with_doubt(
+/// Reads a version whole, with the names of those of these keys that have signed it, or why it is not to be trusted.
+/// Where there are no keys, nobody's signature is expected.
+pub fn read(
     store: &dyn Store,
     version: &Version,
     trusted: &[PublicKey],
-) -> Result<(Manifest, Option<String>)> {
+) -> Result<(Manifest, Result<Vec<String>, String>)> {
+    let error = |why: String| Error::new(format!("{} in {}{why}{ANOTHER}", version.name, store.url()));
     let bytes = bytes(store, version)?;
-    let manifest = parsed(store, version, &bytes)?;
-    let doubt = match trusted.is_empty() {
-        true => None,
-        false => signature::check(&bytes, &manifest, &store.identity(), trusted).err(),
+    let manifest = parse::manifest(&bytes, Mode::Tolerant).map_err(|e| error(format!(": {e}")))?;
+    let Manifest { serial, generation, .. } = manifest;
+    if let Some(why) = mismatch(version, Some((serial, generation))) {
+        return Err(error(format!(" is {why}, which nobody published under this name")));
+    }
+    let signed = match trusted.is_empty() {
+        true => Ok(Vec::new()),
+        false => signature::check(&bytes, &manifest, &store.identity(), trusted),
     };
-    Ok((manifest, doubt))
+    Ok((manifest, signed))
 }
 
-/// As [`read`], if it is signed by one of these keys (with none: as it is): whoever can write the store can put
-/// files among the old versions too. Returns the names of the keys as well.
-pub fn believed(
+/// As [`read`]; that it is not to be trusted is an error: whoever can write the store can put files among the old
+/// versions too.
+pub fn read_trusted(
     store: &dyn Store,
     version: &Version,
     trusted: &[PublicKey],
 ) -> Result<(Manifest, Vec<String>)> {
-    let bytes = bytes(store, version)?;
-    let manifest = parsed(store, version, &bytes)?;
-    if trusted.is_empty() {
-        return Ok((manifest, Vec::new()));
-    }
-    let names = signature::check(&bytes, &manifest, &store.identity(), trusted).map_err(|why| {
+    let (manifest, signed) = read(store, version, trusted)?;
+    let names = signed.map_err(|why| {
         Error::new(format!("{} in {} is not to be trusted: {why}{ANOTHER}", version.name, store.url()))
     })?;
     Ok((manifest, names))
@@ -340,7 +280,7 @@ pub fn head(store: &dyn Store, key: &str) -> Result<Option<VersionHead>> {
 pub fn head_of(start: &[u8]) -> Option<VersionHead> {
     let mut partial = Partial::default();
     // That it ends in the middle is no error here; what was read until then counts.
-    drop(PartialSeed(&mut partial).deserialize(&mut serde_json::Deserializer::from_slice(start)));
+    drop(serde_json::Deserializer::from_slice(start).deserialize_map(&mut partial));
     Some(VersionHead {
         serial: partial.serial?,
         generation: partial.generation?,
@@ -355,17 +295,7 @@ struct Partial {
     change: Option<Change>,
 }
 
-struct PartialSeed<'a>(&'a mut Partial);
-
-impl<'de> DeserializeSeed<'de> for PartialSeed<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<(), D::Error> {
-        d.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for PartialSeed<'_> {
+impl<'de> Visitor<'de> for &mut Partial {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -373,19 +303,20 @@ impl<'de> Visitor<'de> for PartialSeed<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let Partial { serial, generation, change } = self.0;
+        let Partial { serial, generation, change } = self;
         while let Some(key) = map.next_key::<String>()? {
             match key.as_str() {
                 "serial" => *serial = Some(map.next_value()?),
                 "generation" => *generation = Some(map.next_value()?),
                 "change" => {
-                    #[derive(Default, serde::Deserialize)]
+                    // Without what else is there: who sends a tree here does not have it built.
+                    #[derive(Default, Deserialize)]
                     #[serde(default)]
                     struct Told {
-                        action: Text,
-                        by: Text,
+                        action: String,
+                        by: String,
                     }
-                    let Told { action: Text(action), by: Text(by) } = map.next_value()?;
+                    let Told { action, by } = map.next_value()?;
                     *change = Some(Change { action, by, ..Change::default() });
                 }
                 _ => {

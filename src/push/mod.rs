@@ -92,7 +92,7 @@ pub fn push(
     let store = store::open(&settings.store)?;
     // Before anything is built: a key that cannot be read, or a manifest that is not to be trusted.
     let author = Author::of(settings)?;
-    let manifest = publish::believed(store.as_ref(), &author)?;
+    let manifest = publish::read_trusted(store.as_ref(), &author)?;
     for target in &resolved {
         known(&manifest, target)?;
         if require_clean {
@@ -128,7 +128,8 @@ pub fn push(
     let version =
         publish::update(store.as_ref(), &now, &author, &built).map_err(|e| e.context("publishing failed"))?;
     let (serial, written) = (version.manifest.serial, version.written);
-    let entries = entries(store.as_ref(), &version)?;
+    // As hosts make them, from the text.
+    let entries = entry::digests(&version.bytes);
     let mut hosts: BTreeMap<HostName, Vec<Shipped>> = BTreeMap::new();
     for PathUpdate { name, path, .. } in &built {
         for host in version.manifest.service(name.as_str()).map(|s| s.hosts.as_slice()).unwrap_or_default() {
@@ -189,19 +190,6 @@ fn warn_about_revision(manifest: &Manifest, target: &Target, revision: Option<&s
         log::warning(format!("{name}: {} {how} {}, which the manifest has", short(revision), short(before)));
     }
     Ok(())
-}
-
-/// The digests of a version's entries, as hosts make them from its text. Empty where that is not there any more.
-fn entries(store: &dyn Store, version: &publish::PublishedManifest) -> Result<BTreeMap<ServiceName, String>> {
-    if version.written {
-        return Ok(entry::digests(&version.manifest.to_bytes()));
-    }
-    // Somebody else wrote it, maybe with another program: its text is theirs.
-    let current = publish::load(store)?;
-    let same = |c: &publish::CurrentManifest| {
-        c.manifest().as_ref().is_ok_and(|m| m.serial == version.manifest.serial)
-    };
-    Ok(current.filter(same).map(|c| entry::digests(&c.bytes)).unwrap_or_default())
 }
 
 /// Refuses a target whose service the manifest does not have.

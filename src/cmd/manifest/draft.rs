@@ -6,11 +6,11 @@ use crate::config::Settings;
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::log;
-use crate::manifest::belief::Objection;
 use crate::manifest::diff::diff;
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::publish::{self, Author, COPY_BACK, CurrentManifest, StartingPoint};
-use crate::manifest::signature::{self, Trust};
+use crate::manifest::signature::{self, ReadError, Trust};
+use crate::manifest::trust::RejectReason;
 use crate::manifest::{edit, json};
 use crate::names::ServiceName;
 use crate::store::Store;
@@ -24,13 +24,7 @@ pub(super) const BASE: &str = "base.json";
 pub(super) fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
     let author = Author::of(settings)?;
     let current = publish::load(store)?.ok_or_else(|| publish::lost(store, &author))?;
-    let (text, next) = match edit_base(store, &author, &current)? {
-        EditBase::InForce => (json::pretty(&current.bytes), ""),
-        EditBase::Broken => (current.bytes, ""),
-        EditBase::Believed(base) => {
-            (json::pretty(&base), "; 'deploy-manifest rollback' publishes it as it was")
-        }
-    };
+    let (text, next) = edit_base(store, &author, &current)?;
     let folder = durable::scratch(&std::env::temp_dir())?;
     let file = folder.path().join("manifest.json");
     durable::write(&file, &text, 0o600)?;
@@ -55,41 +49,37 @@ pub(super) fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
     result
 }
 
-/// What an edit starts from.
-pub(super) enum EditBase {
-    /// The version in force.
-    InForce,
-    /// The text in force, which is no manifest; without trusted keys there is nothing to tell a better one by.
-    Broken,
-    /// The newest version that is believed, since what is in force is not.
-    Believed(Vec<u8>),
-}
-
-/// Says what is in force besides, where that is not what the edit starts from.
-pub(super) fn edit_base(store: &dyn Store, author: &Author, current: &CurrentManifest) -> Result<EditBase> {
+/// The text that an edit starts from, and what to do where it is left as it is: that of the version in force, or of the
+/// newest that is trusted. Says what is in force besides, where that is not what the edit starts from.
+fn edit_base(
+    store: &dyn Store,
+    author: &Author,
+    current: &CurrentManifest,
+) -> Result<(Vec<u8>, &'static str)> {
     let url = store.url();
     let trusting = !author.trust.trusted.is_empty();
-    let why = match (author.objection(store, current)?, current.manifest()) {
-        (Some(Objection::Unsigned(why)), _) => {
+    let why = match (author.reject_reason(store, current)?, current.manifest()) {
+        (Some(RejectReason::Unsigned(why)), _) => {
             format!("the manifest in {url} is not to be trusted: {why}")
         }
-        (Some(objection), _) => return Err(author.refusal(store, current, &objection)),
-        (None, Ok(_)) => return Ok(EditBase::InForce),
+        (Some(reason), _) => return Err(author.rejection(store, current, &reason)),
+        (None, Ok(_)) => return Ok((json::pretty(&current.bytes), "")),
         (None, Err(e)) if e.is_newer_version() => return Err(publish::unusable(store, e)),
         (None, Err(e)) if !trusting => {
             log::warning(format!("warning: the manifest in {url} cannot be used: {e}"));
-            return Ok(EditBase::Broken);
+            // No manifest, and nothing to tell a better one by.
+            return Ok((current.bytes.clone(), ""));
         }
         (None, Err(e)) => format!("the manifest in {url} cannot be used: {e}"),
     };
-    let Some(newest) = author.newest_believed(store)? else {
+    let Some(newest) = author.newest_trusted(store)? else {
         return Err(Error::new(format!(
             "{why}, and no version before it is signed by a key in 'trustedPublicKeys'; put back the copy that a host \
              has kept ('{COPY_BACK}') or one of your own ('deploy-manifest rollback @FILE'); or look at what is there \
              ('deploy-manifest show'), and if all of it is right, 'deploy-manifest sign'"
         )));
     };
-    log::warning(format!("warning: {why}; you edit {}, the newest that is believed", newest.words()));
+    log::warning(format!("warning: {why}; you edit {}, the newest that is trusted", newest.describe()));
     match current.manifest() {
         Ok(there) => {
             log::warning("what is in force differs from it in this, which nobody trusted has signed:");
@@ -99,7 +89,7 @@ pub(super) fn edit_base(store: &dyn Store, author: &Author, current: &CurrentMan
         }
         Err(_) => log::warning("what is in force can be looked at with 'deploy-manifest show'"),
     }
-    Ok(EditBase::Believed(newest.bytes))
+    Ok((json::pretty(&newest.bytes), "; 'deploy-manifest rollback' publishes it as it was"))
 }
 
 /// Reads a file of a draft. What is signed must be this user's own: a draft is kept where everybody can write, and once
@@ -142,7 +132,7 @@ pub(super) fn publish_draft(settings: &Settings, store: &dyn Store, draft: &Path
     publish_edited(settings, store, &bytes, &base)
 }
 
-/// Publishes what a person made of the text `base`: its changes, in what is believed now.
+/// Publishes what a person made of the text `base`: its changes, in what is trusted now.
 pub(super) fn publish_edited(
     settings: &Settings,
     store: &dyn Store,
@@ -151,16 +141,17 @@ pub(super) fn publish_edited(
 ) -> Result<()> {
     let edited = parse::manifest_with(bytes, Mode::Tolerant, settings.default_hosts.as_deref())?;
     let Trust { trusted, .. } = Trust::of(settings)?;
-    let made_from = parse::manifest(base, Mode::Tolerant).ok();
-    if !trusted.is_empty() {
-        let check = made_from.as_ref().map(|m| signature::check(base, m, &store.identity(), &trusted));
-        if let Some(Err(why)) = check.or(Some(Err("it cannot be read".into()))) {
+    let made_from = match signature::read(base, &store.identity(), &trusted) {
+        Ok(manifest) => Some(manifest),
+        Err(ReadError::Manifest(_)) if trusted.is_empty() => None,
+        Err(e) => {
+            let why = if let ReadError::Signature(why) = e { why } else { "it cannot be read".into() };
             return Err(Error::new(format!(
                 "the text was made from a version that is not to be trusted: {why}; open 'deploy-manifest edit' and \
                  make the changes there"
             )));
         }
-    }
+    };
     parse::check_additions(&edited, made_from.as_ref())?;
     change(settings, store, StartingPoint::Repair, |manifest| {
         let Some(base) = &made_from else {

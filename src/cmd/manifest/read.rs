@@ -3,19 +3,18 @@
 use super::super::print;
 use super::super::table::{Cell, Column, table};
 use super::{STDIN, stdin};
-use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{Error, Result, did_you_mean};
 use crate::log;
-use crate::manifest::belief;
-use crate::manifest::diff::diff;
+use crate::manifest::diff::{Difference, diff};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::{Newest, enough_for, newest};
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::publish::{self, Author};
-use crate::manifest::signature;
+use crate::manifest::signature::{self, ReadError};
+use crate::manifest::trust;
 use crate::manifest::versions::{self, Version, VersionHead};
-use crate::manifest::{json, limits};
+use crate::manifest::{Change, json, limits};
 use crate::parallel;
 use crate::store::{MANIFEST_KEY, Store};
 
@@ -38,23 +37,15 @@ pub(super) fn show(
         }
     };
     // It is there to be looked at; nobody shall take it for what the hosts obey.
-    let trusted = signature::trusted(settings)?;
-    let signed = match trusted.is_empty() {
-        true => None,
-        false => signature::verify(&bytes, &store.identity(), &trusted),
-    };
-    let unusable = match (&signed, version) {
-        // What nobody trusted has signed is not read, which may be made to cost much.
-        (Some(Err(_)), _) => None,
-        (_, None) => parse::manifest(&bytes, Mode::Tolerant).err().map(|e| publish::unusable(store, &e)),
-        (_, Some(version)) => {
-            let why = match parse::manifest(&bytes, Mode::Tolerant) {
-                Ok(_) => versions::mismatch(version, versions::head_of(&bytes).as_ref())
-                    .map(|why| format!("is {why}")),
-                Err(e) => Some(format!("cannot be used: {e}")),
-            };
-            why.map(|why| Error::new(format!("{} in {} {why}", version.name, store.url())))
-        }
+    let read = signature::read(&bytes, &store.identity(), &signature::trusted(settings)?);
+    let error =
+        |version: &Version, why: String| Error::new(format!("{} in {} {why}", version.name, store.url()));
+    let unusable = match (&read, version) {
+        (Ok(_), None) | (Err(ReadError::Signature(_)), _) => None,
+        (Ok(there), Some(version)) => versions::mismatch(version, Some((there.serial, there.generation)))
+            .map(|why| error(version, format!("is {why}"))),
+        (Err(ReadError::Manifest(e)), None) => Some(publish::unusable(store, e)),
+        (Err(ReadError::Manifest(e)), Some(version)) => Some(error(version, format!("cannot be used: {e}"))),
     };
     if let Some(why) = unusable {
         // What is too much to be read is too much to be laid out.
@@ -65,7 +56,7 @@ pub(super) fn show(
         }
         log::warning(format!("warning: {why}"));
     }
-    if let Some(Err(why)) = signed {
+    if let Err(ReadError::Signature(why)) = read {
         log::warning(format!("warning: {what} is not to be trusted, and no host obeys it: {why}"));
     }
     let Some(name) = service else {
@@ -104,9 +95,9 @@ pub(super) fn list(settings: &Settings, store: &dyn Store, as_json: bool, number
         false => publish::load(store).ok().flatten(),
     };
     if let Some(current) = current
-        && let Some(objection) = author.objection(store, &current)?
+        && let Some(reason) = author.reject_reason(store, &current)?
     {
-        log::warning(format!("warning: {}", author.refusal(store, &current, &objection)));
+        log::warning(format!("warning: {}", author.rejection(store, &current, &reason)));
     } else if !versions.iter().any(|v| v.current) {
         match publish::load(store)? {
             None if versions.is_empty() => return Err(publish::missing(store)),
@@ -119,53 +110,43 @@ pub(super) fn list(settings: &Settings, store: &dyn Store, as_json: bool, number
         }
     }
     let shown = &versions[..versions.len().min(number)];
-    let heads = heads(store, shown)?;
+    // Of an object that has a version's name and is none, nothing that it says of itself is shown.
+    let read = |(version, head): (_, Option<VersionHead>)| {
+        let problem = versions::mismatch(version, head.as_ref().map(VersionHead::id));
+        (version, head.filter(|_| problem.is_none()), problem)
+    };
+    let listed = shown.iter().zip(heads(store, shown)?).map(read);
     if as_json {
-        let rows: Vec<serde_json::Value> = shown
-            .iter()
-            .zip(&heads)
-            .map(|(version, head)| {
-                let problem = versions::mismatch(version, head.as_ref());
-                let text = |f: fn(&VersionHead) -> String| head.as_ref().filter(|_| problem.is_none()).map(f);
-                let mut row = serde_json::json!({
-                    "name": version.name,
-                    "serial": version.serial,
-                    "current": version.current,
-                    "generation": text(|h| h.generation.to_string()),
-                    "action": text(|h| h.change.action.clone()),
-                    "by": text(|h| h.change.by.clone()),
-                });
-                if let Some(problem) = problem {
-                    row["problem"] = problem.into();
-                }
-                row
-            })
-            .collect();
+        let row = |(version, head, problem): (&Version, Option<VersionHead>, Option<String>)| {
+            let mut row = serde_json::json!({
+                "name": version.name,
+                "serial": version.serial,
+                "current": version.current,
+                "generation": head.as_ref().map(|h| h.generation.to_string()),
+                "action": head.as_ref().map(|h| &h.change.action),
+                "by": head.as_ref().map(|h| &h.change.by),
+            });
+            if let Some(problem) = problem {
+                row["problem"] = problem.into();
+            }
+            row
+        };
+        let rows: Vec<serde_json::Value> = listed.map(row).collect();
         let document = serde_json::json!({"version": 1, "versions": rows});
         return print(&log::printable_json(&format!("{document:#}")));
     }
     let mut rows = vec![["  NAME", "SERIAL", "WHEN", "BY", "ACTION"].map(Cell::from).into()];
-    for (version, head) in shown.iter().zip(heads) {
-        let problem = |action: String| VersionHead {
-            serial: version.serial,
-            generation: Timestamp::default(),
-            change: crate::manifest::Change { action, ..Default::default() },
-        };
-        let mismatch = versions::mismatch(version, head.as_ref());
-        let known = head.is_some() && mismatch.is_none();
-        let head = match (mismatch, head) {
-            (Some(why), _) => problem(why),
-            (None, Some(head)) => head,
-            (None, None) => problem("(cannot be read)".into()),
+    for (version, head, problem) in listed {
+        let (when, Change { by, action, .. }) = match head {
+            Some(head) => (head.generation.to_string(), head.change),
+            None => {
+                let action = problem.unwrap_or_else(|| "(cannot be read)".into());
+                (String::new(), Change { action, ..Change::default() })
+            }
         };
         let mark = if version.current { '*' } else { ' ' };
-        rows.push(vec![
-            Cell::from(format!("{mark} {}", version.name)),
-            version.serial.to_string().into(),
-            if known { head.generation.to_string() } else { String::new() }.into(),
-            head.change.by.into(),
-            head.change.action.into(),
-        ]);
+        let name = format!("{mark} {}", version.name);
+        rows.push([name, version.serial.to_string(), when, by, action].map(Cell::from).into());
     }
     print(&table(&[Column::Left, Column::Right], &rows))?;
     if !complete {
@@ -201,8 +182,8 @@ pub(super) fn print_diff(settings: &Settings, store: &dyn Store, words: &[String
     let current = || versions.iter().find(|v| v.current).ok_or_else(|| none_in_force(store, &author));
     let read = |version: &Version| -> Result<Manifest> {
         // It is there to be looked at, as by 'show'.
-        let (manifest, doubt) = versions::read_with_doubt(store, version, &author.trust.trusted)?;
-        if let Some(why) = doubt {
+        let (manifest, signed) = versions::read(store, version, &author.trust.trusted)?;
+        if let Err(why) = signed {
             log::warning(format!(
                 "warning: {} is not to be trusted, and no host obeys it: {why}",
                 version.name
@@ -218,15 +199,14 @@ pub(super) fn print_diff(settings: &Settings, store: &dyn Store, words: &[String
         Some(word) => read(versions::find(store, &versions, word)?)?,
         None => {
             let there = current()?;
-            let there = if there.serial == new.serial { new.clone() } else { versions::read(store, there)? };
-            let search = belief::before(store, &author, &versions, &there, None, |_| true)?;
+            let there =
+                if there.serial == new.serial { new.clone() } else { versions::read(store, there, &[])?.0 };
+            let search = trust::before(store, &author, &versions, &there, None, |_| true)?;
             search.found.ok_or_else(|| only_version(store))?.manifest
         }
     };
-    let mut lines = String::new();
-    for difference in diff(&old, &new) {
-        lines.push_str(&format!("{}\n", log::printable(&difference.to_string())));
-    }
+    let line = |difference: Difference| format!("{}\n", log::printable(&difference.to_string()));
+    let lines: String = diff(&old, &new).into_iter().map(line).collect();
     if lines.is_empty() {
         log::info(format!("serials {} and {} do not differ", old.serial, new.serial));
         return Ok(());
@@ -236,19 +216,14 @@ pub(super) fn print_diff(settings: &Settings, store: &dyn Store, words: &[String
 
 /// Why none of the versions is the one in force: there is none, or what is there is not one.
 pub(super) fn none_in_force(store: &dyn Store, author: &Author) -> Error {
-    let why = || -> Result<Error> {
-        let Some(current) = publish::load(store)? else { return Ok(publish::lost(store, author)) };
-        if let Some(objection) = author.objection(store, &current)? {
-            return Ok(author.refusal(store, &current, &objection));
-        }
-        Ok(match current.manifest() {
-            Err(e) => publish::unusable(store, e),
-            Ok(_) => {
-                Error::new(format!("the manifest in {} was changed meanwhile; run it again", store.url()))
-            }
-        })
+    let found = || {
+        let current = publish::load(store)?.ok_or_else(|| publish::lost(store, author))?;
+        author.check_trusted(store, &current)?;
+        current.into_parts().1.map_err(|e| publish::unusable(store, &e))
     };
-    why().unwrap_or_else(|e| e)
+    found().err().unwrap_or_else(|| {
+        Error::new(format!("the manifest in {} was changed meanwhile; run it again", store.url()))
+    })
 }
 
 pub(super) fn only_version(store: &dyn Store) -> Error {
@@ -277,9 +252,7 @@ pub(super) fn validate_file(settings: &Settings, file: &str) -> Result<()> {
 pub(super) fn validate_store(settings: &Settings, store: &dyn Store) -> Result<()> {
     let author = Author::reader(settings)?;
     let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
-    if let Some(objection) = author.objection(store, &current)? {
-        return Err(author.refusal(store, &current, &objection));
-    }
+    author.check_trusted(store, &current)?;
     let manifest = current.into_parts().1.map_err(|e| publish::unusable(store, &e))?;
     if let Some(unknown) = parse::first_unknown(&manifest) {
         log::warning(format!("warning: {unknown}; a newer version may have written it"));

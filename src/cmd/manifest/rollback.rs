@@ -7,34 +7,33 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::log;
-use crate::manifest::belief::{self, Objection};
 use crate::manifest::diff::{Difference, diff};
 use crate::manifest::edit;
-use crate::manifest::lineage::{self, Ancestor, Relation};
+use crate::manifest::lineage::{self, Relation};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::{enough_for, newest};
-use crate::manifest::parse::{self, Mode};
 use crate::manifest::publish::{self, Author, StartingPoint};
-use crate::manifest::signature;
+use crate::manifest::signature::{self, ReadError};
+use crate::manifest::trust::{self, RejectReason, TrustedVersion};
 use crate::manifest::versions::{self, Version};
 use crate::store::Store;
 use std::io::IsTerminal;
 
 pub(super) fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: bool) -> Result<()> {
     if let Some(word) = word.filter(|w| *w == STDIN || w.starts_with('@')) {
-        return rollback_to_copy(settings, store, &input(word)?, yes);
+        return rollback_to_copy(settings, store, input(word)?, yes);
     }
     let author = Author::of(settings)?;
     let in_force = InForce::of(store, &author)?;
     // What is off is looked for among all of them.
-    let versions = match in_force.current.is_some() && in_force.objection.is_none() {
+    let versions = match in_force.current.is_some() && in_force.reason.is_none() {
         true => enough_for(store, word.as_slice())?,
         false => versions::all(store)?,
     };
     // An old one that was put back is left behind also when it says the same: hosts do not obey it.
     let outrun = |serial: u64| versions.iter().any(|v| v.serial > serial);
     let outrun =
-        in_force.objection.is_some() || versions.iter().find(|v| v.current).is_some_and(|v| outrun(v.serial));
+        in_force.reason.is_some() || versions.iter().find(|v| v.current).is_some_and(|v| outrun(v.serial));
     let restore = |manifest: &mut Manifest, old: &Manifest, name: &str| {
         // A repair starts from nothing, and restoring nothing is a change there.
         let repaired = manifest.change.by.is_empty();
@@ -42,8 +41,15 @@ pub(super) fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str
         changed.then(|| format!("rollback to {name} (serial {})", old.serial))
     };
     let Some(word) = word else {
-        let (old, name) = version_before(&author, store, &versions, &in_force)?;
-        show_undone(&in_force, &old);
+        let old = version_before(&author, store, &versions, &in_force)?;
+        let to = old.describe();
+        match in_force.trusted() {
+            None => log::notice(format!("back to {to}")),
+            Some(there) => {
+                log::notice(format!("from {} back to {to}:", trust::describe(there)));
+                show_differences(diff(there, &old.manifest).iter());
+            }
+        }
         let shown = in_force.current.map(|current| current.etag);
         if !yes && !confirmed("Publish that?")? {
             return Err(Error::new("nothing was published"));
@@ -51,13 +57,13 @@ pub(super) fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str
         let now = &Timestamp::now;
         let published =
             publish::publish_over(store, now, &author, StartingPoint::Replace, shown.as_ref(), |manifest| {
-                Ok(restore(manifest, &old, &name))
+                Ok(restore(manifest, &old.manifest, &old.name()))
             })?;
         publish::report(store, &published);
         return Ok(());
     };
     let version = rollback_target(store, &author, &versions, word)?;
-    let old = believed(&author, store, version)?;
+    let (old, _) = versions::read_trusted(store, version, &author.trust.trusted)?;
     drop(in_force);
     change(settings, store, StartingPoint::Replace, |manifest| Ok(restore(manifest, &old, &version.name)))?;
     Ok(())
@@ -65,16 +71,6 @@ pub(super) fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str
 
 /// How many differences are shown before something is published.
 pub(super) const SHOWN: usize = 30;
-
-/// Says what a rollback undoes, and whose change that was.
-pub(super) fn show_undone(in_force: &InForce, old: &Manifest) {
-    let to = belief::words(old);
-    let Some(there) = in_force.believed() else {
-        return log::notice(format!("back to {to}"));
-    };
-    log::notice(format!("from {} back to {to}:", belief::words(there)));
-    show_differences(diff(there, old).iter());
-}
 
 pub(super) fn show_differences<'a>(mut differences: impl Iterator<Item = &'a Difference>) {
     for difference in differences.by_ref().take(SHOWN) {
@@ -87,32 +83,18 @@ pub(super) fn show_differences<'a>(mut differences: impl Iterator<Item = &'a Dif
 }
 
 /// What a rollback goes to when nothing was named, and its name: the last version before the one in force that says
-/// something else; where that is not believed or is lost, the newest that is.
+/// something else; where that is not trusted or is lost, the newest that is.
 pub(super) fn version_before(
     author: &Author,
     store: &dyn Store,
     versions: &[Version],
     in_force: &InForce,
-) -> Result<(Manifest, String)> {
-    let found = |search: belief::Search, none: Error| {
-        let passed_over = search.passed_over();
-        match search.found {
-            Some(found) => {
-                if !passed_over.is_empty() {
-                    log::warning(format!("warning: {passed_over}"));
-                }
-                let name = found.name();
-                Ok((found.manifest, name))
-            }
-            None if passed_over.is_empty() => Err(none),
-            None => Err(Error::new(format!("{none}; {passed_over}"))),
-        }
-    };
-    if let (Some(current), Some(there)) = (&in_force.current, in_force.believed()) {
+) -> Result<TrustedVersion> {
+    if let (Some(current), Some(there)) = (&in_force.current, in_force.trusted()) {
         let before = there.previous.first().filter(|a| a.serial + 1 == there.serial && a.digest.is_some());
         let digest = signature::digest(&current.bytes).ok();
         let otherwise = |old: &Manifest| old.services != there.services || old.extra != there.extra;
-        let search = belief::before(store, author, versions, there, digest.as_ref(), otherwise)?;
+        let search = trust::before(store, author, versions, there, digest.as_ref(), otherwise)?;
         let none = match versions.iter().any(|v| v.serial < there.serial) {
             true => Error::new(format!(
                 "there is no version before the current one in {} that says something else",
@@ -126,111 +108,95 @@ pub(super) fn version_before(
                 before.serial
             ));
         }
-        return found(search, none);
+        return search.found_or(none);
     }
-    if let (Some(current), Some(objection @ (Objection::PutBack(_) | Objection::Fork(_)))) =
-        (&in_force.current, &in_force.objection)
+    if let (Some(current), Some(reason @ (RejectReason::PutBack(_) | RejectReason::Fork(_)))) =
+        (&in_force.current, &in_force.reason)
     {
-        return Err(author.refusal(store, current, objection));
+        return Err(author.rejection(store, current, reason));
     }
-    if let Some(newest) = author.newest_believed(store)? {
-        return Ok((newest.manifest.clone(), newest.name()));
+    if let Some(newest) = author.newest_trusted(store)? {
+        return Ok(newest);
     }
     let all = Manifest { serial: u64::MAX, ..Manifest::empty(Timestamp::default(), "") };
     let none = match &in_force.current {
         None => publish::missing(store),
         Some(current) => match current.manifest() {
-            Err(e) if in_force.objection.is_none() => Error::new(format!("{e}, and {}", only_version(store))),
+            Err(e) if in_force.reason.is_none() => Error::new(format!("{e}, and {}", only_version(store))),
             _ => only_version(store),
         },
     };
-    found(belief::before(store, author, versions, &all, None, |_| true)?, none)
+    trust::before(store, author, versions, &all, None, |_| true)?.found_or(none)
 }
 
 /// Publishes a copy of a version from somewhere else, above every serial that it shows to have been there.
 pub(super) fn rollback_to_copy(
     settings: &Settings,
     store: &dyn Store,
-    bytes: &[u8],
+    bytes: Vec<u8>,
     yes: bool,
 ) -> Result<()> {
     let mut author = Author::of(settings)?;
-    let trusted = author.trust.trusted.clone();
-    let refused = |why: &str| {
-        Err(Error::new(format!(
+    let read = TrustedVersion::read(bytes, &store.identity(), &author.trust.trusted);
+    let copy = read.map_err(|e| match e {
+        ReadError::Signature(why) => Error::new(format!(
             "the copy is not to be trusted in {}: {why}; take one that a host of this store has kept",
             store.url()
-        )))
-    };
-    let signed = (!trusted.is_empty()).then(|| signature::verify(bytes, &store.identity(), &trusted));
-    if let Some(Some(Err(why))) = signed {
-        return refused(&why);
-    }
-    let copy = parse::manifest(bytes, Mode::Tolerant).map_err(|e| Error::from(e).context("the copy"))?;
-    if let Some(None) = signed {
-        return refused("it cannot be told who signed it");
-    }
-    author.at_hand = copy.serial;
-    let line = signature::digest(bytes).map(|digest| lineage::line(&copy, digest)).unwrap_or_default();
+        )),
+        ReadError::Manifest(e) => Error::from(e).context("the copy"),
+    })?;
+    let TrustedVersion { manifest: Manifest { serial, .. }, digest, .. } = copy;
+    author.at_hand = serial;
+    let line = copy.line();
     let in_force = InForce::of(store, &author)?;
     // Who can write the store can hold a host at an old version, take the newest away, and wait for somebody to put
     // that host's copy back.
-    let newest = match in_force.believed() {
+    let newest = match in_force.trusted() {
         Some(_) => None,
-        None => author.newest_believed(store)?,
+        None => author.newest_trusted(store)?,
     };
-    if let (Some(newest), Some(Ancestor { digest: Some(digest), .. })) = (&newest, line.first())
-        && lineage::relation(&newest.manifest, &newest.digest, copy.serial, digest) == Relation::Later
-    {
+    if let Some(newest) = newest.filter(|newest| newest.comes_after(&copy)) {
         return Err(Error::new(format!(
             "the copy is {}, and {} is newer: publish that with {}, and then, if the older one should be in force \
              after all, the copy",
-            belief::words(&copy),
-            newest.words(),
-            belief::publish_again(newest)
+            copy.describe(),
+            newest.describe(),
+            trust::publish_again(&newest)
         )));
     }
     if let Some(there) = in_force.signed() {
-        log::notice(format!("from {} to the copy of {}:", belief::words(there), belief::words(&copy)));
-        show_differences(diff(there, &copy).iter());
+        log::notice(format!("from {} to the copy of {}:", trust::describe(there), copy.describe()));
+        show_differences(diff(there, &copy.manifest).iter());
     }
-    let trusting = !trusted.is_empty();
+    let trusting = !author.trust.trusted.is_empty();
     // A host says that its copy be put back, and it may be nobody's host any more.
-    if let (Some(there), Some(current)) =
-        (in_force.believed().filter(|_| trusting && !yes), &in_force.current)
-        && let (Some(Ancestor { digest: Some(of_copy), .. }), Ok(digest)) =
-            (line.first(), signature::digest(&current.bytes))
-        && lineage::relation(there, &digest, copy.serial, of_copy) == Relation::Later
+    if let (Some(there), Some(current)) = (in_force.trusted().filter(|_| trusting && !yes), &in_force.current)
+        && let Ok(of_current) = signature::digest(&current.bytes)
+        && lineage::relation(there, &of_current, serial, &digest) == Relation::Later
         && !(std::io::stdin().is_terminal() && confirmed("Publish that?")?)
     {
         return Err(Error::new(format!(
             "nothing was published: {} is in force, and it comes after the copy, which is {}; to undo what is between \
              them, add '-y'",
-            belief::words(there),
-            belief::words(&copy)
+            trust::describe(there),
+            copy.describe()
         )));
     }
     drop(in_force);
     let published = publish::publish(store, &Timestamp::now, &author, StartingPoint::Replace, |manifest| {
         // Whoever has obeyed the copy knows that the new version comes after it.
-        let behind = manifest.serial < copy.serial
-            || trusting && line.first().is_some_and(|copy| !manifest.previous.contains(copy));
+        let behind = manifest.serial < serial || trusting && !manifest.previous.contains(&line[0]);
         manifest.previous = lineage::join(&line, &manifest.previous);
-        manifest.serial = manifest.serial.max(copy.serial);
-        let changed = edit::restore(manifest, &copy) || behind || manifest.change.by.is_empty();
-        Ok(changed.then(|| format!("rollback to a copy of serial {}", copy.serial)))
+        manifest.serial = manifest.serial.max(serial);
+        let changed = edit::restore(manifest, &copy.manifest) || behind || manifest.change.by.is_empty();
+        Ok(changed.then(|| format!("rollback to a copy of serial {serial}")))
     })?;
     publish::report(store, &published);
     Ok(())
 }
 
-/// An old version, if it is signed as the configuration wants it.
-pub(super) fn believed(author: &Author, store: &dyn Store, version: &Version) -> Result<Manifest> {
-    Ok(versions::believed(store, version, &author.trust.trusted)?.0)
-}
-
 /// The version in force is what one rolls back from: it does not make a beginning ambiguous. Nor does what is not
-/// believed.
+/// trusted.
 pub(super) fn rollback_target<'a>(
     store: &dyn Store,
     author: &Author,
@@ -238,7 +204,7 @@ pub(super) fn rollback_target<'a>(
     word: &str,
 ) -> Result<&'a Version> {
     let older: Vec<Version> = versions.iter().filter(|v| !v.current).cloned().collect();
-    let counts = |version: &Version| Ok(belief::examine(store, version, author)?.is_ok());
+    let counts = |version: &Version| Ok(trust::examine(store, version, author)?.is_ok());
     let name = match versions::find_where(&older, word, counts) {
         Ok(found) => found.name.clone(),
         // Only the current one fits: then there is nothing to do, which is said later.
@@ -246,9 +212,6 @@ pub(super) fn rollback_target<'a>(
     };
     versions.iter().find(|v| v.name == name).ok_or_else(|| Error::new(format!("no version '{word}'")))
 }
-
-/// How many versions are read in search of a service's last change.
-pub(super) const SEARCHED: usize = 200;
 
 pub(super) fn rollback_service(
     settings: &Settings,
@@ -265,27 +228,20 @@ pub(super) fn rollback_service(
         Some(word) => {
             let versions = enough_for(store, &[word])?;
             let version = rollback_target(store, &author, &versions, word)?;
-            (version.name.clone(), believed(&author, store, version)?)
+            (version.name.clone(), versions::read_trusted(store, version, &author.trust.trusted)?.0)
         }
         None => {
-            let versions = newest(store, SEARCHED)?.versions;
-            let (bytes, now) = publish::believed_text(store, &author)?;
+            let versions = newest(store, trust::SEARCHED)?.versions;
+            let (bytes, now) = publish::read_trusted_bytes(store, &author)?;
             let entry = now.service(name).ok_or_else(|| edit::unknown_service(name, &now))?;
             let digest = signature::digest(&bytes).ok();
             let otherwise = |old: &Manifest| old.service(name).is_some_and(|o| o != entry);
-            let search = belief::before(store, &author, &versions, &now, digest.as_ref(), otherwise)?;
-            let passed_over = search.passed_over();
-            let Some(found) = search.found else {
-                let joint = if passed_over.is_empty() { "" } else { "; " };
-                return Err(Error::new(format!(
-                    "no version before the current one has '{name}' otherwise than it is now{joint}{passed_over}"
-                )));
-            };
-            if !passed_over.is_empty() {
-                log::warning(format!("warning: {passed_over}"));
-            }
-            let undone = search.after.unwrap_or_else(|| belief::words(&now));
-            log::notice(format!("{name} as it was before {undone}, in {}:", found.words()));
+            let mut search = trust::before(store, &author, &versions, &now, digest.as_ref(), otherwise)?;
+            let undone = search.after.take().unwrap_or_else(|| trust::describe(&now));
+            let found = search.found_or(Error::new(format!(
+                "no version before the current one has '{name}' otherwise than it is now"
+            )))?;
+            log::notice(format!("{name} as it was before {undone}, in {}:", found.describe()));
             let of_it = |d: &Difference| d.service().is_some_and(|service| service.as_str() == name);
             show_differences(diff(&now, &found.manifest).iter().filter(|d| of_it(d)));
             if !yes && !confirmed("Publish that?")? {

@@ -6,12 +6,12 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::log;
-use crate::manifest::belief::{self, Objection};
 use crate::manifest::diff::{Difference, diff};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::enough_for;
 use crate::manifest::publish::{self, Author};
 use crate::manifest::signature::{self, Trust};
+use crate::manifest::trust::{self, RejectReason};
 use crate::manifest::versions;
 use crate::store::Store;
 use std::io::IsTerminal;
@@ -32,9 +32,9 @@ pub(super) fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>)
         },
     };
     if version.current {
-        publish::believed(store, &Author::of(settings)?)?;
+        publish::read_trusted(store, &Author::of(settings)?)?;
     }
-    let (_, mut names) = versions::believed(store, version, &trusted)?;
+    let (_, mut names) = versions::read_trusted(store, version, &trusted)?;
     names.sort();
     names.dedup();
     print(&names.iter().map(|name| format!("{}\n", log::printable(name))).collect::<String>())
@@ -49,64 +49,63 @@ pub(super) fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Res
         ));
     }
     let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
-    match author.objection(store, &current)? {
-        Some(objection @ Objection::Unsigned(_)) => return Err(author.refusal(store, &current, &objection)),
-        Some(Objection::PutBack(_) | Objection::Fork(_)) | None => {}
+    match author.reject_reason(store, &current)? {
+        Some(reason @ RejectReason::Unsigned(_)) => return Err(author.rejection(store, &current, &reason)),
+        Some(RejectReason::PutBack(_) | RejectReason::Fork(_)) | None => {}
     }
     let there = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;
     if there.serial != number {
         return Err(Error::new(format!(
             "the manifest in {} is {}, not version {number}; nothing was accepted",
             store.url(),
-            belief::words(there)
+            trust::describe(there)
         )));
     }
-    author.believe(store, &current.bytes);
+    author.accept(store, &current.bytes);
     log::notice(format!(
-        "accepted: this machine believes {} from now on ({})",
-        belief::words(there),
+        "accepted: this machine trusts {} from now on ({})",
+        trust::describe(there),
         store.url()
     ));
     Ok(())
 }
 
-/// Signs what is in force: as it is if it is believed; else as a new version, after a person has seen what it is.
+/// Signs what is in force: as it is if it is trusted; else as a new version, after a person has seen what it is.
 pub(super) fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -> Result<()> {
     let author = Author::of(settings)?;
     author.signer()?;
+    let url = store.url();
     let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
-    let why = match author.objection(store, &current)? {
+    let why = match author.reject_reason(store, &current)? {
         None => {
             match publish::add_signature(store, &author)? {
-                true => log::notice(format!("signed ({})", store.url())),
-                false => {
-                    log::info(format!("unchanged: it has this key's signature already ({})", store.url()))
-                }
+                true => log::notice(format!("signed ({url})")),
+                false => log::info(format!("unchanged: it has this key's signature already ({url})")),
             }
             return Ok(());
         }
-        Some(Objection::Unsigned(why)) => why,
-        Some(objection) => return Err(author.refusal(store, &current, &objection)),
+        Some(RejectReason::Unsigned(why)) => why,
+        Some(reason) => return Err(author.rejection(store, &current, &reason)),
     };
     let there = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;
     let digest = signature::digest(&current.bytes).map_err(Error::new)?;
     match hash {
         // Whole: two documents whose hashes begin alike are soon found, and one of them could be shown.
-        Some(hash) if digest.as_str() == hash => {}
+        Some(hash) if digest.to_string() == hash => {}
         Some(hash) => {
             return Err(Error::new(format!(
-                "the manifest in {} has the hash {digest}, not {hash}; look at it again with 'deploy-manifest \
-                 sign'",
-                store.url()
+                "the manifest in {url} has the hash {digest}, not {hash}; look at it again with 'deploy-manifest sign'"
             )));
         }
         None => show_unsigned(store, &author, there, &why)?,
     }
-    if let Some(Objection::PutBack(seen) | Objection::Fork(seen)) = author.contradiction(store, &current)? {
+    if let Some(RejectReason::PutBack(seen) | RejectReason::Fork(seen)) =
+        author.contradicts_seen(store, &current)?
+    {
         return Err(Error::new(format!(
             "no host that obeyed {} takes this one, whoever signs it; go back with 'deploy-manifest \
              rollback', then make the changes that are right again",
-            seen.words()
+            seen.describe()
         )));
     }
     if hash.is_none() && !std::io::stdin().is_terminal() {
@@ -121,15 +120,15 @@ pub(super) fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -
     Ok(())
 }
 
-/// Shows what differs from the newest version that is believed.
+/// Shows what differs from the newest version that is trusted.
 pub(super) fn show_unsigned(store: &dyn Store, author: &Author, there: &Manifest, why: &str) -> Result<()> {
     let url = store.url();
-    log::warning(format!("{} in {url} is not to be trusted: {why}", belief::words(there)));
+    log::warning(format!("{} in {url} is not to be trusted: {why}", trust::describe(there)));
     let empty = Manifest::empty(there.generation, "");
-    let newest = author.newest_believed(store)?;
+    let newest = author.newest_trusted(store)?;
     match &newest {
         Some(newest) => {
-            log::warning(format!("it differs from {}, the newest that is believed, in:", newest.words()))
+            log::warning(format!("it differs from {}, the newest that is trusted, in:", newest.describe()))
         }
         None => log::warning("no version here is signed by a trusted key, so all of it is new:"),
     }

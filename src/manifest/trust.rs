@@ -1,29 +1,29 @@
-//! What a person's machine believes of a store: the newest version that a trusted key has signed and that comes
+//! What of a store a person's machine trusts: the newest version that a trusted key has signed and that comes
 //! after what this machine has seen. Everything that publishes starts from that, and what else is in the store is
-//! shown, never built upon. Without trusted keys there is nothing to tell by, and what is in force is believed.
+//! shown, never built upon. Without trusted keys there is nothing to tell by, and what is in force is trusted.
 
 use super::lineage::{self, Ancestor, Digest, Relation};
 use super::model::{Change, MAX_BYTES, Manifest};
-use super::parse::{self, Mode};
 use super::publish::{Author, COPY_BACK, CurrentManifest};
-use super::signature;
+use super::signature::{self, ReadError, UNKNOWN_SIGNER};
 use super::versions::{self, Version, archive_key, archive_name};
 use crate::error::{Error, Result};
+use crate::keys::PublicKey;
 use crate::log::{self, printable};
 use crate::parallel;
 use crate::store::{GetResult, Store, StoreError};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How many archived versions are read at most in search of one that somebody trusted has signed.
-const SEARCHED: usize = 200;
+/// How many archived versions are read at most in search of one that is trusted, or that says something else.
+pub const SEARCHED: usize = 200;
 
 /// How many of them at once, after the first: whole manifests.
 const READ_AT_ONCE: usize = 16;
 
-/// A version that is believed.
+/// A version that is trusted.
 #[derive(Debug, Clone)]
-pub struct Believed {
+pub struct TrustedVersion {
     /// What it says.
     pub manifest: Manifest,
     /// Of its content.
@@ -34,10 +34,17 @@ pub struct Believed {
     pub kept: Option<PathBuf>,
 }
 
-impl Believed {
+impl TrustedVersion {
+    /// Reads one that may be anybody's; see [`signature::read`].
+    pub fn read(bytes: Vec<u8>, identity: &str, trusted: &[PublicKey]) -> Result<Self, ReadError> {
+        let manifest = signature::read(&bytes, identity, trusted)?;
+        let digest = signature::digest(&bytes).map_err(ReadError::Signature)?;
+        Ok(TrustedVersion { manifest, digest, bytes, kept: None })
+    }
+
     /// It, and those before it, as a version after it names them.
     pub fn line(&self) -> Vec<Ancestor> {
-        lineage::line(&self.manifest, self.digest.clone())
+        lineage::line(&self.manifest, self.digest)
     }
 
     /// The name it has, or would have, in the archive.
@@ -46,42 +53,42 @@ impl Believed {
     }
 
     /// Whether it was made after this one, as far as it says.
-    pub fn comes_after(&self, other: &Believed) -> bool {
+    pub fn comes_after(&self, other: &TrustedVersion) -> bool {
         lineage::relation(&self.manifest, &self.digest, other.manifest.serial, &other.digest)
             == Relation::Later
     }
 
     /// For a message: `version 9 (set web env.A by ann@laptop, 2026-11-22T18:31:05Z)`.
-    pub fn words(&self) -> String {
-        words(&self.manifest)
+    pub fn describe(&self) -> String {
+        describe(&self.manifest)
     }
 }
 
-/// As [`Believed::words`], of any manifest.
-pub fn words(manifest: &Manifest) -> String {
+/// As [`TrustedVersion::describe`], of any manifest.
+pub fn describe(manifest: &Manifest) -> String {
     let Manifest { serial, generation, change: Change { action, by, .. }, .. } = manifest;
     format!("version {serial} ({} by {}, {generation})", printable(action), printable(by))
 }
 
 /// Why nothing is built on what is in force.
 #[derive(Debug, Clone)]
-pub enum Objection {
+pub enum RejectReason {
     /// Nobody trusted has signed it for this store.
     Unsigned(String),
     /// It is older than what this machine has seen.
-    PutBack(Box<Believed>),
+    PutBack(Box<TrustedVersion>),
     /// It does not come after what this machine has seen.
-    Fork(Box<Believed>),
+    Fork(Box<TrustedVersion>),
 }
 
 /// Where this machine keeps it, as an argument of a rollback.
-fn argument(seen: &Believed) -> String {
+fn argument(seen: &TrustedVersion) -> String {
     let file = seen.kept.as_ref().map(|k| k.display().to_string()).unwrap_or_default();
     format!("'deploy-manifest rollback @{file}'")
 }
 
-/// How a version that is believed is published again.
-pub fn publish_again(newest: &Believed) -> String {
+/// How a version that is trusted is published again.
+pub fn publish_again(newest: &TrustedVersion) -> String {
     match &newest.kept {
         Some(_) => argument(newest),
         None => format!("'deploy-manifest rollback {}'", newest.name()),
@@ -90,63 +97,61 @@ pub fn publish_again(newest: &Believed) -> String {
 
 impl Author {
     /// What this machine remembers of the store, while a trusted key's signature on it holds.
-    pub fn remembered(&self, store: &dyn Store) -> Result<Option<Believed>> {
+    pub fn remembered(&self, store: &dyn Store) -> Result<Option<TrustedVersion>> {
         if self.trust.trusted.is_empty() {
             return Ok(None);
         }
         let identity = store.identity();
         let Some(bytes) = self.seen.read(&identity)? else { return Ok(None) };
         // Signed by a key that has been taken out, or damaged: it says nothing any more.
-        let Ok(manifest) = parse::manifest(&bytes, Mode::Tolerant) else { return Ok(None) };
-        if signature::check(&bytes, &manifest, &identity, &self.trust.trusted).is_err() {
-            return Ok(None);
-        }
-        let Ok(digest) = signature::digest(&bytes) else { return Ok(None) };
-        Ok(Some(Believed { manifest, digest, bytes, kept: self.seen.file(&identity) }))
+        let read = TrustedVersion::read(bytes, &identity, &self.trust.trusted).ok();
+        Ok(read.map(|version| TrustedVersion { kept: self.seen.file(&identity), ..version }))
     }
 
     /// Whether what is in force may be built on; None: it may. What cannot be read is not judged here. Who signed it
     /// is asked before anything is built of what it says.
-    pub fn objection(&self, store: &dyn Store, current: &CurrentManifest) -> Result<Option<Objection>> {
+    pub fn reject_reason(
+        &self,
+        store: &dyn Store,
+        current: &CurrentManifest,
+    ) -> Result<Option<RejectReason>> {
         let trusted = &self.trust.trusted;
         if trusted.is_empty() || current.bytes.len() as u64 > MAX_BYTES {
             return Ok(None);
         }
         match signature::verify(&current.bytes, &store.identity(), trusted) {
-            Some(Ok(_)) => self.contradiction(store, current),
-            Some(Err(why)) => Ok(Some(Objection::Unsigned(why))),
-            None if current.manifest().is_ok() => {
-                Ok(Some(Objection::Unsigned("it cannot be told who signed it".into())))
-            }
+            Some(Ok(_)) => self.contradicts_seen(store, current),
+            Some(Err(why)) => Ok(Some(RejectReason::Unsigned(why))),
+            None if current.manifest().is_ok() => Ok(Some(RejectReason::Unsigned(UNKNOWN_SIGNER.into()))),
             None => Ok(None),
         }
     }
 
     /// Why nothing is built on what is in force: what happened, and the ways on.
-    pub fn refusal(&self, store: &dyn Store, current: &CurrentManifest, objection: &Objection) -> Error {
+    pub fn rejection(&self, store: &dyn Store, current: &CurrentManifest, reason: &RejectReason) -> Error {
         let url = store.url();
-        let seen = match objection {
-            Objection::Unsigned(why) => {
+        let seen = match reason {
+            RejectReason::Unsigned(why) => {
                 return Error::new(format!(
                     "the manifest in {url} is not to be trusted: {why}; go back with 'deploy-manifest rollback', or \
                      look at it ('deploy-manifest show'), and if it is right, 'deploy-manifest sign'"
                 ));
             }
-            Objection::PutBack(seen) | Objection::Fork(seen) => seen,
+            RejectReason::PutBack(seen) | RejectReason::Fork(seen) => seen,
         };
         let there = match current.manifest() {
             Ok(there) => there,
             Err(e) => return super::publish::unusable(store, e),
         };
         let serial = there.serial;
-        if let Objection::Fork(_) = objection {
+        if let RejectReason::Fork(_) = reason {
             return Error::new(format!(
                 "the manifest in {url}, {}, does not come after {}, which this machine has seen: somebody published \
                  on an older version, because that had been put back or the newer one was lost or damaged; ask who did. Publish what was seen again with {}, which \
                  shows what that undoes, then make those changes again; or, if the store's is right, 'deploy-manifest \
                  verify --accept-version {serial}'",
-                words(there),
-                seen.words(),
+                describe(there),
+                seen.describe(),
                 argument(seen)
             ));
         }
@@ -165,13 +170,17 @@ impl Author {
              who can write the store or out of a backup; ask who did. Publish the newer one again with {}; or, if \
              version {serial} should be in force, 'deploy-manifest rollback {serial}' makes it a new version; if the \
              store was made anew, 'deploy-manifest verify --accept-version {serial}' forgets what was seen",
-            newest.words(),
+            newest.describe(),
             publish_again(&newest)
         ))
     }
 
     /// Whether what is in force, whoever signed it, goes against what this machine has seen.
-    pub fn contradiction(&self, store: &dyn Store, current: &CurrentManifest) -> Result<Option<Objection>> {
+    pub fn contradicts_seen(
+        &self,
+        store: &dyn Store,
+        current: &CurrentManifest,
+    ) -> Result<Option<RejectReason>> {
         let Ok(manifest) = current.manifest() else { return Ok(None) };
         if self.seen.read(&store.identity())?.is_some_and(|kept| kept == current.bytes) {
             return Ok(None);
@@ -180,8 +189,8 @@ impl Author {
         let Ok(digest) = signature::digest(&current.bytes) else { return Ok(None) };
         Ok(match lineage::relation(manifest, &digest, seen.manifest.serial, &seen.digest) {
             Relation::Same | Relation::Later => None,
-            Relation::Older => Some(Objection::PutBack(Box::new(seen))),
-            Relation::Fork => Some(Objection::Fork(Box::new(seen))),
+            Relation::Older => Some(RejectReason::PutBack(Box::new(seen))),
+            Relation::Fork => Some(RejectReason::Fork(Box::new(seen))),
         })
     }
 
@@ -196,11 +205,11 @@ impl Author {
         {
             return;
         }
-        self.believe(store, bytes);
+        self.accept(store, bytes);
     }
 
     /// Remembers a version in the place of whatever was seen before.
-    pub fn believe(&self, store: &dyn Store, bytes: &[u8]) {
+    pub fn accept(&self, store: &dyn Store, bytes: &[u8]) {
         let identity = store.identity();
         if self.trust.trusted.is_empty()
             || self.seen.read(&identity).is_ok_and(|k| k.as_deref() == Some(bytes))
@@ -210,9 +219,9 @@ impl Author {
         self.seen.keep(&identity, bytes);
     }
 
-    /// The newest version before the one in force that is believed: of the archive or of what this machine
+    /// The newest version before the one in force that is trusted: of the archive or of what this machine
     /// remembers. None without trusted keys, and where there is none.
-    pub fn newest_believed(&self, store: &dyn Store) -> Result<Option<Believed>> {
+    pub fn newest_trusted(&self, store: &dyn Store) -> Result<Option<TrustedVersion>> {
         if self.trust.trusted.is_empty() {
             return Ok(None);
         }
@@ -221,18 +230,17 @@ impl Author {
 }
 
 /// The newer of what a machine remembers and what the store has.
-pub fn newer(remembered: Option<Believed>, archived: Option<Believed>) -> Option<Believed> {
+pub fn newer(remembered: Option<TrustedVersion>, archived: Option<TrustedVersion>) -> Option<TrustedVersion> {
     match (remembered, archived) {
         (Some(seen), Some(found)) if found.manifest.serial > seen.manifest.serial => Some(found),
-        (Some(seen), _) => Some(seen),
-        (None, found) => found,
+        (seen, found) => seen.or(found),
     }
 }
 
 /// The newest archived version that one of the trusted keys has signed and whose name is its own; not one that is
 /// older than what this machine remembers, which decides nothing. Names of objects are what anybody who can write the
 /// store makes of them.
-pub fn newest_archived(store: &dyn Store, author: &Author) -> Result<Option<Believed>> {
+pub fn newest_archived(store: &dyn Store, author: &Author) -> Result<Option<TrustedVersion>> {
     let known = author.remembered(store)?.map_or(0, |seen| seen.manifest.serial).max(author.at_hand);
     let archived = versions::archived(store)?;
     let newer = || archived.iter().take_while(|v| v.serial >= known);
@@ -264,58 +272,60 @@ pub fn newest_archived(store: &dyn Store, author: &Author) -> Result<Option<Beli
     Ok(None)
 }
 
-/// An archived version, or why it is not believed.
-pub fn examine(store: &dyn Store, version: &Version, author: &Author) -> Result<Result<Believed, String>> {
+/// An archived version, or why it is not trusted.
+pub fn examine(
+    store: &dyn Store,
+    version: &Version,
+    author: &Author,
+) -> Result<Result<TrustedVersion, String>> {
     let bytes = match store.get(&archive_key(&version.name), None, MAX_BYTES) {
         Ok(GetResult::Found { bytes, .. }) => bytes,
         Ok(GetResult::Missing | GetResult::NotModified) => return Ok(Err("it is gone".into())),
         Err(StoreError::TooLarge(why)) => return Ok(Err(why)),
         Err(e) => return Err(e.into()),
     };
-    let trusted = &author.trust.trusted;
-    let signed = (!trusted.is_empty()).then(|| signature::verify(&bytes, &store.identity(), trusted));
-    if let Some(Some(Err(why))) = signed {
-        return Ok(Err(why));
-    }
-    let manifest = match parse::manifest(&bytes, Mode::Tolerant) {
-        Ok(manifest) => manifest,
-        Err(e) => return Ok(Err(e.to_string())),
-    };
-    if archive_name(manifest.serial, manifest.generation) != version.name {
-        return Ok(Err(format!("it holds version {} of {}", manifest.serial, manifest.generation)));
-    }
-    if let Some(None) = signed {
-        return Ok(Err("it cannot be told who signed it".into()));
-    }
-    Ok(signature::digest(&bytes).map(|digest| Believed { manifest, digest, bytes, kept: None }))
+    Ok(match TrustedVersion::read(bytes, &store.identity(), &author.trust.trusted) {
+        Ok(found) if found.name() == version.name => Ok(found),
+        Ok(TrustedVersion { manifest: Manifest { serial, generation, .. }, .. }) => {
+            Err(format!("it holds version {serial} of {generation}"))
+        }
+        Err(e) => Err(e.to_string()),
+    })
 }
 
 /// What came of the search for a version before the one in force.
 #[derive(Debug)]
 pub struct Search {
-    /// The newest that is believed and wanted.
-    pub found: Option<Believed>,
-    /// The numbers of all that were met and are believed.
+    /// The newest that is trusted and wanted.
+    pub found: Option<TrustedVersion>,
+    /// The numbers of all that were met and are trusted.
     pub met: Vec<u64>,
     /// The last one of them that was not wanted: it came right after what was found.
     pub after: Option<String>,
-    /// What was met on the way and is not believed: its name, and why.
+    /// What was met on the way and is not trusted: its name, and why.
     pub passed_over: Vec<(String, String)>,
 }
 
 impl Search {
-    /// What was passed over, for a message; empty where nothing was.
-    pub fn passed_over(&self) -> String {
-        let (Some((name, why)), count) = (self.passed_over.first(), self.passed_over.len()) else {
-            return String::new();
-        };
+    /// What was found, with a warning of what was passed over; where nothing was, `none` and that.
+    pub fn found_or(self, none: Error) -> Result<TrustedVersion> {
+        let count = self.passed_over.len();
         let more = if count > 1 { format!(", and {} more", count - 1) } else { String::new() };
-        format!("passed over {name}: {why}{more}")
+        let passed_over =
+            self.passed_over.first().map(|(name, why)| format!("passed over {name}: {why}{more}"));
+        match (self.found, passed_over) {
+            (Some(found), passed_over) => {
+                passed_over.into_iter().for_each(|said| log::warning(format!("warning: {said}")));
+                Ok(found)
+            }
+            (None, None) => Err(none),
+            (None, Some(passed_over)) => Err(Error::new(format!("{none}; {passed_over}"))),
+        }
     }
 }
 
 /// The newest of these versions that came before `there`, of the digest `digest` (None: which ones did is not known),
-/// that is believed and `wanted`. What is not believed is passed over: whoever can write the store can put anything
+/// that is trusted and `wanted`. What is not trusted is passed over: whoever can write the store can put anything
 /// among the old versions.
 pub fn before(
     store: &dyn Store,
@@ -348,7 +358,7 @@ pub fn before(
                     if wanted(&found.manifest) {
                         return Ok(Search { found: Some(found), met, after, passed_over });
                     }
-                    after = Some(found.words());
+                    after = Some(found.describe());
                 }
                 Err(why) => passed_over.push((version.name.clone(), why)),
             }
