@@ -236,7 +236,7 @@ fn obedient(store: &dyn Store) -> Result<Option<String>> {
     for key in store.list(HOSTS_PREFIX)?.iter().take(REPORTS) {
         let host = key.strip_prefix(HOSTS_PREFIX).and_then(|name| name.strip_suffix(".json"));
         let Some(host) = host.filter(|host| HostName::parse(host).is_ok()) else { continue };
-        if let GetResult::Found { bytes, .. } = store.get(key, None, MAX_REPORT)?
+        if let Some(bytes) = store.read(key, MAX_REPORT)?
             && let Ok(Report { serial: Some(_) }) = serde_json::from_slice(&bytes)
         {
             return Ok(Some(host.to_string()));
@@ -630,10 +630,10 @@ fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Resu
 
 /// Whether an object has this content, maybe with other signatures.
 fn holds(store: &dyn Store, key: &str, bytes: &[u8]) -> Result<bool> {
-    match store.get(key, None, MAX_REPLACED) {
-        Ok(GetResult::Found { bytes: there, .. }) => Ok(there == bytes
+    match store.read(key, MAX_REPLACED) {
+        Ok(Some(there)) => Ok(there == bytes
             || signature::digest(&there).is_ok_and(|there| signature::digest(bytes) == Ok(there))),
-        Ok(GetResult::Missing | GetResult::NotModified) | Err(StoreError::TooLarge(_)) => Ok(false),
+        Ok(None) | Err(StoreError::TooLarge(_)) => Ok(false),
         Err(e) => Err(e.into()),
     }
 }
@@ -649,8 +649,8 @@ fn landed(store: &dyn Store, current: Option<&CurrentManifest>, new: &PublishedM
     if !current.manifest().as_ref().is_ok_and(|c| c.serial > serial) {
         return Ok(false);
     }
-    let archived = store.get(&archive_key(&archive_name(serial, generation)), None, MAX_BYTES)?;
-    Ok(matches!(archived, GetResult::Found { bytes, .. } if bytes == new.bytes))
+    let archived = store.read(&archive_key(&archive_name(serial, generation)), MAX_BYTES)?;
+    Ok(archived.is_some_and(|bytes| bytes == new.bytes))
 }
 
 fn check_size(manifest: &Manifest, bytes: &[u8]) -> Result<()> {

@@ -15,7 +15,7 @@ use crate::manifest::Manifest;
 use crate::names::HostName;
 use crate::parallel;
 use crate::ssh;
-use crate::store::{GetResult, HOSTS_PREFIX, Store, StoreError, StoreUrl};
+use crate::store::{HOSTS_PREFIX, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -87,8 +87,8 @@ pub fn stored_others(
 
 /// A host's report, with its bytes.
 fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(HostReport, u64)> {
-    Ok(match store.get(&key(host), None, MAX_REPORT) {
-        Ok(GetResult::Found { bytes, .. }) => {
+    Ok(match store.read(&key(host), MAX_REPORT) {
+        Ok(Some(bytes)) => {
             let report = match read(host, &bytes) {
                 // It is in this store: its host reaches it, by whatever address.
                 HostReport::Read(mut state)
@@ -101,10 +101,15 @@ fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(HostReport
             };
             (report, bytes.len() as u64)
         }
-        Ok(GetResult::Missing | GetResult::NotModified) => (HostReport::Missing, 0),
+        Ok(None) => (HostReport::Missing, 0),
         Err(StoreError::TooLarge(why)) => (HostReport::Unreadable(why), 0),
         Err(e) => return Err(e.into()),
     })
+}
+
+/// What a store has as a host's report, where it can be read and is one.
+pub fn readable(store: &dyn Store, host: &HostName) -> Option<State> {
+    parsed(&store.read(&key(host), MAX_REPORT).ok()??).ok()
 }
 
 /// Where a host's report is in a store.
@@ -127,8 +132,7 @@ pub fn same_store(store: &dyn Store, state: &mut State) {
     if state.store.as_deref().is_none_or(|theirs| theirs == identity || !but_for_address(theirs, &identity)) {
         return;
     }
-    if let Ok(GetResult::Found { bytes, .. }) = store.get(&key(&state.host), None, MAX_REPORT)
-        && let Ok(reported) = parsed(&bytes)
+    if let Some(reported) = readable(store, &state.host)
         && (&reported.machine, &reported.store, reported.checked_at)
             == (&state.machine, &state.store, state.checked_at)
     {
@@ -156,7 +160,7 @@ pub fn live(
                     "its state could not be read: {}{}; run '{}'",
                     state_error.unwrap_or_else(|| "it is not there".into()),
                     line.unwrap_or_default(),
-                    hint::typed(host, Some(&settings.host), "deployer")
+                    hint::typed(host, &settings.host, "deployer")
                 ))
             }
         })
@@ -217,7 +221,7 @@ pub fn ask(settings: &Settings, host: &HostName, with: With, deadline: Duration)
             "its state could not be read ({}): {}; run '{}'",
             output.status,
             crate::runner::tail(&output.stderr),
-            hint::typed(host, Some(&settings.host), "deployer")
+            hint::typed(host, &settings.host, "deployer")
         )));
     }
     if output.stdout.len() as u64 > MAX_REPORT {
