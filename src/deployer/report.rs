@@ -2,7 +2,6 @@
 //! values alone, but for what systemd is asked about what was started.
 
 use super::execute::{self, Planned, Situation};
-use super::lock::{self, LockResult};
 use super::observed::UnitFile;
 use super::outcome::{EndedBy, Outcome, PassError};
 use super::plan::ServicePlan;
@@ -11,19 +10,19 @@ use super::source::SourceManifest;
 use super::state::{
     FailureRecord, LastError, OtherMachine, REPORT_EVERY_SEC, SILENT_SEC, ServicePhase, ServiceState, State,
 };
-use super::{intent, lines, machine};
+use super::{intent, lines, machine, reported};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
 use crate::error::{Error, Exit, Result};
 use crate::failpoint;
 use crate::files::if_there;
+use crate::lock::{self, LockResult};
 use crate::log;
 use crate::names::{HostName, ServiceName};
 use crate::secrets;
 use crate::secrets::mask::Mask;
-use crate::status::reports;
-use crate::store::{self, Condition, GetResult, HOSTS_PREFIX, Store};
+use crate::store::{self, Condition, GetResult, Store};
 use crate::systemd;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -287,7 +286,7 @@ fn publish(
     if !should_publish(root, before, state) {
         return Ok(());
     }
-    let key = format!("{HOSTS_PREFIX}{}.json", state.host);
+    let key = reported::key(&state.host);
     state.other_machine = other_machine(store, &key, before, state);
     // The report first: a pass that dies between the two finds its old state, and reports again.
     let reported = {
@@ -308,8 +307,8 @@ fn publish(
 /// an idle pass asks the store for nothing but the manifest. Credentials that may not read it tell nothing.
 fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) -> Option<OtherMachine> {
     let this = state.machine.as_ref()?;
-    let found = match store.get(key, None, reports::MAX_REPORT) {
-        Ok(GetResult::Found { bytes, .. }) => reports::parsed(&bytes).ok(),
+    let found = match store.get(key, None, reported::MAX_REPORT) {
+        Ok(GetResult::Found { bytes, .. }) => reported::parsed(&bytes).ok(),
         Ok(GetResult::Missing | GetResult::NotModified) | Err(_) => None,
     };
     // Two that are at work find each other at every report: one that is not found any more has given up.
@@ -399,7 +398,7 @@ pub fn could_not_begin(why: &Error) {
     // Its unit folder is not known, and not needed.
     let root = Root::system(Path::new("/etc/systemd/system"));
     let note = || -> Result<()> {
-        let LockResult::Taken(_lock) = lock::take(&root, now)? else { return Ok(()) };
+        let LockResult::Taken(_lock) = lock::take(&root.run_dir, now)? else { return Ok(()) };
         let Some(host) = HostName::of_this_machine() else { return Ok(()) };
         let Some(before) = last_state(&root, &host, now)? else { return Ok(()) };
         let state = State { reported: false, ..failed_state(&before, why.to_string(), now) };
