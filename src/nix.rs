@@ -27,7 +27,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use fetch::{fetch, fetch_within, forget_transfers, recover};
+pub use fetch::{fetch, forget_transfers, recover};
 pub use publish::{Published, Scope, publish};
 
 /// Where roots against the garbage collector are kept, ours in a folder of our own below.

@@ -3,10 +3,16 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::ScopedJoinHandle;
 
 /// What threads share. One that panicked with it ends the others anyway.
 pub fn locked<T: ?Sized>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a thread came to; its panic is ours.
+pub fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// The answers to all items, in their order, asked for by at most `at_once` threads.
@@ -25,9 +31,7 @@ pub fn map<T: Sync, R: Send>(items: &[T], at_once: usize, ask: impl Fn(&T) -> R 
     };
     let mut answers: Vec<(usize, R)> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..items.len().min(at_once)).map(|_| scope.spawn(worker)).collect();
-        let done =
-            workers.into_iter().map(|w| w.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        done.flatten().collect()
+        workers.into_iter().flat_map(joined).collect()
     });
     answers.sort_by_key(|(at, _)| *at);
     answers.into_iter().map(|(_, answer)| answer).collect()

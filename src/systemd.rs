@@ -242,6 +242,12 @@ pub fn invocation(unit: &str) -> Option<String> {
     fs_err::read_link(link).ok()?.to_str().map(String::from)
 }
 
+/// When a unit was last started, in seconds and nanoseconds: by the same link.
+pub fn started(unit: &str) -> Option<(i64, i64)> {
+    let link = Path::new("/run/systemd/units").join(format!("invocation:{unit}"));
+    fs_err::symlink_metadata(link).ok().map(|m| (m.mtime(), m.mtime_nsec()))
+}
+
 /// Whether a unit that ended waits for systemd to start it again, by its `SubState`.
 pub fn is_between_starts(sub: &str) -> bool {
     sub.starts_with("auto-restart")

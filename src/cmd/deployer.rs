@@ -9,7 +9,7 @@ use crate::deployer::lines;
 use crate::deployer::live::{self, LiveState};
 use crate::deployer::overrides::Decision;
 use crate::deployer::pass::{self, Preview, RunOptions};
-use crate::deployer::plan::{ServicePlan, Step};
+use crate::deployer::plan::ServicePlan;
 use crate::deployer::root::{Root, STATE_FILE};
 use crate::deployer::state::{LastError, RouteStatus, ServicePhase, State, attention};
 use crate::doctor::domains;
@@ -18,7 +18,7 @@ use crate::files::if_there;
 use crate::log;
 use crate::systemd;
 use argh::{ArgsInfo, FromArgs};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::path::Path;
 
 #[derive(FromArgs, ArgsInfo)]
@@ -225,42 +225,6 @@ fn seconds(text: &str) -> Result<i64> {
     Ok(count * unit)
 }
 
-fn step_text(step: &Step) -> String {
-    match step {
-        Step::Root(path) => format!("root {path}"),
-        Step::Fetch(path) => format!("fetch {path}"),
-        Step::Write(why) => format!("write its unit ({why})"),
-        Step::Reload => "have systemd read its unit again".into(),
-        Step::Enable => "have it started at boot".into(),
-        Step::Overlap(why) => format!("prove the new version beside it and lead requests there ({why})"),
-        Step::Restart(why) => format!("restart and see it come up ({why})"),
-        Step::Prove(why) => format!("see that it is up ({why})"),
-        Step::Pause => "stop it: it is paused".into(),
-        Step::Record => "take its changed entry down".into(),
-        Step::Remove(why) => format!("stop and remove ({why})"),
-        Step::Unroot(base) => format!("let go of {}/{base}", crate::names::STORE_DIR),
-    }
-}
-
-fn step_json(step: &Step) -> Value {
-    match step {
-        Step::Root(path) => json!({"do": "root", "path": path}),
-        Step::Fetch(path) => json!({"do": "fetch", "path": path}),
-        Step::Write(why) => json!({"do": "write", "why": why}),
-        Step::Reload => json!({"do": "reload"}),
-        Step::Enable => json!({"do": "enable"}),
-        Step::Overlap(why) => json!({"do": "overlap", "why": why}),
-        Step::Restart(why) => json!({"do": "restart", "why": why}),
-        Step::Prove(why) => json!({"do": "prove", "why": why}),
-        Step::Pause => json!({"do": "pause"}),
-        Step::Record => json!({"do": "record"}),
-        Step::Remove(why) => json!({"do": "remove", "why": why}),
-        Step::Unroot(base) => {
-            json!({"do": "unroot", "path": format!("{}/{base}", crate::names::STORE_DIR)})
-        }
-    }
-}
-
 fn plan_text(preview: &Preview, settings: &Settings) -> String {
     let mut text =
         format!("host {}, manifest serial {} of {}\n", settings.host, preview.serial, preview.generation);
@@ -276,7 +240,7 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
             text.push_str(&format!("{}: {}\n", service.name, log::printable(remark)));
         }
         for step in &service.steps {
-            text.push_str(&format!("{}: {}\n", service.name, step_text(step)));
+            text.push_str(&format!("{}: {}\n", service.name, step));
         }
     }
     for name in &plan.candidates {
@@ -306,7 +270,7 @@ fn plan_json(preview: &Preview) -> String {
             "desired": s.goal.as_ref().is_some_and(|g| g.desired),
             "reason": s.failure.as_ref().map(|f| &f.record().reason),
             "dropIns": s.drop_ins,
-            "steps": s.steps.iter().map(step_json).collect::<Vec<_>>(),
+            "steps": s.steps,
         })
     };
     let route = match &preview.route {
@@ -408,7 +372,7 @@ fn state(json: bool) -> Result<Exit> {
         text.push_str(&format!(
             "{:<24} {:<9} {:>5}  {path}\n",
             service.name,
-            if service.removing { "removing" } else { service.status.as_str() },
+            if service.removing { "removing".to_string() } else { service.status.to_string() },
             service.since.age(now)
         ));
         if let Some(exposure) = service.exposure {
@@ -452,6 +416,7 @@ mod tests {
     use super::*;
     use crate::config::{Flags, load};
     use crate::deployer::plan::Plan;
+    use serde_json::Value;
 
     #[test]
     fn a_plan_steers_no_terminal_whoever_is_named_in_it() {

@@ -9,6 +9,7 @@ use crate::log::{self, printable};
 use crate::manifest::publish;
 use crate::manifest::trust::Author;
 use crate::names::HostName;
+use crate::parallel;
 use crate::runner::Stream;
 use crate::ssh;
 use argh::{ArgsInfo, FromArgs};
@@ -241,7 +242,7 @@ fn in_turn(settings: &Settings, hosts: &[HostName], words: &[&str], most: usize)
         let asked: Vec<_> = hosts.iter().map(|host| (host, scope.spawn(move || ask(host)))).collect();
         let mut failed = false;
         for (host, answer) in asked {
-            let (tail, why) = answer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let (tail, why) = parallel::joined(answer);
             if tail.left_out > 0 {
                 log::warning(format!(
                     "{host}: {} earlier lines are left out; --host {host} shows all",

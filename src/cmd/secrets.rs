@@ -5,12 +5,12 @@
 use super::editor::{self, Traces, as_the_terminal_has_it};
 use super::{Call, hosts_of, listed, print};
 use crate::config::Settings;
+use crate::deployer::live;
 use crate::deployer::root::Root;
 use crate::durable;
 use crate::error::{Error, Exit, Result};
 use crate::files::if_there;
 use crate::log::{self, printable};
-use crate::manifest::parse::{self, Mode};
 use crate::manifest::publish;
 use crate::manifest::trust::Author;
 use crate::manifest::{Manifest, Service, edit};
@@ -179,14 +179,9 @@ fn manifest(settings: &Settings) -> Result<Manifest> {
     };
     read().or_else(|e| {
         let kept = Root::system(&settings.unit_dir).manifest();
-        let last = fs_err::read(&kept).ok().filter(|_| ssh::is_root());
-        match last.and_then(|bytes| parse::manifest(&bytes, Mode::Tolerant).ok()) {
-            Some(manifest) => {
-                log::warning(format!("{e}; going by the last good manifest, {}", kept.display()));
-                Ok(manifest)
-            }
-            None => Err(e),
-        }
+        let last = live::obeyed(&settings.unit_dir).filter(|_| ssh::is_root()).ok_or_else(|| e.clone())?;
+        log::warning(format!("{e}; going by the last good manifest, {}", kept.display()));
+        Ok(last)
     })
 }
 

@@ -11,6 +11,7 @@ use crate::manifest::publish;
 use crate::manifest::trust::Author;
 use crate::manifest::{edit, entry};
 use crate::names::{HostName, StorePath};
+use crate::parallel;
 use crate::push::namespace::DIRTY;
 use crate::status::judge::{Expected, Only, ServiceRow, ServiceStatus, StatusReport, judge};
 use crate::status::reports;
@@ -93,10 +94,7 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
         // Which reports there are is asked for beside the manifest: both answers are waited for.
         let listed = (!args.live).then(|| scope.spawn(|| reports::listed(store.as_ref())));
         let current = publish::read_trusted_bytes(store.as_ref(), &author);
-        let joined = |thread: std::thread::ScopedJoinHandle<'_, _>| {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        (current, listed.map(joined))
+        (current, listed.map(parallel::joined))
     });
     let (bytes, manifest) = current?;
     let named = manifest.hosts();
@@ -142,7 +140,7 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
         manifest: &manifest,
         entries: entry::digests(&bytes),
         store: Some(store.identity()),
-        here: Some(settings.host.clone()),
+        here: settings.host.clone(),
     };
     Ok((judge(&wanted, &reports, Timestamp::now(), only), left_out))
 }

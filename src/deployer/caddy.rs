@@ -15,11 +15,11 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 /// The id of our route in Caddy's configuration.
-pub const ROUTE_ID: &str = "deployer";
+const ROUTE_ID: &str = "deployer";
 /// The server we make where none listens on :443.
 pub const OWN_SERVER: &str = "deployer";
 /// The server that shows Caddy's configuration where it is changed through a socket.
@@ -38,6 +38,17 @@ pub enum CaddyState {
     Servers(Map<String, Value>),
     /// It cannot be asked, or has no http app; the reason with the next move.
     Unavailable(String),
+}
+
+/// Where on this host the visitors of a domain are served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Listener {
+    /// Caddy was not to be asked; why.
+    Unknown(String),
+    /// No server of Caddy has a route for the domain.
+    NoRoute,
+    /// This server has, at these addresses for ports 443, 80 and, without those two, some other.
+    Server { name: String, https: Option<SocketAddr>, http: Option<SocketAddr>, other: Option<SocketAddr> },
 }
 
 /// One request to Caddy's admin API.
@@ -147,11 +158,11 @@ fn not_found() -> Value {
     json!({"handle": [{"handler": "static_response", "status_code": 404}]})
 }
 
-pub(crate) fn routes_of(server: &Value) -> &[Value] {
+fn routes_of(server: &Value) -> &[Value] {
     server.get("routes").and_then(Value::as_array).map_or(&[], Vec::as_slice)
 }
 
-pub(crate) fn is_ours(route: &Value) -> bool {
+fn is_ours(route: &Value) -> bool {
     route.get("@id").and_then(Value::as_str) == Some(ROUTE_ID)
 }
 
@@ -167,6 +178,11 @@ fn listens_on_https(server: &Value) -> bool {
 /// The name of a server as one segment of a path of the admin API. Names come from Caddy or the configuration.
 fn segment(name: &str) -> String {
     percent::encode(name, "")
+}
+
+/// What would be done for Caddy to have a first route. `wanted` is the server of the configuration, if set.
+pub fn first_route(wanted: Option<&str>, observed: &CaddyState) -> RoutePlan {
+    plan(wanted, Some(&json!({"@id": ROUTE_ID})), observed)
 }
 
 /// Compares what Caddy has with what it should have. `wanted` is the server of the configuration, if set.
@@ -328,20 +344,18 @@ pub fn with_view(plan: RoutePlan, socket: Option<&Path>, observed: &CaddyState) 
 
 /// Where a server listens: every address is `[NETWORK/]HOST:PORT[-LAST]`.
 fn port_ranges(server: &Value) -> impl Iterator<Item = &str> {
-    let addresses = server.get("listen").and_then(Value::as_array).into_iter().flatten();
-    addresses.filter_map(Value::as_str).filter_map(|address| address.rsplit(':').next())
+    list(server, "listen").filter_map(Value::as_str).filter_map(|address| address.rsplit(':').next())
 }
 
 /// The ports that a server listens on.
 fn ports(server: &Value) -> BTreeSet<u16> {
-    let mut ports = BTreeSet::new();
-    for range in port_ranges(server) {
-        let (first, last) = range.split_once('-').unwrap_or((range, range));
-        if let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) {
-            ports.extend(first..=last);
-        }
-    }
-    ports
+    port_ranges(server).filter_map(range).flat_map(|(first, last)| first..=last).collect()
+}
+
+/// The first and the last of `PORT[-LAST]`.
+fn range(text: &str) -> Option<(u16, u16)> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    Some((first.parse().ok()?, last.parse().ok()?))
 }
 
 impl CaddyState {
@@ -368,6 +382,90 @@ impl CaddyState {
             CaddyState::Unavailable(_) => BTreeSet::new(),
         }
     }
+
+    /// The name of the server that has our route.
+    pub fn server_of_ours(&self) -> Option<&str> {
+        let CaddyState::Servers(servers) = self else { return None };
+        let found = servers.iter().find(|(_, server)| routes_of(server).iter().any(is_ours));
+        found.map(|(name, _)| name.as_str())
+    }
+
+    /// The server that has our route with this domain, and where it listens.
+    pub(crate) fn listener(&self, domain: &str) -> Listener {
+        let servers = match self {
+            CaddyState::Unavailable(why) => return Listener::Unknown(why.clone()),
+            CaddyState::Servers(servers) => servers,
+        };
+        let ours = |server: &Value| routes_of(server).iter().any(|route| leads(route, domain));
+        let Some((name, server)) = servers.iter().find(|(_, server)| ours(server)) else {
+            return Listener::NoRoute;
+        };
+        let listens: Vec<(IpAddr, u16, u16)> =
+            list(server, "listen").filter_map(Value::as_str).filter_map(listen).collect();
+        let at = |port: u16| {
+            let found = listens.iter().find(|(_, first, last)| (*first..=*last).contains(&port));
+            found.map(|(address, ..)| SocketAddr::new(*address, port))
+        };
+        let other = listens.first().map(|(address, first, _)| SocketAddr::new(*address, *first));
+        Listener::Server { name: name.clone(), https: at(443), http: at(80), other }
+    }
+
+    /// Whether somebody else's route stands before ours and answers all visitors of the domain. What only adds to an answer
+    /// lets requests go on to ours.
+    pub fn is_behind(&self, domain: &str) -> bool {
+        let CaddyState::Servers(servers) = self else { return false };
+        servers.values().map(routes_of).any(|routes| {
+            let ours = routes.iter().position(|route| leads(route, domain));
+            ours.is_some_and(|at| routes[..at].iter().any(|route| takes(route, domain)))
+        })
+    }
+}
+
+fn list<'v>(value: &'v Value, key: &str) -> impl Iterator<Item = &'v Value> + use<'v> {
+    value[key].as_array().into_iter().flatten()
+}
+
+/// Whether a route is ours, with this domain.
+fn leads(route: &Value, domain: &str) -> bool {
+    let named = |matcher: &Value| list(matcher, "host").any(|host| host == domain);
+    is_ours(route) && list(route, "match").any(named)
+}
+
+/// Whether a route answers all visitors of a domain.
+fn takes(route: &Value, domain: &str) -> bool {
+    let covers = |host: &str| {
+        let below = host.strip_prefix("*.");
+        host == domain || below.is_some_and(|below| domain.split_once('.').is_some_and(|(_, d)| d == below))
+    };
+    let all = |matcher: &Value| {
+        let named = list(matcher, "host").filter_map(Value::as_str).any(covers);
+        matcher.as_object().is_some_and(|m| m.keys().all(|key| key == "host"))
+            && (named || list(matcher, "host").next().is_none())
+    };
+    let answers = list(route, "handle").any(|handler| {
+        let handler = handler["handler"].as_str();
+        matches!(handler, Some("static_response" | "reverse_proxy" | "file_server"))
+    });
+    (answers || route["terminal"] == true)
+        && (list(route, "match").next().is_none() || list(route, "match").any(all))
+}
+
+/// `[NETWORK/]HOST:PORT[-LAST]` as an address to connect to, and the first and last port.
+fn listen(text: &str) -> Option<(IpAddr, u16, u16)> {
+    let text = match text.split_once('/') {
+        Some((network, rest)) if network.starts_with("tcp") => rest,
+        Some(_) => return None,
+        None => text,
+    };
+    let (host, ports) = text.rsplit_once(':')?;
+    let (first, last) = range(ports)?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let address = match host.parse::<IpAddr>() {
+        Ok(address) if address.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        Ok(address) => address,
+        Err(_) => Ipv4Addr::LOCALHOST.into(),
+    };
+    Some((address, first, last))
 }
 
 /// Whether something in a route has this address for its upstream.
@@ -647,6 +745,51 @@ mod tests {
         }));
         assert_eq!(observed.ports().into_iter().collect::<Vec<_>>(), [80, 443, 8080, 8081, 8082]);
         assert!(CaddyState::Unavailable("down".into()).ports().is_empty());
+    }
+
+    #[test]
+    fn the_server_with_our_route_is_asked_where_it_listens() {
+        let caddy = |listen: Value| {
+            let route = json!({"@id": ROUTE_ID, "match": [{"host": ["*.example.com"]}]});
+            let servers = json!({"a": {"listen": [":443"], "routes": [{"match": [{"host": ["*.example.com"]}]}]},
+                "b": {"listen": listen, "routes": [route]}});
+            self::servers(servers)
+        };
+        let at = |listen: Value| match caddy(listen).listener("*.example.com") {
+            Listener::Server { name, https, http, other } if name == "b" => {
+                [https, http, other].map(|a| a.map_or("-".to_string(), |a| a.to_string()))
+            }
+            listener => panic!("{listener:?}"),
+        };
+        assert_eq!(at(json!([":443"])), ["127.0.0.1:443", "-", "127.0.0.1:443"]);
+        assert_eq!(at(json!(["unix//run/x", "tcp/[::1]:80-90"])), ["-", "[::1]:80", "[::1]:80"]);
+        assert_eq!(at(json!(["192.0.2.1:8080"])), ["-", "-", "192.0.2.1:8080"]);
+        assert_eq!(at(json!([])), ["-", "-", "-"]);
+        assert_eq!(caddy(json!([":443"])).listener("example.com"), Listener::NoRoute);
+    }
+
+    #[test]
+    fn a_route_that_stands_before_ours_and_answers_is_found() {
+        let ours = json!({"@id": ROUTE_ID, "match": [{"host": ["shop.example.com"]}]});
+        let says = json!([{"handler": "static_response"}]);
+        let behind = |first: Value| {
+            let servers = json!({"a": {"listen": [":443"], "routes": [first, ours]}});
+            self::servers(servers).is_behind("shop.example.com")
+        };
+        for host in ["shop.example.com", "*.example.com"] {
+            assert!(behind(json!({"match": [{"host": [host]}], "handle": says})), "{host}");
+        }
+        assert!(behind(json!({"handle": says})));
+        assert!(behind(json!({"match": [{"host": ["shop.example.com"]}], "terminal": true})));
+        for other in [
+            json!({"match": [{"host": ["example.com"]}], "handle": says}),
+            json!({"match": [{"host": ["*.com"]}], "handle": says}),
+            json!({"match": [{"host": ["shop.example.com"], "path": ["/x"]}], "handle": says}),
+            json!({"match": [{"path": ["/.well-known/*"]}], "handle": says}),
+            json!({"handle": [{"handler": "headers"}]}),
+        ] {
+            assert!(!behind(other.clone()), "{other}");
+        }
     }
 
     #[test]

@@ -613,8 +613,8 @@ mod tests {
         ] {
             let text = owner(name).to_string();
             assert_eq!(text, format!("\"{shown}\" (process 7 of x.service)"));
-            let host = crate::names::HostName::parse("biz").unwrap();
-            assert_eq!(crate::status::hint::translated(&text, &host, None), text);
+            let [biz, laptop] = ["biz", "laptop"].map(|name| crate::names::HostName::parse(name).unwrap());
+            assert_eq!(crate::status::hint::translated(&text, &biz, &laptop), text);
         }
     }
 

@@ -177,7 +177,7 @@ pub fn look(unit_dir: &Path, now: Timestamp) -> Result<LiveState> {
             exit_status: shown.exec_status,
             restarts: shown.restarts,
             main_pid: shown.main_pid,
-            started: observe::started_at(name),
+            started: systemd::started(name).map(|(seconds, _)| Timestamp(seconds)),
         }
     };
     let services = names.into_iter().map(|name| (name.clone(), unit(&name.unit()))).collect();

@@ -8,20 +8,19 @@ use super::observed::{Observed, UnitFile, UnitSeen};
 use super::persisted::PersistedState;
 use super::root::Root;
 use super::unit;
-use crate::clock::Timestamp;
 use crate::config::admin::Address;
 use crate::error::Result;
-use crate::files::{self, if_there};
+use crate::files::{self, if_reached, if_there};
 use crate::manifest::{Rollout, Service};
 use crate::names::{ServiceName, StorePath};
-use crate::secrets::folders;
+use crate::parallel::joined;
+use crate::secrets;
 use crate::systemd::{self, Shown, UNIT_PATH, same_file};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::thread::ScopedJoinHandle;
 
 /// Looks at everything that concerns these services and whatever else is ours.
 pub fn observe(
@@ -81,11 +80,7 @@ pub fn observe(
 
 /// Whether a store path is on the disk, whole or not.
 fn is_there(path: &StorePath) -> Result<bool> {
-    match fs_err::symlink_metadata(path) {
-        Ok(_) => Ok(true),
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
-        Err(e) => Err(e.into()),
-    }
+    Ok(if_reached(fs_err::symlink_metadata(path))?.is_some())
 }
 
 /// The units in question (files, boot links and what systemd says), and the names of all active units.
@@ -153,7 +148,7 @@ pub fn units(
             seen.shadowed = !shadow_copies(root, name).is_empty();
         }
         let mut suspect = found.is_some() || folders.elsewhere(&root.unit_dir, &unit);
-        if let (true, Some(started)) = (running, started(&unit)) {
+        if let (true, Some(started)) = (running, systemd::started(&unit)) {
             seen.current = placed.get(name).is_some_and(|written| *written <= started);
             seen.invocation = systemd::invocation(&unit);
             seen.verified =
@@ -175,7 +170,7 @@ pub fn units(
     for service in desired {
         if let Some(seen) = units.get_mut(&service.name).filter(|seen| seen.listed.running()) {
             seen.secrets_changed =
-                service.secret_files().any(|file| changed_since_start(&service.name, file));
+                service.secret_files().any(|file| secrets::changed_since_start(&service.name, file));
         }
     }
     Ok((units, active))
@@ -383,26 +378,9 @@ impl<'a> Folders<'a> {
     }
 }
 
-/// When a unit was last started: systemd makes this link anew with every start, and only then.
-fn started(unit: &str) -> Option<(i64, i64)> {
-    let link = Path::new("/run/systemd/units").join(format!("invocation:{unit}"));
-    fs_err::symlink_metadata(link).ok().map(|m| (m.mtime(), m.mtime_nsec()))
-}
-
-/// The same in whole seconds.
-pub fn started_at(unit: &str) -> Option<Timestamp> {
-    started(unit).map(|(seconds, _)| Timestamp(seconds))
-}
-
 /// The services that have a unit with our mark.
 pub fn ours(root: &Root) -> Result<BTreeSet<ServiceName>> {
     Ok(marked(&root.unit_dir, ".service")?.into_iter().map(|marked| marked.name).collect())
-}
-
-/// Whether a file was changed after a service was last started.
-pub fn changed_since_start(name: &ServiceName, file: &Path) -> bool {
-    let changed = fs_err::metadata(file).ok().map(|m| (m.mtime(), m.mtime_nsec()));
-    matches!((started(&name.unit()), changed), (Some(started), Some(changed)) if changed > started)
 }
 
 /// What a process shows of what it runs: its executable and its command line.
@@ -447,11 +425,6 @@ const STORE_PREFIX: &str = "/nix/store/";
 fn another_closure(text: &str, unit: &str) -> bool {
     let mut bases = bases(text).peekable();
     bases.peek().is_some() && !bases.any(|base| unit.contains(base))
-}
-
-/// What a thread came to; its panic is ours.
-fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
-    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// The names in a folder; none if it is not there. Looked at once a folder rather than once a unit, because
@@ -548,69 +521,10 @@ pub fn roots(root: &Root) -> Result<BTreeMap<ServiceName, BTreeSet<String>>> {
 fn secrets_of(service: &Service) -> Result<String, String> {
     let (mut good, mut bad) = (Vec::new(), Vec::new());
     for file in service.secret_files() {
-        match secrets_file(&service.name, file) {
+        match secrets::usable(&service.name, file) {
             Ok(content) => good.push(content),
             Err(why) => bad.push(why),
         }
     }
     if bad.is_empty() { Ok(good.join(",")) } else { Err(bad.join("; ")) }
-}
-
-/// Whether a secrets file may be used: there, a regular file, root's, readable by nobody else. The answer
-/// identifies its present content without telling anything of it (times, size, inode), or is the reason with
-/// the command that mends it.
-pub fn secrets_file(name: &ServiceName, path: &Path) -> Result<String, String> {
-    let shown = path.display();
-    let wrong = |why: &str| Err(format!("secrets file {shown} of {name}{why}"));
-    if let Some(why) = path.parent().and_then(folders::insecure) {
-        return wrong(&format!(": {why}"));
-    }
-    let meta = if_there(fs_err::symlink_metadata(path));
-    let Some(meta) = meta.map_err(|e| format!("secrets file of {name}: {e}"))? else {
-        return wrong(&format!(" is missing; make it: install -m 600 /dev/null {shown}"));
-    };
-    if meta.is_symlink() {
-        return wrong(" is a symbolic link; put the file itself there");
-    }
-    if !meta.is_file() {
-        return wrong(" is not a regular file; put a file there");
-    }
-    if meta.uid() != 0 {
-        return wrong(&format!(" belongs to user {}; run: chown root:root {shown}", meta.uid()));
-    }
-    let mode = meta.mode() & 0o7777;
-    if mode & !0o600 != 0 {
-        return wrong(&format!(" has mode {mode:04o}, others could read it; run: chmod 600 {shown}"));
-    }
-    Ok(format!("{}.{}.{}.{}", meta.mtime(), meta.mtime_nsec(), meta.size(), meta.ino()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::PermissionsExt;
-
-    #[test]
-    #[ignore = "needs root: cargo test -- --ignored"]
-    fn secrets_that_others_could_read_are_refused_with_the_line_to_type() {
-        let dir = tempfile::tempdir_in("/root").unwrap();
-        let name = ServiceName::parse("ava").unwrap();
-        let file = dir.path().join("ava.env");
-        assert!(secrets_file(&name, &file).unwrap_err().contains("install -m 600"));
-        fs_err::write(&file, "A=1").unwrap();
-        for (mode, good) in
-            [(0o644, false), (0o640, false), (0o601, false), (0o4600, false), (0o600, true), (0o400, true)]
-        {
-            fs_err::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
-            let answer = secrets_file(&name, &file);
-            assert_eq!(answer.is_ok(), good, "{mode:o}: {answer:?}");
-            if let Err(why) = answer {
-                assert!(why.contains(&format!("chmod 600 {}", file.display())), "{why}");
-            }
-        }
-        let link = dir.path().join("link.env");
-        fs_err::os::unix::fs::symlink(&file, &link).unwrap();
-        assert!(secrets_file(&name, &link).unwrap_err().contains("symbolic link"));
-        assert!(secrets_file(&name, dir.path()).unwrap_err().contains("regular"));
-    }
 }

@@ -22,7 +22,7 @@ use crate::log;
 use crate::names::{HostName, ServiceName};
 use crate::secrets;
 use crate::secrets::mask::Mask;
-use crate::store::{self, Condition, GetResult, Store};
+use crate::store::{self, Condition, Store};
 use crate::systemd;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -197,7 +197,7 @@ impl Report<'_> {
     fn log_changes(&self, after: &State) {
         let Report { before, outcome, .. } = self;
         for (name, service) in &after.services {
-            let status = service.status.as_str();
+            let status = service.status;
             if let Some(failure) = &service.failure {
                 let runs =
                     service.store_path.as_ref().map_or("nothing runs".into(), |p| format!("{p} runs on"));
@@ -287,7 +287,7 @@ fn publish(
         return Ok(());
     }
     let key = reported::key(&state.host);
-    state.other_machine = other_machine(store, &key, before, state);
+    state.other_machine = other_machine(store, before, state);
     // The report first: a pass that dies between the two finds its old state, and reports again.
     let reported = {
         let _effect = failpoint::mark("put", &key);
@@ -305,12 +305,9 @@ fn publish(
 
 /// Whether the report that is about to be replaced is another machine's: asked only where one is written, so that
 /// an idle pass asks the store for nothing but the manifest. Credentials that may not read it tell nothing.
-fn other_machine(store: &dyn Store, key: &str, before: &State, state: &State) -> Option<OtherMachine> {
+fn other_machine(store: &dyn Store, before: &State, state: &State) -> Option<OtherMachine> {
     let this = state.machine.as_ref()?;
-    let found = match store.get(key, None, reported::MAX_REPORT) {
-        Ok(GetResult::Found { bytes, .. }) => reported::parsed(&bytes).ok(),
-        Ok(GetResult::Missing | GetResult::NotModified) | Err(_) => None,
-    };
+    let found = reported::readable(store, &state.host);
     // Two that are at work find each other at every report: one that is not found any more has given up.
     let lasts = |other: &OtherMachine| {
         other.came_back && state.checked_at.0.saturating_sub(other.reported_at.0) <= SILENT_SEC

@@ -3,7 +3,7 @@
 use super::state::State;
 use crate::bounds::{self, Bounds};
 use crate::names::HostName;
-use crate::store::HOSTS_PREFIX;
+use crate::store::{HOSTS_PREFIX, Store};
 
 /// The largest report that is read, in bytes.
 pub const MAX_REPORT: u64 = 4 << 20;
@@ -15,6 +15,11 @@ pub const BOUNDS: Bounds = Bounds { values: MAX_REPORT as usize / 16, depth: 16 
 /// Where a host's report is in a store.
 pub fn key(host: &HostName) -> String {
     format!("{HOSTS_PREFIX}{host}.json")
+}
+
+/// What a store has as a host's report, where it can be read and is one.
+pub fn readable(store: &dyn Store, host: &HostName) -> Option<State> {
+    parsed(&store.read(&key(host), MAX_REPORT).ok()??).ok()
 }
 
 /// Reads a report, which whoever writes to the store may have written.

@@ -16,8 +16,9 @@ use crate::manifest::current::COPY_BACK;
 use crate::manifest::lineage::{self, Relation};
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
+use crate::manifest::signature::{self, ReadError};
 use crate::manifest::types::Ancestor;
-use crate::manifest::{Manifest, entry, signature, versions};
+use crate::manifest::{Manifest, entry, versions};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::store::{self, Etag, GetResult, MANIFEST_KEY, Store, StoreError};
 use serde::{Deserialize, Serialize};
@@ -300,21 +301,12 @@ impl TrustPolicy {
     ) -> Result<Manifest, String> {
         let url = store.url();
         let _note = noted.map(|(root, etag)| ReadingMark::begin(root, &url, etag));
-        let refused = |why: &str| format!("the manifest in {url} is refused: {why}; {SIGN}");
-        let signed = match self.trusted.is_empty() {
-            true => None,
-            false => Some(signature::verify(bytes, &store.identity(), &self.trusted)),
-        };
-        if let Some(Some(Err(why))) = &signed {
-            return Err(refused(why));
-        }
-        let read = parse::manifest(bytes, Mode::Tolerant);
-        if let (Some(None), Ok(_)) = (&signed, &read) {
-            return Err(refused("it cannot be told who signed it"));
-        }
-        read.map_err(|e| match e.is_newer_version() {
-            true => format!("the manifest in {url} cannot be used: {e}"),
-            false => format!(
+        signature::read(bytes, &store.identity(), &self.trusted).map_err(|e| match e {
+            ReadError::Signature(why) => format!("the manifest in {url} is refused: {why}; {SIGN}"),
+            ReadError::Manifest(e) if e.is_newer_version() => {
+                format!("the manifest in {url} cannot be used: {e}")
+            }
+            ReadError::Manifest(e) => format!(
                 "the manifest in {url} cannot be used: {e}; publish a good one ('deploy-manifest rollback')"
             ),
         })

@@ -244,16 +244,10 @@ pub enum ServicePhase {
     Stopped,
 }
 
-impl ServicePhase {
-    /// The word in the formats.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            ServicePhase::Running => "running",
-            ServicePhase::Failed => "failed",
-            ServicePhase::Waiting => "waiting",
-            ServicePhase::Rejected => "rejected",
-            ServicePhase::Stopped => "stopped",
-        }
+/// The word in the formats.
+impl fmt::Display for ServicePhase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 

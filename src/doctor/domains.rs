@@ -7,7 +7,7 @@ mod visitor;
 use super::{Finding, fail, ok, warn};
 use crate::clock::Timestamp;
 use crate::config::Settings;
-use crate::deployer::caddy::{self, CaddyState};
+use crate::deployer::caddy::{self, CaddyState, Listener};
 use crate::deployer::live::{self, LiveState, Verdict, Visit};
 use crate::deployer::state::{ServicePhase, State};
 use crate::error::Error;
@@ -111,17 +111,6 @@ enum Dns {
     To(Vec<(IpAddr, bool)>),
 }
 
-/// Where on this host its visitors are served.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Listener {
-    /// Caddy was not to be asked; why.
-    Unknown(String),
-    /// No server of Caddy has a route for the domain.
-    NoRoute,
-    /// This server has, at these addresses for ports 443, 80 and, without those two, some other.
-    Server { name: String, https: Option<SocketAddr>, http: Option<SocketAddr>, other: Option<SocketAddr> },
-}
-
 /// What one service behind the domain said.
 #[derive(Debug, Clone)]
 struct ServiceVisit {
@@ -170,7 +159,7 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
     let resolving = resolve(&name);
     let until = within(DOMAIN);
     let deadline = || within(ANSWER).min(until);
-    let (listener, behind) = (listener(domain, caddy), behind(domain, caddy));
+    let (listener, behind) = (caddy.listener(domain), caddy.is_behind(domain));
     let (mut asked, mut not_asked) = (vec![], vec![]);
     let mut plain = None;
     if let Listener::Server { https, http, other, .. } = &listener {
@@ -283,82 +272,6 @@ fn source_towards(address: IpAddr) -> Option<IpAddr> {
     let socket = UdpSocket::bind((any, 0)).ok()?;
     socket.connect((address, 443)).ok()?;
     Some(socket.local_addr().ok()?.ip())
-}
-
-/// The server of Caddy that has our route with this domain, and where it listens.
-fn listener(domain: &str, caddy: &CaddyState) -> Listener {
-    let servers = match caddy {
-        CaddyState::Unavailable(why) => return Listener::Unknown(why.clone()),
-        CaddyState::Servers(servers) => servers,
-    };
-    let ours = |server: &Value| list(server, "routes").any(|route| leads(route, domain));
-    let Some((name, server)) = servers.iter().find(|(_, server)| ours(server)) else {
-        return Listener::NoRoute;
-    };
-    let listens: Vec<(IpAddr, u16, u16)> =
-        list(server, "listen").filter_map(Value::as_str).filter_map(listen).collect();
-    let at = |port: u16| {
-        let found = listens.iter().find(|(_, first, last)| (*first..=*last).contains(&port));
-        found.map(|(address, ..)| SocketAddr::new(*address, port))
-    };
-    let other = listens.first().map(|(address, first, _)| SocketAddr::new(*address, *first));
-    Listener::Server { name: name.clone(), https: at(443), http: at(80), other }
-}
-
-fn list<'v>(value: &'v Value, key: &str) -> impl Iterator<Item = &'v Value> + use<'v> {
-    value[key].as_array().into_iter().flatten()
-}
-
-/// Whether a route is ours, with this domain.
-fn leads(route: &Value, domain: &str) -> bool {
-    let named = |matcher: &Value| list(matcher, "host").any(|host| host == domain);
-    caddy::is_ours(route) && list(route, "match").any(named)
-}
-
-/// Whether somebody else's route stands before ours and answers all visitors of the domain. What only adds to an answer
-/// lets requests go on to ours.
-fn behind(domain: &str, caddy: &CaddyState) -> bool {
-    let CaddyState::Servers(servers) = caddy else { return false };
-    let covers = |host: &str| {
-        let below = host.strip_prefix('*').filter(|rest| rest.starts_with('.'));
-        host == domain
-            || below.is_some_and(|rest| domain.split_once('.').is_some_and(|(_, d)| d == &rest[1..]))
-    };
-    let takes = |route: &Value| {
-        let all = |matcher: &Value| {
-            let named = list(matcher, "host").filter_map(Value::as_str).any(covers);
-            matcher.as_object().is_some_and(|m| m.keys().all(|key| key == "host"))
-                && (named || list(matcher, "host").next().is_none())
-        };
-        let answers = list(route, "handle").any(|handler| {
-            let handler = handler["handler"].as_str();
-            matches!(handler, Some("static_response" | "reverse_proxy" | "file_server"))
-        });
-        (answers || route["terminal"] == true)
-            && (list(route, "match").next().is_none() || list(route, "match").any(all))
-    };
-    servers.values().map(caddy::routes_of).any(|routes| {
-        let ours = routes.iter().position(|route| leads(route, domain));
-        ours.is_some_and(|at| routes[..at].iter().any(takes))
-    })
-}
-
-/// `[NETWORK/]HOST:PORT[-LAST]` as an address to connect to, and the first and last port.
-fn listen(text: &str) -> Option<(IpAddr, u16, u16)> {
-    let text = match text.split_once('/') {
-        Some((network, rest)) if network.starts_with("tcp") => rest,
-        Some(_) => return None,
-        None => text,
-    };
-    let (host, ports) = text.rsplit_once(':')?;
-    let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    let address = match host.parse::<IpAddr>() {
-        Ok(address) if address.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        Ok(address) => address,
-        Err(_) => Ipv4Addr::LOCALHOST.into(),
-    };
-    Some((address, first.parse().ok()?, last.parse().ok()?))
 }
 
 /// What Caddy logged last of why it has no certificate for a name.
@@ -595,8 +508,6 @@ fn is_private(address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::deployer::caddy::ROUTE_ID;
-    use serde_json::json;
 
     fn answer(status: u16) -> ResponseHead {
         ResponseHead { status, location: None, empty: false }
@@ -746,49 +657,8 @@ mod tests {
     }
 
     #[test]
-    fn the_server_with_our_route_is_asked_where_it_listens() {
-        let caddy = |listen: Value| {
-            let route = json!({"@id": ROUTE_ID, "match": [{"host": ["*.example.com"]}]});
-            let servers = json!({"a": {"listen": [":443"], "routes": [{"match": [{"host": ["*.example.com"]}]}]},
-                "b": {"listen": listen, "routes": [route]}});
-            CaddyState::Servers(servers.as_object().unwrap().clone())
-        };
-        let at = |listen: Value| match listener("*.example.com", &caddy(listen)) {
-            Listener::Server { name, https, http, other } if name == "b" => {
-                [https, http, other].map(|a| a.map_or("-".to_string(), |a| a.to_string()))
-            }
-            listener => panic!("{listener:?}"),
-        };
-        assert_eq!(at(json!([":443"])), ["127.0.0.1:443", "-", "127.0.0.1:443"]);
-        assert_eq!(at(json!(["unix//run/x", "tcp/[::1]:80-90"])), ["-", "[::1]:80", "[::1]:80"]);
-        assert_eq!(at(json!(["192.0.2.1:8080"])), ["-", "-", "192.0.2.1:8080"]);
-        assert_eq!(at(json!([])), ["-", "-", "-"]);
-        assert_eq!(listener("example.com", &caddy(json!([":443"]))), Listener::NoRoute);
+    fn of_a_wildcard_a_name_is_visited_that_it_covers() {
         assert_eq!(concrete("*.example.com", &[]), "www.example.com");
-    }
-
-    #[test]
-    fn a_route_that_stands_before_ours_and_answers_is_found() {
-        let ours = json!({"@id": ROUTE_ID, "match": [{"host": ["shop.example.com"]}]});
-        let says = json!([{"handler": "static_response"}]);
-        let behind = |first: Value| {
-            let servers = json!({"a": {"listen": [":443"], "routes": [first, ours]}});
-            super::behind("shop.example.com", &CaddyState::Servers(servers.as_object().unwrap().clone()))
-        };
-        for host in ["shop.example.com", "*.example.com"] {
-            assert!(behind(json!({"match": [{"host": [host]}], "handle": says})), "{host}");
-        }
-        assert!(behind(json!({"handle": says})));
-        assert!(behind(json!({"match": [{"host": ["shop.example.com"]}], "terminal": true})));
-        for other in [
-            json!({"match": [{"host": ["example.com"]}], "handle": says}),
-            json!({"match": [{"host": ["*.com"]}], "handle": says}),
-            json!({"match": [{"host": ["shop.example.com"], "path": ["/x"]}], "handle": says}),
-            json!({"match": [{"path": ["/.well-known/*"]}], "handle": says}),
-            json!({"handle": [{"handler": "headers"}]}),
-        ] {
-            assert!(!behind(other.clone()), "{other}");
-        }
     }
 
     #[test]

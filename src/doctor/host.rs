@@ -10,7 +10,7 @@ use crate::deployer::caddy::{self, CaddyState, RoutePlan};
 use crate::deployer::live::Visit;
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
 use crate::deployer::state::{Exposure, OtherMachine, SILENT_SEC, State};
-use crate::deployer::{machine, observe, reported};
+use crate::deployer::{machine, reported};
 use crate::doctor::domains;
 use crate::error::{Exit, did_you_mean};
 use crate::files::if_there;
@@ -20,9 +20,8 @@ use crate::names::{HostName, ServiceName};
 use crate::runner::{Run, RunError};
 use crate::secrets::{self, SecretFile};
 use crate::ssh::is_root;
-use crate::store::{Condition, GetResult, Store, StoreError};
+use crate::store::{Condition, Store, StoreError};
 use crate::systemd;
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
@@ -70,7 +69,7 @@ pub fn report(store: &dyn Store, settings: &Settings) -> Option<Finding> {
     let key = reported::key(&settings.host);
     Some(match store.put(&key, &state, &Condition::IfAbsent) {
         Ok(_) | Err(StoreError::Changed(_)) => {
-            match other_machine_text(store, &key, &State::parse(&state).ok()?) {
+            match other_machine_text(store, &settings.host, &State::parse(&state).ok()?) {
                 Some(text) => fail(text),
                 None => ok(format!("{key} can be written")),
             }
@@ -80,14 +79,11 @@ pub fn report(store: &dyn Store, settings: &Settings) -> Option<Finding> {
 }
 
 /// Whether another machine reports under this host's name: as the last pass found, or as its report is there now.
-fn other_machine_text(store: &dyn Store, key: &str, state: &State) -> Option<String> {
+fn other_machine_text(store: &dyn Store, host: &HostName, state: &State) -> Option<String> {
     let this = machine::this()?;
-    let now = match store.get(key, None, reported::MAX_REPORT) {
-        Ok(GetResult::Found { bytes, .. }) => reported::parsed(&bytes).ok(),
-        // Who may not read it is not told.
-        Ok(GetResult::Missing | GetResult::NotModified) | Err(_) => None,
-    };
-    let there = now.and_then(|now| Some((now.machine?, now.checked_at))).filter(|(m, _)| m.id != this.id);
+    // Who may not read it is not told.
+    let there = reported::readable(store, host).and_then(|now| Some((now.machine?, now.checked_at)));
+    let there = there.filter(|(machine, _)| machine.id != this.id);
     let there = there.map(|(machine, reported_at)| {
         let came_back = state.reported && reported_at > state.checked_at;
         OtherMachine { machine, reported_at, came_back }
@@ -244,16 +240,13 @@ fn last_pass(now: Timestamp) -> Finding {
 /// Whether Caddy can be told, and which of its servers gets our route: both by the deployer's own rule.
 fn route(observed: &CaddyState, settings: &Settings, needed: bool) -> Vec<Check> {
     let bad = |why: &str| if needed { fail(why) } else { warn(why) };
-    let servers = match observed {
-        CaddyState::Unavailable(why) => return vec![bad(why).of("caddy admin")],
-        CaddyState::Servers(servers) => servers,
-    };
-    let ours = json!({"@id": caddy::ROUTE_ID});
-    let has_route = |server: &Value| caddy::routes_of(server).iter().any(caddy::is_ours);
-    let planned = caddy::plan(settings.caddy_server.as_deref(), Some(&ours), observed);
-    let server = match (planned, servers.iter().find(|(_, server)| has_route(server))) {
+    if let CaddyState::Unavailable(why) = observed {
+        return vec![bad(why).of("caddy admin")];
+    }
+    let planned = caddy::first_route(settings.caddy_server.as_deref(), observed);
+    let server = match (planned, observed.server_of_ours()) {
         (RoutePlan::Pending(why), _) => bad(&why),
-        (_, Some((name, _))) => ok(format!("'{name}' has our route")),
+        (_, Some(name)) => ok(format!("'{name}' has our route")),
         (RoutePlan::Write(requests), None) => {
             let steps: Vec<&str> = requests.iter().map(|r| r.what.as_str()).collect();
             ok(format!("the first route: {}", steps.join(", ")))
@@ -375,7 +368,7 @@ fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Finding> {
 
 /// What is wrong with a file of secrets: what the deployer would not start the service with.
 fn secret_file(name: &ServiceName, file: &SecretFile) -> Option<String> {
-    if let Err(why) = observe::secrets_file(name, Path::new(&file.path)) {
+    if let Err(why) = secrets::usable(name, Path::new(&file.path)) {
         return Some(why);
     }
     match secrets::illegible(name, file) {
@@ -475,6 +468,7 @@ mod tests {
     use super::*;
     use crate::deployer::live::Verdict;
     use crate::secrets::FileFormat;
+    use serde_json::{Value, json};
     use std::os::unix::fs::PermissionsExt;
 
     #[test]

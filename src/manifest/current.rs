@@ -113,7 +113,7 @@ pub(super) fn obedient(store: &dyn Store) -> Result<Option<String>> {
     for key in store.list(HOSTS_PREFIX)?.iter().take(REPORTS) {
         let host = key.strip_prefix(HOSTS_PREFIX).and_then(|name| name.strip_suffix(".json"));
         let Some(host) = host.filter(|host| HostName::parse(host).is_ok()) else { continue };
-        if let GetResult::Found { bytes, .. } = store.get(key, None, MAX_REPORT)?
+        if let Some(bytes) = store.read(key, MAX_REPORT)?
             && let Ok(Report { serial: Some(_) }) = serde_json::from_slice(&bytes)
         {
             return Ok(Some(host.to_string()));

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::log;
 use crate::names::{ServiceName, StorePath};
 use crate::random;
-use crate::store::{self, Condition, Etag, GetResult, MANIFEST_KEY, MAX_REPLACED, Store, StoreError};
+use crate::store::{self, Condition, Etag, MANIFEST_KEY, MAX_REPLACED, Store, StoreError};
 use std::time::{Duration, Instant};
 
 /// What a change may start from.
@@ -432,10 +432,10 @@ fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Resu
 
 /// Whether an object has this content, maybe with other signatures.
 fn holds(store: &dyn Store, key: &str, bytes: &[u8]) -> Result<bool> {
-    match store.get(key, None, MAX_REPLACED) {
-        Ok(GetResult::Found { bytes: there, .. }) => Ok(there == bytes
+    match store.read(key, MAX_REPLACED) {
+        Ok(Some(there)) => Ok(there == bytes
             || signature::digest(&there).is_ok_and(|there| signature::digest(bytes) == Ok(there))),
-        Ok(GetResult::Missing | GetResult::NotModified) | Err(StoreError::TooLarge(_)) => Ok(false),
+        Ok(None) | Err(StoreError::TooLarge(_)) => Ok(false),
         Err(e) => Err(e.into()),
     }
 }
@@ -451,8 +451,8 @@ fn landed(store: &dyn Store, current: Option<&CurrentManifest>, new: &PublishedM
     if !current.manifest().as_ref().is_ok_and(|c| c.serial > serial) {
         return Ok(false);
     }
-    let archived = store.get(&archive_key(&archive_name(serial, generation)), None, MAX_BYTES)?;
-    Ok(matches!(archived, GetResult::Found { bytes, .. } if bytes == new.bytes))
+    let archived = store.read(&archive_key(&archive_name(serial, generation)), MAX_BYTES)?;
+    Ok(archived.is_some_and(|bytes| bytes == new.bytes))
 }
 
 fn check_size(manifest: &Manifest, bytes: &[u8]) -> Result<()> {
@@ -575,6 +575,7 @@ mod tests {
     use crate::manifest::seen::Seen;
     use crate::manifest::signature::Trust;
     use crate::manifest::trust::whoami;
+    use crate::store::GetResult;
     use std::collections::BTreeMap;
     use std::sync::Mutex;
 

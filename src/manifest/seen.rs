@@ -6,6 +6,7 @@
 use super::model::MAX_BYTES;
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::files::if_reached;
 use crate::hash::Sha256;
 use crate::home;
 use crate::log;
@@ -40,19 +41,13 @@ impl Seen {
             fs_err::File::open(&file)?.take(MAX_BYTES).read_to_end(&mut bytes)?;
             Ok(bytes)
         };
-        match read() {
-            Ok(bytes) => Ok(Some(bytes)),
-            // A home that is none remembers nothing.
-            Err(e)
-                if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
-            {
-                Ok(None)
-            }
-            Err(e) => Err(Error::new(format!(
+        // A home that is none remembers nothing.
+        if_reached(read()).map_err(|e| {
+            Error::new(format!(
                 "which version of this store was seen last is not known: {e}; make the file readable, or remove it to \
                  trust what the store has now"
-            ))),
-        }
+            ))
+        })
     }
 
     /// Keeps a version in the place of the one before. Where that cannot be, it is said, and no more: what was

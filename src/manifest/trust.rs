@@ -15,7 +15,7 @@ use crate::keys::{PublicKey, SecretKey};
 use crate::log::{self, printable};
 use crate::names::HostName;
 use crate::parallel;
-use crate::store::{GetResult, Store, StoreError};
+use crate::store::{Store, StoreError};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -348,9 +348,9 @@ pub fn examine(
     version: &Version,
     author: &Author,
 ) -> Result<Result<TrustedVersion, String>> {
-    let bytes = match store.get(&archive_key(&version.name), None, MAX_BYTES) {
-        Ok(GetResult::Found { bytes, .. }) => bytes,
-        Ok(GetResult::Missing | GetResult::NotModified) => return Ok(Err("it is gone".into())),
+    let bytes = match store.read(&archive_key(&version.name), MAX_BYTES) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return Ok(Err("it is gone".into())),
         Err(StoreError::TooLarge(why)) => return Ok(Err(why)),
         Err(e) => return Err(e.into()),
     };

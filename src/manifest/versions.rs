@@ -9,7 +9,7 @@ use super::types::MAX_SERIAL;
 use crate::clock::Timestamp;
 use crate::error::{Error, Result, did_you_mean};
 use crate::keys::PublicKey;
-use crate::store::{ARCHIVE_PREFIX, GetResult, MANIFEST_KEY, Store};
+use crate::store::{ARCHIVE_PREFIX, MANIFEST_KEY, Store, StoreError};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use std::fmt;
@@ -211,12 +211,9 @@ fn one_of<'a>(versions: &[Version], fitting: &[&'a Version], word: &str) -> Resu
 /// The bytes of a version.
 pub fn bytes(store: &dyn Store, version: &Version) -> Result<Vec<u8>> {
     let key = if version.current { MANIFEST_KEY.to_string() } else { archive_key(&version.name) };
-    match store.get(&key, None, MAX_BYTES)? {
-        GetResult::Found { bytes, .. } => Ok(bytes),
-        GetResult::Missing | GetResult::NotModified => {
-            Err(Error::new(format!("{key} is gone from {}; run the command again", store.url())))
-        }
-    }
+    store
+        .read(&key, MAX_BYTES)?
+        .ok_or_else(|| Error::new(format!("{key} is gone from {}; run the command again", store.url())))
 }
 
 /// What to do about a version that is of no use.
@@ -267,11 +264,9 @@ pub fn head(store: &dyn Store, key: &str) -> Result<Option<VersionHead>> {
     if (start.len() as u64) < HEAD_BYTES {
         return Ok(None);
     }
-    match store.get(key, None, WHOLE_BYTES) {
-        Ok(GetResult::Found { bytes, .. }) => Ok(head_of(&bytes)),
-        Ok(GetResult::Missing | GetResult::NotModified) | Err(crate::store::StoreError::TooLarge(_)) => {
-            Ok(None)
-        }
+    match store.read(key, WHOLE_BYTES) {
+        Ok(whole) => Ok(whole.and_then(|bytes| head_of(&bytes))),
+        Err(StoreError::TooLarge(_)) => Ok(None),
         Err(e) => Err(e.into()),
     }
 }

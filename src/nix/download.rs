@@ -324,7 +324,7 @@ fn is_file(nar: &PathBuf, hash: Sha256) -> Result<(), DownloadError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::faulty::{Faults, FaultyStore};
+    use crate::store::tests::{Faults, FaultyStore};
     use crate::store::{Condition, Store};
     use std::time::Duration;
 

@@ -44,20 +44,15 @@ pub type Reasons = BTreeMap<StorePath, FetchError>;
 /// What is to come for each closure, in order of references. What several need is there once.
 type Closures = BTreeMap<StorePath, Vec<Arc<VerifiedNarInfo>>>;
 
-/// Copies closures from the cache into this machine's store. Returns the reason for each path that could not be had; an
-/// error means that nothing could be tried.
-pub fn fetch(settings: &Settings, paths: &[StorePath]) -> Result<Reasons> {
-    fetch_within(settings, paths, &std::env::temp_dir())
-}
-
 /// Has Nix forget what the end of the machine left damaged of an earlier fetch ([`super::announced`]): before anything
 /// is believed to be in the store.
 pub fn recover() -> Result<()> {
     announced::recover(&spool::home(spool::Of::Machine), WORK)
 }
 
-/// The same as [`fetch`], with Nix's private cache below `scratch`.
-pub fn fetch_within(settings: &Settings, paths: &[StorePath], scratch: &Path) -> Result<Reasons> {
+/// Copies closures from the cache into this machine's store, with Nix's private cache below `scratch`. Returns the reason
+/// for each path that could not be had; an error means that nothing could be tried.
+pub fn fetch(settings: &Settings, paths: &[StorePath], scratch: &Path) -> Result<Reasons> {
     recover()?;
     let left = missing(paths)?;
     if left.is_empty() {

@@ -9,7 +9,7 @@ use crate::http::CONNECTIONS;
 use crate::keys::PublicKey;
 use crate::names::StorePath;
 use crate::parallel;
-use crate::store::{GetResult, Store, StoreError};
+use crate::store::{Store, StoreError};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -120,7 +120,7 @@ pub fn look(cache: &dyn Store, closure: &Closure, keys: &[PublicKey]) -> Result<
     let (judged, listed) = std::thread::scope(|scope| {
         let listed = (all.len() >= LISTED_FROM).then(|| scope.spawn(|| cache.sizes(NARS)));
         let judged = parallel::try_map(&all, REQUESTS, |local| Ok((&local.path, read(cache, local, keys)?)));
-        let listed = listed.map(|l| l.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        let listed = listed.map(parallel::joined);
         (judged, listed)
     });
     // Who may not list is told of each.
@@ -161,9 +161,9 @@ fn read(
 ) -> Result<Result<NarInfo, AbsenceReason>, StoreError> {
     // Where it is known what it must say, it is known how long that is: many are read at a time.
     let limit = (local.render().len() as u64).saturating_add(OTHER_FIELDS).min(MAX_BYTES);
-    let bytes = match cache.get(&NarInfo::key(&local.path), None, limit) {
-        Ok(GetResult::Found { bytes, .. }) => bytes,
-        Ok(GetResult::Missing | GetResult::NotModified) => return Ok(Err(AbsenceReason::Absent)),
+    let bytes = match cache.read(&NarInfo::key(&local.path), limit) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return Ok(Err(AbsenceReason::Absent)),
         Err(StoreError::TooLarge(_)) => {
             return Ok(Err(AbsenceReason::Unreadable(format!("has more than {limit} bytes"))));
         }
@@ -218,7 +218,7 @@ mod tests {
     use crate::keys::SecretKey;
     use crate::store::Condition;
     use crate::store::dir::DirStore;
-    use crate::store::faulty::FaultyStore;
+    use crate::store::tests::FaultyStore;
 
     /// What a push would write of a path: its narinfo in a cache, signed.
     fn cached(local: &NarInfo, key: &SecretKey) -> NarInfo {

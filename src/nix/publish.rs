@@ -15,8 +15,8 @@ use crate::keys::{PublicKey, SecretKey};
 use crate::log;
 use crate::manifest::signature;
 use crate::names::StorePath;
-use crate::parallel::locked;
-use crate::store::{self, CacheUrl, Condition, GetResult, Store, StoreError};
+use crate::parallel::{joined, locked};
+use crate::store::{self, CacheUrl, Condition, Store, StoreError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -119,10 +119,7 @@ fn look(
                 ..present::CacheContents::default()
             }),
         };
-        match named.join() {
-            Ok(named) => named?,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+        joined(named)?;
         found
     })
 }
@@ -130,11 +127,9 @@ fn look(
 /// Makes a folder or a bucket a binary cache, as Nix does.
 fn name(cache: &dyn Store) -> Result<(), StoreError> {
     let (key, line) = CACHE_INFO;
-    let there = match cache.get(key, None, 64 << 10) {
-        Ok(GetResult::Found { bytes, .. }) => {
-            String::from_utf8_lossy(&bytes).lines().any(|l| l.trim() == line)
-        }
-        Ok(GetResult::Missing | GetResult::NotModified) | Err(StoreError::TooLarge(_)) => false,
+    let there = match cache.read(key, 64 << 10) {
+        Ok(Some(bytes)) => String::from_utf8_lossy(&bytes).lines().any(|l| l.trim() == line),
+        Ok(None) | Err(StoreError::TooLarge(_)) => false,
         Err(e) => return Err(e),
     };
     if !there {

@@ -281,7 +281,7 @@ mod tests {
     use super::super::local::tests::{info, path};
     use super::*;
     use crate::store::dir::DirStore;
-    use crate::store::faulty::FaultyStore;
+    use crate::store::tests::FaultyStore;
     use std::collections::BTreeSet;
 
     /// A few levels of paths, each with a file of its own, but for the last two, whose content is the same.

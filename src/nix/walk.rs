@@ -7,7 +7,7 @@ use crate::http::CONNECTIONS;
 use crate::keys::PublicKey;
 use crate::names::StorePath;
 use crate::parallel;
-use crate::store::{GetResult, Store, StoreError};
+use crate::store::{Store, StoreError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -185,9 +185,9 @@ fn ask(
     path: &StorePath,
     keys: &[PublicKey],
 ) -> Result<(Result<VerifiedNarInfo, PathFault>, u64), StoreError> {
-    let bytes = match cache.get(&NarInfo::key(path), None, MAX_BYTES) {
-        Ok(GetResult::Found { bytes, .. }) => bytes,
-        Ok(GetResult::Missing | GetResult::NotModified) => return Ok((Err(PathFault::Absent), 0)),
+    let bytes = match cache.read(&NarInfo::key(path), MAX_BYTES) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return Ok((Err(PathFault::Absent), 0)),
         Err(StoreError::TooLarge(_)) => {
             let why = format!("has more than {} MiB", MAX_BYTES >> 20);
             return Ok((Err(PathFault::Unreadable(why)), MAX_BYTES));
@@ -223,7 +223,7 @@ mod tests {
     use crate::nix::narinfo::Compression;
     use crate::store::Condition;
     use crate::store::dir::DirStore;
-    use crate::store::faulty::FaultyStore;
+    use crate::store::tests::FaultyStore;
 
     fn path(n: usize) -> StorePath {
         StorePath::parse(&format!("/nix/store/{n:032}-p{n}")).unwrap()

@@ -342,7 +342,7 @@ impl Follower<'_> {
         let at = state.serial.map_or("none".to_string(), |s| s.to_string());
         let behind = format!("its last pass saw serial {at}, not yet {serial}");
         let (next, why) = match &state.manifest_error {
-            Some(why) => (NextTry::Stuck, format!(": {}", hint::translated(why, host, Some(&settings.host)))),
+            Some(why) => (NextTry::Stuck, format!(": {}", hint::translated(why, host, &settings.host))),
             None if !well => (NextTry::Stuck, format!(" (start: {})", started.said)),
             None => (NextTry::Behind, "; starting another".into()),
         };
@@ -407,13 +407,12 @@ impl Follower<'_> {
         ];
         let output = ssh::output_on(self.settings, host, true, &words, ANSWER_WITHIN).ok()?;
         let line = output.text().lines().last().map(str::trim).unwrap_or_default().to_string();
-        (output.status.ok() && !line.is_empty())
-            .then(|| hint::translated(&line, host, Some(&self.settings.host)))
+        (output.status.ok() && !line.is_empty()).then(|| hint::translated(&line, host, &self.settings.host))
     }
 
     /// What the host advises, as it is to be typed here.
     fn as_read_here(&self, host: &HostName, outcome: Outcome) -> Outcome {
-        let translated = |text: &str| hint::translated(text, host, Some(&self.settings.host));
+        let translated = |text: &str| hint::translated(text, host, &self.settings.host);
         match outcome {
             Outcome::Off(off) => Outcome::Off(Off { reason: translated(&off.reason), ..off }),
             Outcome::Pending(why) => Outcome::Pending(translated(&why)),

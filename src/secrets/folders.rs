@@ -1,7 +1,7 @@
 //! The folders above a file of secrets: whoever may change one of them may lead root to another file, however well
 //! the file itself is kept. Judged by the pass, by `secrets` and by `doctor` alike; nothing is changed here.
 
-use std::io::ErrorKind;
+use crate::files::if_reached;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -21,8 +21,8 @@ pub fn insecure(folder: &Path) -> Option<String> {
 fn above(folder: &Path, links: u32) -> Option<String> {
     let mut folders: Vec<&Path> = folder.ancestors().filter(|f| f.is_absolute()).collect();
     folders.reverse();
-    folders.into_iter().find_map(|folder| match fs_err::symlink_metadata(folder) {
-        Ok(meta) if meta.is_symlink() => {
+    folders.into_iter().find_map(|folder| match if_reached(fs_err::symlink_metadata(folder)) {
+        Ok(Some(meta)) if meta.is_symlink() => {
             let leads = fs_err::read_link(folder).ok()?;
             let Some(links) = links.checked_sub(1) else {
                 return Some(format!(
@@ -34,8 +34,8 @@ fn above(folder: &Path, links: u32) -> Option<String> {
             let at = folder.display().to_string();
             judge(&at, meta.uid(), 0).or_else(|| above(&folder.parent()?.join(leads), links))
         }
-        Ok(meta) => judge(&folder.display().to_string(), meta.uid(), meta.mode()),
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => None,
+        Ok(Some(meta)) => judge(&folder.display().to_string(), meta.uid(), meta.mode()),
+        Ok(None) => None,
         Err(e) => Some(crate::error::io_text(&e)),
     })
 }

@@ -6,9 +6,9 @@ pub mod environment;
 pub mod folders;
 pub mod mask;
 
-use crate::deployer::observe;
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::files::if_there;
 use crate::hash::Sha256;
 use crate::lock;
 use crate::manifest::Service;
@@ -19,7 +19,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use fs_err::os::unix::fs::OpenOptionsExt;
 use serde::{Deserialize, Serialize};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -122,9 +122,44 @@ pub fn decode(text: &str) -> Result<Vec<u8>> {
     STANDARD.decode(text).map_err(|_| Error::new("what came over the wire is not base64; try again"))
 }
 
+/// Whether a secrets file may be used: there, a regular file, root's, readable by nobody else. The answer
+/// identifies its present content without telling anything of it (times, size, inode), or is the reason with
+/// the command that mends it.
+pub fn usable(name: &ServiceName, path: &Path) -> Result<String, String> {
+    let shown = path.display();
+    let wrong = |why: &str| Err(format!("secrets file {shown} of {name}{why}"));
+    if let Some(why) = path.parent().and_then(folders::insecure) {
+        return wrong(&format!(": {why}"));
+    }
+    let meta = if_there(fs_err::symlink_metadata(path));
+    let Some(meta) = meta.map_err(|e| format!("secrets file of {name}: {e}"))? else {
+        return wrong(&format!(" is missing; make it: install -m 600 /dev/null {shown}"));
+    };
+    if meta.is_symlink() {
+        return wrong(" is a symbolic link; put the file itself there");
+    }
+    if !meta.is_file() {
+        return wrong(" is not a regular file; put a file there");
+    }
+    if meta.uid() != 0 {
+        return wrong(&format!(" belongs to user {}; run: chown root:root {shown}", meta.uid()));
+    }
+    let mode = meta.mode() & 0o7777;
+    if mode & !0o600 != 0 {
+        return wrong(&format!(" has mode {mode:04o}, others could read it; run: chmod 600 {shown}"));
+    }
+    Ok(format!("{}.{}.{}.{}", meta.mtime(), meta.mtime_nsec(), meta.size(), meta.ino()))
+}
+
+/// Whether a file was changed after a service was last started.
+pub fn changed_since_start(name: &ServiceName, file: &Path) -> bool {
+    let changed = fs_err::metadata(file).ok().map(|m| (m.mtime(), m.mtime_nsec()));
+    matches!((systemd::started(&name.unit()), changed), (Some(started), Some(changed)) if changed > started)
+}
+
 /// On the host: looks at a file, and reads it if `content` is wanted.
 pub fn look(name: &ServiceName, path: &Path, form: FileFormat, content: bool) -> Result<FileState> {
-    let mut problems: Vec<String> = observe::secrets_file(name, path).err().into_iter().collect();
+    let mut problems: Vec<String> = usable(name, path).err().into_iter().collect();
     // Where others could lead us to another file nothing is read, and that is all there is to be said.
     let unsafe_folder = !content && path.parent().is_some_and(|folder| folders::insecure(folder).is_some());
     let bytes = if unsafe_folder { None } else { read(path)? };
@@ -140,7 +175,7 @@ pub fn look(name: &ServiceName, path: &Path, form: FileFormat, content: bool) ->
         mistakes: mistakes.iter().map(ToString::to_string).collect(),
         names,
         running,
-        newer: running && observe::changed_since_start(name, path),
+        newer: running && changed_since_start(name, path),
         hash: bytes.as_ref().filter(|_| content).map(|(bytes, _)| Sha256::of(bytes).base16()),
         content: bytes.filter(|_| content).map(|(bytes, _)| encode(&bytes)),
     })
@@ -215,9 +250,9 @@ fn read(path: &Path) -> Result<Option<(Vec<u8>, std::fs::Metadata)>> {
     // Nor is a pipe waited for.
     let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
     options.read(true).custom_flags(flags.bits() as i32);
-    let file = match options.open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+    let file = match if_there(options.open(path)) {
+        Ok(Some(file)) => file,
+        Ok(None) => return Ok(None),
         Err(_) if fs_err::symlink_metadata(path).is_ok_and(|m| m.is_symlink()) => {
             return Err(Error::new(format!("{shown} is a symbolic link; put the file itself there")));
         }
@@ -317,5 +352,29 @@ mod tests {
         std::os::unix::fs::chown(&theirs, Some(65534), None).unwrap();
         refused(&theirs.join("ava.env"), "belongs to user 65534");
         assert_eq!(fs_err::read(&secret).unwrap(), b"A=hunter2");
+    }
+
+    #[test]
+    #[ignore = "needs root: cargo test -- --ignored"]
+    fn secrets_that_others_could_read_are_refused_with_the_line_to_type() {
+        let dir = tempfile::tempdir_in("/root").unwrap();
+        let name = ServiceName::parse("ava").unwrap();
+        let file = dir.path().join("ava.env");
+        assert!(usable(&name, &file).unwrap_err().contains("install -m 600"));
+        fs_err::write(&file, "A=1").unwrap();
+        for (mode, good) in
+            [(0o644, false), (0o640, false), (0o601, false), (0o4600, false), (0o600, true), (0o400, true)]
+        {
+            fs_err::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+            let answer = usable(&name, &file);
+            assert_eq!(answer.is_ok(), good, "{mode:o}: {answer:?}");
+            if let Err(why) = answer {
+                assert!(why.contains(&format!("chmod 600 {}", file.display())), "{why}");
+            }
+        }
+        let link = dir.path().join("link.env");
+        fs_err::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(usable(&name, &link).unwrap_err().contains("symbolic link"));
+        assert!(usable(&name, dir.path()).unwrap_err().contains("regular"));
     }
 }

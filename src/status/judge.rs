@@ -32,15 +32,10 @@ pub struct Expected<'a> {
     /// The identity of the store that it was read from; None: not compared.
     pub store: Option<String>,
     /// The host that the reader sits at.
-    pub here: Option<HostName>,
+    pub here: HostName,
 }
 
-impl<'a> Expected<'a> {
-    /// The manifest alone: entries and stores are not compared.
-    pub fn only(manifest: &'a Manifest) -> Self {
-        Expected { manifest, entries: BTreeMap::new(), store: None, here: None }
-    }
-
+impl Expected<'_> {
     /// The store that a host obeys, if it is another one.
     fn other_store<'s>(&self, state: &'s State) -> Option<&'s str> {
         let theirs = state.store.as_deref()?;
@@ -346,8 +341,13 @@ mod tests {
         BTreeMap::from([(host("biz"), report)])
     }
 
+    /// The manifest alone: entries and stores are not compared.
+    fn expected(manifest: &Manifest) -> Expected<'_> {
+        Expected { manifest, entries: BTreeMap::new(), store: None, here: host("laptop") }
+    }
+
     fn judged(manifest: &Manifest, state: State) -> StatusReport {
-        judge(&Expected::only(manifest), &reports(HostReport::Read(Box::new(state))), NOW, Only::default())
+        judge(&expected(manifest), &reports(HostReport::Read(Box::new(state))), NOW, Only::default())
     }
 
     #[test]
@@ -438,7 +438,7 @@ mod tests {
             HostReport::Unreadable("EOF".into()),
             HostReport::Silent("ssh: refused".into()),
         ] {
-            let report = judge(&Expected::only(&manifest), &reports(report.clone()), NOW, Only::default());
+            let report = judge(&expected(&manifest), &reports(report.clone()), NOW, Only::default());
             assert_eq!(report.rows[0].status, ServiceStatus::Unknown);
             assert!(report.needs_attention() && report.hosts[0].problems.len() == 1, "{report:?}");
         }
@@ -525,7 +525,7 @@ mod tests {
         second.hosts.push(host("two"));
         manifest.services.push(second);
         let shown = |service, host| {
-            let report = judge(&Expected::only(&manifest), &BTreeMap::new(), NOW, Only { service, host });
+            let report = judge(&expected(&manifest), &BTreeMap::new(), NOW, Only { service, host });
             report.rows.iter().map(|r| format!("{}@{}", r.service, r.host)).collect::<Vec<_>>()
         };
         assert_eq!(shown(None, None), ["ava@biz", "web@biz", "web@two"]);

@@ -8,7 +8,7 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::follow;
 use crate::deployer::live::{self, LIVE_VERSION, Live, LiveState};
-use crate::deployer::reported::{BOUNDS, MAX_REPORT, key, parsed};
+use crate::deployer::reported::{BOUNDS, MAX_REPORT, key, parsed, readable};
 use crate::deployer::root::STATE_FILE;
 use crate::deployer::state::State;
 use crate::doctor::domains;
@@ -16,7 +16,7 @@ use crate::error::{Error, Exit, Result};
 use crate::names::HostName;
 use crate::parallel;
 use crate::ssh;
-use crate::store::{GetResult, HOSTS_PREFIX, Store, StoreError, StoreUrl};
+use crate::store::{HOSTS_PREFIX, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -76,8 +76,8 @@ pub fn stored_others(
 
 /// A host's report, with its bytes.
 fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(HostReport, u64)> {
-    Ok(match store.get(&key(host), None, MAX_REPORT) {
-        Ok(GetResult::Found { bytes, .. }) => {
+    Ok(match store.read(&key(host), MAX_REPORT) {
+        Ok(Some(bytes)) => {
             let report = match read(host, &bytes) {
                 // It is in this store: its host reaches it, by whatever address.
                 HostReport::Read(mut state)
@@ -90,7 +90,7 @@ fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(HostReport
             };
             (report, bytes.len() as u64)
         }
-        Ok(GetResult::Missing | GetResult::NotModified) => (HostReport::Missing, 0),
+        Ok(None) => (HostReport::Missing, 0),
         Err(StoreError::TooLarge(why)) => (HostReport::Unreadable(why), 0),
         Err(e) => return Err(e.into()),
     })
@@ -111,8 +111,7 @@ pub fn same_store(store: &dyn Store, state: &mut State) {
     if state.store.as_deref().is_none_or(|theirs| theirs == identity || !but_for_address(theirs, &identity)) {
         return;
     }
-    if let Ok(GetResult::Found { bytes, .. }) = store.get(&key(&state.host), None, MAX_REPORT)
-        && let Ok(reported) = parsed(&bytes)
+    if let Some(reported) = readable(store, &state.host)
         && (&reported.machine, &reported.store, reported.checked_at)
             == (&state.machine, &state.store, state.checked_at)
     {
@@ -140,7 +139,7 @@ pub fn live(
                     "its state could not be read: {}{}; run '{}'",
                     state_error.unwrap_or_else(|| "it is not there".into()),
                     line.unwrap_or_default(),
-                    hint::typed(host, Some(&settings.host), "deployer")
+                    hint::typed(host, &settings.host, "deployer")
                 ))
             }
         })
@@ -201,7 +200,7 @@ pub fn ask(settings: &Settings, host: &HostName, with: With, deadline: Duration)
             "its state could not be read ({}): {}; run '{}'",
             output.status,
             crate::runner::tail(&output.stderr),
-            hint::typed(host, Some(&settings.host), "deployer")
+            hint::typed(host, &settings.host, "deployer")
         )));
     }
     if output.stdout.len() as u64 > MAX_REPORT {

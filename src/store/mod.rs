@@ -6,11 +6,11 @@ mod beneath;
 pub mod codes;
 pub mod credentials;
 pub mod dir;
-#[cfg(test)]
-pub mod faulty;
 pub mod objects;
 pub mod probe;
 pub mod s3;
+#[cfg(test)]
+pub mod tests;
 pub mod url;
 pub mod xml;
 
@@ -149,6 +149,14 @@ pub trait Store: Send + Sync {
 
     /// Reads an object of at most `limit` bytes, unless it is still the version `unless`.
     fn get(&self, key: &str, unless: Option<&Etag>, limit: u64) -> Result<GetResult, StoreError>;
+
+    /// Reads an object of at most `limit` bytes, whichever version it is; None when it is missing.
+    fn read(&self, key: &str, limit: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(match self.get(key, None, limit)? {
+            GetResult::Found { bytes, .. } => Some(bytes),
+            GetResult::Missing | GetResult::NotModified => None,
+        })
+    }
 
     /// The first `count` bytes of an object (all of a shorter one); None when it is missing.
     fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError>;

@@ -167,7 +167,7 @@ fn refuses(store: &dyn Store) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::faulty::{Faults, FaultyStore};
+    use crate::store::tests::{Faults, FaultyStore};
 
     #[test]
     fn the_form_that_a_store_takes_is_found_out_and_used() {

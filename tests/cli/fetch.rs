@@ -61,7 +61,7 @@ impl Scene {
 
     fn fetch(&self, top: &StorePath) -> Option<FetchError> {
         let settings = self.settings(&format!("file://{}", self.cache().display()));
-        nix::fetch(&settings, std::slice::from_ref(top)).unwrap().remove(top)
+        nix::fetch(&settings, std::slice::from_ref(top), &std::env::temp_dir()).unwrap().remove(top)
     }
 
     fn refused(&self, top: &StorePath, parts: &[&str]) {
@@ -223,7 +223,7 @@ fn below_what_nobody_signed_nothing_is_asked_for() {
     scene.edit(&closure.lib, |text| text.replace("References: ", &format!("References: {other} ")));
     let settings = scene.upload(&s3);
     let before = s3.log().len();
-    let reasons = nix::fetch(&settings, std::slice::from_ref(&closure.app)).unwrap();
+    let reasons = nix::fetch(&settings, std::slice::from_ref(&closure.app), &std::env::temp_dir()).unwrap();
     let Some(FetchError::Refused(why)) = reasons.get(&closure.app) else { panic!("{reasons:?}") };
     assert!(why.contains(closure.lib.as_str()) && why.contains("no signature"), "{why}");
     // What it advises is done on the machine that has the path; the key of who wrote the bucket is not to be trusted.
@@ -246,7 +246,7 @@ fn one_path_of_many_costs_two_requests_and_all_of_them_come_at_once() {
     let settings = scene.upload(&s3);
     let fetch = || {
         let before = s3.log().len();
-        let reasons = nix::fetch(&settings, std::slice::from_ref(&many.top)).unwrap();
+        let reasons = nix::fetch(&settings, std::slice::from_ref(&many.top), &std::env::temp_dir()).unwrap();
         assert_eq!(reasons, Default::default());
         assert_eq!(nix::missing(&many.paths).unwrap(), []);
         assert_eq!(spooled(), [] as [PathBuf; 0]);
@@ -272,7 +272,7 @@ fn a_transfer_that_broke_off_goes_on_also_in_the_next_pass() {
     scene.fill(&closure.app);
     closure.forget();
     let settings = scene.upload(&s3);
-    let fetch = || nix::fetch(&settings, std::slice::from_ref(&closure.app)).unwrap();
+    let fetch = || nix::fetch(&settings, std::slice::from_ref(&closure.app), &std::env::temp_dir()).unwrap();
     let parts = |log: &[String]| log.iter().filter(|l| l.contains("/nar/") && l.ends_with(" 206")).count();
     // The large one alone: which of two comes first is open.
     let nar = scene.nar(&closure.lib);
@@ -312,7 +312,7 @@ fn one_closure_that_is_spoiled_keeps_no_other_from_coming() {
     fs_err::write(scene.nar(&closures[1].lib), bomb()).unwrap();
     let tops: Vec<StorePath> = closures.iter().map(|c| c.app.clone()).collect();
     let settings = scene.settings(&format!("file://{}", scene.cache().display()));
-    let reasons = nix::fetch(&settings, &tops).unwrap();
+    let reasons = nix::fetch(&settings, &tops, &std::env::temp_dir()).unwrap();
     assert_eq!(reasons.keys().collect::<Vec<_>>(), [&tops[1]], "{reasons:?}");
     assert_eq!(nix::missing(&[closures[0].paths(), closures[2].paths()].concat()).unwrap(), []);
 }

@@ -167,7 +167,7 @@ fn round_trip(desk: &Desk) {
     closure.forget();
     assert_eq!(nix::missing(&closure.paths()).unwrap().len(), 2);
     let host = desk.hosts_settings(&[("trustedPublicKeys", &public)]);
-    assert_eq!(nix::fetch(&host, &tops).unwrap(), Default::default());
+    assert_eq!(nix::fetch(&host, &tops, &std::env::temp_dir()).unwrap(), Default::default());
     assert_eq!(nix::missing(&closure.paths()).unwrap(), []);
     assert_eq!(nix::closure(&tops).unwrap().len(), 2);
 }
@@ -229,7 +229,7 @@ fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
     put(&format!("{}.narinfo", forged.lib.hash()), lie.as_bytes());
 
     let all: Vec<StorePath> = closures.iter().map(|c| c.app.clone()).collect();
-    let reasons = nix::fetch(&host, &all).unwrap();
+    let reasons = nix::fetch(&host, &all, &std::env::temp_dir()).unwrap();
     assert_eq!(nix::missing(&good.paths()).unwrap(), [], "what is whole arrives: {reasons:?}");
     assert!(!reasons.contains_key(&good.app));
     let text = |c: &Closure| reasons[&c.app].to_string();
@@ -244,14 +244,18 @@ fn the_reasons_why_a_closure_cannot_be_had_are_told_apart() {
 
     good.forget();
     let stranger = desk.hosts_settings(&[("trustedPublicKeys", &foreign)]);
-    let refused = nix::fetch(&stranger, std::slice::from_ref(&good.app)).unwrap();
+    let refused = nix::fetch(&stranger, std::slice::from_ref(&good.app), &std::env::temp_dir()).unwrap();
     assert!(matches!(refused[&good.app], FetchError::Refused(_)), "{refused:?}");
     assert_eq!(nix::missing(std::slice::from_ref(&good.app)).unwrap().len(), 1);
 
     let gone = format!("s3://box/cache?endpoint={}&scheme=http", s3.address);
     drop(s3);
-    let lost =
-        nix::fetch(&desk.hosts_settings(&[("cache", &gone)]), std::slice::from_ref(&good.app)).unwrap();
+    let lost = nix::fetch(
+        &desk.hosts_settings(&[("cache", &gone)]),
+        std::slice::from_ref(&good.app),
+        &std::env::temp_dir(),
+    )
+    .unwrap();
     assert!(matches!(lost[&good.app], FetchError::Unreachable(_)), "{lost:?}");
 }
 
@@ -310,7 +314,8 @@ fn what_was_cached_without_a_signature_gets_one() {
     assert_eq!(publish(&signing, &tops).written, Some(0));
     closure.forget();
     assert_eq!(
-        nix::fetch(&desk.hosts_settings(&[("trustedPublicKeys", &public)]), &tops).unwrap(),
+        nix::fetch(&desk.hosts_settings(&[("trustedPublicKeys", &public)]), &tops, &std::env::temp_dir())
+            .unwrap(),
         Default::default()
     );
 }
@@ -398,7 +403,7 @@ impl Team {
             [&closure.app, &closure.lib].map(|p| ask("nix-store", &["--query", "--hash", p.as_str()]));
         closure.forget();
         let host = self.desks[0].hosts_settings(&[("trustedPublicKeys", &self.trusted)]);
-        let reasons = nix::fetch(&host, std::slice::from_ref(&closure.app)).unwrap();
+        let reasons = nix::fetch(&host, std::slice::from_ref(&closure.app), &std::env::temp_dir()).unwrap();
         if !reasons.is_empty() {
             println!("{reasons:?}");
             return false;
@@ -538,7 +543,10 @@ fn many_paths_are_pushed_and_fetched_over_no_more_connections_than_are_kept() {
     many.forget();
     let host = team.desks[0].hosts_settings(&[("trustedPublicKeys", &team.trusted)]);
     let fetched = made(&|| {
-        assert_eq!(nix::fetch(&host, std::slice::from_ref(&many.top)).unwrap(), Default::default());
+        assert_eq!(
+            nix::fetch(&host, std::slice::from_ref(&many.top), &std::env::temp_dir()).unwrap(),
+            Default::default()
+        );
     });
     assert_eq!(nix::missing(&many.paths).unwrap(), []);
     println!("connections: {pushed} for a push, {again} for the same again, {fetched} for a fetch");
@@ -573,7 +581,7 @@ fn what_is_large_is_pushed_and_fetched_in_little_memory() {
     let pushed = peak();
     closure.forget();
     let host = desk.hosts_settings(&[("trustedPublicKeys", &public)]);
-    assert_eq!(nix::fetch(&host, &tops).unwrap(), Default::default());
+    assert_eq!(nix::fetch(&host, &tops, &std::env::temp_dir()).unwrap(), Default::default());
     let fetched = peak();
     println!("{} MiB for a push, {} MiB with a fetch", pushed >> 20, fetched >> 20);
     assert!(pushed < 32 << 20 && fetched < 32 << 20, "{pushed} bytes for a push, {fetched} with a fetch");

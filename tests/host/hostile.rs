@@ -3,6 +3,7 @@
 //! generator with a fixed seed. Texts that would run a program where somebody interprets them all run the same
 //! one, which leaves a mark.
 
+use crate::random::Random;
 use crate::solo::{Solo, solo};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -33,23 +34,6 @@ enum Fate {
     Refused,
     /// Taken up; only what it names has changed.
     Harmless,
-}
-
-/// `splitmix64`: the same numbers everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
 }
 
 /// The service that hostile values are put into; it waits for its first push, so that nothing of it starts.
@@ -321,7 +305,7 @@ fn with_raw(document: &Value, pointer: &str, raw: &str) -> Vec<u8> {
 
 /// Every case that starts nothing, with what is known of its fate.
 fn cases(good: &Value, running: &str) -> Vec<Case> {
-    let mut random = Random(SEED);
+    let mut random = Random::new(SEED);
     let mut cases = Vec::new();
     let only_evil = || BTreeSet::from(["evil".to_string()]);
     let mut add = |what: String, bytes: Vec<u8>, names: BTreeSet<String>, expected| {
@@ -391,7 +375,7 @@ fn cases(good: &Value, running: &str) -> Vec<Case> {
     }
     for _ in 0..15 {
         let length = 1 + random.below(3000);
-        let bytes = (0..length).map(|_| random.next() as u8).collect();
+        let bytes = (0..length).map(|_| random.below(256) as u8).collect();
         add(format!("{length} bytes of noise"), bytes, BTreeSet::new(), refused);
     }
 

@@ -56,7 +56,7 @@ pub(super) fn fetch(round: &Round) -> Outcome {
     log::info(format!("fetching {} closure(s) from {}", missing.len(), settings.cache));
     let begun = Instant::now();
     let paths: Vec<StorePath> = missing.keys().map(|p| (*p).clone()).collect();
-    match nix::fetch_within(settings, &paths, &round.at.root.run_dir) {
+    match nix::fetch(settings, &paths, &round.at.root.run_dir) {
         Ok(failures) => {
             for (path, names) in missing {
                 let names = names.join(", ");

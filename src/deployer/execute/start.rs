@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::log;
 use crate::manifest::Service;
 use crate::names::{ServiceName, StorePath};
+use crate::parallel::joined;
 use crate::runner::tail;
 use crate::secrets;
 use crate::systemd::{self, Began, Restarted};
@@ -259,10 +260,10 @@ fn watch_all(
     // What it says is known before the watch has settled: it costs the pass no time.
     let (outcomes, exposures) = std::thread::scope(|scope| {
         let exposures = scope.spawn(systemd::exposures);
-        (watch(round.at.root, &watched, &mut well), exposures.join())
+        (watch(round.at.root, &watched, &mut well), joined(exposures))
     });
     done.started.extend(starts.iter().map(|s| s.name.clone()));
-    match exposures.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
+    match exposures {
         Ok(exposures) => done.exposures = exposures,
         Err(e) => log::info(format!("how exposed the services are is not known: {e}")),
     }

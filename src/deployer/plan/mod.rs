@@ -14,9 +14,11 @@ use super::unit;
 use crate::clock::Timestamp;
 use crate::hash::Sha256;
 use crate::manifest::{Http, Service};
-use crate::names::{NEXT_SUFFIX, ServiceName, StorePath};
+use crate::names::{NEXT_SUFFIX, STORE_DIR, ServiceName, StorePath};
+use serde::{Serialize, Serializer};
 use service::{Given, attempt_stamp};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 /// What a pass goes by besides.
 #[derive(Debug, Clone, Default)]
@@ -92,32 +94,33 @@ impl Goal {
 }
 
 /// One thing to do for one service.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "do", rename_all = "lowercase")]
 pub enum Step {
     /// Keep a path from the garbage collector.
-    Root(StorePath),
+    Root(#[serde(serialize_with = "path")] StorePath),
     /// Get a closure from the cache.
-    Fetch(StorePath),
+    Fetch(#[serde(serialize_with = "path")] StorePath),
     /// Write the unit; the reason.
-    Write(&'static str),
+    Write(#[serde(serialize_with = "why")] &'static str),
     /// Have systemd read the unit again: a person changed it back and forth.
     Reload,
     /// Have it started at boot.
     Enable,
     /// Before it is restarted: verify the new version beside it and lead requests there; the reason.
-    Overlap(&'static str),
+    Overlap(#[serde(serialize_with = "why")] &'static str),
     /// Restart it and see it come up; the reason.
-    Restart(&'static str),
+    Restart(#[serde(serialize_with = "why")] &'static str),
     /// See that it is up, without restarting it; the reason.
-    Prove(&'static str),
+    Prove(#[serde(serialize_with = "why")] &'static str),
     /// Stop it, and have it not started at boot: it is paused.
     Pause,
     /// Take the entry down as verified: nothing of the unit changed.
     Record,
     /// Stop it and remove its unit; the reason.
-    Remove(&'static str),
+    Remove(#[serde(serialize_with = "why")] &'static str),
     /// Let go of a path.
-    Unroot(String),
+    Unroot(#[serde(serialize_with = "base")] String),
 }
 
 impl Step {
@@ -129,6 +132,42 @@ impl Step {
             Step::Root(_) | Step::Fetch(_) | Step::Reload | Step::Record | Step::Unroot(_) => false,
         }
     }
+}
+
+/// As people read it.
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::Root(path) => write!(f, "root {path}"),
+            Step::Fetch(path) => write!(f, "fetch {path}"),
+            Step::Write(why) => write!(f, "write its unit ({why})"),
+            Step::Reload => f.write_str("have systemd read its unit again"),
+            Step::Enable => f.write_str("have it started at boot"),
+            Step::Overlap(why) => {
+                write!(f, "prove the new version beside it and lead requests there ({why})")
+            }
+            Step::Restart(why) => write!(f, "restart and see it come up ({why})"),
+            Step::Prove(why) => write!(f, "see that it is up ({why})"),
+            Step::Pause => f.write_str("stop it: it is paused"),
+            Step::Record => f.write_str("take its changed entry down"),
+            Step::Remove(why) => write!(f, "stop and remove ({why})"),
+            Step::Unroot(base) => write!(f, "let go of {STORE_DIR}/{base}"),
+        }
+    }
+}
+
+/// What a step is done to, in `deployer plan --json`.
+fn path<S: Serializer>(path: &StorePath, s: S) -> Result<S::Ok, S::Error> {
+    s.collect_map([("path", path)])
+}
+
+fn base<S: Serializer>(base: &str, s: S) -> Result<S::Ok, S::Error> {
+    s.collect_map([("path", format!("{STORE_DIR}/{base}"))])
+}
+
+/// Why it is done.
+fn why<S: Serializer>(why: &str, s: S) -> Result<S::Ok, S::Error> {
+    s.collect_map([("why", why)])
 }
 
 /// What is to be done for one service.

@@ -3,6 +3,7 @@
 //! redirect, nothing kept, and never longer than the deadline.
 
 use crate::clock::Timestamp;
+use crate::parallel::locked;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{
@@ -18,7 +19,7 @@ use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// The longest head of an answer that is read, in bytes.
@@ -153,7 +154,7 @@ pub struct Request<'a> {
 pub fn https(request: Request, trust: &CertificateTrust, deadline: Instant) -> Reply {
     let verifier = Arc::new(RecordingVerifier { trust: trust.clone(), seen: Mutex::new(None) });
     let answer = encrypted(request, &verifier, deadline);
-    let seen = verifier.seen.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let seen = locked(&verifier.seen).take();
     let certificate = seen.map(|(der, fault)| {
         let (issuer, self_signed, until) = x509::read(&der).unwrap_or_default();
         Certificate { issuer, self_signed, until, fault, der }
@@ -316,7 +317,7 @@ impl ServerCertVerifier for RecordingVerifier {
                 Err(other) => Some(CertificateFault::Other(other.to_string())),
             },
         };
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some((leaf.to_vec(), fault));
+        *locked(&self.seen) = Some((leaf.to_vec(), fault));
         Ok(ServerCertVerified::assertion())
     }
 

@@ -32,7 +32,7 @@ pub(super) fn row(wanted: &Expected<'_>, host: &HostName, report: &HostReport, n
         },
     };
     if let Some(live) = report.live() {
-        apply_live(&mut row, live, wanted.here.as_ref());
+        apply_live(&mut row, live, &wanted.here);
     }
     row.off = !row.problems.is_empty();
     row
@@ -40,7 +40,7 @@ pub(super) fn row(wanted: &Expected<'_>, host: &HostName, report: &HostReport, n
 
 /// What a host's state says is wrong with it.
 fn problems(wanted: &Expected<'_>, host: &HostName, state: &State, now: Timestamp) -> Vec<String> {
-    let (here, manifest) = (wanted.here.as_ref(), wanted.manifest);
+    let (here, manifest) = (&wanted.here, wanted.manifest);
     let mut problems = Vec::new();
     // Every field is looked at: a new one is to be judged here.
     let State {
@@ -110,7 +110,7 @@ fn problems(wanted: &Expected<'_>, host: &HostName, state: &State, now: Timestam
 }
 
 /// What systemd says now of the deployer and its timer, and what else the host found when it was asked.
-fn apply_live(row: &mut HostRow, live: &Live, here: Option<&HostName>) {
+fn apply_live(row: &mut HostRow, live: &Live, here: &HostName) {
     let Live { at: _, services: _, deployer, timer, last_line, domains: _, problems } = live;
     let host = row.host.clone();
     let logs = format!("'omni-deploy logs deployer --host {host}'");

@@ -88,7 +88,7 @@ pub(super) fn row(
         ServiceStatus::Pending => overdue,
         _ => true,
     };
-    let here = wanted.here.as_ref();
+    let here = &wanted.here;
     match row.status {
         ServiceStatus::Failed | ServiceStatus::Rejected => explain(&mut row, entry.failure.as_ref(), here),
         ServiceStatus::Pending => row.problem = overdue_text,
@@ -146,7 +146,7 @@ fn remark(
     service: &Service,
     entry: &ServiceState,
     host: &HostName,
-    here: Option<&HostName>,
+    here: &HostName,
 ) -> Option<String> {
     let name = &service.name;
     let typed = |command: String| hint::typed(host, here, &command);
@@ -177,7 +177,7 @@ fn remark(
 }
 
 /// What systemd says now beats what the last pass left.
-fn apply_live(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
+fn apply_live(row: &mut ServiceRow, live: &Live, here: &HostName) {
     let Some(unit) = live.services.get(&row.service) else { return };
     row.restarts = Some(unit.restarts);
     let does = format!("{}/{}", unit.active, unit.sub);
@@ -244,7 +244,7 @@ fn apply_live(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
 }
 
 /// What visitors of its domain meet now; of a service that is down that is known.
-fn apply_domains(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
+fn apply_domains(row: &mut ServiceRow, live: &Live, here: &HostName) {
     if row.running.is_none()
         || !matches!(row.status, ServiceStatus::Running | ServiceStatus::Pinned | ServiceStatus::Differs)
     {
@@ -259,7 +259,7 @@ fn apply_domains(row: &mut ServiceRow, live: &Live, here: Option<&HostName>) {
     }
 }
 
-fn explain(row: &mut ServiceRow, failure: Option<&FailureRecord>, here: Option<&HostName>) {
+fn explain(row: &mut ServiceRow, failure: Option<&FailureRecord>, here: &HostName) {
     let Some(failure) = failure else {
         row.problem = Some("the host gives no reason; see 'omni-deploy logs deployer'".into());
         return;
@@ -295,7 +295,7 @@ pub(super) fn leftover(
     };
     match &entry.failure {
         _ if status == ServiceStatus::Pending => {}
-        Some(failure) => explain(&mut row, Some(failure), wanted.here.as_ref()),
+        Some(failure) => explain(&mut row, Some(failure), &wanted.here),
         None => row.add_problem("the manifest does not place it here; the next pass should remove it".into()),
     }
     row

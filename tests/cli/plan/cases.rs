@@ -363,3 +363,17 @@ fn a_service_that_waits_has_no_unit_and_no_route() {
     assert!(plan.services[0].steps.is_empty() && plan.services[0].failure.is_none());
     assert_eq!(m.route_changes(&plan), RoutePlan::None);
 }
+
+#[test]
+fn a_step_in_json_says_what_is_done_to_what_or_why() {
+    let base = path(1).base().to_string();
+    for (step, form) in [
+        (Step::Root(path(1)), json!({"do": "root", "path": path(1)})),
+        (Step::Fetch(path(1)), json!({"do": "fetch", "path": path(1)})),
+        (Step::Write("new here"), json!({"do": "write", "why": "new here"})),
+        (Step::Reload, json!({"do": "reload"})),
+        (Step::Unroot(base), json!({"do": "unroot", "path": path(1)})),
+    ] {
+        assert_eq!(serde_json::to_value(&step).unwrap(), form, "{step}");
+    }
+}
