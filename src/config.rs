@@ -2,14 +2,17 @@
 //! `/etc/omni-deploy/config.json`, then the default. Every value knows where it came from. Nothing here is
 //! secret: keys are named by file, credentials are found elsewhere.
 
-use crate::deployer::admin::Address;
+pub mod admin;
+
 use crate::error::{Error, Result, did_you_mean};
 use crate::files::if_there;
+use crate::home::{home, user_dir};
 use crate::http;
 use crate::names::HostName;
 use crate::store::credentials::{Env, Provider};
 use crate::store::url::S3Location;
 use crate::store::{CacheUrl, StoreUrl};
+use admin::Address;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -111,26 +114,6 @@ pub struct Settings {
 
 /// What was given by flags: key name to value.
 pub type Flags = BTreeMap<&'static str, String>;
-
-/// `~/.config/omni-deploy` of whoever runs this: `$XDG_CONFIG_HOME`, else `$HOME/.config`, else root's.
-pub fn user_dir() -> PathBuf {
-    folder("XDG_CONFIG_HOME").unwrap_or_else(|| home().join(".config")).join("omni-deploy")
-}
-
-/// `~/.local/state/omni-deploy`: what this user's calls remember and can find out again.
-pub fn state_dir() -> PathBuf {
-    folder("XDG_STATE_HOME").unwrap_or_else(|| home().join(".local/state")).join("omni-deploy")
-}
-
-/// The home folder: `$HOME`, else root's (units of the system have none).
-fn home() -> PathBuf {
-    folder("HOME").unwrap_or_else(|| "/root".into())
-}
-
-/// The folder that a variable of the environment names.
-fn folder(variable: &str) -> Option<PathBuf> {
-    std::env::var_os(variable).filter(|v| !v.is_empty()).map(PathBuf::from)
-}
 
 /// The configuration file of this user.
 pub fn user_file() -> PathBuf {

@@ -6,7 +6,7 @@ use crate::units::{self, Directive};
 use omni_deploy::deployer::unit;
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::manifest::types::UnitName;
-use omni_deploy::manifest::{Profile, Service, command};
+use omni_deploy::manifest::{Profile, Service};
 use omni_deploy::names::StorePath;
 
 /// Bytes below 0x80 begin an entry as it is; others stand for decisions of [`entries::entry`].
@@ -257,7 +257,7 @@ fn argv(service: &Service, path: &StorePath, words: Option<&[String]>) -> Vec<St
             std::iter::once(program).chain(args.iter().cloned()).collect()
         }
         _ => {
-            let (program, args) = command::program(service, path);
+            let (program, args) = service.program(path);
             let program = program.to_str().expect("it was text").to_string();
             std::iter::once(program).chain(args).collect()
         }

@@ -6,8 +6,7 @@ use super::{print, tree};
 use crate::config::{self, KEYS};
 use crate::dispatch;
 use crate::error::{Error, Exit, Result};
-use crate::manifest::publish;
-use crate::status::reports;
+use crate::manifest::current;
 use crate::store::ARCHIVE_PREFIX;
 use argh::{ArgsInfo, FromArgs, Optionality};
 use std::collections::BTreeSet;
@@ -188,9 +187,9 @@ fn look_up(kind: Kind, flags: &config::Flags) -> Result<Vec<String>> {
         };
         return Ok(store.list(ARCHIVE_PREFIX)?.iter().filter_map(|key| plain(key)).collect());
     }
-    let manifest = publish::read(store.as_ref())?;
+    let manifest = current::read(store.as_ref())?;
     let names: BTreeSet<String> = match kind {
-        Kind::Host => reports::hosts(&manifest).iter().map(ToString::to_string).collect(),
+        Kind::Host => manifest.hosts().iter().map(ToString::to_string).collect(),
         _ => manifest.services.iter().map(|s| s.name.to_string()).collect(),
     };
     Ok(names.into_iter().collect())

@@ -12,6 +12,7 @@ use crate::deployer::pass::{self, Preview, RunOptions};
 use crate::deployer::plan::ServicePlan;
 use crate::deployer::root::{Root, STATE_FILE};
 use crate::deployer::state::{LastError, RouteStatus, ServicePhase, State, attention};
+use crate::doctor::domains;
 use crate::error::{Error, Exit, Result};
 use crate::files::if_there;
 use crate::log;
@@ -296,7 +297,7 @@ fn live(call: &Call, args: &StateArgs) -> Result<Exit> {
         return Err(Error::usage("--live goes with --json; for people there is 'omni-deploy status --live'"));
     }
     answered(call, |settings, unit_dir| match settings {
-        Some(settings) if args.domains => live::look_with_domains(settings, Timestamp::now()),
+        Some(settings) if args.domains => domains::live_with_domains(settings, Timestamp::now()),
         _ => live::look(unit_dir, Timestamp::now()),
     })
 }

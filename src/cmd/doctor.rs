@@ -2,8 +2,8 @@
 
 use super::{Call, print};
 use crate::clock::Timestamp;
-use crate::deployer::live;
-use crate::doctor::{Check, Verdict, credentials, fail, host, machine};
+use crate::deployer::live::{self, Verdict};
+use crate::doctor::{Check, credentials, fail, host, machine};
 use crate::error::{Exit, Result};
 use crate::log::{self, printable, printable_json};
 use argh::{ArgsInfo, FromArgs};

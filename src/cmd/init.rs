@@ -8,11 +8,13 @@ use crate::config::{self, KEYS, Settings};
 use crate::durable;
 use crate::error::{Error, Exit, Result};
 use crate::files::if_there;
+use crate::home;
 use crate::keys::{PublicKey, SecretKey};
 use crate::log;
-use crate::manifest::publish::{self, Author};
 use crate::manifest::seen::Seen;
 use crate::manifest::signature::{self, Trust};
+use crate::manifest::trust::{self, Author};
+use crate::manifest::{current, publish};
 use crate::store::url::without_secrets;
 use crate::store::{CacheUrl, Store, StoreUrl};
 use argh::{ArgsInfo, FromArgs};
@@ -98,7 +100,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
         trusted.push(public.clone());
     }
     let trust = Trust { signer: Some(key), trusted };
-    let author = Author { by: publish::whoami(), trust, seen: Seen::of_user(), at_hand: 0 };
+    let author = Author { by: trust::whoami(), trust, seen: Seen::of_user(), at_hand: 0 };
     let made = first_manifest(store.as_ref(), &author);
 
     let for_hosts = for_hosts(&settings, &public);
@@ -115,7 +117,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
 /// Makes the manifest, unless there is or was one: in the place of one that was lost, or taken away, an empty one would
 /// be signed that hosts obey.
 fn first_manifest(store: &dyn Store, author: &Author) -> Result<()> {
-    let Some(current) = publish::load(store)? else {
+    let Some(current) = current::load(store)? else {
         publish::begin(store, &Timestamp::now, author)?;
         log::notice(format!("manifest: made in {}", store.url()));
         return Ok(());
@@ -124,7 +126,7 @@ fn first_manifest(store: &dyn Store, author: &Author) -> Result<()> {
         log::warning(format!("warning: {}", author.rejection(store, &current, &reason)));
         return Ok(());
     }
-    let manifest = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;
+    let manifest = current.manifest().as_ref().map_err(|e| current::unusable(store, e))?;
     log::info(format!("manifest: {} has one, serial {}", store.url(), manifest.serial));
     author.remember(store, &current.bytes);
     Ok(())
@@ -170,8 +172,8 @@ fn signing_key(settings: &Settings, name: Option<&str>) -> Result<(PathBuf, Secr
         log::info(format!("signing key: {} (configured)", path.display()));
         return Ok((path.clone(), key));
     }
-    let name = name.map_or_else(|| default_key_name(&publish::whoami()), String::from);
-    let dir = config::user_dir().join("keys");
+    let name = name.map_or_else(|| default_key_name(&trust::whoami()), String::from);
+    let dir = home::user_dir().join("keys");
     let path = dir.join(format!("{name}.secret"));
     if path.exists() {
         log::info(format!("signing key: {} (was there)", path.display()));
@@ -258,7 +260,7 @@ mod tests {
     #[test]
     fn the_default_key_name_is_a_key_name() {
         assert_eq!(default_key_name("ann@laptop"), "omni-deploy-ann-laptop-1");
-        crate::keys::check_name(&default_key_name(&publish::whoami())).unwrap();
+        crate::keys::check_name(&default_key_name(&trust::whoami())).unwrap();
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! `omni-deploy keygen`: a new signing key, for closures and manifests alike.
 
 use super::print;
-use crate::config;
 use crate::error::{Exit, Result};
+use crate::home;
 use crate::keys::SecretKey;
 use crate::log;
 use argh::{ArgsInfo, FromArgs};
@@ -19,7 +19,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: Args) -> Result<Exit> {
     let key = SecretKey::generate(&args.name)?;
-    let path = key.write(&config::user_dir().join("keys"))?;
+    let path = key.write(&home::user_dir().join("keys"))?;
     log::notice(format!("made {}; to sign with it: 'secretKeyFile' in the configuration", path.display()));
     print(&key.public().to_string())?;
     Ok(Exit::Done)

@@ -6,12 +6,12 @@ use super::{Call, host, hosts_of, print};
 use crate::config::Settings;
 use crate::error::{Error, Exit, Result, did_you_mean};
 use crate::log::{self, printable};
-use crate::manifest::publish::{self, Author};
+use crate::manifest::publish;
+use crate::manifest::trust::Author;
 use crate::names::HostName;
 use crate::parallel;
 use crate::runner::Stream;
 use crate::ssh;
-use crate::status::reports;
 use argh::{ArgsInfo, FromArgs};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -136,7 +136,7 @@ fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
     let store = crate::store::open(&settings.store)?;
     let manifest = publish::read_trusted(store.as_ref(), &Author::reader(settings)?)?;
     if everywhere {
-        let hosts: Vec<HostName> = reports::hosts(&manifest).into_iter().collect();
+        let hosts: Vec<HostName> = manifest.hosts().into_iter().collect();
         if hosts.is_empty() {
             return Err(Error::new("the manifest names no host; name one with --host"));
         }

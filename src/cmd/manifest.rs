@@ -11,10 +11,11 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{Error, Exit, Result, io_text};
 use crate::log;
+use crate::manifest::current::{self, CurrentManifest};
 use crate::manifest::model::Manifest;
 use crate::manifest::parse::{self, Mode};
-use crate::manifest::publish::{self, Author, CurrentManifest, PublishedManifest, StartingPoint};
-use crate::manifest::trust::RejectReason;
+use crate::manifest::publish::{self, PublishedManifest, StartingPoint};
+use crate::manifest::trust::{Author, RejectReason};
 use crate::manifest::{edit, schema};
 use crate::names::{ServiceName, StorePath};
 use crate::store::Store;
@@ -406,7 +407,7 @@ struct InForce {
 
 impl InForce {
     fn of(store: &dyn Store, author: &Author) -> Result<Self> {
-        let current = publish::load_to_replace(store)?;
+        let current = current::load_to_replace(store)?;
         let reason = current.as_ref().map(|c| author.reject_reason(store, c)).transpose()?.flatten();
         let mut in_force = InForce { current, reason };
         // Who has seen nothing of this store is told by what it has replaced.

@@ -7,7 +7,8 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{Error, Exit, Result, did_you_mean};
 use crate::log::{self, printable, printable_json};
-use crate::manifest::publish::{self, Author};
+use crate::manifest::publish;
+use crate::manifest::trust::Author;
 use crate::manifest::{edit, entry};
 use crate::names::{HostName, StorePath};
 use crate::parallel;
@@ -96,7 +97,7 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
         (current, listed.map(parallel::joined))
     });
     let (bytes, manifest) = current?;
-    let named = reports::hosts(&manifest);
+    let named = manifest.hosts();
     let asked_for = |host: &HostName| args.host.as_deref().is_none_or(|only| only == host.as_str());
     let mut hosts = named.clone();
     if let Some(name) = &args.service {

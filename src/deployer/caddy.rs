@@ -3,11 +3,12 @@
 //! `deployer` that matches all their domains (Caddy manages certificates only for hosts matched by a server's own routes)
 //! and holds a subroute, longest path first. Other people's routes and servers are never changed.
 
-use super::admin::{self, Address, Endpoint};
+use super::admin;
 use super::listeners::{self, Answers};
 use super::routes::Route;
 use crate::bounds::{self, Bounds};
 use crate::config::Settings;
+use crate::config::admin::{Address, Endpoint};
 use crate::log;
 use crate::percent;
 use serde::Serialize;

@@ -4,10 +4,8 @@
 
 use super::root::{Root, STATE_FILE};
 use super::state::State;
-use super::{caddy, lines, observe};
+use super::{lines, observe};
 use crate::clock::Timestamp;
-use crate::config::Settings;
-use crate::doctor::domains::{self, Visit};
 use crate::error::Result;
 use crate::files::{self, if_there};
 use crate::manifest::Manifest;
@@ -81,6 +79,32 @@ pub struct Live {
     pub problems: Vec<String>,
 }
 
+/// What a visitor of one domain meets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Visit {
+    /// The domain, as the manifest has it.
+    pub domain: String,
+    /// The services behind it.
+    pub services: Vec<ServiceName>,
+    /// How it was found.
+    pub verdict: Verdict,
+    /// What was found and, unless it is well, what to do; without the domain. May hold text of others, with its control
+    /// characters escaped.
+    pub text: String,
+}
+
+/// How a fact was found, of a domain or by a check of `doctor`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it must be.
+    Ok,
+    /// It works, and a person should know.
+    Warn,
+    /// Something will not work.
+    Fail,
+}
+
 /// What systemd says of a unit.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -116,17 +140,6 @@ impl LiveState {
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
         files::versioned(bytes, LIVE_VERSION).map_err(|e| e.to_string())
     }
-}
-
-/// Looks, and tries the domains of the services of this host, by the manifest that its deployer obeys.
-pub fn look_with_domains(settings: &Settings, now: Timestamp) -> Result<LiveState> {
-    let mut answer = look(&settings.unit_dir, now)?;
-    if let Some(manifest) = obeyed(&settings.unit_dir) {
-        let state = answer.state.as_ref();
-        let host = state.map_or(&settings.host, |state| &state.host);
-        answer.live.domains = domains::of_host(host, &manifest, state, &caddy::look(&settings.caddy_admin));
-    }
-    Ok(answer)
 }
 
 /// The manifest that this host's deployer obeys, if there is one.

@@ -1,7 +1,6 @@
 //! What is: looks at units, links, store paths, roots, secrets and Caddy. Reads only. A pass that has nothing
 //! to do costs one `systemctl list-units`, one request to Caddy, and a few file reads a service.
 
-use super::admin::Address;
 use super::applied::LastKnownGood;
 use super::caddy;
 use super::listeners::{Answers, Listeners};
@@ -9,6 +8,7 @@ use super::observed::{Observed, UnitFile, UnitSeen};
 use super::persisted::PersistedState;
 use super::root::Root;
 use super::unit;
+use crate::config::admin::Address;
 use crate::error::Result;
 use crate::files::{self, if_reached, if_there};
 use crate::manifest::{Rollout, Service};

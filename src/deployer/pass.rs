@@ -3,7 +3,6 @@
 
 use super::caddy::{self, RoutePlan};
 use super::execute::{self, Planned, Situation};
-use super::lock::{self, Lock, LockResult};
 use super::observed::Observed;
 use super::outcome::{EndedBy, Outcome, PassError};
 use super::overrides::{self, Decision};
@@ -18,6 +17,7 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
 use crate::error::{Error, Exit, Result, did_you_mean};
+use crate::lock::{self, Lock, LockResult};
 use crate::log;
 use crate::manifest::{Manifest, Service};
 use crate::names::ServiceName;
@@ -50,7 +50,7 @@ pub fn run(settings: &Settings, requested: &RunOptions) -> Result<Exit> {
     let root = Root::system(&settings.unit_dir);
     let lock = match requested.timer {
         false => wait_for_lock(&root)?,
-        true => match lock::take(&root, Timestamp::now())? {
+        true => match lock::take(&root.run_dir, Timestamp::now())? {
             LockResult::Taken(lock) => lock,
             LockResult::Held(who) => {
                 log::info(format!(
@@ -81,7 +81,7 @@ pub fn apply_override(settings: &Settings, name: &str, decision: &Decision) -> R
 
 /// The lock, for a person, who wants it done rather than to be sent away.
 fn wait_for_lock(root: &Root) -> Result<Lock> {
-    lock::wait(root, |who| {
+    lock::wait(&root.run_dir, |who| {
         log::notice(format!(
             "waiting for the pass under way on this host ({who}); Ctrl-C ends the wait, and nothing is done"
         ));

@@ -2,7 +2,6 @@
 //! values alone, but for what systemd is asked about what was started.
 
 use super::execute::{self, Planned, Situation};
-use super::lock::{self, LockResult};
 use super::observed::UnitFile;
 use super::outcome::{EndedBy, Outcome, PassError};
 use super::plan::ServicePlan;
@@ -11,18 +10,18 @@ use super::source::SourceManifest;
 use super::state::{
     FailureRecord, LastError, OtherMachine, REPORT_EVERY_SEC, SILENT_SEC, ServicePhase, ServiceState, State,
 };
-use super::{intent, lines, machine};
+use super::{intent, lines, machine, reported};
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::durable;
 use crate::error::{Error, Exit, Result};
 use crate::failpoint;
 use crate::files::if_there;
+use crate::lock::{self, LockResult};
 use crate::log;
 use crate::names::{HostName, ServiceName};
 use crate::secrets;
 use crate::secrets::mask::Mask;
-use crate::status::reports;
 use crate::store::{self, Condition, Store};
 use crate::systemd;
 use std::collections::BTreeSet;
@@ -287,7 +286,7 @@ fn publish(
     if !should_publish(root, before, state) {
         return Ok(());
     }
-    let key = reports::key(&state.host);
+    let key = reported::key(&state.host);
     state.other_machine = other_machine(store, before, state);
     // The report first: a pass that dies between the two finds its old state, and reports again.
     let reported = {
@@ -308,7 +307,7 @@ fn publish(
 /// an idle pass asks the store for nothing but the manifest. Credentials that may not read it tell nothing.
 fn other_machine(store: &dyn Store, before: &State, state: &State) -> Option<OtherMachine> {
     let this = state.machine.as_ref()?;
-    let found = reports::readable(store, &state.host);
+    let found = reported::readable(store, &state.host);
     // Two that are at work find each other at every report: one that is not found any more has given up.
     let lasts = |other: &OtherMachine| {
         other.came_back && state.checked_at.0.saturating_sub(other.reported_at.0) <= SILENT_SEC
@@ -396,7 +395,7 @@ pub fn could_not_begin(why: &Error) {
     // Its unit folder is not known, and not needed.
     let root = Root::system(Path::new("/etc/systemd/system"));
     let note = || -> Result<()> {
-        let LockResult::Taken(_lock) = lock::take(&root, now)? else { return Ok(()) };
+        let LockResult::Taken(_lock) = lock::take(&root.run_dir, now)? else { return Ok(()) };
         let Some(host) = HostName::of_this_machine() else { return Ok(()) };
         let Some(before) = last_state(&root, &host, now)? else { return Ok(()) };
         let state = State { reported: false, ..failed_state(&before, why.to_string(), now) };

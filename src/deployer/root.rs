@@ -1,5 +1,6 @@
 //! The one root: every path on the host hangs from here.
 
+use crate::lock::RUN_DIR;
 use crate::names::ServiceName;
 use std::path::{Path, PathBuf};
 
@@ -18,9 +19,6 @@ pub struct Root {
 
 /// The folder of the deployer's state.
 pub const STATE_DIR: &str = "/var/lib/deployer";
-
-/// The folder of the lock.
-pub const RUN_DIR: &str = "/run/omni-deploy";
 
 /// The state file's path, as the runbook has it.
 pub const STATE_FILE: &str = "/var/lib/deployer/state.json";
@@ -69,11 +67,6 @@ impl Root {
     /// Which version of the manifest the pass under way reads.
     pub fn reading(&self) -> PathBuf {
         self.run_dir.join("reading.json")
-    }
-
-    /// Held by the pass under way.
-    pub fn lock(&self) -> PathBuf {
-        self.run_dir.join("lock")
     }
 
     /// What was last proved of each service: the entry of the manifest that its unit was made from.

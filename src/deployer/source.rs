@@ -12,11 +12,12 @@ use crate::error::{Error, Result};
 use crate::hash::Sha256;
 use crate::keys::PublicKey;
 use crate::log;
-use crate::manifest::lineage::{self, Ancestor, Relation};
+use crate::manifest::current::COPY_BACK;
+use crate::manifest::lineage::{self, Relation};
 use crate::manifest::model::MAX_BYTES;
 use crate::manifest::parse::{self, Mode};
-use crate::manifest::publish::COPY_BACK;
 use crate::manifest::signature::{self, ReadError};
+use crate::manifest::types::Ancestor;
 use crate::manifest::{Manifest, entry, versions};
 use crate::names::{HostName, ServiceName, StorePath};
 use crate::store::{self, Etag, GetResult, MANIFEST_KEY, Store, StoreError};
@@ -416,8 +417,9 @@ mod tests {
     use super::*;
     use crate::clock::Timestamp;
     use crate::keys::SecretKey;
-    use crate::manifest::publish::{self, Author, StartingPoint};
+    use crate::manifest::publish::{self, StartingPoint};
     use crate::manifest::signature::Trust;
+    use crate::manifest::trust::Author;
     use crate::store::{Condition, StoreUrl};
 
     /// A store, and a developer whose machine remembers nothing of it.

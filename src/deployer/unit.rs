@@ -4,7 +4,7 @@
 
 use crate::hash::Sha256;
 use crate::manifest::types::UnitName;
-use crate::manifest::{Exec, Hardening, Profile, Service, Systemd, command};
+use crate::manifest::{Exec, Hardening, Profile, Service, Systemd};
 use crate::names::StorePath;
 use std::fmt::{Display, Write};
 
@@ -121,7 +121,7 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     // `dynamicUser` is read through the service: its default depends on the profile and the user.
     let Hardening { profile, dynamic_user: _, private_tmp, protect_system, protect_home, extra: _ } =
         hardening;
-    let (program, args) = command::program(service, path);
+    let (program, args) = service.program(path);
     let names = |units: &[UnitName]| units.iter().map(UnitName::as_str).collect::<Vec<_>>().join(" ");
     let some_names = |units: &[UnitName]| Some(names(units)).filter(|names| !names.is_empty());
     let is_online = |unit: &&UnitName| unit.as_str() == UnitName::NETWORK_ONLINE;
@@ -261,7 +261,7 @@ mod tests {
     fn the_program_of_a_unit_is_read_back_as_it_was_written() {
         for command in ["bin/ava", "bin/a%c --x", "/usr/bin/env $x", "'bin/a b' d"] {
             let (service, text) = rendered(serde_json::json!({"exec": {"command": command}}));
-            let (program, _) = command::program(&service, service.artifact.store_path.path().unwrap());
+            let (program, _) = service.program(service.artifact.store_path.path().unwrap());
             assert_eq!(program_of(&text).as_deref(), program.to_str(), "{text}");
         }
         assert_eq!(program_of("[Service]\nExecStart=/bin/true\n"), None);

@@ -4,15 +4,18 @@
 
 mod visitor;
 
-use super::{Finding, Verdict, fail, ok, warn};
-use crate::deployer::caddy::{CaddyState, Listener};
+use super::{Finding, fail, ok, warn};
+use crate::clock::Timestamp;
+use crate::config::Settings;
+use crate::deployer::caddy::{self, CaddyState, Listener};
+use crate::deployer::live::{self, LiveState, Verdict, Visit};
 use crate::deployer::state::{ServicePhase, State};
+use crate::error::Error;
 use crate::log::printable;
 use crate::manifest::{Manifest, Service};
 use crate::names::{HostName, ServiceName};
 use crate::parallel;
 use crate::systemd;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
@@ -38,18 +41,15 @@ const THERE: Duration = Duration::from_secs(2);
 /// A reason of Caddy's is cut here, in characters.
 const MAX_REASON: usize = 400;
 
-/// What a visitor of one domain meets.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Visit {
-    /// The domain, as the manifest has it.
-    pub domain: String,
-    /// The services behind it.
-    pub services: Vec<ServiceName>,
-    /// How it was found.
-    pub verdict: Verdict,
-    /// What was found and, unless it is well, what to do; without the domain. May hold text of others, with its control
-    /// characters escaped.
-    pub text: String,
+/// Looks, and tries the domains of the services of this host, by the manifest that its deployer obeys.
+pub fn live_with_domains(settings: &Settings, now: Timestamp) -> Result<LiveState, Error> {
+    let mut answer = live::look(&settings.unit_dir, now)?;
+    if let Some(manifest) = live::obeyed(&settings.unit_dir) {
+        let state = answer.state.as_ref();
+        let host = state.map_or(&settings.host, |state| &state.host);
+        answer.live.domains = of_host(host, &manifest, state, &caddy::look(&settings.caddy_admin));
+    }
+    Ok(answer)
 }
 
 /// Visits the domains of the services that run on this host, all at the same time. One that was never pushed, or is
@@ -142,7 +142,7 @@ struct DomainView {
     forwarded: bool,
     /// What DNS's address shows instead.
     elsewhere: Option<Reply>,
-    now: crate::clock::Timestamp,
+    now: Timestamp,
 }
 
 impl DomainView {
@@ -216,7 +216,7 @@ fn look(domain: &str, services: &[&Service], caddy: &CaddyState, trust: &Certifi
     let theirs = elsewhere.as_ref().and_then(|reply| reply.certificate.as_ref());
     let forwarded = shown.is_some_and(|ours| theirs.is_some_and(|theirs| theirs.der == ours.der));
     let own = source_towards(Ipv4Addr::new(192, 0, 2, 1).into());
-    let now = crate::clock::Timestamp::now();
+    let now = Timestamp::now();
     DomainView { own, forwarded, elsewhere, name, dns, listener, behind, asked, not_asked, plain, now }
 }
 
@@ -508,7 +508,6 @@ fn is_private(address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Timestamp;
 
     fn answer(status: u16) -> ResponseHead {
         ResponseHead { status, location: None, empty: false }

@@ -4,12 +4,14 @@
 use super::{Check, Finding, fail, ok, warn, writable};
 use crate::clock::Timestamp;
 use crate::config::Settings;
-use crate::deployer::admin::{self, Endpoint};
+use crate::config::admin::{Endpoint, SOCKET};
+use crate::deployer::admin;
 use crate::deployer::caddy::{self, CaddyState, RoutePlan};
-use crate::deployer::machine;
+use crate::deployer::live::Visit;
 use crate::deployer::root::{STATE_DIR, STATE_FILE};
-use crate::deployer::state::{Exposure, OtherMachine, State};
-use crate::doctor::domains::{self, Visit};
+use crate::deployer::state::{Exposure, OtherMachine, SILENT_SEC, State};
+use crate::deployer::{machine, reported};
+use crate::doctor::domains;
 use crate::error::{Exit, did_you_mean};
 use crate::files::if_there;
 use crate::log::printable;
@@ -18,8 +20,6 @@ use crate::names::{HostName, ServiceName};
 use crate::runner::{Run, RunError};
 use crate::secrets::{self, SecretFile};
 use crate::ssh::is_root;
-use crate::status::judge::STALE_SEC;
-use crate::status::reports;
 use crate::store::{Condition, Store, StoreError};
 use crate::systemd;
 use std::collections::BTreeMap;
@@ -66,7 +66,7 @@ pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> 
 /// write it as the last pass did, where there is none: one that is there stays. Nothing to be said before the first.
 pub fn report(store: &dyn Store, settings: &Settings) -> Option<Finding> {
     let state = fs_err::read(STATE_FILE).ok()?;
-    let key = reports::key(&settings.host);
+    let key = reported::key(&settings.host);
     Some(match store.put(&key, &state, &Condition::IfAbsent) {
         Ok(_) | Err(StoreError::Changed(_)) => {
             match other_machine_text(store, &settings.host, &State::parse(&state).ok()?) {
@@ -82,7 +82,7 @@ pub fn report(store: &dyn Store, settings: &Settings) -> Option<Finding> {
 fn other_machine_text(store: &dyn Store, host: &HostName, state: &State) -> Option<String> {
     let this = machine::this()?;
     // Who may not read it is not told.
-    let there = reports::readable(store, host).and_then(|now| Some((now.machine?, now.checked_at)));
+    let there = reported::readable(store, host).and_then(|now| Some((now.machine?, now.checked_at)));
     let there = there.filter(|(machine, _)| machine.id != this.id);
     let there = there.map(|(machine, reported_at)| {
         let came_back = state.reported && reported_at > state.checked_at;
@@ -93,7 +93,7 @@ fn other_machine_text(store: &dyn Store, host: &HostName, state: &State) -> Opti
 
 /// Whether the manifest places anything on this host.
 fn placement(settings: &Settings, manifest: &Manifest) -> Finding {
-    let hosts = reports::hosts(manifest);
+    let hosts = manifest.hosts();
     let here = manifest.services.iter().filter(|s| s.hosts.contains(&settings.host)).count();
     if here > 0 {
         return ok(format!("{}, services: {here}", settings.host));
@@ -222,7 +222,7 @@ fn last_pass(now: Timestamp) -> Finding {
     let age = state.checked_at.age(now);
     let ended = systemd::properties("deployer.service", "Result,ExecMainStatus").unwrap_or_default();
     let result = ended.get("Result").map_or("", String::as_str);
-    if now.0.saturating_sub(state.checked_at.0) > STALE_SEC {
+    if now.0.saturating_sub(state.checked_at.0) > SILENT_SEC {
         return fail(format!("was {age} ago; see 'journalctl -u deployer'"));
     }
     if let Some(error) = &state.last_error {
@@ -270,7 +270,7 @@ fn admin(at: &Endpoint) -> Finding {
             "{at} answers, and every user and service of this host can change Caddy through it; 'systemctl restart \
                  caddy' gives it the socket of contrib/install.sh; one before 2.7 wants 'admin unix/{}' in its \
                  Caddyfile's global options first",
-            admin::SOCKET
+            SOCKET
         )),
     }
 }
@@ -466,7 +466,7 @@ fn free(dir: &str, bytes: u64, inodes: u64) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Verdict;
+    use crate::deployer::live::Verdict;
     use crate::secrets::FileFormat;
     use serde_json::{Value, json};
     use std::os::unix::fs::PermissionsExt;

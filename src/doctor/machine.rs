@@ -3,7 +3,7 @@
 use super::{Check, Finding, fail, ok, warn, writable};
 use crate::config::{self, SYSTEM_FILE, Settings};
 use crate::keys::{self, PublicKey, SecretKey};
-use crate::manifest::{Manifest, publish, signature};
+use crate::manifest::{Manifest, current, signature};
 use crate::store::url::without_secrets;
 use crate::store::{CacheUrl, Probe, Store, StoreError, StoreUrl};
 use std::path::Path;
@@ -47,10 +47,10 @@ pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
 /// The manifest, as a host would take it. Where trusted keys are configured, one that none of them has signed is looked at
 /// no further: what it names is not to be visited, nor read as root.
 pub fn manifest(store: &dyn Store, settings: &Settings) -> (Finding, Option<Manifest>) {
-    let found = publish::load(store).and_then(|c| c.ok_or_else(|| publish::missing(store)));
-    let (bytes, manifest) = match found.map(publish::CurrentManifest::into_parts) {
+    let found = current::load(store).and_then(|c| c.ok_or_else(|| current::missing(store)));
+    let (bytes, manifest) = match found.map(current::CurrentManifest::into_parts) {
         Ok((bytes, Ok(manifest))) => (bytes, manifest),
-        Ok((_, Err(e))) => return (fail(publish::unusable(store, &e)), None),
+        Ok((_, Err(e))) => return (fail(current::unusable(store, &e)), None),
         Err(e) => return (fail(e), None),
     };
     let text = format!("serial {}, services: {}", manifest.serial, manifest.services.len());

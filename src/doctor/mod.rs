@@ -6,21 +6,10 @@ pub mod domains;
 pub mod host;
 pub mod machine;
 
-use serde::{Deserialize, Serialize};
+use crate::deployer::live::Verdict;
+use serde::Serialize;
 use std::fmt::Display;
 use std::path::Path;
-
-/// How a fact was found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Verdict {
-    /// As it must be.
-    Ok,
-    /// It works, and a person should know.
-    Warn,
-    /// Something will not work.
-    Fail,
-}
 
 /// One fact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -1,10 +1,6 @@
 //! Command lines of services: words split as a shell splits them, and nothing else a shell does. Never runs
 //! anything.
 
-use super::model::Service;
-use crate::names::StorePath;
-use std::path::PathBuf;
-
 /// Splits a command line into words: blanks separate, `'…'` keeps everything, `"…"` keeps everything but
 /// `\"`, `\\`, `` \` `` and `\$`, a backslash keeps the character after it (POSIX shell, 2.2). Variables,
 /// patterns, pipes and the like have no meaning. The error is the reason alone.
@@ -83,20 +79,11 @@ pub(super) fn check(text: &str) -> Result<Vec<String>, String> {
     Ok(words)
 }
 
-/// The executable of a service, absolute, and its arguments, when `path` is its closure.
-pub fn program(service: &Service, path: &StorePath) -> (PathBuf, Vec<String>) {
-    let below = PathBuf::from(path.as_str());
-    match service.exec.command.as_ref().and_then(|command| command.words().split_first()) {
-        // Joining an absolute path gives that path.
-        Some((first, args)) => (below.join(first), args.to_vec()),
-        None => (below.join("bin").join(service.name.as_str()), Vec::new()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::manifest::parse::{self, Mode};
+    use crate::names::StorePath;
 
     #[test]
     fn words_are_split_as_a_shell_splits_them() {
@@ -156,7 +143,7 @@ mod tests {
             let value = serde_json::json!({"name": "ava", "artifact": {"storePath": path.as_str()},
                 "hosts": ["biz"], "exec": {"command": command}});
             let service = parse::service(value, Mode::Strict, None).unwrap();
-            let (got, got_args) = program(&service, &path);
+            let (got, got_args) = service.program(&path);
             assert_eq!(
                 (got.to_str().unwrap(), got_args),
                 (program_path.as_str(), args.iter().map(|a| a.to_string()).collect())

@@ -2,9 +2,10 @@
 //! nothing is read or written. The caller publishes the result ([`super::publish`]).
 
 use super::diff::tree;
+use super::error::FieldError;
 use super::json::shown;
 use super::model::{ArtifactPath, Manifest, Service};
-use super::parse::{self, FieldError, Mode};
+use super::parse::{self, Mode};
 use super::schema::{self, FieldKind};
 use crate::error::{Error, Result, did_you_mean};
 use crate::names::StorePath;

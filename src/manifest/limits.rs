@@ -3,9 +3,9 @@
 //! manifest of 10,000 services has; what they allow takes less than 200 MiB at its worst. Never judges what a
 //! value means, nor whether the bytes are JSON.
 
+use super::error::FieldError;
 use super::json::field;
 use super::model::{Change, Manifest, OBJECTS, Service};
-use super::parse::FieldError;
 use crate::bounds::{Container, Token, Tokens};
 use std::borrow::Cow;
 

@@ -4,85 +4,10 @@
 //! trusted is decided by the signature over it.
 
 use super::model::Manifest;
-use super::types::{self, MAX_SERIAL};
-use crate::hash::Sha256;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use std::fmt;
+use super::types::{Ancestor, Digest};
 
 /// How many versions before it a version names: with that, a host that missed some can still tell.
 pub const LENGTH: usize = 16;
-
-/// The SHA-256 of a manifest's content ([`super::signature::digest`]) in lower-case hexadecimal digits: neither the
-/// signatures nor the store that they are for are part of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Digest(Sha256);
-
-impl Digest {
-    /// Of these bytes.
-    pub fn of(canonical: &[u8]) -> Self {
-        Digest(Sha256::of(canonical))
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        let hash = Sha256::parse(&format!("sha256:{text}")).ok()?;
-        Some(Digest(hash)).filter(|_| text.len() == 64)
-    }
-}
-
-impl fmt::Display for Digest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.base16())
-    }
-}
-
-/// A version before another: its number, and which content it had.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ancestor {
-    /// Its number.
-    pub serial: u64,
-    /// Its content; None: it was lost or damaged, and a person published without it.
-    pub digest: Option<Digest>,
-}
-
-/// How an ancestor whose content was lost is written.
-const LOST: &str = "lost";
-
-impl Ancestor {
-    /// Reads `NUMBER:DIGEST` or `NUMBER:lost`.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let read = || {
-            let (number, content) = text.split_once(':')?;
-            let plain = number.bytes().all(|b| b.is_ascii_digit());
-            let serial = number.parse().ok().filter(|n| plain && *n <= MAX_SERIAL)?;
-            let digest = if content == LOST { None } else { Some(Digest::parse(content)?) };
-            Some(Ancestor { serial, digest })
-        };
-        read().ok_or_else(|| {
-            "is not a version before this one; NUMBER:SHA256 or NUMBER:lost is expected".to_string()
-        })
-    }
-}
-
-impl fmt::Display for Ancestor {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.digest {
-            Some(digest) => write!(f, "{}:{digest}", self.serial),
-            None => write!(f, "{}:{LOST}", self.serial),
-        }
-    }
-}
-
-impl Serialize for Ancestor {
-    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Ancestor {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        types::text(d, Ancestor::parse)
-    }
-}
 
 /// What a version says of those before it. Empty when it says nothing: it is the first, or a program wrote it that
 /// does not know the list and carried along that of the version before.

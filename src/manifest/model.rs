@@ -3,25 +3,22 @@
 //! with what spans fields, is in [`super::parse`], what spans services in [`super::validate`]. Fields are written in
 //! the order a person reads them; those that this version does not know are kept in `extra` and written back.
 
-use super::lineage::Ancestor;
 use super::rules;
 use super::types::{
-    AbsolutePath, ArtifactKind, CommandLine, CpuQuota, CredentialName, DirectoryPath, Domain, EnvValue,
-    MemoryMax, Port, ProbeHost, ProbePath, Profile, ProtectSystem, Restart, Rollout, Seconds, StateDirectory,
-    UnitName, UrlPath, UserName, VariableName, WritablePath,
+    AbsolutePath, Ancestor, ArtifactKind, CommandLine, CpuQuota, CredentialName, DirectoryPath, Domain,
+    EnvValue, MemoryMax, Port, ProbeHost, ProbePath, Profile, ProtectSystem, Restart, Rollout, Seconds,
+    StateDirectory, UnitName, UrlPath, UserName, VariableName, WritablePath,
 };
 use super::types::{
-    format_version, given, hosts, line, list, protect_system, serial, words_list, words_or_null,
+    FORMAT_VERSION, format_version, given, hosts, line, list, protect_system, serial, words_list,
+    words_or_null,
 };
 use crate::clock::Timestamp;
 use crate::names::{HostName, STORE_DIR, ServiceName, StorePath};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
-use std::path::Path;
-
-/// The version of the format that this program writes, and the highest it reads.
-pub const FORMAT_VERSION: u64 = 1;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 /// The largest manifest that is read, in bytes.
 pub const MAX_BYTES: u64 = 32 << 20;
@@ -397,6 +394,11 @@ impl Manifest {
         self.services.iter().find(|s| s.name.as_str() == name)
     }
 
+    /// The hosts that it names.
+    pub fn hosts(&self) -> BTreeSet<HostName> {
+        self.services.iter().flat_map(|s| s.hosts.iter().cloned()).collect()
+    }
+
     /// The bytes that are stored: pretty-printed JSON with a newline at the end.
     pub fn to_bytes(&self) -> Vec<u8> {
         // Serializing plain data into memory cannot fail: no map has a key that is not a string.
@@ -407,6 +409,16 @@ impl Manifest {
 }
 
 impl Service {
+    /// Its executable, absolute, and the arguments, when `path` is its closure.
+    pub fn program(&self, path: &StorePath) -> (PathBuf, Vec<String>) {
+        let below = PathBuf::from(path.as_str());
+        match self.exec.command.as_ref().and_then(|command| command.words().split_first()) {
+            // Joining an absolute path gives that path.
+            Some((first, args)) => (below.join(first), args.to_vec()),
+            None => (below.join("bin").join(self.name.as_str()), Vec::new()),
+        }
+    }
+
     /// How long it may take to come up, in seconds.
     pub fn timeout_sec(&self) -> u32 {
         self.health.as_ref().map_or(DEFAULT_TIMEOUT_SEC, |h| h.timeout_sec.get())

@@ -2,19 +2,19 @@
 //! of an entry spans several fields, and what a person may not add. What spans services is in [`super::validate`].
 //! Never reads a file and never guesses: what cannot be is refused, with all that is wrong with an entry at once.
 
+use super::error::{FieldError, ManifestError};
 use super::json::{self, field, shown};
 use super::limits::{self, Level};
-use super::model::{FORMAT_VERSION, Manifest, OBJECTS, Service};
+use super::model::{Manifest, OBJECTS, Service};
 use super::rules;
-use super::types::Rollout;
-use crate::error::{Error, did_you_mean};
+use super::types::{FORMAT_VERSION, Rollout};
+use crate::error::did_you_mean;
 use crate::names::HostName;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::{Map, Value};
 use serde_path_to_error::Segment;
 use std::collections::{BTreeMap, HashSet};
-use std::fmt;
 
 /// What a person may write, as against what was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,91 +23,6 @@ pub enum Mode {
     Strict,
     /// These are kept: what a newer version wrote, or an older one.
     Tolerant,
-}
-
-/// A value that cannot be, and where it stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FieldError {
-    /// `services[2].http.internalPort`; empty for the document itself.
-    pub path: String,
-    /// The reason with the value in it, and what is expected instead.
-    pub reason: String,
-}
-
-impl fmt::Display for FieldError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.path.is_empty() {
-            f.write_str(&self.reason)
-        } else {
-            write!(f, "{}: {}", self.path, self.reason)
-        }
-    }
-}
-
-impl FieldError {
-    pub(super) fn new(path: impl Into<String>, reason: impl Into<String>) -> Self {
-        FieldError { path: path.into(), reason: reason.into() }
-    }
-
-    /// As seen from what it is a part of.
-    fn below(self, above: &str) -> Self {
-        let joint = if self.path.is_empty() || self.path.starts_with('[') { "" } else { "." };
-        FieldError { path: format!("{above}{joint}{}", self.path), reason: self.reason }
-    }
-}
-
-/// Why a document is not taken.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ManifestError {
-    /// It was written in this newer version of the format, which no mending here can help.
-    Newer(u64),
-    /// What is wrong with the first entry with which something is, or with the document; at least one.
-    Mistakes(Vec<FieldError>),
-}
-
-impl fmt::Display for ManifestError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ManifestError::Newer(version) => {
-                write!(f, "version: {version} was written by a newer omni-deploy; upgrade this one")
-            }
-            ManifestError::Mistakes(mistakes) => {
-                let all: Vec<String> = mistakes.iter().map(FieldError::to_string).collect();
-                f.write_str(&all.join("; also "))
-            }
-        }
-    }
-}
-
-impl std::error::Error for ManifestError {}
-
-impl From<FieldError> for ManifestError {
-    fn from(e: FieldError) -> Self {
-        ManifestError::Mistakes(vec![e])
-    }
-}
-
-impl From<FieldError> for Error {
-    fn from(e: FieldError) -> Self {
-        Error::new(e.to_string())
-    }
-}
-
-impl From<ManifestError> for Error {
-    fn from(e: ManifestError) -> Self {
-        Error::new(e.to_string())
-    }
-}
-
-impl ManifestError {
-    /// Whether the document was written in a newer format.
-    pub fn is_newer_version(&self) -> bool {
-        matches!(self, ManifestError::Newer(_))
-    }
-
-    fn unless_empty(mistakes: Vec<FieldError>) -> Result<(), Self> {
-        if mistakes.is_empty() { Ok(()) } else { Err(ManifestError::Mistakes(mistakes)) }
-    }
 }
 
 /// Reads and checks a whole manifest (each field, and what spans services).

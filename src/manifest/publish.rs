@@ -1,28 +1,22 @@
 //! Writing the manifest: every write is a compare-and-swap that archives what it replaces, so that two people
 //! publishing at once lose nothing and history only grows. What is changed is the caller's ([`super::edit`]).
 
+use super::current::{self, COPY_BACK, CurrentManifest};
 use super::edit;
 use super::limits;
-use super::lineage::{self, Ancestor, Digest};
-use super::model::{Change, FORMAT_VERSION, MAX_BYTES, Manifest};
-use super::parse::{self, FieldError, ManifestError, Mode};
-use super::seen::Seen;
-use super::signature::{self, Trust};
-use super::trust::{self, RejectReason, TrustedVersion};
-use super::types::MAX_SERIAL;
+use super::lineage;
+use super::model::{Change, MAX_BYTES, Manifest};
+use super::signature;
+use super::trust::{self, Author, RejectReason, TrustedVersion};
+use super::types::{Ancestor, Digest, FORMAT_VERSION, MAX_SERIAL};
 use super::validate::clashes;
-use super::versions::{self, Version, archive_key, archive_name};
+use super::versions::{self, archive_key, archive_name};
 use crate::clock::Timestamp;
-use crate::config::{self, Settings};
 use crate::error::{Error, Result};
-use crate::keys::SecretKey;
 use crate::log;
-use crate::names::{HostName, ServiceName, StorePath};
+use crate::names::{ServiceName, StorePath};
 use crate::random;
-use crate::store::{
-    self, Condition, Etag, GetResult, HOSTS_PREFIX, MANIFEST_KEY, MAX_REPLACED, Store, StoreError,
-};
-use std::cell::OnceCell;
+use crate::store::{self, Condition, Etag, MANIFEST_KEY, MAX_REPLACED, Store, StoreError};
 use std::time::{Duration, Instant};
 
 /// What a change may start from.
@@ -42,40 +36,6 @@ pub enum StartingPoint {
     Repair,
 }
 
-/// The manifest in the store.
-#[derive(Debug, Clone)]
-pub struct CurrentManifest {
-    /// As it is stored.
-    pub bytes: Vec<u8>,
-    /// Its version for the store.
-    pub etag: Etag,
-    manifest: OnceCell<Result<Manifest, ManifestError>>,
-}
-
-impl CurrentManifest {
-    /// What it says, or why it cannot be used. Read when it is asked for: of what nobody trusted has signed, most
-    /// have no use, and it may be made to cost much.
-    pub fn manifest(&self) -> &Result<Manifest, ManifestError> {
-        self.manifest.get_or_init(|| read_bytes(&self.bytes))
-    }
-
-    /// Its bytes, and what it says.
-    pub fn into_parts(self) -> (Vec<u8>, Result<Manifest, ManifestError>) {
-        let manifest = self.manifest.into_inner().unwrap_or_else(|| read_bytes(&self.bytes));
-        (self.bytes, manifest)
-    }
-}
-
-fn read_bytes(bytes: &[u8]) -> Result<Manifest, ManifestError> {
-    match bytes.len() as u64 > MAX_BYTES {
-        true => {
-            let reason = format!("it has {} bytes, at most {MAX_BYTES} are read", bytes.len());
-            Err(FieldError::new("", reason).into())
-        }
-        false => parse::manifest(bytes, Mode::Tolerant),
-    }
-}
-
 /// What came of a change.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PublishedManifest {
@@ -87,175 +47,29 @@ pub struct PublishedManifest {
     pub written: bool,
 }
 
-/// Who writes, and with what keys.
-#[derive(Debug, Default)]
-pub struct Author {
-    /// `user@host`.
-    pub by: String,
-    /// The key that signs, and those that are trusted.
-    pub trust: Trust,
-    /// What this machine remembers of the store.
-    pub seen: Seen,
-    /// The number of a copy that was given to be published, if it is trusted; else 0.
-    pub at_hand: u64,
-}
-
-impl Author {
-    /// The one who runs this, with the keys of the configuration.
-    pub fn of(settings: &Settings) -> Result<Self> {
-        Ok(Author { by: whoami(), trust: Trust::of(settings)?, seen: Seen::of_user(), at_hand: 0 })
-    }
-
-    /// The same for who only reads: no key that signs is looked for.
-    pub fn reader(settings: &Settings) -> Result<Self> {
-        let trust = Trust { signer: None, trusted: signature::trusted(settings)? };
-        Ok(Author { by: whoami(), trust, seen: Seen::of_user(), at_hand: 0 })
-    }
-
-    /// Refuses to build upon what is not trusted: a signature on it would be given by the way.
-    pub fn check_trusted(&self, store: &dyn Store, current: &CurrentManifest) -> Result<()> {
-        match self.reject_reason(store, current)? {
-            Some(reason) => Err(self.rejection(store, current, &reason)),
-            None => Ok(()),
-        }
-    }
-
-    /// The key that signs.
-    pub fn signer(&self) -> Result<&SecretKey> {
-        self.trust.signer.as_ref().ok_or_else(|| {
-            Error::new("there is no key to sign with; set 'secretKeyFile' ('omni-deploy keygen' makes one)")
-        })
-    }
-
-    /// Signs what is about to be published. Without a key, nothing is published where signatures are expected.
-    fn sign(&self, store: &dyn Store, manifest: &mut Manifest) -> Result<()> {
-        let signed = !manifest.signatures.is_empty();
-        manifest.signatures.clear();
-        match &self.trust.signer {
-            Some(key) => signature::sign(manifest, &store.identity(), key),
-            None if signed || !self.trust.trusted.is_empty() => Err(Error::new(format!(
-                "the manifest in {} is signed, and this machine has no key: hosts would refuse what it publishes; set \
-                 'secretKeyFile' ('omni-deploy init' or 'omni-deploy keygen' make one)",
-                store.url()
-            ))),
-            None => Ok(()),
-        }
-    }
-}
-
-/// `user@host`, from `USER` or `LOGNAME`, else the user's number; only plain characters.
-pub fn whoami() -> String {
-    let named = ["USER", "LOGNAME"].iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()));
-    let user = named.unwrap_or_else(|| rustix::process::geteuid().as_raw().to_string());
-    let host = HostName::of_this_machine().map_or_else(|| "unknown".into(), |h| h.to_string());
-    let clean = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
-    let user: String = user.chars().take(64).map(clean).collect();
-    format!("{user}@{host}")
-}
-
-/// Reads what is there; None when there is none.
-pub fn load(store: &dyn Store) -> Result<Option<CurrentManifest>> {
-    load_within(store, MAX_BYTES)
-}
-
-/// As [`load`], also what is too large to be read but is replaced.
-pub fn load_to_replace(store: &dyn Store) -> Result<Option<CurrentManifest>> {
-    load_within(store, MAX_REPLACED)
-}
-
-fn load_within(store: &dyn Store, limit: u64) -> Result<Option<CurrentManifest>> {
-    match store.get(MANIFEST_KEY, None, limit) {
-        Ok(GetResult::Found { bytes, etag }) => {
-            Ok(Some(CurrentManifest { bytes, etag, manifest: OnceCell::new() }))
-        }
-        Ok(GetResult::Missing | GetResult::NotModified) => Ok(None),
-        Err(e @ StoreError::TooLarge(_)) if limit == MAX_BYTES => {
-            Err(Error::new(format!("{e}; go back with 'deploy-manifest rollback'")))
-        }
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// Reads the manifest; that there is none, or that it cannot be used, is an error.
-pub fn read(store: &dyn Store) -> Result<Manifest> {
-    load(store)?.ok_or_else(|| missing(store))?.into_parts().1.map_err(|e| unusable(store, &e))
-}
-
-/// As [`read`], and that nobody trusted has signed it is an error too.
+/// As [`current::read`], and that nobody trusted has signed it is an error too.
 pub fn read_trusted(store: &dyn Store, author: &Author) -> Result<Manifest> {
     Ok(read_trusted_bytes(store, author)?.1)
 }
 
 /// As [`read_trusted`], with the text that it was read from.
 pub fn read_trusted_bytes(store: &dyn Store, author: &Author) -> Result<(Vec<u8>, Manifest)> {
-    let current = load(store)?.ok_or_else(|| lost(store, author))?;
+    let current = current::load(store)?.ok_or_else(|| lost(store, author))?;
     author.check_trusted(store, &current)?;
     let (bytes, manifest) = current.into_parts();
-    let manifest = manifest.map_err(|e| unusable(store, &e))?;
+    let manifest = manifest.map_err(|e| current::unusable(store, &e))?;
     author.remember(store, &bytes);
     Ok((bytes, manifest))
 }
-
-/// There is no manifest: nothing is configured, it was lost, or there never was one.
-pub fn missing(store: &dyn Store) -> Error {
-    let url = store.url();
-    if config::is_unconfigured(&url) {
-        return Error::new(
-            "nothing is configured here, and there is no manifest in this machine's own folder; run 'omni-deploy init \
-             s3://BUCKET?region=…' (on a host: write the 'store' that it prints into /etc/omni-deploy/config.json), \
-             or 'deploy-manifest init' to deploy on this machine alone",
-        );
-    }
-    let newest = versions::archived(store).ok().and_then(|archived| archived.into_iter().next());
-    if let Some(Version { name, serial, .. }) = newest {
-        return Error::new(format!(
-            "no manifest in {url} any more, only older ones up to serial {serial}; put a host's copy back \
-             ('{COPY_BACK}') or go back with 'deploy-manifest rollback {name}'"
-        ));
-    }
-    if let Ok(Some(host)) = obedient(store) {
-        return Error::new(format!(
-            "no manifest in {url} any more, and the host {host} reports there that it has obeyed one; put its copy \
-             back: '{}'",
-            COPY_BACK.replace("HOST", &host)
-        ));
-    }
-    Error::new(format!("no manifest in {url} yet; run 'deploy-manifest init'"))
-}
-
-/// How many hosts' reports are read to know whether there ever was a manifest.
-const REPORTS: usize = 8;
-
-/// A host which reports that it has obeyed a manifest. One that was set up before there was any reports, too.
-fn obedient(store: &dyn Store) -> Result<Option<String>> {
-    #[derive(serde::Deserialize)]
-    struct Report {
-        #[serde(default)]
-        serial: Option<u64>,
-    }
-    for key in store.list(HOSTS_PREFIX)?.iter().take(REPORTS) {
-        let host = key.strip_prefix(HOSTS_PREFIX).and_then(|name| name.strip_suffix(".json"));
-        let Some(host) = host.filter(|host| HostName::parse(host).is_ok()) else { continue };
-        if let Some(bytes) = store.read(key, MAX_REPORT)?
-            && let Ok(Report { serial: Some(_) }) = serde_json::from_slice(&bytes)
-        {
-            return Ok(Some(host.to_string()));
-        }
-    }
-    Ok(None)
-}
-
-/// The most of a report that is read here, in bytes.
-const MAX_REPORT: u64 = 4 << 20;
 
 /// Whether there ever was a manifest in a store that has none now, as far as can be told.
 fn ever(store: &dyn Store, author: &Author) -> Result<bool> {
     Ok(author.remembered(store)?.is_some()
         || !versions::archived(store)?.is_empty()
-        || obedient(store)?.is_some())
+        || current::obedient(store)?.is_some())
 }
 
-/// As [`missing`], of a store in which this machine has seen one: that is put back from here.
+/// As [`current::missing`], of a store in which this machine has seen one: that is put back from here.
 pub fn lost(store: &dyn Store, author: &Author) -> Error {
     match author.remembered(store) {
         Ok(Some(seen)) => Error::new(format!(
@@ -265,21 +79,9 @@ pub fn lost(store: &dyn Store, author: &Author) -> Error {
             seen.describe(),
             seen.kept.unwrap_or_default().display()
         )),
-        Ok(None) => missing(store),
+        Ok(None) => current::missing(store),
         Err(e) => e,
     }
-}
-
-/// How the copy that a host keeps is published again.
-pub const COPY_BACK: &str = "ssh HOST cat /var/lib/deployer/manifest.json | deploy-manifest rollback -";
-
-/// There is one that cannot be used.
-pub fn unusable(store: &dyn Store, why: &ManifestError) -> Error {
-    let next = match why.is_newer_version() {
-        true => "",
-        false => "; mend it with 'deploy-manifest edit' or go back with 'deploy-manifest rollback'",
-    };
-    Error::new(format!("the manifest in {} cannot be used: {why}{next}", store.url()))
 }
 
 /// Creates an empty manifest where there is none, also where there was one.
@@ -403,7 +205,7 @@ fn swap(
     };
     loop {
         let began = Instant::now();
-        let current = load_within(store, limit)?;
+        let current = current::load_within(store, limit)?;
         if let Some(new) = tried.take()
             && landed(store, current.as_ref(), &new)?
         {
@@ -449,7 +251,7 @@ fn swap(
             }
             // Without an answer it may have taken place.
             Err(StoreError::Unreachable(why)) => {
-                return match load(store).and_then(|c| landed(store, c.as_ref(), &new)) {
+                return match current::load(store).and_then(|c| landed(store, c.as_ref(), &new)) {
                     Ok(true) => wrote(new),
                     Ok(false) => Err(Error::new(why)),
                     Err(_) => Err(Error::new(format!(
@@ -500,7 +302,7 @@ fn base(
     let there = match found.manifest() {
         // With keys a number is what somebody trusted gave it.
         Ok(there) if there.serial < LAST_SERIAL || !archived_too => there,
-        Err(why) if !repairs || why.is_newer_version() => return Err(unusable(store, why)),
+        Err(why) if !repairs || why.is_newer_version() => return Err(current::unusable(store, why)),
         Ok(_) | Err(_) => return rebuilt(store, author, current, start, now),
     };
     let (mut from, mut serial) = (there, there.serial);
@@ -730,9 +532,9 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
     let mut contention = Contention::new();
     loop {
         let began = Instant::now();
-        let current = load(store)?.ok_or_else(|| missing(store))?;
+        let current = current::load(store)?.ok_or_else(|| current::missing(store))?;
         author.check_trusted(store, &current)?;
-        let manifest = current.manifest().as_ref().map_err(|e| unusable(store, e))?;
+        let manifest = current.manifest().as_ref().map_err(|e| current::unusable(store, e))?;
         if signature::check(&current.bytes, manifest, &store.identity(), &[key.public()]).is_ok() {
             return Ok(false);
         }
@@ -768,6 +570,12 @@ pub fn report(store: &dyn Store, published: &PublishedManifest) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::SecretKey;
+    use crate::manifest::parse::{self, Mode};
+    use crate::manifest::seen::Seen;
+    use crate::manifest::signature::Trust;
+    use crate::manifest::trust::whoami;
+    use crate::store::GetResult;
     use std::collections::BTreeMap;
     use std::sync::Mutex;
 

@@ -4,11 +4,11 @@
 //! kept here counts only while a trusted key's signature on it holds ([`super::trust`]).
 
 use super::model::MAX_BYTES;
-use crate::config;
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::files::if_reached;
 use crate::hash::Sha256;
+use crate::home;
 use crate::log;
 use std::io::Read;
 use std::path::PathBuf;
@@ -22,7 +22,7 @@ pub struct Seen {
 impl Seen {
     /// Of whoever runs this.
     pub fn of_user() -> Self {
-        Seen { folder: Some(config::state_dir().join("seen")) }
+        Seen { folder: Some(home::state_dir().join("seen")) }
     }
 
     /// The file of the store of this identity.

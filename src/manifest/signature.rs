@@ -6,10 +6,11 @@
 //! `{`, what Nix signs of closures with `1;`, so that neither can stand for the other.
 
 use super::canonical;
+use super::error::ManifestError;
 use super::limits;
-use super::lineage::Digest;
 use super::model::Manifest;
-use super::parse::{self, ManifestError, Mode};
+use super::parse::{self, Mode};
+use super::types::Digest;
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::keys::{PublicKey, SecretKey};

@@ -2,14 +2,18 @@
 //! after what this machine has seen. Everything that publishes starts from that, and what else is in the store is
 //! shown, never built upon. Without trusted keys there is nothing to tell by, and what is in force is trusted.
 
-use super::lineage::{self, Ancestor, Digest, Relation};
+use super::current::{self, COPY_BACK, CurrentManifest};
+use super::lineage::{self, Relation};
 use super::model::{Change, MAX_BYTES, Manifest};
-use super::publish::{Author, COPY_BACK, CurrentManifest};
-use super::signature::{self, ReadError, UNKNOWN_SIGNER};
+use super::seen::Seen;
+use super::signature::{self, ReadError, Trust, UNKNOWN_SIGNER};
+use super::types::{Ancestor, Digest};
 use super::versions::{self, Version, archive_key, archive_name};
+use crate::config::Settings;
 use crate::error::{Error, Result};
-use crate::keys::PublicKey;
+use crate::keys::{PublicKey, SecretKey};
 use crate::log::{self, printable};
+use crate::names::HostName;
 use crate::parallel;
 use crate::store::{Store, StoreError};
 use std::path::PathBuf;
@@ -81,6 +85,72 @@ pub enum RejectReason {
     Fork(Box<TrustedVersion>),
 }
 
+/// Who writes, and with what keys.
+#[derive(Debug, Default)]
+pub struct Author {
+    /// `user@host`.
+    pub by: String,
+    /// The key that signs, and those that are trusted.
+    pub trust: Trust,
+    /// What this machine remembers of the store.
+    pub seen: Seen,
+    /// The number of a copy that was given to be published, if it is trusted; else 0.
+    pub at_hand: u64,
+}
+
+impl Author {
+    /// The one who runs this, with the keys of the configuration.
+    pub fn of(settings: &Settings) -> Result<Self> {
+        Ok(Author { by: whoami(), trust: Trust::of(settings)?, seen: Seen::of_user(), at_hand: 0 })
+    }
+
+    /// The same for who only reads: no key that signs is looked for.
+    pub fn reader(settings: &Settings) -> Result<Self> {
+        let trust = Trust { signer: None, trusted: signature::trusted(settings)? };
+        Ok(Author { by: whoami(), trust, seen: Seen::of_user(), at_hand: 0 })
+    }
+
+    /// Refuses to build upon what is not trusted: a signature on it would be given by the way.
+    pub fn check_trusted(&self, store: &dyn Store, current: &CurrentManifest) -> Result<()> {
+        match self.reject_reason(store, current)? {
+            Some(reason) => Err(self.rejection(store, current, &reason)),
+            None => Ok(()),
+        }
+    }
+
+    /// The key that signs.
+    pub fn signer(&self) -> Result<&SecretKey> {
+        self.trust.signer.as_ref().ok_or_else(|| {
+            Error::new("there is no key to sign with; set 'secretKeyFile' ('omni-deploy keygen' makes one)")
+        })
+    }
+
+    /// Signs what is about to be published. Without a key, nothing is published where signatures are expected.
+    pub(super) fn sign(&self, store: &dyn Store, manifest: &mut Manifest) -> Result<()> {
+        let signed = !manifest.signatures.is_empty();
+        manifest.signatures.clear();
+        match &self.trust.signer {
+            Some(key) => signature::sign(manifest, &store.identity(), key),
+            None if signed || !self.trust.trusted.is_empty() => Err(Error::new(format!(
+                "the manifest in {} is signed, and this machine has no key: hosts would refuse what it publishes; set \
+                 'secretKeyFile' ('omni-deploy init' or 'omni-deploy keygen' make one)",
+                store.url()
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// `user@host`, from `USER` or `LOGNAME`, else the user's number; only plain characters.
+pub fn whoami() -> String {
+    let named = ["USER", "LOGNAME"].iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()));
+    let user = named.unwrap_or_else(|| rustix::process::geteuid().as_raw().to_string());
+    let host = HostName::of_this_machine().map_or_else(|| "unknown".into(), |h| h.to_string());
+    let clean = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    let user: String = user.chars().take(64).map(clean).collect();
+    format!("{user}@{host}")
+}
+
 /// Where this machine keeps it, as an argument of a rollback.
 fn argument(seen: &TrustedVersion) -> String {
     let file = seen.kept.as_ref().map(|k| k.display().to_string()).unwrap_or_default();
@@ -141,7 +211,7 @@ impl Author {
         };
         let there = match current.manifest() {
             Ok(there) => there,
-            Err(e) => return super::publish::unusable(store, e),
+            Err(e) => return current::unusable(store, e),
         };
         let serial = there.serial;
         if let RejectReason::Fork(_) = reason {

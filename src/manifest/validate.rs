@@ -1,8 +1,8 @@
 //! Checks that span services: names twice, a port or a domain and path claimed twice on one host. Pure, and
 //! in time linear in what the manifest names.
 
+use super::error::FieldError;
 use super::model::{Http, Manifest};
-use super::parse::FieldError;
 use std::collections::HashMap;
 
 /// The first clash, if any, at the later of the two services; its text names both.

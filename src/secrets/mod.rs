@@ -6,12 +6,11 @@ pub mod environment;
 pub mod folders;
 pub mod mask;
 
-use crate::deployer::lock;
-use crate::deployer::root::RUN_DIR;
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::files::if_there;
 use crate::hash::Sha256;
+use crate::lock;
 use crate::manifest::Service;
 use crate::manifest::types::AbsolutePath;
 use crate::names::ServiceName;
@@ -222,7 +221,7 @@ pub fn write(path: &Path, wanted: &WriteRequest) -> Result<WriteResult> {
         durable::folder(folder, 0o700)?;
     }
     // Held against another write between the look and the rename; it ends with the process.
-    let _lock = lock::of_folder(Path::new(RUN_DIR), folder, LOCK_WAIT)?;
+    let _lock = lock::of_folder(folder, LOCK_WAIT)?;
     if fs_err::metadata(folder)?.mode() & 0o077 == 0 {
         // Of a write that was cut short; nobody else writes in a folder like this.
         durable::sweep(folder)?;

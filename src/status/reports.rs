@@ -3,15 +3,16 @@
 
 use super::hint;
 use super::judge::HostReport;
-use crate::bounds::{self, Bounds};
+use crate::bounds;
 use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::deployer::follow;
 use crate::deployer::live::{self, LIVE_VERSION, Live, LiveState};
+use crate::deployer::reported::{BOUNDS, MAX_REPORT, key, parsed, readable};
 use crate::deployer::root::STATE_FILE;
 use crate::deployer::state::State;
+use crate::doctor::domains;
 use crate::error::{Error, Exit, Result};
-use crate::manifest::Manifest;
 use crate::names::HostName;
 use crate::parallel;
 use crate::ssh;
@@ -19,13 +20,6 @@ use crate::store::{HOSTS_PREFIX, Store, StoreError, StoreUrl};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-
-/// The largest report that is read, in bytes.
-pub const MAX_REPORT: u64 = 4 << 20;
-
-/// What a report or an answer may consist of: one of the largest size has at least so many bytes for each value, but
-/// for one that was made to cost memory. Many are read at once.
-const BOUNDS: Bounds = Bounds { values: MAX_REPORT as usize / 16, depth: 16 };
 
 /// How long a host may take to answer, in all.
 const LIVE_DEADLINE: Duration = Duration::from_secs(30);
@@ -43,11 +37,6 @@ const OTHERS_BYTES: u64 = 8 << 20;
 
 /// How many of these are read at once, which is how far their bytes can be exceeded.
 const OTHERS_AT_ONCE: usize = 4;
-
-/// The hosts that the manifest names.
-pub fn hosts(manifest: &Manifest) -> BTreeSet<HostName> {
-    manifest.services.iter().flat_map(|s| s.hosts.iter().cloned()).collect()
-}
 
 /// The hosts that have a report in the store.
 pub fn listed(store: &dyn Store) -> Result<BTreeSet<HostName>> {
@@ -105,16 +94,6 @@ fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(HostReport
         Err(StoreError::TooLarge(why)) => (HostReport::Unreadable(why), 0),
         Err(e) => return Err(e.into()),
     })
-}
-
-/// What a store has as a host's report, where it can be read and is one.
-pub fn readable(store: &dyn Store, host: &HostName) -> Option<State> {
-    parsed(&store.read(&key(host), MAX_REPORT).ok()??).ok()
-}
-
-/// Where a host's report is in a store.
-pub fn key(host: &HostName) -> String {
-    format!("{HOSTS_PREFIX}{host}.json")
 }
 
 /// Whether two identities of stores differ in nothing but the address at which they are reached.
@@ -205,7 +184,7 @@ pub fn ask(settings: &Settings, host: &HostName, with: With, deadline: Duration)
     if ssh::is_here(settings, host) {
         return match with {
             With::Units => live::look(&settings.unit_dir, Timestamp::now()),
-            With::Domains => live::look_with_domains(settings, Timestamp::now()),
+            With::Domains => domains::live_with_domains(settings, Timestamp::now()),
         };
     }
     let domains = if with == With::Domains { " --domains" } else { "" };
@@ -245,12 +224,6 @@ pub fn ask(settings: &Settings, host: &HostName, with: With, deadline: Duration)
 
 fn not_read(why: &str) -> Error {
     Error::new(format!("what it answers is not read: {why}; look at what runs as 'deployer' there"))
-}
-
-/// Reads a report, which whoever writes to the store may have written.
-pub fn parsed(bytes: &[u8]) -> Result<State, String> {
-    bounds::check(bytes, BOUNDS)?;
-    State::parse(bytes)
 }
 
 fn by_another(state: &State) -> HostReport {

@@ -9,7 +9,7 @@ use super::{Condition, Etag, EtagForm, GetResult, Store, StoreError};
 use crate::clock::Timestamp;
 use crate::hash::{Sha256, hex};
 use crate::parallel::locked;
-use crate::{config, durable, log, random};
+use crate::{durable, home, log, random};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard};
@@ -119,7 +119,7 @@ fn remembered(store: &dyn Store, now: Timestamp) -> Option<EtagForm> {
 
 /// Where it is noted: one file for each store.
 fn note(store: &dyn Store) -> PathBuf {
-    config::state_dir().join("conditional-writes").join(Sha256::of(store.identity().as_bytes()).short(16))
+    home::state_dir().join("conditional-writes").join(Sha256::of(store.identity().as_bytes()).short(16))
 }
 
 /// The form in which it takes versions, or what is wrong with it.

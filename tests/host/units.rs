@@ -4,9 +4,9 @@
 use crate::solo::solo;
 use entries::{Choices, Entry};
 use omni_deploy::deployer::unit;
+use omni_deploy::manifest::Service;
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::manifest::types::UnitName;
-use omni_deploy::manifest::{Service, command};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -32,7 +32,7 @@ fn rendered(bytes: &[u8]) -> Option<Rendered> {
     let Entry { value, words } = entries::entry(&mut Choices::new(bytes));
     let service = parse::service(value, Mode::Tolerant, None).ok()?;
     let path = service.artifact.store_path.path()?;
-    let (program, args) = command::program(&service, path);
+    let (program, args) = service.program(path);
     let argv: Vec<String> = std::iter::once(program.to_str()?.to_string()).chain(args).collect();
     if let Some(words) = words {
         assert_eq!(argv[1..], words[1..], "the words somebody typed");

@@ -6,11 +6,12 @@ use crate::config::Settings;
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::log;
+use crate::manifest::current::{self, COPY_BACK, CurrentManifest};
 use crate::manifest::diff::diff;
 use crate::manifest::parse::{self, Mode};
-use crate::manifest::publish::{self, Author, COPY_BACK, CurrentManifest, StartingPoint};
+use crate::manifest::publish::{self, StartingPoint};
 use crate::manifest::signature::{self, ReadError, Trust};
-use crate::manifest::trust::RejectReason;
+use crate::manifest::trust::{Author, RejectReason};
 use crate::manifest::{edit, json};
 use crate::names::ServiceName;
 use crate::store::Store;
@@ -23,7 +24,7 @@ pub(super) const BASE: &str = "base.json";
 
 pub(super) fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
     let author = Author::of(settings)?;
-    let current = publish::load(store)?.ok_or_else(|| publish::lost(store, &author))?;
+    let current = current::load(store)?.ok_or_else(|| publish::lost(store, &author))?;
     let (text, next) = edit_base(store, &author, &current)?;
     let folder = durable::scratch(&std::env::temp_dir())?;
     let file = folder.path().join("manifest.json");
@@ -64,7 +65,7 @@ fn edit_base(
         }
         (Some(reason), _) => return Err(author.rejection(store, current, &reason)),
         (None, Ok(_)) => return Ok((json::pretty(&current.bytes), "")),
-        (None, Err(e)) if e.is_newer_version() => return Err(publish::unusable(store, e)),
+        (None, Err(e)) if e.is_newer_version() => return Err(current::unusable(store, e)),
         (None, Err(e)) if !trusting => {
             log::warning(format!("warning: the manifest in {url} cannot be used: {e}"));
             // No manifest, and nothing to tell a better one by.
@@ -156,7 +157,7 @@ pub(super) fn publish_edited(
     change(settings, store, StartingPoint::Repair, |manifest| {
         let Some(base) = &made_from else {
             // What could not be read cannot be merged with: only what was edited may be replaced.
-            if publish::load(store)?.is_none_or(|c| c.bytes != base) {
+            if current::load(store)?.is_none_or(|c| c.bytes != base) {
                 return Err(Error::new("the manifest was changed meanwhile"));
             }
             edit::restore(manifest, &edited);

@@ -10,11 +10,10 @@ use crate::manifest::diff::{Difference, diff};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::{Newest, enough_for, newest};
 use crate::manifest::parse::{self, Mode};
-use crate::manifest::publish::{self, Author};
 use crate::manifest::signature::{self, ReadError};
-use crate::manifest::trust;
+use crate::manifest::trust::{self, Author};
 use crate::manifest::versions::{self, Version, VersionHead};
-use crate::manifest::{Change, json, limits};
+use crate::manifest::{Change, current, json, limits, publish};
 use crate::parallel;
 use crate::store::{MANIFEST_KEY, Store};
 
@@ -27,7 +26,7 @@ pub(super) fn show(
     let versions = version.map(|word| enough_for(store, &[word])).transpose()?.unwrap_or_default();
     let (what, bytes, version) = match version {
         None => {
-            let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
+            let current = current::load(store)?.ok_or_else(|| current::missing(store))?;
             ("the manifest".to_string(), current.bytes, None)
         }
         Some(word) => {
@@ -44,7 +43,7 @@ pub(super) fn show(
         (Ok(_), None) | (Err(ReadError::Signature(_)), _) => None,
         (Ok(there), Some(version)) => versions::mismatch(version, Some((there.serial, there.generation)))
             .map(|why| error(version, format!("is {why}"))),
-        (Err(ReadError::Manifest(e)), None) => Some(publish::unusable(store, e)),
+        (Err(ReadError::Manifest(e)), None) => Some(current::unusable(store, e)),
         (Err(ReadError::Manifest(e)), Some(version)) => Some(error(version, format!("cannot be used: {e}"))),
     };
     if let Some(why) = unusable {
@@ -92,19 +91,19 @@ pub(super) fn list(settings: &Settings, store: &dyn Store, as_json: bool, number
     let current = match author.trust.trusted.is_empty() {
         true => None,
         // What is too large to be read is said below.
-        false => publish::load(store).ok().flatten(),
+        false => current::load(store).ok().flatten(),
     };
     if let Some(current) = current
         && let Some(reason) = author.reject_reason(store, &current)?
     {
         log::warning(format!("warning: {}", author.rejection(store, &current, &reason)));
     } else if !versions.iter().any(|v| v.current) {
-        match publish::load(store)? {
-            None if versions.is_empty() => return Err(publish::missing(store)),
-            None => log::warning(format!("warning: {}", publish::missing(store))),
+        match current::load(store)? {
+            None if versions.is_empty() => return Err(current::missing(store)),
+            None => log::warning(format!("warning: {}", current::missing(store))),
             Some(current) => {
                 if let Err(e) = current.into_parts().1 {
-                    log::warning(format!("warning: {}", publish::unusable(store, &e)));
+                    log::warning(format!("warning: {}", current::unusable(store, &e)));
                 }
             }
         }
@@ -217,9 +216,9 @@ pub(super) fn print_diff(settings: &Settings, store: &dyn Store, words: &[String
 /// Why none of the versions is the one in force: there is none, or what is there is not one.
 pub(super) fn none_in_force(store: &dyn Store, author: &Author) -> Error {
     let found = || {
-        let current = publish::load(store)?.ok_or_else(|| publish::lost(store, author))?;
+        let current = current::load(store)?.ok_or_else(|| publish::lost(store, author))?;
         author.check_trusted(store, &current)?;
-        current.into_parts().1.map_err(|e| publish::unusable(store, &e))
+        current.into_parts().1.map_err(|e| current::unusable(store, &e))
     };
     found().err().unwrap_or_else(|| {
         Error::new(format!("the manifest in {} was changed meanwhile; run it again", store.url()))
@@ -251,9 +250,9 @@ pub(super) fn validate_file(settings: &Settings, file: &str) -> Result<()> {
 
 pub(super) fn validate_store(settings: &Settings, store: &dyn Store) -> Result<()> {
     let author = Author::reader(settings)?;
-    let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
+    let current = current::load(store)?.ok_or_else(|| current::missing(store))?;
     author.check_trusted(store, &current)?;
-    let manifest = current.into_parts().1.map_err(|e| publish::unusable(store, &e))?;
+    let manifest = current.into_parts().1.map_err(|e| current::unusable(store, &e))?;
     if let Some(unknown) = parse::first_unknown(&manifest) {
         log::warning(format!("warning: {unknown}; a newer version may have written it"));
     }

@@ -7,14 +7,15 @@ use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::log;
+use crate::manifest::current;
 use crate::manifest::diff::{Difference, diff};
 use crate::manifest::edit;
 use crate::manifest::lineage::{self, Relation};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::{enough_for, newest};
-use crate::manifest::publish::{self, Author, StartingPoint};
+use crate::manifest::publish::{self, StartingPoint};
 use crate::manifest::signature::{self, ReadError};
-use crate::manifest::trust::{self, RejectReason, TrustedVersion};
+use crate::manifest::trust::{self, Author, RejectReason, TrustedVersion};
 use crate::manifest::versions::{self, Version};
 use crate::store::Store;
 use std::io::IsTerminal;
@@ -120,7 +121,7 @@ pub(super) fn version_before(
     }
     let all = Manifest { serial: u64::MAX, ..Manifest::empty(Timestamp::default(), "") };
     let none = match &in_force.current {
-        None => publish::missing(store),
+        None => current::missing(store),
         Some(current) => match current.manifest() {
             Err(e) if in_force.reason.is_none() => Error::new(format!("{e}, and {}", only_version(store))),
             _ => only_version(store),

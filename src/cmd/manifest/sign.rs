@@ -9,10 +9,10 @@ use crate::log;
 use crate::manifest::diff::{Difference, diff};
 use crate::manifest::model::Manifest;
 use crate::manifest::newest::enough_for;
-use crate::manifest::publish::{self, Author};
 use crate::manifest::signature::{self, Trust};
-use crate::manifest::trust::{self, RejectReason};
+use crate::manifest::trust::{self, Author, RejectReason};
 use crate::manifest::versions;
+use crate::manifest::{current, publish};
 use crate::store::Store;
 use std::io::IsTerminal;
 
@@ -48,12 +48,12 @@ pub(super) fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Res
             "nothing is remembered without 'trustedPublicKeys': there is nothing to accept",
         ));
     }
-    let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
+    let current = current::load(store)?.ok_or_else(|| current::missing(store))?;
     match author.reject_reason(store, &current)? {
         Some(reason @ RejectReason::Unsigned(_)) => return Err(author.rejection(store, &current, &reason)),
         Some(RejectReason::PutBack(_) | RejectReason::Fork(_)) | None => {}
     }
-    let there = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;
+    let there = current.manifest().as_ref().map_err(|e| current::unusable(store, e))?;
     if there.serial != number {
         return Err(Error::new(format!(
             "the manifest in {} is {}, not version {number}; nothing was accepted",
@@ -75,7 +75,7 @@ pub(super) fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -
     let author = Author::of(settings)?;
     author.signer()?;
     let url = store.url();
-    let current = publish::load(store)?.ok_or_else(|| publish::missing(store))?;
+    let current = current::load(store)?.ok_or_else(|| current::missing(store))?;
     let why = match author.reject_reason(store, &current)? {
         None => {
             match publish::add_signature(store, &author)? {
@@ -87,7 +87,7 @@ pub(super) fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -
         Some(RejectReason::Unsigned(why)) => why,
         Some(reason) => return Err(author.rejection(store, &current, &reason)),
     };
-    let there = current.manifest().as_ref().map_err(|e| publish::unusable(store, e))?;
+    let there = current.manifest().as_ref().map_err(|e| current::unusable(store, e))?;
     let digest = signature::digest(&current.bytes).map_err(Error::new)?;
     match hash {
         // Whole: two documents whose hashes begin alike are soon found, and one of them could be shown.

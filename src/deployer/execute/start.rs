@@ -8,7 +8,7 @@ use crate::deployer::outcome::{Outcome, PendingJob};
 use crate::deployer::plan::{Plan, Step, Verified};
 use crate::error::Result;
 use crate::log;
-use crate::manifest::{Service, command};
+use crate::manifest::Service;
 use crate::names::{ServiceName, StorePath};
 use crate::parallel::joined;
 use crate::runner::tail;
@@ -315,7 +315,7 @@ fn taken(name: &ServiceName, service: &Service, journal: &[String]) -> Option<St
 
 /// Whether the program of a service is there and may be executed.
 fn executable(service: &Service, path: &StorePath) -> Result<(), String> {
-    let (program, _) = command::program(service, path);
+    let (program, _) = service.program(path);
     let shown = program.display();
     match fs_err::metadata(&program) {
         Ok(meta) if meta.is_file() && meta.permissions().mode() & 0o111 != 0 => Ok(()),

@@ -6,7 +6,7 @@ use crate::deployer::state;
 use crate::error::Result;
 use crate::failpoint;
 use crate::http::{self, HttpLimits};
-use crate::manifest::{Service, command};
+use crate::manifest::Service;
 use crate::names::ServiceName;
 use crate::parallel;
 use crate::systemd::{self, CameUp, Listed, Shown};
@@ -48,7 +48,7 @@ impl Watched<'_> {
     /// What systemd has loaded in place of the unit that was written, if anything.
     pub(super) fn replaced(&self, root: &Root, shown: &Shown) -> Option<String> {
         let path = self.service.artifact.store_path.path()?;
-        let (program, _) = command::program(self.service, path);
+        let (program, _) = self.service.program(path);
         let why = shown.replaced(&root.unit_dir.join(&self.unit), &program)?;
         let drop_ins: Vec<String> = shown.drop_ins.iter().map(|p| p.display().to_string()).collect();
         let because = state::attention(self.name, &drop_ins);

@@ -2,9 +2,8 @@
 
 use super::{Expected, HostReport, Progress, ServiceRow, ServiceStatus};
 use crate::clock::{Timestamp, human_seconds};
-use crate::deployer::live::{Live, Unit};
+use crate::deployer::live::{Live, Unit, Verdict};
 use crate::deployer::state::{FailureRecord, ServicePhase, ServiceState, State};
-use crate::doctor::Verdict;
 use crate::manifest::{ArtifactPath, Service};
 use crate::names::{HostName, ServiceName};
 use crate::status::hint;

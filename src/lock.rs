@@ -1,7 +1,6 @@
-//! The lock of a pass. The kernel holds it (flock) and lets go when the process ends, however it ends; the
+//! One pass at a time, and one writer to a folder of secrets. The kernel holds a lock (flock) and lets go when the process ends, however it ends; the
 //! file's content only says who.
 
-use super::root::Root;
 use crate::clock::Timestamp;
 use crate::durable;
 use crate::error::{Error, Result};
@@ -11,7 +10,10 @@ use std::io::{Read, Seek, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Held while a pass runs.
+/// The folder of the locks.
+pub const RUN_DIR: &str = "/run/omni-deploy";
+
+/// Held until it is dropped.
 #[derive(Debug)]
 pub struct Lock {
     file: fs_err::File,
@@ -35,9 +37,9 @@ pub enum LockResult {
 }
 
 /// Asks for the lock, without waiting.
-pub fn take(root: &Root, now: Timestamp) -> Result<LockResult> {
-    durable::folder(&root.run_dir, 0o755)?;
-    let path = root.lock();
+pub fn take(run_dir: &Path, now: Timestamp) -> Result<LockResult> {
+    durable::folder(run_dir, 0o755)?;
+    let path = run_dir.join("lock");
     let mut file = opened(&path)?;
     match file.file().try_lock() {
         Ok(()) => {}
@@ -67,11 +69,11 @@ fn opened(path: &Path) -> std::io::Result<fs_err::File> {
 
 /// Takes the lock of what root does in a folder: a file of ours, named by the folder. A lock on the folder itself would
 /// be anybody's to hold who may look into it.
-pub fn of_folder(run_dir: &Path, folder: &Path, patience: Duration) -> Result<Lock> {
-    durable::folder(run_dir, 0o755)?;
+pub fn of_folder(folder: &Path, patience: Duration) -> Result<Lock> {
+    durable::folder(Path::new(RUN_DIR), 0o755)?;
     let real = fs_err::canonicalize(folder)?;
     let name = Sha256::of(real.as_os_str().as_encoded_bytes()).short(8);
-    let path = run_dir.join(format!("folder-{name}.lock"));
+    let path = Path::new(RUN_DIR).join(format!("folder-{name}.lock"));
     let file = opened(&path)?;
     let begun = Instant::now();
     while let Err(e) = file.file().try_lock() {
@@ -94,10 +96,10 @@ const REMIND_EVERY: Duration = Duration::from_secs(60);
 
 /// Asks for the lock and waits until it is ours, as long as that takes: who holds it may be stopping a service that
 /// is slow. `on_wait` is told who that is, at once and then every minute.
-pub fn wait(root: &Root, mut on_wait: impl FnMut(&str)) -> Result<Lock> {
+pub fn wait(run_dir: &Path, mut on_wait: impl FnMut(&str)) -> Result<Lock> {
     let mut last: Option<Instant> = None;
     loop {
-        match take(root, Timestamp::now())? {
+        match take(run_dir, Timestamp::now())? {
             LockResult::Taken(lock) => return Ok(lock),
             LockResult::Held(who) => {
                 if last.is_none_or(|last| last.elapsed() >= REMIND_EVERY) {
@@ -117,15 +119,14 @@ mod tests {
     #[test]
     fn the_second_asker_is_told_who_holds_it_and_since_when() {
         let dir = tempfile::tempdir().unwrap();
-        let mut root = Root::system(dir.path());
-        root.run_dir = dir.path().to_path_buf();
-        let first = take(&root, Timestamp(1_795_372_265)).unwrap();
+        let first = take(dir.path(), Timestamp(1_795_372_265)).unwrap();
         assert!(matches!(first, LockResult::Taken(_)));
-        let LockResult::Held(who) = take(&root, Timestamp(0)).unwrap() else { panic!("taken twice") };
+        let LockResult::Held(who) = take(dir.path(), Timestamp(0)).unwrap() else { panic!("taken twice") };
         assert_eq!(who, format!("process {} since 2026-11-22T18:31:05Z", std::process::id()));
         let (tell, told) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| wait(&root, |who| tell.send(who.to_string()).unwrap()).unwrap());
+            let waiting =
+                scope.spawn(|| wait(dir.path(), |who| tell.send(who.to_string()).unwrap()).unwrap());
             assert_eq!(told.recv().unwrap(), who);
             std::thread::sleep(ASK_EVERY * 3);
             assert!(!waiting.is_finished());
@@ -133,6 +134,6 @@ mod tests {
             waiting.join().unwrap()
         });
         assert!(told.try_recv().is_err(), "told once");
-        assert!(matches!(take(&root, Timestamp(0)).unwrap(), LockResult::Taken(_)));
+        assert!(matches!(take(dir.path(), Timestamp(0)).unwrap(), LockResult::Taken(_)));
     }
 }
