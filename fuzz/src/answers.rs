@@ -60,7 +60,9 @@ fn narinfo(text: &str) {
 
 fn url(text: &str) {
     let cache = CacheUrl::parse(text);
-    if let (Ok(CacheUrl::Store(StoreUrl::S3(of_cache))), Ok(StoreUrl::S3(of_store))) = (&cache, StoreUrl::parse(text)) {
+    if let (Ok(CacheUrl::Store(StoreUrl::S3(of_cache))), Ok(StoreUrl::S3(of_store))) =
+        (&cache, StoreUrl::parse(text))
+    {
         assert_eq!(*of_cache, of_store);
         assert!(!of_store.prefix.split('/').any(|part| part == ".."), "a prefix that leads out");
         assert!(of_store.prefix.is_empty() || of_store.prefix.ends_with('/'));

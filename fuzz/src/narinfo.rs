@@ -3,9 +3,9 @@
 
 use crate::entries::Choices;
 use crate::keys::key;
+use omni_deploy::hash::{BASE32_DIGITS, Sha256};
 use omni_deploy::keys::SecretKey;
 use omni_deploy::names::StorePath;
-use omni_deploy::hash::{BASE32_DIGITS, Sha256};
 use omni_deploy::nix::narinfo::{Compression, MAX_REFERENCES, MAX_SIGNATURES, NarInfo, is_nar_key};
 use omni_deploy::nix::walk::{PathFault, judge};
 use std::sync::LazyLock;
@@ -58,11 +58,8 @@ fn plain(why: &str) {
 fn hash(text: &str) {
     match Sha256::parse(text) {
         Ok(hash) => {
-            let forms = [
-                hash.to_string(),
-                format!("sha256:{}", hash.base16()),
-                format!("sha256-{}", hash.base64()),
-            ];
+            let forms =
+                [hash.to_string(), format!("sha256:{}", hash.base16()), format!("sha256-{}", hash.base64())];
             for form in &forms {
                 assert_eq!(Sha256::parse(form), Ok(hash), "{form}");
             }

@@ -3,8 +3,8 @@
 
 use crate::entries::Choices;
 use crate::narinfo::{KEYS, path, sign};
-use omni_deploy::names::StorePath;
 use omni_deploy::hash::Sha256;
+use omni_deploy::names::StorePath;
 use omni_deploy::nix::narinfo::{Compression, NarInfo};
 use omni_deploy::nix::walk::{WalkLimits, walk};
 use omni_deploy::store::{Condition, Etag, GetResult, Opened, Store, StoreError, Upload};
