@@ -31,7 +31,7 @@ sudo {command_name} plan
     error_code(0, "done, or nothing to do"),
     error_code(1, "nothing could be done"),
     error_code(3, "a service failed and its previous version runs, or it needs attention"),
-    error_code(4, "a service is down")
+    error_code(4, "a service failed and no version of it runs")
 )]
 pub(super) struct Args {
     #[argh(subcommand)]
@@ -191,7 +191,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
             Ok(Exit::Done)
         }
         Command::State(a) if a.live => live(call, &a),
-        Command::State(a) if a.domains => Err(Error::usage("--domains goes with --live --json")),
+        Command::State(a) if a.domains => Err(Error::usage("--domains needs --live --json")),
         Command::State(a) => state(a.json),
         Command::Watch(a) => watch(call, a.serial),
         Command::Pause(a) => {
@@ -208,8 +208,11 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
 
 /// A length of time in seconds, from `90s`, `30m`, `2h` or `1d`.
 fn seconds(text: &str) -> Result<i64> {
-    let wrong =
-        || Error::usage(format!("--for '{text}' is not a length of time; 90s, 30m, 2h or 1d is meant"));
+    let wrong = || {
+        Error::usage(format!(
+            "--for '{text}' is not a length of time; expected one such as 90s, 30m, 2h or 1d"
+        ))
+    };
     let unit = match text.chars().last() {
         Some('s') => 1,
         Some('m') => 60,
@@ -231,13 +234,13 @@ fn step_text(step: &Step) -> String {
         Step::Write(why) => format!("write its unit ({why})"),
         Step::Reload => "have systemd read its unit again".into(),
         Step::Enable => "have it started at boot".into(),
-        Step::Overlap(why) => format!("prove the new version beside it and lead requests there ({why})"),
+        Step::Overlap(why) => format!("verify the new version beside it and route requests to it ({why})"),
         Step::Restart(why) => format!("restart and see it come up ({why})"),
         Step::Prove(why) => format!("see that it is up ({why})"),
         Step::Pause => "stop it: it is paused".into(),
-        Step::Record => "take its changed entry down".into(),
+        Step::Record => "record its changed entry".into(),
         Step::Remove(why) => format!("stop and remove ({why})"),
-        Step::Unroot(base) => format!("let go of {}/{base}", crate::names::STORE_DIR),
+        Step::Unroot(base) => format!("unroot {}/{base}", crate::names::STORE_DIR),
     }
 }
 
@@ -262,7 +265,7 @@ fn step_json(step: &Step) -> Value {
 
 fn plan_text(preview: &Preview, settings: &Settings) -> String {
     let mut text =
-        format!("host {}, manifest serial {} of {}\n", settings.host, preview.serial, preview.generation);
+        format!("host {}, manifest version {} of {}\n", settings.host, preview.serial, preview.generation);
     let plan = &preview.plan;
     for service in plan.services.iter().chain(&plan.gone) {
         if let Some(failure) = &service.failure {
@@ -329,7 +332,7 @@ fn plan_json(preview: &Preview) -> String {
 
 fn live(call: &Call, args: &StateArgs) -> Result<Exit> {
     if !args.json {
-        return Err(Error::usage("--live goes with --json; for people there is 'omni-deploy status --live'"));
+        return Err(Error::usage("--live needs --json; for people there is 'omni-deploy status --live'"));
     }
     answered(call, |settings, unit_dir| match settings {
         Some(settings) if args.domains => live::look_with_domains(settings, Timestamp::now()),
@@ -382,7 +385,7 @@ fn state(json: bool) -> Result<Exit> {
     })?;
     let now = Timestamp::now();
     let mut text = format!(
-        "host {}, manifest serial {}, last written {} ago\n",
+        "host {}, manifest version {}, last written {} ago\n",
         state.host,
         state.serial.map_or("none".to_string(), |s| s.to_string()),
         state.checked_at.age(now)
@@ -432,7 +435,7 @@ fn state(json: bool) -> Result<Exit> {
                 text.push_str(&format!("    | {}\n", log::printable(line)));
             }
             if failure.journal.is_empty() && lines::hidden(&root.lines()) {
-                text.push_str("    its last lines are root's to see: sudo deployer state\n");
+                text.push_str("    only root can see its last lines: sudo deployer state\n");
             }
         }
         if let Some(attention) = service.attention() {

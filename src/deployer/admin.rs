@@ -54,7 +54,7 @@ impl Address {
         if let Some(path) = text.strip_prefix("unix/") {
             return match path.starts_with('/') && !path.contains('|') {
                 true => Ok(Address::At(Endpoint::Unix(path.into()))),
-                false => Err(format!("is no absolute path of a socket; {FORM}")),
+                false => Err(format!("is not the absolute path of a socket; {FORM}")),
             };
         }
         let Some(authority) = text.strip_prefix("http://") else {
@@ -206,7 +206,7 @@ fn unix(at: &Endpoint, path: &Path) -> Result<UnixStream, String> {
     };
     let meta = fs_err::symlink_metadata(path).map_err(failed)?;
     if !meta.file_type().is_socket() {
-        return Err(format!("{} is no socket; set 'caddyAdmin' to Caddy's", path.display()));
+        return Err(format!("{} is not a socket; set 'caddyAdmin' to Caddy's", path.display()));
     }
     let stream = unix_connected(path).map_err(|e| failed(e.into()))?;
     let peer = sockopt::socket_peercred(&stream).map_err(|e| failed(e.into()))?;
@@ -303,10 +303,10 @@ fn caddys(at: &Endpoint, address: SocketAddr) -> Result<TcpStream, String> {
 /// One look and one connection; an inner error is one that another look may do away with.
 fn connect_once(at: &Endpoint, address: SocketAddr) -> Result<Result<TcpStream, String>, String> {
     let (seen, inodes) =
-        listeners::caddy_at(address).map_err(|e| format!("who listens at {at} cannot be told: {e}"))?;
+        listeners::caddy_at(address).map_err(|e| format!("who listens at {at} is not known: {e}"))?;
     match seen {
         Answers::Expected => {}
-        Answers::Nobody => return Err(no_answer(at, &"nobody listens there")),
+        Answers::Nobody => return Err(no_answer(at, &"nothing listens there")),
         Answers::Others(owners) => {
             let who: Vec<String> = owners.iter().map(ToString::to_string).collect();
             let why = not_caddy(at, &who.join(" and "));
@@ -319,7 +319,7 @@ fn connect_once(at: &Endpoint, address: SocketAddr) -> Result<Result<TcpStream, 
     let stream = TcpStream::connect_timeout(&address, CONNECT).map_err(|e| no_answer(at, &e))?;
     Ok(match listeners::listening_at(address) {
         Ok(now) if now.iter().all(|inode| inodes.contains(inode)) && !now.is_empty() => Ok(stream),
-        _ => Err(format!("Caddy at {at} is just being restarted; the next pass asks again")),
+        _ => Err(format!("Caddy at {at} is being restarted; the next pass asks again")),
     })
 }
 
@@ -395,7 +395,7 @@ impl Connection {
 fn read(bytes: &[u8], proven: bool) -> Result<AdminResponse, String> {
     if bytes.len() as u64 > MAX_ANSWER {
         return Err(format!(
-            "has more than {} MiB, more than is read; make its configuration smaller",
+            "has more than {} MiB, too much to be read; make its configuration smaller",
             MAX_ANSWER >> 20
         ));
     }

@@ -58,7 +58,7 @@ impl Ancestor {
             Some(Ancestor { serial, digest })
         };
         read().ok_or_else(|| {
-            "is not a version before this one; NUMBER:SHA256 or NUMBER:lost is expected".to_string()
+            "is not a version before this one; expected NUMBER:SHA256 or NUMBER:lost".to_string()
         })
     }
 }

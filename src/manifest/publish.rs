@@ -134,8 +134,8 @@ impl Author {
         match &self.trust.signer {
             Some(key) => signature::sign(manifest, &store.identity(), key),
             None if signed || !self.trust.trusted.is_empty() => Err(Error::new(format!(
-                "the manifest in {} is signed, and this machine has no key: hosts would refuse what it publishes; set \
-                 'secretKeyFile' ('omni-deploy init' or 'omni-deploy keygen' make one)",
+                "the manifest in {} is signed, and this machine has no key: hosts would reject what it publishes; \
+                 set 'secretKeyFile' ('omni-deploy init' or 'omni-deploy keygen' make one)",
                 store.url()
             ))),
             None => Ok(()),
@@ -209,7 +209,7 @@ pub fn missing(store: &dyn Store) -> Error {
     let newest = versions::archived(store).ok().and_then(|archived| archived.into_iter().next());
     if let Some(Version { name, serial, .. }) = newest {
         return Error::new(format!(
-            "no manifest in {url} any more, only older ones up to serial {serial}; put a host's copy back \
+            "no manifest in {url} any more, only older ones up to version {serial}; put a host's copy back \
              ('{COPY_BACK}') or go back with 'deploy-manifest rollback {name}'"
         ));
     }
@@ -259,8 +259,8 @@ fn ever(store: &dyn Store, author: &Author) -> Result<bool> {
 pub fn lost(store: &dyn Store, author: &Author) -> Error {
     match author.remembered(store) {
         Ok(Some(seen)) => Error::new(format!(
-            "no manifest in {} any more, and this machine has seen {} there; put it back with 'deploy-manifest rollback \
-             @{}', or begin anew with 'deploy-manifest init'",
+            "no manifest in {} any more, and this machine has seen {} there; put it back with 'deploy-manifest \
+             rollback @{}', or start again with 'deploy-manifest init'",
             store.url(),
             seen.describe(),
             seen.kept.unwrap_or_default().display()
@@ -277,7 +277,7 @@ pub const COPY_BACK: &str = "ssh HOST cat /var/lib/deployer/manifest.json | depl
 pub fn unusable(store: &dyn Store, why: &ManifestError) -> Error {
     let next = match why.is_newer_version() {
         true => "",
-        false => "; mend it with 'deploy-manifest edit' or go back with 'deploy-manifest rollback'",
+        false => "; fix it with 'deploy-manifest edit' or go back with 'deploy-manifest rollback'",
     };
     Error::new(format!("the manifest in {} cannot be used: {why}{next}", store.url()))
 }
@@ -534,8 +534,8 @@ fn say_lost(author: &Author, manifest: &Manifest) {
     let Some(Ancestor { serial, digest: None }) = manifest.previous.first() else { return };
     if !author.trust.trusted.is_empty() {
         log::warning(format!(
-            "warning: version {serial}, in whose place this was published, is not known here: a host that has obeyed \
-             it refuses this one, and on any other what it changed is undone; that host's copy brings it back: \
+            "warning: version {serial}, which this one replaces, is not known here: a host that has obeyed it \
+             rejects this one, and on every other host what it changed is undone; that host's copy brings it back: \
              '{COPY_BACK}'"
         ));
     }
@@ -603,8 +603,8 @@ fn room_after(store: &dyn Store, serial: u64, key: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(format!(
-        "{key} in {} has the serial {serial}, and at most {MAX_SERIAL} is possible: remove it if nobody published it, \
-         else begin a new store",
+        "{key} in {} is version {serial}, and the highest possible number is {MAX_SERIAL}: remove it if nobody \
+         published it, otherwise start a new store",
         store.url()
     )))
 }
@@ -617,8 +617,8 @@ fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Resu
         Err(StoreError::Changed(_)) => {
             if !author.trust.trusted.is_empty() && !holds(store, &key, bytes)? {
                 log::warning(format!(
-                    "warning: {key} in {} holds something else than the version that is replaced now, which is kept \
-                     nowhere else there: see who can write to the store",
+                    "warning: {key} in {} does not hold the version that is being replaced, of which the store has \
+                     no other copy: check who can write to the store",
                     store.url()
                 ));
             }
@@ -663,7 +663,7 @@ fn check_size(manifest: &Manifest, bytes: &[u8]) -> Result<()> {
     limits::manifest(bytes).map_err(|e| Error::from(e).context("the manifest would be too large"))?;
     if manifest.serial > MAX_SERIAL {
         return Err(Error::new(format!(
-            "the serial would be {}, at most {MAX_SERIAL} is possible; begin a new store",
+            "the number of this version would be {}, and the highest possible one is {MAX_SERIAL}; start a new store",
             manifest.serial
         )));
     }
@@ -760,8 +760,8 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
 pub fn report(store: &dyn Store, published: &PublishedManifest) {
     let Manifest { serial, change, .. } = &published.manifest;
     match published.written {
-        true => log::notice(format!("serial {serial}: {} ({})", change.action, store.url())),
-        false => log::info(format!("unchanged: serial {serial} says so already ({})", store.url())),
+        true => log::notice(format!("version {serial}: {} ({})", change.action, store.url())),
+        false => log::info(format!("unchanged: version {serial} already says this ({})", store.url())),
     }
 }
 
@@ -1159,7 +1159,7 @@ mod tests {
         manifest.serial = MAX_SERIAL - 1;
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), manifest.to_bytes());
         let e = add(&store, "web").unwrap_err().to_string();
-        assert!(e.contains("manifest.json in file:///test has the serial 9007199254740990"), "{e}");
+        assert!(e.contains("manifest.json in file:///test is version 9007199254740990"), "{e}");
         // There is a way out of it that needs no hand in the store, unless an archived version says the same.
         store.objects.lock().unwrap().insert(name.clone(), Vec::new());
         let replace = || publish(&store, &NOW, &ann(), StartingPoint::Replace, |_| Ok(Some("mend".into())));

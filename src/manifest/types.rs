@@ -235,7 +235,7 @@ words! {
         /// The unit is restarted; Caddy holds requests meanwhile.
         #[default]
         Restart = "restart",
-        /// The new version is proved beside the old one, on a spare port, before traffic moves to it; no request
+        /// The new version is verified beside the old one, on a spare port, before traffic moves to it; no request
         /// fails. For services that take their port from the environment.
         Overlap = "overlap",
     }
@@ -356,7 +356,7 @@ impl<'de, const MIN: u32, const MAX: u32> Deserialize<'de> for Seconds<MIN, MAX>
 pub const MAX_SERIAL: u64 = (1 << 53) - 1;
 
 pub(super) fn serial<'de, D: Deserializer<'de>>(d: D) -> Result<u64, D::Error> {
-    whole(d, "a serial", 0, MAX_SERIAL)
+    whole(d, "a version number", 0, MAX_SERIAL)
 }
 
 pub(super) fn format_version<'de, D: Deserializer<'de>>(d: D) -> Result<u64, D::Error> {
