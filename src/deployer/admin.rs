@@ -518,7 +518,7 @@ mod tests {
         // What is no socket, and one of somebody who is neither root nor Caddy.
         let at = |path: &Path| Address::At(Endpoint::Unix(path.into()));
         let why = exchange(&at(Path::new("/etc/passwd")), "GET", "/config/", "").unwrap_err();
-        assert!(why.contains("no socket"), "{why}");
+        assert!(why.contains("not a socket"), "{why}");
         let why = exchange(&at(&path), "GET", "/config/", "").unwrap_err();
         assert!(why.contains(if uid == 0 { "/var/tmp" } else { "is not Caddy" }), "{why}");
         let why = exchange(&at(Path::new("/nowhere/admin.sock")), "GET", "/config/", "").unwrap_err();
