@@ -96,7 +96,7 @@ show() {
   types 0 'omni-deploy ship --service hello ./default.nix'
   visits 'Hello, version 2'
 
-  tell "a release that does not come up: refused, and the one before it serves on"
+  tell "a release that does not come up: rejected, and the previous one keeps serving"
   types 0 'sed -i "s/broken ? false/broken ? true/" default.nix'
   types 3 'omni-deploy ship --service hello ./default.nix'
   visits 'Hello, version 2'

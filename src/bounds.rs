@@ -28,10 +28,10 @@ pub fn check(bytes: &[u8], bounds: Bounds) -> Result<(), String> {
             Token::Key(_) => {}
         }
         if values > bounds.values {
-            return Err(format!("it has more than {} values, more than are read", bounds.values));
+            return Err(format!("it has more than {} values, too many to be read", bounds.values));
         }
         if depth > bounds.depth {
-            return Err(format!("it is nested more than {} levels deep, deeper than is read", bounds.depth));
+            return Err(format!("it is nested more than {} levels deep, too deep to be read", bounds.depth));
         }
     }
     Ok(())

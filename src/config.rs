@@ -25,7 +25,7 @@ pub const KEYS: [Key; 12] = [
         what: "The bucket of the manifest, s3://BUCKET[/PREFIX]?region=&endpoint=&scheme=&profile=&addressing-style= or \
                file:///DIR; default file:///var/lib/omni-deploy." },
     Key { name: "cache", env: "OMNI_DEPLOY_CACHE", flag: "--cache", value: "url", list: false,
-        what: "The binary cache, the same or any URL that nix copy takes; default the store." },
+        what: "The binary cache, such a URL or any that nix copy takes; default the store." },
     Key { name: "host", env: "OMNI_DEPLOY_HOST", flag: "--this-host", value: "host", list: false,
         what: "This machine's name in the manifest; default the short host name." },
     Key { name: "secretKeyFile", env: "OMNI_DEPLOY_SECRET_KEY_FILE", flag: "--secret-key-file", value: "file", list: false,

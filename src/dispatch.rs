@@ -28,7 +28,7 @@ const HINTS: [(&str, &str); 7] = [
         "'omni-deploy ship' makes a new version live, 'sudo deployer run' on a host what is published",
     ),
     ("ls", "'omni-deploy status' has the services, 'deploy-manifest list' the versions"),
-    ("get", "'deploy-manifest show' prints what is meant, 'omni-deploy status' what is"),
+    ("get", "'deploy-manifest show' prints what should run, 'omni-deploy status' what does"),
     ("rm", "'deploy-manifest remove-service' removes a service"),
 ];
 
@@ -208,7 +208,7 @@ impl Line<'_> {
         }
         match (&found.kind, value) {
             (FlagInfoKind::Switch, Some(value)) if is_long => {
-                self.wrong(format!("{flag} takes no value, and '{value}' is given"));
+                self.wrong(format!("{flag} takes no value, but '{value}' was given"));
             }
             (FlagInfoKind::Switch, others) => {
                 self.given.push((found, None));
@@ -247,7 +247,7 @@ impl Line<'_> {
     fn no_flag(&self, flag: &str) -> String {
         let name = self.name();
         if self.is_group() {
-            return format!("'{name}' has no flag '{flag}'; those of a command come after it");
+            return format!("'{name}' has no flag '{flag}'; the flags of a command come after it");
         }
         let known = flags(self.command).map(|f| f.long).chain(["--help"]).chain(KEYS.map(|k| k.flag));
         let meant = if flag.starts_with("--") { flag.to_string() } else { format!("-{flag}") };
@@ -443,9 +443,9 @@ mod tests {
             ("omni-deploy logs -x", "no flag '-x'; 'omni-deploy logs --help'"),
             (
                 "omni-deploy --host biz status",
-                "'omni-deploy' has no flag '--host'; those of a command come after it",
+                "'omni-deploy' has no flag '--host'; the flags of a command come after it",
             ),
-            ("omni-deploy status --json=yes", "--json takes no value, and 'yes' is given"),
+            ("omni-deploy status --json=yes", "--json takes no value, but 'yes' was given"),
             ("omni-deploy status --host", "--host needs a value, <host>"),
             ("omni-deploy status --store", "--store needs a value, <url>"),
             ("omni-deploy status --host a --host=b", "--host is given twice"),

@@ -48,7 +48,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
         return Err("has a name that begins with '.' or '-'".into());
     }
     match name.chars().find(|c| !(c.is_ascii_alphanumeric() || "-._+@=".contains(*c))) {
-        Some(c) => Err(format!("has {c:?} in its name; letters, digits and -._+@= make a key's name")),
+        Some(c) => Err(format!("has {c:?} in its name; expected letters, digits and -._+@=")),
         None => Ok(()),
     }
 }
@@ -65,7 +65,7 @@ fn split<const N: usize>(text: &str) -> Result<(String, [u8; N]), String> {
     check_name(name)?;
     let bytes = STANDARD.decode(payload).map_err(|_| "is not base64 after the colon".to_string())?;
     let count = bytes.len();
-    let bytes = bytes.try_into().map_err(|_| format!("has {count} bytes after the colon, {N} are meant"))?;
+    let bytes = bytes.try_into().map_err(|_| format!("has {count} bytes after the colon; expected {N}"))?;
     Ok((name.to_string(), bytes))
 }
 
@@ -166,7 +166,7 @@ fn read_key_file(path: &Path, remedy: &str) -> Result<String> {
     let meta = if_there(fs_err::metadata(path))?
         .ok_or_else(|| Error::new(format!("there is no key file {at}; copy it there, or {remedy}")))?;
     if !meta.is_file() || meta.len() > MAX_FILE {
-        return Err(Error::new(format!("{at} is no key file; copy one there, or {remedy}")));
+        return Err(Error::new(format!("{at} is not a key file; copy one there, or {remedy}")));
     }
     match fs_err::read_to_string(path) {
         Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {

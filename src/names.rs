@@ -48,7 +48,7 @@ fn check_plain(text: &str, most: usize, what: &str) -> Result<(), String> {
         return Err(format!("has {} characters, at most {most} are possible", text.len()));
     }
     if let Some(c) = text.chars().find(|c| !(c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))) {
-        return Err(format!("has {c:?}; only ASCII letters, digits, '-', '_' and '.' make a {what}"));
+        return Err(format!("has {c:?}; a {what} has only ASCII letters, digits, '-', '_' and '.'"));
     }
     if !text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
         return Err("must begin with a letter or a digit".into());

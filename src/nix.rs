@@ -405,7 +405,7 @@ fn outputs_of(text: &str) -> Result<Vec<String>> {
         outputs: BTreeMap<String, String>,
     }
     let all: Vec<Built> = serde_json::from_str(text)
-        .map_err(|e| Error::new(format!("nix build --json printed something else than builds: {e}")))?;
+        .map_err(|e| Error::new(format!("nix build --json printed something other than builds: {e}")))?;
     let chosen = |b: Built| match b.outputs.get("out") {
         Some(out) => vec![out.clone()],
         None => b.outputs.into_values().collect(),

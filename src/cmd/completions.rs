@@ -89,14 +89,14 @@ pub(super) fn run(args: &Args) -> Result<Exit> {
         return print(&found.iter().map(|line| format!("{line}\n")).collect::<String>()).map(|()| Exit::Done);
     }
     if let Some(other) = args.words.first() {
-        return Err(Error::usage(format!("one shell at a time; '{other}' is another")));
+        return Err(Error::usage(format!("expected one shell; '{other}' is a second one")));
     }
     let script = match args.shell.as_str() {
         "bash" => BASH,
         "zsh" => ZSH,
         "fish" => FISH,
         shell => {
-            return Err(Error::usage(format!("no completions for '{shell}'; bash, zsh and fish have them")));
+            return Err(Error::usage(format!("no completions for '{shell}'; expected bash, zsh or fish")));
         }
     };
     print(script).map(|()| Exit::Done)

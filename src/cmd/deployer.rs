@@ -32,7 +32,7 @@ sudo {command_name} plan
     error_code(0, "done, or nothing to do"),
     error_code(1, "nothing could be done"),
     error_code(3, "a service failed and its previous version runs, or it needs attention"),
-    error_code(4, "a service is down")
+    error_code(4, "a service failed and no version of it runs")
 )]
 pub(super) struct Args {
     #[argh(subcommand)]
@@ -192,7 +192,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
             Ok(Exit::Done)
         }
         Command::State(a) if a.live => live(call, &a),
-        Command::State(a) if a.domains => Err(Error::usage("--domains goes with --live --json")),
+        Command::State(a) if a.domains => Err(Error::usage("--domains needs --live --json")),
         Command::State(a) => state(a.json),
         Command::Watch(a) => watch(call, a.serial),
         Command::Pause(a) => {
@@ -209,8 +209,11 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
 
 /// A length of time in seconds, from `90s`, `30m`, `2h` or `1d`.
 fn seconds(text: &str) -> Result<i64> {
-    let wrong =
-        || Error::usage(format!("--for '{text}' is not a length of time; 90s, 30m, 2h or 1d is meant"));
+    let wrong = || {
+        Error::usage(format!(
+            "--for '{text}' is not a length of time; expected one such as 90s, 30m, 2h or 1d"
+        ))
+    };
     let unit = match text.chars().last() {
         Some('s') => 1,
         Some('m') => 60,
@@ -227,7 +230,7 @@ fn seconds(text: &str) -> Result<i64> {
 
 fn plan_text(preview: &Preview, settings: &Settings) -> String {
     let mut text =
-        format!("host {}, manifest serial {} of {}\n", settings.host, preview.serial, preview.generation);
+        format!("host {}, manifest version {} of {}\n", settings.host, preview.serial, preview.generation);
     let plan = &preview.plan;
     for service in plan.services.iter().chain(&plan.gone) {
         if let Some(failure) = &service.failure {
@@ -294,7 +297,7 @@ fn plan_json(preview: &Preview) -> String {
 
 fn live(call: &Call, args: &StateArgs) -> Result<Exit> {
     if !args.json {
-        return Err(Error::usage("--live goes with --json; for people there is 'omni-deploy status --live'"));
+        return Err(Error::usage("--live needs --json; for people there is 'omni-deploy status --live'"));
     }
     answered(call, |settings, unit_dir| match settings {
         Some(settings) if args.domains => domains::live_with_domains(settings, Timestamp::now()),
@@ -347,7 +350,7 @@ fn state(json: bool) -> Result<Exit> {
     })?;
     let now = Timestamp::now();
     let mut text = format!(
-        "host {}, manifest serial {}, last written {} ago\n",
+        "host {}, manifest version {}, last written {} ago\n",
         state.host,
         state.serial.map_or("none".to_string(), |s| s.to_string()),
         state.checked_at.age(now)
@@ -397,7 +400,7 @@ fn state(json: bool) -> Result<Exit> {
                 text.push_str(&format!("    | {}\n", log::printable(line)));
             }
             if failure.journal.is_empty() && lines::hidden(&root.lines()) {
-                text.push_str("    its last lines are root's to see: sudo deployer state\n");
+                text.push_str("    only root can see its last lines: sudo deployer state\n");
             }
         }
         if let Some(attention) = service.attention() {

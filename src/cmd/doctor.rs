@@ -17,7 +17,7 @@ use std::io::IsTerminal;
     subcommand,
     name = "doctor",
     example = "{command_name}\nsudo {command_name} --host\n{command_name} --json | jq '.checks[] | select(.verdict == \"fail\")'",
-    note = "On a machine with a deployer the host is checked without being asked for.",
+    note = "On a machine with a deployer, the host is checked even without --host.",
     error_code(0, "nothing failed (warnings may have been given)"),
     error_code(1, "some check failed")
 )]

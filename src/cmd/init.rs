@@ -127,7 +127,7 @@ fn first_manifest(store: &dyn Store, author: &Author) -> Result<()> {
         return Ok(());
     }
     let manifest = current.manifest().as_ref().map_err(|e| current::unusable(store, e))?;
-    log::info(format!("manifest: {} has one, serial {}", store.url(), manifest.serial));
+    log::info(format!("manifest: {} has one, version {}", store.url(), manifest.serial));
     author.remember(store, &current.bytes);
     Ok(())
 }
@@ -218,7 +218,7 @@ fn for_hosts(settings: &Settings, ours: &PublicKey) -> Value {
         let shown = without_secrets(&url);
         if shown != url {
             log::warning(format!(
-                "'{name}' below is shown without what authenticates; fill it in on the hosts"
+                "'{name}' below is shown without its credentials; fill them in on the hosts"
             ));
         }
         shown

@@ -105,7 +105,7 @@ fn since(text: &str) -> Result<String, String> {
     let well = |c: char| c.is_ascii_alphanumeric() || " :+-.,@/_".contains(c);
     if text.trim().is_empty() || text.len() > 64 || !text.chars().all(well) {
         return Err(format!(
-            "'{}' is not a time; the form is '1 hour ago' or '2026-11-22 18:00'",
+            "'{}' is not a time; expected one such as '1 hour ago' or '2026-11-22 18:00'",
             printable(text)
         ));
     }
@@ -231,8 +231,8 @@ fn in_turn(settings: &Settings, hosts: &[HostName], words: &[&str], most: usize)
             });
             if stop.load(Ordering::SeqCst) {
                 let why = format!(
-                    "{host} says more than {most} entries of a journal can have, and was not heard out; look at it with \
-                     '{} {host}'",
+                    "{host} sent more than {most} journal entries can have, and was cut off; look at it with '{} \
+                     {host}'",
                     settings.ssh.join(" ")
                 );
                 return (Tail::default(), Some(why));

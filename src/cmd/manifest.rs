@@ -68,7 +68,7 @@ struct Init {}
     example = "{command_name} | jq '.services[] | .artifact.storePath'\n{command_name} manifest-20261122 --service ava"
 )]
 struct Show {
-    /// name of a version, an unambiguous beginning of one, or its serial; default: the current one
+    /// name of a version, an unambiguous beginning of one, or its number; default: the current one
     #[argh(positional)]
     version: Option<String>,
     /// only the entry of this service
@@ -172,7 +172,7 @@ struct Edit {
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "diff", example = "{command_name}\n{command_name} 41 42")]
 struct Diff {
-    /// the older version (name, beginning of one, or serial), default: the one before the current; and the
+    /// the older version (name, beginning of one, or number), default: the one before the current; and the
     /// newer, default: the current one
     #[argh(positional, arg_name = "version")]
     versions: Vec<String>,
@@ -189,7 +189,7 @@ struct Diff {
     example = "{command_name}\n{command_name} manifest-20261122.json\n{command_name} 41 --service ava\n  ssh biz cat /var/lib/deployer/manifest.json | {command_name} -"
 )]
 struct Rollback {
-    /// the version (name, an unambiguous beginning of one, or serial), @FILE, or - for stdin
+    /// the version (name, an unambiguous beginning of one, or number), @FILE, or - for stdin
     #[argh(positional, arg_name = "version|@file|-")]
     version: Option<String>,
     /// only the entry of this service
@@ -233,7 +233,7 @@ struct Verify {
     /// created again or restored on purpose
     #[argh(option, arg_name = "number", from_str_fn(super::number))]
     accept_version: Option<u64>,
-    /// the version: a name of the list, its beginning, or its serial; default: the current one
+    /// the version: a name of the list, its beginning, or its number; default: the current one
     #[argh(positional)]
     version: Option<String>,
 }
@@ -269,7 +269,7 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
             match (published.written, published.manifest.serial, store.url()) {
                 (true, _, _) => publish::report(store, &published),
                 (false, serial, url) => {
-                    log::info(format!("unchanged: there is a manifest already, serial {serial} ({url})"));
+                    log::info(format!("unchanged: there is already a manifest, version {serial} ({url})"));
                 }
             }
         }
@@ -342,7 +342,7 @@ fn input(word: &str) -> Result<Vec<u8>> {
         None if word == STDIN => stdin(),
         Some(STDIN) => stdin(),
         Some(file) => fs_err::read(file)
-            .map_err(|e| Error::new(format!("{}; after '@' the path of a file is meant", io_text(&e)))),
+            .map_err(|e| Error::new(format!("{}; expected the path of a file after '@'", io_text(&e)))),
         None => Ok(word.as_bytes().to_vec()),
     }
 }
@@ -377,7 +377,7 @@ fn set(settings: &Settings, store: &dyn Store, name: &str, fields: &[String]) ->
     let assignments = fields.iter().map(|field| match field.split_once('=') {
         Some((field, value)) if !field.is_empty() => Ok((field, value)),
         _ => Err(Error::usage(format!(
-            "'{field}' sets nothing; FIELD=VALUE is meant, such as http.internalPort=8081"
+            "'{field}' sets nothing; expected FIELD=VALUE, such as http.internalPort=8081"
         ))),
     });
     let assignments = assignments.collect::<Result<Vec<(&str, &str)>>>()?;

@@ -35,8 +35,8 @@ use std::process::ExitCode;
     error_code(0, "done, or nothing to do"),
     error_code(1, "nothing could be done"),
     error_code(2, "the command line was not understood"),
-    error_code(3, "something is off: a service failed and its previous version runs"),
-    error_code(4, "a service is down")
+    error_code(3, "something needs attention: a service failed and its previous version runs"),
+    error_code(4, "a service failed and no version of it runs")
 )]
 struct Args {
     #[argh(subcommand)]
@@ -85,7 +85,7 @@ impl Call {
 
 /// A number as the value of a flag.
 fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
-    text.parse().map_err(|_| "a number is meant".into())
+    text.parse().map_err(|_| "expected a number".into())
 }
 
 /// A host that was named on the command line.

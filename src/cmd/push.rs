@@ -18,9 +18,12 @@ use std::time::Duration;
     name = "push",
     example = "# A namespace, whose service is named by its ': out' header or its path\n{command_name} Biz/PodcastItLater/Web.py\n# A closure that is built already; follow the hosts\n{command_name} --wait --service ava /nix/store/…-ava",
     note = "On stdout: NAME STOREPATH serial N.",
-    error_code(1, "nothing was published; or, with --wait, a host has not taken it up, or cannot tell"),
+    error_code(
+        1,
+        "nothing was published; or, with --wait, a host has not picked it up, or its state is not known"
+    ),
     error_code(3, "with --wait: a service does not run what was pushed, and another version runs"),
-    error_code(4, "with --wait: a service is down")
+    error_code(4, "with --wait: a service failed and no version of it runs")
 )]
 pub(super) struct Push {
     /// what to push: a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file, or a
@@ -59,9 +62,9 @@ pub(super) struct Push {
     name = "ship",
     example = "# Make a finished program live now\n{command_name} Omni/Ava.hs",
     note = "On stdout: NAME STOREPATH serial N, then NAME HOST OUTCOME for each host, where OUTCOME is a word of 'omni-deploy status', or superseded: somebody published a later version meanwhile, and the host runs that one.",
-    error_code(1, "nothing was published, or a host has not taken it up, or cannot tell"),
+    error_code(1, "nothing was published, or a host has not picked it up, or its state is not known"),
     error_code(3, "a service does not run what was pushed, and another version runs"),
-    error_code(4, "a service is down")
+    error_code(4, "a service failed and no version of it runs")
 )]
 pub(super) struct Ship {
     /// what to push: a namespace (a file that the build command builds), a flake reference (.#ava), a .nix file, or a

@@ -77,9 +77,9 @@ struct CheckArgs {
     subcommand,
     name = "edit",
     example = "{command_name} ava\n{command_name} ava --host biz --restart",
-    note = "While you edit, the text is in a folder in memory (/dev/shm) that is yours alone; where there is none, it is \
-            said where it goes. vim and nvim are description to keep nothing of it elsewhere (-n -i NONE, noundofile, nobackup); \
-            another editor's histories are its own affair."
+    note = "While you edit, the text is in a folder in memory (/dev/shm) that is yours alone; where there is none, a \
+            message says where the text goes. vim and nvim are told to keep nothing of it elsewhere (-n -i NONE, \
+            noundofile, nobackup); what other editors keep is up to them."
 )]
 struct SecretsEditArgs {
     /// the service
@@ -139,7 +139,7 @@ fn on_host(verb: &str, service: &str, form: FileFormat, path: &str) -> Result<Ex
     let name = ServiceName::parse(service)
         .map_err(|why| Error::usage(format!("the service '{}' {why}", printable(service))))?;
     if !ssh::is_root() {
-        return Err(Error::new("secrets are root's; run this through sudo"));
+        return Err(Error::new("only root can read secrets; run this with sudo"));
     }
     let path = Path::new(path);
     let answer = match verb {
@@ -148,8 +148,8 @@ fn on_host(verb: &str, service: &str, form: FileFormat, path: &str) -> Result<Ex
         "write" => {
             let mut wanted = Vec::new();
             std::io::stdin().take(MAX_FILE * 2).read_to_end(&mut wanted)?;
-            let wanted: WriteRequest = serde_json::from_slice(&wanted)
-                .map_err(|_| Error::new("stdin has something else than what is to be written"))?;
+            let wanted: WriteRequest =
+                serde_json::from_slice(&wanted).map_err(|_| Error::new("stdin is not a request to write"))?;
             serde_json::to_string(&secrets::write(path, &wanted)?)
         }
         _ => return Err(Error::usage("expected look, read or write")),
@@ -158,10 +158,10 @@ fn on_host(verb: &str, service: &str, form: FileFormat, path: &str) -> Result<Ex
 }
 
 /// Waits for the end of stdin, which comes when the editing process ends, however it ends; then removes its
-/// folder, unless it was description to keep it.
+/// folder, unless it was told to keep it.
 fn sweep(folder: &Path) -> Result<Exit> {
     if !folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(durable::TEMP_PREFIX)) {
-        return Err(Error::usage(format!("'{}' is no folder that an edit made", folder.display())));
+        return Err(Error::usage(format!("'{}' is not a folder that an edit made", folder.display())));
     }
     let mut word = String::new();
     std::io::stdin().take(KEEP.len() as u64).read_to_string(&mut word)?;
@@ -219,7 +219,9 @@ fn ask<T: serde::de::DeserializeOwned>(
     let output = ssh::answer_of(settings, host, &words[..4], as_the_terminal_has_it(run))?;
     if output.status.ok() {
         return serde_json::from_slice(&output.stdout).map_err(|_| {
-            Error::new(format!("omni-deploy on {host} answers in another way; install this version there"))
+            Error::new(format!(
+                "omni-deploy on {host} gives an answer that this version does not know; install this version there"
+            ))
         });
     }
     let said = tail(&output.stderr);

@@ -78,7 +78,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     if args.json {
         print(&json(&report, true)?)?;
     } else if report.rows.is_empty() {
-        log::info(format!("nothing should run; the manifest has serial {}", report.serial));
+        log::info(format!("nothing should run; the manifest is version {}", report.serial));
     } else {
         let colour = std::io::stdout().is_terminal() && log::colour_wanted();
         print(&table(&report, Timestamp::now(), colour, args.service.is_some()))?;
@@ -124,8 +124,8 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
     };
     let left_out = (left_out > 0).then(|| {
         format!(
-            "{left_out} reports of hosts that the manifest does not name were not read, since they are many or large; \
-             'omni-deploy status --host HOST' reads one; look who can write to {HOSTS_PREFIX} in {}",
+            "{left_out} reports of hosts that the manifest does not name were not read, since they are many or \
+             large; 'omni-deploy status --host HOST' reads one; check who can write to {HOSTS_PREFIX} in {}",
             settings.store
         )
     });

@@ -105,7 +105,7 @@ pub fn help(command: &Command, name: &str) -> String {
     }
     text.push('\n');
     if name.contains(' ') || dispatch::ALIASES.iter().any(|(called, _)| *called == name) {
-        text.push_str("Flags of the configuration (--store, …) go with it too: omni-deploy --help\n");
+        text.push_str("Takes the flags of the configuration (--store, …) too: omni-deploy --help\n");
     } else {
         let keys = KEYS.map(|key| key.flag);
         let words = "Flags of the configuration, which every command takes:".split(' ').chain(keys);

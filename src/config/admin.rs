@@ -36,7 +36,7 @@ impl Address {
         if let Some(path) = text.strip_prefix("unix/") {
             return match path.starts_with('/') && !path.contains('|') {
                 true => Ok(Address::At(Endpoint::Unix(path.into()))),
-                false => Err(format!("is no absolute path of a socket; {FORM}")),
+                false => Err(format!("is not the absolute path of a socket; {FORM}")),
             };
         }
         let Some(authority) = text.strip_prefix("http://") else {

@@ -121,7 +121,7 @@ fn unix(at: &Endpoint, path: &Path) -> Result<UnixStream, String> {
     };
     let meta = fs_err::symlink_metadata(path).map_err(failed)?;
     if !meta.file_type().is_socket() {
-        return Err(format!("{} is no socket; set 'caddyAdmin' to Caddy's", path.display()));
+        return Err(format!("{} is not a socket; set 'caddyAdmin' to Caddy's", path.display()));
     }
     let stream = unix_connected(path).map_err(|e| failed(e.into()))?;
     let peer = sockopt::socket_peercred(&stream).map_err(|e| failed(e.into()))?;
@@ -218,10 +218,10 @@ fn caddys(at: &Endpoint, address: SocketAddr) -> Result<TcpStream, String> {
 /// One look and one connection; an inner error is one that another look may do away with.
 fn connect_once(at: &Endpoint, address: SocketAddr) -> Result<Result<TcpStream, String>, String> {
     let (seen, inodes) =
-        listeners::caddy_at(address).map_err(|e| format!("who listens at {at} cannot be told: {e}"))?;
+        listeners::caddy_at(address).map_err(|e| format!("who listens at {at} is not known: {e}"))?;
     match seen {
         Answers::Expected => {}
-        Answers::Nobody => return Err(no_answer(at, &"nobody listens there")),
+        Answers::Nobody => return Err(no_answer(at, &"nothing listens there")),
         Answers::Others(owners) => {
             let who: Vec<String> = owners.iter().map(ToString::to_string).collect();
             let why = not_caddy(at, &who.join(" and "));
@@ -234,7 +234,7 @@ fn connect_once(at: &Endpoint, address: SocketAddr) -> Result<Result<TcpStream, 
     let stream = TcpStream::connect_timeout(&address, CONNECT).map_err(|e| no_answer(at, &e))?;
     Ok(match listeners::listening_at(address) {
         Ok(now) if now.iter().all(|inode| inodes.contains(inode)) && !now.is_empty() => Ok(stream),
-        _ => Err(format!("Caddy at {at} is just being restarted; the next pass asks again")),
+        _ => Err(format!("Caddy at {at} is being restarted; the next pass asks again")),
     })
 }
 
@@ -310,7 +310,7 @@ impl Connection {
 fn read(bytes: &[u8], proven: bool) -> Result<AdminResponse, String> {
     if bytes.len() as u64 > MAX_ANSWER {
         return Err(format!(
-            "has more than {} MiB, more than is read; make its configuration smaller",
+            "has more than {} MiB, too much to be read; make its configuration smaller",
             MAX_ANSWER >> 20
         ));
     }
@@ -407,7 +407,7 @@ mod tests {
         // What is no socket, and one of somebody who is neither root nor Caddy.
         let at = |path: &Path| Address::At(Endpoint::Unix(path.into()));
         let why = exchange(&at(Path::new("/etc/passwd")), "GET", "/config/", "").unwrap_err();
-        assert!(why.contains("no socket"), "{why}");
+        assert!(why.contains("not a socket"), "{why}");
         let why = exchange(&at(&path), "GET", "/config/", "").unwrap_err();
         assert!(why.contains(if uid == 0 { "/var/tmp" } else { "is not Caddy" }), "{why}");
         let why = exchange(&at(Path::new("/nowhere/admin.sock")), "GET", "/config/", "").unwrap_err();

@@ -506,7 +506,7 @@ pub fn read(at: &Address, answer: AdminResult) -> CaddyState {
     // Of an address that is not this machine's nobody can tell that it is Caddy who answers.
     if let Err(why) = bounds::check(&answer.body, BOUNDS) {
         return CaddyState::Unavailable(format!(
-            "Caddy's answer at {at} is not read: {why}; make its configuration smaller, or correct 'caddyAdmin'"
+            "Caddy's answer at {at} cannot be read: {why}; make its configuration smaller, or correct 'caddyAdmin'"
         ));
     }
     match (answer.status, serde_json::from_slice::<Value>(&answer.body)) {

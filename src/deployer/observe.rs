@@ -114,7 +114,7 @@ pub fn units(
     for name in without {
         let was_ours = applied.contains_key(name);
         let mut file = folders.foreign(name, was_ours)?;
-        // What systemd still has of a unit that is gone may be left of an attempt that was never proved: it has roots.
+        // What systemd still has of a unit that is gone may be left of an attempt that was never verified: it has roots.
         let was_ours = was_ours || root.roots(name).is_dir();
         if let Some(shown) = shown.get(&name.unit())
             && let Some(owner) = owner(root, &name.unit(), was_ours, shown)
@@ -268,7 +268,7 @@ fn owner(root: &Root, unit: &str, was_ours: bool, shown: &Shown) -> Option<PathB
     (!ours && !drift).then(|| shown.source.clone().unwrap_or_else(|| fragment.clone()))
 }
 
-/// Services that would be proved beside their running version, whose `NAME-next` is somebody else's unit. Asked only
+/// Services that would be verified beside their running version, whose `NAME-next` is somebody else's unit. Asked only
 /// of those that are about to change.
 fn foreign_next(
     root: &Root,

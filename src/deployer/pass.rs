@@ -153,7 +153,7 @@ fn pass(settings: &Settings, requested: &RunOptions, root: &Root, now: Timestamp
     let source = source::current(settings, root, store.as_ref(), &before, accept, Purpose::Pass)?;
     if let Some(error) = &source.error {
         let serial = source.manifest.serial;
-        log::warning(format!("{error}; working from the last good manifest, serial {serial}"));
+        log::warning(format!("{error}; working from the last good manifest, version {serial}"));
     }
     let (services, expired) = services_for_host(&source.manifest, settings, &mut persisted, now);
     if expired {
@@ -262,7 +262,7 @@ impl<'a> Host<'a> {
             let names: Vec<&str> = e.0.iter().map(ServiceName::as_str).collect();
             Error::new(format!(
                 "the manifest has nothing to run on host '{}', but {} run(s) here: nothing was removed; if that is \
-                 meant, run 'deployer run --allow-empty', else check 'hosts' in the manifest and 'host' in the \
+                 intended, run 'deployer run --allow-empty', else check 'hosts' in the manifest and 'host' in the \
                  configuration",
                 self.settings.host,
                 names.join(", ")
@@ -307,7 +307,7 @@ fn log_manifest(manifest: &Manifest, before: &State, host: &Host) {
     if before.serial != Some(manifest.serial) {
         let (change, services) = (&manifest.change, host.desired.len());
         log::info(format!(
-            "manifest serial {} ({}, by {}): {services} service(s) for host '{}'",
+            "manifest version {} ({}, by {}): {services} service(s) for host '{}'",
             manifest.serial, change.action, change.by, host.settings.host
         ));
     }

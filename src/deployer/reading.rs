@@ -36,9 +36,9 @@ pub(super) fn fatal(root: &Root, store: &str) -> Option<Etag> {
 /// Why that version is not read, for whoever looks after this host.
 pub(super) fn refusal(root: &Root, store: &str) -> String {
     format!(
-        "the manifest in {store} is left alone: {MOST} passes ended while they read this version of it, as when it \
-         takes too much memory ('journalctl -u deployer' has how); publish another one ('deploy-manifest rollback'), \
-         or, if somebody ended those passes, remove {}",
+        "the manifest in {store} is left alone: {MOST} passes ended while reading this version of it, perhaps \
+         because it takes too much memory ('journalctl -u deployer' shows how); publish another one \
+         ('deploy-manifest rollback'), or, if somebody ended those passes, remove {}",
         root.reading().display()
     )
 }
@@ -54,7 +54,7 @@ impl<'a> ReadingMark<'a> {
         let note = Note { store: store.into(), etag: etag.0.clone(), passes };
         let bytes = serde_json::to_vec(&note).unwrap_or_default();
         if let Err(e) = durable::write(&root.reading(), &bytes, 0o644) {
-            log::warning(format!("the manifest is read without a note of it: {}", io_text(&e)));
+            log::warning(format!("cannot note that the manifest is being read: {}", io_text(&e)));
         }
         failpoint::point("within reading", store);
         ReadingMark(root)
@@ -67,7 +67,7 @@ impl Drop for ReadingMark<'_> {
             return;
         }
         if let Err(e) = durable::remove(&self.0.reading()) {
-            log::warning(format!("the note of the manifest that was read stays: {}", io_text(&e)));
+            log::warning(format!("cannot remove the note that the manifest was being read: {}", io_text(&e)));
         }
     }
 }

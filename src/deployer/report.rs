@@ -115,7 +115,7 @@ impl Report<'_> {
             (_, Some(_), _) | (_, None, None) => ServicePhase::Failed,
         };
         let failure = plan.failure.as_ref().map(|f| f.record().clone()).or_else(|| {
-            let reason = || format!("it was up and is not any more; see 'journalctl -u {}'", plan.name);
+            let reason = || format!("it was up and no longer is; see 'journalctl -u {}'", plan.name);
             (status == ServicePhase::Failed).then(|| FailureRecord::new(reason(), plan.target.clone(), *now))
         });
         let before = persisted.state.services.get(&plan.name);
@@ -156,7 +156,7 @@ impl Report<'_> {
         let does = listed.map_or("not loaded".to_string(), |l| format!("{}/{}", l.active, l.sub));
         let why = outcome.error.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
         let reason = format!(
-            "it is not in the manifest any more, and not gone yet ({does}){why}; the next pass goes on with it, see \
+            "it is no longer in the manifest, and not gone yet ({does}){why}; the next pass goes on with it, see \
              'journalctl -u {name}'"
         );
         let before = persisted.state.services.get(name);

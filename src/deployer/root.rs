@@ -69,12 +69,12 @@ impl Root {
         self.run_dir.join("reading.json")
     }
 
-    /// What was last proved of each service: the entry of the manifest that its unit was made from.
+    /// What was last verified of each service: the entry of the manifest that its unit was made from.
     pub fn applied_dir(&self) -> PathBuf {
         self.state_dir.join("applied")
     }
 
-    /// The entry last proved of one service.
+    /// The entry last verified of one service.
     pub fn applied(&self, name: &ServiceName) -> PathBuf {
         self.applied_dir().join(format!("{name}.json"))
     }

@@ -148,7 +148,7 @@ fn obeyed(
                         if let Some(kept) = cached.as_ref().filter(|_| keep) {
                             keep_refused(root, &url, kept, policy, &bytes, &manifest);
                         }
-                        Some(format!("the manifest in {url} is refused: {why}"))
+                        Some(format!("the manifest in {url} is rejected: {why}"))
                     } else if let Err(e) = if keep { keep_manifest(root, &bytes, &origin) } else { Ok(()) } {
                         // What runs here must be known when the bucket is not, so it is not taken up.
                         Some(format!("the new manifest cannot be kept on this host: {e}"))
@@ -227,7 +227,7 @@ fn keep_refused(
         refused: refused.map(|a| a.to_string()),
     };
     if let Err(e) = keep_origin(root, &origin) {
-        log::warning(format!("that this version was refused is not kept: {e}"));
+        log::warning(format!("cannot record that this version was rejected: {e}"));
     }
 }
 
@@ -245,8 +245,8 @@ fn entries(bytes: &[u8], hash: &str, policy: &TrustPolicy, known: &State) -> BTr
 fn no_manifest(url: &str, kept: Option<&LastGood>, policy: &TrustPolicy) -> String {
     match kept.and_then(LastGood::manifest) {
         Some(kept) => format!(
-            "there is no manifest in {url} any more; this host obeys its copy of serial {}, which a developer \
-             puts back with '{}'",
+            "there is no manifest in {url} any more; this host obeys its copy of version {}, which a developer puts \
+             back with '{}'",
             kept.serial,
             COPY_BACK.replace("HOST", policy.host.as_str())
         ),
@@ -264,7 +264,7 @@ fn no_manifest(url: &str, kept: Option<&LastGood>, policy: &TrustPolicy) -> Stri
 }
 
 /// What helps where a manifest lacks a signature.
-const SIGN: &str = "if it is right, whoever has a trusted key runs 'deploy-manifest sign'";
+const SIGN: &str = "if it is right, somebody with a trusted key runs 'deploy-manifest sign'";
 
 /// What a manifest must show before this host obeys it.
 struct TrustPolicy {
@@ -302,7 +302,7 @@ impl TrustPolicy {
         let url = store.url();
         let _note = noted.map(|(root, etag)| ReadingMark::begin(root, &url, etag));
         signature::read(bytes, &store.identity(), &self.trusted).map_err(|e| match e {
-            ReadError::Signature(why) => format!("the manifest in {url} is refused: {why}; {SIGN}"),
+            ReadError::Signature(why) => format!("the manifest in {url} is rejected: {why}; {SIGN}"),
             ReadError::Manifest(e) if e.is_newer_version() => {
                 format!("the manifest in {url} cannot be used: {e}")
             }
@@ -351,7 +351,7 @@ impl TrustPolicy {
         }
         // A store that was made anew has no history above what is in force; one that was put back into has.
         let newest = versions::archived(store).map(|archived| archived.into_iter().next());
-        let below = format!("its serial {serial} is below {highest}, which this host obeyed before");
+        let below = format!("its version {serial} is below {highest}, which this host obeyed before");
         let accept = format!("'deployer run --accept-serial {serial}'");
         let copy = COPY_BACK.replace("HOST", self.host.as_str());
         Some(match newest {
@@ -367,12 +367,12 @@ impl TrustPolicy {
                  purpose, run {accept}"
             ),
             Ok(_) => format!(
-                "{below}, and the store has no history of that: it was made anew, or emptied; if it should be, run \
-                 {accept}; if not, put this host's copy back with '{copy}'"
+                "{below}, and the store has no history of that: it was recreated or emptied; if that is intended, \
+                 run {accept}; if not, put this host's copy back with '{copy}'"
             ),
             Err(_) => format!(
-                "{below}: the store was made anew, or an old version was put back; in the first case run {accept}, in \
-                 the second put this host's copy back with '{copy}'"
+                "{below}: the store was recreated, or an old version was put back; in the first case run {accept}, \
+                 in the second put this host's copy back with '{copy}'"
             ),
         })
     }
@@ -400,13 +400,14 @@ impl TrustPolicy {
         }
         let (serial, last) = (manifest.serial, obeyed.serial);
         let what = match serial == last {
-            true => format!("it is another version {serial} than the one that this host obeyed"),
-            false => format!("version {serial} was made without the version {last} that this host obeyed"),
+            true => format!("it is a different version {serial} from the one that this host obeyed"),
+            false => format!("version {serial} was made without version {last}, which this host obeyed"),
         };
         Some(format!(
-            "{what}: somebody published on an older version, because that had been put back or the newer one was lost \
-             or damaged, or the store was made anew or restored; a developer puts this host's copy back with '{}' and \
-             makes the lost changes again; if the store's is right, run 'deployer run --accept-serial {serial}'",
+            "{what}: somebody published on an older version, because that had been put back or the newer one was \
+             lost or damaged, or the store was recreated or restored; a developer puts this host's copy back with \
+             '{}' and makes the lost changes again; if the store's is right, run 'deployer run --accept-serial \
+             {serial}'",
             COPY_BACK.replace("HOST", self.host.as_str())
         ))
     }
@@ -526,7 +527,7 @@ mod tests {
         bench.publishes(StartingPoint::Replace, |m| drop(m.extra.insert("what".into(), "hole".into())));
         let (serial, what, error) = bench.obeyed("biz");
         assert_eq!((serial, what.as_str()), (3, "mended"));
-        assert!(error.unwrap().contains("version 4 was made without the version 3"));
+        assert!(error.unwrap().contains("version 4 was made without version 3"));
         // A host that has obeyed less takes it.
         assert_eq!(bench.obeyed("new"), (4, "hole".into(), None));
         let seen = parse::manifest(&copy, Mode::Tolerant).unwrap();

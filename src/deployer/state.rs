@@ -238,7 +238,7 @@ pub enum ServicePhase {
     Failed,
     /// The manifest names a placeholder.
     Waiting,
-    /// What the manifest names was tried and refused; it is not tried again by itself.
+    /// What the manifest names was tried and rejected; it is not tried again by itself.
     Rejected,
     /// It was stopped on purpose.
     Stopped,
@@ -259,7 +259,7 @@ pub struct FailureRecord {
     pub reason: String,
     /// The path that should run.
     pub attempted: Option<StorePath>,
-    /// When it was refused, found, or last could not be fetched.
+    /// When it was rejected, found, or last could not be fetched.
     pub at: Timestamp,
     /// The last lines of its journal, oldest first. Not in the file or the report, which are not root's alone
     /// ([`super::lines`]).
@@ -268,7 +268,7 @@ pub struct FailureRecord {
     /// How many passes in a row could not fetch it.
     #[serde(default)]
     pub attempts: u32,
-    /// What was refused, as a hash of everything that went into the attempt: another hash is a new attempt.
+    /// What was rejected, as a hash of everything that went into the attempt: another hash is a new attempt.
     #[serde(default)]
     pub inputs: Option<String>,
     /// Not the release was at fault: somebody else had its port. It is tried again when nobody has it any more.

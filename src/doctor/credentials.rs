@@ -29,7 +29,7 @@ pub fn own(on_host: bool) -> Vec<Finding> {
     match (wrong.is_empty(), secret.len()) {
         (false, _) => wrong,
         (true, 0) => Vec::new(),
-        (true, count) => vec![ok(format!("files, their owner's alone: {count}"))],
+        (true, count) => vec![ok(format!("files that only their owner can read: {count}"))],
     }
 }
 

@@ -300,8 +300,8 @@ fn judge(seen: &DomainView, reason: Option<String>) -> Finding {
         Listener::Server { name, https, http, .. } => {
             let behind = seen.behind.then(|| {
                 fail(format!(
-                    "somebody else's route in Caddy's server '{name}' stands before ours and answers its visitors: run \
-                     'sudo systemctl start deployer' here, which puts ours first"
+                    "another route in Caddy's server '{name}' comes before ours and answers its visitors: run 'sudo \
+                     systemctl start deployer' here, which puts ours first"
                 ))
             });
             let plain = match (https, http, &seen.plain) {
@@ -338,35 +338,35 @@ fn certificate(seen: &DomainView, reason: Option<String>) -> Option<Finding> {
     let Certificate { issuer, self_signed, until, fault, der: _ } = shown;
     let until = until.map_or_else(|| "an unknown time".to_string(), |until| until.to_string());
     Some(match fault {
-        None => ok(format!("certificate of '{issuer}' until {until}")),
+        None => ok(format!("certificate from '{issuer}' until {until}")),
         Some(CertificateFault::Expired) => fail(format!(
-            "its certificate of '{issuer}' expired at {until} (it is {} here): Caddy did not renew it; {because}",
+            "its certificate from '{issuer}' expired at {until} (it is {} here): Caddy did not renew it; {because}",
             seen.now
         )),
         Some(CertificateFault::NotYetValid) => fail(format!(
-            "its certificate of '{issuer}' is not valid yet, and it is {} here: set the clock ('timedatectl')",
+            "its certificate from '{issuer}' is not valid yet, and it is {} here: set the clock ('timedatectl')",
             seen.now
         )),
         Some(CertificateFault::OtherName) => fail(format!(
-            "the certificate that is shown, of '{issuer}', is for another name: what listens on :443 has none for {}; \
-             {because}",
+            "the certificate that is shown, from '{issuer}', is for another name: what listens on :443 has none for \
+             {}; {because}",
             seen.name
         )),
         Some(CertificateFault::UnknownIssuer) if *self_signed => fail(
-            "its certificate is self-signed, which browsers refuse: take 'tls' with that file out of Caddy's \
+            "its certificate is self-signed, which browsers reject: take 'tls' with that file out of Caddy's \
              configuration, and Caddy gets one",
         ),
         Some(CertificateFault::UnknownIssuer) => fail(format!(
-            "its certificate is of '{issuer}', whom this host does not trust, nor does a browser: take 'tls internal' \
-             (or that issuer) out of Caddy's configuration; if the authority is your own, put its root into \
-             /usr/local/share/ca-certificates and run update-ca-certificates"
+            "its certificate is from '{issuer}', whom this host does not trust, nor does a browser: take 'tls \
+             internal' (or that issuer) out of Caddy's configuration; if the authority is your own, put its root \
+             into /usr/local/share/ca-certificates and run update-ca-certificates"
         )),
         Some(CertificateFault::NotVerified) => warn(format!(
-            "its certificate of '{issuer}' until {until} could not be verified, as this host trusts no authority: \
+            "its certificate from '{issuer}' until {until} could not be verified, as this host trusts no authority: \
              install ca-certificates"
         )),
         Some(CertificateFault::Other(why)) => {
-            fail(format!("its certificate of '{issuer}' is not valid: {why}; {because}"))
+            fail(format!("its certificate from '{issuer}' is not valid: {why}; {because}"))
         }
     })
 }
@@ -392,7 +392,8 @@ fn answers(seen: &DomainView) -> Vec<Finding> {
                 "{service} does not answer on 127.0.0.1:{port} ({why}): 'omni-deploy status {service}' has the reason"
             )),
             (Err(why @ (NoAnswer::Refused | NoAnswer::Unroutable)), Ok(_)) => fail(format!(
-                "nobody answers for {url} on this host ({why}), though Caddy is told to: 'journalctl -u caddy' says why"
+                "nothing answers for {url} on this host ({why}), though Caddy is told to: 'journalctl -u caddy' says \
+                 why"
             )),
             (Err(why), Ok(direct)) => fail(format!(
                 "no answer to {url}: {why}; {service} itself answers {} on 127.0.0.1:{port}: see 'journalctl -u caddy'",
@@ -427,8 +428,8 @@ fn on_port_80(plain: &Result<ResponseHead, NoAnswer>) -> Finding {
             answer.status
         )),
         Err(NoAnswer::Refused) => warn(
-            "nothing listens on :80: whoever types the name without https:// gets no answer, and no \
-             certificate can be had by the HTTP challenge",
+            "nothing listens on :80: visitors who type the name without https:// get no answer, and the HTTP \
+             challenge for a certificate fails",
         ),
         Err(why) => warn(format!("http:// gives no answer: {why}")),
     }
@@ -460,7 +461,7 @@ fn dns(seen: &DomainView) -> Finding {
         let mut text = format!("DNS leads to {elsewhere}, which is not this host{own}");
         match &seen.elsewhere {
             Some(Reply { certificate: Some(theirs), .. }) => {
-                text += &format!("; there a certificate of '{}' is shown", theirs.issuer);
+                text += &format!("; there a certificate from '{}' is shown", theirs.issuer);
             }
             Some(Reply { answer: Err(why), .. }) => {
                 text += &format!("; from here that gives no answer ({why})")
@@ -630,7 +631,7 @@ mod tests {
             (
                 "elsewhere, with a certificate",
                 Verdict::Warn,
-                &["a certificate of 'R11' is shown", "load balancer"],
+                &["a certificate from 'R11' is shown", "load balancer"],
                 |s| {
                     s.dns = Dns::To(vec![(Ipv4Addr::new(203, 0, 113, 9).into(), false)]);
                     s.elsewhere =

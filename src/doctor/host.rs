@@ -233,7 +233,7 @@ fn last_pass(now: Timestamp) -> Finding {
         (Some(error), _) => warn(format!("{age} ago, from the last good manifest: {}", printable(error))),
         (None, Exit::Done) if matches!(result, "" | "success") => ok(format!("{age} ago, all well")),
         (None, Exit::Done) => warn(format!("ended with {result}; see 'journalctl -u deployer'")),
-        (None, _) => warn(format!("{age} ago, something is off; see 'omni-deploy status'")),
+        (None, _) => warn(format!("{age} ago, something needs attention; see 'omni-deploy status'")),
     }
 }
 
@@ -313,7 +313,7 @@ fn caddy_unit() -> Result<Finding, RunError> {
             "{unit} runs without --resume and forgets our route at a restart, until the next pass; {drop_in}"
         ))
     } else if shown.get("Restart").is_none_or(|r| r == "no") {
-        warn(format!("{unit} has no Restart= and stays down after a crash; {drop_in}"))
+        warn(format!("{unit} has no Restart= and stays stopped after a crash; {drop_in}"))
     } else if unit == "caddy.service"
         && !shown.get("ExecStartPre").is_some_and(|pre| pre.contains("caddy-start"))
     {
@@ -361,7 +361,7 @@ fn secrets(host: &HostName, manifest: &Manifest) -> Vec<Finding> {
         }
     }
     if found.is_empty() {
-        found.push(ok(format!("files, root's alone: {}", files.len())));
+        found.push(ok(format!("files that only root can read: {}", files.len())));
     }
     found
 }
@@ -386,7 +386,7 @@ fn misread(name: &ServiceName, file: &SecretFile) -> Option<String> {
     let more = mistakes.len().saturating_sub(NAMED);
     let more = if more > 0 { format!("; and {more} more") } else { String::new() };
     Some(format!(
-        "secrets file {}: {}{more}; mend it with 'omni-deploy secrets edit {name}'",
+        "secrets file {}: {}{more}; fix it with 'omni-deploy secrets edit {name}'",
         file.path,
         lines.join("; ")
     ))

@@ -53,7 +53,7 @@ pub fn manifest(store: &dyn Store, settings: &Settings) -> (Finding, Option<Mani
         Ok((_, Err(e))) => return (fail(current::unusable(store, &e)), None),
         Err(e) => return (fail(e), None),
     };
-    let text = format!("serial {}, services: {}", manifest.serial, manifest.services.len());
+    let text = format!("version {}, services: {}", manifest.serial, manifest.services.len());
     match signature::trusted(settings) {
         // The check of the keys says what is wrong with them.
         Err(_) => (warn(format!("{text}; its signature was not checked")), None),
@@ -98,8 +98,9 @@ pub fn signing(settings: &Settings, on_host: bool) -> Vec<Check> {
         _ if trusted.is_empty() && on_host => warn("none: whoever can write the bucket decides what runs here; set trustedPublicKeys ('omni-deploy init' prints them)",
         ),
         _ if trusted.is_empty() => ok("none here; set them on the hosts"),
-        Some(ours) if !trusted.contains(&ours) => fail(format!("our own key is not among them: what is pushed here is refused; add {ours} to trustedPublicKeys"),
-        ),
+        Some(ours) if !trusted.contains(&ours) => fail(format!(
+            "our own key is not among them: what is pushed from here is rejected; add {ours} to trustedPublicKeys"
+        )),
         _ => ok(trusted.iter().map(PublicKey::name).collect::<Vec<_>>().join(", ")),
     });
     key.into_iter().chain(keys.into_iter().map(|found| found.of("trusted keys"))).collect()

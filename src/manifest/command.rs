@@ -32,7 +32,7 @@ pub fn split_command(text: &str) -> Result<Vec<String>, String> {
                 }
             }
             '\\' => {
-                let kept = chars.next().ok_or("ends with a backslash that keeps nothing")?;
+                let kept = chars.next().ok_or("ends with a backslash that escapes nothing")?;
                 word.get_or_insert_default().push(kept);
             }
             c => word.get_or_insert_default().push(c),
@@ -53,7 +53,7 @@ const MAX_PROGRAM: usize = 3800;
 pub(super) fn check(text: &str) -> Result<Vec<String>, String> {
     super::rules::at_most(MAX_BYTES, "bytes", text)?;
     let words = split_command(text)?;
-    let first = words.first().ok_or("has no word; null is <storePath>/bin/<name>")?;
+    let first = words.first().ok_or("has no word; null means <storePath>/bin/<name>")?;
     // systemd refuses such a path, and takes `$` in it neither for a variable nor, escaped, for itself.
     let unusable = first.chars().find(|c| matches!(c, '"' | '\'' | '\\' | '$') || c.is_control());
     if first.is_empty() {

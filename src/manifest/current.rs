@@ -86,7 +86,7 @@ pub fn missing(store: &dyn Store) -> Error {
     let newest = versions::archived(store).ok().and_then(|archived| archived.into_iter().next());
     if let Some(Version { name, serial, .. }) = newest {
         return Error::new(format!(
-            "no manifest in {url} any more, only older ones up to serial {serial}; put a host's copy back \
+            "no manifest in {url} any more, only older ones up to version {serial}; put a host's copy back \
              ('{COPY_BACK}') or go back with 'deploy-manifest rollback {name}'"
         ));
     }
@@ -132,7 +132,7 @@ pub const COPY_BACK: &str = "ssh HOST cat /var/lib/deployer/manifest.json | depl
 pub fn unusable(store: &dyn Store, why: &ManifestError) -> Error {
     let next = match why.is_newer_version() {
         true => "",
-        false => "; mend it with 'deploy-manifest edit' or go back with 'deploy-manifest rollback'",
+        false => "; fix it with 'deploy-manifest edit' or go back with 'deploy-manifest rollback'",
     };
     Error::new(format!("the manifest in {} cannot be used: {why}{next}", store.url()))
 }

@@ -118,7 +118,7 @@ fn assign(service: &mut Value, field: &str, text: &str) -> Result<(), FieldError
         Err((index, known)) => {
             let word = path.get(index).copied().unwrap_or_default();
             let near = match known.is_empty() {
-                true => "nothing has a name below this".into(),
+                true => "there is no such field".into(),
                 false if index == 0 => parse::unknown_in_service("", word).reason,
                 false => format!("unknown field{}", did_you_mean(word, known)),
             };
@@ -176,12 +176,12 @@ pub fn merge(current: &mut Manifest, base: &Manifest, edited: &Manifest) -> Resu
     let names: Vec<String> = names.filter(|n| seen.insert(n.clone())).filter(touched).collect();
     if let Some(name) = names.iter().find(|name| theirs.get(*name) != before.get(*name)) {
         return Err(Error::new(format!(
-            "service '{name}' was changed meanwhile (serial {}: {} by {})",
+            "service '{name}' was changed meanwhile (version {}: {} by {})",
             current.serial, current.change.action, current.change.by
         )));
     }
     if edited.extra != base.extra && current.extra != base.extra && edited.extra != current.extra {
-        return Err(Error::new(format!("the manifest was changed meanwhile (serial {})", current.serial)));
+        return Err(Error::new(format!("the manifest was changed meanwhile (version {})", current.serial)));
     }
     let mut changed = false;
     if edited.extra != base.extra {
@@ -213,7 +213,7 @@ pub fn restore_service(current: &mut Manifest, old: &Manifest, name: &str) -> Re
         return Err(match there {
             None => unknown_service(name, current),
             Some(_) => Error::new(format!(
-                "serial {} has no service '{name}'; take it out with 'deploy-manifest remove-service {name}'",
+                "version {} has no service '{name}'; take it out with 'deploy-manifest remove-service {name}'",
                 old.serial
             )),
         });
@@ -320,8 +320,8 @@ mod tests {
             ("http.internalPort=x", "http.internalPort: invalid type: string \"x\", expected a port"),
             ("http={\"port\": 1}", "http.domain: missing; it is required"),
             ("http={\"domain\": \"b.org\", \"internalPort\": 1, \"x\": 2}", "http.x: unknown field"),
-            ("name.x=1", "name.x: nothing has a name below this"),
-            ("env.A.B=1", "env.A.B: nothing has a name below this"),
+            ("name.x=1", "name.x: there is no such field"),
+            ("env.A.B=1", "env.A.B: there is no such field"),
             ("env.A-B=1", "env[\"A-B\"]: \"A-B\" is not a valid name of a variable"),
             ("systemd.restart=null", "systemd.restart: \"null\" is not known"),
             (

@@ -158,7 +158,7 @@ fn check<'a>(bytes: &'a [u8], root: Level, names: Option<Vec<Cow<'a, [u8]>>>) ->
                 if count.open.len() > MAX_DEPTH {
                     count.open.truncate(3);
                     return Err(count.error(format!(
-                        "is nested more than {MAX_DEPTH} levels deep, deeper than is read; make it flatter"
+                        "is nested more than {MAX_DEPTH} levels deep, too deep to be read; make it flatter"
                     )));
                 }
             }
@@ -211,7 +211,7 @@ impl Count<'_> {
         }
         self.values += 1;
         if self.values > MAX_VALUES {
-            let reason = format!("has more than {MAX_VALUES} values, more than are read");
+            let reason = format!("has more than {MAX_VALUES} values, too many to be read");
             return Err(FieldError::new("", format!("it {reason}; take services or variables out")));
         }
         match level {
@@ -221,7 +221,7 @@ impl Count<'_> {
                 if self.open.last().and_then(|f| f.index).is_some_and(|index| index >= MAX_SERVICES) {
                     self.open.truncate(1);
                     return Err(self.error(format!(
-                        "has more than {MAX_SERVICES} services, more than are read; divide them among two stores"
+                        "has more than {MAX_SERVICES} services, too many to be read; divide them between two stores"
                     )));
                 }
             }
@@ -230,9 +230,9 @@ impl Count<'_> {
                 self.unknown_bytes += bytes;
                 if self.unknown > MAX_UNKNOWN_VALUES || self.unknown_bytes > MAX_UNKNOWN_BYTES {
                     return Err(self.error(format!(
-                        "with this, fields that this version does not know have more than {MAX_UNKNOWN_VALUES} values \
-                         or {} MiB, more than is read; take them out, or upgrade this omni-deploy if a newer one wrote \
-                         them",
+                        "with this, fields that this version does not know have more than {MAX_UNKNOWN_VALUES} \
+                         values or {} MiB, too much to be read; take them out, or upgrade this omni-deploy if a \
+                         newer one wrote them",
                         MAX_UNKNOWN_BYTES >> 20
                     )));
                 }
@@ -242,7 +242,7 @@ impl Count<'_> {
                 if self.entry > MAX_ENTRY_VALUES {
                     self.open.truncate(2);
                     return Err(self.error(format!(
-                        "has more than {MAX_ENTRY_VALUES} values, more than are read; take some out"
+                        "has more than {MAX_ENTRY_VALUES} values, too many to be read; take some out"
                     )));
                 }
             }

@@ -116,7 +116,7 @@ impl Service {
                     wrong("health.path", format!("{} {reason}", shown(path)));
                 }
                 (None, Some(host)) => {
-                    let reason = "needs health.path: without it nobody is asked by name";
+                    let reason = "needs health.path: without it no request is made";
                     wrong("health.host", format!("{} {reason}", shown(host)));
                 }
                 (Some(_) | None, _) => {}
@@ -136,7 +136,7 @@ fn overlap_obstacle(service: &Service) -> Option<String> {
         return None;
     }
     let Some(http) = &service.http else {
-        return Some("needs http: requests are what it keeps going".into());
+        return Some("needs http: it is for services that answer requests".into());
     };
     if service.port_variable().is_none() {
         let port = http.internal_port.get();
@@ -457,10 +457,10 @@ mod tests {
             (
                 "/serial",
                 json!("7"),
-                "serial: invalid type: string \"7\", expected a serial from 0 to 9007199254740991",
+                "serial: invalid type: string \"7\", expected a version number from 0 to 9007199254740991",
             ),
-            ("/serial", json!(-1), "serial: invalid value: integer `-1`, expected a serial from 0"),
-            ("/serial", json!(1.5), "serial: invalid type: floating point `1.5`, expected a serial"),
+            ("/serial", json!(-1), "serial: invalid value: integer `-1`, expected a version number from 0"),
+            ("/serial", json!(1.5), "serial: invalid type: floating point `1.5`, expected a version number"),
             ("/generation", json!("yesterday"), "generation: \"yesterday\" is not a time"),
             ("/generation", json!(5), "generation: invalid type: integer `5`, expected a string"),
             ("/change", json!("x"), "change: invalid type: string \"x\", expected an object"),
@@ -483,7 +483,11 @@ mod tests {
                 "services[0].name: \"ssh.service\" ends with '.service'",
             ),
             ("/services/0/name", json!(7), "services[0].name: invalid type: integer `7`, expected a string"),
-            ("/services/0/name", json!("a\u{0}"), "services[0].name: \"a\\0\" has '\\0'; only ASCII letters"),
+            (
+                "/services/0/name",
+                json!("a\u{0}"),
+                "services[0].name: \"a\\0\" has '\\0'; a unit name has only ASCII",
+            ),
             ("/services/1/name", json!("ava"), "services[1].name: \"ava\" is the name of services[0]"),
             (
                 "/services/0/artifact",

@@ -73,8 +73,8 @@ fn ever(store: &dyn Store, author: &Author) -> Result<bool> {
 pub fn lost(store: &dyn Store, author: &Author) -> Error {
     match author.remembered(store) {
         Ok(Some(seen)) => Error::new(format!(
-            "no manifest in {} any more, and this machine has seen {} there; put it back with 'deploy-manifest rollback \
-             @{}', or begin anew with 'deploy-manifest init'",
+            "no manifest in {} any more, and this machine has seen {} there; put it back with 'deploy-manifest \
+             rollback @{}', or start again with 'deploy-manifest init'",
             store.url(),
             seen.describe(),
             seen.kept.unwrap_or_default().display()
@@ -336,8 +336,8 @@ fn say_lost(author: &Author, manifest: &Manifest) {
     let Some(Ancestor { serial, digest: None }) = manifest.previous.first() else { return };
     if !author.trust.trusted.is_empty() {
         log::warning(format!(
-            "warning: version {serial}, in whose place this was published, is not known here: a host that has obeyed \
-             it refuses this one, and on any other what it changed is undone; that host's copy brings it back: \
+            "warning: version {serial}, which this one replaces, is not known here: a host that has obeyed it \
+             rejects this one, and on every other host what it changed is undone; that host's copy brings it back: \
              '{COPY_BACK}'"
         ));
     }
@@ -405,8 +405,8 @@ fn room_after(store: &dyn Store, serial: u64, key: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(format!(
-        "{key} in {} has the serial {serial}, and at most {MAX_SERIAL} is possible: remove it if nobody published it, \
-         else begin a new store",
+        "{key} in {} is version {serial}, and the highest possible number is {MAX_SERIAL}: remove it if nobody \
+         published it, otherwise start a new store",
         store.url()
     )))
 }
@@ -419,8 +419,8 @@ fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Resu
         Err(StoreError::Changed(_)) => {
             if !author.trust.trusted.is_empty() && !holds(store, &key, bytes)? {
                 log::warning(format!(
-                    "warning: {key} in {} holds something else than the version that is replaced now, which is kept \
-                     nowhere else there: see who can write to the store",
+                    "warning: {key} in {} does not hold the version that is being replaced, of which the store has \
+                     no other copy: check who can write to the store",
                     store.url()
                 ));
             }
@@ -465,7 +465,7 @@ fn check_size(manifest: &Manifest, bytes: &[u8]) -> Result<()> {
     limits::manifest(bytes).map_err(|e| Error::from(e).context("the manifest would be too large"))?;
     if manifest.serial > MAX_SERIAL {
         return Err(Error::new(format!(
-            "the serial would be {}, at most {MAX_SERIAL} is possible; begin a new store",
+            "the number of this version would be {}, and the highest possible one is {MAX_SERIAL}; start a new store",
             manifest.serial
         )));
     }
@@ -562,8 +562,8 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
 pub fn report(store: &dyn Store, published: &PublishedManifest) {
     let Manifest { serial, change, .. } = &published.manifest;
     match published.written {
-        true => log::notice(format!("serial {serial}: {} ({})", change.action, store.url())),
-        false => log::info(format!("unchanged: serial {serial} says so already ({})", store.url())),
+        true => log::notice(format!("version {serial}: {} ({})", change.action, store.url())),
+        false => log::info(format!("unchanged: version {serial} already says this ({})", store.url())),
     }
 }
 
@@ -967,7 +967,7 @@ mod tests {
         manifest.serial = MAX_SERIAL - 1;
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), manifest.to_bytes());
         let e = add(&store, "web").unwrap_err().to_string();
-        assert!(e.contains("manifest.json in file:///test has the serial 9007199254740990"), "{e}");
+        assert!(e.contains("manifest.json in file:///test is version 9007199254740990"), "{e}");
         // There is a way out of it that needs no hand in the store, unless an archived version says the same.
         store.objects.lock().unwrap().insert(name.clone(), Vec::new());
         let replace = || publish(&store, &NOW, &ann(), StartingPoint::Replace, |_| Ok(Some("mend".into())));

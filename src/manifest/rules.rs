@@ -20,7 +20,7 @@ fn without(text: &str, bad: fn(char) -> bool) -> Result<(), String> {
     Err(match text.chars().find(|c| bad(*c)) {
         None => return Ok(()),
         Some(c) if is_noncharacter(c) => {
-            format!("has {}, which is no character; take it out", c.escape_unicode())
+            format!("has {}, which is not a character; take it out", c.escape_unicode())
         }
         Some(c) if c.is_control() => {
             format!("has the control character {}; take it out", c.escape_default())
@@ -172,9 +172,10 @@ pub(super) fn secret_file(text: &str) -> Result<String, String> {
 fn unaliased(path: &str) -> Result<String, String> {
     match path.strip_prefix("/var/run").filter(|rest| rest.is_empty() || rest.starts_with('/')) {
         Some(rest) => Ok(format!("/run{rest}")),
-        None if path == "/proc" || path.starts_with("/proc/") => {
-            Err("is below /proc, where all folders of the machine are under other names; expected the path itself".into())
-        }
+        None if path == "/proc" || path.starts_with("/proc/") => Err(
+            "is below /proc, where every folder of the machine has another name; expected the path itself"
+                .into(),
+        ),
         None => Ok(path.into()),
     }
 }
@@ -230,7 +231,7 @@ pub(super) fn named(path: &str) -> Result<(), String> {
 fn components(text: &str) -> Result<Vec<&str>, String> {
     at_most(4000, "characters", text)?;
     if let Some(c) = text.chars().find(|c| !path_char(*c)) {
-        return Err(format!("has {c:?}; ASCII letters, digits and /-_.+@:,=~ make a path"));
+        return Err(format!("has {c:?}; expected ASCII letters, digits and /-_.+@:,=~"));
     }
     if text.split('/').any(|part| part == "..") {
         return Err("has '..'; expected the path itself".into());

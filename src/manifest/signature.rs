@@ -119,7 +119,7 @@ pub fn read(bytes: &[u8], identity: &str, trusted: &[PublicKey]) -> Result<Manif
 }
 
 /// Of what can be read, but not by whom it was signed.
-pub(super) const UNKNOWN_SIGNER: &str = "it cannot be told who signed it";
+pub(super) const UNKNOWN_SIGNER: &str = "who signed it cannot be determined";
 
 /// Whether a manifest is for this store and signed by one of these keys: their names, or why it is not.
 pub fn check(

@@ -132,7 +132,7 @@ impl Author {
         match &self.trust.signer {
             Some(key) => signature::sign(manifest, &store.identity(), key),
             None if signed || !self.trust.trusted.is_empty() => Err(Error::new(format!(
-                "the manifest in {} is signed, and this machine has no key: hosts would refuse what it publishes; set \
+                "the manifest in {} is signed, and this machine has no key: hosts would reject what it publishes; set \
                  'secretKeyFile' ('omni-deploy init' or 'omni-deploy keygen' make one)",
                 store.url()
             ))),
@@ -239,7 +239,7 @@ impl Author {
             "the manifest in {url} is version {serial}, and {whose} {}: an older version was put back, by somebody \
              who can write the store or out of a backup; ask who did. Publish the newer one again with {}; or, if \
              version {serial} should be in force, 'deploy-manifest rollback {serial}' makes it a new version; if the \
-             store was made anew, 'deploy-manifest verify --accept-version {serial}' forgets what was seen",
+             store was recreated, 'deploy-manifest verify --accept-version {serial}' forgets what was seen",
             newest.describe(),
             publish_again(&newest)
         ))
@@ -321,7 +321,7 @@ pub fn newest_archived(store: &dyn Store, author: &Author) -> Result<Option<Trus
     }
     let Some(newest) = archived.first().filter(|_| newer().nth(SEARCHED).is_some()) else { return Ok(None) };
     let what = format!(
-        "the {SEARCHED} newest versions in {}, from {} on, are signed by nobody in 'trustedPublicKeys'",
+        "the {SEARCHED} newest versions in {}, from {} on, are not signed by any key in 'trustedPublicKeys'",
         store.url(),
         archive_key(&newest.name)
     );

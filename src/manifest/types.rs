@@ -236,7 +236,7 @@ words! {
         /// The unit is restarted; Caddy holds requests meanwhile.
         #[default]
         Restart = "restart",
-        /// The new version is proved beside the old one, on a spare port, before traffic moves to it; no request
+        /// The new version is verified beside the old one, on a spare port, before traffic moves to it; no request
         /// fails. For services that take their port from the environment.
         Overlap = "overlap",
     }
@@ -357,7 +357,7 @@ impl<'de, const MIN: u32, const MAX: u32> Deserialize<'de> for Seconds<MIN, MAX>
 pub const MAX_SERIAL: u64 = (1 << 53) - 1;
 
 pub(super) fn serial<'de, D: Deserializer<'de>>(d: D) -> Result<u64, D::Error> {
-    whole(d, "a serial", 0, MAX_SERIAL)
+    whole(d, "a version number", 0, MAX_SERIAL)
 }
 
 /// The SHA-256 of a manifest's content ([`super::signature::digest`]) in lower-case hexadecimal digits: neither the
@@ -406,7 +406,7 @@ impl Ancestor {
             Some(Ancestor { serial, digest })
         };
         read().ok_or_else(|| {
-            "is not a version before this one; NUMBER:SHA256 or NUMBER:lost is expected".to_string()
+            "is not a version before this one; expected NUMBER:SHA256 or NUMBER:lost".to_string()
         })
     }
 }

@@ -200,7 +200,7 @@ fn one_of<'a>(versions: &[Version], fitting: &[&'a Version], word: &str) -> Resu
                 names.push(&more);
             }
             Err(Error::new(format!(
-                "'{word}' fits {} versions: {}; write more of the name, or the serial",
+                "'{word}' fits {} versions: {}; write more of the name, or the number",
                 fitting.len(),
                 names.join(", ")
             )))

@@ -76,7 +76,7 @@ fn forget(paths: &[StorePath]) -> Result<()> {
     run.success().map(drop).map_err(|e| {
         Error::new(format!(
             "the machine went down while Nix was copying, and what is damaged of that copy cannot be removed: {e}; \
-             'nix-store --verify --check-contents' names it, 'nix-store --repair-path' mends it"
+             'nix-store --verify --check-contents' names it, 'nix-store --repair-path' repairs it"
         ))
     })
 }

@@ -211,7 +211,7 @@ fn bring(
                     anew += 1;
                     if anew > TRIES {
                         let why = format!(
-                            "{} in {} is another file each time that it is asked for; look what writes it",
+                            "{} in {} is a different file each time it is read; find out what writes it",
                             info.url,
                             cache.url()
                         );
@@ -476,7 +476,7 @@ mod tests {
         let scene = Scene::new();
         *scene.cache.faults() = Faults { breaks_after: Some(1000), restless: true, ..Faults::default() };
         assert!(
-            matches!(scene.fetch(), Some(DownloadError::Cache(StoreError::Refused(why))) if why.contains("another file each"))
+            matches!(scene.fetch(), Some(DownloadError::Cache(StoreError::Refused(why))) if why.contains("a different file each"))
         );
         assert!(scene.asked().len() <= 2 * (TRIES as usize + 1));
     }

@@ -180,8 +180,8 @@ impl Fetch<'_> {
                 self.shown
             )),
             WalkError::Late(why) => FetchError::Unreachable(format!(
-                "cache {}: what it says of the closure of {top} had not come in time: {why}; check this machine's network \
-                 and the store, and if both are well, push it again with 'omni-deploy push'",
+                "cache {}: its narinfos of the closure of {top} did not arrive in time: {why}; check this machine's \
+                 network and the store, and if both are well, push it again with 'omni-deploy push'",
                 self.shown
             )),
             WalkError::Here(why) => FetchError::Failed(format!("cannot copy {top}: {why}")),
@@ -330,7 +330,8 @@ impl Fetch<'_> {
             DownloadError::Fault(fault) => self.faulty(top, path, fault),
             DownloadError::Cache(e) => FetchError::Unreachable(e.to_string()),
             DownloadError::Late => FetchError::Unreachable(format!(
-                "cache {}: {path} had not come after {} min; what came is kept, and the next pass goes on there",
+                "cache {}: {path} had not arrived after {} min; what arrived is kept, and the next pass goes on \
+                 there",
                 self.shown,
                 FETCH_WITHIN.as_secs() / 60
             )),
@@ -343,8 +344,8 @@ impl Fetch<'_> {
             RunError::Failed { stderr, .. } => stderr,
             RunError::Deadline { .. } => {
                 return FetchError::Failed(format!(
-                    "nix did not get {top} into the store within the {} min of a fetch; what came is kept, and the next \
-                     pass goes on there; look what else this machine does ('systemd-cgtop')",
+                    "nix did not get {top} into the store within the {} min of a fetch; what arrived is kept, and \
+                     the next pass goes on there; check what else this machine is doing ('systemd-cgtop')",
                     FETCH_WITHIN.as_secs() / 60
                 ));
             }
@@ -353,7 +354,7 @@ impl Fetch<'_> {
         let cause = cause(e, str::to_string);
         if store_trouble(stderr).is_none() && stderr.contains("signature") {
             return FetchError::Refused(format!(
-                "nix refuses what {} has of the closure of {top}: {cause}; push it again from a machine whose key \
+                "nix rejects what {} has of the closure of {top}: {cause}; push it again from a machine whose key \
                  this host trusts ('trustedPublicKeys', or Nix's trusted-public-keys)",
                 self.shown
             ));
@@ -437,7 +438,7 @@ fn why_not_through_nix(cache: &Cache, path: &StorePath, e: &RunError) -> FetchEr
         FetchError::Failed(format!("cannot copy {path}: {cause}"))
     } else if has(&["signature"]) {
         FetchError::Refused(format!(
-            "nix refuses what {} has of {path}: {cause}; push it again from a machine whose key is trusted here \
+            "nix rejects what {} has of {path}: {cause}; push it again from a machine whose key is trusted here \
              ('trustedPublicKeys')",
             cache.shown
         ))

@@ -71,8 +71,8 @@ impl fmt::Display for AbsenceReason {
             }
             AbsenceReason::Differs { field, by: Voucher::Nobody } => write!(
                 f,
-                "has a narinfo that no trusted key has signed and whose {field} is not what this machine's store says: \
-                 it is forged, or of a stranger's build"
+                "has a narinfo that no trusted key has signed and whose {field} is not what this machine's store \
+                 says: it is forged, or from a stranger's build"
             ),
             AbsenceReason::Differs { field, by: Voucher::Unknown } => {
                 write!(f, "has a narinfo whose {field} is not what this machine's store says")

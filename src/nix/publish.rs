@@ -150,7 +150,8 @@ fn tell(faults: &BTreeMap<StorePath, AbsenceReason>, shown: &str) {
     let forged = |fault: &AbsenceReason| matches!(fault, AbsenceReason::Differs { by: Voucher::Nobody, .. });
     if wrong.iter().any(|(_, fault)| forged(fault)) {
         log::warning(format!(
-            "look who can write to {shown}: hosts refuse what no trusted key has signed, and nobody of yours writes that"
+            "check who can write to {shown}: hosts reject what no trusted key has signed, and no push of yours \
+             writes that"
         ));
     }
 }
@@ -218,8 +219,8 @@ impl Copy<'_> {
         let awaited = locked(&awaited);
         if awaited.unsigned > 0 {
             log::warning(format!(
-                "{} of the paths in {} carry no signature by a key that is trusted here, and hosts with these keys refuse \
-                 them; set 'secretKeyFile' and push again",
+                "{} of the paths in {} carry no signature by a key that is trusted here, and hosts with these keys \
+                 reject them; set 'secretKeyFile' and push again",
                 awaited.unsigned, self.shown
             ));
         }
@@ -272,7 +273,7 @@ impl Copy<'_> {
             let awaited = locked(awaited);
             if let Some(path) = batch.iter().find(|path| awaited.paths.contains_key(&NarInfo::key(path))) {
                 return Err(Error::new(format!(
-                    "nix copy ended well and did not write {path} to {}; look what else writes there",
+                    "nix copy succeeded but did not write {path} to {}; check what else writes there",
                     spool.dir().display()
                 )));
             }

@@ -140,9 +140,9 @@ pub fn push(
     }
     let url = store.url();
     if written {
-        log::notice(format!("published serial {serial} to {url} in {}", took(since)));
+        log::notice(format!("published version {serial} to {url} in {}", took(since)));
     } else {
-        log::info(format!("nothing to publish: serial {serial} in {url} says so already"));
+        log::info(format!("nothing to publish: version {serial} in {url} already says this"));
     }
     Ok(Pushed { serial, services: built.into_iter().map(|u| (u.name, u.path)).collect(), hosts })
 }
@@ -251,7 +251,7 @@ fn build_with_command(settings: &Settings, namespace: &str, dir: &Path) -> Resul
         None => {
             let elsewhere = output.stderr.lines().any(|line| line.trim().starts_with("STORE_PATH="));
             let elsewhere =
-                if elsewhere { " (what it says on stderr is not believed: builds talk there)" } else { "" };
+                if elsewhere { " (its stderr does not count: builds write there too)" } else { "" };
             Err(Error::new(format!(
                 "{program} succeeded and printed no store path; it must print STORE_PATH=/nix/store/… on its standard \
                  output{elsewhere}"
@@ -276,7 +276,7 @@ fn path_in(stream: Stream, line: &str) -> Option<&str> {
     }
 }
 
-/// Says early what the host would refuse: a closure without the program that the unit starts.
+/// Says early what the host would reject: a closure without the program that the unit starts.
 fn warn_without_program(manifest: &Manifest, PathUpdate { name, path, .. }: &PathUpdate) {
     let own_command = manifest.service(name.as_str()).is_some_and(|s| s.exec.command.is_some());
     let program = format!("{path}/bin/{name}");

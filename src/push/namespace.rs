@@ -224,7 +224,7 @@ fn git(dir: &Path, words: &[&str]) -> Result<Option<String>> {
     }
     let none = ["not a git repository", "Needed a single revision"];
     if !none.iter().any(|text| output.stderr.contains(text)) {
-        log::warning(format!("git tells nothing about {}: {}", dir.display(), tail(&output.stderr)));
+        log::warning(format!("git says nothing about {}: {}", dir.display(), tail(&output.stderr)));
     }
     Ok(None)
 }

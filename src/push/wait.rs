@@ -1,5 +1,5 @@
 //! After a push: starts the deployer on the services' hosts and follows each until it runs what was pushed, has
-//! refused it, or has not answered in time. It reads the hosts' state and starts a unit; it changes nothing
+//! rejected it, or has not answered in time. It reads the hosts' state and starts a unit; it changes nothing
 //! else, and never believes that a start which returned was a pass that saw this push.
 
 use crate::config::Settings;
@@ -340,7 +340,7 @@ impl Follower<'_> {
             return WaitStep::Done(outcomes.into_iter().map(read).collect());
         }
         let at = state.serial.map_or("none".to_string(), |s| s.to_string());
-        let behind = format!("its last pass saw serial {at}, not yet {serial}");
+        let behind = format!("its last pass saw version {at}, not yet {serial}");
         let (next, why) = match &state.manifest_error {
             Some(why) => (NextTry::Stuck, format!(": {}", hint::translated(why, host, &settings.host))),
             None if !well => (NextTry::Stuck, format!(" (start: {})", started.said)),

@@ -194,7 +194,7 @@ pub fn secret_dir(dir: &Path) -> Option<String> {
 /// write it to the journal.
 pub fn illegible(name: &ServiceName, file: &SecretFile) -> io::Result<Option<String>> {
     let grave = mistakes(file)?.into_iter().find(|mistake| mistake.grave);
-    Ok(grave.map(|why| format!("{}, {why}; mend it with 'omni-deploy secrets edit {name}'", file.path)))
+    Ok(grave.map(|why| format!("{}, {why}; fix it with 'omni-deploy secrets edit {name}'", file.path)))
 }
 
 /// The lines of a file that systemd reads otherwise than they are written, without what they say.

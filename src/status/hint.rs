@@ -100,8 +100,8 @@ mod tests {
             ),
             ("run 'sudo deployer' there", "run 'ssh biz sudo deployer' there"),
             (
-                "look what else it does ('systemd-cgtop')",
-                "look what else it does ('ssh biz sudo systemd-cgtop')",
+                "check what else it does ('systemd-cgtop')",
+                "check what else it does ('ssh biz sudo systemd-cgtop')",
             ),
             ("see 'sudo journalctl -u deployer'", "see 'ssh biz sudo journalctl -u deployer'"),
             (

@@ -95,7 +95,7 @@ pub enum ServiceStatus {
     Removing,
     /// It could not be put in place, or is down.
     Failed,
-    /// What the manifest names was tried and refused.
+    /// What the manifest names was tried and rejected.
     Rejected,
     /// The host's report is missing or unreadable, or it does not answer.
     Unknown,

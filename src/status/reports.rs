@@ -223,11 +223,11 @@ pub fn ask(settings: &Settings, host: &HostName, with: With, deadline: Duration)
 }
 
 fn not_read(why: &str) -> Error {
-    Error::new(format!("what it answers is not read: {why}; look at what runs as 'deployer' there"))
+    Error::new(format!("its answer cannot be read: {why}; check what runs as 'deployer' there"))
 }
 
 fn by_another(state: &State) -> HostReport {
-    HostReport::Unreadable(format!("it is by a host that calls itself {}", state.host))
+    HostReport::Unreadable(format!("it is from a host that calls itself {}", state.host))
 }
 
 fn read(host: &HostName, bytes: &[u8]) -> HostReport {

@@ -95,7 +95,7 @@ impl DirStore {
                 StoreError::Refused(format!("{what}: {}", io_text(e)))
             }
             ErrorKind::NotADirectory | ErrorKind::IsADirectory => StoreError::Refused(format!(
-                "{what}: a file stands where a folder is needed, or the other way round; look at {}",
+                "{what}: a file is where a folder should be, or the other way round; look at {}",
                 self.root.display()
             )),
             _ => StoreError::Unreachable(format!("{what}: {}", io_text(e))),
@@ -530,6 +530,6 @@ mod tests {
         let error = store.put("hosts/biz.json", b"x", &Condition::Always).unwrap_err().to_string();
         assert!(error.contains("hosts/biz.json"), "{error}");
         let error = DirStore::new(&store.root.join("hosts")).get("manifest.json", None, 9).unwrap_err();
-        assert!(error.to_string().contains("a file stands where a folder is needed"), "{error}");
+        assert!(error.to_string().contains("a file is where a folder should be"), "{error}");
     }
 }

@@ -159,7 +159,7 @@ fn conditions(store: &dyn Store, key: &str) -> Result<Result<EtagForm, String>, 
 
 fn refuses(store: &dyn Store) -> String {
     format!(
-        "{} refuses conditional writes whose condition holds: nothing could ever be published; use another store",
+        "{} rejects conditional writes whose condition holds: nothing could ever be published; use another store",
         store.url()
     )
 }

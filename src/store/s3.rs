@@ -126,7 +126,7 @@ impl S3Store {
         let authority = host.split('/').next().unwrap_or_default();
         let uri: ureq::http::uri::Authority = authority
             .parse()
-            .map_err(|_| refused(format!("'{host}' is no endpoint; HOST or HOST:PORT is meant")))?;
+            .map_err(|_| refused(format!("'{host}' is not a valid endpoint; expected HOST or HOST:PORT")))?;
         let agent = http::agent(&*env, &location.scheme, uri.host(), LIMITS).map_err(refused)?;
         let wants = StoreDemands {
             virtual_host: location.addressing == Addressing::Virtual,

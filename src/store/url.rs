@@ -115,7 +115,7 @@ impl CacheUrl {
             {
                 Ok(CacheUrl::Nix(text.to_string()))
             }
-            _ => Err("is not a URL; s3://BUCKET or file:///DIR is meant".into()),
+            _ => Err("is not a URL; expected s3://BUCKET or file:///DIR".into()),
         }
     }
 }
@@ -202,7 +202,7 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
         }
     }
     if !matches!(location.scheme.as_str(), "http" | "https") {
-        return Err(format!("has the scheme '{}'; http or https is meant", location.scheme));
+        return Err(format!("has the scheme '{}'; expected http or https", location.scheme));
     }
     Ok(location)
 }

@@ -33,7 +33,7 @@ impl TryFrom<f64> for Exposure {
     fn try_from(level: f64) -> Result<Self, String> {
         // Rounded, and within the range: the cast loses nothing.
         let exposure = (0.0..=10.0).contains(&level).then(|| Exposure((level * 10.0).round() as u8));
-        exposure.ok_or_else(|| format!("{level} is no exposure; 0.0 to 10.0 is meant"))
+        exposure.ok_or_else(|| format!("{level} is not a valid exposure; expected 0.0 to 10.0"))
     }
 }
 
@@ -92,7 +92,7 @@ fn analyze(files: &[&Path]) -> Result<Option<String>> {
 }
 
 /// What of an answer is about these units. One that a signal ended (for want of memory, say) has judged nothing: that is
-/// this host's trouble, and no release is refused for it.
+/// this host's trouble, and no release is rejected for it.
 fn complaint(names: &[String], status: ProcessStatus, stderr: &str) -> Result<Option<String>> {
     if let ProcessStatus::Signal(_) = status {
         return Err(Error::new(format!(

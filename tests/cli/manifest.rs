@@ -144,26 +144,26 @@ fn every_write_says_one_line_and_archives_what_it_replaced() {
     let mut expected = Vec::new();
     let mut replaced: Option<Vec<u8>> = None;
     for (args, line) in [
-        (vec!["init"], format!("serial 1: init ({url})")),
-        (vec!["init"], format!("unchanged: there is a manifest already, serial 1 ({url})")),
+        (vec!["init"], format!("version 1: init ({url})")),
+        (vec!["init"], format!("unchanged: there is already a manifest, version 1 ({url})")),
         (
             vec!["add-service", r#"{"name": "ava", "artifact": {"storePath": "/nix/store/placeholder"}}"#],
-            format!("serial 2: add-service ava ({url})"),
+            format!("version 2: add-service ava ({url})"),
         ),
         (
             vec!["update", "ava", "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava", "--revision", "abc"],
-            format!("serial 3: update ava ({url})"),
+            format!("version 3: update ava ({url})"),
         ),
         (
             vec!["update", "ava", "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava"],
-            format!("unchanged: serial 3 says so already ({url})"),
+            format!("unchanged: version 3 already says this ({url})"),
         ),
-        (vec!["set", "ava", "env.A=1", "hosts=biz,web1"], format!("serial 4: set ava env.A hosts ({url})")),
-        (vec!["remove-service", "ava"], format!("serial 5: remove-service ava ({url})")),
+        (vec!["set", "ava", "env.A=1", "hosts=biz,web1"], format!("version 4: set ava env.A hosts ({url})")),
+        (vec!["remove-service", "ava"], format!("version 5: remove-service ava ({url})")),
     ] {
         let out = bench.run(&args);
         assert_eq!((out.status, out.stderr.trim_end()), (ProcessStatus::Exit(0), line.as_str()), "{args:?}");
-        if line.starts_with("serial") {
+        if line.starts_with("version") {
             expected.extend(replaced.take());
         }
         replaced = Some(bench.files()["manifest.json"].clone());
@@ -413,7 +413,7 @@ fn a_rollback_goes_to_the_version_before_and_twice_comes_back() {
     assert_eq!((at(&bench), &bench.manifest()["serial"]), (path("one"), &json!(4)));
     let action = bench.manifest()["change"]["action"].as_str().unwrap().to_string();
     assert!(
-        action.starts_with("rollback to manifest-") && action.ends_with("-00000002.json (serial 2)"),
+        action.starts_with("rollback to manifest-") && action.ends_with("-00000002.json (version 2)"),
         "{action}"
     );
     bench.ok(&["rollback"]);
@@ -798,7 +798,12 @@ fn a_manifest_that_was_lost_is_put_back_from_the_copy_a_host_kept() {
             assert!(parts.iter().all(|p| out.stderr.contains(p)), "{parts:?} in {}", out.stderr);
         }
     };
-    says(&["any more", "up to serial 1", "deploy-manifest rollback manifest-", "deploy-manifest rollback -"]);
+    says(&[
+        "any more",
+        "up to version 1",
+        "deploy-manifest rollback manifest-",
+        "deploy-manifest rollback -",
+    ]);
     fs_err::remove_dir_all(root.join("manifests")).unwrap();
     says(&["no manifest in", "yet; run 'deploy-manifest init'"]);
     // A host that reports there has obeyed one.
@@ -879,7 +884,7 @@ fn a_services_last_change_is_searched_without_reading_a_version_twice() {
     let (output, listings, read) = requests_of(&bucket, &["rollback", "--service", "ava"]);
     assert_eq!(output.status, ProcessStatus::Exit(1), "{}", output.text());
     assert!(
-        output.stderr.contains("no version before the current one has 'ava' otherwise"),
+        output.stderr.contains("no version before the current one has a different 'ava'"),
         "{}",
         output.stderr
     );

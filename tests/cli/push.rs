@@ -438,7 +438,10 @@ fn whoever_writes_the_bucket_gets_nothing_signed_by_those_who_push() {
             said.contains(&format!("{path} has a narinfo that no trusted key has signed")),
             "{when}: {said}"
         );
-        assert!(said.contains("writing it anew") && said.contains("look who can write to"), "{when}: {said}");
+        assert!(
+            said.contains("writing it anew") && said.contains("check who can write to"),
+            "{when}: {said}"
+        );
         assert!(team.info(path).differs_from(&forged).is_some(), "{when}");
         team.nothing_else_is_signed(&closure);
         let again = team.push(who, &[], &closure.app);
@@ -519,7 +522,7 @@ fn another_build_of_a_trusted_colleague_is_said_to_be_one() {
     other.signatures.push(bobs.sign(other.fingerprint().as_bytes()).unwrap());
     team.put(&NarInfo::key(&closure.lib), other.render().as_bytes());
     let said = team.push(0, &[], &closure.app);
-    assert!(said.contains("the narinfo of another build") && !said.contains("look who can write"), "{said}");
+    assert!(said.contains("the narinfo of another build") && !said.contains("check who can write"), "{said}");
     team.nothing_else_is_signed(&closure);
 }
 
@@ -687,7 +690,7 @@ fn a_build_that_fails_publishes_nothing_and_says_so() {
     for (script, says) in [
         ("echo boom >&2; exit 7", "exit code 7: boom"),
         ("echo done", "printed no store path"),
-        (&format!("echo STORE_PATH={absent} >&2"), "what it says on stderr is not believed"),
+        (&format!("echo STORE_PATH={absent} >&2"), "its stderr does not count"),
         ("echo STORE_PATH=/nix/store/x", "is not a store path"),
         (&format!("echo STORE_PATH={absent}"), "is not valid in this machine's Nix store"),
         (&format!("echo {absent}/bin/ava"), "points below a store path"),
@@ -728,7 +731,7 @@ fn an_unknown_service_is_refused_before_anything_is_built() {
         (vec!["push", ".#"], "--service"),
         (vec!["push", "--nope"], "no flag '--nope'"),
         (vec!["push", "--wiat", "a"], "did you mean '--wait'"),
-        (vec!["push", "--timeout=soon", "a"], "'--timeout' with value 'soon': a number is meant"),
+        (vec!["push", "--timeout=soon", "a"], "'--timeout' with value 'soon': expected a number"),
     ] {
         let output = desk.run(&words);
         assert_eq!(output.status.to_string(), "exit code 2", "{words:?}: {}", output.stderr);
@@ -991,7 +994,7 @@ fn shipping_ends_with_the_truth_about_every_host() {
     let started = std::time::Instant::now();
     let output = ship(&[state(2, ServicePhase::Running, &old, None)], "7");
     assert_eq!(output.status.to_string(), "exit code 1");
-    assert!(output.stderr.contains("saw serial 2, not yet 3"), "{}", output.stderr);
+    assert!(output.stderr.contains("saw version 2, not yet 3"), "{}", output.stderr);
     assert!(started.elapsed().as_secs() < 20);
     assert!(output.text().ends_with("ava biz pending\n"), "{}", output.text());
 

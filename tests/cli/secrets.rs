@@ -449,7 +449,7 @@ fn one_host_is_edited_at_a_time_and_nothing_given_becomes_an_option() {
     // What removes a draft's folder removes no other.
     let theirs = machine.path("theirs");
     fs_err::create_dir(&theirs).unwrap();
-    machine.bad(&["secrets", "sweep", theirs.to_str().unwrap()], 2, "no folder that an edit made");
+    machine.bad(&["secrets", "sweep", theirs.to_str().unwrap()], 2, "not a folder that an edit made");
     assert!(theirs.exists());
     let option = "-oProxyCommand=touch /tmp/owned";
     for (args, code) in [

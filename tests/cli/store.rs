@@ -471,7 +471,7 @@ fn a_store_that_ignores_or_refuses_conditions_is_found_out() {
     assert!(complaint.contains("ignores If-None-Match") && complaint.contains("; use"), "{complaint}");
     server.faults(r#"{"always_412": true}"#);
     let complaint = probe(&store).unwrap().complaint.unwrap();
-    assert!(complaint.contains("refuses conditional writes"), "{complaint}");
+    assert!(complaint.contains("rejects conditional writes"), "{complaint}");
     server.faults("{}");
     assert_eq!(probe(&store).unwrap().complaint, None);
     // A conflict for a moment is neither.

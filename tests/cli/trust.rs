@@ -684,8 +684,8 @@ fn where_a_manifest_was_taken_away_nothing_begins_anew_by_the_way() {
     // An empty manifest, or one of a single service, would stop all others on hosts that have obeyed the third version.
     fs_err::remove_file(world.file("prod")).unwrap();
     let adds = ["manifest", "add-service", web.as_str()];
-    refused("bob", &adds, "any more, only older ones up to serial 2");
-    refused("bob", &["init"], "any more, only older ones up to serial 2");
+    refused("bob", &adds, "any more, only older ones up to version 2");
+    refused("bob", &["init"], "any more, only older ones up to version 2");
     refused("ann", &adds, "any more, and this machine has seen version 3");
     refused("ann", &["init"], "any more, and this machine has seen version 3");
     fs_err::remove_dir_all(world.archive()).unwrap();
@@ -748,7 +748,7 @@ fn no_copy_takes_the_place_of_what_is_known_to_be_newer() {
             "{who}"
         );
         // Who has not seen what was lost is told that there was something, and who has it.
-        let lost = out.stderr.contains("version 5, in whose place this was published, is not known here");
+        let lost = out.stderr.contains("version 5, which this one replaces, is not known here");
         assert_eq!(lost, who == "bob", "{}", out.stderr);
         // On purpose it may, and what that changes is said.
         let out = world.call_in("prod", who, &["manifest", "rollback", "-y", &at]);
@@ -778,7 +778,7 @@ fn of_what_was_put_back_the_newest_that_the_store_has_is_published_again() {
     let out = world.types("ann", &said, "rollback manifest-");
     assert_eq!(out.status, ProcessStatus::Exit(0), "{}", out.stderr);
     assert_eq!((world.env(), &world.manifest()["serial"]), (json!({"AUTH": "required"}), &json!(6)));
-    assert!(out.stderr.contains("version 5, in whose place this was published"), "{}", out.stderr);
+    assert!(out.stderr.contains("version 5, which this one replaces"), "{}", out.stderr);
 }
 
 #[test]
@@ -957,7 +957,7 @@ fn what_was_published_without_a_version_that_was_lost_is_noticed_by_whoever_has_
         let said = world.says("bob", &["manifest", "set", "ava", "env.COLOUR=blue"], "cut off");
         let out = world.types("bob", &said, "rollback");
         assert!(
-            out.status == ProcessStatus::Exit(0) && out.stderr.contains("a host that has obeyed it refuses"),
+            out.status == ProcessStatus::Exit(0) && out.stderr.contains("a host that has obeyed it rejects"),
             "{}",
             out.stderr
         );

@@ -100,7 +100,7 @@ fn doctor_tries_a_domain_as_a_visitor_does_and_names_what_dns_says_of_it() {
          \"static_response\", \"body\": \"theirs\"}]}'",
     );
     assert_eq!(host.page("web.example.com").as_deref(), Ok("theirs"));
-    comes_to_say(&host, "fail", &["somebody else's route in Caddy's server 'srv0' stands before ours"]);
+    comes_to_say(&host, "fail", &["another route in Caddy's server 'srv0' comes before ours"]);
     host.good_pass();
     assert_eq!(host.page("web.example.com").as_deref(), Ok("one"));
     comes_to_say(&host, "ok", &[]);
@@ -138,7 +138,7 @@ fn doctor_names_what_is_wrong_with_a_certificate() {
     comes_to_say(
         &host,
         "fail",
-        &["certificate is of 'Caddy Local Authority", "whom this host does not trust"],
+        &["certificate is from 'Caddy Local Authority", "whom this host does not trust"],
     );
     host.sh("mkdir -p /etc/ssl/certs; root=/var/lib/caddy/.local/share/caddy/pki/authorities/local/root.crt
          cat $root >>/etc/ssl/certs/ca-certificates.crt");
@@ -146,7 +146,7 @@ fn doctor_names_what_is_wrong_with_a_certificate() {
         &host,
         "ok",
         &[
-            "certificate of 'Caddy Local Authority",
+            "certificate from 'Caddy Local Authority",
             "https://web.example.com/health answers 200 from web",
             "http leads to https",
         ],

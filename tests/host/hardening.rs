@@ -132,7 +132,7 @@ fn a_strict_service_overlaps_as_one_user() {
     let command = format!("/bin/sh -c \"echo two >>$STATE_DIRECTORY/starts && exec {two}/bin/web\"");
     host.sh(&format!("deploy-manifest set web artifact.storePath={two} exec.command='{command}'"));
     let said = host.good_pass();
-    assert!(said.contains("web: well beside the running version"), "{said}");
+    assert!(said.contains("web: verified beside the running version"), "{said}");
     host.serves("web", "two");
     // The candidate, and then the service: the folder was both's.
     assert_eq!(host.sh("cat /var/lib/web/starts"), "one\ntwo\ntwo");

@@ -379,7 +379,7 @@ fn what_a_person_has_set_in_the_environment_changes_nothing_in_a_pass() {
         assert_eq!(host.service("web")["status"], "running", "{}", run.stderr);
         host.serves("web", version);
         let talk: Vec<&str> = run.stderr.lines().filter(|l| !l.starts_with("web: ")).collect();
-        assert!(talk.iter().all(|l| l.starts_with("manifest serial ")), "{talk:?}");
+        assert!(talk.iter().all(|l| l.starts_with("manifest version ")), "{talk:?}");
     }
     let said = host.sh("journalctl --no-pager --quiet --output cat _SYSTEMD_UNIT=deployer.service");
     assert!(!said.contains("Handling") && !said.contains("\u{1b}"), "{said}");

@@ -78,7 +78,7 @@ fn live_says_what_systemd_has_at_this_moment() {
     host.sh("systemctl restart seen; systemctl stop deployer.timer");
     let (status, _, problems) = row(&live());
     assert!(
-        status == "running" && problems.contains("deployer.timer is inactive: no pass comes by itself"),
+        status == "running" && problems.contains("deployer.timer is inactive: no pass starts by itself"),
         "{problems}"
     );
     host.sh("systemctl start deployer.timer");

@@ -165,7 +165,7 @@ fn a_store_that_was_emptied_or_made_anew_is_told_from_an_old_manifest_and_each_r
     // Made anew by somebody who has not seen it: nobody is accused, and who did it says so to the host.
     host.sh("rm -r /var/lib/omni-deploy/manifest* /root/.local/state/omni-deploy; deploy-manifest init");
     let said = host.passes_with(0).said;
-    assert!(said.contains("made anew") && !said.contains("put back;"), "{said}");
+    assert!(said.contains("recreated") && !said.contains("put back;"), "{said}");
     assert!(said.contains("deployer run --accept-serial 1"), "{said}");
     host.serves("web", "two");
     host.sh("deployer run --accept-serial 1 --allow-empty");
@@ -188,11 +188,11 @@ fn a_version_made_without_the_one_that_was_obeyed_is_refused_and_what_is_said_me
     host.sh("rm -r /root/.local/state/omni-deploy; deploy-manifest set web env.COLOUR=blue");
     assert_eq!(stored(&host)["serial"].as_u64(), Some(obeyed));
     let said = host.passes_with(0).said;
-    assert!(said.contains(&format!("another version {obeyed} than the one")), "{said}");
+    assert!(said.contains(&format!("a different version {obeyed} from the one")), "{said}");
     assert!(said.contains(&format!("--accept-serial {obeyed}")), "{said}");
     host.sh("deploy-manifest set web env.COLOUR=red");
     let said = host.passes_with(0).said;
-    let without = format!("version {} was made without the version {obeyed}", obeyed + 1);
+    let without = format!("version {} was made without version {obeyed}", obeyed + 1);
     assert!(said.contains(&without), "{said}");
     assert!(unit().contains("AUTH=required") && !unit().contains("COLOUR"));
     let back = "cat /var/lib/deployer/manifest.json | deploy-manifest rollback -";

@@ -207,7 +207,7 @@ pub(super) fn print_diff(settings: &Settings, store: &dyn Store, words: &[String
     let line = |difference: Difference| format!("{}\n", log::printable(&difference.to_string()));
     let lines: String = diff(&old, &new).into_iter().map(line).collect();
     if lines.is_empty() {
-        log::info(format!("serials {} and {} do not differ", old.serial, new.serial));
+        log::info(format!("versions {} and {} do not differ", old.serial, new.serial));
         return Ok(());
     }
     print(&lines)
@@ -257,7 +257,7 @@ pub(super) fn validate_store(settings: &Settings, store: &dyn Store) -> Result<(
         log::warning(format!("warning: {unknown}; a newer version may have written it"));
     }
     let said = count(manifest.services.len());
-    log::info(format!("valid: serial {} has {said} ({})", manifest.serial, store.url()));
+    log::info(format!("valid: version {} has {said} ({})", manifest.serial, store.url()));
     Ok(())
 }
 

@@ -39,7 +39,7 @@ pub(super) fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str
         // A repair starts from nothing, and restoring nothing is a change there.
         let repaired = manifest.change.by.is_empty();
         let changed = edit::restore(manifest, old) || repaired || outrun;
-        changed.then(|| format!("rollback to {name} (serial {})", old.serial))
+        changed.then(|| format!("rollback to {name} (version {})", old.serial))
     };
     let Some(word) = word else {
         let old = version_before(&author, store, &versions, &in_force)?;
@@ -97,15 +97,14 @@ pub(super) fn version_before(
         let otherwise = |old: &Manifest| old.services != there.services || old.extra != there.extra;
         let search = trust::before(store, author, versions, there, digest.as_ref(), otherwise)?;
         let none = match versions.iter().any(|v| v.serial < there.serial) {
-            true => Error::new(format!(
-                "there is no version before the current one in {} that says something else",
-                store.url()
-            )),
+            true => {
+                Error::new(format!("no version before the current one in {} differs from it", store.url()))
+            }
             false => only_version(store),
         };
         if let Some(before) = before.filter(|b| search.found.is_some() && !search.met.contains(&b.serial)) {
             log::warning(format!(
-                "warning: version {}, the one before, is not among the old ones any more",
+                "warning: version {}, the previous one, is no longer among the old ones",
                 before.serial
             ));
         }
@@ -190,7 +189,7 @@ pub(super) fn rollback_to_copy(
         manifest.previous = lineage::join(&line, &manifest.previous);
         manifest.serial = manifest.serial.max(serial);
         let changed = edit::restore(manifest, &copy.manifest) || behind || manifest.change.by.is_empty();
-        Ok(changed.then(|| format!("rollback to a copy of serial {serial}")))
+        Ok(changed.then(|| format!("rollback to a copy of version {serial}")))
     })?;
     publish::report(store, &published);
     Ok(())
@@ -240,7 +239,7 @@ pub(super) fn rollback_service(
             let mut search = trust::before(store, &author, &versions, &now, digest.as_ref(), otherwise)?;
             let undone = search.after.take().unwrap_or_else(|| trust::describe(&now));
             let found = search.found_or(Error::new(format!(
-                "no version before the current one has '{name}' otherwise than it is now"
+                "no version before the current one has a different '{name}'"
             )))?;
             log::notice(format!("{name} as it was before {undone}, in {}:", found.describe()));
             let of_it = |d: &Difference| d.service().is_some_and(|service| service.as_str() == name);
@@ -253,7 +252,7 @@ pub(super) fn rollback_service(
     };
     change(settings, store, StartingPoint::Existing, |manifest| {
         let changed = edit::restore_service(manifest, &old, name)?;
-        Ok(changed.then(|| format!("rollback {name} to {version} (serial {})", old.serial)))
+        Ok(changed.then(|| format!("rollback {name} to {version} (version {})", old.serial)))
     })?;
     Ok(())
 }

@@ -113,7 +113,7 @@ pub(super) fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -
             "nothing was signed; if all of it is right, 'deploy-manifest sign --hash {digest}'"
         )));
     }
-    if hash.is_none() && !confirmed("Is all of it right, and shall it be signed?")? {
+    if hash.is_none() && !confirmed("Is all of it right, and should it be signed?")? {
         return Err(Error::new("nothing was signed"));
     }
     publish::report(store, &publish::adopt(store, &Timestamp::now, &author, &digest)?);

@@ -74,7 +74,10 @@ pub(super) fn start(round: &Round) -> Outcome {
         let root = round.at.root;
         let mut batch = Batch::default();
         for Candidate { name, goal, port, text, .. } in &candidates {
-            log::notice(format!("{name}: proving {} beside the running version, on port {port}", goal.path));
+            log::notice(format!(
+                "{name}: verifying {} beside the running version, on port {port}",
+                goal.path
+            ));
             batch.write(&root.next_unit(name), text.as_bytes(), 0o644);
         }
         let mut failed = batch.finish();
@@ -109,7 +112,7 @@ pub(super) fn start(round: &Round) -> Outcome {
             match (outcomes.get(*name), &service.http) {
                 (Some(Ok(up)), Some(http)) => {
                     let seconds = up.after.as_secs_f64();
-                    log::info(format!("{name}: well beside the running version after {seconds:.1} s"));
+                    log::info(format!("{name}: verified beside the running version after {seconds:.1} s"));
                     done.candidates.insert((*name).clone(), (http.clone(), goal.inputs()));
                     continue;
                 }
@@ -120,7 +123,7 @@ pub(super) fn start(round: &Round) -> Outcome {
                     done.reject(name, goal, not_begun.as_ref().unwrap_or(why), journal);
                 }
                 (None | Some(Ok(_)), _) => {
-                    let why = format!("systemd does not get to start {unit}; see 'systemctl list-jobs'");
+                    let why = format!("systemd has not started {unit} yet; see 'systemctl list-jobs'");
                     done.fail_on_host(name, goal, &why);
                 }
             }
@@ -164,7 +167,7 @@ pub(in crate::deployer) fn undo_abandoned(at: Situation) -> Result<bool> {
     }
     for name in &names {
         log::notice(format!(
-            "{name}: an earlier pass ended while two versions ran; going back to the proved one"
+            "{name}: an earlier pass ended while two versions ran; going back to the verified one"
         ));
     }
     let mut left: Vec<&ServiceName> = names.iter().collect();
@@ -238,7 +241,7 @@ fn led_past<'n>(
     for name in names {
         match port_of(root, name)? {
             Some(port) if caddy.may_lead_to(port) => log::warning(format!(
-                "{name}: its candidate stays on port {port}, to which visitors may still be led; the next pass goes on"
+                "{name}: its candidate stays on port {port}, to which requests may still go; the next pass goes on"
             )),
             _ => left.push(name),
         }

@@ -216,7 +216,7 @@ impl Outcome {
             ),
             Verified::No => {
                 format!(
-                    "{why}; push a mended version, or try this one again with 'deployer run --retry {name}'"
+                    "{why}; push a fixed version, or try this one again with 'deployer run --retry {name}'"
                 )
             }
             Verified::Yes => format!("{why}; see 'journalctl -u {name}'"),

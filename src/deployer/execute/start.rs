@@ -61,7 +61,7 @@ pub(super) fn check(round: &Round) -> Outcome {
                     "systemd on this host does not start a program with such a character in its path: {complaint}; \
                      give the derivation a name without it, and push that"
                 ),
-                false => format!("systemd does not take its unit: {complaint}"),
+                false => format!("systemd does not accept its unit: {complaint}"),
             };
             done.reject(&name, start.goal, &why, Vec::new());
         }
@@ -218,7 +218,7 @@ impl<'a> Called<'a> {
             let why = systemd::could_not_start(complaint.as_deref(), &unit);
             let same =
                 before.get(unit.as_str()).is_some_and(|id| systemd::invocation(&unit).as_ref() == Some(id));
-            let said = complaint.as_deref().map_or_else(|| "systemd says nothing of it".into(), tail);
+            let said = complaint.as_deref().map_or_else(|| "systemd says nothing about it".into(), tail);
             why.or_else(|| same.then(|| format!("it was not restarted: {said}")))
         };
         let restarts = starts.iter().filter(|s| s.restart);

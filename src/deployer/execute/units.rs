@@ -32,7 +32,7 @@ pub(super) fn pause(round: &Round) -> Outcome {
     })
 }
 
-/// Removes those of these services that go: what was refused and has no version before it, what waits again, and what is
+/// Removes those of these services that go: what was rejected and has no version before it, what waits again, and what is
 /// not in the manifest any more.
 pub(super) fn remove(round: &Round, services: &[ServicePlan]) -> Outcome {
     Outcome::of(|done| remove_units(round, services, done))

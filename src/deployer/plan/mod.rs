@@ -144,14 +144,14 @@ impl fmt::Display for Step {
             Step::Reload => f.write_str("have systemd read its unit again"),
             Step::Enable => f.write_str("have it started at boot"),
             Step::Overlap(why) => {
-                write!(f, "prove the new version beside it and lead requests there ({why})")
+                write!(f, "verify the new version beside it and route requests to it ({why})")
             }
             Step::Restart(why) => write!(f, "restart and see it come up ({why})"),
             Step::Prove(why) => write!(f, "see that it is up ({why})"),
             Step::Pause => f.write_str("stop it: it is paused"),
-            Step::Record => f.write_str("take its changed entry down"),
+            Step::Record => f.write_str("record its changed entry"),
             Step::Remove(why) => write!(f, "stop and remove ({why})"),
-            Step::Unroot(base) => write!(f, "let go of {STORE_DIR}/{base}"),
+            Step::Unroot(base) => write!(f, "unroot {STORE_DIR}/{base}"),
         }
     }
 }

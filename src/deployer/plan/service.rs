@@ -139,7 +139,7 @@ impl Case<'_> {
     fn without_predecessor(&self, target: &StorePath, failure: AttemptFailure) -> ServicePlan {
         let mut steps = Vec::new();
         if self.text().is_some() {
-            steps.push(Step::Remove("it was refused and there is no version before it"));
+            steps.push(Step::Remove("it was rejected and there is no version before it"));
         }
         steps.extend(self.unroots(None, Some(target), Some(&failure)));
         self.done(None, Some(failure), steps)
@@ -312,7 +312,7 @@ impl<'a> Case<'a> {
         match self.text() {
             Some(text) if *text == goal.unit && !shadowed => None,
             Some(text) if *text == goal.unit => Some("another unit stood in for it"),
-            Some(text) if desired.is_some_and(|w| w.unit == *text) => Some("putting the version before back"),
+            Some(text) if desired.is_some_and(|w| w.unit == *text) => Some("restoring the previous version"),
             Some(_) if self.applied.is_some_and(|a| a.path != goal.path) => Some("another version"),
             Some(_) if goal.is_verified() => Some("the unit was changed on the host"),
             Some(_) => Some("the manifest's entry changed"),
@@ -336,11 +336,11 @@ impl<'a> Case<'a> {
             return Some(Step::Restart("an earlier pass was interrupted before it restarted it"));
         }
         match goal.verified {
-            Verified::Unit => Some(Step::Prove("how it is asked for its health changed")),
+            Verified::Unit => Some(Step::Prove("its health check changed")),
             Verified::No if seen.current => {
                 Some(Step::Prove("an earlier pass was interrupted while it came up"))
             }
-            Verified::No => Some(Step::Restart("it was not proved yet")),
+            Verified::No => Some(Step::Restart("it is not verified yet")),
             Verified::Yes if self.nothing_listens(goal) => Some(match self.before.map(|b| b.status) {
                 Some(ServicePhase::Failed) => Step::Restart("it runs, but nothing listens on its port"),
                 _ => Step::Prove("nothing listens on its port"),

@@ -416,7 +416,7 @@ mod x509 {
                 found[at] = Some(String::from_utf8_lossy(text).chars().take(MAX_NAME).collect());
             }
         }
-        found.into_iter().flatten().next().unwrap_or_else(|| "somebody without a name".into())
+        found.into_iter().flatten().next().unwrap_or_else(|| "an unnamed issuer".into())
     }
 
     /// UTCTime `YYMMDDHHMMSSZ` or GeneralizedTime `YYYYMMDDHHMMSSZ`.

@@ -135,7 +135,7 @@ fn apply_live(row: &mut HostRow, live: &Live, here: &HostName) {
     }
     if let Some(timer) = timer.as_ref().filter(|t| t.active != "active") {
         row.problems.push(format!(
-            "its deployer.timer is {}: no pass comes by itself; '{}'",
+            "its deployer.timer is {}: no pass starts by itself; '{}'",
             if timer.active.is_empty() { "not there" } else { &timer.active },
             hint::typed(&host, here, "systemctl enable --now deployer.timer")
         ));

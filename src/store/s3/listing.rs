@@ -31,13 +31,13 @@ fn page(text: &str) -> Result<Page, String> {
         }
     })?;
     if !root {
-        return Err("a document that is no listing".into());
+        return Err("a document that is not a listing".into());
     }
     if page.sizes.len() != page.keys.len() {
         page.sizes.clear();
     }
     match (truncated, &page.next) {
-        (true, None) => Err("a part of a listing without the way to the rest".into()),
+        (true, None) => Err("a part of a listing without a continuation token".into()),
         (false, _) => Ok(Page { next: None, ..page }),
         (true, Some(_)) => Ok(page),
     }
@@ -69,7 +69,7 @@ impl S3Store {
                 return Err(AttemptError::TooLarge(PAGE_LIMIT));
             }
             let text = String::from_utf8(bytes)
-                .map_err(|_| AttemptError::Garbage("bytes that are no text".into()))?;
+                .map_err(|_| AttemptError::Garbage("bytes that are not text".into()))?;
             let page = page(&text).map_err(AttemptError::Garbage)?;
             if page.next.is_some() && page.next.as_deref() == token {
                 return Err(AttemptError::Garbage("the same part of a listing again and again".into()));
