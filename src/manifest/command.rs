@@ -49,8 +49,8 @@ const MAX_BYTES: usize = 100_000;
 /// The longest path of an executable below its store path, in bytes: with that it stays below PATH_MAX.
 const MAX_PROGRAM: usize = 3800;
 
-/// The words of a command line that can be run; the error is the reason alone.
-pub(super) fn check(text: &str) -> Result<Vec<String>, String> {
+/// Whether a command line can be run; the error is the reason alone.
+pub(super) fn check(text: &str) -> Result<(), String> {
     super::rules::at_most(MAX_BYTES, "bytes", text)?;
     let words = split_command(text)?;
     let first = words.first().ok_or("has no word; null means <storePath>/bin/<name>")?;
@@ -75,8 +75,7 @@ pub(super) fn check(text: &str) -> Result<Vec<String>, String> {
             "has {c:?} in its first word; systemd starts no executable with that in its path"
         ));
     }
-    super::rules::named(first)?;
-    Ok(words)
+    super::rules::named(first)
 }
 
 #[cfg(test)]

@@ -34,6 +34,9 @@ impl FieldError {
     }
 }
 
+/// How many mistakes of an entry are said at once: enough for a person, and few enough for a journal and a report.
+pub(super) const MOST_SAID: usize = 20;
+
 /// Why a document is not taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ManifestError {
@@ -50,8 +53,9 @@ impl fmt::Display for ManifestError {
                 write!(f, "version: {version} was written by a newer omni-deploy; upgrade this one")
             }
             ManifestError::Mistakes(mistakes) => {
-                let all: Vec<String> = mistakes.iter().map(FieldError::to_string).collect();
-                f.write_str(&all.join("; also "))
+                let said: Vec<String> = mistakes.iter().take(MOST_SAID).map(FieldError::to_string).collect();
+                let more = if mistakes.len() > MOST_SAID { "; and more" } else { "" };
+                write!(f, "{}{more}", said.join("; also "))
             }
         }
     }

@@ -133,6 +133,10 @@ fn check<'a>(bytes: &'a [u8], root: Level, names: Option<Vec<Cow<'a, [u8]>>>) ->
                     frame.member = frame.level.member(&name);
                     if let Some(names) = &mut count.names {
                         names.push(name);
+                        // One without a value: no parser goes on here either, and nothing else counts names.
+                        if names.len() > count.values {
+                            return Ok(());
+                        }
                     }
                     if frame.member == Level::Unknown {
                         count.unknown_bytes += length;
@@ -343,6 +347,14 @@ mod tests {
         let newer =
             format!("{},\"a\":1,\"b\":[],\"c\":{{\"d\":{{\"e\":\"f\"}}}}}}", &service[..service.len() - 1]);
         assert_eq!(of(&format!("{{\"version\":1,\"services\":{}}}", list(&newer, 10_000))), Ok(()));
+    }
+
+    #[test]
+    fn names_without_values_are_not_kept() {
+        let names = vec!["\"\""; 100_000].join(",");
+        // No parser goes on after the second.
+        assert_eq!(of(&format!("{{{names}")), Ok(()));
+        assert_eq!(of(&format!("{{{names}}}")), Ok(()));
     }
 
     #[test]

@@ -412,9 +412,10 @@ impl Service {
     /// Its executable, absolute, and the arguments, when `path` is its closure.
     pub fn program(&self, path: &StorePath) -> (PathBuf, Vec<String>) {
         let below = PathBuf::from(path.as_str());
-        match self.exec.command.as_ref().and_then(|command| command.words().split_first()) {
+        let mut words = self.exec.command.iter().flat_map(CommandLine::words);
+        match words.next() {
             // Joining an absolute path gives that path.
-            Some((first, args)) => (below.join(first), args.to_vec()),
+            Some(first) => (below.join(first), words.collect()),
             None => (below.join("bin").join(self.name.as_str()), Vec::new()),
         }
     }

@@ -2,7 +2,7 @@
 //! of an entry spans several fields, and what a person may not add. What spans services is in [`super::validate`].
 //! Never reads a file and never guesses: what cannot be is refused, with all that is wrong with an entry at once.
 
-use super::error::{FieldError, ManifestError};
+use super::error::{FieldError, MOST_SAID, ManifestError};
 use super::json::{self, field, shown};
 use super::limits::{self, Level};
 use super::model::{Manifest, OBJECTS, Service};
@@ -179,8 +179,10 @@ fn mistakes_of_manifest(bytes: &[u8], e: serde_json::Error, mode: Mode) -> Manif
     struct Head {
         version: u64,
     }
-    // A newer format is said first: what is wrong by today's rules may be right by its own.
-    if let Ok(Head { version }) = serde_json::from_slice(bytes)
+    // A newer format is said first: what is wrong by today's rules may be right by its own. serde would read it from an
+    // array as well.
+    if bytes.trim_ascii_start().starts_with(b"{")
+        && let Ok(Head { version }) = serde_json::from_slice(bytes)
         && version > FORMAT_VERSION
     {
         return ManifestError::Newer(version);
@@ -219,7 +221,7 @@ fn mistakes_of_service(bytes: &[u8], mode: Mode) -> Vec<FieldError> {
     let Some(mut tree) = tree else { return mistakes };
     // What is wrong is taken out, until the rest can be read.
     let mut next = path;
-    while take_out(&mut tree, &next).is_some() {
+    while mistakes.len() <= MOST_SAID && take_out(&mut tree, &next).is_some() {
         match read_located::<Service>(tree.to_string().as_bytes()) {
             Ok(rest) if mode == Mode::Strict => {
                 mistakes.extend(additions(&rest, None));
@@ -824,6 +826,11 @@ mod tests {
         let contradictory = json!({"name": "a", "artifact": {"storePath": "/nix/store/placeholder"},
             "hosts": ["b", "b"], "health": {"path": "/"}, "rollout": "overlap", "later": 1});
         assert_eq!(said(service(contradictory, Mode::Strict, None).unwrap_err()).len(), 4);
+        let many: BTreeMap<String, u8> = (0..1000).map(|n| (format!("A{n}"), 1)).collect();
+        let many = json!({"name": "a", "artifact": {"storePath": "/nix/store/placeholder"}, "hosts": ["b"], "env": many});
+        let mistakes = said(service(many, Mode::Tolerant, None).unwrap_err());
+        assert_eq!(mistakes.len(), 20);
+        assert!(mistakes[19].ends_with("expected a string; and more"), "{}", mistakes[19]);
         let root = r#"{"version": 1, "serial": 1, "generation": "2026-11-22T18:31:05Z", "sevices": []}"#;
         assert_eq!(
             said(manifest(root.as_bytes(), Mode::Strict).unwrap_err()),
@@ -849,6 +856,18 @@ mod tests {
                 assert!(error.is_newer_version(), "{error}");
             }
         }
+        // What no program writes is no newer version, and may be replaced.
+        assert!(!manifest(b"[2]", Mode::Tolerant).unwrap_err().is_newer_version());
+    }
+
+    #[test]
+    fn a_service_may_have_as_many_hosts_as_an_entry_has_values() {
+        let mut many = whole();
+        many["services"][0]["hosts"] = (0..5000).map(|n| json!(format!("h{n}"))).collect();
+        assert_eq!(read(&many, Mode::Tolerant).unwrap().services[0].hosts.len(), 5000);
+        many["services"][0]["hosts"] = (0..20_000).map(|n| json!(format!("h{n}"))).collect();
+        let error = read(&many, Mode::Tolerant).unwrap_err().to_string();
+        assert!(error.contains("has more than 10000 values"), "{error}");
     }
 
     #[test]

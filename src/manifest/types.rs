@@ -148,28 +148,26 @@ impl UnitName {
 /// A command line, words quoted as in a shell (no variables, no expansion). A first word that is not absolute is
 /// taken below the store path.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CommandLine {
-    text: String,
-    words: Vec<String>,
-}
+pub struct CommandLine(String);
 
 impl CommandLine {
-    /// Splits it; the error is the reason alone.
+    /// Checks it; the error is the reason alone.
     pub fn parse(text: &str) -> Result<Self, String> {
         rules::clean(text)?;
-        let words = command::check(text)?;
-        Ok(CommandLine { text: text.into(), words })
+        command::check(text)?;
+        Ok(CommandLine(text.into()))
     }
 
-    /// Its words: at least one.
-    pub fn words(&self) -> &[String] {
-        &self.words
+    /// Its words: at least one. They are split anew each time, because kept they take thirty times the memory of the
+    /// text, and of those a manifest may have 32 MiB.
+    pub fn words(&self) -> Vec<String> {
+        command::split_command(&self.0).unwrap_or_default()
     }
 }
 
 impl Serialize for CommandLine {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.serialize_str(&self.text)
+        s.serialize_str(&self.0)
     }
 }
 
@@ -493,7 +491,14 @@ pub(super) fn words_list<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<String>,
 const MAX_ENTRIES: usize = 1000;
 
 pub(super) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Result<Vec<T>, D::Error> {
-    struct ListVisitor<T>(PhantomData<T>);
+    list_of_at_most(MAX_ENTRIES, d)
+}
+
+fn list_of_at_most<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    most: usize,
+    d: D,
+) -> Result<Vec<T>, D::Error> {
+    struct ListVisitor<T>(usize, PhantomData<T>);
     impl<'de, T: Deserialize<'de>> Visitor<'de> for ListVisitor<T> {
         type Value = Vec<T>;
 
@@ -504,9 +509,10 @@ pub(super) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Resu
         fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
             let mut list = Vec::new();
             while let Some(entry) = seq.next_element()? {
-                if list.len() == MAX_ENTRIES {
+                if list.len() == self.0 {
                     return Err(de::Error::custom(format!(
-                        "has more than {MAX_ENTRIES} entries; take some out"
+                        "has more than {} entries; take some out",
+                        self.0
                     )));
                 }
                 list.push(entry);
@@ -514,12 +520,12 @@ pub(super) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Resu
             Ok(list)
         }
     }
-    d.deserialize_seq(ListVisitor(PhantomData))
+    d.deserialize_seq(ListVisitor(most, PhantomData))
 }
 
-/// The hosts of a service: at least one.
+/// The hosts of a service: at least one. They stand in no unit, so that only what an entry may have bounds them.
 pub(super) fn hosts<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<HostName>, D::Error> {
-    match list(d)? {
+    match list_of_at_most(usize::MAX, d)? {
         hosts if hosts.is_empty() => {
             Err(de::Error::custom("[] names no host; a service runs on at least one"))
         }
