@@ -84,14 +84,14 @@ pub fn failed_units() -> Vec<String> {
 
 /// Properties of a unit, by their names.
 pub fn properties(unit: &str, names: &str) -> Result<BTreeMap<String, String>, RunError> {
-    let text = systemctl().args(["show", "--property", names, "--", unit]).deadline(LOOK).success()?.text();
+    let text = systemctl().args(["show", "--property", names, "--", unit]).deadline(QUICK).success()?.text();
     let pairs = text.lines().filter_map(|line| line.split_once('='));
     Ok(pairs.map(|(name, value)| (name.to_string(), value.to_string())).collect())
 }
 
 /// The values of one property, of which a unit may have several; none where systemd does not say.
 pub fn values(unit: &str, property: &str) -> Vec<String> {
-    let run = systemctl().args(["show", "--value", "--property", property, "--", unit]).deadline(LOOK);
+    let run = systemctl().args(["show", "--value", "--property", property, "--", unit]).deadline(QUICK);
     let text = run.success().map(|output| output.text()).unwrap_or_default();
     text.lines().map(String::from).collect()
 }

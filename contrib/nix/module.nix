@@ -59,10 +59,11 @@ let
   ask = "-+" + pkgs.writeShellScript "omni-deploy-ask" ''
     systemd=${config.systemd.package}/bin
     case $($systemd/systemctl list-jobs --no-legend 'deployer-asked-*') in *waiting*) exit 0 ;; esac
-    exec $systemd/systemd-run --quiet --no-block --collect --unit="deployer-asked-$(cat /proc/sys/kernel/random/uuid)" \
+    $systemd/systemd-run --quiet --no-block --collect --unit="deployer-asked-$(cat /proc/sys/kernel/random/uuid)" \
       --description='Ask for a pass of omni-deploy' --service-type=oneshot --property=After=deployer.service /bin/sh -c \
       "[ ! -e /run/omni-deploy/lock ] || ${pkgs.util-linux}/bin/flock /run/omni-deploy/lock ${pkgs.coreutils}/bin/true
-       exec $systemd/systemctl start --no-block deployer.service"
+       exec $systemd/systemctl start --no-block deployer.service" ||
+      $systemd/systemctl start --no-block deployer.service
   '';
 
   # With --resume Caddy starts with the configuration it had last, and a rebuild or a boot would not apply what the

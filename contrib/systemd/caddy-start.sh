@@ -25,9 +25,11 @@ if [ "${1:-}" = ask ]; then
   # for by a unit that systemd begins when that pass has ended (After=), and that waits for a pass made by hand as well.
   # Each has a name of its own, because it must not join one that has asked already; one that has yet to begin will do.
   case $(systemctl list-jobs --no-legend 'deployer-asked-*') in *waiting*) exit 0 ;; esac
-  exec systemd-run --quiet --no-block --collect --unit="deployer-asked-$(cat /proc/sys/kernel/random/uuid)" \
+  systemd-run --quiet --no-block --collect --unit="deployer-asked-$(cat /proc/sys/kernel/random/uuid)" \
     --description='Ask for a pass of omni-deploy' --service-type=oneshot --property=After=deployer.service /bin/sh -c \
-    '[ ! -e /run/omni-deploy/lock ] || flock /run/omni-deploy/lock true; exec systemctl start --no-block deployer.service'
+    '[ ! -e /run/omni-deploy/lock ] || flock /run/omni-deploy/lock true; exec systemctl start --no-block deployer.service' ||
+    systemctl start --no-block deployer.service
+  exit
 fi
 
 if [ "${1:-}" != reloaded ] && grep -qs '"deployer-view":' "$saved"; then

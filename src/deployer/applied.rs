@@ -78,6 +78,8 @@ struct Written<'a> {
 
 #[derive(Deserialize)]
 struct Read {
+    #[serde(rename = "version")]
+    _version: u64,
     #[serde(default)]
     previous: Vec<StorePath>,
     #[serde(default)]
@@ -106,7 +108,8 @@ pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, LastKnownGood>, Vec<St
 }
 
 fn read(bytes: &[u8]) -> Result<LastKnownGood, String> {
-    let Read { mut service, previous, unit } = files::versioned(bytes, VERSION).map_err(|e| e.to_string())?;
+    let Read { _version, mut service, previous, unit } =
+        files::versioned(bytes, VERSION).map_err(|e| e.to_string())?;
     if let Some(mistake) = service.settle(None).first() {
         return Err(mistake.to_string());
     }

@@ -2,7 +2,7 @@
 //! to do costs one `systemctl list-units`, one request to Caddy, and a few file reads a service.
 
 use super::applied::LastKnownGood;
-use super::caddy;
+use super::caddy::{self, CaddyState};
 use super::listeners::{Answers, Listeners};
 use super::observed::{Observed, UnitFile, UnitSeen};
 use super::persisted::PersistedState;
@@ -22,12 +22,14 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Looks at everything that concerns these services and whatever else is ours.
+/// Looks at everything that concerns these services and whatever else is ours. `caddy`: what is known of it, if it is not
+/// to be asked.
 pub fn observe(
     root: &Root,
     caddy_admin: &Address,
     desired: &[&Service],
     persisted: &PersistedState,
+    caddy: Option<CaddyState>,
 ) -> Result<Observed> {
     let applied = &persisted.applied;
     let (mut present, mut unverified) = (BTreeSet::new(), BTreeSet::new());
@@ -54,7 +56,7 @@ pub fn observe(
     std::thread::scope(|scope| {
         // Caddy answers while files are read. The thread only waits: what it allocated would be taken from the
         // kernel page by page.
-        let caddy = scope.spawn(|| caddy::ask(caddy_admin));
+        let caddy = scope.spawn(|| caddy.ok_or_else(|| caddy::ask(caddy_admin)));
         // While systemd answers, for which `units` waits.
         let listening = scope.spawn(|| ports(desired, &persisted.applied));
         let (units, active) = units(root, desired, persisted)?;
@@ -62,7 +64,7 @@ pub fn observe(
         let foreign_next = foreign_next(root, desired, persisted, &units, &candidates)?;
         let ports = joined(listening);
         let kept_out = kept_out(desired, persisted);
-        let caddy = caddy::read(caddy_admin, joined(caddy));
+        let caddy = joined(caddy).unwrap_or_else(|asked| caddy::read(caddy_admin, asked));
         Ok(Observed {
             units,
             active,

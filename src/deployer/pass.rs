@@ -1,7 +1,7 @@
 //! One pass: lock, load, source, observe, plan, execute, absorb, report. Data flows one way; a pass that dies
 //! anywhere is finished by the next, because each starts from what is.
 
-use super::caddy::{self, RoutePlan};
+use super::caddy::{self, CaddyState, RoutePlan};
 use super::execute::{self, Planned, Situation};
 use super::observed::Observed;
 use super::outcome::{EndedBy, Outcome, PassError};
@@ -167,7 +167,7 @@ fn pass(settings: &Settings, requested: &RunOptions, root: &Root, now: Timestamp
     let mut observed = host.observe_first(&persisted)?;
     if execute::undo_abandoned(host.at(&observed, &persisted))? {
         outcome.changed = true;
-        observed = host.observe(&persisted)?;
+        observed = host.observe_again(&persisted, observed, None)?;
     }
     // Whoever looks from afar shall see why nothing happens.
     let mut planned = host
@@ -187,13 +187,16 @@ fn pass(settings: &Settings, requested: &RunOptions, root: &Root, now: Timestamp
         if persisted.absorb(&outcome) {
             outcome.wrote(lines::keep(root, &persisted.state));
         }
-        observed = host.observe(&persisted)?;
+        // One that did not answer is asked again at the end: a version that is to be restored does not wait for it.
+        let silent = Some(observed.caddy.clone()).filter(|caddy| !caddy.is_available());
+        observed = host.observe_again(&persisted, observed, silent)?;
         planned = host.plan(&observed, &persisted, &outcome)?;
     }
     let touched = outcome.changed || !planned.plan.candidates.is_empty();
-    if touched && !observed.caddy.is_available() {
-        // It may answer by now: it opens its endpoint anew at every change, and may have been restarted meanwhile.
-        observed = host.observe(&persisted)?;
+    if touched && (!observed.caddy.is_available() || outcome.route.is_some()) {
+        // It may answer by now: it opens its endpoint anew at every change, and may have been restarted meanwhile. And
+        // where the route was written before a wait, it has it.
+        observed = host.observe_again(&persisted, observed, None)?;
         planned = host.plan(&observed, &persisted, &outcome)?;
     }
     outcome = execute::settled(host.at(&observed, &persisted), &planned, outcome);
@@ -246,12 +249,23 @@ impl<'a> Host<'a> {
         Ok(Host { settings, root, desired, options, now })
     }
 
-    fn observe(&self, persisted: &PersistedState) -> Result<Observed> {
-        observe::observe(self.root, &self.settings.caddy_admin, &self.desired, persisted)
+    fn observe(&self, persisted: &PersistedState, caddy: Option<CaddyState>) -> Result<Observed> {
+        observe::observe(self.root, &self.settings.caddy_admin, &self.desired, persisted, caddy)
+    }
+
+    /// Looks again in the same pass. The secrets are those of the first look: what is done to them meanwhile shall neither
+    /// keep a version from being restored nor make another attempt of the same one.
+    fn observe_again(
+        &self,
+        persisted: &PersistedState,
+        before: Observed,
+        caddy: Option<CaddyState>,
+    ) -> Result<Observed> {
+        Ok(Observed { secrets: before.secrets, ..self.observe(persisted, caddy)? })
     }
 
     fn observe_first(&mut self, persisted: &PersistedState) -> Result<Observed> {
-        let observed = self.observe(persisted)?;
+        let observed = self.observe(persisted, None)?;
         self.options.active = observed.active.clone();
         Ok(observed)
     }

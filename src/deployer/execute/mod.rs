@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 /// How long everybody waits for units to stop or start; what takes longer is waited for when nothing else is left
 /// to do, or left to the next pass.
 const EVERYBODY_WAITS: Duration = Duration::from_secs(20);
+
 /// One kind of effect, for all services that need it.
 pub(super) enum Phase {
     Act(fn(&Round) -> Outcome),

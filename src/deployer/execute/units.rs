@@ -17,7 +17,11 @@ use crate::systemd;
 /// Stops what is paused and keeps it from starting at boot; its unit stays.
 pub(super) fn pause(round: &Round) -> Outcome {
     let pauses = steps(&round.plan.services).filter(|(_, step)| matches!(step, Step::Pause));
-    let names: Vec<&ServiceName> = pauses.map(|(service, _)| &service.name).collect();
+    // What could not be taken down before is not begun.
+    let begun = pauses
+        .map(|(service, _)| service)
+        .filter(|service| service.goal.as_ref().is_none_or(|goal| !round.has_failed(&service.name, goal)));
+    let names: Vec<&ServiceName> = begun.map(|service| &service.name).collect();
     Outcome::of(|done| {
         for name in &names {
             log::notice(format!("{name}: stopping (paused)"));
