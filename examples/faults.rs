@@ -17,7 +17,7 @@ fn main() -> ExitCode {
 fn fetch(paths: &[String]) -> ExitCode {
     let paths: Result<Vec<StorePath>, _> = paths.iter().map(|path| StorePath::parse(path)).collect();
     let settings = load(&Flags::default()).expect("settings");
-    match nix::fetch(&settings, &paths.expect("paths of the store")) {
+    match nix::fetch(&settings, &paths.expect("paths of the store"), &std::env::temp_dir()) {
         Ok(reasons) if reasons.is_empty() => ExitCode::SUCCESS,
         failed => {
             eprintln!("{failed:?}");

@@ -165,6 +165,42 @@ fn secrets_that_others_could_read_stop_a_deploy_with_the_line_to_type() {
 }
 
 #[test]
+fn secrets_that_change_while_a_release_fails_keep_nobody_from_the_version_before() {
+    let host = solo();
+    let file = "/var/lib/deployer-secrets/web.env";
+    let put = format!("rm -rf {file}; install -m 600 /dev/null {file}; echo TOKEN=x >{file}");
+    host.sh(&put);
+    let one = host.closure("web", "one", "");
+    let mut service = web("web", 8001, &one);
+    service["envFile"] = file.into();
+    host.add(&service);
+    host.good_pass();
+    for (version, meddle) in [
+        ("spoilt", format!("chmod 644 {file}")),
+        // The same over and over, as an agent does that fetches secrets anew.
+        (
+            "renewed",
+            format!("while sleep 0.5; do cp --preserve=mode {file} {file}.new; mv {file}.new {file}; done"),
+        ),
+    ] {
+        let deaf = host.closure("web", version, "port 8999");
+        host.update("web", &deaf);
+        let started = format!("systemctl show --property=ExecStart web | grep -q {deaf}");
+        host.sh(&format!(
+            "systemd-run --quiet --collect --unit=meddler bash -c 'until {started}; do sleep 0.1; done; {meddle}'"
+        ));
+        let pass = host.passes_with(3);
+        host.serves("web", "one");
+        let service = host.service("web");
+        assert_eq!((&service["status"], &service["storePath"]), (&"rejected".into(), &one.as_str().into()));
+        let tries = pass.said.lines().filter(|line| line.contains(&format!("starting {deaf}"))).count();
+        assert_eq!(tries, 1, "{version}: {}", pass.said);
+        host.sh("systemctl stop meddler 2>/dev/null || true");
+        host.sh(&put);
+    }
+}
+
+#[test]
 fn a_release_that_does_not_come_up_is_refused_and_the_one_before_it_runs() {
     let host = solo();
     let one = host.deploys_web();

@@ -9,7 +9,7 @@ use crate::solo::web;
 use omni_deploy::clock::Timestamp;
 use omni_deploy::deployer::applied::LastKnownGood;
 use omni_deploy::deployer::overrides::Overrides;
-use omni_deploy::deployer::{caddy, unit};
+use omni_deploy::deployer::{caddy, routes, unit};
 use omni_deploy::manifest::parse::{self, Mode};
 use omni_deploy::manifest::{Http, Manifest, Service};
 use omni_deploy::names::{ServiceName, StorePath};
@@ -711,8 +711,6 @@ impl Model {
             say(format!("left over: {left:?} {}", body(after, "intent")));
         }
         if caddy_up && words(before, "facts").contains("caddy up") {
-            let mut claimed = BTreeSet::new();
-            routed.retain(|h| claimed.insert((h.domain.clone(), h.path.clone())));
             let servers: Value = serde_json::from_str(body(after, "caddy")).unwrap_or_default();
             let routes = servers["srv0"]["routes"].as_array().cloned().unwrap_or_default();
             let old: Value = serde_json::from_str(body(before, "caddy")).unwrap_or_default();
@@ -720,7 +718,7 @@ impl Model {
                 routes.iter().filter(|r| r["@id"] != "deployer").cloned().collect()
             };
             let ours: Vec<&Value> = routes.iter().filter(|r| r["@id"] == "deployer").collect();
-            let want = caddy::route(&routed, &std::collections::BTreeSet::new());
+            let want = caddy::route(&routes::of(routed, &BTreeSet::new()));
             if ours != want.iter().collect::<Vec<_>>() || want.is_some() && routes[0]["@id"] != "deployer" {
                 say(format!("the route should be\n{}\nis\n{}", want.unwrap_or_default(), json!(routes)));
             }
