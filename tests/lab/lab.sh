@@ -362,6 +362,9 @@ lock_host() {
 # Takes away whatever is left of the host but its folder, in whatever state an interrupted run left it.
 clear_host() {
   local mountpoint
+  # Nobody claims a number meanwhile: one that is nobody's yet could be another host's a moment later.
+  exec 9</run
+  flock 9
   if [[ -r $dir/number ]] && n=$(<"$dir/number") && owns_number; then
     locate_cgroup
     power_off
@@ -370,6 +373,7 @@ clear_host() {
       ip link delete "olab$n"
     fi
   fi
+  exec 9<&-
   while read -r mountpoint; do
     umount "$mountpoint" 2>/dev/null || umount --lazy "$mountpoint"
   done < <(mounts_below "$dir")
