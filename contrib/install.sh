@@ -17,6 +17,7 @@ DROPIN=$UNITS/caddy.service.d/omni-deploy.conf
 CADDY_START=/usr/local/lib/omni-deploy/caddy-start
 ADMIN=/run/caddy/admin.sock
 SYSCTL=/etc/sysctl.d/90-omni-deploy.conf
+TMPFILES=/etc/tmpfiles.d/omni-deploy.conf
 MIGRATE=/proc/sys/net/ipv4/tcp_migrate_req
 changes=0
 
@@ -192,6 +193,11 @@ do_install() {
   place_marked "$here/systemd/deployer.service" "$UNITS/deployer.service"
   place_marked "$here/systemd/deployer.timer" "$UNITS/deployer.timer"
   install_dropin
+  place_marked "$here/systemd/tmpfiles.d/omni-deploy.conf" "$TMPFILES"
+  if systemd_runs && [[ ! -d /run/omni-deploy/ports ]]; then
+    systemd-tmpfiles --create "$TMPFILES"
+    changed "folder /run/omni-deploy/ports"
+  fi
   place_marked "$here/systemd/sysctl.d/90-omni-deploy.conf" "$SYSCTL"
   if [[ -w $MIGRATE && $(<"$MIGRATE") != 1 ]]; then
     echo 1 >"$MIGRATE"
@@ -260,6 +266,7 @@ do_uninstall() {
   drop_marked "$UNITS/deployer.service"
   drop_marked "$DROPIN"
   drop_marked "$SYSCTL"
+  drop_marked "$TMPFILES"
   if [[ -e $CADDY_START ]]; then
     rm "$CADDY_START"
     changed "removed $CADDY_START"

@@ -134,6 +134,9 @@ in
       systemd.tmpfiles.rules = [
         "d /var/lib/deployer 0755 root root -"
         "d /var/lib/deployer-secrets 0700 root root -"
+        # Why is in contrib/systemd/tmpfiles.d/omni-deploy.conf.
+        "d /var/lib/deployer/ports 0755 root root -"
+        "C /run/omni-deploy/ports 0755 root root - /var/lib/deployer/ports"
       ] ++ lib.optional mutable "d ${cfg.unitDir} 0755 root root -";
 
       systemd.services.deployer = {

@@ -249,6 +249,12 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
     for name in &plan.candidates {
         text.push_str(&format!("{name}: stop and remove the candidate that an earlier pass left\n"));
     }
+    if preview.trial {
+        text.push_str("route: try whether Caddy reads ports from files\n");
+    }
+    for file in &preview.ports.write {
+        text.push_str(&format!("route: write port {} into {}\n", file.port, file.path.display()));
+    }
     match &preview.route {
         RoutePlan::None | RoutePlan::Current => {}
         RoutePlan::Pending(why) => text.push_str(&format!("route: pending: {}\n", log::printable(why))),
@@ -258,10 +264,18 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
             }
         }
     }
-    if plan.is_empty() && preview.route.is_settled() {
+    for path in &preview.ports.remove {
+        text.push_str(&format!("route: remove {}\n", path.display()));
+    }
+    if is_empty(preview) {
         text.push_str("nothing to do\n");
     }
     text
+}
+
+fn is_empty(preview: &Preview) -> bool {
+    let routed = preview.route.is_settled() && preview.ports.is_empty() && !preview.trial;
+    preview.plan.is_empty() && routed
 }
 
 fn plan_json(preview: &Preview) -> String {
@@ -286,11 +300,12 @@ fn plan_json(preview: &Preview) -> String {
         "version": 1,
         "serial": preview.serial,
         "manifestError": preview.manifest_error,
-        "empty": preview.plan.is_empty() && preview.route.is_settled(),
+        "empty": is_empty(preview),
         "services": preview.plan.services.iter().map(service).collect::<Vec<_>>(),
         "gone": preview.plan.gone.iter().map(service).collect::<Vec<_>>(),
         "understudies": preview.plan.candidates,
         "route": route,
+        "ports": preview.ports,
     });
     log::printable_json(&format!("{value:#}")).into_owned()
 }
@@ -419,6 +434,7 @@ mod tests {
     use super::*;
     use crate::config::{Flags, load};
     use crate::deployer::plan::Plan;
+    use crate::deployer::ports::PortChanges;
     use serde_json::Value;
 
     #[test]
@@ -428,7 +444,9 @@ mod tests {
         let route = RoutePlan::Pending(why.into());
         let plan =
             Plan { services: Vec::new(), gone: Vec::new(), routes: Vec::new(), candidates: Vec::new() };
-        let preview = Preview { serial: 1, generation: Timestamp(0), manifest_error: None, plan, route };
+        let (ports, trial) = (PortChanges::default(), false);
+        let preview =
+            Preview { serial: 1, generation: Timestamp(0), manifest_error: None, plan, route, ports, trial };
         for text in [plan_text(&preview, &settings), plan_json(&preview)] {
             assert!(!text.chars().any(|c| c != '\n' && c.is_control()), "{text:?}");
         }

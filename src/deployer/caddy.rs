@@ -5,6 +5,7 @@
 
 use super::admin;
 use super::listeners::{self, Answers};
+use super::ports::PortFiles;
 use super::routes::Route;
 use crate::bounds::{self, Bounds};
 use crate::config::Settings;
@@ -24,6 +25,11 @@ const ROUTE_ID: &str = "deployer";
 pub const OWN_SERVER: &str = "deployer";
 /// The server that shows Caddy's configuration where it is changed through a socket.
 pub const VIEW_SERVER: &str = "deployer-view";
+/// The server we make for as long as one request, to see what this Caddy can do ([`super::trial`]).
+const TRIAL_SERVER: &str = "deployer-trial";
+/// How long what is no plain request (a WebSocket) may go on after a change of the configuration that it began before. A
+/// Caddy before 2.7 does not know the setting and ends such at every change.
+pub const STREAMS_STAY: &str = "24h";
 /// Where that listens: where people look for Caddy's configuration.
 const VIEW_PORT: u16 = 2019;
 const SERVERS: &str = "/config/apps/http/servers";
@@ -85,17 +91,24 @@ impl RoutePlan {
     }
 }
 
-/// What is to be done for Caddy to have these routes, and to show its configuration.
-pub fn changes(settings: &Settings, routes: &[Route], observed: &CaddyState) -> RoutePlan {
-    let plan = plan(settings.caddy_server.as_deref(), route(routes).as_ref(), observed);
-    match settings.caddy_admin.now() {
+/// What is to be done for Caddy to have these routes, and to show its configuration. `files`: the ports are there.
+pub fn changes(
+    settings: &Settings,
+    routes: &[Route],
+    observed: &CaddyState,
+    files: Option<&PortFiles>,
+) -> RoutePlan {
+    let plan = plan(settings.caddy_server.as_deref(), route(routes, files).as_ref(), observed);
+    let plan = match settings.caddy_admin.now() {
         Endpoint::Unix(socket) => with_view(plan, Some(&socket), observed),
         Endpoint::Tcp(..) => with_view(plan, None, observed),
-    }
+    };
+    without_trial(plan, observed)
 }
 
-/// Caddy's one route for all of these, or None when there are none. Equal sets of routes give equal ones.
-pub fn route(routes: &[Route]) -> Option<Value> {
+/// Caddy's one route for all of these, or None when there are none. Equal sets of routes give equal ones. `files`: the
+/// ports are there, and the route stays the same when they change.
+pub fn route(routes: &[Route], files: Option<&PortFiles>) -> Option<Value> {
     if routes.is_empty() {
         return None;
     }
@@ -108,7 +121,7 @@ pub fn route(routes: &[Route]) -> Option<Value> {
     sorted.sort_by(|a, b| rank(a).cmp(&rank(b)));
     let routes: Vec<Value> = sorted
         .iter()
-        .map(|Route { domain, path, port, closed }| {
+        .map(|Route { service, domain, path, port, own_port: _, closed }| {
             let mut matcher = json!({"host": [domain]});
             if path.as_str() != "/" {
                 // `/api/*` alone misses `/api`, and `/api*` would catch `/apix`.
@@ -118,29 +131,34 @@ pub fn route(routes: &[Route]) -> Option<Value> {
                 let unavailable = json!({"handler": "static_response", "status_code": 503});
                 return json!({"match": [matcher], "handle": [unavailable], "terminal": true});
             }
-            json!({
-                "match": [matcher],
-                "handle": [{
-                    "handler": "reverse_proxy",
-                    "upstreams": [{"dial": format!("127.0.0.1:{port}")}],
-                    // Only of a transport that is given does Caddy close the idle connections when the route
-                    // changes, and only so can be told when a service has drained. The values are Caddy's own
-                    // but for the idle time: that is below what servers allow by themselves (5 s is common), as
-                    // a POST on a connection that the service is just closing would fail.
-                    "transport": {
-                        "protocol": "http",
-                        "dial_timeout": "10s",
-                        "keep_alive": {
-                            "probe_interval": "30s",
-                            "max_idle_conns_per_host": 32,
-                            "idle_timeout": "3s",
-                        },
+            let (dial, idle) = match files {
+                Some(files) => (files.dial(service), "1s"),
+                None => (format!("127.0.0.1:{port}"), "3s"),
+            };
+            let mut proxy = json!({
+                "handler": "reverse_proxy",
+                "upstreams": [{"dial": dial}],
+                // Only of a transport that is given does Caddy close the idle connections when the route
+                // changes, and only so can be told when a service has drained. The values are Caddy's own
+                // but for the idle time: that is below what servers allow by themselves (5 s is common), as
+                // a POST on a connection that the service is just closing would fail. Where the route does not
+                // change, a service that drains waits for it.
+                "transport": {
+                    "protocol": "http",
+                    "dial_timeout": "10s",
+                    "keep_alive": {
+                        "probe_interval": "30s",
+                        "max_idle_conns_per_host": 32,
+                        "idle_timeout": idle,
                     },
-                    // Requests that come while the unit restarts wait for it.
-                    "load_balancing": {"try_duration": "10s", "try_interval": "50ms"},
-                }],
-                "terminal": true,
-            })
+                },
+                // Requests that come while the unit restarts wait for it.
+                "load_balancing": {"try_duration": "10s", "try_interval": "50ms"},
+            });
+            if files.is_some() {
+                proxy["stream_close_delay"] = STREAMS_STAY.into();
+            }
+            json!({"match": [matcher], "handle": [proxy], "terminal": true})
         })
         .collect();
     let mut route = json!({
@@ -268,6 +286,11 @@ impl AdminRequest {
         AdminRequest { method, path, body: Some(body), what }
     }
 
+    fn trial(method: &'static str, body: Option<Value>) -> Self {
+        let what = "try whether Caddy reads ports from files".to_string();
+        AdminRequest { method, path: format!("{SERVERS}/{TRIAL_SERVER}"), body, what }
+    }
+
     /// Whether it is about the server that shows the configuration, which no visitor meets.
     fn is_view(&self) -> bool {
         self.path == format!("{SERVERS}/{VIEW_SERVER}")
@@ -342,6 +365,32 @@ pub fn with_view(plan: RoutePlan, socket: Option<&Path>, observed: &CaddyState) 
     RoutePlan::Write(requests)
 }
 
+/// Adds to a plan that the server of a trial is removed, which a pass that was killed has left.
+fn without_trial(plan: RoutePlan, observed: &CaddyState) -> RoutePlan {
+    let CaddyState::Servers(servers) = observed else { return plan };
+    if !servers.contains_key(TRIAL_SERVER) {
+        return plan;
+    }
+    let mut requests = vec![AdminRequest::trial("DELETE", None)];
+    if let RoutePlan::Write(others) = plan {
+        requests.extend(others);
+    }
+    RoutePlan::Write(requests)
+}
+
+/// Whether something holds while Caddy has this server besides what it has; Ok(false) where it does not know all of it.
+pub(super) fn with_trial(at: &Address, server: Value, holds: impl FnOnce() -> bool) -> Result<bool, String> {
+    let made = perform_one(at, &AdminRequest::trial("POST", Some(server)));
+    match made {
+        // As every Caddy puts it that does not know a setting.
+        Err(why) if why.contains("unknown field") => return Ok(false),
+        made => made?,
+    }
+    let held = holds();
+    perform_one(at, &AdminRequest::trial("DELETE", None))?;
+    Ok(held)
+}
+
 /// Where a server listens: every address is `[NETWORK/]HOST:PORT[-LAST]`.
 fn port_ranges(server: &Value) -> impl Iterator<Item = &str> {
     list(server, "listen").filter_map(Value::as_str).filter_map(|address| address.rsplit(':').next())
@@ -366,10 +415,14 @@ impl CaddyState {
 
     /// Whether our route may lead visitors to a port of this host: it does, or nobody can tell.
     pub fn may_lead_to(&self, port: u16) -> bool {
-        let dial = format!("127.0.0.1:{port}");
+        self.may_dial(&format!("127.0.0.1:{port}"))
+    }
+
+    /// The same, of whatever an upstream is.
+    pub fn may_dial(&self, dial: &str) -> bool {
         match self {
             CaddyState::Servers(servers) => {
-                servers.values().flat_map(routes_of).filter(|route| is_ours(route)).any(|r| dials(r, &dial))
+                servers.values().flat_map(routes_of).filter(|route| is_ours(route)).any(|r| dials(r, dial))
             }
             CaddyState::Unavailable(_) => true,
         }
@@ -566,11 +619,13 @@ fn perform_one(at: &Address, request: &AdminRequest) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::names::ServiceName;
     use crate::runner::Run;
     use std::time::Duration;
 
     fn lead(domain: &str, path: &str, port: u16) -> Route {
-        Route { domain: domain.into(), path: path.into(), port, closed: false }
+        let service = ServiceName::parse(domain.trim_start_matches("*.")).unwrap();
+        Route { service, domain: domain.into(), path: path.into(), port, own_port: port, closed: false }
     }
 
     fn servers(value: Value) -> CaddyState {
@@ -615,8 +670,8 @@ mod tests {
     fn after_the_plan_nothing_is_left_to_do_and_others_are_untouched() {
         let a = lead("a.example.com", "/", 8080);
         let b = lead("b.example.com", "/api", 8081);
-        let desired = route(&[a.clone(), b]).unwrap();
-        let old = route(&[a]).unwrap();
+        let desired = route(&[a.clone(), b], None).unwrap();
+        let old = route(&[a], None).unwrap();
         let foreign = json!({"handle": [{"handler": "static_response", "body": "theirs"}]});
         for (wanted, start) in [
             (None, json!({})),
@@ -666,7 +721,7 @@ mod tests {
             lead("a.example.com", "/api", 3),
             lead("*.example.com", "/", 4),
         ];
-        let route = route(&entries).unwrap();
+        let route = route(&entries, None).unwrap();
         assert_eq!(route["match"], json!([{"host": ["*.example.com", "a.example.com"]}]));
         let inner = route["handle"][0]["routes"].as_array().unwrap();
         let dials: Vec<&str> =
@@ -715,7 +770,7 @@ mod tests {
         }
         // 8,000 services, and a configuration with ten subroutes within one another.
         let all: Vec<Route> = (0..8000).map(|n| lead(&format!("{n}.example.com"), "/api", 8080)).collect();
-        let ours = route(&all).unwrap();
+        let ours = route(&all, None).unwrap();
         let nested = (0..10).fold(json!([]), |inner, _| json!([{"handle": [{"routes": inner}]}]));
         let text = json!({"srv0": {"routes": [ours]}, "other": {"routes": nested}}).to_string();
         assert!((text.len() as u64) < admin::MAX_ANSWER, "{}", text.len());
@@ -725,7 +780,7 @@ mod tests {
     #[test]
     fn visitors_are_led_where_our_route_dials_or_caddy_does_not_say() {
         let (a, b) = (lead("a.example.com", "/", 8080), lead("b.example.com", "/x", 20_001));
-        let ours = route(&[a.clone(), b]).unwrap();
+        let ours = route(&[a.clone(), b], None).unwrap();
         let theirs =
             json!({"handle": [{"handler": "reverse_proxy", "upstreams": [{"dial": "127.0.0.1:9000"}]}]});
         let seen = servers(json!({"srv0": {"routes": [ours, theirs]}, "srv1": {}}));
@@ -795,7 +850,7 @@ mod tests {
     #[test]
     fn what_cannot_be_done_now_is_pending_with_a_reason() {
         let a = lead("a.example.com", "/", 8080);
-        let desired = route(&[a]).unwrap();
+        let desired = route(&[a], None).unwrap();
         let down = CaddyState::Unavailable("down".into());
         assert_eq!(plan(None, Some(&desired), &down), RoutePlan::Pending("down".into()));
         assert_eq!(plan(None, None, &down), RoutePlan::None);

@@ -11,6 +11,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::io::{BufRead, BufReader, ErrorKind, Result};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -283,6 +284,21 @@ fn caddys_user(slice: &Path) -> Option<u32> {
     let status = fs_err::read_to_string(format!("/proc/{}/status", all.lines().next()?)).ok()?;
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
     uids.split_whitespace().next()?.parse().ok()
+}
+
+/// Which program the Caddy of this host's packages is, as far as another one can be told from it; None where none runs.
+pub fn caddys_program() -> Option<String> {
+    let slice = SLICES.iter().map(Path::new).find(|dir| dir.is_dir())?;
+    let processes =
+        CADDYS.iter().filter_map(|unit| files::read_virtual(&slice.join(unit).join("cgroup.procs")).ok());
+    let all = processes.collect::<String>();
+    // Its unit may run something besides, while it starts.
+    let named = |pid: &&str| {
+        files::read_virtual(&Path::new("/proc").join(pid).join("comm")).is_ok_and(|c| c == "caddy\n")
+    };
+    let exe = Path::new("/proc").join(all.lines().find(named)?).join("exe");
+    let (path, meta) = (fs_err::read_link(&exe).ok()?, fs_err::metadata(&exe).ok()?);
+    Some(format!("{} {} {} {}", path.display(), meta.ino(), meta.len(), meta.mtime()))
 }
 
 /// A process, for people.

@@ -3,9 +3,10 @@
 
 use super::applied::LastKnownGood;
 use super::caddy::{self, CaddyState};
-use super::listeners::{Answers, Listeners};
-use super::observed::{Observed, UnitFile, UnitSeen};
+use super::listeners::{self, Answers, Listeners};
+use super::observed::{Observed, Switching, UnitFile, UnitSeen};
 use super::persisted::PersistedState;
+use super::ports::PortFiles;
 use super::root::Root;
 use super::unit;
 use crate::config::admin::Address;
@@ -64,6 +65,7 @@ pub fn observe(
         let foreign_next = foreign_next(root, desired, persisted, &units, &candidates)?;
         let ports = joined(listening);
         let kept_out = kept_out(desired, persisted);
+        let switching = switching(root, persisted)?;
         let caddy = joined(caddy).unwrap_or_else(|asked| caddy::read(caddy_admin, asked));
         Ok(Observed {
             units,
@@ -76,7 +78,22 @@ pub fn observe(
             candidates,
             foreign_next,
             caddy,
+            switching,
         })
+    })
+}
+
+/// How requests move to another port, with the Caddy that runs.
+fn switching(root: &Root, persisted: &PersistedState) -> Result<Switching> {
+    let Some(program) = listeners::caddys_program() else { return Ok(Switching::Configuration) };
+    let tried = persisted.trial.as_ref().filter(|trial| trial.program == program);
+    if tried.is_some_and(|trial| !trial.port_files) {
+        return Ok(Switching::Configuration);
+    }
+    Ok(match (PortFiles::read(root)?, tried) {
+        (None, _) => Switching::Configuration,
+        (Some(_), None) => Switching::Untried(program),
+        (Some(files), Some(_)) => Switching::Files(files),
     })
 }
 

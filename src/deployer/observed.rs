@@ -2,6 +2,7 @@
 
 use super::caddy::CaddyState;
 use super::listeners::Answers;
+use super::ports::PortFiles;
 use crate::names::{ServiceName, StorePath};
 use crate::systemd::Listed;
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,6 +33,29 @@ pub struct Observed {
     pub foreign_next: BTreeMap<ServiceName, PathBuf>,
     /// Caddy.
     pub caddy: CaddyState,
+    /// How requests move to another port.
+    pub switching: Switching,
+}
+
+/// How requests move to another port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Switching {
+    /// By a change of Caddy's configuration.
+    Configuration,
+    /// The same, until it is tried whether this program of Caddy's reads ports from files.
+    Untried(String),
+    /// By these files.
+    Files(PortFiles),
+}
+
+impl Switching {
+    /// The files, where Caddy reads them.
+    pub fn files(&self) -> Option<&PortFiles> {
+        match self {
+            Switching::Files(files) => Some(files),
+            Switching::Configuration | Switching::Untried(_) => None,
+        }
+    }
 }
 
 /// What was seen of one unit.

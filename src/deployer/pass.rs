@@ -3,15 +3,17 @@
 
 use super::caddy::{self, CaddyState, RoutePlan};
 use super::execute::{self, Planned, Situation};
-use super::observed::Observed;
+use super::observed::{Observed, Switching};
 use super::outcome::{EndedBy, Outcome, PassError};
 use super::overrides::{self, Decision};
 use super::persisted::PersistedState;
 use super::plan::{self, Options, Plan};
+use super::ports::PortChanges;
 use super::report::{self, Report};
 use super::root::Root;
 use super::source::{self, Purpose};
 use super::state::State;
+use super::trial::Trial;
 use super::{lines, observe};
 use crate::clock::Timestamp;
 use crate::config::Settings;
@@ -119,6 +121,10 @@ pub struct Preview {
     pub plan: Plan,
     /// And for Caddy to have its routes.
     pub route: RoutePlan,
+    /// Files that it reads ports from.
+    pub ports: PortChanges,
+    /// Whether it is to be tried first whether it reads any.
+    pub trial: bool,
 }
 
 /// Plans one pass without doing it.
@@ -135,13 +141,16 @@ pub fn preview(settings: &Settings, requested: &RunOptions) -> Result<Preview> {
     let host = Host::new(settings, &root, requested, &services, now);
     let mut host = host.map_err(|ended| ended.error)?;
     let observed = host.observe_first(&persisted)?;
-    let Planned { plan, route } = host.plan(&observed, &persisted, &Outcome::default())?;
+    let Planned { plan, route, ports } = host.plan(&observed, &persisted, &Outcome::default())?;
+    let trial = host.untried(&observed).is_some();
     Ok(Preview {
         serial: source.manifest.serial,
         generation: source.manifest.generation,
         manifest_error: source.error,
         plan,
         route,
+        ports,
+        trial,
     })
 }
 
@@ -165,6 +174,16 @@ fn pass(settings: &Settings, requested: &RunOptions, root: &Root, now: Timestamp
 
     let mut outcome = Outcome::default();
     let mut observed = host.observe_first(&persisted)?;
+    if let Some(program) = host.untried(&observed) {
+        match Trial::run(&settings.caddy_admin, root, program) {
+            Ok(trial) => {
+                trial.save(root)?;
+                persisted.trial = Some(trial);
+                observed = host.observe_again(&persisted, observed, None)?;
+            }
+            Err(why) => log::warning(format!("route: {why}; the next pass tries again")),
+        }
+    }
     if execute::undo_abandoned(host.at(&observed, &persisted))? {
         outcome.changed = true;
         observed = host.observe_again(&persisted, observed, None)?;
@@ -282,8 +301,26 @@ impl<'a> Host<'a> {
                 names.join(", ")
             ))
         })?;
-        let route = caddy::changes(self.settings, &plan.routes, &observed.caddy);
-        Ok(Planned { plan, route })
+        let files = observed.switching.files();
+        let route = caddy::changes(self.settings, &plan.routes, &observed.caddy, files);
+        let ports = match (files, &route) {
+            // They go with what Caddy is told.
+            (None, _) | (_, RoutePlan::Pending(_)) => PortChanges::default(),
+            (Some(files), _) => files.changes(&plan.routes),
+        };
+        Ok(Planned { plan, route, ports })
+    }
+
+    /// The program that Caddy is, if it is to be tried whether it reads ports from files.
+    fn untried<'o>(&self, observed: &'o Observed) -> Option<&'o str> {
+        match &observed.switching {
+            Switching::Untried(program)
+                if observed.caddy.is_available() && self.desired.iter().any(|s| s.http.is_some()) =>
+            {
+                Some(program)
+            }
+            _ => None,
+        }
     }
 
     fn at<'b>(&'b self, observed: &'b Observed, persisted: &'b PersistedState) -> Situation<'b> {
@@ -358,10 +395,14 @@ fn stop_rewritten(root: &Root, interrupted: &BTreeSet<ServiceName>) -> Result<()
 
 /// Removes writes that were cut short, where this pass changes something.
 fn sweep(root: &Root, planned: &Planned, observed: &Observed, persisted: &PersistedState) -> Result<()> {
-    if planned.plan.is_empty() && planned.route.is_settled() && persisted.interrupted.is_empty() {
+    let settled = execute::is_settled(&planned.route, &planned.ports);
+    if planned.plan.is_empty() && settled && persisted.interrupted.is_empty() {
         return Ok(());
     }
-    for dir in [&root.unit_dir, &root.applied_dir(), &root.run_dir, &root.wants_dir()] {
+    let ports = [root.ports_in_force(), root.ports_at_boot()];
+    for dir in
+        [&root.unit_dir, &root.applied_dir(), &root.run_dir, &root.wants_dir()].into_iter().chain(&ports)
+    {
         durable::sweep(dir)?;
     }
     for (name, held) in &observed.roots {

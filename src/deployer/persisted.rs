@@ -6,6 +6,7 @@ use super::outcome::Outcome;
 use super::overrides::{self, Overrides};
 use super::root::Root;
 use super::state::{ServicePhase, ServiceState, State};
+use super::trial::Trial;
 use super::{intent, lines};
 use crate::clock::Timestamp;
 use crate::error::Result;
@@ -29,6 +30,8 @@ pub struct PersistedState {
     pub overrides: Overrides,
     /// The invocations that were found to run what their units say.
     pub verified: BTreeMap<ServiceName, String>,
+    /// What the Caddy of this host was found to be able to do.
+    pub trial: Option<Trial>,
 }
 
 impl PersistedState {
@@ -55,7 +58,8 @@ impl PersistedState {
         let overrides = overrides::load(root)?;
         let verified = state.services.iter();
         let verified = verified.filter_map(|(name, s)| Some((name.clone(), s.invocation.clone()?))).collect();
-        Ok((PersistedState { state, applied, readable, interrupted, overrides, verified }, exposed))
+        let trial = Trial::load(root)?;
+        Ok((PersistedState { state, applied, readable, interrupted, overrides, verified, trial }, exposed))
     }
 
     /// Folds what the pass has come to so far into it; whether the state now has a rejection that it had not.

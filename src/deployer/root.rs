@@ -79,6 +79,21 @@ impl Root {
         self.applied_dir().join(format!("{name}.json"))
     }
 
+    /// The folder of the files that Caddy reads ports from.
+    pub fn ports_in_force(&self) -> PathBuf {
+        self.run_dir.join("ports")
+    }
+
+    /// What systemd-tmpfiles fills that folder from at boot.
+    pub fn ports_at_boot(&self) -> PathBuf {
+        self.state_dir.join("ports")
+    }
+
+    /// What the Caddy of this host was found to be able to do.
+    pub fn trial(&self) -> PathBuf {
+        self.state_dir.join("caddy.json")
+    }
+
     /// A service's unit.
     pub fn unit(&self, name: &ServiceName) -> PathBuf {
         self.unit_dir.join(name.unit())

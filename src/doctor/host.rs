@@ -8,9 +8,10 @@ use crate::config::admin::{Endpoint, SOCKET};
 use crate::deployer::admin;
 use crate::deployer::caddy::{self, CaddyState, RoutePlan};
 use crate::deployer::live::Visit;
-use crate::deployer::root::{STATE_DIR, STATE_FILE};
+use crate::deployer::root::{Root, STATE_DIR, STATE_FILE};
 use crate::deployer::state::{Exposure, OtherMachine, SILENT_SEC, State};
-use crate::deployer::{machine, reported};
+use crate::deployer::trial::Trial;
+use crate::deployer::{listeners, machine, reported};
 use crate::doctor::domains;
 use crate::error::{Exit, did_you_mean};
 use crate::files::if_there;
@@ -51,6 +52,7 @@ pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> 
     let needed = manifest.is_some_and(|manifest| manifest.services.iter().any(is_routed));
     checks.extend(route(&observed, settings, needed));
     checks.push(caddy_unit().unwrap_or_else(fail).of("caddy unit"));
+    checks.extend(switching(&Root::system(&settings.unit_dir)).map(|found| found.of("caddy switching")));
     checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")).of("tcp_migrate_req"));
     if let Some(manifest) = manifest {
         checks.extend(domains(settings, manifest, &observed));
@@ -322,6 +324,25 @@ fn caddy_unit() -> Result<Finding, RunError> {
         ))
     } else {
         ok(format!("{unit} resumes and restarts"))
+    })
+}
+
+/// How requests move to another instance, with the Caddy that runs. Nothing to be said without one.
+fn switching(root: &Root) -> Option<Finding> {
+    let program = listeners::caddys_program()?;
+    let tried = Trial::load(root).ok().flatten().filter(|trial| trial.program == program);
+    let by_change =
+        "a deploy with \"rollout\": \"overlap\" changes Caddy's configuration, which ends WebSockets";
+    Some(match tried {
+        _ if !root.ports_in_force().is_dir() => warn(format!(
+            "{by_change}: {} is missing; install contrib/systemd/tmpfiles.d with contrib/install.sh",
+            root.ports_in_force().display()
+        )),
+        Some(trial) if trial.port_files => ok("by files: a deploy does not change Caddy's configuration"),
+        Some(_) => {
+            ok(format!("by its configuration: {by_change}; Caddy 2.8 and later read ports from files"))
+        }
+        None => ok("not tried yet: the first pass with a service that has a domain finds out"),
     })
 }
 

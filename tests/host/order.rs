@@ -9,9 +9,10 @@ use crate::solo::web;
 use omni_deploy::clock::Timestamp;
 use omni_deploy::deployer::applied::LastKnownGood;
 use omni_deploy::deployer::overrides::Overrides;
-use omni_deploy::deployer::{caddy, routes, unit};
+use omni_deploy::deployer::routes::{self, Reached};
+use omni_deploy::deployer::{caddy, unit};
 use omni_deploy::manifest::parse::{self, Mode};
-use omni_deploy::manifest::{Http, Manifest, Service};
+use omni_deploy::manifest::{Manifest, Service};
 use omni_deploy::names::{ServiceName, StorePath};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -475,7 +476,7 @@ impl Model {
         let cached = words(before, "cached");
         let interrupted = body(before, "intent");
         let caddy_up = words(after, "facts").contains("caddy up");
-        let mut routed: Vec<&Http> = Vec::new();
+        let mut routed: Vec<Reached> = Vec::new();
         let mut units = BTreeSet::new();
         let mut wanted = BTreeSet::new();
         let mut rooted = BTreeMap::new();
@@ -497,7 +498,11 @@ impl Model {
                 if body(after, &format!("unit {who}")) != file_before || told["status"] != "failed" {
                     say(format!("{who} is somebody's: {told}"));
                 }
-                routed.extend(entry.http.as_ref().filter(|_| target.is_some()));
+                routed.extend(entry.http.as_ref().filter(|_| target.is_some()).map(|http| Reached {
+                    service: &entry.name,
+                    http,
+                    own: None,
+                }));
                 off = off.max(if told["storePath"].is_null() { 4 } else { 3 });
                 if let Some(proved) = proved {
                     new_proved.insert(who.clone(), proved.clone());
@@ -516,7 +521,13 @@ impl Model {
                 if active || told["status"] != "stopped" {
                     say(format!("{who} is paused, but {} and {told}", shown(after, who, "ActiveState")));
                 }
-                routed.extend(proved.map_or(entry.http.as_ref(), |a| a.service.http.as_ref()));
+                routed.extend(
+                    proved.map_or(entry.http.as_ref(), |a| a.service.http.as_ref()).map(|http| Reached {
+                        service: &entry.name,
+                        http,
+                        own: None,
+                    }),
+                );
                 new_proved.extend(proved.map(|a| (who.clone(), a.clone())));
                 // Its unit is as it was: nobody needs it.
                 loose.insert(who.clone());
@@ -535,7 +546,13 @@ impl Model {
                 if said.contains(&format!("{who}: starting")) {
                     say(format!("{who} was started with bad secrets"));
                 }
-                routed.extend(proved.map_or(entry.http.as_ref(), |a| a.service.http.as_ref()));
+                routed.extend(
+                    proved.map_or(entry.http.as_ref(), |a| a.service.http.as_ref()).map(|http| Reached {
+                        service: &entry.name,
+                        http,
+                        own: None,
+                    }),
+                );
                 new_proved.extend(proved.map(|a| (who.clone(), a.clone())));
                 loose.insert(who.clone());
                 off = off.max(if told["storePath"].is_null() { 4 } else { 3 });
@@ -577,7 +594,13 @@ impl Model {
             {
                 loose.insert(who.clone());
                 new_proved.extend(proved.map(|a| (who.clone(), a.clone())));
-                routed.extend(proved.map_or(entry.http.as_ref(), |a| a.service.http.as_ref()));
+                routed.extend(
+                    proved.map_or(entry.http.as_ref(), |a| a.service.http.as_ref()).map(|http| Reached {
+                        service: &entry.name,
+                        http,
+                        own: None,
+                    }),
+                );
                 pending_any = true;
                 off = 9;
                 continue;
@@ -595,7 +618,11 @@ impl Model {
                     if !file.is_empty() || active {
                         say(format!("{who}: nothing should be there, but {file:?}"));
                     }
-                    routed.extend(entry.http.as_ref());
+                    routed.extend(entry.http.as_ref().map(|http| Reached {
+                        service: &entry.name,
+                        http,
+                        own: None,
+                    }));
                 }
                 Some((service, path)) => {
                     let text = unit::render(service, path);
@@ -660,7 +687,11 @@ impl Model {
                         say(format!("{who} remembers {:?}", record.previous));
                     }
                     new_proved.insert(who.clone(), record);
-                    routed.extend(service.http.as_ref());
+                    routed.extend(service.http.as_ref().map(|http| Reached {
+                        service: &service.name,
+                        http,
+                        own: None,
+                    }));
                 }
             }
             rooted.insert(who.clone(), roots);
@@ -718,7 +749,7 @@ impl Model {
                 routes.iter().filter(|r| r["@id"] != "deployer").cloned().collect()
             };
             let ours: Vec<&Value> = routes.iter().filter(|r| r["@id"] == "deployer").collect();
-            let want = caddy::route(&routes::of(routed, &BTreeSet::new()));
+            let want = caddy::route(&routes::of(routed, &BTreeSet::new()), None);
             if ours != want.iter().collect::<Vec<_>>() || want.is_some() && routes[0]["@id"] != "deployer" {
                 say(format!("the route should be\n{}\nis\n{}", want.unwrap_or_default(), json!(routes)));
             }

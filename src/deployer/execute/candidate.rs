@@ -10,6 +10,7 @@ use crate::deployer::caddy::{self, CaddyState};
 use crate::deployer::listeners::{self, ESTABLISHED, Socket};
 use crate::deployer::outcome::Outcome;
 use crate::deployer::plan::{self, Goal, Step};
+use crate::deployer::ports;
 use crate::deployer::root::Root;
 use crate::deployer::state::RouteStatus;
 use crate::deployer::unit;
@@ -38,6 +39,9 @@ const COUNT_EVERY: Duration = Duration::from_millis(50);
 /// The least time an instance drains: Caddy has taken the new route, but a request may be between its old
 /// route and the connection, and an HTTP/2 client has a second to learn that its connection ends.
 const LEAST_DRAIN: Duration = Duration::from_secs(1);
+
+/// The same where the port is in a file: a request may be between that and the connection.
+const LEAST_DRAIN_BY_FILES: Duration = Duration::from_millis(300);
 
 /// How long the old route may still serve a client that was connected before the change and sends its first
 /// request after it, as browsers do that connect ahead: Go's HTTP server ends such connections after 5 s.
@@ -154,7 +158,7 @@ pub(super) fn switch(round: &Round) -> Outcome {
             Some((*name, before.port()?, before.drain_sec()))
         });
         let old: Vec<(&ServiceName, u16, u32)> = old.collect();
-        drain_ports(&old, &caddy)
+        drain_ports(round.at, &old, &caddy)
     })
 }
 
@@ -240,13 +244,20 @@ fn led_past<'n>(
     let mut left = Vec::new();
     for name in names {
         match port_of(root, name)? {
-            Some(port) if caddy.may_lead_to(port) => log::warning(format!(
+            Some(port) if may_lead_to(root, name, port, caddy)? => log::warning(format!(
                 "{name}: its candidate stays on port {port}, to which requests may still go; the next pass goes on"
             )),
             _ => left.push(name),
         }
     }
     Ok(left)
+}
+
+/// Whether visitors of a service may be led to this port, by its number or by the file that Caddy reads.
+fn may_lead_to(root: &Root, name: &ServiceName, port: u16, caddy: &CaddyState) -> Result<bool> {
+    let by_file = ports::in_force(root, name)? == Some(port)
+        && caddy.may_dial(&ports::dial(&root.ports_in_force(), name));
+    Ok(by_file || caddy.may_lead_to(port))
 }
 
 /// Where a candidate listens, by its unit; None where there is none.
@@ -263,7 +274,7 @@ fn drain_units(at: Situation, names: &[&ServiceName], caddy: &CaddyState) -> Res
             ports.push((*name, port, good.map_or(DEFAULT_DRAIN_SEC, |a| a.service.drain_sec())));
         }
     }
-    drain_ports(&ports, caddy)
+    drain_ports(at, &ports, caddy)
 }
 
 fn remove_units(root: &Root, names: &[&ServiceName]) -> Result<()> {
@@ -315,8 +326,10 @@ fn nobody_listens(port: u16) -> bool {
 /// Waits until no connection to these ports is open, each at most its own time in seconds: while a request has no whole
 /// answer its connection is open, and Caddy ends those that have none. The connections to Caddy itself tell whether a
 /// client may still come by the old route: Caddy ends what it has from before the change, idle ones at once, and until
-/// then nobody can tell old from new, nor where Caddy's ports are not known.
-fn drain_ports(ports: &[(&ServiceName, u16, u32)], caddy: &CaddyState) -> Result<()> {
+/// then nobody can tell old from new, nor where Caddy's ports are not known. Where a file was renamed instead, every
+/// request that comes goes by it, whoever is connected.
+fn drain_ports(at: Situation, ports: &[(&ServiceName, u16, u32)], caddy: &CaddyState) -> Result<()> {
+    let by_files = at.observed.switching.files().is_some();
     let (front, known) = (caddy.ports(), caddy.is_available());
     let begun = Instant::now();
     let mut open: Vec<&(&ServiceName, u16, u32)> = ports.iter().collect();
@@ -334,7 +347,11 @@ fn drain_ports(ports: &[(&ServiceName, u16, u32)], caddy: &CaddyState) -> Result
         let peers = established()?;
         clients = clients.intersection(&clients_of(&peers)).cloned().collect();
         let waited = begun.elapsed();
-        let least = if clients.is_empty() && known { LEAST_DRAIN } else { SILENT_CLIENTS };
+        let least = match by_files {
+            true => LEAST_DRAIN_BY_FILES,
+            false if clients.is_empty() && known => LEAST_DRAIN,
+            false => SILENT_CLIENTS,
+        };
         let quiet = waited >= failpoint::shortened(least);
         open.retain(|(name, port, seconds)| {
             let count = peers.get(port).map_or(0, BTreeSet::len);
@@ -371,7 +388,7 @@ mod tests {
     use crate::clock::Timestamp;
     use crate::config::{Flags, load};
     use crate::deployer::listeners::each_of;
-    use crate::deployer::observed::Observed;
+    use crate::deployer::observed::{Observed, Switching};
     use crate::deployer::overrides::Overrides;
     use crate::deployer::persisted::PersistedState;
     use crate::deployer::state::State;
@@ -453,6 +470,7 @@ mod tests {
                 interrupted: BTreeSet::new(),
                 overrides: Overrides::default(),
                 verified: BTreeMap::new(),
+                trial: None,
             };
             let mut service = serde_json::json!({"name": "a", "hosts": ["here"],
                 "artifact": {"storePath": "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-a"}});
@@ -492,6 +510,7 @@ mod tests {
             candidates: BTreeSet::new(),
             foreign_next: BTreeMap::new(),
             caddy,
+            switching: Switching::Configuration,
         }
     }
 

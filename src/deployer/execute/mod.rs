@@ -9,6 +9,7 @@ mod units;
 mod watch;
 
 pub(super) use candidate::undo_abandoned;
+pub(super) use route::is_settled;
 
 use super::applied::{self, LastKnownGood};
 use super::caddy::RoutePlan;
@@ -17,6 +18,7 @@ use super::observed::Observed;
 use super::outcome::{AttemptFailure, Outcome, PendingJob};
 use super::persisted::PersistedState;
 use super::plan::{Goal, Plan, ServicePlan, Step, Verified};
+use super::ports::PortChanges;
 use super::root::Root;
 use super::state::FailureRecord;
 use crate::clock::Timestamp;
@@ -90,6 +92,8 @@ pub(super) struct Situation<'a> {
 pub(super) struct Planned {
     pub(super) plan: Plan,
     pub(super) route: RoutePlan,
+    /// The same for the files that Caddy reads ports from.
+    pub(super) ports: PortChanges,
 }
 
 /// One call of [`execute`], as its phases see it.
@@ -97,6 +101,7 @@ pub(super) struct Round<'a> {
     at: Situation<'a>,
     plan: &'a Plan,
     route: &'a RoutePlan,
+    ports: &'a PortChanges,
     /// What this pass has come to, the phases before this one included.
     so_far: Outcome,
 }
@@ -136,7 +141,7 @@ pub(super) fn wait(at: Situation, planned: &Planned, so_far: &mut Outcome) -> Re
     if !so_far.pending.values().any(|job| job.awaited) {
         return Ok(false);
     }
-    if !planned.route.is_settled() {
+    if !is_settled(&planned.route, &planned.ports) {
         *so_far = execute(&[Act(route::write)], at, planned, std::mem::take(so_far));
     }
     let through = start::wait(&so_far.pending)?;
@@ -152,8 +157,8 @@ pub(super) fn after_report(at: Situation, planned: &Planned, so_far: Outcome) ->
 
 fn execute(phases: &[Phase], at: Situation, planned: &Planned, so_far: Outcome) -> Outcome {
     let known = so_far.failed();
-    let Planned { plan, route } = planned;
-    let mut round = Round { at, plan, route, so_far };
+    let Planned { plan, route, ports } = planned;
+    let mut round = Round { at, plan, route, ports, so_far };
     for phase in phases {
         match phase {
             Act(act) => {

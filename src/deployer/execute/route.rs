@@ -4,7 +4,8 @@ use super::{Round, Situation};
 use crate::deployer::caddy::{self, CaddyState, RoutePlan};
 use crate::deployer::outcome::Outcome;
 use crate::deployer::plan;
-use crate::deployer::routes::{self, Route};
+use crate::deployer::ports::{PortChanges, PortFiles};
+use crate::deployer::routes::{self, Reached, Route};
 use crate::deployer::state::{RouteState, RouteStatus};
 use crate::log;
 use crate::manifest::Http;
@@ -15,26 +16,26 @@ use std::collections::BTreeMap;
 pub(super) fn write(round: &Round) -> Outcome {
     let pending = |reason: String| RouteState { status: RouteStatus::Pending, reason: Some(reason) };
     let current = RouteState { status: RouteStatus::Current, reason: None };
-    let (changed, route) = match round.route {
-        RoutePlan::None => (false, RouteState::default()),
-        RoutePlan::Current => (false, current),
-        RoutePlan::Pending(reason) => {
+    let given = round.at.give(round.route, round.ports);
+    let route = match (&given, round.route) {
+        (Err(reason), RoutePlan::Pending(_)) => {
             log::warning(format!("route: {reason}"));
-            (false, pending(reason.clone()))
+            pending(reason.clone())
         }
-        RoutePlan::Write(requests) => {
-            let route = match caddy::perform(&round.at.settings.caddy_admin, requests) {
-                Err(why) => {
-                    log::error(format!("route: {why}; the next pass tries again"));
-                    pending(why)
-                }
-                Ok(()) if round.plan.routes.is_empty() => RouteState::default(),
-                Ok(()) => current,
-            };
-            (true, route)
+        (Err(why), _) => {
+            log::error(format!("route: {why}; the next pass tries again"));
+            pending(why.clone())
         }
+        (Ok(()), _) if round.plan.routes.is_empty() => RouteState::default(),
+        (Ok(()), _) => current,
     };
+    let changed = matches!(round.route, RoutePlan::Write(_)) || !round.ports.is_empty();
     Outcome { changed, route: Some(route), ..Outcome::default() }
+}
+
+/// Whether requests are led as they should be, or nobody can change that now.
+pub(in crate::deployer) fn is_settled(route: &RoutePlan, ports: &PortChanges) -> bool {
+    route.is_settled() && ports.is_empty()
 }
 
 impl Situation<'_> {
@@ -45,33 +46,50 @@ impl Situation<'_> {
         candidates: &BTreeMap<&ServiceName, &Http>,
     ) -> (Result<(), String>, CaddyState) {
         let admin = &self.settings.caddy_admin;
-        let route = caddy::route(&self.interim_routes(candidates));
-        let plan =
-            |seen: &CaddyState| caddy::plan(self.settings.caddy_server.as_deref(), route.as_ref(), seen);
-        let asked = match plan(&caddy::observe(admin)) {
-            RoutePlan::None | RoutePlan::Current => Ok(()),
-            RoutePlan::Pending(why) => Err(why),
-            RoutePlan::Write(requests) => caddy::perform(admin, &requests),
+        let routes = self.interim_routes(candidates);
+        let plan = |seen: &CaddyState| {
+            // As they are now: this pass may have changed them since it looked.
+            let files = match self.observed.switching.files() {
+                Some(_) => PortFiles::read(self.root).map_err(|e| e.to_string())?,
+                None => None,
+            };
+            let route = caddy::route(&routes, files.as_ref());
+            let route = caddy::plan(self.settings.caddy_server.as_deref(), route.as_ref(), seen);
+            Ok((route, files.map(|files| files.changes(&routes)).unwrap_or_default()))
         };
+        let given = plan(&caddy::observe(admin)).and_then(|(route, ports)| self.give(&route, &ports));
         // Also of what failed: the answer may have been lost to a change that was made, and what follows must know.
         let now = caddy::observe(admin);
-        let led = asked.or_else(|why| match plan(&now) {
-            RoutePlan::None | RoutePlan::Current => Ok(()),
-            RoutePlan::Pending(_) | RoutePlan::Write(_) => Err(why),
+        let led = given.or_else(|why: String| match plan(&now) {
+            Ok((RoutePlan::None | RoutePlan::Current, ports)) if ports.is_empty() => Ok(()),
+            _ => Err(why),
         });
         (led, now)
+    }
+
+    /// Leads requests as these say; the error is the reason why they are not. A file must be there before Caddy reads it,
+    /// and go after that.
+    fn give(&self, route: &RoutePlan, ports: &PortChanges) -> Result<(), String> {
+        let requests = match route {
+            RoutePlan::Pending(why) => return Err(why.clone()),
+            RoutePlan::None | RoutePlan::Current => &[][..],
+            RoutePlan::Write(requests) => requests,
+        };
+        ports.write(self.root)?;
+        caddy::perform(&self.settings.caddy_admin, requests)?;
+        ports.remove()
     }
 
     /// What was never known to be good is led to where it will be.
     fn interim_routes(&self, candidates: &BTreeMap<&ServiceName, &Http>) -> Vec<Route> {
         let desired = self.desired.iter().filter(|s| s.artifact.store_path.path().is_some());
-        let entries =
-            desired.filter_map(|s| match (candidates.get(&s.name), self.persisted.applied.get(&s.name)) {
-                (Some(http), _) => Some(*http),
-                (None, Some(good)) => good.service.http.as_ref(),
-                (None, None) => s.http.as_ref(),
-            });
-        routes::of(entries, &plan::closed(self.desired, self.observed, self.persisted))
+        let reached = desired.filter_map(|s| {
+            let good = self.persisted.applied.get(&s.name);
+            let own = good.map_or(s.http.as_ref(), |good| good.service.http.as_ref());
+            let http = candidates.get(&s.name).copied().or(own)?;
+            Some(Reached { service: &s.name, http, own })
+        });
+        routes::of(reached, &plan::closed(self.desired, self.observed, self.persisted))
     }
 }
 

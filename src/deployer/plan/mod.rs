@@ -9,11 +9,11 @@ use super::listeners::Owner;
 use super::observed::{Observed, UnitFile};
 use super::outcome::{AttemptFailure, Outcome};
 use super::persisted::PersistedState;
-use super::routes::{self, Route};
+use super::routes::{self, Reached, Route};
 use super::unit;
 use crate::clock::Timestamp;
 use crate::hash::Sha256;
-use crate::manifest::{Http, Service};
+use crate::manifest::Service;
 use crate::names::{NEXT_SUFFIX, STORE_DIR, ServiceName, StorePath};
 use serde::{Serialize, Serializer};
 use service::{Given, attempt_stamp};
@@ -285,11 +285,14 @@ pub fn plan(
 
 /// What is reached over HTTP: what runs, and what should run but cannot (whose answer is then honestly a 502, and never
 /// the neighbour's page). Waiting services are not routed.
-fn routed<'a>(desired: &[&'a Service], plans: &'a [ServicePlan]) -> impl Iterator<Item = &'a Http> {
-    desired.iter().zip(plans).filter_map(|(entry, plan)| match (&plan.goal, &plan.target) {
-        (Some(goal), _) => goal.service.http.as_ref(),
-        (None, Some(_)) => entry.http.as_ref(),
-        (None, None) => None,
+fn routed<'a>(desired: &[&'a Service], plans: &'a [ServicePlan]) -> impl Iterator<Item = Reached<'a>> {
+    desired.iter().zip(plans).filter_map(|(entry, plan)| {
+        let http = match (&plan.goal, &plan.target) {
+            (Some(goal), _) => goal.service.http.as_ref(),
+            (None, Some(_)) => entry.http.as_ref(),
+            (None, None) => None,
+        };
+        Some(Reached { service: &plan.name, http: http?, own: None })
     })
 }
 

@@ -4,7 +4,7 @@
 use omni_deploy::clock::Timestamp;
 use omni_deploy::deployer::applied::LastKnownGood;
 use omni_deploy::deployer::caddy::{self, CaddyState, RoutePlan};
-use omni_deploy::deployer::observed::{Observed, UnitFile, UnitSeen};
+use omni_deploy::deployer::observed::{Observed, Switching, UnitFile, UnitSeen};
 use omni_deploy::deployer::outcome::{AttemptFailure, Outcome};
 use omni_deploy::deployer::overrides::Overrides;
 use omni_deploy::deployer::persisted::PersistedState;
@@ -345,6 +345,7 @@ impl Machine {
             candidates: BTreeSet::new(),
             foreign_next: BTreeMap::new(),
             caddy: self.caddy(),
+            switching: Switching::Configuration,
         }
     }
 
@@ -362,6 +363,7 @@ impl Machine {
             interrupted: self.disk.intent.clone().unwrap_or_default(),
             overrides: self.disk.overrides.clone(),
             verified: verified.filter_map(|(n, s)| Some((n.clone(), s.invocation.clone()?))).collect(),
+            trial: None,
         }
     }
 
@@ -388,7 +390,7 @@ impl Machine {
 
     /// What it takes for Caddy to have a plan's routes.
     pub fn route_changes(&self, plan: &Plan) -> RoutePlan {
-        caddy::plan(None, caddy::route(&plan.routes).as_ref(), &self.caddy())
+        caddy::plan(None, caddy::route(&plan.routes, None).as_ref(), &self.caddy())
     }
 
     /// One pass; `Ok(None)` when it refuses to empty the host or has no manifest.

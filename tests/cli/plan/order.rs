@@ -8,11 +8,11 @@ use omni_deploy::clock::Timestamp;
 use omni_deploy::deployer::caddy;
 use omni_deploy::deployer::overrides::{Pause, Pin};
 use omni_deploy::deployer::plan::{Options, Plan};
-use omni_deploy::deployer::routes;
+use omni_deploy::deployer::routes::{self, Reached};
 use omni_deploy::deployer::state::ServicePhase;
 use omni_deploy::deployer::unit;
 use omni_deploy::manifest::types::{AbsolutePath, EnvValue, UnitName, UrlPath, VariableName};
-use omni_deploy::manifest::{ArtifactPath, Http, Service};
+use omni_deploy::manifest::{ArtifactPath, Service};
 use omni_deploy::names::{ServiceName, StorePath};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -301,7 +301,7 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
         }
         return wrong;
     }
-    let mut routed: Vec<&Http> = Vec::new();
+    let mut routed: Vec<Reached> = Vec::new();
     // The route of what a drop-in replaces is that of what was proved, whatever that is by now.
     let mut unroutable = false;
     for entry in &entries {
@@ -323,7 +323,13 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
             if unit.file != before.units[name].file {
                 say(format!("{name} is somebody's and was touched"));
             }
-            routed.extend(entry.http.as_ref().filter(|_| entry.artifact.store_path.path().is_some()));
+            routed.extend(
+                entry
+                    .http
+                    .as_ref()
+                    .filter(|_| entry.artifact.store_path.path().is_some())
+                    .map(|http| Reached { service: &entry.name, http, own: None }),
+            );
             continue;
         }
         let Some(target) = entry.artifact.store_path.path() else {
@@ -341,7 +347,13 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
             if unit.process.is_some() || unit.wanted || state.status != ServicePhase::Stopped {
                 say(format!("{name} is paused, but {unit:?} {:?}", state.status));
             }
-            routed.extend(m.disk.applied.get(name).map_or(entry.http.as_ref(), |a| a.service.http.as_ref()));
+            routed.extend(
+                m.disk
+                    .applied
+                    .get(name)
+                    .map_or(entry.http.as_ref(), |a| a.service.http.as_ref())
+                    .map(|http| Reached { service: &entry.name, http, own: None }),
+            );
             continue;
         }
         if let Some(drop_in) = before.units.get(name).and_then(|u| u.drop_in.as_ref()) {
@@ -396,7 +408,11 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
                 if unit.file.is_some() || unit.process.is_some() || unit.wanted || !held.is_empty() {
                     say(format!("{name} was refused and nothing was before it, but {unit:?} {held:?}"));
                 }
-                routed.extend(entry.http.as_ref());
+                routed.extend(entry.http.as_ref().map(|http| Reached {
+                    service: &entry.name,
+                    http,
+                    own: None,
+                }));
             }
             Some((service, path)) => {
                 let text = unit::render(service, path);
@@ -428,14 +444,18 @@ fn differences(m: &Machine, before: &Machine, plan: &Option<Plan>) -> Vec<String
                 if !kept.is_subset(&held) || held.len() > 3 || !m.store.contains(path) {
                     say(format!("{name} should hold {kept:?}, holds {held:?}"));
                 }
-                routed.extend(service.http.as_ref());
+                routed.extend(service.http.as_ref().map(|http| Reached {
+                    service: &service.name,
+                    http,
+                    own: None,
+                }));
             }
         }
     }
     let ours = |r: &&Value| r["@id"] == "deployer";
     let found: Vec<&Value> =
         m.servers.values().flat_map(|s| s["routes"].as_array().unwrap()).filter(ours).collect();
-    let wanted = caddy::route(&routes::of(routed, &BTreeSet::new()));
+    let wanted = caddy::route(&routes::of(routed, &BTreeSet::new()), None);
     let unlike = !unroutable && found != wanted.iter().collect::<Vec<_>>();
     if unlike || (wanted.is_some() && !ours(&&m.servers["srv0"]["routes"][0])) {
         say(format!("the route should be {wanted:?}, is {found:?}"));

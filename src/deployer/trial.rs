@@ -1,0 +1,113 @@
+//! Whether Caddy reads the ports of services from files ([`super::ports`]). Its admin API tells no version, so it is
+//! tried, once for each program that it is: a server of ours, for as long as one request takes. A Caddy that is too old
+//! refuses that server, and nothing of its configuration changes.
+
+use super::admin;
+use super::caddy;
+use super::root::Root;
+use crate::config::admin::{Address, Endpoint};
+use crate::durable;
+use crate::error::Result;
+use crate::files::{self, if_there};
+use crate::hash;
+use crate::random;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpListener};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// The form of the file that the outcome is kept in.
+const VERSION: u64 = 1;
+
+/// What came of a trial.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Trial {
+    version: u64,
+    /// Which Caddy was tried.
+    pub program: String,
+    /// Whether it reads ports from files, and keeps WebSockets when its configuration changes.
+    pub port_files: bool,
+}
+
+impl Trial {
+    /// The last one. What cannot be read is tried again.
+    pub fn load(root: &Root) -> io::Result<Option<Self>> {
+        let bytes = if_there(fs_err::read(root.trial()))?;
+        Ok(bytes.and_then(|bytes| files::versioned(&bytes, VERSION).ok()))
+    }
+
+    /// Keeps it for the passes that follow.
+    pub fn save(&self, root: &Root) -> Result<()> {
+        let text = serde_json::to_vec(self).expect("plain data serializes");
+        Ok(durable::write(&root.trial(), &text, 0o644)?)
+    }
+
+    /// Tries the Caddy that runs, which is this program; the error is why nothing can be said of it now.
+    pub fn run(admin: &Address, root: &Root, program: &str) -> std::result::Result<Self, String> {
+        let port_files = try_it(admin, root)?;
+        Ok(Trial { version: VERSION, program: program.to_string(), port_files })
+    }
+}
+
+fn try_it(at: &Address, root: &Root) -> std::result::Result<bool, String> {
+    let failed = |e: io::Error| format!("cannot try whether Caddy reads ports from files: {e}");
+    let upstream = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
+    // Free a moment ago; should somebody have it now, Caddy refuses the server and the next pass tries again.
+    let port =
+        TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|l| l.local_addr()).map_err(failed)?.port();
+    // The name of no service.
+    let file = root.ports_in_force().join(".trial");
+    let dialed = upstream.local_addr().map_err(failed)?.port();
+    durable::write(&file, dialed.to_string().as_bytes(), 0o644).map_err(failed)?;
+    let server = json!({
+        "listen": [format!("127.0.0.1:{port}")],
+        "automatic_https": {"disable": true},
+        "routes": [{"handle": [{
+            "handler": "reverse_proxy",
+            "upstreams": [{"dial": format!("127.0.0.1:{{file.{}}}", file.display())}],
+            "stream_close_delay": caddy::STREAMS_STAY,
+        }]}],
+    });
+    let seen = caddy::with_trial(at, server, || asked(port, &upstream));
+    durable::remove(&file).map_err(failed)?;
+    seen
+}
+
+/// Whether a request to Caddy at this port arrives here.
+fn asked(port: u16, upstream: &TcpListener) -> bool {
+    let word = hash::hex(&random::bytes::<16>());
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| answer(upstream, &word, &over));
+        let at = Address::At(Endpoint::Tcp(Ipv4Addr::LOCALHOST.to_string(), port));
+        let answer = admin::exchange(&at, "GET", "/", "");
+        over.store(true, Ordering::Relaxed);
+        answer.is_ok_and(|answer| answer.status == 200 && answer.body == word.as_bytes())
+    })
+}
+
+/// Answers every request with this word, until it is over.
+fn answer(upstream: &TcpListener, word: &str, over: &AtomicBool) {
+    let _ = upstream.set_nonblocking(true);
+    while !over.load(Ordering::Relaxed) {
+        let Ok((mut stream, _)) = upstream.accept() else {
+            std::thread::sleep(Duration::from_millis(1));
+            continue;
+        };
+        let length = word.len();
+        let _ = stream
+            .set_nonblocking(false)
+            .and_then(|()| stream.set_read_timeout(Some(Duration::from_secs(1))))
+            // The head of a request without a body comes in one piece.
+            .and_then(|()| stream.read(&mut [0; 4096]))
+            .and_then(|_| {
+                write!(
+                    stream,
+                    "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{word}"
+                )
+            });
+    }
+}
