@@ -188,6 +188,8 @@ do_install() {
   folder /etc/omni-deploy 755
   folder /var/lib/deployer 755
   folder /var/lib/deployer-secrets 700
+  # Where it is missing, systemd-tmpfiles skips the line that copies it.
+  folder /var/lib/deployer/ports 755
 
   before=$changes
   place_marked "$here/systemd/deployer.service" "$UNITS/deployer.service"

@@ -219,7 +219,11 @@ in
           Restart = lib.mkForce "always";
           RestartPreventExitStatus = lib.mkForce "";
           RestartSec = lib.mkForce "1s";
-          ExecStartPre = [ "-${caddyStart}" ];
+          ExecStartPre = [
+            "-${caddyStart}"
+            # When the rules of systemd-tmpfiles first came, there was nothing to copy.
+            "-+${config.systemd.package}/bin/systemd-tmpfiles --create --prefix=/run/omni-deploy/ports"
+          ];
           ExecStartPost = [ ask ];
           # Without enableReload the unit has no reload, and a rebuild restarts Caddy instead.
           ExecReload = lib.mkIf config.services.caddy.enableReload

@@ -42,6 +42,7 @@ mod secrets;
 mod seen;
 mod solo;
 mod stops;
+mod switching;
 mod trust;
 mod units;
 #[cfg(feature = "campaign")]
