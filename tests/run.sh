@@ -160,18 +160,26 @@ prepare() {
   done
 }
 
-# host_tests SUITE [TEST]...: the storey of booted hosts on that suite, or only these tests of it.
+# host_tests SUITE campaigns|others|stories: the storey of booted hosts on that suite, or a part of it. The campaigns kill
+# and hinder passes at every point that they have, on hosts of their own, and take longest.
 host_tests() {
-  local suite=$1 built program unknown
-  shift
+  local suite=$1 part=$2 built program unknown
+  local -a stories which
   built=$(cargo test --locked --features campaign --test host --no-run 2>&1) || die "$built"
   program=$(sed -nE 's/^ *Executable .*\((.*)\)$/\1/p' <<<"$built")
   [[ -x $program ]] || die "cargo names no program of the host storey: $built"
-  unknown=$("$program" --list | sed -n 's/: test$//p' | sort | comm -13 - <(printf '%s\n' "$@" | sort) | grep . || true)
+  mapfile -t stories < <(grep -vE '^(#|$)' tests/host/stories)
+  unknown=$("$program" --list | sed -n 's/: test$//p' | sort | comm -13 - <(printf '%s\n' "${stories[@]}" | sort))
   [[ -z $unknown ]] || die "tests/host/stories names tests that are not there: $unknown"
+  case $part in
+    campaigns) which=(kill:: order:: writes::) ;;
+    others) which=(--skip kill:: --skip order:: --skip writes::) ;;
+    stories) which=(--exact "${stories[@]}") ;;
+    *) die "no part of the host storey is called '$part'" ;;
+  esac
   # Booted hosts mostly wait, and many tests for one host: more at a time than there are cores.
-  OMNI_LAB_SUITE=$suite OMNI_LAB_DIR=$OMNI_LAB_DIR-$suite RUSTC_BOOTSTRAP=1 \
-    "$program" ${1:+--exact} "$@" --test-threads 4 -Z unstable-options --shuffle-seed "$OMNI_TEST_SEED"
+  OMNI_LAB_SUITE=$suite OMNI_LAB_DIR=$OMNI_LAB_DIR-$suite-$part RUSTC_BOOTSTRAP=1 \
+    "$program" "${which[@]}" --test-threads 4 -Z unstable-options --shuffle-seed "$OMNI_TEST_SEED"
 }
 export -f host_tests die
 
@@ -203,12 +211,11 @@ main() {
   trap 'exit 130' INT TERM HUP
   prepare 8>&-
 
-  local -a files crates suites stories
+  local -a files crates suites
   local crate suite
   mapfile -t files < <(scripts)
   mapfile -t crates < <(find tests benches -mindepth 2 -maxdepth 2 -name Cargo.toml | sort)
   mapfile -t suites < <("$lab" suites)
-  mapfile -t stories < <(grep -vE '^(#|$)' tests/host/stories)
   export OMNI_TEST_SEED=${OMNI_TEST_SEED:-$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}
 
   for suite in "${suites[@]}"; do begin "base tree: $suite" "$lab" base "$suite"; done
@@ -234,9 +241,10 @@ main() {
     begin "lab, units, installer: $suite" env OMNI_LAB_SUITE="$suite" OMNI_LAB_DIR="$OMNI_LAB_DIR-$suite" tests/lab/selftest.sh
   done
   finish_stages
-  begin "booted hosts, all tests: ${suites[0]}" bash -euo pipefail -c 'host_tests "$@"' - "${suites[0]}"
+  begin "booted hosts, campaigns: ${suites[0]}" bash -euo pipefail -c 'host_tests "$@"' - "${suites[0]}" campaigns
+  begin "booted hosts, the other tests: ${suites[0]}" bash -euo pipefail -c 'host_tests "$@"' - "${suites[0]}" others
   for suite in "${suites[@]:1}"; do
-    begin "booted hosts, stories: $suite" bash -euo pipefail -c 'host_tests "$@"' - "$suite" "${stories[@]}"
+    begin "booted hosts, stories: $suite" bash -euo pipefail -c 'host_tests "$@"' - "$suite" stories
   done
   finish_stages
   finish
