@@ -92,8 +92,8 @@ pub fn push(
     // One client for the manifest and the closures, if they are in one bucket.
     let store = store::open(&settings.store)?;
     // Before anything is built: a key that cannot be read, or a manifest that is not to be trusted.
-    let author = Author::of(settings)?;
-    let manifest = publish::read_trusted(store.as_ref(), &author)?;
+    let author = Author::of(settings, store.as_ref())?;
+    let manifest = publish::read_trusted(&author)?;
     for target in &resolved {
         known(&manifest, target)?;
         if require_clean {
@@ -125,9 +125,7 @@ pub fn push(
         .map_err(|e| Error::new(format!("copy to the cache failed: {e}; nothing was published")))?;
 
     let since = Instant::now();
-    let now = || Timestamp::now();
-    let version =
-        publish::update(store.as_ref(), &now, &author, &built).map_err(|e| e.context("publishing failed"))?;
+    let version = publish::update(&author, &built).map_err(|e| e.context("publishing failed"))?;
     let (serial, written) = (version.manifest.serial, version.written);
     // As hosts make them, from the text.
     let entries = entry::digests(&version.bytes);
