@@ -294,15 +294,15 @@ fn copy(settings: &Settings, paths: &[StorePath], scope: Scope, store: &Arc<dyn 
     let on_line = &mut |line: &str| log::info(line.replace(&url, cache));
     let published = nix::publish(settings, paths, scope, Some(store), on_line)?;
     let counted = |count: usize| format!("{count} {}", if count == 1 { "path" } else { "paths" });
-    let bytes = published.figures.bytes.map(|b| format!(", {}", size(b))).unwrap_or_default();
+    let bytes = published.bytes.map(|b| format!(", {}", size(b))).unwrap_or_default();
     let done = match published.written {
         Some(0) => format!("is in {cache} already ({})", took(since)),
-        Some(count) if count < published.figures.paths => {
+        Some(count) if count < published.paths => {
             format!("is in {cache}: {} of it written in {}, the rest was there", counted(count), took(since))
         }
         Some(_) | None => format!("copied to {cache} in {}", took(since)),
     };
-    log::info(format!("closure of {}{bytes} {done}", counted(published.figures.paths)));
+    log::info(format!("closure of {}{bytes} {done}", counted(published.paths)));
     Ok(())
 }
 
