@@ -11,9 +11,10 @@ use crate::files::if_there;
 use crate::home;
 use crate::keys::{PublicKey, SecretKey};
 use crate::log;
+use crate::manifest::current;
+use crate::manifest::publish::{self, StartingPoint};
 use crate::manifest::signature::{self, Trust};
 use crate::manifest::trust::{self, Author};
-use crate::manifest::{current, publish};
 use crate::store::url::without_secrets;
 use crate::store::{CacheUrl, StoreUrl};
 use argh::{ArgsInfo, FromArgs};
@@ -117,7 +118,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
 fn first_manifest(author: &Author) -> Result<()> {
     let store = author.store;
     let Some(current) = current::load(store)? else {
-        publish::begin(author)?;
+        publish::init(author, StartingPoint::OrEmpty)?;
         log::notice(format!("manifest: made in {}", store.url()));
         return Ok(());
     };

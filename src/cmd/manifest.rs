@@ -277,7 +277,7 @@ impl<'a> Session<'a> {
 fn with_store(command: Command, session: &Session) -> Result<()> {
     match command {
         Command::Init(Init {}) => {
-            let published = publish::init(&session.author()?)?;
+            let published = publish::init(&session.author()?, StartingPoint::Begin)?;
             if published.written {
                 publish::report(session.store, &published);
             } else {

@@ -83,18 +83,9 @@ pub fn lost(author: &Author) -> Error {
     }
 }
 
-/// Creates an empty manifest where there is none, also where there was one.
-pub fn init(author: &Author) -> Result<PublishedManifest> {
-    swap(author, StartingPoint::Begin, first_version)
-}
-
-/// Creates the first manifest of a store. That there was one before is an error.
-pub fn begin(author: &Author) -> Result<PublishedManifest> {
-    swap(author, StartingPoint::OrEmpty, first_version)
-}
-
-fn first_version(_: &mut Manifest, current: Option<&CurrentManifest>) -> Result<Option<String>> {
-    Ok(current.is_none().then(|| "init".into()))
+/// Creates an empty manifest where there is none. That there was one before is an error unless `start` allows for it.
+pub fn init(author: &Author, start: StartingPoint) -> Result<PublishedManifest> {
+    swap(author, start, |_, current| Ok(current.is_none().then(|| "init".into())))
 }
 
 /// One service's new closure.
@@ -132,14 +123,14 @@ pub fn publish(
     swap(author, start, |manifest, _| change(manifest))
 }
 
-/// As [`publish`], in the place of what somebody was shown and of nothing else (None: of nothing).
+/// Publishes the result in the place of what somebody was shown, whatever that is, and of nothing else (None: of
+/// nothing); see [`publish`].
 pub fn publish_over(
     author: &Author,
-    start: StartingPoint,
     shown: Option<&Etag>,
     mut change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
 ) -> Result<PublishedManifest> {
-    swap(author, start, |manifest, current| {
+    swap(author, StartingPoint::Replace, |manifest, current| {
         if current.map(|c| &c.etag) != shown {
             return Err(Error::new(format!(
                 "the manifest in {} was changed meanwhile, and nothing was published; run it again",
@@ -683,8 +674,8 @@ mod tests {
     #[test]
     fn a_write_archives_what_it_replaces_byte_for_byte() {
         let store = Scripted::default();
-        assert!(init(&ann(&store)).unwrap().written);
-        assert!(!init(&ann(&store)).unwrap().written);
+        assert!(init(&ann(&store), StartingPoint::Begin).unwrap().written);
+        assert!(!init(&ann(&store), StartingPoint::Begin).unwrap().written);
         let first = store.objects.lock().unwrap()[MANIFEST_KEY].clone();
         assert!(add(&store, "ava").unwrap().written);
         let key = "manifests/manifest-20261122T183105Z-00000001.json";
@@ -955,7 +946,11 @@ mod tests {
                 && e.contains("'deploy-manifest rollback manifest-"),
             "{e}"
         );
-        assert_eq!(init(&ann(&store)).unwrap().manifest.serial, 4, "hosts may have seen 3");
+        assert_eq!(
+            init(&ann(&store), StartingPoint::Begin).unwrap().manifest.serial,
+            4,
+            "hosts may have seen 3"
+        );
     }
 
     #[test]

@@ -54,7 +54,7 @@ pub(super) fn rollback(session: &Session, word: Option<&str>, yes: bool) -> Resu
         if !yes && !confirmed("Publish that?")? {
             return Err(Error::new("nothing was published"));
         }
-        let published = publish::publish_over(&author, StartingPoint::Replace, shown.as_ref(), |manifest| {
+        let published = publish::publish_over(&author, shown.as_ref(), |manifest| {
             Ok(restore(manifest, &old.manifest, &old.name()))
         })?;
         publish::report(store, &published);
