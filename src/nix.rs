@@ -62,15 +62,6 @@ impl fmt::Display for FetchError {
     }
 }
 
-/// The size of a closure in a cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Figures {
-    /// Its paths.
-    pub paths: usize,
-    /// Its files together, compressed; None where only Nix can look.
-    pub bytes: Option<u64>,
-}
-
 /// Of `paths`, those that are not valid in this machine's store (asks the store's database, not only the
 /// file system).
 pub fn missing(paths: &[StorePath]) -> Result<Vec<StorePath>> {
@@ -126,7 +117,12 @@ impl Cache {
     fn nix(&self, settings: &Settings, side: Side, words: &[&str]) -> Result<(Run, tempfile::TempDir)> {
         let (run, scratch) = nix(&["nix-command"], &self.scratch)?;
         let mut run = run.args(words);
-        let (of_cache, of_other) = side.options();
+        // The option that names the cache, and the one for the store on the other side, if there is one.
+        let (of_cache, of_other) = match side {
+            Side::From => ("--from", Some("--to")),
+            Side::To => ("--to", Some("--from")),
+            Side::Store => ("--store", None),
+        };
         match &self.secret {
             None => run = run.arg(of_cache).arg(&self.url),
             Some(_) => {
@@ -165,17 +161,6 @@ enum Side {
     From,
     To,
     Store,
-}
-
-impl Side {
-    /// The option that names the cache, and the one for the store on the other side, if there is one.
-    fn options(self) -> (&'static str, Option<&'static str>) {
-        match self {
-            Side::From => ("--from", Some("--to")),
-            Side::To => ("--to", Some("--from")),
-            Side::Store => ("--store", None),
-        }
-    }
 }
 
 /// A call of `nix` with experimental features switched on and a private cache folder, which must outlive it.
@@ -368,7 +353,7 @@ fn publish_through_nix(
         })?;
         found.extend(output.text().lines().map(String::from));
     }
-    Ok(Published { figures: Figures { paths: found.len(), bytes: None }, written: None })
+    Ok(Published { paths: found.len(), bytes: None, written: None })
 }
 
 /// Builds a flake reference in `dir`; its output's path. Nix's progress is handed over line by line.

@@ -11,12 +11,12 @@ use crate::files::if_there;
 use crate::home;
 use crate::keys::{PublicKey, SecretKey};
 use crate::log;
-use crate::manifest::seen::Seen;
+use crate::manifest::current;
+use crate::manifest::publish::{self, StartingPoint};
 use crate::manifest::signature::{self, Trust};
 use crate::manifest::trust::{self, Author};
-use crate::manifest::{current, publish};
 use crate::store::url::without_secrets;
-use crate::store::{CacheUrl, Store, StoreUrl};
+use crate::store::{CacheUrl, StoreUrl};
 use argh::{ArgsInfo, FromArgs};
 use serde_json::{Map, Value, json};
 use std::os::unix::fs::PermissionsExt;
@@ -100,8 +100,7 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
         trusted.push(public.clone());
     }
     let trust = Trust { signer: Some(key), trusted };
-    let author = Author { by: trust::whoami(), trust, seen: Seen::of_user(), at_hand: 0 };
-    let made = first_manifest(store.as_ref(), &author);
+    let made = first_manifest(&Author::with(trust, store.as_ref()));
 
     let for_hosts = for_hosts(&settings, &public);
     log::info(match settings.store.is_shared() {
@@ -116,19 +115,20 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
 
 /// Makes the manifest, unless there is or was one: in the place of one that was lost, or taken away, an empty one would
 /// be signed that hosts obey.
-fn first_manifest(store: &dyn Store, author: &Author) -> Result<()> {
+fn first_manifest(author: &Author) -> Result<()> {
+    let store = author.store;
     let Some(current) = current::load(store)? else {
-        publish::begin(store, &Timestamp::now, author)?;
+        publish::init(author, StartingPoint::OrEmpty)?;
         log::notice(format!("manifest: made in {}", store.url()));
         return Ok(());
     };
-    if let Some(reason) = author.reject_reason(store, &current)? {
-        log::warning(format!("warning: {}", author.rejection(store, &current, &reason)));
+    if let Some(reason) = author.reject_reason(&current)? {
+        log::warning(format!("warning: {}", author.rejection(&current, &reason)));
         return Ok(());
     }
     let manifest = current.manifest().as_ref().map_err(|e| current::unusable(store, e))?;
     log::info(format!("manifest: {} has one, version {}", store.url(), manifest.serial));
-    author.remember(store, &current.bytes);
+    author.remember(&current.bytes);
     Ok(())
 }
 

@@ -134,7 +134,7 @@ fn which(settings: &Settings, args: &Args) -> Result<(String, Vec<HostName>)> {
         return Ok((format!("{}.service", args.name), vec![host]));
     }
     let store = crate::store::open(&settings.store)?;
-    let manifest = publish::read_trusted(store.as_ref(), &Author::reader(settings)?)?;
+    let manifest = publish::read_trusted(&Author::reader(settings, store.as_ref())?)?;
     if everywhere {
         let hosts: Vec<HostName> = manifest.hosts().into_iter().collect();
         if hosts.is_empty() {

@@ -7,7 +7,6 @@ mod rollback;
 mod sign;
 
 use super::{Call, editor, print};
-use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{Error, Exit, Result, io_text};
 use crate::log;
@@ -18,7 +17,7 @@ use crate::manifest::publish::{self, PublishedManifest, StartingPoint};
 use crate::manifest::trust::{Author, RejectReason};
 use crate::manifest::{edit, schema};
 use crate::names::{ServiceName, StorePath};
-use crate::store::Store;
+use crate::store::{MAX_REPLACED, Store};
 use argh::{ArgsInfo, FromArgs};
 use std::io::Read;
 use std::path::Path;
@@ -256,68 +255,79 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
             }
             let settings = call.settings()?;
             let store = crate::store::open(&settings.store)?;
-            with_store(command, &settings, &*store)?;
+            with_store(command, &Session { settings: &settings, store: &*store })?;
         }
     }
     Ok(Exit::Done)
 }
 
-fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Result<()> {
+/// The configuration, and the store that it names.
+struct Session<'a> {
+    settings: &'a Settings,
+    store: &'a dyn Store,
+}
+
+impl<'a> Session<'a> {
+    /// Who publishes: reads the key that signs.
+    fn author(&self) -> Result<Author<'a>> {
+        Author::of(self.settings, self.store)
+    }
+}
+
+fn with_store(command: Command, session: &Session) -> Result<()> {
     match command {
         Command::Init(Init {}) => {
-            let published = publish::init(store, &Timestamp::now, &Author::of(settings)?)?;
-            match (published.written, published.manifest.serial, store.url()) {
-                (true, _, _) => publish::report(store, &published),
-                (false, serial, url) => {
-                    log::info(format!("unchanged: there is already a manifest, version {serial} ({url})"));
-                }
+            let published = publish::init(&session.author()?, StartingPoint::Begin)?;
+            if published.written {
+                publish::report(session.store, &published);
+            } else {
+                let (serial, url) = (published.manifest.serial, session.store.url());
+                log::info(format!("unchanged: there is already a manifest, version {serial} ({url})"));
             }
         }
         Command::Show(Show { version, service }) => {
-            read::show(settings, store, version.as_deref(), service.as_deref())?;
+            read::show(session, version.as_deref(), service.as_deref())?;
         }
         Command::List(List { json, number, all }) => {
-            read::list(settings, store, json, if all { usize::MAX } else { number })?
+            read::list(session, json, if all { usize::MAX } else { number })?
         }
         Command::Update(Update { name, path, revision }) => {
             let path = StorePath::parse(&path).map_err(|why| Error::new(format!("'{path}' {why}")))?;
             let revision = revision.filter(|r| !r.is_empty());
-            change(settings, store, StartingPoint::Existing, |manifest| {
+            change(&session.author()?, StartingPoint::Existing, |manifest| {
                 let changed = edit::update(manifest, &name, &path, revision.as_deref())?;
                 Ok(changed.then(|| format!("update {name}")))
             })?;
         }
-        Command::AddService(AddService { service }) => add_service(settings, store, &service)?,
+        Command::AddService(AddService { service }) => add_service(session, &service)?,
         Command::RemoveService(RemoveService { name }) => {
-            change(settings, store, StartingPoint::Existing, |manifest| {
+            change(&session.author()?, StartingPoint::Existing, |manifest| {
                 edit::remove(manifest, &name)?;
                 Ok(Some(format!("remove-service {name}")))
             })?;
         }
         Command::Set(Set { name, field, more }) => {
-            set(settings, store, &name, &[&[field], more.as_slice()].concat())?
+            set(session, &name, &[&[field], more.as_slice()].concat())?
         }
-        Command::Edit(Edit { draft: None }) => draft::edit_text(settings, store)?,
-        Command::Edit(Edit { draft: Some(draft) }) => {
-            draft::publish_draft(settings, store, Path::new(&draft))?
-        }
-        Command::Diff(Diff { versions }) => read::print_diff(settings, store, &versions)?,
+        Command::Edit(Edit { draft: None }) => draft::edit_text(session)?,
+        Command::Edit(Edit { draft: Some(draft) }) => draft::publish_draft(session, Path::new(&draft))?,
+        Command::Diff(Diff { versions }) => read::print_diff(session, &versions)?,
         Command::Rollback(Rollback { version, service: None, yes }) => {
-            rollback::rollback(settings, store, version.as_deref(), yes)?
+            rollback::rollback(session, version.as_deref(), yes)?
         }
         Command::Rollback(Rollback { version, service: Some(name), yes }) => {
-            rollback::rollback_service(settings, store, version.as_deref(), &name, yes)?;
+            rollback::rollback_service(session, version.as_deref(), &name, yes)?;
         }
-        Command::Validate(_) => read::validate_store(settings, store)?,
-        Command::Sign(Sign { hash }) => sign::sign(settings, store, hash.as_deref())?,
+        Command::Validate(_) => read::validate_store(session)?,
+        Command::Sign(Sign { hash }) => sign::sign(session, hash.as_deref())?,
         Command::Verify(Verify { version: None, accept_version: Some(number) }) => {
-            sign::accept(settings, store, number)?
+            sign::accept(session, number)?
         }
         Command::Verify(Verify { version: Some(_), accept_version: Some(_) }) => {
             return Err(Error::usage("only the version in force can be accepted; leave the other one out"));
         }
         Command::Verify(Verify { version, accept_version: None }) => {
-            sign::verify(settings, store, version.as_deref())?
+            sign::verify(session, version.as_deref())?
         }
         Command::Schema(_) => {}
     }
@@ -326,13 +336,12 @@ fn with_store(command: Command, settings: &Settings, store: &dyn Store) -> Resul
 
 /// Publishes a change and says so in one line.
 fn change(
-    settings: &Settings,
-    store: &dyn Store,
+    author: &Author,
     start: StartingPoint,
     change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
 ) -> Result<PublishedManifest> {
-    let published = publish::publish(store, &Timestamp::now, &Author::of(settings)?, start, change)?;
-    publish::report(store, &published);
+    let published = publish::publish(author, start, change)?;
+    publish::report(author.store, &published);
     Ok(published)
 }
 
@@ -358,12 +367,12 @@ fn stdin() -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn add_service(settings: &Settings, store: &dyn Store, word: &str) -> Result<()> {
+fn add_service(session: &Session, word: &str) -> Result<()> {
     let bytes = input(word)?;
-    let service = parse::service_from(&bytes, Mode::Strict, settings.default_hosts.as_deref())
+    let service = parse::service_from(&bytes, Mode::Strict, session.settings.default_hosts.as_deref())
         .map_err(|e| Error::from(e).context("the service"))?;
     let name = service.name.clone();
-    let published = change(settings, store, StartingPoint::OrEmpty, |manifest| {
+    let published = change(&session.author()?, StartingPoint::OrEmpty, |manifest| {
         edit::add(manifest, service.clone())?;
         Ok(Some(format!("add-service {name}")))
     })?;
@@ -373,7 +382,7 @@ fn add_service(settings: &Settings, store: &dyn Store, word: &str) -> Result<()>
     Ok(())
 }
 
-fn set(settings: &Settings, store: &dyn Store, name: &str, fields: &[String]) -> Result<()> {
+fn set(session: &Session, name: &str, fields: &[String]) -> Result<()> {
     let assignments = fields.iter().map(|field| match field.split_once('=') {
         Some((field, value)) if !field.is_empty() => Ok((field, value)),
         _ => Err(Error::usage(format!(
@@ -382,7 +391,7 @@ fn set(settings: &Settings, store: &dyn Store, name: &str, fields: &[String]) ->
     });
     let assignments = assignments.collect::<Result<Vec<(&str, &str)>>>()?;
     let named: Vec<&str> = assignments.iter().map(|(field, _)| *field).collect();
-    change(settings, store, StartingPoint::Existing, |manifest| {
+    change(&session.author()?, StartingPoint::Existing, |manifest| {
         let changed = edit::set(manifest, name, &assignments)
             .map_err(|e| if manifest.service(name).is_some() { e.context(name) } else { e })?;
         Ok(changed.then(|| format!("set {name} {}", named.join(" "))))
@@ -406,14 +415,14 @@ struct InForce {
 }
 
 impl InForce {
-    fn of(store: &dyn Store, author: &Author) -> Result<Self> {
-        let current = current::load_to_replace(store)?;
-        let reason = current.as_ref().map(|c| author.reject_reason(store, c)).transpose()?.flatten();
+    fn of(author: &Author) -> Result<Self> {
+        let current = current::load_within(author.store, MAX_REPLACED)?;
+        let reason = current.as_ref().map(|c| author.reject_reason(c)).transpose()?.flatten();
         let mut in_force = InForce { current, reason };
         // Who has seen nothing of this store is told by what it has replaced.
         if let Some(there) = in_force.trusted()
-            && author.remembered(store)?.is_none()
-            && let Some(newest) = author.newest_trusted(store)?
+            && author.remembered()?.is_none()
+            && let Some(newest) = author.newest_trusted()?
             && newest.manifest.serial > there.serial
         {
             in_force.reason = Some(RejectReason::PutBack(Box::new(newest)));

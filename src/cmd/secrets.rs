@@ -175,7 +175,7 @@ fn sweep(folder: &Path) -> Result<Exit> {
 fn manifest(settings: &Settings) -> Result<Manifest> {
     let read = || {
         let store = crate::store::open(&settings.store)?;
-        publish::read_trusted(store.as_ref(), &Author::of(settings)?)
+        publish::read_trusted(&Author::of(settings, store.as_ref())?)
     };
     read().or_else(|e| {
         let kept = Root::system(&settings.unit_dir).manifest();

@@ -89,11 +89,11 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
 /// What is to be shown, and what is to be said of reports that were not read.
 fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String>)> {
     let store = crate::store::open(&settings.store)?;
-    let author = Author::reader(settings)?;
+    let author = Author::reader(settings, store.as_ref())?;
     let (current, listed) = std::thread::scope(|scope| {
         // Which reports there are is asked for beside the manifest: both answers are waited for.
         let listed = (!args.live).then(|| scope.spawn(|| reports::listed(store.as_ref())));
-        let current = publish::read_trusted_bytes(store.as_ref(), &author);
+        let current = publish::read_trusted_bytes(&author);
         (current, listed.map(parallel::joined))
     });
     let (bytes, manifest) = current?;

@@ -419,29 +419,36 @@ mod tests {
     use crate::clock::Timestamp;
     use crate::keys::SecretKey;
     use crate::manifest::publish::{self, StartingPoint};
+    use crate::manifest::seen::Seen;
     use crate::manifest::signature::Trust;
     use crate::manifest::trust::Author;
     use crate::store::{Condition, StoreUrl};
+    use std::path::PathBuf;
 
     /// A store, and a developer whose machine remembers nothing of it.
     struct Bench {
         dir: tempfile::TempDir,
         store: std::sync::Arc<dyn Store>,
-        author: Author,
+        key: PathBuf,
     }
 
     impl Bench {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
             let store = store::open(&StoreUrl::Dir(dir.path().join("store"))).unwrap();
-            let key = SecretKey::generate("ann-1").unwrap();
-            let trust = Trust { trusted: vec![key.public()], signer: Some(key) };
-            Bench { dir, store, author: Author { by: "ann@laptop".into(), trust, ..Author::default() } }
+            let key = SecretKey::generate("ann-1").unwrap().write(dir.path()).unwrap();
+            Bench { dir, store, key }
+        }
+
+        fn trust(&self) -> Trust {
+            let key = SecretKey::read(&self.key).unwrap();
+            Trust { trusted: vec![key.public()], signer: Some(key) }
         }
 
         fn publishes(&self, start: StartingPoint, change: impl Fn(&mut Manifest)) -> Vec<u8> {
             let now = || Timestamp(1_795_372_265);
-            publish::publish(&*self.store, &now, &self.author, start, |manifest| {
+            let author = Author { seen: Seen::default(), now, ..Author::with(self.trust(), &*self.store) };
+            publish::publish(&author, start, |manifest| {
                 change(manifest);
                 Ok(Some("set".into()))
             })
@@ -467,12 +474,8 @@ mod tests {
             let (state_dir, run_dir) = (of("state"), of("run"));
             let root = Root { state_dir, run_dir, ..Root::system(self.dir.path()) };
             let host = HostName::parse(host).unwrap();
-            let policy = TrustPolicy {
-                host: host.clone(),
-                trusted: self.author.trust.trusted.clone(),
-                highest: 0,
-                accept: None,
-            };
+            let policy =
+                TrustPolicy { host: host.clone(), trusted: self.trust().trusted, highest: 0, accept: None };
             let state = State::new(host, Timestamp(0));
             let found = obeyed(&root, &*self.store, &policy, &state, Purpose::Pass).unwrap();
             (found.manifest.serial, found.manifest.extra["what"].as_str().unwrap().to_string(), found.error)

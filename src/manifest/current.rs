@@ -8,7 +8,7 @@ use super::versions::{self, Version};
 use crate::config;
 use crate::error::{Error, Result};
 use crate::names::HostName;
-use crate::store::{Etag, GetResult, HOSTS_PREFIX, MANIFEST_KEY, MAX_REPLACED, Store, StoreError};
+use crate::store::{Etag, GetResult, HOSTS_PREFIX, MANIFEST_KEY, Store, StoreError};
 use std::cell::OnceCell;
 
 /// The manifest in the store.
@@ -50,12 +50,8 @@ pub fn load(store: &dyn Store) -> Result<Option<CurrentManifest>> {
     load_within(store, MAX_BYTES)
 }
 
-/// As [`load`], also what is too large to be read but is replaced.
-pub fn load_to_replace(store: &dyn Store) -> Result<Option<CurrentManifest>> {
-    load_within(store, MAX_REPLACED)
-}
-
-pub(super) fn load_within(store: &dyn Store, limit: u64) -> Result<Option<CurrentManifest>> {
+/// As [`load`], of at most so many bytes: what is replaced may be too large to be read.
+pub fn load_within(store: &dyn Store, limit: u64) -> Result<Option<CurrentManifest>> {
     match store.get(MANIFEST_KEY, None, limit) {
         Ok(GetResult::Found { bytes, etag }) => {
             Ok(Some(CurrentManifest { bytes, etag, manifest: OnceCell::new() }))

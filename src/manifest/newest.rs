@@ -35,25 +35,19 @@ const RECENT: usize = 200;
 
 /// The `wanted` newest versions below the current one, with it and whatever is above it.
 pub fn newest(store: &dyn Store, wanted: usize) -> Result<Newest> {
-    let found = match versions::head(store, MANIFEST_KEY)? {
-        Some(head) if head.serial > PAGE && (wanted as u64) < head.serial => part(store, &head, wanted)?,
-        _ => None,
-    };
-    Ok(match found {
-        Some((versions, others)) => Newest { versions, others, complete: false },
-        None => {
-            let (versions, others) = versions::all_and_others(store)?;
-            Newest { versions, others, complete: true }
-        }
-    })
+    if let Some(head) = versions::head(store, MANIFEST_KEY)?
+        && head.serial > PAGE
+        && (wanted as u64) < head.serial
+        && let Some(part) = part(store, &head, wanted)?
+    {
+        return Ok(part);
+    }
+    let (versions, others) = versions::all_and_others(store)?;
+    Ok(Newest { versions, others, complete: true })
 }
 
 /// None: all have to be listed.
-fn part(
-    store: &dyn Store,
-    current: &VersionHead,
-    wanted: usize,
-) -> Result<Option<(Vec<Version>, Vec<String>)>> {
+fn part(store: &dyn Store, current: &VersionHead, wanted: usize) -> Result<Option<Newest>> {
     let own_name = archive_name(current.serial, current.generation);
     let own_key = archive_key(&own_name);
     let (mut back, mut since) = (FIRST_SEC, current.generation.0.saturating_sub(FIRST_SEC));
@@ -78,7 +72,7 @@ fn part(
         if found.iter().filter(|v| v.serial < current.serial).count() >= wanted.max(1) {
             found.push(Version { name: own_name, serial: current.serial, current: true });
             newest_first(&mut found);
-            return Ok(Some((found, others)));
+            return Ok(Some(Newest { versions: found, others, complete: false }));
         }
         back = back.saturating_mul(16);
         since = current.generation.0.saturating_sub(back);

@@ -11,7 +11,6 @@ use super::trust::{self, Author, RejectReason, TrustedVersion};
 use super::types::{Ancestor, Digest, FORMAT_VERSION, MAX_SERIAL};
 use super::validate::clashes;
 use super::versions::{self, archive_key, archive_name};
-use crate::clock::Timestamp;
 use crate::error::{Error, Result};
 use crate::log;
 use crate::names::{ServiceName, StorePath};
@@ -48,54 +47,45 @@ pub struct PublishedManifest {
 }
 
 /// As [`current::read`], and that nobody trusted has signed it is an error too.
-pub fn read_trusted(store: &dyn Store, author: &Author) -> Result<Manifest> {
-    Ok(read_trusted_bytes(store, author)?.1)
+pub fn read_trusted(author: &Author) -> Result<Manifest> {
+    Ok(read_trusted_bytes(author)?.1)
 }
 
 /// As [`read_trusted`], with the text that it was read from.
-pub fn read_trusted_bytes(store: &dyn Store, author: &Author) -> Result<(Vec<u8>, Manifest)> {
-    let current = current::load(store)?.ok_or_else(|| lost(store, author))?;
-    author.check_trusted(store, &current)?;
+pub fn read_trusted_bytes(author: &Author) -> Result<(Vec<u8>, Manifest)> {
+    let current = current::load(author.store)?.ok_or_else(|| lost(author))?;
+    author.check_trusted(&current)?;
     let (bytes, manifest) = current.into_parts();
-    let manifest = manifest.map_err(|e| current::unusable(store, &e))?;
-    author.remember(store, &bytes);
+    let manifest = manifest.map_err(|e| current::unusable(author.store, &e))?;
+    author.remember(&bytes);
     Ok((bytes, manifest))
 }
 
 /// Whether there ever was a manifest in a store that has none now, as far as can be told.
-fn ever(store: &dyn Store, author: &Author) -> Result<bool> {
-    Ok(author.remembered(store)?.is_some()
-        || !versions::archived(store)?.is_empty()
-        || current::obedient(store)?.is_some())
+fn ever(author: &Author) -> Result<bool> {
+    Ok(author.remembered()?.is_some()
+        || !versions::archived(author.store)?.is_empty()
+        || current::obedient(author.store)?.is_some())
 }
 
 /// As [`current::missing`], of a store in which this machine has seen one: that is put back from here.
-pub fn lost(store: &dyn Store, author: &Author) -> Error {
-    match author.remembered(store) {
+pub fn lost(author: &Author) -> Error {
+    match author.remembered() {
         Ok(Some(seen)) => Error::new(format!(
-            "no manifest in {} any more, and this machine has seen {} there; put it back with 'deploy-manifest \
-             rollback @{}', or start again with 'deploy-manifest init'",
-            store.url(),
+            "no manifest in {} any more, and this machine has seen {} there; put it back with {}, or start again with \
+             'deploy-manifest init'",
+            author.store.url(),
             seen.describe(),
-            seen.kept.unwrap_or_default().display()
+            trust::publish_again(&seen)
         )),
-        Ok(None) => current::missing(store),
+        Ok(None) => current::missing(author.store),
         Err(e) => e,
     }
 }
 
-/// Creates an empty manifest where there is none, also where there was one.
-pub fn init(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<PublishedManifest> {
-    swap(store, now, author, StartingPoint::Begin, first_version)
-}
-
-/// Creates the first manifest of a store. That there was one before is an error.
-pub fn begin(store: &dyn Store, now: &dyn Fn() -> Timestamp, author: &Author) -> Result<PublishedManifest> {
-    swap(store, now, author, StartingPoint::OrEmpty, first_version)
-}
-
-fn first_version(_: &mut Manifest, current: Option<&CurrentManifest>) -> Result<Option<String>> {
-    Ok(current.is_none().then(|| "init".into()))
+/// Creates an empty manifest where there is none. That there was one before is an error unless `start` allows for it.
+pub fn init(author: &Author, start: StartingPoint) -> Result<PublishedManifest> {
+    swap(author, start, |_, current| Ok(current.is_none().then(|| "init".into())))
 }
 
 /// One service's new closure.
@@ -110,13 +100,8 @@ pub struct PathUpdate {
 }
 
 /// Publishes new closures of services, all in one version: `update ava, web`.
-pub fn update(
-    store: &dyn Store,
-    now: &dyn Fn() -> Timestamp,
-    author: &Author,
-    updates: &[PathUpdate],
-) -> Result<PublishedManifest> {
-    publish(store, now, author, StartingPoint::Existing, |manifest| {
+pub fn update(author: &Author, updates: &[PathUpdate]) -> Result<PublishedManifest> {
+    publish(author, StartingPoint::Existing, |manifest| {
         let mut changed = Vec::new();
         for PathUpdate { name, path, revision } in updates {
             if edit::update(manifest, name.as_str(), path, revision.as_deref())? {
@@ -131,29 +116,25 @@ pub fn update(
 /// when there is nothing to change; it is called again on what others wrote meanwhile. Ends within about a
 /// minute, also when the store never takes the write.
 pub fn publish(
-    store: &dyn Store,
-    now: &dyn Fn() -> Timestamp,
     author: &Author,
     start: StartingPoint,
     mut change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
 ) -> Result<PublishedManifest> {
-    swap(store, now, author, start, |manifest, _| change(manifest))
+    swap(author, start, |manifest, _| change(manifest))
 }
 
-/// As [`publish`], in the place of what somebody was shown and of nothing else (None: of nothing).
+/// Publishes the result in the place of what somebody was shown, whatever that is, and of nothing else (None: of
+/// nothing); see [`publish`].
 pub fn publish_over(
-    store: &dyn Store,
-    now: &dyn Fn() -> Timestamp,
     author: &Author,
-    start: StartingPoint,
     shown: Option<&Etag>,
     mut change: impl FnMut(&mut Manifest) -> Result<Option<String>>,
 ) -> Result<PublishedManifest> {
-    swap(store, now, author, start, |manifest, current| {
+    swap(author, StartingPoint::Replace, |manifest, current| {
         if current.map(|c| &c.etag) != shown {
             return Err(Error::new(format!(
                 "the manifest in {} was changed meanwhile, and nothing was published; run it again",
-                store.url()
+                author.store.url()
             )));
         }
         change(manifest)
@@ -163,18 +144,13 @@ pub fn publish_over(
 /// Publishes what is in force, which nobody trusted has signed, as a new version of this machine's: `shown` is what
 /// a person has looked at. Its content alone is taken over; which number the new one has, and which versions it
 /// comes after, is not for a stranger to say.
-pub fn adopt(
-    store: &dyn Store,
-    now: &dyn Fn() -> Timestamp,
-    author: &Author,
-    shown: &Digest,
-) -> Result<PublishedManifest> {
-    swap(store, now, author, StartingPoint::Replace, |manifest, current| {
+pub fn adopt(author: &Author, shown: &Digest) -> Result<PublishedManifest> {
+    swap(author, StartingPoint::Replace, |manifest, current| {
         let found = current.filter(|c| signature::digest(&c.bytes).as_ref() == Ok(shown));
         let there = found.and_then(|c| c.manifest().as_ref().ok()).ok_or_else(|| {
             Error::new(format!(
                 "the manifest in {} was changed meanwhile, and nothing was signed; run it again",
-                store.url()
+                author.store.url()
             ))
         })?;
         if there.serial == manifest.serial {
@@ -187,16 +163,15 @@ pub fn adopt(
 }
 
 fn swap(
-    store: &dyn Store,
-    now: &dyn Fn() -> Timestamp,
     author: &Author,
     start: StartingPoint,
     mut change: impl FnMut(&mut Manifest, Option<&CurrentManifest>) -> Result<Option<String>>,
 ) -> Result<PublishedManifest> {
+    let store = author.store;
     let mut contention = Contention::new();
     let mut tried: Option<PublishedManifest> = None;
     let wrote = |new: PublishedManifest| {
-        author.remember(store, &new.bytes);
+        author.remember(&new.bytes);
         Ok(new)
     };
     let limit = match start {
@@ -211,31 +186,31 @@ fn swap(
         {
             return wrote(new);
         }
-        let Base { mut manifest, replaced, in_force } = base(store, author, current.as_ref(), start, now)?;
+        let Base { mut manifest, replaced, in_force } = base(author, current.as_ref(), start)?;
         let Some(action) = change(&mut manifest, current.as_ref())? else {
             let Some((bytes, Ok(found))) = current.map(CurrentManifest::into_parts) else {
                 return Ok(PublishedManifest { manifest, bytes: Vec::new(), written: false });
             };
             if in_force {
-                author.remember(store, &bytes);
+                author.remember(&bytes);
             }
             return Ok(PublishedManifest { manifest: found, bytes, written: false });
         };
         manifest.version = FORMAT_VERSION;
         manifest.serial += 1;
         manifest.previous = lineage::before(manifest.serial, std::mem::take(&mut manifest.previous));
-        manifest.generation = manifest.generation.max(now());
+        manifest.generation = manifest.generation.max((author.now)());
         manifest.change =
             Change { action, by: author.by.clone(), extra: std::mem::take(&mut manifest.change.extra) };
         clashes(&manifest)?;
-        author.sign(store, &mut manifest)?;
+        author.sign(&mut manifest)?;
         let bytes = manifest.to_bytes();
         check_size(&manifest, &bytes)?;
-        store::before_writing(store, now())?;
+        store::before_writing(store, (author.now)())?;
         let when = match &current {
             None => Condition::IfAbsent,
             Some(current) => {
-                archive(store, author, &replaced, &current.bytes)?;
+                archive(author, &replaced, &current.bytes)?;
                 Condition::IfMatch(current.etag.clone())
             }
         };
@@ -274,27 +249,21 @@ struct Base {
     in_force: bool,
 }
 
-fn base(
-    store: &dyn Store,
-    author: &Author,
-    current: Option<&CurrentManifest>,
-    start: StartingPoint,
-    now: &dyn Fn() -> Timestamp,
-) -> Result<Base> {
+fn base(author: &Author, current: Option<&CurrentManifest>, start: StartingPoint) -> Result<Base> {
     let Some(found) = current else {
         let expected = match start {
             StartingPoint::Existing => true,
-            StartingPoint::OrEmpty => ever(store, author)?,
+            StartingPoint::OrEmpty => ever(author)?,
             StartingPoint::Begin | StartingPoint::Replace | StartingPoint::Repair => false,
         };
-        return if expected { Err(lost(store, author)) } else { rebuilt(store, author, None, start, now) };
+        return if expected { Err(lost(author)) } else { rebuilt(author, None, start) };
     };
-    let reason = author.reject_reason(store, found)?;
+    let reason = author.reject_reason(found)?;
     let repairs = matches!(start, StartingPoint::Replace | StartingPoint::Repair);
     let seen = match &reason {
-        Some(reason) if !repairs => return Err(author.rejection(store, found, reason)),
+        Some(reason) if !repairs => return Err(author.rejection(found, reason)),
         // Whatever nobody trusted has signed says, also that a newer program wrote it.
-        Some(RejectReason::Unsigned(_)) => return rebuilt(store, author, current, start, now),
+        Some(RejectReason::Unsigned(_)) => return rebuilt(author, current, start),
         Some(RejectReason::PutBack(seen) | RejectReason::Fork(seen)) => Some(seen),
         None => None,
     };
@@ -302,8 +271,8 @@ fn base(
     let there = match found.manifest() {
         // With keys a number is what somebody trusted gave it.
         Ok(there) if there.serial < LAST_SERIAL || !archived_too => there,
-        Err(why) if !repairs || why.is_newer_version() => return Err(current::unusable(store, why)),
-        Ok(_) | Err(_) => return rebuilt(store, author, current, start, now),
+        Err(why) if !repairs || why.is_newer_version() => return Err(current::unusable(author.store, why)),
+        Ok(_) | Err(_) => return rebuilt(author, current, start),
     };
     let (mut from, mut serial) = (there, there.serial);
     let mut known =
@@ -319,13 +288,13 @@ fn base(
     // Where an old one was put back, hosts have obeyed what it took the place of, which is not in the archive.
     if archived_too
         && !author.trust.trusted.is_empty()
-        && let Some(newest) = trust::newest_archived(store, author)?
+        && let Some(newest) = author.newest_archived()?
         && !known.contains(&newest.line()[0])
     {
         serial = serial.max(newest.manifest.serial + 1);
         known = lineage::join(&newest.line(), &known);
     }
-    room_after(store, serial, MANIFEST_KEY)?;
+    room_after(author.store, serial, MANIFEST_KEY)?;
     let manifest = Manifest { serial, previous: known, ..from.clone() };
     let replaced = archive_name(there.serial, there.generation);
     Ok(Base { manifest, replaced, in_force: seen.is_none() })
@@ -345,20 +314,14 @@ fn say_lost(author: &Author, manifest: &Manifest) {
 
 /// Where nothing is in force that could be built on: the number goes on from the highest there was, since a host
 /// may have obeyed it. Of what nobody trusted has signed, or nobody has published, not even the number is taken.
-fn rebuilt(
-    store: &dyn Store,
-    author: &Author,
-    found: Option<&CurrentManifest>,
-    start: StartingPoint,
-    now: &dyn Fn() -> Timestamp,
-) -> Result<Base> {
+fn rebuilt(author: &Author, found: Option<&CurrentManifest>, start: StartingPoint) -> Result<Base> {
     let trusting = !author.trust.trusted.is_empty();
-    let remembered = author.remembered(store)?;
-    let archived = if trusting { trust::newest_archived(store, author)? } else { None };
+    let remembered = author.remembered()?;
+    let archived = if trusting { author.newest_archived()? } else { None };
     let highest = match (&archived, &remembered) {
         (Some(newest), _) => newest.manifest.serial,
         (None, Some(seen)) => seen.manifest.serial.saturating_sub(1),
-        (None, None) => newest_name(store, trusting)?,
+        (None, None) => newest_name(author.store, trusting)?,
     };
     // What is lost or cannot be read was the one after that.
     let lost = if highest == 0 { 0 } else { highest + 1 };
@@ -369,12 +332,12 @@ fn rebuilt(
         (Some(_), said) => said.map_or(highest + 1, |said| highest.max(said)),
     };
     let serial = serial.max(remembered.as_ref().map_or(0, |r| r.manifest.serial));
-    room_after(store, serial, MANIFEST_KEY)?;
+    room_after(author.store, serial, MANIFEST_KEY)?;
     let line =
         |version: &Option<TrustedVersion>| version.as_ref().map(TrustedVersion::line).unwrap_or_default();
     let previous = lineage::join(&line(&archived), &line(&remembered));
-    let generation = head.map_or_else(now, |h| h.generation);
-    let mut manifest = Manifest::empty(now(), "");
+    let generation = head.map_or_else(author.now, |h| h.generation);
+    let mut manifest = Manifest::empty((author.now)(), "");
     if start == StartingPoint::Repair
         && let Some(newest) = trust::newer(remembered, archived)
     {
@@ -411,7 +374,8 @@ fn room_after(store: &dyn Store, serial: u64, key: &str) -> Result<()> {
     )))
 }
 
-fn archive(store: &dyn Store, author: &Author, name: &str, bytes: &[u8]) -> Result<()> {
+fn archive(author: &Author, name: &str, bytes: &[u8]) -> Result<()> {
+    let store = author.store;
     let key = archive_key(name);
     match store.put(&key, bytes, &Condition::IfAbsent) {
         Ok(_) => Ok(()),
@@ -527,13 +491,14 @@ impl Contention {
 
 /// Adds this machine's signature to the manifest as it is, which must be trusted already: its number stays, so
 /// nothing is archived. Returns false when it was there.
-pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
+pub fn add_signature(author: &Author) -> Result<bool> {
+    let store = author.store;
     let key = author.signer()?;
     let mut contention = Contention::new();
     loop {
         let began = Instant::now();
         let current = current::load(store)?.ok_or_else(|| current::missing(store))?;
-        author.check_trusted(store, &current)?;
+        author.check_trusted(&current)?;
         let manifest = current.manifest().as_ref().map_err(|e| current::unusable(store, e))?;
         if signature::check(&current.bytes, manifest, &store.identity(), &[key.public()]).is_ok() {
             return Ok(false);
@@ -545,11 +510,11 @@ pub fn add_signature(store: &dyn Store, author: &Author) -> Result<bool> {
             signature::check(&current.bytes, &alone, &store.identity(), &author.trust.trusted).is_ok()
         });
         signature::sign(&mut signed, &store.identity(), key)?;
-        store::before_writing(store, Timestamp::now())?;
+        store::before_writing(store, (author.now)())?;
         let bytes = signed.to_bytes();
         match store.put(MANIFEST_KEY, &bytes, &Condition::IfMatch(current.etag.clone())) {
             Ok(_) => {
-                author.remember(store, &bytes);
+                author.remember(&bytes);
                 return Ok(true);
             }
             Err(StoreError::Changed(_)) => contention.wait(began.elapsed(), Some(current.etag), store)?,
@@ -570,6 +535,7 @@ pub fn report(store: &dyn Store, published: &PublishedManifest) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Timestamp;
     use crate::keys::SecretKey;
     use crate::manifest::parse::{self, Mode};
     use crate::manifest::seen::Seen;
@@ -600,8 +566,9 @@ mod tests {
         Down,
     }
 
-    fn ann() -> Author {
-        Author { by: "ann@laptop".into(), ..Author::default() }
+    fn ann(store: &dyn Store) -> Author<'_> {
+        let (trust, seen) = (Trust::default(), Seen::default());
+        Author { store, by: "ann@laptop".into(), trust, seen, at_hand: 0, now: NOW }
     }
 
     fn etag(bytes: &[u8]) -> Etag {
@@ -694,7 +661,7 @@ mod tests {
     }
 
     fn add(store: &Scripted, name: &str) -> Result<PublishedManifest> {
-        publish(store, &NOW, &ann(), StartingPoint::OrEmpty, |m| {
+        publish(&ann(store), StartingPoint::OrEmpty, |m| {
             edit::add(m, service(name))?;
             Ok(Some(format!("add-service {name}")))
         })
@@ -707,8 +674,8 @@ mod tests {
     #[test]
     fn a_write_archives_what_it_replaces_byte_for_byte() {
         let store = Scripted::default();
-        assert!(init(&store, &NOW, &ann()).unwrap().written);
-        assert!(!init(&store, &NOW, &ann()).unwrap().written);
+        assert!(init(&ann(&store), StartingPoint::Begin).unwrap().written);
+        assert!(!init(&ann(&store), StartingPoint::Begin).unwrap().written);
         let first = store.objects.lock().unwrap()[MANIFEST_KEY].clone();
         assert!(add(&store, "ava").unwrap().written);
         let key = "manifests/manifest-20261122T183105Z-00000001.json";
@@ -759,29 +726,21 @@ mod tests {
         add(&store, "ava").unwrap();
         let path = StorePath::parse("/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava").unwrap();
         let one = PathUpdate { name: ServiceName::parse("ava").unwrap(), path, revision: Some("abc".into()) };
-        assert!(update(&store, &NOW, &ann(), std::slice::from_ref(&one)).unwrap().written);
+        assert!(update(&ann(&store), std::slice::from_ref(&one)).unwrap().written);
         let before = store.keys();
-        assert!(!update(&store, &NOW, &ann(), std::slice::from_ref(&one)).unwrap().written);
-        assert!(
-            !update(&store, &NOW, &ann(), &[PathUpdate { revision: None, ..one.clone() }]).unwrap().written
-        );
+        assert!(!update(&ann(&store), std::slice::from_ref(&one)).unwrap().written);
+        assert!(!update(&ann(&store), &[PathUpdate { revision: None, ..one.clone() }]).unwrap().written);
         assert_eq!((store.keys(), store.current().services[0].revision.as_deref()), (before, Some("abc")));
-        assert!(
-            update(&store, &NOW, &ann(), &[PathUpdate { revision: Some("d".into()), ..one }])
-                .unwrap()
-                .written
-        );
+        assert!(update(&ann(&store), &[PathUpdate { revision: Some("d".into()), ..one }]).unwrap().written);
     }
 
     #[test]
     fn the_time_of_a_version_never_goes_back() {
         let store = Scripted::default();
         add(&store, "ava").unwrap();
-        let earlier = || Timestamp(1_000_000);
-        publish(&store, &earlier, &ann(), StartingPoint::Existing, |m| {
-            edit::remove(m, "ava").map(|()| Some("x".into()))
-        })
-        .unwrap();
+        let earlier = Author { now: || Timestamp(1_000_000), ..ann(&store) };
+        publish(&earlier, StartingPoint::Existing, |m| edit::remove(m, "ava").map(|()| Some("x".into())))
+            .unwrap();
         assert_eq!(store.current().generation, NOW());
     }
 
@@ -793,8 +752,7 @@ mod tests {
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), b"{\"version\": 1, ".to_vec());
         let e = add(&store, "db").unwrap_err().to_string();
         assert!(e.contains("cut off") && e.contains("rollback"), "{e}");
-        let repaired =
-            publish(&store, &NOW, &ann(), StartingPoint::Repair, |_| Ok(Some("mend".into()))).unwrap();
+        let repaired = publish(&ann(&store), StartingPoint::Repair, |_| Ok(Some("mend".into()))).unwrap();
         assert_eq!(repaired.manifest.serial, 3);
         assert_eq!(
             store.objects.lock().unwrap()["manifests/manifest-20261122T183105Z-00000002.json"],
@@ -802,7 +760,7 @@ mod tests {
         );
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), b"{\"version\": 2}".to_vec());
         for start in [StartingPoint::Existing, StartingPoint::OrEmpty, StartingPoint::Repair] {
-            let e = publish(&store, &NOW, &ann(), start, |_| Ok(Some("x".into()))).unwrap_err().to_string();
+            let e = publish(&ann(&store), start, |_| Ok(Some("x".into()))).unwrap_err().to_string();
             assert!(e.contains("newer omni-deploy; upgrade"), "{e}");
         }
     }
@@ -816,49 +774,48 @@ mod tests {
         store.objects.lock().unwrap().insert(MANIFEST_KEY.into(), padded);
         let e = add(&store, "db").unwrap_err().to_string();
         assert!(e.contains("deploy-manifest rollback"), "{e}");
-        let repaired =
-            publish(&store, &NOW, &ann(), StartingPoint::Replace, |_| Ok(Some("mend".into()))).unwrap();
+        let repaired = publish(&ann(&store), StartingPoint::Replace, |_| Ok(Some("mend".into()))).unwrap();
         assert_eq!((repaired.manifest.serial, store.current().serial), (2, 2));
     }
 
     /// Ann with a key that signs and is trusted.
-    fn with_key() -> Author {
+    fn with_key(store: &dyn Store) -> Author<'_> {
         let key = SecretKey::generate("ann-1").unwrap();
         let trust = Trust { trusted: vec![key.public()], signer: Some(key) };
-        Author { by: "ann@laptop".into(), trust, ..Author::default() }
+        Author { trust, ..ann(store) }
     }
 
     #[test]
     fn what_was_written_is_remembered_also_without_an_answer_and_nothing_older_after_it() {
         let dir = tempfile::tempdir().unwrap();
-        let author = Author { seen: Seen { folder: Some(dir.path().into()) }, ..with_key() };
         let store = Scripted::default();
+        let author = Author { seen: Seen::below(dir.path(), &store.url()), ..with_key(&store) };
         let add = |name: &str| {
-            publish(&store, &NOW, &author, StartingPoint::OrEmpty, |m| {
+            publish(&author, StartingPoint::OrEmpty, |m| {
                 edit::add(m, service(name))?;
                 Ok(Some(format!("add-service {name}")))
             })
             .unwrap()
         };
-        let seen = || author.remembered(&store).unwrap().unwrap().manifest.serial;
+        let seen = || author.remembered().unwrap().unwrap().manifest.serial;
         add("a");
         let first = store.objects.lock().unwrap()[MANIFEST_KEY].clone();
         store.script.lock().unwrap().push(Fault::NoAnswer);
         add("b");
         assert_eq!(seen(), 2);
         // Another call of this user, which read before and is done later.
-        author.remember(&store, &first);
+        author.remember(&first);
         assert_eq!(seen(), 2);
-        author.accept(&store, &first);
+        author.accept(&first);
         assert_eq!(seen(), 1);
     }
 
     #[test]
     fn what_a_stranger_has_put_in_the_place_of_an_old_version_is_no_copy_of_it() {
         let store = Scripted::default();
-        let author = with_key();
+        let author = with_key(&store);
         let publish = |name: &str| {
-            publish(&store, &NOW, &author, StartingPoint::OrEmpty, |m| {
+            publish(&author, StartingPoint::OrEmpty, |m| {
                 edit::add(m, service(name))?;
                 Ok(Some(format!("add-service {name}")))
             })
@@ -888,17 +845,14 @@ mod tests {
 
     #[test]
     fn nobody_without_a_key_drives_the_serial() {
-        let author = with_key();
-        let add = |store: &Scripted, name: &str| {
-            publish(store, &NOW, &author, StartingPoint::OrEmpty, |m| {
+        let add = |author: &Author, name: &str| {
+            publish(author, StartingPoint::OrEmpty, |m| {
                 edit::add(m, service(name))?;
                 Ok(Some(format!("add-service {name}")))
             })
             .unwrap()
         };
-        let replace = |store: &Scripted| {
-            publish(store, &NOW, &author, StartingPoint::Replace, |_| Ok(Some("mend".into())))
-        };
+        let replace = |author: &Author| publish(author, StartingPoint::Replace, |_| Ok(Some("mend".into())));
         let forged = |store: &Scripted, serial: u64| {
             let mut manifest = store.current();
             manifest.serial = serial;
@@ -937,24 +891,26 @@ mod tests {
         ];
         for (number, attack) in attacks.iter().enumerate() {
             let store = Scripted::default();
+            let author = with_key(&store);
             for name in ["a", "b", "c", "d"] {
-                add(&store, name);
+                add(&author, name);
             }
             // The versions 1 to 3 are archived; 4, which was lost or replaced, may have been seen by a host.
             attack(&store, &forged, &name);
-            let mended = replace(&store).unwrap_or_else(|e| panic!("attack {number}: {e}")).manifest;
+            let mended = replace(&author).unwrap_or_else(|e| panic!("attack {number}: {e}")).manifest;
             assert_eq!(mended.serial, 5, "attack {number}");
             assert!(mended.extra.is_empty(), "attack {number}: {:?}", mended.extra);
-            assert_eq!(add(&store, "e").manifest.serial, 6, "attack {number}");
+            assert_eq!(add(&author, "e").manifest.serial, 6, "attack {number}");
         }
         // More forged versions than are read: they are named.
         let store = Scripted::default();
-        add(&store, "a");
+        let author = with_key(&store);
+        add(&author, "a");
         for serial in 0..300 {
             store.objects.lock().unwrap().insert(name(1_000 + serial), Vec::new());
         }
         store.objects.lock().unwrap().remove(MANIFEST_KEY);
-        let e = replace(&store).unwrap_err().to_string();
+        let e = replace(&author).unwrap_err().to_string();
         assert!(e.contains(&name(1_299)) && e.contains("remove what nobody published"), "{e}");
     }
 
@@ -970,7 +926,7 @@ mod tests {
         assert!(e.contains("manifest.json in file:///test is version 9007199254740990"), "{e}");
         // There is a way out of it that needs no hand in the store, unless an archived version says the same.
         store.objects.lock().unwrap().insert(name.clone(), Vec::new());
-        let replace = || publish(&store, &NOW, &ann(), StartingPoint::Replace, |_| Ok(Some("mend".into())));
+        let replace = || publish(&ann(&store), StartingPoint::Replace, |_| Ok(Some("mend".into())));
         let e = replace().unwrap_err().to_string();
         assert!(e.contains(&name) && e.contains("remove it if nobody published it"), "{e}");
         store.objects.lock().unwrap().remove(&name);
@@ -984,13 +940,17 @@ mod tests {
             add(&store, name).unwrap();
         }
         store.objects.lock().unwrap().remove(MANIFEST_KEY);
-        let e = update(&store, &NOW, &ann(), &[]).unwrap_err().to_string();
+        let e = update(&ann(&store), &[]).unwrap_err().to_string();
         assert!(
             e.contains("no manifest in file:///test any more")
                 && e.contains("'deploy-manifest rollback manifest-"),
             "{e}"
         );
-        assert_eq!(init(&store, &NOW, &ann()).unwrap().manifest.serial, 4, "hosts may have seen 3");
+        assert_eq!(
+            init(&ann(&store), StartingPoint::Begin).unwrap().manifest.serial,
+            4,
+            "hosts may have seen 3"
+        );
     }
 
     #[test]

@@ -11,34 +11,33 @@ use crate::hash::Sha256;
 use crate::home;
 use crate::log;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-/// Where it is kept. The default remembers nothing.
+/// Where it is kept of one store. The default remembers nothing.
 #[derive(Debug, Default)]
 pub struct Seen {
-    pub(super) folder: Option<PathBuf>,
+    pub(super) file: Option<PathBuf>,
 }
 
 impl Seen {
-    /// Of whoever runs this.
-    pub fn of_user() -> Self {
-        Seen { folder: Some(home::state_dir().join("seen")) }
+    /// Of whoever runs this, and the store of this identity.
+    pub fn of_user(identity: &str) -> Self {
+        Seen::below(&home::state_dir().join("seen"), identity)
     }
 
-    /// The file of the store of this identity.
-    pub fn file(&self, identity: &str) -> Option<PathBuf> {
+    pub(super) fn below(folder: &Path, identity: &str) -> Self {
         let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
         let readable: String = identity.chars().take(60).map(plain).collect();
         let digest = Sha256::of(identity.as_bytes()).short(8);
-        Some(self.folder.as_ref()?.join(format!("{readable}-{digest}.json")))
+        Seen { file: Some(folder.join(format!("{readable}-{digest}.json"))) }
     }
 
-    /// What was kept of a store.
-    pub fn read(&self, identity: &str) -> Result<Option<Vec<u8>>> {
-        let Some(file) = self.file(identity) else { return Ok(None) };
+    /// What was kept of the store.
+    pub fn read(&self) -> Result<Option<Vec<u8>>> {
+        let Some(file) = &self.file else { return Ok(None) };
         let read = || -> std::io::Result<Vec<u8>> {
             let mut bytes = Vec::new();
-            fs_err::File::open(&file)?.take(MAX_BYTES).read_to_end(&mut bytes)?;
+            fs_err::File::open(file)?.take(MAX_BYTES).read_to_end(&mut bytes)?;
             Ok(bytes)
         };
         // A home that is none remembers nothing.
@@ -52,11 +51,11 @@ impl Seen {
 
     /// Keeps a version in the place of the one before. Where that cannot be, it is said, and no more: what was
     /// asked for is done.
-    pub fn keep(&self, identity: &str, bytes: &[u8]) {
-        let Some(file) = self.file(identity) else { return };
+    pub fn keep(&self, bytes: &[u8]) {
+        let Some(file) = &self.file else { return };
         let write = || -> std::io::Result<()> {
-            durable::folder(file.parent().unwrap_or(&file), 0o700)?;
-            durable::write(&file, bytes, 0o600)
+            durable::folder(file.parent().unwrap_or(file), 0o700)?;
+            durable::write(file, bytes, 0o600)
         };
         if let Err(e) = write() {
             log::warning(format!(
@@ -75,16 +74,16 @@ mod tests {
     #[test]
     fn each_store_has_a_file_of_its_own_that_only_its_owner_reads() {
         let dir = tempfile::tempdir().unwrap();
-        let seen = Seen { folder: Some(dir.path().join("state/seen")) };
-        assert_eq!(seen.read("s3://a").unwrap(), None);
-        seen.keep("s3://a/b", b"one");
-        seen.keep("s3://a-b", b"two");
-        assert_eq!(seen.read("s3://a/b").unwrap().as_deref(), Some(&b"one"[..]));
-        assert_eq!(seen.read("s3://a-b").unwrap().as_deref(), Some(&b"two"[..]));
-        let file = seen.file("s3://a/b").unwrap();
+        let seen = |identity: &str| Seen::below(&dir.path().join("state/seen"), identity);
+        assert_eq!(seen("s3://a").read().unwrap(), None);
+        seen("s3://a/b").keep(b"one");
+        seen("s3://a-b").keep(b"two");
+        assert_eq!(seen("s3://a/b").read().unwrap().as_deref(), Some(&b"one"[..]));
+        assert_eq!(seen("s3://a-b").read().unwrap().as_deref(), Some(&b"two"[..]));
+        let file = seen("s3://a/b").file.unwrap();
         assert_eq!(fs_err::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs_err::metadata(file.parent().unwrap()).unwrap().permissions().mode() & 0o777, 0o700);
         assert!(file.file_name().unwrap().to_str().unwrap().starts_with("s3---a-b-"));
-        assert_eq!(Seen::default().file("s3://a"), None);
+        assert_eq!(Seen::default().read().unwrap(), None);
     }
 }

@@ -9,9 +9,10 @@ use super::seen::Seen;
 use super::signature::{self, ReadError, Trust, UNKNOWN_SIGNER};
 use super::types::{Ancestor, Digest};
 use super::versions::{self, Version, archive_key, archive_name};
+use crate::clock::Timestamp;
 use crate::config::Settings;
 use crate::error::{Error, Result};
-use crate::keys::{PublicKey, SecretKey};
+use crate::keys::SecretKey;
 use crate::log::{self, printable};
 use crate::names::HostName;
 use crate::parallel;
@@ -39,13 +40,6 @@ pub struct TrustedVersion {
 }
 
 impl TrustedVersion {
-    /// Reads one that may be anybody's; see [`signature::read`].
-    pub fn read(bytes: Vec<u8>, identity: &str, trusted: &[PublicKey]) -> Result<Self, ReadError> {
-        let manifest = signature::read(&bytes, identity, trusted)?;
-        let digest = signature::digest(&bytes).map_err(ReadError::Signature)?;
-        Ok(TrustedVersion { manifest, digest, bytes, kept: None })
-    }
-
     /// It, and those before it, as a version after it names them.
     pub fn line(&self) -> Vec<Ancestor> {
         lineage::line(&self.manifest, self.digest)
@@ -85,9 +79,10 @@ pub enum RejectReason {
     Fork(Box<TrustedVersion>),
 }
 
-/// Who writes, and with what keys.
-#[derive(Debug, Default)]
-pub struct Author {
+/// Who reads and writes the manifest of a store, and with what keys.
+pub struct Author<'a> {
+    /// The store.
+    pub store: &'a dyn Store,
     /// `user@host`.
     pub by: String,
     /// The key that signs, and those that are trusted.
@@ -96,24 +91,44 @@ pub struct Author {
     pub seen: Seen,
     /// The number of a copy that was given to be published, if it is trusted; else 0.
     pub at_hand: u64,
+    /// Its clock.
+    pub now: fn() -> Timestamp,
 }
 
-impl Author {
+impl<'a> Author<'a> {
     /// The one who runs this, with the keys of the configuration.
-    pub fn of(settings: &Settings) -> Result<Self> {
-        Ok(Author { by: whoami(), trust: Trust::of(settings)?, seen: Seen::of_user(), at_hand: 0 })
+    pub fn of(settings: &Settings, store: &'a dyn Store) -> Result<Self> {
+        Ok(Author::with(Trust::of(settings)?, store))
     }
 
     /// The same for who only reads: no key that signs is looked for.
-    pub fn reader(settings: &Settings) -> Result<Self> {
-        let trust = Trust { signer: None, trusted: signature::trusted(settings)? };
-        Ok(Author { by: whoami(), trust, seen: Seen::of_user(), at_hand: 0 })
+    pub fn reader(settings: &Settings, store: &'a dyn Store) -> Result<Self> {
+        Ok(Author::with(Trust { signer: None, trusted: signature::trusted(settings)? }, store))
+    }
+
+    /// The one who runs this, with these keys.
+    pub fn with(trust: Trust, store: &'a dyn Store) -> Self {
+        Author {
+            store,
+            by: whoami(),
+            trust,
+            seen: Seen::of_user(&store.identity()),
+            at_hand: 0,
+            now: Timestamp::now,
+        }
+    }
+
+    /// Reads a version that may be anybody's; see [`signature::read`].
+    pub fn read(&self, bytes: Vec<u8>) -> Result<TrustedVersion, ReadError> {
+        let manifest = signature::read(&bytes, &self.store.identity(), &self.trust.trusted)?;
+        let digest = signature::digest(&bytes).map_err(ReadError::Signature)?;
+        Ok(TrustedVersion { manifest, digest, bytes, kept: None })
     }
 
     /// Refuses to build upon what is not trusted: a signature on it would be given by the way.
-    pub fn check_trusted(&self, store: &dyn Store, current: &CurrentManifest) -> Result<()> {
-        match self.reject_reason(store, current)? {
-            Some(reason) => Err(self.rejection(store, current, &reason)),
+    pub fn check_trusted(&self, current: &CurrentManifest) -> Result<()> {
+        match self.reject_reason(current)? {
+            Some(reason) => Err(self.rejection(current, &reason)),
             None => Ok(()),
         }
     }
@@ -126,15 +141,15 @@ impl Author {
     }
 
     /// Signs what is about to be published. Without a key, nothing is published where signatures are expected.
-    pub(super) fn sign(&self, store: &dyn Store, manifest: &mut Manifest) -> Result<()> {
+    pub(super) fn sign(&self, manifest: &mut Manifest) -> Result<()> {
         let signed = !manifest.signatures.is_empty();
         manifest.signatures.clear();
         match &self.trust.signer {
-            Some(key) => signature::sign(manifest, &store.identity(), key),
+            Some(key) => signature::sign(manifest, &self.store.identity(), key),
             None if signed || !self.trust.trusted.is_empty() => Err(Error::new(format!(
                 "the manifest in {} is signed, and this machine has no key: hosts would reject what it publishes; set \
                  'secretKeyFile' ('omni-deploy init' or 'omni-deploy keygen' make one)",
-                store.url()
+                self.store.url()
             ))),
             None => Ok(()),
         }
@@ -151,46 +166,35 @@ pub fn whoami() -> String {
     format!("{user}@{host}")
 }
 
-/// Where this machine keeps it, as an argument of a rollback.
-fn argument(seen: &TrustedVersion) -> String {
-    let file = seen.kept.as_ref().map(|k| k.display().to_string()).unwrap_or_default();
-    format!("'deploy-manifest rollback @{file}'")
-}
-
 /// How a version that is trusted is published again.
 pub fn publish_again(newest: &TrustedVersion) -> String {
     match &newest.kept {
-        Some(_) => argument(newest),
+        Some(kept) => format!("'deploy-manifest rollback @{}'", kept.display()),
         None => format!("'deploy-manifest rollback {}'", newest.name()),
     }
 }
 
-impl Author {
+impl Author<'_> {
     /// What this machine remembers of the store, while a trusted key's signature on it holds.
-    pub fn remembered(&self, store: &dyn Store) -> Result<Option<TrustedVersion>> {
+    pub fn remembered(&self) -> Result<Option<TrustedVersion>> {
         if self.trust.trusted.is_empty() {
             return Ok(None);
         }
-        let identity = store.identity();
-        let Some(bytes) = self.seen.read(&identity)? else { return Ok(None) };
+        let Some(bytes) = self.seen.read()? else { return Ok(None) };
         // Signed by a key that has been taken out, or damaged: it says nothing any more.
-        let read = TrustedVersion::read(bytes, &identity, &self.trust.trusted).ok();
-        Ok(read.map(|version| TrustedVersion { kept: self.seen.file(&identity), ..version }))
+        let read = self.read(bytes).ok();
+        Ok(read.map(|version| TrustedVersion { kept: self.seen.file.clone(), ..version }))
     }
 
     /// Whether what is in force may be built on; None: it may. What cannot be read is not judged here. Who signed it
     /// is asked before anything is built of what it says.
-    pub fn reject_reason(
-        &self,
-        store: &dyn Store,
-        current: &CurrentManifest,
-    ) -> Result<Option<RejectReason>> {
+    pub fn reject_reason(&self, current: &CurrentManifest) -> Result<Option<RejectReason>> {
         let trusted = &self.trust.trusted;
         if trusted.is_empty() || current.bytes.len() as u64 > MAX_BYTES {
             return Ok(None);
         }
-        match signature::verify(&current.bytes, &store.identity(), trusted) {
-            Some(Ok(_)) => self.contradicts_seen(store, current),
+        match signature::verify(&current.bytes, &self.store.identity(), trusted) {
+            Some(Ok(_)) => self.contradicts_seen(current),
             Some(Err(why)) => Ok(Some(RejectReason::Unsigned(why))),
             None if current.manifest().is_ok() => Ok(Some(RejectReason::Unsigned(UNKNOWN_SIGNER.into()))),
             None => Ok(None),
@@ -198,8 +202,8 @@ impl Author {
     }
 
     /// Why nothing is built on what is in force: what happened, and the ways on.
-    pub fn rejection(&self, store: &dyn Store, current: &CurrentManifest, reason: &RejectReason) -> Error {
-        let url = store.url();
+    pub fn rejection(&self, current: &CurrentManifest, reason: &RejectReason) -> Error {
+        let url = self.store.url();
         let seen = match reason {
             RejectReason::Unsigned(why) => {
                 return Error::new(format!(
@@ -211,7 +215,7 @@ impl Author {
         };
         let there = match current.manifest() {
             Ok(there) => there,
-            Err(e) => return current::unusable(store, e),
+            Err(e) => return current::unusable(self.store, e),
         };
         let serial = there.serial;
         if let RejectReason::Fork(_) = reason {
@@ -222,11 +226,11 @@ impl Author {
                  verify --accept-version {serial}'",
                 describe(there),
                 seen.describe(),
-                argument(seen)
+                publish_again(seen)
             ));
         }
         // The store may have later ones than this machine has seen.
-        let newest = match newest_archived(store, self) {
+        let newest = match self.newest_archived() {
             Ok(Some(found)) if found.comes_after(seen) => found,
             Ok(_) => seen.as_ref().clone(),
             Err(e) => return e,
@@ -246,16 +250,12 @@ impl Author {
     }
 
     /// Whether what is in force, whoever signed it, goes against what this machine has seen.
-    pub fn contradicts_seen(
-        &self,
-        store: &dyn Store,
-        current: &CurrentManifest,
-    ) -> Result<Option<RejectReason>> {
+    pub fn contradicts_seen(&self, current: &CurrentManifest) -> Result<Option<RejectReason>> {
         let Ok(manifest) = current.manifest() else { return Ok(None) };
-        if self.seen.read(&store.identity())?.is_some_and(|kept| kept == current.bytes) {
+        if self.seen.read()?.is_some_and(|kept| kept == current.bytes) {
             return Ok(None);
         }
-        let Some(seen) = self.remembered(store)? else { return Ok(None) };
+        let Some(seen) = self.remembered()? else { return Ok(None) };
         let Ok(digest) = signature::digest(&current.bytes) else { return Ok(None) };
         Ok(match lineage::relation(manifest, &digest, seen.manifest.serial, &seen.digest) {
             Relation::Same | Relation::Later => None,
@@ -266,36 +266,129 @@ impl Author {
 
     /// Remembers a version that was found right, or published; not one that is older than what another call of this
     /// user has meanwhile seen.
-    pub fn remember(&self, store: &dyn Store, bytes: &[u8]) {
-        let kept = self.seen.read(&store.identity()).ok().flatten();
+    pub fn remember(&self, bytes: &[u8]) {
+        let kept = self.seen.read().ok().flatten();
         let serial = |bytes: &[u8]| versions::head_of(bytes).map(|head| head.serial);
         if let Some(kept) = kept
             && serial(&kept) > serial(bytes)
-            && let Ok(Some(_)) = self.remembered(store)
+            && let Ok(Some(_)) = self.remembered()
         {
             return;
         }
-        self.accept(store, bytes);
+        self.accept(bytes);
     }
 
     /// Remembers a version in the place of whatever was seen before.
-    pub fn accept(&self, store: &dyn Store, bytes: &[u8]) {
-        let identity = store.identity();
-        if self.trust.trusted.is_empty()
-            || self.seen.read(&identity).is_ok_and(|k| k.as_deref() == Some(bytes))
-        {
+    pub fn accept(&self, bytes: &[u8]) {
+        if self.trust.trusted.is_empty() || self.seen.read().is_ok_and(|k| k.as_deref() == Some(bytes)) {
             return;
         }
-        self.seen.keep(&identity, bytes);
+        self.seen.keep(bytes);
     }
 
     /// The newest version before the one in force that is trusted: of the archive or of what this machine
     /// remembers. None without trusted keys, and where there is none.
-    pub fn newest_trusted(&self, store: &dyn Store) -> Result<Option<TrustedVersion>> {
+    pub fn newest_trusted(&self) -> Result<Option<TrustedVersion>> {
         if self.trust.trusted.is_empty() {
             return Ok(None);
         }
-        Ok(newer(self.remembered(store)?, newest_archived(store, self)?))
+        Ok(newer(self.remembered()?, self.newest_archived()?))
+    }
+    /// The newest archived version that one of the trusted keys has signed and whose name is its own; not one that is
+    /// older than what this machine remembers, which decides nothing. Names of objects are what anybody who can write the
+    /// store makes of them.
+    pub fn newest_archived(&self) -> Result<Option<TrustedVersion>> {
+        let known = self.remembered()?.map_or(0, |seen| seen.manifest.serial).max(self.at_hand);
+        let archived = versions::archived(self.store)?;
+        let newer = || archived.iter().take_while(|v| v.serial >= known);
+        for version in newer().take(SEARCHED) {
+            if let Ok(found) = self.examine(version)? {
+                return Ok(Some(found));
+            }
+        }
+        let Some(newest) = archived.first().filter(|_| newer().nth(SEARCHED).is_some()) else {
+            return Ok(None);
+        };
+        let what = format!(
+            "the {SEARCHED} newest versions in {}, from {} on, are not signed by any key in 'trustedPublicKeys'",
+            self.store.url(),
+            archive_key(&newest.name)
+        );
+        if known == 0 {
+            return Err(Error::new(format!(
+                "{what}: put back the copy that a host has kept ('{COPY_BACK}'), or remove what nobody published, with \
+                 credentials that may delete, and run it again"
+            )));
+        }
+        // Once: several parts of a call look here.
+        static SAID: AtomicBool = AtomicBool::new(false);
+        if !SAID.swap(true, Ordering::Relaxed) {
+            log::warning(format!(
+                "warning: {what}, and no more were looked at: if there is one behind them that is newer than version \
+                 {known}, it is not known here; whoever may delete in the store should remove what nobody published"
+            ));
+        }
+        Ok(None)
+    }
+
+    /// An archived version, or why it is not trusted.
+    pub fn examine(&self, version: &Version) -> Result<Result<TrustedVersion, String>> {
+        let bytes = match self.store.read(&archive_key(&version.name), MAX_BYTES) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(Err("it is gone".into())),
+            Err(StoreError::TooLarge(why)) => return Ok(Err(why)),
+            Err(e) => return Err(e.into()),
+        };
+        Ok(match self.read(bytes) {
+            Ok(found) if found.name() == version.name => Ok(found),
+            Ok(TrustedVersion { manifest: Manifest { serial, generation, .. }, .. }) => {
+                Err(format!("it holds version {serial} of {generation}"))
+            }
+            Err(e) => Err(e.to_string()),
+        })
+    }
+
+    /// The newest of these versions that came before `there`, of the digest `digest` (None: which ones did is not known),
+    /// that is trusted and `wanted`. What is not trusted is passed over: whoever can write the store can put anything
+    /// among the old versions.
+    pub fn before(
+        &self,
+        versions: &[Version],
+        there: &Manifest,
+        digest: Option<&Digest>,
+        wanted: impl Fn(&Manifest) -> bool,
+    ) -> Result<Search> {
+        let older: Vec<&Version> =
+            versions.iter().filter(|v| !v.current && v.serial < there.serial).take(SEARCHED).collect();
+        let digest = digest.filter(|_| !self.trust.trusted.is_empty());
+        let (mut met, mut passed_over, mut after) = (Vec::new(), Vec::new(), None);
+        let (first, rest) = older.split_at(older.len().min(1));
+        for some in std::iter::once(first).chain(rest.chunks(READ_AT_ONCE)) {
+            let read = parallel::map(some, READ_AT_ONCE, |version| self.examine(version));
+            for (version, found) in some.iter().zip(read) {
+                let found = found?.and_then(|found| {
+                    let comes_after = |digest: &Digest| {
+                        lineage::relation(there, digest, found.manifest.serial, &found.digest)
+                            == Relation::Later
+                    };
+                    match digest.is_none_or(comes_after) {
+                        true => Ok(found),
+                        false => Err("the version in force does not come after it".into()),
+                    }
+                });
+                match found {
+                    Ok(found) => {
+                        met.push(found.manifest.serial);
+                        if wanted(&found.manifest) {
+                            return Ok(Search { found: Some(found), met, after, passed_over });
+                        }
+                        after = Some(found.describe());
+                    }
+                    Err(why) => passed_over.push((version.name.clone(), why)),
+                }
+            }
+        }
+        Ok(Search { found: None, met, after, passed_over })
     }
 }
 
@@ -305,62 +398,6 @@ pub fn newer(remembered: Option<TrustedVersion>, archived: Option<TrustedVersion
         (Some(seen), Some(found)) if found.manifest.serial > seen.manifest.serial => Some(found),
         (seen, found) => seen.or(found),
     }
-}
-
-/// The newest archived version that one of the trusted keys has signed and whose name is its own; not one that is
-/// older than what this machine remembers, which decides nothing. Names of objects are what anybody who can write the
-/// store makes of them.
-pub fn newest_archived(store: &dyn Store, author: &Author) -> Result<Option<TrustedVersion>> {
-    let known = author.remembered(store)?.map_or(0, |seen| seen.manifest.serial).max(author.at_hand);
-    let archived = versions::archived(store)?;
-    let newer = || archived.iter().take_while(|v| v.serial >= known);
-    for version in newer().take(SEARCHED) {
-        if let Ok(found) = examine(store, version, author)? {
-            return Ok(Some(found));
-        }
-    }
-    let Some(newest) = archived.first().filter(|_| newer().nth(SEARCHED).is_some()) else { return Ok(None) };
-    let what = format!(
-        "the {SEARCHED} newest versions in {}, from {} on, are not signed by any key in 'trustedPublicKeys'",
-        store.url(),
-        archive_key(&newest.name)
-    );
-    if known == 0 {
-        return Err(Error::new(format!(
-            "{what}: put back the copy that a host has kept ('{COPY_BACK}'), or remove what nobody published, with \
-             credentials that may delete, and run it again"
-        )));
-    }
-    // Once: several parts of a call look here.
-    static SAID: AtomicBool = AtomicBool::new(false);
-    if !SAID.swap(true, Ordering::Relaxed) {
-        log::warning(format!(
-            "warning: {what}, and no more were looked at: if there is one behind them that is newer than version \
-             {known}, it is not known here; whoever may delete in the store should remove what nobody published"
-        ));
-    }
-    Ok(None)
-}
-
-/// An archived version, or why it is not trusted.
-pub fn examine(
-    store: &dyn Store,
-    version: &Version,
-    author: &Author,
-) -> Result<Result<TrustedVersion, String>> {
-    let bytes = match store.read(&archive_key(&version.name), MAX_BYTES) {
-        Ok(Some(bytes)) => bytes,
-        Ok(None) => return Ok(Err("it is gone".into())),
-        Err(StoreError::TooLarge(why)) => return Ok(Err(why)),
-        Err(e) => return Err(e.into()),
-    };
-    Ok(match TrustedVersion::read(bytes, &store.identity(), &author.trust.trusted) {
-        Ok(found) if found.name() == version.name => Ok(found),
-        Ok(TrustedVersion { manifest: Manifest { serial, generation, .. }, .. }) => {
-            Err(format!("it holds version {serial} of {generation}"))
-        }
-        Err(e) => Err(e.to_string()),
-    })
 }
 
 /// What came of the search for a version before the one in force.
@@ -392,47 +429,4 @@ impl Search {
             (None, Some(passed_over)) => Err(Error::new(format!("{none}; {passed_over}"))),
         }
     }
-}
-
-/// The newest of these versions that came before `there`, of the digest `digest` (None: which ones did is not known),
-/// that is trusted and `wanted`. What is not trusted is passed over: whoever can write the store can put anything
-/// among the old versions.
-pub fn before(
-    store: &dyn Store,
-    author: &Author,
-    versions: &[Version],
-    there: &Manifest,
-    digest: Option<&Digest>,
-    wanted: impl Fn(&Manifest) -> bool,
-) -> Result<Search> {
-    let older: Vec<&Version> =
-        versions.iter().filter(|v| !v.current && v.serial < there.serial).take(SEARCHED).collect();
-    let digest = digest.filter(|_| !author.trust.trusted.is_empty());
-    let (mut met, mut passed_over, mut after) = (Vec::new(), Vec::new(), None);
-    let (first, rest) = older.split_at(older.len().min(1));
-    for some in std::iter::once(first).chain(rest.chunks(READ_AT_ONCE)) {
-        let read = parallel::map(some, READ_AT_ONCE, |version| examine(store, version, author));
-        for (version, found) in some.iter().zip(read) {
-            let found = found?.and_then(|found| {
-                let comes_after = |digest: &Digest| {
-                    lineage::relation(there, digest, found.manifest.serial, &found.digest) == Relation::Later
-                };
-                match digest.is_none_or(comes_after) {
-                    true => Ok(found),
-                    false => Err("the version in force does not come after it".into()),
-                }
-            });
-            match found {
-                Ok(found) => {
-                    met.push(found.manifest.serial);
-                    if wanted(&found.manifest) {
-                        return Ok(Search { found: Some(found), met, after, passed_over });
-                    }
-                    after = Some(found.describe());
-                }
-                Err(why) => passed_over.push((version.name.clone(), why)),
-            }
-        }
-    }
-    Ok(Search { found: None, met, after, passed_over })
 }

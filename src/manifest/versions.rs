@@ -25,6 +25,13 @@ pub struct Version {
     pub current: bool,
 }
 
+impl Version {
+    /// Where it is in the store.
+    pub fn key(&self) -> String {
+        if self.current { MANIFEST_KEY.to_string() } else { archive_key(&self.name) }
+    }
+}
+
 /// What stands at the beginning of a version, before its services.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VersionHead {
@@ -126,7 +133,7 @@ pub fn mismatch(version: &Version, held: Option<(u64, Timestamp)>) -> Option<Str
 /// it fits several objects, those that are no versions do not count.
 pub fn find<'a>(store: &dyn Store, versions: &'a [Version], word: &str) -> Result<&'a Version> {
     find_where(versions, word, |version| {
-        let head = if version.current { None } else { head(store, &archive_key(&version.name))? };
+        let head = if version.current { None } else { head(store, &version.key())? };
         Ok(mismatch(version, head.as_ref().map(VersionHead::id)).is_none())
     })
 }
@@ -210,7 +217,7 @@ fn one_of<'a>(versions: &[Version], fitting: &[&'a Version], word: &str) -> Resu
 
 /// The bytes of a version.
 pub fn bytes(store: &dyn Store, version: &Version) -> Result<Vec<u8>> {
-    let key = if version.current { MANIFEST_KEY.to_string() } else { archive_key(&version.name) };
+    let key = version.key();
     store
         .read(&key, MAX_BYTES)?
         .ok_or_else(|| Error::new(format!("{key} is gone from {}; run the command again", store.url())))

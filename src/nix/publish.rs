@@ -7,7 +7,7 @@ use super::narinfo::{NarInfo, references_first};
 use super::present::{self, AbsenceReason, Voucher};
 use super::spool::{self, Spool};
 use super::upload::Uploads;
-use super::{Figures, cause, groups, nix, packing, with_news, with_params, with_room};
+use super::{cause, groups, nix, packing, with_news, with_params, with_room};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::failpoint;
@@ -47,8 +47,10 @@ pub enum Scope {
 /// What [`publish`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Published {
-    /// The whole closure, which is in the cache now.
-    pub figures: Figures,
+    /// How many paths the whole closure has, which is in the cache now.
+    pub paths: usize,
+    /// Its files together, compressed; None where only Nix can look.
+    pub bytes: Option<u64>,
     /// How many of its paths were written; None where only Nix knows.
     pub written: Option<usize>,
 }
@@ -77,15 +79,16 @@ pub fn publish(
     let shown = settings.cache.to_string();
     let found = look(cache.as_ref(), &closure, scope, &keys)?;
     tell(&found.faults, &shown);
-    let figures = |more: u64| Figures {
+    let published = |more: u64, written: usize| Published {
         paths: closure.len(),
         bytes: Some(found.present.values().fold(more, |sum, size| sum.saturating_add(*size))),
+        written: Some(written),
     };
     // Also where nothing is to be written now: the push that was killed may have come to that. What cannot be removed
     // hinders none.
     spool::clear_idle(&spool::home(spool::Of::User), WORK);
     if found.faults.is_empty() {
-        return Ok(Published { figures: figures(0), written: Some(0) });
+        return Ok(published(0, 0));
     }
     let mut missing = references_first(closure.keys(), |path| {
         Ok::<_, Error>(closure.get(path).map(|info| &info.references))
@@ -100,7 +103,7 @@ pub fn publish(
         shown: &shown,
     };
     let bytes = copy.run(cache.as_ref(), on_line)?;
-    Ok(Published { figures: figures(bytes), written: Some(missing.len()) })
+    Ok(published(bytes, missing.len()))
 }
 
 /// What the cache has, and that it says what it is for.

@@ -77,14 +77,9 @@ pub struct VerifiedNarInfo {
     pub warrant: Option<Warrant>,
 }
 
-/// What was found below some top paths, as far as it is not here.
+/// What was found below some top paths, as far as it is not here: the narinfos that may be followed, or what is wrong.
 #[derive(Debug, Default)]
-pub struct Walked {
-    /// The narinfos that may be followed.
-    pub found: BTreeMap<StorePath, Arc<VerifiedNarInfo>>,
-    /// What is wrong.
-    pub faults: BTreeMap<StorePath, PathFault>,
-}
+pub struct Walked(BTreeMap<StorePath, Result<Arc<VerifiedNarInfo>, PathFault>>);
 
 /// Why a walk ended early.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,12 +98,13 @@ impl Walked {
     /// What of the closure of `top` is to be had: paths after what they refer to. The error is the first that is
     /// missing or wrong.
     pub fn closure(&self, top: &StorePath) -> Result<Vec<&Arc<VerifiedNarInfo>>, (StorePath, PathFault)> {
-        let order = references_first([top], |path| match self.faults.get(path) {
-            Some(fault) => Err((path.clone(), fault.clone())),
+        let order = references_first([top], |path| match self.0.get(path) {
+            Some(Ok(found)) => Ok(Some(&found.info.references)),
+            Some(Err(fault)) => Err((path.clone(), fault.clone())),
             // What was not asked for is here.
-            None => Ok(self.found.get(path).map(|found| &found.info.references)),
+            None => Ok(None),
         })?;
-        Ok(order.into_iter().filter_map(|path| self.found.get(path)).collect())
+        Ok(order.into_iter().filter_map(|path| self.0.get(path)?.as_ref().ok()).collect())
     }
 }
 
@@ -131,20 +127,17 @@ pub fn walk(
     while !next.is_empty() {
         let mut references = BTreeSet::new();
         for (path, judged) in level(cache, &next, keys, limits, &bytes)? {
-            match judged {
-                Ok(found) => {
-                    references.extend(found.info.references.iter().filter(|r| !seen.contains(r)).cloned());
-                    let paths = seen.len() + references.len();
-                    if paths > limits.paths {
-                        return Err(WalkError::Endless(format!(
-                            "at {path} the walk has come to {paths} paths, and no closure has more than {}",
-                            limits.paths
-                        )));
-                    }
-                    walked.found.insert(path, Arc::new(found));
+            if let Ok(found) = &judged {
+                references.extend(found.info.references.iter().filter(|r| !seen.contains(r)).cloned());
+                let paths = seen.len() + references.len();
+                if paths > limits.paths {
+                    return Err(WalkError::Endless(format!(
+                        "at {path} the walk has come to {paths} paths, and no closure has more than {}",
+                        limits.paths
+                    )));
                 }
-                Err(fault) => drop(walked.faults.insert(path, fault)),
             }
+            walked.0.insert(path, judged.map(Arc::new));
         }
         let references: Vec<StorePath> = references.into_iter().collect();
         seen.extend(references.iter().cloned());
@@ -313,7 +306,7 @@ mod tests {
         let walked = walk(&cache, &[path(1)], &[key.public()], &mut all, limits()).unwrap();
         assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(2), PathFault::Unsigned));
         assert_eq!(walked.closure(&path(3)).unwrap().len(), 1);
-        assert!(!walked.faults.contains_key(&path(4)) && !walked.found.contains_key(&path(4)));
+        assert!(!walked.0.contains_key(&path(4)));
         // The same cache for who has no keys: Nix's own settings decide later.
         let walked = walk(&cache, &[path(1)], &[], &mut all, limits()).unwrap();
         assert_eq!(walked.closure(&path(1)).unwrap_err(), (path(4), PathFault::Absent));
@@ -373,7 +366,8 @@ mod tests {
         let huge = vec![b'x'; MAX_BYTES as usize + 1];
         cache.put(&NarInfo::key(&path(3)), &huge, &Condition::Always).unwrap();
         let walked = walk(&cache, &[path(1)], &[], &mut all, limits()).unwrap();
-        let texts: Vec<String> = walked.faults.values().map(PathFault::text).collect();
+        let texts: Vec<String> =
+            walked.0.values().filter_map(|judged| judged.as_ref().err().map(PathFault::text)).collect();
         assert!(texts[0].contains("is about") && texts[1].contains("1 MiB"), "{texts:?}");
     }
 }

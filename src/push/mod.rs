@@ -92,8 +92,8 @@ pub fn push(
     // One client for the manifest and the closures, if they are in one bucket.
     let store = store::open(&settings.store)?;
     // Before anything is built: a key that cannot be read, or a manifest that is not to be trusted.
-    let author = Author::of(settings)?;
-    let manifest = publish::read_trusted(store.as_ref(), &author)?;
+    let author = Author::of(settings, store.as_ref())?;
+    let manifest = publish::read_trusted(&author)?;
     for target in &resolved {
         known(&manifest, target)?;
         if require_clean {
@@ -125,9 +125,7 @@ pub fn push(
         .map_err(|e| Error::new(format!("copy to the cache failed: {e}; nothing was published")))?;
 
     let since = Instant::now();
-    let now = || Timestamp::now();
-    let version =
-        publish::update(store.as_ref(), &now, &author, &built).map_err(|e| e.context("publishing failed"))?;
+    let version = publish::update(&author, &built).map_err(|e| e.context("publishing failed"))?;
     let (serial, written) = (version.manifest.serial, version.written);
     // As hosts make them, from the text.
     let entries = entry::digests(&version.bytes);
@@ -296,15 +294,15 @@ fn copy(settings: &Settings, paths: &[StorePath], scope: Scope, store: &Arc<dyn 
     let on_line = &mut |line: &str| log::info(line.replace(&url, cache));
     let published = nix::publish(settings, paths, scope, Some(store), on_line)?;
     let counted = |count: usize| format!("{count} {}", if count == 1 { "path" } else { "paths" });
-    let bytes = published.figures.bytes.map(|b| format!(", {}", size(b))).unwrap_or_default();
+    let bytes = published.bytes.map(|b| format!(", {}", size(b))).unwrap_or_default();
     let done = match published.written {
         Some(0) => format!("is in {cache} already ({})", took(since)),
-        Some(count) if count < published.figures.paths => {
+        Some(count) if count < published.paths => {
             format!("is in {cache}: {} of it written in {}, the rest was there", counted(count), took(since))
         }
         Some(_) | None => format!("copied to {cache} in {}", took(since)),
     };
-    log::info(format!("closure of {}{bytes} {done}", counted(published.figures.paths)));
+    log::info(format!("closure of {}{bytes} {done}", counted(published.paths)));
     Ok(())
 }
 

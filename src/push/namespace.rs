@@ -17,21 +17,8 @@ const LEADERS: [&str; 9] = ["{-", "--", "//", "(*", "/*", "#", ";;", ";", "%"];
 /// What closes one.
 const CLOSERS: [&str; 3] = ["-}", "*)", "*/"];
 
-/// A target by its form.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TargetForm<'a> {
-    /// A closure that is built already.
-    StorePath(StorePath),
-    /// `REFERENCE#ATTRIBUTE`, for `nix build`.
-    Flake(&'a str),
-    /// A file for `nix-build`.
-    NixFile(&'a str),
-    /// A file for the build command.
-    Namespace(&'a str),
-}
-
-/// Tells a target's form; the error is the reason alone.
-pub fn form(text: &str) -> Result<TargetForm<'_>, String> {
+/// How a target is built, by its form alone: files are as they were typed. The error is the reason alone.
+pub fn form(text: &str) -> Result<How, String> {
     if text.is_empty() || text.contains(|c: char| c.is_control()) {
         return Err("is empty or has control characters".into());
     }
@@ -39,14 +26,14 @@ pub fn form(text: &str) -> Result<TargetForm<'_>, String> {
         return Err("looks like an option; write ./ before a file of that name".into());
     }
     if text == STORE_DIR || text.starts_with(&format!("{STORE_DIR}/")) {
-        return StorePath::parse(text).map(TargetForm::StorePath);
+        return StorePath::parse(text).map(How::Built);
     }
     Ok(if text.contains('#') {
-        TargetForm::Flake(text)
+        How::Flake(text.to_string())
     } else if text.ends_with(".nix") {
-        TargetForm::NixFile(text)
+        How::NixFile(text.into())
     } else {
-        TargetForm::Namespace(text)
+        How::Command(text.to_string())
     })
 }
 
@@ -101,7 +88,7 @@ pub fn name_of_flake(reference: &str) -> Option<&str> {
 pub enum How {
     /// It is there already.
     Built(StorePath),
-    /// `nix build REFERENCE`.
+    /// `nix build REFERENCE#ATTRIBUTE`.
     Flake(String),
     /// `nix-build FILE`.
     NixFile(PathBuf),
@@ -139,7 +126,7 @@ pub fn resolve(text: &str, service: Option<&str>, cwd: &Path) -> Result<Target> 
         Ok(Target { shown: text.to_string(), service, how, dir: dir.to_path_buf(), repository })
     };
     match form {
-        TargetForm::StorePath(path) => {
+        How::Built(path) => {
             let Some(name) = service else {
                 return Err(Error::usage(format!(
                     "{path} does not say which service it is; add --service NAME"
@@ -147,8 +134,8 @@ pub fn resolve(text: &str, service: Option<&str>, cwd: &Path) -> Result<Target> 
             };
             target(named(name, "--service")?, How::Built(path), cwd, None)
         }
-        TargetForm::Flake(reference) => {
-            let Some(name) = service.or_else(|| name_of_flake(reference)) else {
+        How::Flake(reference) => {
+            let Some(name) = service.or_else(|| name_of_flake(&reference)) else {
                 return Err(Error::usage(format!("{reference} does not name a service; add --service NAME")));
             };
             let name = named(name, "the flake reference")?;
@@ -156,10 +143,10 @@ pub fn resolve(text: &str, service: Option<&str>, cwd: &Path) -> Result<Target> 
             let at = reference.split(['#', '?']).next().unwrap_or_default();
             let folder = cwd.join(at.strip_prefix("path:").unwrap_or(at));
             let repository = if folder.is_dir() { repository(&folder)? } else { None };
-            target(name, How::Flake(reference.to_string()), cwd, repository)
+            target(name, How::Flake(reference), cwd, repository)
         }
-        TargetForm::NixFile(file) | TargetForm::Namespace(file) => {
-            let (path, repository) = find(file, cwd)?;
+        How::NixFile(_) | How::Command(_) => {
+            let (path, repository) = find(text, cwd)?;
             let root = repository.clone().unwrap_or_else(|| cwd.to_path_buf());
             let Ok(relative) = path.strip_prefix(&root) else {
                 return Err(Error::usage(format!(
@@ -170,11 +157,11 @@ pub fn resolve(text: &str, service: Option<&str>, cwd: &Path) -> Result<Target> 
             };
             let head = header(&path)?;
             let name = match out_name(&head) {
-                Some((line, name)) => named(name, &format!("{file}, line {line}"))?,
+                Some((line, name)) => named(name, &format!("{text}, line {line}"))?,
                 None => named(&name_of_path(relative), "its path")?,
             };
             let how = match form {
-                TargetForm::NixFile(_) => How::NixFile(path.clone()),
+                How::NixFile(_) => How::NixFile(path.clone()),
                 _ => How::Command(relative.to_string_lossy().into_owned()),
             };
             target(name, how, &root, repository)
@@ -280,11 +267,11 @@ mod tests {
     #[test]
     fn the_form_of_a_target_is_told_by_its_looks() {
         let path = "/nix/store/0c0zzgbsl9wnzv7wpkdjmzbi8yq6lvjd-ava";
-        assert_eq!(form(path), Ok(TargetForm::StorePath(StorePath::parse(path).unwrap())));
-        assert_eq!(form(".#ava"), Ok(TargetForm::Flake(".#ava")));
-        assert_eq!(form("github:o/r#x"), Ok(TargetForm::Flake("github:o/r#x")));
-        assert_eq!(form("Biz/App.nix"), Ok(TargetForm::NixFile("Biz/App.nix")));
-        assert_eq!(form("Biz/PodcastItLater/Web.py"), Ok(TargetForm::Namespace("Biz/PodcastItLater/Web.py")));
+        assert_eq!(form(path), Ok(How::Built(StorePath::parse(path).unwrap())));
+        assert_eq!(form(".#ava"), Ok(How::Flake(".#ava".into())));
+        assert_eq!(form("github:o/r#x"), Ok(How::Flake("github:o/r#x".into())));
+        assert_eq!(form("Biz/App.nix"), Ok(How::NixFile("Biz/App.nix".into())));
+        assert_eq!(form("Biz/PodcastItLater/Web.py"), Ok(How::Command("Biz/PodcastItLater/Web.py".into())));
         for bad in ["", "-x", "--service", "a\nb", "/nix/store/x", &format!("{path}/bin/ava"), "/nix/store"] {
             assert!(form(bad).is_err(), "{bad:?} passed");
         }

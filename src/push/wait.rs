@@ -15,7 +15,7 @@ use crate::ssh;
 use crate::status::hint;
 use crate::status::judge::ServiceStatus;
 use crate::status::reports::{self, With};
-use crate::store::{MANIFEST_KEY, Store};
+use crate::store::Store;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -187,9 +187,7 @@ fn name_newer(store: &dyn Store, host: &HostName, outcome: Outcome) -> Outcome {
     let find = || -> Result<Option<versions::VersionHead>> {
         let all = versions::all(store)?;
         let Some(version) = all.iter().find(|v| v.serial == newer.serial) else { return Ok(None) };
-        let archived = versions::archive_key(&version.name);
-        let head = versions::head(store, if version.current { MANIFEST_KEY } else { &archived })?;
-        Ok(head.filter(|h| h.serial == newer.serial))
+        Ok(versions::head(store, &version.key())?.filter(|h| h.serial == newer.serial))
     };
     // One that is replaced at this moment is in neither place for whoever looks at one after the other.
     let found = find().and_then(|head| if head.is_some() { Ok(head) } else { find() });
@@ -230,23 +228,16 @@ pub fn follow(
 enum WaitStep {
     /// Every service has its outcome.
     Done(Vec<Outcome>),
-    /// There is none yet: why.
-    Again(NextTry, String),
+    /// There is none yet, since the pass worked from an older manifest: why.
+    Behind(String),
+    /// The same, and its pass failed or could not use the manifest.
+    Stuck(String),
+    /// The host was not heard.
+    Unheard(String),
     /// The host's pass failed: why. It said so itself, and would say it again.
     Failed(String),
     /// Something that no other try mends.
     Hopeless(String),
-}
-
-/// Why another try may bring an outcome.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum NextTry {
-    /// The pass worked from an older manifest.
-    Behind,
-    /// The same, and its pass failed or could not use the manifest.
-    Stuck,
-    /// The host was not heard.
-    Unheard,
 }
 
 struct Follower<'a> {
@@ -279,8 +270,9 @@ impl Follower<'_> {
                 }
                 WaitStep::Failed(why) => (true, TRIES, why),
                 WaitStep::Hopeless(why) => (false, TRIES, why),
-                WaitStep::Again(NextTry::Behind, why) => (true, 0, why),
-                WaitStep::Again(next, why) => (next == NextTry::Stuck, failures + 1, why),
+                WaitStep::Behind(why) => (true, 0, why),
+                WaitStep::Stuck(why) => (true, failures + 1, why),
+                WaitStep::Unheard(why) => (false, failures + 1, why),
             };
             failures = in_vain;
             report(&why);
@@ -296,11 +288,10 @@ impl Follower<'_> {
 
     fn step(&self, host: &HostName, shipped: &[Shipped]) -> WaitStep {
         let Follower { settings, store, serial, until } = self;
-        let unheard = |why: String| WaitStep::Again(NextTry::Unheard, why);
         let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
         let (started, answer) = match self.start(host, left) {
             Ok(both) => both,
-            Err(e) => return unheard(e.to_string()),
+            Err(e) => return WaitStep::Unheard(e.to_string()),
         };
         if started.code == NO_UNIT {
             return WaitStep::Hopeless(format!(
@@ -312,7 +303,10 @@ impl Follower<'_> {
         // Of a start that failed the reason is what its pass said last.
         let failed = |line: Option<String>, otherwise: String| {
             let line = if well { None } else { line.or_else(|| self.last_line(host)) };
-            line.map_or_else(|| unheard(otherwise), |why| WaitStep::Failed(format!("its pass failed: {why}")))
+            match line {
+                Some(why) => WaitStep::Failed(format!("its pass failed: {why}")),
+                None => WaitStep::Unheard(otherwise),
+            }
         };
         let answer = match answer {
             Ok(answer) => answer,
@@ -341,12 +335,13 @@ impl Follower<'_> {
         }
         let at = state.serial.map_or("none".to_string(), |s| s.to_string());
         let behind = format!("its last pass saw version {at}, not yet {serial}");
-        let (next, why) = match &state.manifest_error {
-            Some(why) => (NextTry::Stuck, format!(": {}", hint::translated(why, host, &settings.host))),
-            None if !well => (NextTry::Stuck, format!(" (start: {})", started.said)),
-            None => (NextTry::Behind, "; starting another".into()),
-        };
-        WaitStep::Again(next, behind + &why)
+        match &state.manifest_error {
+            Some(why) => {
+                WaitStep::Stuck(format!("{behind}: {}", hint::translated(why, host, &settings.host)))
+            }
+            None if !well => WaitStep::Stuck(format!("{behind} (start: {})", started.said)),
+            None => WaitStep::Behind(format!("{behind}; starting another")),
+        }
     }
 
     /// Starts the deployer, and asks the host for its state when there is a result: by one command where the host knows

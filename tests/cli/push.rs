@@ -162,7 +162,7 @@ fn round_trip(desk: &Desk) {
     let signing = desk.settings(&[("secretKeyFile", secret.to_str().unwrap())]);
     let tops = [closure.app.clone()];
     let first = publish(&signing, &tops);
-    assert_eq!((first.figures.paths, first.written), (2, Some(2)));
+    assert_eq!((first.paths, first.written), (2, Some(2)));
     assert_eq!(publish(&signing, &tops), Published { written: Some(0), ..first });
     closure.forget();
     assert_eq!(nix::missing(&closure.paths()).unwrap().len(), 2);

@@ -1,8 +1,7 @@
 //! `edit`: a text for the person's editor, and what became of it published.
 
 use super::super::editor;
-use super::{change, some_of};
-use crate::config::Settings;
+use super::{Session, change, some_of};
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::log;
@@ -10,11 +9,10 @@ use crate::manifest::current::{self, COPY_BACK, CurrentManifest};
 use crate::manifest::diff::diff;
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::publish::{self, StartingPoint};
-use crate::manifest::signature::{self, ReadError, Trust};
+use crate::manifest::signature::{self, ReadError};
 use crate::manifest::trust::{Author, RejectReason};
 use crate::manifest::{edit, json};
 use crate::names::ServiceName;
-use crate::store::Store;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -22,10 +20,10 @@ use std::path::Path;
 /// The name beside a kept draft of the text that it was made from.
 pub(super) const BASE: &str = "base.json";
 
-pub(super) fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
-    let author = Author::of(settings)?;
-    let current = current::load(store)?.ok_or_else(|| publish::lost(store, &author))?;
-    let (text, next) = edit_base(store, &author, &current)?;
+pub(super) fn edit_text(session: &Session) -> Result<()> {
+    let author = session.author()?;
+    let current = current::load(author.store)?.ok_or_else(|| publish::lost(&author))?;
+    let (text, next) = edit_base(&author, &current)?;
     let folder = durable::scratch(&std::env::temp_dir())?;
     let file = folder.path().join("manifest.json");
     durable::write(&file, &text, 0o600)?;
@@ -34,7 +32,7 @@ pub(super) fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
             log::info(format!("unchanged: nothing was published{next}"));
             return Ok(());
         }
-        Ok(bytes) => publish_edited(settings, store, &bytes, &text),
+        Ok(bytes) => publish_edited(session, &bytes, &text),
         Err(e) => Err(e),
     };
     if result.is_err() && fs_err::read(&file).is_ok_and(|edited| edited != text) {
@@ -52,20 +50,16 @@ pub(super) fn edit_text(settings: &Settings, store: &dyn Store) -> Result<()> {
 
 /// The text that an edit starts from, and what to do where it is left as it is: that of the version in force, or of the
 /// newest that is trusted. Says what is in force besides, where that is not what the edit starts from.
-fn edit_base(
-    store: &dyn Store,
-    author: &Author,
-    current: &CurrentManifest,
-) -> Result<(Vec<u8>, &'static str)> {
-    let url = store.url();
+fn edit_base(author: &Author, current: &CurrentManifest) -> Result<(Vec<u8>, &'static str)> {
+    let url = author.store.url();
     let trusting = !author.trust.trusted.is_empty();
-    let why = match (author.reject_reason(store, current)?, current.manifest()) {
+    let why = match (author.reject_reason(current)?, current.manifest()) {
         (Some(RejectReason::Unsigned(why)), _) => {
             format!("the manifest in {url} is not to be trusted: {why}")
         }
-        (Some(reason), _) => return Err(author.rejection(store, current, &reason)),
+        (Some(reason), _) => return Err(author.rejection(current, &reason)),
         (None, Ok(_)) => return Ok((json::pretty(&current.bytes), "")),
-        (None, Err(e)) if e.is_newer_version() => return Err(current::unusable(store, e)),
+        (None, Err(e)) if e.is_newer_version() => return Err(current::unusable(author.store, e)),
         (None, Err(e)) if !trusting => {
             log::warning(format!("warning: the manifest in {url} cannot be used: {e}"));
             // No manifest, and nothing to tell a better one by.
@@ -73,7 +67,7 @@ fn edit_base(
         }
         (None, Err(e)) => format!("the manifest in {url} cannot be used: {e}"),
     };
-    let Some(newest) = author.newest_trusted(store)? else {
+    let Some(newest) = author.newest_trusted()? else {
         return Err(Error::new(format!(
             "{why}, and no version before it is signed by a key in 'trustedPublicKeys'; put back the copy that a host \
              has kept ('{COPY_BACK}') or one of your own ('deploy-manifest rollback @FILE'); or look at what is there \
@@ -120,7 +114,7 @@ pub(super) fn own(file: &Path) -> Result<Vec<u8>> {
 }
 
 /// Publishes a draft that an earlier edit kept, on the text that it was made from.
-pub(super) fn publish_draft(settings: &Settings, store: &dyn Store, draft: &Path) -> Result<()> {
+pub(super) fn publish_draft(session: &Session, draft: &Path) -> Result<()> {
     let bytes = own(draft)?;
     let beside = draft.with_file_name(BASE);
     let base = own(&beside).map_err(|e| {
@@ -130,19 +124,15 @@ pub(super) fn publish_draft(settings: &Settings, store: &dyn Store, draft: &Path
             e,
         ))
     })?;
-    publish_edited(settings, store, &bytes, &base)
+    publish_edited(session, &bytes, &base)
 }
 
 /// Publishes what a person made of the text `base`: its changes, in what is trusted now.
-pub(super) fn publish_edited(
-    settings: &Settings,
-    store: &dyn Store,
-    bytes: &[u8],
-    base: &[u8],
-) -> Result<()> {
-    let edited = parse::manifest_with(bytes, Mode::Tolerant, settings.default_hosts.as_deref())?;
-    let Trust { trusted, .. } = Trust::of(settings)?;
-    let made_from = match signature::read(base, &store.identity(), &trusted) {
+pub(super) fn publish_edited(session: &Session, bytes: &[u8], base: &[u8]) -> Result<()> {
+    let edited = parse::manifest_with(bytes, Mode::Tolerant, session.settings.default_hosts.as_deref())?;
+    let author = session.author()?;
+    let (store, trusted) = (author.store, &author.trust.trusted);
+    let made_from = match signature::read(base, &store.identity(), trusted) {
         Ok(manifest) => Some(manifest),
         Err(ReadError::Manifest(_)) if trusted.is_empty() => None,
         Err(e) => {
@@ -154,7 +144,7 @@ pub(super) fn publish_edited(
         }
     };
     parse::check_additions(&edited, made_from.as_ref())?;
-    change(settings, store, StartingPoint::Repair, |manifest| {
+    change(&author, StartingPoint::Repair, |manifest| {
         let Some(base) = &made_from else {
             // What could not be read cannot be merged with: only what was edited may be replaced.
             if current::load(store)?.is_none_or(|c| c.bytes != base) {

@@ -2,7 +2,7 @@
 
 use super::super::print;
 use super::super::table::{Cell, Column, table};
-use super::{STDIN, stdin};
+use super::{STDIN, Session, stdin};
 use crate::config::Settings;
 use crate::error::{Error, Result, did_you_mean};
 use crate::log;
@@ -11,18 +11,14 @@ use crate::manifest::model::Manifest;
 use crate::manifest::newest::{Newest, enough_for, newest};
 use crate::manifest::parse::{self, Mode};
 use crate::manifest::signature::{self, ReadError};
-use crate::manifest::trust::{self, Author};
+use crate::manifest::trust::Author;
 use crate::manifest::versions::{self, Version, VersionHead};
 use crate::manifest::{Change, current, json, limits, publish};
 use crate::parallel;
-use crate::store::{MANIFEST_KEY, Store};
+use crate::store::Store;
 
-pub(super) fn show(
-    settings: &Settings,
-    store: &dyn Store,
-    version: Option<&str>,
-    service: Option<&str>,
-) -> Result<()> {
+pub(super) fn show(session: &Session, version: Option<&str>, service: Option<&str>) -> Result<()> {
+    let Session { settings, store } = *session;
     let versions = version.map(|word| enough_for(store, &[word])).transpose()?.unwrap_or_default();
     let (what, bytes, version) = match version {
         None => {
@@ -85,18 +81,19 @@ pub(super) fn print_bytes(bytes: &[u8]) -> Result<()> {
     print(&log::printable_json(text))
 }
 
-pub(super) fn list(settings: &Settings, store: &dyn Store, as_json: bool, number: usize) -> Result<()> {
+pub(super) fn list(session: &Session, as_json: bool, number: usize) -> Result<()> {
+    let Session { settings, store } = *session;
     let Newest { versions, others, complete } = newest(store, number)?;
-    let author = Author::reader(settings)?;
+    let author = Author::reader(settings, store)?;
     let current = match author.trust.trusted.is_empty() {
         true => None,
         // What is too large to be read is said below.
         false => current::load(store).ok().flatten(),
     };
     if let Some(current) = current
-        && let Some(reason) = author.reject_reason(store, &current)?
+        && let Some(reason) = author.reject_reason(&current)?
     {
-        log::warning(format!("warning: {}", author.rejection(store, &current, &reason)));
+        log::warning(format!("warning: {}", author.rejection(&current, &reason)));
     } else if !versions.iter().any(|v| v.current) {
         match current::load(store)? {
             None if versions.is_empty() => return Err(current::missing(store)),
@@ -164,21 +161,18 @@ pub(super) fn list(settings: &Settings, store: &dyn Store, as_json: bool, number
 
 /// The beginnings of versions.
 fn heads(store: &dyn Store, versions: &[Version]) -> Result<Vec<Option<VersionHead>>> {
-    parallel::try_map(versions, 8, |version| {
-        let archived = versions::archive_key(&version.name);
-        let key = if version.current { MANIFEST_KEY } else { &archived };
-        versions::head(store, key)
-    })
+    parallel::try_map(versions, 8, |version| versions::head(store, &version.key()))
 }
 
-pub(super) fn print_diff(settings: &Settings, store: &dyn Store, words: &[String]) -> Result<()> {
+pub(super) fn print_diff(session: &Session, words: &[String]) -> Result<()> {
+    let Session { settings, store } = *session;
     if words.len() > 2 {
         return Err(Error::usage("diff compares two versions; more were named"));
     }
     let (old, new) = (words.first(), words.get(1));
     let versions = enough_for(store, &words.iter().map(String::as_str).collect::<Vec<_>>())?;
-    let author = Author::reader(settings)?;
-    let current = || versions.iter().find(|v| v.current).ok_or_else(|| none_in_force(store, &author));
+    let author = Author::reader(settings, store)?;
+    let current = || versions.iter().find(|v| v.current).ok_or_else(|| none_in_force(&author));
     let read = |version: &Version| -> Result<Manifest> {
         // It is there to be looked at, as by 'show'.
         let (manifest, signed) = versions::read(store, version, &author.trust.trusted)?;
@@ -200,7 +194,7 @@ pub(super) fn print_diff(settings: &Settings, store: &dyn Store, words: &[String
             let there = current()?;
             let there =
                 if there.serial == new.serial { new.clone() } else { versions::read(store, there, &[])?.0 };
-            let search = trust::before(store, &author, &versions, &there, None, |_| true)?;
+            let search = author.before(&versions, &there, None, |_| true)?;
             search.found.ok_or_else(|| only_version(store))?.manifest
         }
     };
@@ -214,10 +208,11 @@ pub(super) fn print_diff(settings: &Settings, store: &dyn Store, words: &[String
 }
 
 /// Why none of the versions is the one in force: there is none, or what is there is not one.
-pub(super) fn none_in_force(store: &dyn Store, author: &Author) -> Error {
+pub(super) fn none_in_force(author: &Author) -> Error {
+    let store = author.store;
     let found = || {
-        let current = current::load(store)?.ok_or_else(|| publish::lost(store, author))?;
-        author.check_trusted(store, &current)?;
+        let current = current::load(store)?.ok_or_else(|| publish::lost(author))?;
+        author.check_trusted(&current)?;
         current.into_parts().1.map_err(|e| current::unusable(store, &e))
     };
     found().err().unwrap_or_else(|| {
@@ -248,10 +243,11 @@ pub(super) fn validate_file(settings: &Settings, file: &str) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn validate_store(settings: &Settings, store: &dyn Store) -> Result<()> {
-    let author = Author::reader(settings)?;
+pub(super) fn validate_store(session: &Session) -> Result<()> {
+    let Session { settings, store } = *session;
+    let author = Author::reader(settings, store)?;
     let current = current::load(store)?.ok_or_else(|| current::missing(store))?;
-    author.check_trusted(store, &current)?;
+    author.check_trusted(&current)?;
     let manifest = current.into_parts().1.map_err(|e| current::unusable(store, &e))?;
     if let Some(unknown) = parse::first_unknown(&manifest) {
         log::warning(format!("warning: {unknown}; a newer version may have written it"));

@@ -2,9 +2,8 @@
 
 use super::read::only_version;
 use super::sign::confirmed;
-use super::{InForce, STDIN, change, input};
+use super::{InForce, STDIN, Session, change, input};
 use crate::clock::Timestamp;
-use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::log;
 use crate::manifest::current;
@@ -17,15 +16,15 @@ use crate::manifest::publish::{self, StartingPoint};
 use crate::manifest::signature::{self, ReadError};
 use crate::manifest::trust::{self, Author, RejectReason, TrustedVersion};
 use crate::manifest::versions::{self, Version};
-use crate::store::Store;
 use std::io::IsTerminal;
 
-pub(super) fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str>, yes: bool) -> Result<()> {
+pub(super) fn rollback(session: &Session, word: Option<&str>, yes: bool) -> Result<()> {
     if let Some(word) = word.filter(|w| *w == STDIN || w.starts_with('@')) {
-        return rollback_to_copy(settings, store, input(word)?, yes);
+        return rollback_to_copy(session, input(word)?, yes);
     }
-    let author = Author::of(settings)?;
-    let in_force = InForce::of(store, &author)?;
+    let author = session.author()?;
+    let store = author.store;
+    let in_force = InForce::of(&author)?;
     // What is off is looked for among all of them.
     let versions = match in_force.current.is_some() && in_force.reason.is_none() {
         true => enough_for(store, word.as_slice())?,
@@ -42,7 +41,7 @@ pub(super) fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str
         changed.then(|| format!("rollback to {name} (version {})", old.serial))
     };
     let Some(word) = word else {
-        let old = version_before(&author, store, &versions, &in_force)?;
+        let old = version_before(&author, &versions, &in_force)?;
         let to = old.describe();
         match in_force.trusted() {
             None => log::notice(format!("back to {to}")),
@@ -55,18 +54,16 @@ pub(super) fn rollback(settings: &Settings, store: &dyn Store, word: Option<&str
         if !yes && !confirmed("Publish that?")? {
             return Err(Error::new("nothing was published"));
         }
-        let now = &Timestamp::now;
-        let published =
-            publish::publish_over(store, now, &author, StartingPoint::Replace, shown.as_ref(), |manifest| {
-                Ok(restore(manifest, &old.manifest, &old.name()))
-            })?;
+        let published = publish::publish_over(&author, shown.as_ref(), |manifest| {
+            Ok(restore(manifest, &old.manifest, &old.name()))
+        })?;
         publish::report(store, &published);
         return Ok(());
     };
-    let version = rollback_target(store, &author, &versions, word)?;
+    let version = rollback_target(&author, &versions, word)?;
     let (old, _) = versions::read_trusted(store, version, &author.trust.trusted)?;
     drop(in_force);
-    change(settings, store, StartingPoint::Replace, |manifest| Ok(restore(manifest, &old, &version.name)))?;
+    change(&author, StartingPoint::Replace, |manifest| Ok(restore(manifest, &old, &version.name)))?;
     Ok(())
 }
 
@@ -87,15 +84,15 @@ pub(super) fn show_differences<'a>(mut differences: impl Iterator<Item = &'a Dif
 /// something else; where that is not trusted or is lost, the newest that is.
 pub(super) fn version_before(
     author: &Author,
-    store: &dyn Store,
     versions: &[Version],
     in_force: &InForce,
 ) -> Result<TrustedVersion> {
+    let store = author.store;
     if let (Some(current), Some(there)) = (&in_force.current, in_force.trusted()) {
         let before = there.previous.first().filter(|a| a.serial + 1 == there.serial && a.digest.is_some());
         let digest = signature::digest(&current.bytes).ok();
         let otherwise = |old: &Manifest| old.services != there.services || old.extra != there.extra;
-        let search = trust::before(store, author, versions, there, digest.as_ref(), otherwise)?;
+        let search = author.before(versions, there, digest.as_ref(), otherwise)?;
         let none = match versions.iter().any(|v| v.serial < there.serial) {
             true => {
                 Error::new(format!("no version before the current one in {} differs from it", store.url()))
@@ -113,9 +110,9 @@ pub(super) fn version_before(
     if let (Some(current), Some(reason @ (RejectReason::PutBack(_) | RejectReason::Fork(_)))) =
         (&in_force.current, &in_force.reason)
     {
-        return Err(author.rejection(store, current, reason));
+        return Err(author.rejection(current, reason));
     }
-    if let Some(newest) = author.newest_trusted(store)? {
+    if let Some(newest) = author.newest_trusted()? {
         return Ok(newest);
     }
     let all = Manifest { serial: u64::MAX, ..Manifest::empty(Timestamp::default(), "") };
@@ -126,18 +123,14 @@ pub(super) fn version_before(
             _ => only_version(store),
         },
     };
-    trust::before(store, author, versions, &all, None, |_| true)?.found_or(none)
+    author.before(versions, &all, None, |_| true)?.found_or(none)
 }
 
 /// Publishes a copy of a version from somewhere else, above every serial that it shows to have been there.
-pub(super) fn rollback_to_copy(
-    settings: &Settings,
-    store: &dyn Store,
-    bytes: Vec<u8>,
-    yes: bool,
-) -> Result<()> {
-    let mut author = Author::of(settings)?;
-    let read = TrustedVersion::read(bytes, &store.identity(), &author.trust.trusted);
+pub(super) fn rollback_to_copy(session: &Session, bytes: Vec<u8>, yes: bool) -> Result<()> {
+    let mut author = session.author()?;
+    let store = author.store;
+    let read = author.read(bytes);
     let copy = read.map_err(|e| match e {
         ReadError::Signature(why) => Error::new(format!(
             "the copy is not to be trusted in {}: {why}; take one that a host of this store has kept",
@@ -148,12 +141,12 @@ pub(super) fn rollback_to_copy(
     let TrustedVersion { manifest: Manifest { serial, .. }, digest, .. } = copy;
     author.at_hand = serial;
     let line = copy.line();
-    let in_force = InForce::of(store, &author)?;
+    let in_force = InForce::of(&author)?;
     // Who can write the store can hold a host at an old version, take the newest away, and wait for somebody to put
     // that host's copy back.
     let newest = match in_force.trusted() {
         Some(_) => None,
-        None => author.newest_trusted(store)?,
+        None => author.newest_trusted()?,
     };
     if let Some(newest) = newest.filter(|newest| newest.comes_after(&copy)) {
         return Err(Error::new(format!(
@@ -183,7 +176,7 @@ pub(super) fn rollback_to_copy(
         )));
     }
     drop(in_force);
-    let published = publish::publish(store, &Timestamp::now, &author, StartingPoint::Replace, |manifest| {
+    change(&author, StartingPoint::Replace, |manifest| {
         // Whoever has obeyed the copy knows that the new version comes after it.
         let behind = manifest.serial < serial || trusting && !manifest.previous.contains(&line[0]);
         manifest.previous = lineage::join(&line, &manifest.previous);
@@ -191,52 +184,45 @@ pub(super) fn rollback_to_copy(
         let changed = edit::restore(manifest, &copy.manifest) || behind || manifest.change.by.is_empty();
         Ok(changed.then(|| format!("rollback to a copy of version {serial}")))
     })?;
-    publish::report(store, &published);
     Ok(())
 }
 
 /// The version in force is what one rolls back from: it does not make a beginning ambiguous. Nor does what is not
 /// trusted.
 pub(super) fn rollback_target<'a>(
-    store: &dyn Store,
     author: &Author,
     versions: &'a [Version],
     word: &str,
 ) -> Result<&'a Version> {
     let older: Vec<Version> = versions.iter().filter(|v| !v.current).cloned().collect();
-    let counts = |version: &Version| Ok(trust::examine(store, version, author)?.is_ok());
+    let counts = |version: &Version| Ok(author.examine(version)?.is_ok());
     let name = match versions::find_where(&older, word, counts) {
         Ok(found) => found.name.clone(),
         // Only the current one fits: then there is nothing to do, which is said later.
-        Err(e) => versions::find(store, versions, word).map_err(|_| e)?.name.clone(),
+        Err(e) => versions::find(author.store, versions, word).map_err(|_| e)?.name.clone(),
     };
     versions.iter().find(|v| v.name == name).ok_or_else(|| Error::new(format!("no version '{word}'")))
 }
 
-pub(super) fn rollback_service(
-    settings: &Settings,
-    store: &dyn Store,
-    word: Option<&str>,
-    name: &str,
-    yes: bool,
-) -> Result<()> {
+pub(super) fn rollback_service(session: &Session, word: Option<&str>, name: &str, yes: bool) -> Result<()> {
     if word.is_some_and(|w| w == STDIN || w.starts_with('@')) {
         return Err(Error::usage("a copy from a file or stdin is put back whole; leave --service out"));
     }
-    let author = Author::of(settings)?;
+    let author = session.author()?;
+    let store = author.store;
     let (version, old) = match word {
         Some(word) => {
             let versions = enough_for(store, &[word])?;
-            let version = rollback_target(store, &author, &versions, word)?;
+            let version = rollback_target(&author, &versions, word)?;
             (version.name.clone(), versions::read_trusted(store, version, &author.trust.trusted)?.0)
         }
         None => {
             let versions = newest(store, trust::SEARCHED)?.versions;
-            let (bytes, now) = publish::read_trusted_bytes(store, &author)?;
+            let (bytes, now) = publish::read_trusted_bytes(&author)?;
             let entry = now.service(name).ok_or_else(|| edit::unknown_service(name, &now))?;
             let digest = signature::digest(&bytes).ok();
             let otherwise = |old: &Manifest| old.service(name).is_some_and(|o| o != entry);
-            let mut search = trust::before(store, &author, &versions, &now, digest.as_ref(), otherwise)?;
+            let mut search = author.before(&versions, &now, digest.as_ref(), otherwise)?;
             let undone = search.after.take().unwrap_or_else(|| trust::describe(&now));
             let found = search.found_or(Error::new(format!(
                 "no version before the current one has a different '{name}'"
@@ -250,7 +236,7 @@ pub(super) fn rollback_service(
             (found.name(), found.manifest)
         }
     };
-    change(settings, store, StartingPoint::Existing, |manifest| {
+    change(&author, StartingPoint::Existing, |manifest| {
         let changed = edit::restore_service(manifest, &old, name)?;
         Ok(changed.then(|| format!("rollback {name} to {version} (version {})", old.serial)))
     })?;

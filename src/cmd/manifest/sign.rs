@@ -1,9 +1,8 @@
 //! `sign` and `verify`: who vouches for the version in force.
 
 use super::super::print;
+use super::Session;
 use super::read::none_in_force;
-use crate::clock::Timestamp;
-use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::log;
 use crate::manifest::diff::{Difference, diff};
@@ -13,11 +12,11 @@ use crate::manifest::signature::{self, Trust};
 use crate::manifest::trust::{self, Author, RejectReason};
 use crate::manifest::versions;
 use crate::manifest::{current, publish};
-use crate::store::Store;
 use std::io::IsTerminal;
 
 /// Prints the names of the trusted keys that signed a version.
-pub(super) fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>) -> Result<()> {
+pub(super) fn verify(session: &Session, word: Option<&str>) -> Result<()> {
+    let Session { settings, store } = *session;
     let mut trusted = signature::trusted(settings)?;
     trusted.extend(Trust::of(settings)?.signer.map(|key| key.public()));
     if trusted.is_empty() {
@@ -28,11 +27,11 @@ pub(super) fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>)
         Some(word) => versions::find(store, &versions, word)?,
         None => match versions.iter().find(|v| v.current) {
             Some(version) => version,
-            None => return Err(none_in_force(store, &Author::of(settings)?)),
+            None => return Err(none_in_force(&session.author()?)),
         },
     };
     if version.current {
-        publish::read_trusted(store, &Author::of(settings)?)?;
+        publish::read_trusted(&session.author()?)?;
     }
     let (_, mut names) = versions::read_trusted(store, version, &trusted)?;
     names.sort();
@@ -41,16 +40,17 @@ pub(super) fn verify(settings: &Settings, store: &dyn Store, word: Option<&str>)
 }
 
 /// Believes the version in force, of this number, from now on.
-pub(super) fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Result<()> {
-    let author = Author::of(settings)?;
+pub(super) fn accept(session: &Session, number: u64) -> Result<()> {
+    let author = session.author()?;
+    let store = author.store;
     if author.trust.trusted.is_empty() {
         return Err(Error::new(
             "nothing is remembered without 'trustedPublicKeys': there is nothing to accept",
         ));
     }
     let current = current::load(store)?.ok_or_else(|| current::missing(store))?;
-    match author.reject_reason(store, &current)? {
-        Some(reason @ RejectReason::Unsigned(_)) => return Err(author.rejection(store, &current, &reason)),
+    match author.reject_reason(&current)? {
+        Some(reason @ RejectReason::Unsigned(_)) => return Err(author.rejection(&current, &reason)),
         Some(RejectReason::PutBack(_) | RejectReason::Fork(_)) | None => {}
     }
     let there = current.manifest().as_ref().map_err(|e| current::unusable(store, e))?;
@@ -61,7 +61,7 @@ pub(super) fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Res
             trust::describe(there)
         )));
     }
-    author.accept(store, &current.bytes);
+    author.accept(&current.bytes);
     log::notice(format!(
         "accepted: this machine trusts {} from now on ({})",
         trust::describe(there),
@@ -71,21 +71,22 @@ pub(super) fn accept(settings: &Settings, store: &dyn Store, number: u64) -> Res
 }
 
 /// Signs what is in force: as it is if it is trusted; else as a new version, after a person has seen what it is.
-pub(super) fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -> Result<()> {
-    let author = Author::of(settings)?;
+pub(super) fn sign(session: &Session, hash: Option<&str>) -> Result<()> {
+    let author = session.author()?;
+    let store = author.store;
     author.signer()?;
     let url = store.url();
     let current = current::load(store)?.ok_or_else(|| current::missing(store))?;
-    let why = match author.reject_reason(store, &current)? {
+    let why = match author.reject_reason(&current)? {
         None => {
-            match publish::add_signature(store, &author)? {
+            match publish::add_signature(&author)? {
                 true => log::notice(format!("signed ({url})")),
                 false => log::info(format!("unchanged: it has this key's signature already ({url})")),
             }
             return Ok(());
         }
         Some(RejectReason::Unsigned(why)) => why,
-        Some(reason) => return Err(author.rejection(store, &current, &reason)),
+        Some(reason) => return Err(author.rejection(&current, &reason)),
     };
     let there = current.manifest().as_ref().map_err(|e| current::unusable(store, e))?;
     let digest = signature::digest(&current.bytes).map_err(Error::new)?;
@@ -97,11 +98,9 @@ pub(super) fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -
                 "the manifest in {url} has the hash {digest}, not {hash}; look at it again with 'deploy-manifest sign'"
             )));
         }
-        None => show_unsigned(store, &author, there, &why)?,
+        None => show_unsigned(&author, there, &why)?,
     }
-    if let Some(RejectReason::PutBack(seen) | RejectReason::Fork(seen)) =
-        author.contradicts_seen(store, &current)?
-    {
+    if let Some(RejectReason::PutBack(seen) | RejectReason::Fork(seen)) = author.contradicts_seen(&current)? {
         return Err(Error::new(format!(
             "no host that obeyed {} takes this one, whoever signs it; go back with 'deploy-manifest \
              rollback', then make the changes that are right again",
@@ -116,16 +115,16 @@ pub(super) fn sign(settings: &Settings, store: &dyn Store, hash: Option<&str>) -
     if hash.is_none() && !confirmed("Is all of it right, and should it be signed?")? {
         return Err(Error::new("nothing was signed"));
     }
-    publish::report(store, &publish::adopt(store, &Timestamp::now, &author, &digest)?);
+    publish::report(store, &publish::adopt(&author, &digest)?);
     Ok(())
 }
 
 /// Shows what differs from the newest version that is trusted.
-pub(super) fn show_unsigned(store: &dyn Store, author: &Author, there: &Manifest, why: &str) -> Result<()> {
-    let url = store.url();
+pub(super) fn show_unsigned(author: &Author, there: &Manifest, why: &str) -> Result<()> {
+    let url = author.store.url();
     log::warning(format!("{} in {url} is not to be trusted: {why}", trust::describe(there)));
     let empty = Manifest::empty(there.generation, "");
-    let newest = author.newest_trusted(store)?;
+    let newest = author.newest_trusted()?;
     match &newest {
         Some(newest) => {
             log::warning(format!("it differs from {}, the newest that is trusted, in:", newest.describe()))
