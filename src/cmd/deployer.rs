@@ -346,11 +346,7 @@ fn state(json: bool) -> Result<Exit> {
     })?;
     // It needs no configuration, which may be what is wrong.
     let root = Root::system(Path::new("/etc/systemd/system"));
-    let lines = lines::load(&root);
-    let state = State::parse(&bytes).map(|mut state| {
-        lines.put_back(&mut state);
-        state
-    });
+    let state = State::parse(&bytes).map(|state| lines::load(&root).put_back(state));
     if json {
         let bytes = match &state {
             Ok(state) if lines::any(state) => lines::to_bytes(state)?,

@@ -67,22 +67,13 @@ fn previous_after(current: &StorePath, replaced: Option<&LastKnownGood>) -> Vec<
 
 const VERSION: u64 = 1;
 
-#[derive(Serialize)]
-struct Written<'a> {
+/// What is in a file.
+#[derive(Serialize, Deserialize)]
+struct Form {
     version: u64,
-    previous: &'a [StorePath],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    unit: Option<&'a str>,
-    service: &'a Service,
-}
-
-#[derive(Deserialize)]
-struct Read {
-    #[serde(rename = "version")]
-    _version: u64,
     #[serde(default)]
     previous: Vec<StorePath>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     unit: Option<String>,
     service: Service,
 }
@@ -108,7 +99,7 @@ pub fn load(root: &Root) -> Result<(BTreeMap<ServiceName, LastKnownGood>, Vec<St
 }
 
 fn read(bytes: &[u8]) -> Result<LastKnownGood, String> {
-    let Read { _version, mut service, previous, unit } =
+    let Form { version: _, previous, unit, mut service } =
         files::versioned(bytes, VERSION).map_err(|e| e.to_string())?;
     if let Some(mistake) = service.settle(None).first() {
         return Err(mistake.to_string());
@@ -139,8 +130,8 @@ pub fn record<'a>(root: &Root, all: impl IntoIterator<Item = &'a LastKnownGood>)
 }
 
 fn text(applied: &LastKnownGood) -> Result<Vec<u8>> {
-    let LastKnownGood { service, path: _, previous, unit } = applied;
-    lines::to_bytes(&Written { version: VERSION, previous, unit: unit.as_deref(), service })
+    let LastKnownGood { service, path: _, previous, unit } = applied.clone();
+    lines::to_bytes(&Form { version: VERSION, previous, unit, service })
 }
 
 #[cfg(test)]

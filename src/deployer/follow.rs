@@ -22,6 +22,7 @@ const ASK_EVERY: u32 = 2;
 /// limit of its own (TimeoutStartSec=), so this ends as well.
 pub fn watch(unit_dir: &Path, serial: u64, start: impl FnOnce() -> Result<Output>) -> Result<LiveState> {
     let root = Root::system(unit_dir);
+    let look = || live::look(unit_dir, Timestamp::now());
     let mut seen = written(&root);
     let started = start()?;
     if !started.status.ok() {
@@ -29,16 +30,14 @@ pub fn watch(unit_dir: &Path, serial: u64, start: impl FnOnce() -> Result<Output
             ProcessStatus::Exit(code) => code,
             ProcessStatus::Signal(_) => -1,
         };
-        return Ok(LiveState {
-            start: Some(StartResult { code, said: tail(&started.stderr) }),
-            ..look(unit_dir)?
-        });
+        let start = StartResult { code, said: tail(&started.stderr) };
+        return Ok(LiveState { start: Some(start), ..look()? });
     }
     for looks in 0_u32.. {
         let now = written(&root);
         if now != seen && stands(&root, serial) {
             // Read again: what is answered is one look at everything.
-            return Ok(LiveState { start: Some(StartResult::default()), ..look(unit_dir)? });
+            return Ok(LiveState { start: Some(StartResult::default()), ..look()? });
         }
         seen = now;
         if looks.is_multiple_of(ASK_EVERY) && !systemd::under_way(DEPLOYER)? {
@@ -46,17 +45,13 @@ pub fn watch(unit_dir: &Path, serial: u64, start: impl FnOnce() -> Result<Output
         }
         std::thread::sleep(LOOK_EVERY);
     }
-    let answer = look(unit_dir)?;
+    let answer = look()?;
     let ended = answer.live.deployer.as_ref().filter(|unit| unit.result != "success");
     let start = ended.map_or(StartResult::default(), |unit| StartResult {
         code: 1,
         said: format!("{DEPLOYER} ended with {} ({})", unit.result, unit.exit_status),
     });
     Ok(LiveState { start: Some(start), ..answer })
-}
-
-fn look(unit_dir: &Path) -> Result<LiveState> {
-    live::look(unit_dir, Timestamp::now())
 }
 
 /// Which file the state is: every pass that writes one puts a new one in place.

@@ -52,8 +52,8 @@ impl Lines {
         Lines { version: LINES_VERSION, services: kept.collect() }
     }
 
-    /// Gives the failures of a state their lines again.
-    pub fn put_back(&self, state: &mut State) {
+    /// The state, with the lines of its failures again.
+    pub fn put_back(&self, mut state: State) -> State {
         for (name, kept) in &self.services {
             let failure = state.services.get_mut(name).and_then(|service| service.failure.as_mut());
             // What an older program wrote into the state is there.
@@ -61,6 +61,7 @@ impl Lines {
                 failure.journal = kept.lines.clone();
             }
         }
+        state
     }
 
     /// A file that cannot be read as one is none.
@@ -150,10 +151,9 @@ mod tests {
         assert_eq!((mode(root.lines()), mode(root.state_file())), (0o600, 0o644));
         let text = fs_err::read_to_string(root.state_file()).unwrap();
         assert!(!text.contains("cannot bind"), "{text}");
-        let mut read = State::parse(text.as_bytes()).unwrap();
+        let read = State::parse(text.as_bytes()).unwrap();
         assert_eq!(read, without(&state));
-        load(&root).put_back(&mut read);
-        assert_eq!(read, state);
+        assert_eq!(load(&root).put_back(read), state);
 
         // What somebody else has said steers no terminal, and is what he said.
         let mut hostile = state.clone();
@@ -166,15 +166,14 @@ mod tests {
             let text = fs_err::read_to_string(path).unwrap();
             assert!(text.is_ascii() && text.contains("\\u009b2J\\u202e\\u007f"), "{text}");
         }
-        let mut read = State::parse(&fs_err::read(root.state_file()).unwrap()).unwrap();
-        load(&root).put_back(&mut read);
-        assert_eq!(read, hostile);
+        let read = State::parse(&fs_err::read(root.state_file()).unwrap()).unwrap();
+        assert_eq!(load(&root).put_back(read), hostile);
         keep(&root, &state).unwrap();
 
         // Another failure of the same service has none of them.
         let mut later = without(&state);
         later.services.values_mut().filter_map(|s| s.failure.as_mut()).for_each(|f| f.at.0 += 1);
-        load(&root).put_back(&mut later);
+        let later = load(&root).put_back(later);
         assert!(!any(&later));
         keep(&root, &later).unwrap();
         assert!(!root.lines().exists());

@@ -153,10 +153,7 @@ pub fn look(unit_dir: &Path, now: Timestamp) -> Result<LiveState> {
     let root = Root::system(unit_dir);
     let (state, state_error) = match if_there(fs_err::read(root.state_file())) {
         Ok(Some(bytes)) => match State::parse(&bytes) {
-            Ok(mut state) => {
-                lines::for_whoever_asks(&root, &state).put_back(&mut state);
-                (Some(state), None)
-            }
+            Ok(state) => (Some(lines::for_whoever_asks(&root, &state).put_back(state)), None),
             Err(why) => (None, Some(format!("{STATE_FILE} cannot be read: {why}"))),
         },
         Ok(None) => (None, Some("no pass has finished on this host".to_string())),
@@ -182,10 +179,7 @@ pub fn look(unit_dir: &Path, now: Timestamp) -> Result<LiveState> {
     };
     let services = names.into_iter().map(|name| (name.clone(), unit(&name.unit()))).collect();
     let (deployer, timer) = (unit(DEPLOYER), unit(TIMER));
-    let last_line = match deployer.result.as_str() {
-        "success" => None,
-        _ => systemd::last_line(DEPLOYER),
-    };
+    let last_line = if deployer.result == "success" { None } else { systemd::last_line(DEPLOYER) };
     let (deployer, timer) = (Some(deployer), Some(timer));
     let live = Live { at: now, services, deployer, timer, last_line, ..Live::default() };
     Ok(LiveState { version: LIVE_VERSION, state, state_error, live, start: None })

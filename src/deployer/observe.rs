@@ -33,13 +33,14 @@ pub fn observe(
     caddy: Option<CaddyState>,
 ) -> Result<Observed> {
     let applied = &persisted.applied;
-    let (mut present, mut unverified) = (BTreeSet::new(), BTreeSet::new());
+    let (mut present, mut unverified) = (BTreeSet::new(), Vec::new());
     let verified: BTreeSet<&StorePath> = applied.values().flat_map(LastKnownGood::paths).collect();
     for path in desired.iter().filter_map(|s| s.artifact.store_path.path()).chain(verified.iter().copied()) {
-        if !present.contains(path) && is_there(path)? {
+        // Whole or not.
+        if !present.contains(path) && if_reached(fs_err::symlink_metadata(path))?.is_some() {
             present.insert(path.clone());
             if !verified.contains(path) {
-                unverified.insert(path.clone());
+                unverified.push(path.clone());
             }
         }
     }
@@ -47,8 +48,7 @@ pub fn observe(
     // one is whole is only asked of what never ran here, so that an idle pass starts no program for it. Where
     // Nix cannot be asked, fetching will say so.
     if !unverified.is_empty() {
-        let halves = crate::nix::missing(&unverified.iter().cloned().collect::<Vec<_>>());
-        for path in halves.unwrap_or_else(|_| unverified.into_iter().collect()) {
+        for path in crate::nix::missing(&unverified).unwrap_or(unverified) {
             present.remove(&path);
         }
     }
@@ -95,11 +95,6 @@ fn switching(root: &Root, persisted: &PersistedState) -> Result<Switching> {
         (Some(_), None) => Switching::Untried(program),
         (Some(files), Some(_)) => Switching::Files(files),
     })
-}
-
-/// Whether a store path is on the disk, whole or not.
-fn is_there(path: &StorePath) -> Result<bool> {
-    Ok(if_reached(fs_err::symlink_metadata(path))?.is_some())
 }
 
 /// The units in question (files, boot links and what systemd says), and the names of all active units.

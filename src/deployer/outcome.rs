@@ -14,28 +14,22 @@ use std::time::Instant;
 pub enum AttemptFailure {
     /// The release itself is bad: known by its inputs, and not tried again by itself.
     Rejected(FailureRecord),
-    /// Something on this host is in its way: tried again by the next pass.
+    /// Something is in its way: tried again by the next pass, or where its closure cannot be had, less and less often.
     Host(FailureRecord),
-    /// Its closure cannot be had: tried again, less and less often.
-    Unfetchable(FailureRecord),
 }
 
 impl AttemptFailure {
     /// The reason.
     pub fn record(&self) -> &FailureRecord {
         match self {
-            AttemptFailure::Rejected(record)
-            | AttemptFailure::Host(record)
-            | AttemptFailure::Unfetchable(record) => record,
+            AttemptFailure::Rejected(record) | AttemptFailure::Host(record) => record,
         }
     }
 
     /// The same, to be corrected.
     pub fn record_mut(&mut self) -> &mut FailureRecord {
         match self {
-            AttemptFailure::Rejected(record)
-            | AttemptFailure::Host(record)
-            | AttemptFailure::Unfetchable(record) => record,
+            AttemptFailure::Rejected(record) | AttemptFailure::Host(record) => record,
         }
     }
 

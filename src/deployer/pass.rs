@@ -249,17 +249,16 @@ impl<'a> Host<'a> {
         now: Timestamp,
     ) -> Result<Self, PassError> {
         let desired: Vec<&Service> = services.iter().collect();
-        let mut retry = BTreeSet::new();
-        for name in &requested.retry {
-            let Some(service) = desired.iter().find(|s| s.name.as_str() == name) else {
+        let known = |name: &String| {
+            let found = desired.iter().find(|s| s.name.as_str() == name);
+            found.map(|s| s.name.clone()).ok_or_else(|| {
                 let near = did_you_mean(name, desired.iter().map(|s| s.name.as_str()));
                 let unknown = format!("no service '{name}' on host '{}'{near}", settings.host);
-                return Err(PassError { by: EndedBy::Typing, error: Error::new(unknown) });
-            };
-            retry.insert(service.name.clone());
-        }
+                PassError { by: EndedBy::Typing, error: Error::new(unknown) }
+            })
+        };
         let options = Options {
-            retry,
+            retry: requested.retry.iter().map(known).collect::<Result<_, _>>()?,
             allow_empty: requested.allow_empty,
             // systemd tells a service that a timer started it (systemd.exec(5), since 252).
             timer: requested.timer && std::env::var_os("TRIGGER_UNIT").is_some(),

@@ -43,7 +43,7 @@ impl PersistedState {
             log::warning(format!("{text}; nothing is removed in this pass"));
             readable = false;
         };
-        let mut state = match if_there(fs_err::read(root.state_file()))? {
+        let state = match if_there(fs_err::read(root.state_file()))? {
             Some(bytes) => State::parse(&bytes).unwrap_or_else(|e| {
                 complain(format!("{} cannot be used: {e}", root.state_file().display()));
                 State::new(host.clone(), now)
@@ -51,7 +51,7 @@ impl PersistedState {
             None => State::new(host.clone(), now),
         };
         let exposed = lines::any(&state);
-        lines::load(root).put_back(&mut state);
+        let state = lines::load(root).put_back(state);
         let (applied, complaints) = applied::load(root)?;
         complaints.into_iter().for_each(&mut complain);
         let interrupted = intent::load(root)?;
@@ -64,18 +64,8 @@ impl PersistedState {
 
     /// Folds what the pass has come to so far into it; whether the state now has a rejection that it had not.
     pub fn absorb(&mut self, outcome: &Outcome) -> bool {
-        for (name, record) in &outcome.records {
-            match record {
-                Some(good) => drop(self.applied.insert(name.clone(), good.clone())),
-                None => drop(self.applied.remove(name)),
-            }
-        }
-        for (name, invocation) in &outcome.invocations {
-            match invocation {
-                Some(id) => drop(self.verified.insert(name.clone(), id.clone())),
-                None => drop(self.verified.remove(name)),
-            }
-        }
+        fold(&mut self.applied, &outcome.records);
+        fold(&mut self.verified, &outcome.invocations);
         self.interrupted.retain(|name| !outcome.restarted.contains(name));
         let mut new = false;
         for ((name, _), failure) in outcome.failures.iter().filter(|(_, f)| f.is_rejected()) {
@@ -102,5 +92,15 @@ impl PersistedState {
             new = true;
         }
         new
+    }
+}
+
+/// Takes in what is new of each service; None: nothing any more.
+fn fold<T: Clone>(known: &mut BTreeMap<ServiceName, T>, news: &BTreeMap<ServiceName, Option<T>>) {
+    for (name, new) in news {
+        match new {
+            Some(new) => drop(known.insert(name.clone(), new.clone())),
+            None => drop(known.remove(name)),
+        }
     }
 }

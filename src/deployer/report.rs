@@ -356,18 +356,11 @@ pub(super) fn leave_reason(
     // What the store did not take once is not pressed upon it by every pass.
     let known = before.last_error == state.last_error;
     state.reported = if known { before.reported } else { true };
-    match store {
-        Some(store) if ended.by != EndedBy::Store => {
-            publish(root, store.as_ref(), &before, &mut state, lines::without)
-        }
-        _ => {
-            state.reported = false;
-            if should_publish(root, &before, &state) {
-                lines::keep(root, &state)?;
-            }
-            Ok(())
-        }
+    if let Some(store) = store.filter(|_| ended.by != EndedBy::Store) {
+        return publish(root, store.as_ref(), &before, &mut state, lines::without);
     }
+    state.reported = false;
+    if should_publish(root, &before, &state) { lines::keep(root, &state) } else { Ok(()) }
 }
 
 /// The state with the reason why passes end, and since when.
@@ -382,10 +375,7 @@ fn last_state(root: &Root, host: &HostName, now: Timestamp) -> Result<Option<Sta
     let Some(bytes) = if_there(fs_err::read(root.state_file()))? else {
         return Ok(Some(State::new(host.clone(), now)));
     };
-    Ok(State::parse(&bytes).ok().map(|mut state| {
-        lines::load(root).put_back(&mut state);
-        state
-    }))
+    Ok(State::parse(&bytes).ok().map(|state| lines::load(root).put_back(state)))
 }
 
 /// A pass that could not begin, because the configuration cannot be used: the state says so, as far as anybody

@@ -108,17 +108,25 @@ pub(super) fn current(
     accept: Option<u64>,
     purpose: Purpose,
 ) -> Result<SourceManifest, PassError> {
-    let policy = TrustPolicy::new(settings, store, known, accept)?;
-    obeyed(root, store, &policy, known, purpose)
+    // Another store counts its versions anew.
+    let of_this = known.store.as_ref().is_none_or(|s| *s == store.identity());
+    let policy = TrustPolicy {
+        host: &settings.host,
+        store,
+        trusted: signature::trusted(settings)?,
+        highest: known.serial.filter(|_| of_this).unwrap_or(0),
+        accept,
+    };
+    obeyed(root, &policy, known, purpose)
 }
 
 fn obeyed(
     root: &Root,
-    store: &dyn Store,
     policy: &TrustPolicy,
     known: &State,
     purpose: Purpose,
 ) -> Result<SourceManifest, PassError> {
+    let store = policy.store;
     let keep = purpose == Purpose::Pass;
     let obeyed = |manifest: Manifest, bytes: &[u8], hash: String, error: Option<String>| {
         let entries = if keep { entries(bytes, &hash, policy, known) } else { BTreeMap::new() };
@@ -135,7 +143,7 @@ fn obeyed(
             Some(reading::refusal(root, &url))
         }
         Ok(GetResult::Found { bytes, etag }) => {
-            match policy.read(&bytes, store, keep.then_some((root, &etag))) {
+            match policy.read(&bytes, keep.then_some((root, &etag))) {
                 Ok(manifest) => {
                     let hash = Sha256::of(&bytes).base16();
                     let origin = ManifestOrigin {
@@ -144,9 +152,9 @@ fn obeyed(
                         sha256: hash.clone(),
                         refused: None,
                     };
-                    if let Some(why) = policy.reject_reason(&bytes, &manifest, store, cached.as_ref()) {
+                    if let Some(why) = policy.reject_reason(&bytes, &manifest, cached.as_ref()) {
                         if let Some(kept) = cached.as_ref().filter(|_| keep) {
-                            keep_refused(root, &url, kept, policy, &bytes, &manifest);
+                            policy.keep_refused(root, kept, &bytes, &manifest);
                         }
                         Some(format!("the manifest in {url} is rejected: {why}"))
                     } else if let Err(e) = if keep { keep_manifest(root, &bytes, &origin) } else { Ok(()) } {
@@ -183,7 +191,7 @@ fn obeyed(
     };
     let manifest = parse::manifest(&bytes, Mode::Tolerant).map_err(|e| unusable(&e))?;
     // It may have been kept before this host was told whom to trust.
-    if let Some(why) = policy.signature_error(&bytes, &manifest, store) {
+    if let Some(why) = policy.signature_error(&bytes, &manifest) {
         return Err(unusable(&why));
     }
     Ok(obeyed(manifest, &bytes, hash, error))
@@ -201,39 +209,9 @@ pub(super) fn last_named(settings: &Settings, root: &Root, name: &ServiceName) -
         .ok_or_else(|| Error::new(format!("the manifest has nothing to run for '{name}'")))
 }
 
-/// Takes down that a version was refused because it was made without the one that this host obeys.
-fn keep_refused(
-    root: &Root,
-    url: &str,
-    kept: &LastGood,
-    policy: &TrustPolicy,
-    bytes: &[u8],
-    manifest: &Manifest,
-) {
-    let Some((obeyed, etag)) = kept.manifest().zip(kept.etag.clone()) else { return };
-    let Ok(digest) = signature::digest(bytes) else { return };
-    // Refused for something else (below what was obeyed once, say), it may be what an honest version comes after.
-    let fork = !policy.trusted.is_empty()
-        && manifest.serial >= obeyed.serial
-        && policy.fork(bytes, manifest, &kept.bytes, &obeyed, kept.refused.as_ref()).is_some();
-    let refused = Some(Ancestor { serial: manifest.serial, digest: Some(digest) });
-    if !fork || refused == kept.refused {
-        return;
-    }
-    let origin = ManifestOrigin {
-        store: url.into(),
-        etag: etag.0,
-        sha256: kept.hash.clone(),
-        refused: refused.map(|a| a.to_string()),
-    };
-    if let Err(e) = keep_origin(root, &origin) {
-        log::warning(format!("cannot record that this version was rejected: {e}"));
-    }
-}
-
 /// The digests of a manifest's entries. An idle pass has them from the pass before, of the same text.
 fn entries(bytes: &[u8], hash: &str, policy: &TrustPolicy, known: &State) -> BTreeMap<ServiceName, String> {
-    let known = Some(known).filter(|k| k.manifest_hash.as_deref() == Some(hash) && k.host == policy.host);
+    let known = Some(known).filter(|k| k.manifest_hash.as_deref() == Some(hash) && k.host == *policy.host);
     let kept = known.map(|k| {
         let placed = k.services.values().filter(|s| !s.removing);
         placed.map(|s| Some((s.name.clone(), s.entry.clone()?))).collect::<Option<BTreeMap<_, _>>>()
@@ -267,9 +245,11 @@ fn no_manifest(url: &str, kept: Option<&LastGood>, policy: &TrustPolicy) -> Stri
 const SIGN: &str = "if it is right, somebody with a trusted key runs 'deploy-manifest sign'";
 
 /// What a manifest must show before this host obeys it.
-struct TrustPolicy {
+struct TrustPolicy<'a> {
     /// Who this is.
-    host: HostName,
+    host: &'a HostName,
+    /// Where it is from.
+    store: &'a dyn Store,
     /// Whose signatures count; empty: everybody may write.
     trusted: Vec<PublicKey>,
     /// The highest serial that was obeyed, as far as the state knows.
@@ -278,30 +258,13 @@ struct TrustPolicy {
     accept: Option<u64>,
 }
 
-impl TrustPolicy {
-    fn new(settings: &Settings, store: &dyn Store, known: &State, accept: Option<u64>) -> Result<Self> {
-        // Another store counts its versions anew.
-        let of_this = known.store.as_ref().is_none_or(|s| *s == store.identity());
-        let highest = known.serial.filter(|_| of_this).unwrap_or(0);
-        Ok(TrustPolicy {
-            host: settings.host.clone(),
-            trusted: signature::trusted(settings)?,
-            highest,
-            accept,
-        })
-    }
-
+impl TrustPolicy<'_> {
     /// Reads what is in the store: first who signed it, and only then what it says. `noted`: where it is taken down
     /// that this version is being read.
-    fn read(
-        &self,
-        bytes: &[u8],
-        store: &dyn Store,
-        noted: Option<(&Root, &Etag)>,
-    ) -> Result<Manifest, String> {
-        let url = store.url();
+    fn read(&self, bytes: &[u8], noted: Option<(&Root, &Etag)>) -> Result<Manifest, String> {
+        let url = self.store.url();
         let _note = noted.map(|(root, etag)| ReadingMark::begin(root, &url, etag));
-        signature::read(bytes, &store.identity(), &self.trusted).map_err(|e| match e {
+        signature::read(bytes, &self.store.identity(), &self.trusted).map_err(|e| match e {
             ReadError::Signature(why) => format!("the manifest in {url} is rejected: {why}; {SIGN}"),
             ReadError::Manifest(e) if e.is_newer_version() => {
                 format!("the manifest in {url} cannot be used: {e}")
@@ -313,36 +276,29 @@ impl TrustPolicy {
     }
 
     /// Why its signature does not do.
-    fn signature_error(&self, bytes: &[u8], manifest: &Manifest, store: &dyn Store) -> Option<String> {
+    fn signature_error(&self, bytes: &[u8], manifest: &Manifest) -> Option<String> {
         if self.trusted.is_empty() {
             return None;
         }
-        let why = signature::check(bytes, manifest, &store.identity(), &self.trusted).err()?;
+        let why = signature::check(bytes, manifest, &self.store.identity(), &self.trusted).err()?;
         Some(format!("{why}; {SIGN}"))
     }
 
     /// Why one that [`TrustPolicy::read`] read is not obeyed: it is an old one put back. `kept` is the last good one, which
     /// remembers the serial when the state is lost.
-    fn reject_reason(
-        &self,
-        bytes: &[u8],
-        manifest: &Manifest,
-        store: &dyn Store,
-        kept: Option<&LastGood>,
-    ) -> Option<String> {
+    fn reject_reason(&self, bytes: &[u8], manifest: &Manifest, kept: Option<&LastGood>) -> Option<String> {
         let serial = manifest.serial;
         if self.accept == Some(serial) {
             return None;
         }
-        let refused = kept.and_then(|kept| kept.refused.as_ref());
-        let kept = kept.and_then(|kept| Some((kept.bytes.as_slice(), kept.manifest()?)));
+        let kept = kept.and_then(|kept| Some((kept, kept.manifest()?)));
         let own = kept.as_ref().map_or(0, |(_, m)| m.serial);
         let highest = own.max(self.highest);
         // One that was kept before this host was told whom to trust, or that a key has signed which was taken out
         // since, says nothing of what comes after it.
         if let Some((kept, obeyed)) =
-            kept.filter(|(b, m)| m.serial <= serial && self.signature_error(b, m, store).is_none())
-            && let Some(why) = self.fork(bytes, manifest, kept, &obeyed, refused)
+            kept.filter(|(k, m)| m.serial <= serial && self.signature_error(&k.bytes, m).is_none())
+            && let Some(why) = self.fork(bytes, manifest, kept, &obeyed)
         {
             return Some(why);
         }
@@ -350,7 +306,7 @@ impl TrustPolicy {
             return None;
         }
         // A store that was made anew has no history above what is in force; one that was put back into has.
-        let newest = versions::archived(store).map(|archived| archived.into_iter().next());
+        let newest = versions::archived(self.store).map(|archived| archived.into_iter().next());
         let below = format!("its version {serial} is below {highest}, which this host obeyed before");
         let accept = format!("'deployer run --accept-serial {serial}'");
         let copy = COPY_BACK.replace("HOST", self.host.as_str());
@@ -379,16 +335,10 @@ impl TrustPolicy {
 
     /// Why a manifest of the same number as the last good one, or a higher one, does not come after it. Without
     /// trusted keys anybody may write any number: then only the same number with another content is refused.
-    fn fork(
-        &self,
-        bytes: &[u8],
-        manifest: &Manifest,
-        kept: &[u8],
-        obeyed: &Manifest,
-        refused: Option<&Ancestor>,
-    ) -> Option<String> {
+    fn fork(&self, bytes: &[u8], manifest: &Manifest, kept: &LastGood, obeyed: &Manifest) -> Option<String> {
         let digest = |bytes: &[u8]| signature::digest(bytes).ok();
-        let (new, seen) = (digest(bytes)?, digest(kept)?);
+        let (new, seen) = (digest(bytes)?, digest(&kept.bytes)?);
+        let refused = kept.refused.as_ref();
         match lineage::relation(manifest, &new, obeyed.serial, &seen) {
             Relation::Later
                 if !self.trusted.is_empty()
@@ -410,6 +360,29 @@ impl TrustPolicy {
              {serial}'",
             COPY_BACK.replace("HOST", self.host.as_str())
         ))
+    }
+
+    /// Takes down that a version was refused because it was made without the one that this host obeys.
+    fn keep_refused(&self, root: &Root, kept: &LastGood, bytes: &[u8], manifest: &Manifest) {
+        let Some((obeyed, etag)) = kept.manifest().zip(kept.etag.clone()) else { return };
+        let Ok(digest) = signature::digest(bytes) else { return };
+        // Refused for something else (below what was obeyed once, say), it may be what an honest version comes after.
+        let fork = !self.trusted.is_empty()
+            && manifest.serial >= obeyed.serial
+            && self.fork(bytes, manifest, kept, &obeyed).is_some();
+        let refused = Some(Ancestor { serial: manifest.serial, digest: Some(digest) });
+        if !fork || refused == kept.refused {
+            return;
+        }
+        let origin = ManifestOrigin {
+            store: self.store.url(),
+            etag: etag.0,
+            sha256: kept.hash.clone(),
+            refused: refused.map(|a| a.to_string()),
+        };
+        if let Err(e) = keep_origin(root, &origin) {
+            log::warning(format!("cannot record that this version was rejected: {e}"));
+        }
     }
 }
 
@@ -474,10 +447,15 @@ mod tests {
             let (state_dir, run_dir) = (of("state"), of("run"));
             let root = Root { state_dir, run_dir, ..Root::system(self.dir.path()) };
             let host = HostName::parse(host).unwrap();
-            let policy =
-                TrustPolicy { host: host.clone(), trusted: self.trust().trusted, highest: 0, accept: None };
-            let state = State::new(host, Timestamp(0));
-            let found = obeyed(&root, &*self.store, &policy, &state, Purpose::Pass).unwrap();
+            let policy = TrustPolicy {
+                host: &host,
+                store: &*self.store,
+                trusted: self.trust().trusted,
+                highest: 0,
+                accept: None,
+            };
+            let state = State::new(host.clone(), Timestamp(0));
+            let found = obeyed(&root, &policy, &state, Purpose::Pass).unwrap();
             (found.manifest.serial, found.manifest.extra["what"].as_str().unwrap().to_string(), found.error)
         }
     }

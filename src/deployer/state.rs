@@ -252,7 +252,7 @@ impl fmt::Display for ServicePhase {
 }
 
 /// Why a service is not as the manifest says.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FailureRecord {
     /// The object, the cause and the next move.
@@ -279,15 +279,7 @@ pub struct FailureRecord {
 impl FailureRecord {
     /// A failure of which nothing else is known.
     pub fn new(reason: String, attempted: Option<StorePath>, at: Timestamp) -> Self {
-        FailureRecord {
-            reason,
-            attempted,
-            at,
-            journal: Vec::new(),
-            attempts: 0,
-            inputs: None,
-            kept_out: false,
-        }
+        FailureRecord { reason, attempted, at, ..FailureRecord::default() }
     }
 }
 

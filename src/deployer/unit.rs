@@ -54,7 +54,7 @@ fn yes(value: bool) -> &'static str {
 
 /// What the strict profile writes, besides the directives that have fields of their own. Together with those
 /// it leaves a service the network, its own folders and what it has in memory.
-const STRICT: [(&str, &str); 21] = [
+const STRICT: [(&str, &str); 24] = [
     ("NoNewPrivileges", "yes"),
     ("CapabilityBoundingSet", ""),
     ("PrivateDevices", "yes"),
@@ -76,11 +76,8 @@ const STRICT: [(&str, &str); 21] = [
     ("SystemCallArchitectures", "native"),
     ("RemoveIPC", "yes"),
     ("UMask", "0077"),
-];
-
-/// The system calls of the strict profile; the second line takes out of the first. What is refused is an error
-/// that the service can go on from, not its end.
-const STRICT_CALLS: [(&str, &str); 3] = [
+    // The system calls; the second line takes out of the first. What is refused is an error that the service can go
+    // on from, not its end.
     ("SystemCallFilter", "@system-service"),
     ("SystemCallFilter", "~@privileged @resources"),
     ("SystemCallErrorNumber", "EPERM"),
@@ -162,7 +159,7 @@ pub fn render(service: &Service, path: &StorePath) -> String {
     u.line("ProtectHome", yes(*protect_home));
     u.lines("ReadWritePaths", read_write_paths.iter().map(|path| quoted(path)));
     if *profile == Profile::Strict {
-        STRICT.iter().chain(&STRICT_CALLS).for_each(|(key, value)| u.line(key, value));
+        STRICT.iter().for_each(|(key, value)| u.line(key, value));
     }
     u.section("Install");
     u.line("WantedBy", "multi-user.target");
@@ -339,7 +336,7 @@ WantedBy=multi-user.target
             for start in absent {
                 assert!(!lines.iter().any(|l| l.starts_with(start)), "{start}: {text}");
             }
-            for (key, value) in STRICT.iter().chain(&STRICT_CALLS) {
+            for (key, value) in &STRICT {
                 assert!(lines.contains(&format!("{key}={value}").as_str()), "no {key}={value}: {text}");
                 // A directive of a field is that field's alone: whatever came later would win.
                 let field = ["DynamicUser", "PrivateTmp", "ProtectSystem", "ProtectHome", "User"];

@@ -49,8 +49,9 @@ const MAX_BYTES: usize = 100_000;
 /// The longest path of an executable below its store path, in bytes: with that it stays below PATH_MAX.
 const MAX_PROGRAM: usize = 3800;
 
-/// Whether a command line can be run; the error is the reason alone.
-pub(super) fn check(text: &str) -> Result<(), String> {
+/// A command line that can be run; the error is the reason alone.
+pub(super) fn line(text: &str) -> Result<String, String> {
+    super::rules::clean(text)?;
     super::rules::at_most(MAX_BYTES, "bytes", text)?;
     let words = split_command(text)?;
     let first = words.first().ok_or("has no word; null means <storePath>/bin/<name>")?;
@@ -75,7 +76,8 @@ pub(super) fn check(text: &str) -> Result<(), String> {
             "has {c:?} in its first word; systemd starts no executable with that in its path"
         ));
     }
-    super::rules::named(first)
+    super::rules::named(first)?;
+    Ok(text.into())
 }
 
 #[cfg(test)]
@@ -123,10 +125,10 @@ mod tests {
             &long_path,
             &long,
         ] {
-            assert!(check(text).is_err(), "{text:.80} passed");
+            assert!(line(text).is_err(), "{text:.80} passed");
         }
         for text in ["bin/a%n '$HOME'", "'bin/a b' \"c'd\" e\\\\f", &format!("bin/{}", "n".repeat(255))] {
-            assert!(check(text).is_ok(), "{text}");
+            assert!(line(text).is_ok(), "{text}");
         }
     }
 

@@ -324,7 +324,7 @@ object! {
 impl Default for Systemd {
     fn default() -> Self {
         Systemd {
-            after: vec![UnitName::network_online()],
+            after: vec![UnitName(UnitName::NETWORK_ONLINE.into())],
             requires: Vec::new(),
             restart: Restart::OnFailure,
             restart_sec: Seconds(5),

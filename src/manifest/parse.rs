@@ -43,10 +43,7 @@ pub fn manifest_with(
         ManifestError::unless_empty(unknown_besides_services(&manifest, None))?;
     }
     for (index, service) in manifest.services.iter_mut().enumerate() {
-        let mut mistakes = service.settle(default_hosts);
-        if mode == Mode::Strict {
-            mistakes.extend(additions(service, None));
-        }
+        let mistakes = settled(service, mode, default_hosts);
         ManifestError::unless_empty(below_service(index, mistakes))?;
     }
     super::validate::clashes(&manifest)?;
@@ -76,11 +73,17 @@ pub fn service_from(
             return Err(ManifestError::Mistakes(mistakes));
         }
     };
+    let mistakes = settled(&mut service, mode, default_hosts);
+    ManifestError::unless_empty(mistakes).map(|()| service)
+}
+
+/// Settles a service that was read; what is wrong with it as a whole, and what a person may not write.
+fn settled(service: &mut Service, mode: Mode, default_hosts: Option<&[HostName]>) -> Vec<FieldError> {
     let mut mistakes = service.settle(default_hosts);
     if mode == Mode::Strict {
-        mistakes.extend(additions(&service, None));
+        mistakes.extend(additions(service, None));
     }
-    ManifestError::unless_empty(mistakes).map(|()| service)
+    mistakes
 }
 
 fn check_document(bytes: &[u8], level: Level) -> Result<(), FieldError> {

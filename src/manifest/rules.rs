@@ -36,10 +36,15 @@ pub(super) fn at_most(most: usize, what: &str, text: &str) -> Result<(), String>
     }
 }
 
+/// The text as it is, if it is `good`.
+fn unchanged(text: &str, good: bool, why_not: &str) -> Result<String, String> {
+    if good { Ok(text.into()) } else { Err(why_not.into()) }
+}
+
 /// Any clean text that is not empty.
 pub(super) fn words(text: &str) -> Result<String, String> {
     clean(text)?;
-    if text.is_empty() { Err("is empty".into()) } else { Ok(text.into()) }
+    unchanged(text, !text.is_empty(), "is empty")
 }
 
 /// The largest value of a variable, in bytes. The kernel takes 131,072 for `NAME=value` (MAX_ARG_STRLEN).
@@ -47,13 +52,8 @@ pub(super) const MAX_ENV_BYTES: usize = 100_000;
 
 /// A name of the environment: what systemd does not drop.
 pub(super) fn env_name(text: &str) -> Result<String, String> {
-    if !crate::names::is_variable(text) {
-        return Err(
-            "is not a valid name of a variable; expected ASCII letters, digits and '_', no digit first"
-                .into(),
-        );
-    }
-    Ok(text.into())
+    let why_not = "is not a valid name of a variable; expected ASCII letters, digits and '_', no digit first";
+    unchanged(text, crate::names::is_variable(text), why_not)
 }
 
 /// A value of the environment: tabs and invisible characters are its own affair.
@@ -67,13 +67,10 @@ pub(super) fn env_value(text: &str) -> Result<String, String> {
 /// escaping anywhere.
 pub(super) fn credential_name(text: &str) -> Result<String, String> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    if text.is_empty() || text.len() > 255 || text == "." || text == ".." || !text.chars().all(good) {
-        return Err(
-            "is not a valid name of a credential; expected a file's name, at most 255 ASCII letters, digits, '_', '-' and '.'"
-                .into(),
-        );
-    }
-    Ok(text.into())
+    let named = (1..=255).contains(&text.len()) && !matches!(text, "." | "..");
+    let why_not = "is not a valid name of a credential; expected a file's name, at most 255 ASCII letters, digits, \
+                   '_', '-' and '.'";
+    unchanged(text, named && text.chars().all(good), why_not)
 }
 
 /// A user or group, by the strict rule of systemd (systemd.exec(5), "User/Group Name Syntax"), or a number.
@@ -85,11 +82,9 @@ pub(super) fn user(text: &str) -> Result<String, String> {
     let numbered = text.chars().all(|c| c.is_ascii_digit())
         && (text == "0" || !text.starts_with('0'))
         && text.parse::<u32>().is_ok_and(|n| n != u32::from(u16::MAX) && n != u32::MAX);
-    if named || numbered {
-        return Ok(text.into());
-    }
-    Err("is not a valid user or group; expected a number, or a name of at most 31 of A-Z, a-z, 0-9, '_', '-', no digit first"
-        .into())
+    let why_not = "is not a valid user or group; expected a number, or a name of at most 31 of A-Z, a-z, 0-9, '_', '-', \
+                   no digit first";
+    unchanged(text, named || numbered, why_not)
 }
 
 fn path_char(c: char) -> bool {
@@ -310,10 +305,9 @@ pub(super) fn unit(text: &str) -> Result<String, String> {
             "is not a valid unit name; expected one with its suffix, such as postgresql.service".into()
         );
     }
-    if text.len() > 255 || text.starts_with(['-', '.', '@']) || !text.chars().all(good) {
-        return Err("is not a valid unit name; expected at most 255 ASCII letters, digits and :-_.\\@".into());
-    }
-    Ok(text.into())
+    let named = text.len() <= 255 && !text.starts_with(['-', '.', '@']) && text.chars().all(good);
+    let why_not = "is not a valid unit name; expected at most 255 ASCII letters, digits and :-_.\\@";
+    unchanged(text, named, why_not)
 }
 
 /// `digits[.digits]`, with at most `places` digits after the point, as (whole, part of it has more than zero,
@@ -343,10 +337,8 @@ pub(super) fn memory(text: &str) -> Result<String, String> {
         let (number, shift, places) = scaled.unwrap_or((text, 0, 0));
         decimal(number, places).is_some_and(|(n, _, some)| some && u128::from(n) << shift < 1 << 62)
     };
-    if good || text == "infinity" {
-        return Ok(text.into());
-    }
-    Err("is not an amount of memory; expected one such as 512M, 1.5G, 50% or infinity".into())
+    let why_not = "is not an amount of memory; expected one such as 512M, 1.5G, 50% or infinity";
+    unchanged(text, good || text == "infinity", why_not)
 }
 
 /// `CPUQuota=`: a share of one processor, more than 100% for several (systemd.resource-control(5)).
@@ -355,10 +347,7 @@ pub(super) fn quota(text: &str) -> Result<String, String> {
         .strip_suffix('%')
         .and_then(|n| decimal(n, 2))
         .is_some_and(|(whole, _, some)| some && whole <= 1_000_000);
-    match good {
-        true => Ok(text.into()),
-        false => Err("is not a share of the processors; expected one such as 50% or 150%".into()),
-    }
+    unchanged(text, good, "is not a share of the processors; expected one such as 50% or 150%")
 }
 
 #[cfg(test)]

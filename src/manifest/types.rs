@@ -122,6 +122,9 @@ texts! {
     MemoryMax: rules::memory;
     /// `CPUQuota=`, as systemd writes it: `150%`.
     CpuQuota: rules::quota;
+    /// A command line, words quoted as in a shell (no variables, no expansion). A first word that is not absolute is
+    /// taken below the store path.
+    CommandLine: command::line;
 }
 
 impl Default for UserName {
@@ -139,41 +142,13 @@ impl Default for UrlPath {
 impl UnitName {
     /// The target after which the network is there.
     pub const NETWORK_ONLINE: &str = "network-online.target";
-
-    pub(super) fn network_online() -> Self {
-        UnitName(Self::NETWORK_ONLINE.into())
-    }
 }
 
-/// A command line, words quoted as in a shell (no variables, no expansion). A first word that is not absolute is
-/// taken below the store path.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CommandLine(String);
-
 impl CommandLine {
-    /// Checks it; the error is the reason alone.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        rules::clean(text)?;
-        command::check(text)?;
-        Ok(CommandLine(text.into()))
-    }
-
     /// Its words: at least one. They are split anew each time, because kept they take thirty times the memory of the
     /// text, and of those a manifest may have 32 MiB.
     pub fn words(&self) -> Vec<String> {
         command::split_command(&self.0).unwrap_or_default()
-    }
-}
-
-impl Serialize for CommandLine {
-    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.serialize_str(&self.0)
-    }
-}
-
-impl<'de> Deserialize<'de> for CommandLine {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        text(d, CommandLine::parse)
     }
 }
 

@@ -16,9 +16,6 @@ use std::fmt;
 /// The version of `status --json`.
 pub const STATUS_VERSION: u64 = 1;
 
-/// A report older than this, in seconds, means that the host fell silent: two refreshes were missed.
-pub const STALE_SEC: i64 = SILENT_SEC;
-
 /// How long a host may take to pick a manifest up before that is off, in seconds: three passes.
 pub const PICK_UP_SEC: i64 = 15 * 60;
 
@@ -235,7 +232,7 @@ pub fn judge(
         };
         let named = manifest.services.iter().any(|s| s.hosts.contains(host));
         if let Some(state) = report.state()
-            && (named || now.0.saturating_sub(state.checked_at.0) <= STALE_SEC)
+            && (named || now.0.saturating_sub(state.checked_at.0) <= SILENT_SEC)
             && wanted.other_store(state).is_none()
         {
             let strangers = state.services.values().filter(|s| only.service(&s.name) && !placed(&s.name));
@@ -451,8 +448,8 @@ mod tests {
         assert!(!judged(&manifest, well.clone()).needs_attention());
         let at = |age: i64| State { checked_at: Timestamp(NOW.0 - age), ..well.clone() };
         for (state, word) in [
-            (at(STALE_SEC), None),
-            (at(STALE_SEC + 1), Some("silent for 1h")),
+            (at(SILENT_SEC), None),
+            (at(SILENT_SEC + 1), Some("silent for 1h")),
             (at(-host::SKEW_SEC - 1), Some("clock")),
             (State { manifest_error: Some("truncated".into()), ..well.clone() }, Some("truncated")),
             (
@@ -512,7 +509,7 @@ mod tests {
         let mut left = state(7, &[("ava", ServicePhase::Running, Some('1'))]);
         let of_biz = |p: &StatusReport| p.rows.iter().filter(|r| r.host.as_str() == "biz").count();
         assert_eq!(of_biz(&judged(&manifest, left.clone())), 1);
-        left.checked_at = Timestamp(NOW.0 - STALE_SEC - 1);
+        left.checked_at = Timestamp(NOW.0 - SILENT_SEC - 1);
         assert_eq!(of_biz(&judged(&manifest, left)), 0);
         assert_eq!(of_biz(&judged(&manifest, state(7, &[]))), 0);
     }

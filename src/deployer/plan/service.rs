@@ -278,7 +278,7 @@ impl<'a> Case<'a> {
             let mut record = self.host_failure(reason.clone()).record().clone();
             record.attempts += 1;
             record.at = *now;
-            return Some(AttemptFailure::Unfetchable(record));
+            return Some(AttemptFailure::Host(record));
         }
         if let Some(reason) = self.port_held(&goal.service) {
             return Some(self.host_failure(reason));
@@ -289,7 +289,7 @@ impl<'a> Case<'a> {
             && failure.attempts > 0
             && failure.attempted.as_ref() == Some(&goal.path)
             && (0..backoff_sec(failure.attempts)).contains(&(now.0 - failure.at.0));
-        waits.then(|| AttemptFailure::Unfetchable(failure.clone()))
+        waits.then(|| AttemptFailure::Host(failure.clone()))
     }
 
     /// Who has the port: started there, it could not listen, or the other one would answer for it.

@@ -1,9 +1,9 @@
 //! A host as a whole.
 
-use super::{Expected, HostReport, HostRow, Progress, STALE_SEC};
+use super::{Expected, HostReport, HostRow, Progress};
 use crate::clock::{Timestamp, human_seconds};
 use crate::deployer::live::Live;
-use crate::deployer::state::{RouteStatus, State};
+use crate::deployer::state::{RouteStatus, SILENT_SEC, State};
 use crate::names::HostName;
 use crate::status::hint;
 use crate::systemd;
@@ -81,7 +81,7 @@ fn problems(wanted: &Expected<'_>, host: &HostName, state: &State, now: Timestam
         problems.push(other.text(host, this));
     }
     let age = now.0.saturating_sub(checked_at.0);
-    if age > STALE_SEC {
+    if age > SILENT_SEC {
         problems.push(format!(
             "silent for {}; check '{}'",
             human_seconds(age),
