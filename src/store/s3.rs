@@ -108,15 +108,9 @@ impl S3Store {
 
     /// [`S3Store::open`] in another environment than the process's own.
     pub fn open_in(location: &S3Location, env: Env) -> Result<Self, StoreError> {
-        let set = |name: &str| env(name).filter(|v| !v.is_empty());
         let credentials = Provider::new(env.clone(), location.profile.as_deref());
-        let region = location
-            .region
-            .clone()
-            .or_else(|| set("AWS_REGION"))
-            .or_else(|| set("AWS_DEFAULT_REGION"))
-            .or_else(|| credentials.region())
-            .unwrap_or_else(|| "us-east-1".into());
+        let region = location.region.clone().or_else(|| credentials.region());
+        let region = region.unwrap_or_else(|| "us-east-1".into());
         let host = location.endpoint.clone().unwrap_or_else(|| {
             let china = if region.starts_with("cn-") { ".cn" } else { "" };
             format!("s3.{region}.amazonaws.com{china}")

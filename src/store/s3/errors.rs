@@ -125,7 +125,7 @@ impl S3Store {
         let place = &self.place;
         let bucket = &self.location.bucket;
         let (id, source) = match self.credentials.get(now) {
-            Ok(c) => (c.id.clone(), c.source.to_string()),
+            Ok(c) => (c.id.clone(), c.source.clone()),
             Err(_) => ("unknown".into(), "the credentials' source".into()),
         };
         let said = refusal.said();
