@@ -19,8 +19,7 @@ use errors::Verb;
 use request::S3Request;
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::Duration;
 
 /// The largest object that one PUT can carry, in bytes (S3's limit: 5 GiB).
@@ -42,15 +41,6 @@ const RETRY: Retry = Retry {
     longest: Duration::from_secs(5),
     total: Duration::from_secs(30),
 };
-
-/// What a HEAD says of an object.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ObjectHead {
-    /// Its size in bytes.
-    pub size: u64,
-    /// Its media type, if the store names one.
-    pub content_type: Option<String>,
-}
 
 /// The store in a bucket. May be used by several threads at once; they share its connections.
 pub struct S3Store {
@@ -78,12 +68,6 @@ struct StoreDemands {
     whole_listings: bool,
 }
 
-impl fmt::Debug for S3Store {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("S3Store").field("location", &self.location).finish_non_exhaustive()
-    }
-}
-
 /// How long one exchange may last, and how long its answer may be awaited.
 #[derive(Clone, Copy)]
 struct Patience {
@@ -100,13 +84,8 @@ impl Patience {
 }
 
 impl S3Store {
-    /// Names the bucket; asks nothing of the network. Credentials are looked up with the first request, so
-    /// that their absence is one more reason why a store cannot be read.
-    pub fn open(location: &S3Location) -> Result<Self, StoreError> {
-        S3Store::open_in(location, Arc::new(http::process_env))
-    }
-
-    /// [`S3Store::open`] in another environment than the process's own.
+    /// Names the bucket, as this environment has it; asks nothing of the network. Credentials are looked up with the
+    /// first request, so that their absence is one more reason why a store cannot be read.
     pub fn open_in(location: &S3Location, env: Env) -> Result<Self, StoreError> {
         let credentials = Provider::new(env.clone(), location.profile.as_deref());
         let region = location.region.clone().or_else(|| credentials.region());
@@ -235,34 +214,6 @@ impl S3Store {
             self.signed(request, wants)?.send(&self.agent, &[], bytes, Patience::within(left))?.written()
         })
     }
-
-    /// What the store says of an object; None when it is missing. A HEAD's answer has no body, so a missing
-    /// bucket is a missing object here.
-    pub fn head(&self, key: &str) -> Result<Option<ObjectHead>, StoreError> {
-        let wanted = *locked(&self.wants);
-        let read = |answer: S3Response| {
-            answer.etag()?;
-            let size = answer.length().ok_or_else(|| AttemptError::Garbage("no Content-Length".into()))?;
-            Ok(ObjectHead { size, content_type: answer.header("content-type") })
-        };
-        match self.exchange(Patience::within, || self.request("HEAD", Some(key)), read) {
-            Ok(head) => Ok(Some(head)),
-            Err(gave_up) if gave_up.error.status() == 404 => Ok(None),
-            Err(gave_up) => {
-                // The reason of a refusal is in the body that a HEAD does not have: ask for it.
-                if let AttemptError::Refusal(refusal) = &gave_up.error
-                    && !refusal.may_pass()
-                {
-                    self.get_start(key, 1)?;
-                    // A GET learns what the store wants, so that the HEAD can be asked again.
-                    if wanted != *locked(&self.wants) {
-                        return self.head(key);
-                    }
-                }
-                Err(self.told(Verb::Read, key, gave_up))
-            }
-        }
-    }
 }
 
 /// The header of a condition.
@@ -330,8 +281,30 @@ impl Store for S3Store {
         }
     }
 
+    /// A HEAD's answer has no body, so a missing bucket is a missing object here.
     fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
-        Ok(self.head(key)?.map(|head| head.size))
+        let wanted = *locked(&self.wants);
+        let read = |answer: S3Response| {
+            answer.etag()?;
+            answer.length().ok_or_else(|| AttemptError::Garbage("no Content-Length".into()))
+        };
+        match self.exchange(Patience::within, || self.request("HEAD", Some(key)), read) {
+            Ok(size) => Ok(Some(size)),
+            Err(GaveUp { error: AttemptError::Refusal(refusal), .. }) if refusal.status == 404 => Ok(None),
+            Err(gave_up) => {
+                // The reason of a refusal is in the body that a HEAD does not have: ask for it.
+                if let AttemptError::Refusal(refusal) = &gave_up.error
+                    && !refusal.may_pass()
+                {
+                    self.get_start(key, 1)?;
+                    // A GET learns what the store wants, so that the HEAD can be asked again.
+                    if wanted != *locked(&self.wants) {
+                        return self.size(key);
+                    }
+                }
+                Err(self.told(Verb::Read, key, gave_up))
+            }
+        }
     }
 
     /// A write whose answer is lost is repeated, and the repetition of a conditional one finds its own work:
@@ -426,6 +399,7 @@ impl Store for S3Store {
 mod tests {
     use super::*;
     use crate::store::StoreUrl;
+    use std::sync::Arc;
 
     pub(super) fn store(url: &str, vars: &'static [(&str, &str)]) -> S3Store {
         let StoreUrl::S3(location) = StoreUrl::parse(url).unwrap() else { panic!("{url} is not s3") };

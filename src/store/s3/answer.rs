@@ -93,13 +93,6 @@ pub(super) enum AttemptError {
 }
 
 impl AttemptError {
-    pub(super) fn status(&self) -> u16 {
-        match self {
-            AttemptError::Refusal(refusal) => refusal.status,
-            _ => 0,
-        }
-    }
-
     pub(super) fn meaning(&self) -> Option<ErrorClass> {
         match self {
             AttemptError::Refusal(refusal) => Some(refusal.meaning()),
