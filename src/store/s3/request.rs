@@ -102,6 +102,6 @@ impl S3Request {
         if (200..300).contains(&answer.status) {
             return Ok(answer);
         }
-        Err(AttemptError::Refusal(Box::new(Refusal::read(answer)?)))
+        Err(AttemptError::Refusal(Box::new(Refusal::read(answer))))
     }
 }
