@@ -38,6 +38,10 @@ pub enum Addressing {
     Virtual,
 }
 
+/// Its words.
+const ADDRESSING: [(&str, Addressing); 3] =
+    [("auto", Addressing::Auto), ("path", Addressing::Path), ("virtual", Addressing::Virtual)];
+
 /// The store of the manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreUrl {
@@ -167,16 +171,10 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
             "scheme" => location.scheme = value,
             "profile" => location.profile = Some(value),
             "addressing-style" => {
-                location.addressing = match value.as_str() {
-                    "auto" => Addressing::Auto,
-                    "path" => Addressing::Path,
-                    "virtual" => Addressing::Virtual,
-                    _ => {
-                        return Err(format!(
-                            "has the addressing-style '{value}'; expected auto, path or virtual"
-                        ));
-                    }
-                };
+                let known = ADDRESSING.iter().find(|(word, _)| *word == value);
+                location.addressing = known.map(|(_, addressing)| *addressing).ok_or_else(|| {
+                    format!("has the addressing-style '{value}'; expected auto, path or virtual")
+                })?;
             }
             // Nix's own settings of an s3 store are Nix's affair.
             "compression"
@@ -239,12 +237,9 @@ pub fn without_secrets(url: &str) -> String {
 }
 
 impl S3Location {
-    /// Takes the endpoint that `from` names, unless the URL has one. From here on it is as if the URL had: two
+    /// Takes the endpoint that `from` names, for want of one in the URL. From here on it is as if the URL had one: two
     /// buckets of one name at two addresses are two stores.
     pub fn take_endpoint(&mut self, url: &str, from: &str) -> Result<(), String> {
-        if self.endpoint.is_some() {
-            return Ok(());
-        }
         match url.split_once("://") {
             Some((scheme @ ("http" | "https"), host))
                 if !host.trim_matches('/').is_empty()
@@ -283,11 +278,8 @@ impl S3Location {
 impl fmt::Display for S3Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.without_query())?;
-        let addressing = match self.addressing {
-            Addressing::Auto => None,
-            Addressing::Path => Some("path"),
-            Addressing::Virtual => Some("virtual"),
-        };
+        let addressing = ADDRESSING.iter().find(|(_, addressing)| *addressing == self.addressing);
+        let addressing = addressing.map(|(word, _)| *word).filter(|word| *word != "auto");
         let query = [
             ("region", self.region.as_deref()),
             ("endpoint", self.endpoint.as_deref()),
