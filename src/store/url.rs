@@ -113,19 +113,16 @@ impl CacheUrl {
         if let Some(rest) = text.strip_prefix("s3://") {
             return Ok(CacheUrl::Store(StoreUrl::S3(s3_location(rest)?)));
         }
+        let in_scheme = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.');
         match text.split_once("://") {
             Some((scheme, rest))
-                if !rest.is_empty() && scheme.chars().all(scheme_char) && !scheme.is_empty() =>
+                if !rest.is_empty() && scheme.chars().all(in_scheme) && !scheme.is_empty() =>
             {
                 Ok(CacheUrl::Nix(text.to_string()))
             }
             _ => Err("is not a URL; expected s3://BUCKET or file:///DIR".into()),
         }
     }
-}
-
-fn scheme_char(c: char) -> bool {
-    c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.')
 }
 
 fn s3_location(rest: &str) -> Result<S3Location, String> {
