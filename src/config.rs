@@ -135,8 +135,8 @@ pub fn is_unconfigured(url: &str) -> bool {
 /// Reads everything and parses it. Errors name the source of the value that is wrong.
 pub fn load(flags: &Flags) -> Result<Settings> {
     let files = [read_file(&user_file())?, read_file(Path::new(SYSTEM_FILE))?];
-    let mut settings = resolve(flags, &|name| std::env::var(name).ok(), &files)?;
     let env: Env = Arc::new(http::process_env);
+    let mut settings = resolve(flags, &*env, &files)?;
     take_endpoints(&mut settings, &env)?;
     Ok(settings)
 }
@@ -202,11 +202,7 @@ fn parse_file(path: &Path, text: &str) -> Result<FileValues> {
 }
 
 /// Decides every key; pure but for the probes of the defaults (host name, PATH, writable unit folder).
-fn resolve(
-    flags: &Flags,
-    env: &dyn Fn(&str) -> Option<String>,
-    files: &[Option<FileValues>],
-) -> Result<Settings> {
+fn resolve(flags: &Flags, env: http::Env, files: &[Option<FileValues>]) -> Result<Settings> {
     let mut sources: Sources = KEYS.iter().map(|key| (key.name, find(key, flags, env, files))).collect();
     let get = |name: &str| sources[name].value.as_deref();
 
@@ -268,12 +264,7 @@ fn resolve(
 }
 
 /// A key's value: flag, environment, files, default.
-fn find(
-    key: &Key,
-    flags: &Flags,
-    env: &dyn Fn(&str) -> Option<String>,
-    files: &[Option<FileValues>],
-) -> Sourced {
+fn find(key: &Key, flags: &Flags, env: http::Env, files: &[Option<FileValues>]) -> Sourced {
     let given = |value: String, source: String| Sourced { value: Some(value), source };
     if let Some(value) = flags.get(key.name) {
         return given(value.clone(), format!("flag {}", key.flag));
@@ -361,7 +352,7 @@ mod tests {
         let env = |name: &str| (name == "OMNI_DEPLOY_STORE").then(|| "file:///env".to_string());
         let none = |_: &str| None;
         let flags = Flags::from([("store", "file:///flag".to_string())]);
-        let got = |flags: &Flags, env: &dyn Fn(&str) -> Option<String>, files: &[Option<FileValues>]| {
+        let got = |flags: &Flags, env: http::Env, files: &[Option<FileValues>]| {
             let s = resolve(flags, env, files).unwrap();
             (s.store.to_string(), s.sources["store"].source.clone())
         };

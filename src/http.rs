@@ -5,7 +5,7 @@
 use crate::clock::Timestamp;
 use std::fmt;
 use std::time::{Duration, Instant};
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 
 /// Reads a variable of the environment; tests bring their own.
 pub type Env<'a> = &'a (dyn Fn(&str) -> Option<String> + 'a);
@@ -73,13 +73,12 @@ fn roots(env: Env) -> Result<RootCerts, String> {
     let Some((name, path)) = named else { return Ok(RootCerts::WebPki) };
     let wrong = |why: String| format!("cannot use {name}={path}: {why}; correct or unset {name}");
     let pem = fs_err::read(&path).map_err(|e| wrong(e.to_string()))?;
-    let certificates: Vec<Certificate<'static>> = parse_pem(&pem)
-        .filter_map(|item| match item {
-            Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
-            Ok(_) => None,
-            Err(e) => Some(Err(wrong(e.to_string()))),
-        })
-        .collect::<Result<_, _>>()?;
+    let mut certificates = Vec::new();
+    for item in parse_pem(&pem) {
+        if let PemItem::Certificate(certificate) = item.map_err(|e| wrong(e.to_string()))? {
+            certificates.push(certificate);
+        }
+    }
     if certificates.is_empty() {
         return Err(wrong("there is no certificate in it".into()));
     }
@@ -246,15 +245,6 @@ pub struct Retry {
     pub total: Duration,
 }
 
-/// Time and chance as [`Retry`] uses them; tests have their own.
-struct Pace<'a> {
-    /// Time since some fixed moment.
-    now: &'a dyn Fn() -> Duration,
-    sleep: &'a dyn Fn(Duration),
-    /// A number in `0.0..1.0`.
-    chance: &'a dyn Fn() -> f64,
-}
-
 /// What to do about a failed try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Again {
@@ -281,43 +271,36 @@ impl Retry {
     /// Tries until it works, cannot work, or took too long. `attempt` gets the time that is left to it.
     pub fn run<T, E>(
         &self,
-        attempt: impl FnMut(Duration) -> Result<T, E>,
-        again: impl Fn(&E) -> Again,
-    ) -> Result<T, GaveUp<E>> {
-        let begun = Instant::now();
-        let (now, chance) = (|| begun.elapsed(), crate::random::fraction);
-        self.run_at(&Pace { now: &now, sleep: &std::thread::sleep, chance: &chance }, attempt, again)
-    }
-
-    fn run_at<T, E>(
-        &self,
-        pace: &Pace<'_>,
         mut attempt: impl FnMut(Duration) -> Result<T, E>,
         again: impl Fn(&E) -> Again,
     ) -> Result<T, GaveUp<E>> {
-        let started = (pace.now)();
-        let mut bound = self.first;
+        let begun = Instant::now();
         let mut tries = 0;
         loop {
-            let left = self.total.saturating_sub((pace.now)() - started);
             tries += 1;
-            let error = match attempt(left) {
+            let error = match attempt(self.total.saturating_sub(begun.elapsed())) {
                 Ok(value) => return Ok(value),
                 Err(error) => error,
             };
-            let most = match again(&error) {
-                Again::No => 0,
-                Again::Yes => self.tries,
-                Again::AtMost(tries) => tries.min(self.tries),
-            };
-            let pause = bound.mul_f64((pace.chance)());
-            let after = (pace.now)() - started;
-            if tries >= most || after + pause >= self.total {
-                return Err(GaveUp { error, tries, after });
+            let again = again(&error);
+            let after = begun.elapsed();
+            match self.pause(again, tries, after, crate::random::fraction()) {
+                Some(pause) => std::thread::sleep(pause),
+                None => return Err(GaveUp { error, tries, after }),
             }
-            (pace.sleep)(pause);
-            bound = (bound * 2).min(self.longest);
         }
+    }
+
+    /// The pause after so many tries, which took so long together, by a chance in `0.0..1.0`; None: there is no other try.
+    fn pause(&self, again: Again, tries: u32, after: Duration, chance: f64) -> Option<Duration> {
+        let most = match again {
+            Again::No => 0,
+            Again::Yes => self.tries,
+            Again::AtMost(tries) => tries.min(self.tries),
+        };
+        let doubled = self.first.saturating_mul(2_u32.saturating_pow(tries - 1));
+        let pause = doubled.min(self.longest).mul_f64(chance);
+        (tries < most && after + pause < self.total).then_some(pause)
     }
 }
 
@@ -325,32 +308,6 @@ impl Retry {
 mod tests {
     use super::*;
     use std::cell::{Cell, RefCell};
-
-    struct Simulated {
-        now: Cell<Duration>,
-        pauses: RefCell<Vec<Duration>>,
-        chance: f64,
-    }
-
-    impl Simulated {
-        fn run<T, E>(
-            &self,
-            policy: Retry,
-            attempt: impl FnMut(Duration) -> Result<T, E>,
-            again: impl Fn(&E) -> Again,
-        ) -> Result<T, GaveUp<E>> {
-            let sleep = |time| {
-                self.pauses.borrow_mut().push(time);
-                self.now.set(self.now.get() + time);
-            };
-            let pace = Pace { now: &|| self.now.get(), sleep: &sleep, chance: &|| self.chance };
-            policy.run_at(&pace, attempt, again)
-        }
-    }
-
-    fn simulated(chance: f64) -> Simulated {
-        Simulated { now: Cell::default(), pauses: RefCell::default(), chance }
-    }
 
     const POLICY: Retry = Retry {
         tries: 6,
@@ -361,43 +318,53 @@ mod tests {
 
     #[test]
     fn pauses_double_up_to_their_bound_and_tries_are_counted() {
-        let pace = simulated(0.5);
-        let gave_up = pace.run(POLICY, |_| Err::<(), _>("no"), |_| Again::Yes).unwrap_err();
-        assert_eq!(gave_up.tries, 6);
-        let millis: Vec<u128> = pace.pauses.borrow().iter().map(Duration::as_millis).collect();
-        assert_eq!(millis, [50, 100, 200, 400, 500]);
-        assert_eq!(gave_up.after, Duration::from_millis(1250));
+        let pauses = |again, chance| -> Vec<u128> {
+            let pause = |tries| POLICY.pause(again, tries, Duration::ZERO, chance);
+            (1..).map_while(pause).map(|pause| pause.as_millis()).collect()
+        };
+        assert_eq!(pauses(Again::Yes, 0.5), [50, 100, 200, 400, 500]);
+        assert_eq!(pauses(Again::Yes, 0.0), [0; 5]);
+        assert_eq!(pauses(Again::AtMost(3), 0.5), [50, 100]);
+        assert_eq!(pauses(Again::AtMost(9), 0.5).len(), 5);
+        assert_eq!(pauses(Again::No, 0.5), [0; 0]);
     }
 
     #[test]
     fn what_cannot_get_better_is_tried_once_and_what_got_better_is_the_result() {
-        let pace = simulated(0.9);
+        let quick = Retry { first: Duration::from_micros(1), ..POLICY };
         let count = Cell::new(0);
         let try_one = |_| {
             count.set(count.get() + 1);
             if count.get() < 4 { Err(count.get()) } else { Ok("done") }
         };
-        assert_eq!(pace.run(POLICY, try_one, |_| Again::Yes), Ok("done"));
+        assert_eq!(quick.run(try_one, |_| Again::Yes), Ok("done"));
         assert_eq!(count.get(), 4);
-        let gave_up = pace.run(POLICY, |_| Err::<(), _>(()), |()| Again::No).unwrap_err();
-        assert_eq!(gave_up.tries, 1);
-        let gave_up = pace.run(POLICY, |_| Err::<(), _>(()), |()| Again::AtMost(3)).unwrap_err();
-        assert_eq!(gave_up.tries, 3);
+        for (again, tries) in [(Again::No, 1), (Again::AtMost(3), 3), (Again::Yes, 6)] {
+            let gave_up = quick.run(|_| Err::<(), _>(()), |()| again).unwrap_err();
+            assert_eq!(gave_up.tries, tries);
+        }
     }
 
     #[test]
     fn the_whole_is_bounded_and_every_try_knows_what_is_left() {
-        let pace = simulated(0.99);
         let slow = Retry { tries: 100, ..POLICY };
+        let after = |seconds| slow.pause(Again::Yes, 50, Duration::from_secs(seconds), 0.99);
+        assert_eq!(
+            (after(0), after(9)),
+            (Some(Duration::from_millis(990)), Some(Duration::from_millis(990)))
+        );
+        assert_eq!((after(10), after(11)), (None, None));
+        let short = Retry { total: Duration::from_millis(40), longest: Duration::from_millis(1), ..slow };
         let lefts = RefCell::new(Vec::new());
         let attempt = |left: Duration| {
             lefts.borrow_mut().push(left);
-            pace.now.set(pace.now.get() + left.min(Duration::from_secs(3)));
+            std::thread::sleep(Duration::from_millis(9));
             Err::<(), _>(())
         };
-        let gave_up = pace.run(slow, attempt, |()| Again::Yes).unwrap_err();
-        assert!(gave_up.after <= slow.total, "{:?}", gave_up.after);
+        let gave_up = short.run(attempt, |()| Again::Yes).unwrap_err();
+        assert!((1..=5).contains(&gave_up.tries), "{gave_up:?}");
         assert!(lefts.borrow().windows(2).all(|w| w[1] < w[0]), "{lefts:?}");
+        assert!(lefts.borrow().iter().all(|left| *left <= short.total), "{lefts:?}");
     }
 
     #[test]

@@ -93,9 +93,20 @@ impl SecretKey {
 
     /// Reads a key file. Errors name the file and what to do.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = read_key_file(path, "make one with 'omni-deploy init'")?;
+        let at = path.display();
+        let remedy = "or make one with 'omni-deploy init'";
+        let meta = if_there(fs_err::metadata(path))?
+            .ok_or_else(|| Error::new(format!("there is no key file {at}; copy it there, {remedy}")))?;
+        if !meta.is_file() || meta.len() > MAX_FILE {
+            return Err(Error::new(format!("{at} is not a key file; copy one there, {remedy}")));
+        }
+        let text = match fs_err::read_to_string(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+                return Err(Error::new(format!("{at} is not text; copy a key file there, {remedy}")));
+            }
+            other => other?,
+        };
         SecretKey::parse(&text).map_err(|why| {
-            let at = path.display();
             Error::new(format!("{at} {why}; copy it again, or make a new one with 'omni-deploy init'"))
         })
     }
@@ -159,21 +170,6 @@ pub fn mode_trouble(path: &Path) -> Option<String> {
     let mode = fs_err::metadata(path).ok()?.permissions().mode() & 0o7777;
     (mode & 0o077 != 0)
         .then(|| format!("has mode {mode:04o}, others can use it; chmod 600 {}", path.display()))
-}
-
-fn read_key_file(path: &Path, remedy: &str) -> Result<String> {
-    let at = path.display();
-    let meta = if_there(fs_err::metadata(path))?
-        .ok_or_else(|| Error::new(format!("there is no key file {at}; copy it there, or {remedy}")))?;
-    if !meta.is_file() || meta.len() > MAX_FILE {
-        return Err(Error::new(format!("{at} is not a key file; copy one there, or {remedy}")));
-    }
-    match fs_err::read_to_string(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
-            Err(Error::new(format!("{at} is not text; copy a key file there, or {remedy}")))
-        }
-        other => Ok(other?),
-    }
 }
 
 #[cfg(test)]

@@ -42,24 +42,15 @@ pub fn output_on(
     answer_of(settings, host, words, run_on(settings, host, sudo, words).deadline(deadline))
 }
 
-/// The same as root for a command that a host need not have, or need not let us run: of what it did not do no remedy is
-/// said, only of a host that was not reached.
-pub fn attempt_on(
-    settings: &Settings,
-    host: &HostName,
-    words: &[&str],
-    deadline: Duration,
-) -> Result<Output> {
-    reached(settings, host, words, run_on(settings, host, true, words).deadline(deadline))
-}
-
 /// What a run of `words` on `host` ([`run_on`], maybe with a stdin) left, as [`output_on`] has it.
 pub fn answer_of(settings: &Settings, host: &HostName, words: &[&str], run: Run) -> Result<Output> {
-    let output = reached(settings, host, words, run)?;
+    let output = attempt_of(settings, host, words, run)?;
     refused(settings, host, output.status, &output.stderr).map_or(Ok(output), Err)
 }
 
-fn reached(settings: &Settings, host: &HostName, words: &[&str], run: Run) -> Result<Output> {
+/// The same for a command that a host need not have, or need not let us run: of what it did not do no remedy is said,
+/// only of a host that was not reached.
+pub fn attempt_of(settings: &Settings, host: &HostName, words: &[&str], run: Run) -> Result<Output> {
     let output = run.output();
     if is_here(settings, host) {
         return Ok(output?);

@@ -386,9 +386,7 @@ pub fn restart(units: &[String], within: Duration) -> Result<Restarted> {
     let before: Vec<Option<String>> = units.iter().map(|unit| invocation(unit)).collect();
     match run.deadline(within).output() {
         Ok(output) if output.status.ok() => Ok(Restarted::default()),
-        Ok(output) => {
-            Ok(Restarted { complaint: Some(output.stderr.trim().to_string()), busy: BTreeSet::new() })
-        }
+        Ok(output) => Ok(Restarted { complaint: Some(output.stderr.trim().into()), ..Restarted::default() }),
         Err(RunError::Deadline { .. }) => {
             let mut busy = busy(units)?;
             // systemctl asks for one after the other, and on a host that is slow has not come to the last by then. That
@@ -468,9 +466,9 @@ pub fn start_without_waiting(unit: &str) -> Result<Output> {
 /// Whether systemd has something to do for a unit, or is at it.
 pub fn under_way(unit: &str) -> Result<bool> {
     let shown = properties(unit, "ActiveState,Job")?;
-    let has = |name: &str, of: &[&str]| shown.get(name).is_some_and(|value| of.contains(&value.as_str()));
-    Ok(shown.get("Job").is_some_and(|job| !matches!(job.as_str(), "" | "0"))
-        || has("ActiveState", &["activating", "reloading", "deactivating"]))
+    let value = |name: &str| shown.get(name).map_or("", String::as_str);
+    Ok(!matches!(value("Job"), "" | "0")
+        || matches!(value("ActiveState"), "activating" | "reloading" | "deactivating"))
 }
 
 /// How long systemd lets units take to stop, by what it has loaded (`TimeoutStopSec=`, or the manager's

@@ -56,13 +56,11 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     // Before anything is written here: a store that is misspelt must not take the place of one that works.
     let store = crate::store::open(&settings.store)?;
     let probe = crate::store::probe(store.as_ref())?;
-    if let Some(complaint) = probe.complaint {
-        return Err(Error::new(complaint));
-    }
+    let etags = probe.conditions.map_err(Error::new)?;
     if let Some(leftover) = probe.leftover {
         log::warning(leftover);
     }
-    crate::store::probe::remember(store.as_ref(), probe.etags, Timestamp::now());
+    crate::store::probe::remember(store.as_ref(), etags, Timestamp::now());
 
     let mut new = old.clone();
     for (name, value) in &flags {

@@ -32,12 +32,12 @@ pub fn store(store: &dyn Store, on_host: bool) -> Vec<Check> {
     }
     let reached = ok(format!("{url} answers")).of("store");
     let writes = match crate::store::probe(store) {
-        Ok(Probe { complaint: Some(why), .. }) => {
+        Ok(Probe { conditions: Err(why), .. }) => {
             crate::store::probe::forget(store);
             fail(why)
         }
-        Ok(Probe { complaint: None, leftover: Some(why), .. }) => warn(format!("honoured, but {why}")),
-        Ok(Probe { complaint: None, leftover: None, .. }) => ok("honoured: two pushes at once lose nothing"),
+        Ok(Probe { conditions: Ok(_), leftover: Some(why) }) => warn(format!("honoured, but {why}")),
+        Ok(Probe { conditions: Ok(_), leftover: None }) => ok("honoured: two pushes at once lose nothing"),
         Err(StoreError::Denied(_)) if on_host => return vec![reached],
         Err(e) => fail(e),
     };

@@ -100,13 +100,8 @@ impl Folder {
         Ok(fs::fsync(self.reading()?)?)
     }
 
-    /// [`super::write`].
-    pub fn write(&self, name: &str, mut bytes: &[u8], mode: u32) -> io::Result<()> {
-        self.write_from(name, &mut bytes, mode)
-    }
-
-    /// The same with what a reader gives, which may be more than fits into memory.
-    pub fn write_from(&self, name: &str, source: &mut dyn Read, mode: u32) -> io::Result<()> {
+    /// [`super::write`] of what a reader gives, which may be more than fits into memory.
+    pub fn write(&self, name: &str, source: &mut dyn Read, mode: u32) -> io::Result<()> {
         let path = self.shown.join(name);
         let _effect = failpoint::begin("write", path.display()).map_err(|e| named(e, "write", &path))?;
         let (temp, _held) = self.temp(&path, source, mode)?;
@@ -213,11 +208,9 @@ impl Folder {
     /// Takes a temporary file away that did not get where it should.
     fn placed<E: Into<io::Error>>(&self, temp: &str, done: Result<(), E>) -> io::Result<()> {
         done.map_err(|e| {
-            let (why, cleared) = (e.into(), fs::unlinkat(&self.fd, temp, AtFlags::empty()));
             // What stays is swept by the next one; why it is there is what counts.
-            match cleared {
-                Ok(()) | Err(_) => why,
-            }
+            let _cleared = fs::unlinkat(&self.fd, temp, AtFlags::empty());
+            e.into()
         })
     }
 }
@@ -263,8 +256,8 @@ mod tests {
         let folder = opened(&was);
         fs_err::rename(&was, &is).unwrap();
         fs_err::os::unix::fs::symlink("/nonexistent", &was).unwrap();
-        folder.write("f", b"one", 0o644).unwrap();
-        folder.write("f", b"two", 0o600).unwrap();
+        folder.write("f", &mut &b"one"[..], 0o644).unwrap();
+        folder.write("f", &mut &b"two"[..], 0o600).unwrap();
         assert!(!folder.create_new("f", b"three", 0o644).unwrap());
         assert!(folder.create_new("g", b"three", 0o644).unwrap());
         assert_eq!(fs_err::read(is.join("f")).unwrap(), b"two");
@@ -285,7 +278,7 @@ mod tests {
         fs_err::os::unix::fs::symlink(outer.join("f"), inner.join("f")).unwrap();
         let folder = opened(&inner);
         assert!(folder.folder("d").is_err() && folder.made_folder("d").is_err());
-        folder.write("f", b"ours", 0o644).unwrap();
+        folder.write("f", &mut &b"ours"[..], 0o644).unwrap();
         assert_eq!(fs_err::read(outer.join("f")).unwrap(), b"precious");
         assert_eq!(fs_err::read(inner.join("f")).unwrap(), b"ours");
     }

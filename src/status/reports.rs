@@ -161,7 +161,8 @@ pub fn watch(
     }
     let serial = serial.to_string();
     let words = ["omni-deploy", "deployer", "watch", "--serial", &serial];
-    let output = ssh::attempt_on(settings, host, &words, deadline)?;
+    let run = ssh::run_on(settings, host, true, &words).deadline(deadline);
+    let output = ssh::attempt_of(settings, host, &words, run)?;
     if !output.status.ok() || output.stdout.len() as u64 > MAX_REPORT {
         return Ok(None);
     }

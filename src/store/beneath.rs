@@ -14,7 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 /// How many links are followed, as the kernel does (path_resolution(7)).
-const MOST_LINKS: u32 = 40;
+const MOST_LINKS: usize = 40;
 
 /// Whether folders that are missing are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,11 +44,8 @@ pub fn root(path: &Path, missing: Missing) -> io::Result<Folder> {
             (Some(FileType::Symlink), _) => {
                 let (to, owner) = link(&at, name)?;
                 links.push((at.shown().join(name), owner));
-                if links.len() as u32 > MOST_LINKS {
-                    return Err(io::Error::new(
-                        ErrorKind::InvalidData,
-                        format!("{} is a link that leads in a circle", path.display()),
-                    ));
+                if links.len() > MOST_LINKS {
+                    return Err(not_ours(format!("{} is a link that leads in a circle", path.display())));
                 }
                 for step in steps(&to).into_iter().rev() {
                     left.push_front(step);
@@ -63,14 +60,11 @@ pub fn root(path: &Path, missing: Missing) -> io::Result<Folder> {
     let trusted = [0, rustix::process::geteuid().as_raw(), owner];
     match links.iter().find(|(_, maker)| !trusted.contains(maker)) {
         None => Ok(Folder::new(at.into_fd(), path)),
-        Some((link, maker)) => Err(io::Error::new(
-            ErrorKind::InvalidData,
-            format!(
-                "{} is a link of user {maker} into a folder of user {owner}; name the folder itself in 'store', or have root \
+        Some((link, maker)) => Err(not_ours(format!(
+            "{} is a link of user {maker} into a folder of user {owner}; name the folder itself in 'store', or have root \
              make the link",
-                link.display()
-            ),
-        )),
+            link.display()
+        ))),
     }
 }
 
@@ -171,21 +165,22 @@ fn no_object(path: &Path, is: FileType) -> io::Error {
         FileType::RegularFile | FileType::Unknown => "something else",
     };
     let at = path.display();
-    io::Error::new(
-        ErrorKind::InvalidData,
-        format!("{at} is {what}, where a regular file should be; remove it: rm {at}"),
-    )
+    not_ours(format!("{at} is {what}, where a regular file should be; remove it: rm {at}"))
 }
 
 /// Why a link is no folder.
 fn no_folder(path: &Path, stat: &Stat) -> Option<io::Error> {
     let at = path.display();
     (FileType::from_raw_mode(stat.st_mode) == FileType::Symlink).then(|| {
-        let text = format!(
+        not_ours(format!(
             "{at} is a symbolic link, where a folder should be; put the folder itself there, or name in 'store' where it leads"
-        );
-        io::Error::new(ErrorKind::InvalidData, text)
+        ))
     })
+}
+
+/// That something is there which nobody here has made.
+fn not_ours(text: String) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, text)
 }
 
 #[cfg(test)]

@@ -17,35 +17,6 @@ use std::time::Duration;
 /// A shared way to read the environment.
 pub type Env = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
 
-/// Where credentials came from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum CredentialSource {
-    /// `AWS_ACCESS_KEY_ID` and its companions.
-    Environment,
-    /// A profile of a file.
-    Profile {
-        /// The profile's name.
-        name: String,
-        /// The file that has its keys.
-        file: PathBuf,
-    },
-    /// The role of the instance.
-    Instance {
-        /// The role's name.
-        role: String,
-    },
-}
-
-impl fmt::Display for CredentialSource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            CredentialSource::Environment => f.write_str("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
-            CredentialSource::Profile { name, file } => write!(f, "profile '{name}' in {}", file.display()),
-            CredentialSource::Instance { role } => write!(f, "the instance's role '{role}'"),
-        }
-    }
-}
-
 /// A key to sign with.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Credentials {
@@ -57,18 +28,13 @@ pub struct Credentials {
     pub token: Option<String>,
     /// When they stop working, if they do.
     pub expires: Option<Timestamp>,
-    /// Where they came from.
-    pub source: CredentialSource,
+    /// Where they came from, for people: variables, the profile of a file, or the instance's role.
+    pub source: String,
 }
 
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Credentials { id, secret: _, token: _, expires, source } = self;
-        f.debug_struct("Credentials")
-            .field("id", id)
-            .field("expires", expires)
-            .field("source", source)
-            .finish_non_exhaustive()
+        f.debug_struct("Credentials").field("id", &self.id).finish_non_exhaustive()
     }
 }
 
@@ -139,12 +105,19 @@ impl Provider {
         }
     }
 
-    /// The region of the profile, if it has one.
-    pub fn region(&self) -> Option<String> {
-        let name = self.profile_name();
+    /// A setting of the profile that is no key, and the file that has it.
+    fn setting(&self, name: &str) -> Option<(String, PathBuf)> {
+        let profile = self.profile_name();
         [self.config_file(), self.credentials_file()]
-            .iter()
-            .find_map(|file| read_profile(file, &name).ok().flatten()?.remove("region"))
+            .into_iter()
+            .find_map(|file| Some((read_profile(&file, &profile).ok().flatten()?.remove(name)?, file)))
+    }
+
+    /// The region if the store's URL does not say: that of the environment, or of the profile.
+    pub fn region(&self) -> Option<String> {
+        self.var("AWS_REGION")
+            .or_else(|| self.var("AWS_DEFAULT_REGION"))
+            .or_else(|| self.setting("region").map(|(region, _)| region))
     }
 
     /// Where the store is if its URL does not say, and what names it: the environment or the profile (AWS SDKs and
@@ -155,15 +128,10 @@ impl Provider {
             return None;
         }
         let named = |name: &str| Some((self.var(name)?, name.to_string()));
-        let profile = self.profile_name();
-        let in_file = |file: PathBuf| {
-            let url = read_profile(&file, &profile).ok().flatten()?.remove("endpoint_url")?;
-            Some((url, format!("endpoint_url of profile '{profile}' in {}", file.display())))
-        };
-        named("AWS_ENDPOINT_URL_S3")
-            .or_else(|| named("AWS_ENDPOINT_URL"))
-            .or_else(|| in_file(self.config_file()))
-            .or_else(|| in_file(self.credentials_file()))
+        named("AWS_ENDPOINT_URL_S3").or_else(|| named("AWS_ENDPOINT_URL")).or_else(|| {
+            let (url, file) = self.setting("endpoint_url")?;
+            Some((url, format!("endpoint_url of profile '{}' in {}", self.profile_name(), file.display())))
+        })
     }
 
     fn var(&self, name: &str) -> Option<String> {
@@ -192,7 +160,8 @@ impl Provider {
         let (id, secret) = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY");
         match (self.var(id), self.var(secret)) {
             (Some(id), Some(secret)) => {
-                let (token, source) = (self.var("AWS_SESSION_TOKEN"), CredentialSource::Environment);
+                let token = self.var("AWS_SESSION_TOKEN");
+                let source = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY".into();
                 return Ok(Credentials { id, secret, token, expires: None, source });
             }
             (Some(_), None) => return half(id, secret),
@@ -210,14 +179,13 @@ impl Provider {
                 },
             }
         }
-        match self.of_instance() {
-            Ok(credentials) => Ok(credentials),
-            Err(why) => Err(format!(
+        self.of_instance().map_err(|why| {
+            format!(
                 "no credentials: {}, {why}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or put them in {}",
                 tried.join(", "),
                 self.credentials_file().display()
-            )),
-        }
+            )
+        })
     }
 
     /// The role's credentials from the instance's metadata service, version 2 (Amazon EC2 user guide,
@@ -262,7 +230,7 @@ impl Provider {
             secret: found.secret_access_key,
             token: found.token,
             expires: found.expiration.as_deref().and_then(Timestamp::parse),
-            source: CredentialSource::Instance { role },
+            source: format!("the instance's role '{role}'"),
         })
     }
 }
@@ -281,17 +249,17 @@ fn of_profile(
     name: &str,
     file: &Path,
 ) -> Result<Option<Credentials>, String> {
-    let place = || format!("profile '{name}' in {}", file.display());
+    let place = format!("profile '{name}' in {}", file.display());
     match (settings.remove("aws_access_key_id"), settings.remove("aws_secret_access_key")) {
         (Some(id), Some(secret)) => Ok(Some(Credentials {
             id,
             secret,
             token: settings.remove("aws_session_token"),
             expires: None,
-            source: CredentialSource::Profile { name: name.into(), file: file.into() },
+            source: place,
         })),
-        (Some(_), None) => Err(format!("{} has no aws_secret_access_key; add it", place())),
-        (None, Some(_)) => Err(format!("{} has no aws_access_key_id; add it", place())),
+        (Some(_), None) => Err(format!("{place} has no aws_secret_access_key; add it")),
+        (None, Some(_)) => Err(format!("{place} has no aws_access_key_id; add it")),
         (None, None) => {
             let indirect = |k: &&String| {
                 k.starts_with("sso_")
@@ -300,9 +268,8 @@ fn of_profile(
             match settings.keys().find(indirect) {
                 None => Ok(None),
                 Some(key) => Err(format!(
-                    "{} has {key}, which is not followed here; run \
-                     'eval \"$(aws configure export-credentials --profile {name} --format env)\"' first",
-                    place()
+                    "{place} has {key}, which is not followed here; run \
+                     'eval \"$(aws configure export-credentials --profile {name} --format env)\"' first"
                 )),
             }
         }
@@ -378,7 +345,8 @@ mod tests {
         let (_dir, home) = home();
         let keys = [("AWS_ACCESS_KEY_ID", "E"), ("AWS_SECRET_ACCESS_KEY", "es")];
         let found = provider(Some("work"), &[("HOME", &home), keys[0], keys[1]]).get(Timestamp(0)).unwrap();
-        assert_eq!((found.id.as_str(), &found.source), ("E", &CredentialSource::Environment));
+        let variables = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY";
+        assert_eq!((found.id.as_str(), found.source.as_str()), ("E", variables));
         for (profile, var, id, secret, token) in [
             (None, None, "D", "ds", None),
             (Some("work"), None, "W", "w=s=", Some("wt")),
@@ -389,9 +357,7 @@ mod tests {
             let found = provider.get(Timestamp(0)).unwrap();
             let got = (found.id.as_str(), found.secret.as_str(), found.token.as_deref());
             assert_eq!(got, (id, secret, token), "{profile:?} {var:?}");
-            assert!(
-                matches!(&found.source, CredentialSource::Profile { file, .. } if file.starts_with(&home))
-            );
+            assert!(found.source.contains(&format!("' in {home}/.aws/")), "{}", found.source);
         }
     }
 
@@ -473,7 +439,7 @@ mod tests {
         let provider = provider(None, &[("HOME", &empty), ("AWS_EC2_METADATA_SERVICE_ENDPOINT", &base)]);
         let found = provider.get(Timestamp(0)).unwrap();
         assert_eq!((found.id.as_str(), found.token.as_deref()), ("ONE", Some("it")));
-        assert_eq!(found.source, CredentialSource::Instance { role: "biz-role".into() });
+        assert_eq!(found.source, "the instance's role 'biz-role'");
         assert_eq!(found.expires, Some(Timestamp(3600)));
         assert_eq!(provider.get(Timestamp(3000)).unwrap().id, "ONE", "kept while it lasts");
         assert_eq!(provider.get(Timestamp(3400)).unwrap().id, "TWO", "looked up before it ends");

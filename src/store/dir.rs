@@ -129,9 +129,8 @@ impl DirStore {
     }
 
     /// Takes the lock of all writers; dropping it gives it back.
-    fn lock(&self, root: &Folder, verb: &str, key: &str) -> Result<StoreLock, StoreError> {
-        let path = self.root.join(LOCK);
-        let (file, ours) = beneath::lock(root, LOCK, 0o664).map_err(|e| self.failed(verb, key, &e))?;
+    fn lock(&self, root: &Folder) -> io::Result<StoreLock> {
+        let (file, ours) = beneath::lock(root, LOCK, 0o664)?;
         if ours {
             // What cannot be changed stays as it was, and locks all the same.
             drop(close_to_strangers(root, &file));
@@ -140,23 +139,19 @@ impl DirStore {
         // a thread's, so that it can be given up.
         let file = match file.file().try_lock() {
             Ok(()) => file,
-            Err(TryLockError::Error(e)) => return Err(self.failed(verb, key, &e)),
+            Err(TryLockError::Error(e)) => return Err(e),
             Err(TryLockError::WouldBlock) => {
                 let (sender, waited) = std::sync::mpsc::channel();
                 // When nobody waits any more, the file goes down with the answer, and the lock with the file.
                 std::thread::spawn(move || drop(sender.send(file.file().lock().map(|()| file))));
                 match waited.recv_timeout(self.lock_wait) {
-                    Ok(Ok(file)) => file,
-                    Ok(Err(e)) => return Err(self.failed(verb, key, &e)),
+                    Ok(locked) => locked?,
                     Err(_) => {
-                        let holder = holder(root);
-                        return Err(StoreError::Unreachable(format!(
-                            "cannot {verb} {key} in {}: {} was held for {} s by {}; if that process hangs, end \
-                             it ('fuser -v {1}' shows it)",
-                            self.url(),
-                            path.display(),
+                        return Err(io::Error::other(format!(
+                            "{0} was held for {1} s by {2}; if that process hangs, end it ('fuser -v {0}' shows it)",
+                            self.root.join(LOCK).display(),
                             self.lock_wait.as_secs(),
-                            holder.as_deref().unwrap_or("another process"),
+                            holder(root).as_deref().unwrap_or("another process"),
                         )));
                     }
                 }
@@ -168,14 +163,13 @@ impl DirStore {
             if self.is_first_in("") || file.metadata().is_ok_and(|m| m.len() > 0) {
                 for folder in ["", HOSTS_PREFIX, ARCHIVE_PREFIX] {
                     let folder = beneath::folder_of(root, folder, Missing::Error);
-                    if_reached(folder.and_then(|folder| folder.sweep()))
-                        .map_err(|e| self.failed(verb, key, &e))?;
+                    if_reached(folder.and_then(|folder| folder.sweep()))?;
                 }
             }
             let program = std::env::args().next().unwrap_or_default();
             let note = format!("process {} ({program})\n", std::process::id());
-            let noted = file.file().set_len(0).and_then(|()| (&mut file.file()).write_all(note.as_bytes()));
-            noted.map_err(|e| self.failed(verb, key, &e))?;
+            file.file().set_len(0)?;
+            (&mut file.file()).write_all(note.as_bytes())?;
         }
         Ok(StoreLock { file, ours })
     }
@@ -256,7 +250,7 @@ impl Store for DirStore {
         self.checked(key)?;
         let failed = |e: io::Error| self.failed("write", key, &e);
         let root = beneath::root(&self.root, Missing::Made).map_err(failed)?;
-        let _lock = self.lock(&root, "write", key)?;
+        let _lock = self.lock(&root).map_err(failed)?;
         let holds = match when {
             // Nothing is made for a write that will not take place.
             Condition::IfMatch(etag) => self.holds(key, etag)?,
@@ -277,7 +271,7 @@ impl Store for DirStore {
             let made = folder.create_new(name, bytes, 0o644).map_err(failed)?;
             return if made { Ok(etag(bytes)) } else { Err(StoreError::changed(key, self)) };
         }
-        folder.write(name, bytes, 0o644).map_err(failed)?;
+        folder.write(name, &mut &*bytes, 0o644).map_err(failed)?;
         Ok(etag(bytes))
     }
 
@@ -288,7 +282,7 @@ impl Store for DirStore {
         }
         let failed = |e: io::Error| self.failed("delete", key, &e);
         let Some(root) = self.folder().map_err(failed)? else { return Ok(()) };
-        let _lock = self.lock(&root, "delete", key)?;
+        let _lock = self.lock(&root).map_err(failed)?;
         let Some((folder, name)) = if_there(beneath::place(&root, key, Missing::Error)).map_err(failed)?
         else {
             return Ok(());
@@ -363,12 +357,12 @@ impl Store for DirStore {
         let root = beneath::root(&self.root, Missing::Made).map_err(failed)?;
         let below = key.rsplit_once('/').map_or("", |(folder, _)| folder);
         let swept = ["", HOSTS_PREFIX, ARCHIVE_PREFIX].iter().any(|f| f.trim_end_matches('/') == below);
-        let _lock = if swept { Some(self.lock(&root, "write", key)?) } else { None };
+        let _lock = if swept { Some(self.lock(&root).map_err(failed)?) } else { None };
         let (folder, name) = beneath::place(&root, key, Missing::Made).map_err(failed)?;
         if !swept && self.is_first_in(below) {
             folder.sweep_abandoned().map_err(failed)?;
         }
-        folder.write_from(name, &mut source, 0o644).map_err(failed)
+        folder.write(name, &mut source, 0o644).map_err(failed)
     }
 }
 
@@ -480,7 +474,7 @@ mod tests {
         let (_dir, mut store) = store();
         store.put("k", b"one", &Condition::Always).unwrap();
         store.lock_wait = Duration::from_millis(30);
-        let held = store.lock(&store.folder().unwrap().unwrap(), "write", "k").unwrap();
+        let held = store.lock(&store.folder().unwrap().unwrap()).unwrap();
         let error = store.put("k", b"two", &Condition::Always).unwrap_err();
         assert!(matches!(error, StoreError::Unreachable(_)));
         let (text, pid) = (error.to_string(), format!("process {} ", std::process::id()));

@@ -15,6 +15,7 @@ pub mod url;
 pub mod xml;
 
 use crate::error::Error;
+use crate::http::process_env;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -212,6 +213,6 @@ pub trait Store: Send + Sync {
 pub fn open(url: &StoreUrl) -> Result<Arc<dyn Store>, StoreError> {
     match url {
         StoreUrl::Dir(path) => Ok(Arc::new(dir::DirStore::new(path))),
-        StoreUrl::S3(location) => Ok(Arc::new(s3::S3Store::open(location)?)),
+        StoreUrl::S3(location) => Ok(Arc::new(s3::S3Store::open_in(location, Arc::new(process_env))?)),
     }
 }

@@ -20,10 +20,8 @@ const REMEMBERED_SEC: i64 = 7 * 24 * 3600;
 /// What a probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probe {
-    /// How the store breaks its conditions, with the remedy; None: it honours them.
-    pub complaint: Option<String>,
-    /// How it takes versions in conditions, if it honours them.
-    pub etags: EtagForm,
+    /// In which form it takes versions, if it honours conditions; else how it breaks them, with the remedy.
+    pub conditions: Result<EtagForm, String>,
     /// Why the probe's own object is still there, if it is.
     pub leftover: Option<String>,
 }
@@ -32,13 +30,10 @@ pub struct Probe {
 pub fn probe(store: &dyn Store) -> Result<Probe, StoreError> {
     let key = format!("probe/{}", hex(&random::bytes::<8>()));
     let tested = conditions(store, &key);
-    let removed = store.delete(&key);
-    let (etags, complaint) = match tested? {
-        Ok(etags) => (etags, None),
-        Err(complaint) => (EtagForm::default(), Some(complaint)),
-    };
-    store.send_etags(etags);
-    Ok(Probe { complaint, etags, leftover: removed.err().map(|e| e.to_string()) })
+    let leftover = store.delete(&key).err().map(|e| e.to_string());
+    let conditions = tested?;
+    store.send_etags(conditions.clone().unwrap_or_default());
+    Ok(Probe { conditions, leftover })
 }
 
 /// Refuses a store that breaks its conditions, before anything is written to it. What is known to be well on this
@@ -54,8 +49,8 @@ pub fn before_writing(store: &dyn Store, now: Timestamp) -> Result<(), StoreErro
     }
     match probe(store) {
         // Not taken for tried: the next write of this process is refused as well.
-        Ok(Probe { complaint: Some(why), .. }) => Err(StoreError::Refused(why)),
-        Ok(Probe { complaint: None, etags, leftover }) => {
+        Ok(Probe { conditions: Err(why), .. }) => Err(StoreError::Refused(why)),
+        Ok(Probe { conditions: Ok(etags), leftover }) => {
             if let Some(leftover) = leftover {
                 log::warning(leftover);
             }
@@ -184,10 +179,9 @@ mod tests {
             let store = FaultyStore::new(dir.path());
             *store.faults() = Faults { takes: Some(takes), loses, ..Faults::default() };
             let probe = probe(&store).unwrap();
-            assert_eq!((probe.complaint.is_none(), probe.leftover), (found.is_some(), None), "{takes:?}");
+            assert_eq!((probe.conditions.ok(), probe.leftover), (found, None), "{takes:?}");
             assert_eq!(store.sent(), found.unwrap_or_default(), "{takes:?} {loses}");
-            if let Some(found) = found {
-                assert_eq!(probe.etags, found);
+            if found.is_some() {
                 let one = store.put("k", b"one", &Condition::Always).unwrap();
                 store.put("k", b"two", &Condition::IfMatch(one)).unwrap();
             }

@@ -19,8 +19,7 @@ use errors::Verb;
 use request::S3Request;
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::Duration;
 
 /// The largest object that one PUT can carry, in bytes (S3's limit: 5 GiB).
@@ -34,7 +33,12 @@ const LIMITS: HttpLimits = HttpLimits {
 };
 
 /// A store takes its time over a large object once it has the last byte.
-const STREAM_ANSWER: Duration = Duration::from_secs(120);
+const STREAM_LIMITS: HttpLimits = HttpLimits { answer: Duration::from_secs(120), ..LIMITS };
+
+/// The limits of one exchange in what is left of the time for all tries.
+fn within(left: Duration) -> HttpLimits {
+    HttpLimits { total: Some(left.max(Duration::from_secs(1))), ..LIMITS }
+}
 
 const RETRY: Retry = Retry {
     tries: 10,
@@ -42,15 +46,6 @@ const RETRY: Retry = Retry {
     longest: Duration::from_secs(5),
     total: Duration::from_secs(30),
 };
-
-/// What a HEAD says of an object.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ObjectHead {
-    /// Its size in bytes.
-    pub size: u64,
-    /// Its media type, if the store names one.
-    pub content_type: Option<String>,
-}
 
 /// The store in a bucket. May be used by several threads at once; they share its connections.
 pub struct S3Store {
@@ -78,45 +73,13 @@ struct StoreDemands {
     whole_listings: bool,
 }
 
-impl fmt::Debug for S3Store {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("S3Store").field("location", &self.location).finish_non_exhaustive()
-    }
-}
-
-/// How long one exchange may last, and how long its answer may be awaited.
-#[derive(Clone, Copy)]
-struct Patience {
-    total: Option<Duration>,
-    answer: Duration,
-}
-
-impl Patience {
-    fn within(left: Duration) -> Self {
-        Patience { total: Some(left.max(Duration::from_secs(1))), answer: LIMITS.answer }
-    }
-
-    const STREAM: Patience = Patience { total: None, answer: STREAM_ANSWER };
-}
-
 impl S3Store {
-    /// Names the bucket; asks nothing of the network. Credentials are looked up with the first request, so
-    /// that their absence is one more reason why a store cannot be read.
-    pub fn open(location: &S3Location) -> Result<Self, StoreError> {
-        S3Store::open_in(location, Arc::new(http::process_env))
-    }
-
-    /// [`S3Store::open`] in another environment than the process's own.
+    /// Names the bucket, as this environment has it; asks nothing of the network. Credentials are looked up with the
+    /// first request, so that their absence is one more reason why a store cannot be read.
     pub fn open_in(location: &S3Location, env: Env) -> Result<Self, StoreError> {
-        let set = |name: &str| env(name).filter(|v| !v.is_empty());
         let credentials = Provider::new(env.clone(), location.profile.as_deref());
-        let region = location
-            .region
-            .clone()
-            .or_else(|| set("AWS_REGION"))
-            .or_else(|| set("AWS_DEFAULT_REGION"))
-            .or_else(|| credentials.region())
-            .unwrap_or_else(|| "us-east-1".into());
+        let region = location.region.clone().or_else(|| credentials.region());
+        let region = region.unwrap_or_else(|| "us-east-1".into());
         let host = location.endpoint.clone().unwrap_or_else(|| {
             let china = if region.starts_with("cn-") { ".cn" } else { "" };
             format!("s3.{region}.amazonaws.com{china}")
@@ -158,28 +121,13 @@ impl S3Store {
     /// One request without a body, again and again as the policy has it; `read` makes the result of its answer.
     fn exchange<T>(
         &self,
-        patience: impl Fn(Duration) -> Patience,
+        limits: impl Fn(Duration) -> HttpLimits,
         request: impl Fn() -> S3Request,
         read: impl Fn(S3Response) -> Result<T, AttemptError>,
     ) -> Result<T, GaveUp<AttemptError>> {
         self.tried(RETRY, |left, wants| {
-            read(self.signed(request(), wants)?.send(&self.agent, &[], (), patience(left))?)
+            read(self.signed(request(), wants)?.send(&self.agent, &[], (), limits(left))?)
         })
-    }
-
-    /// The same for a GET of one object, with one more header or none.
-    fn get_object<T>(
-        &self,
-        key: &str,
-        header: Option<(&str, &str)>,
-        patience: impl Fn(Duration) -> Patience,
-        read: impl Fn(S3Response) -> Result<T, AttemptError>,
-    ) -> Result<T, GaveUp<AttemptError>> {
-        let request = || {
-            let request = self.request("GET", Some(key));
-            header.into_iter().fold(request, |request, (name, value)| request.header(name, value))
-        };
-        self.exchange(patience, request, read)
     }
 
     fn tried<T>(
@@ -230,44 +178,13 @@ impl S3Store {
         condition: Option<(&str, &str)>,
     ) -> Result<Etag, GaveUp<AttemptError>> {
         self.tried(RETRY, |left, wants| {
-            let mut request =
-                self.request("PUT", Some(key)).header("content-type", content_type).payload(bytes);
-            if let Some((name, value)) = condition {
-                request = request.header(name, value);
-            }
+            let headers = [("content-type", content_type)].into_iter().chain(condition);
+            let mut request = self.request("PUT", Some(key)).headers(headers).payload(bytes);
             if wants.checksum {
                 request = request.content_md5();
             }
-            self.signed(request, wants)?.send(&self.agent, &[], bytes, Patience::within(left))?.written()
+            self.signed(request, wants)?.send(&self.agent, &[], bytes, within(left))?.written()
         })
-    }
-
-    /// What the store says of an object; None when it is missing. A HEAD's answer has no body, so a missing
-    /// bucket is a missing object here.
-    pub fn head(&self, key: &str) -> Result<Option<ObjectHead>, StoreError> {
-        let wanted = *locked(&self.wants);
-        let read = |answer: S3Response| {
-            answer.etag()?;
-            let size = answer.length().ok_or_else(|| AttemptError::Garbage("no Content-Length".into()))?;
-            Ok(ObjectHead { size, content_type: answer.header("content-type") })
-        };
-        match self.exchange(Patience::within, || self.request("HEAD", Some(key)), read) {
-            Ok(head) => Ok(Some(head)),
-            Err(gave_up) if gave_up.error.status() == 404 => Ok(None),
-            Err(gave_up) => {
-                // The reason of a refusal is in the body that a HEAD does not have: ask for it.
-                if let AttemptError::Refusal(refusal) = &gave_up.error
-                    && !refusal.may_pass()
-                {
-                    self.get_start(key, 1)?;
-                    // A GET learns what the store wants, so that the HEAD can be asked again.
-                    if wanted != *locked(&self.wants) {
-                        return self.head(key);
-                    }
-                }
-                Err(self.told(Verb::Read, key, gave_up))
-            }
-        }
     }
 }
 
@@ -310,14 +227,12 @@ impl Store for S3Store {
                 (_, false) => Err(AttemptError::TooLarge(limit)),
             }
         };
-        match self.get_object(key, condition, Patience::within, read) {
-            Ok(got) => Ok(got),
-            Err(gave_up) if gave_up.error.meaning() == Some(ErrorClass::NotModified) && unless.is_some() => {
-                Ok(GetResult::NotModified)
-            }
-            Err(gave_up) if gave_up.error.meaning() == Some(ErrorClass::NoObject) => Ok(GetResult::Missing),
-            Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
-        }
+        let request = || self.request("GET", Some(key)).headers(condition);
+        self.exchange(within, request, read).or_else(|gave_up| match gave_up.error.meaning() {
+            Some(ErrorClass::NotModified) if unless.is_some() => Ok(GetResult::NotModified),
+            Some(ErrorClass::NoObject) => Ok(GetResult::Missing),
+            _ => Err(self.told(Verb::Read, key, gave_up)),
+        })
     }
 
     fn get_start(&self, key: &str, count: u64) -> Result<Option<Vec<u8>>, StoreError> {
@@ -327,17 +242,39 @@ impl Store for S3Store {
             // A store that knows no Range sends everything: the rest stays unread.
             Ok(answer.read(count)?.0)
         };
-        match self.get_object(key, Some(("range", &range)), Patience::within, read) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(gave_up) if gave_up.error.meaning() == Some(ErrorClass::NoObject) => Ok(None),
+        let request = || self.request("GET", Some(key)).headers([("range", range.as_str())]);
+        self.exchange(within, request, read).map(Some).or_else(|gave_up| match gave_up.error.meaning() {
+            Some(ErrorClass::NoObject) => Ok(None),
             // An empty object has no first byte.
-            Err(gave_up) if gave_up.error.meaning() == Some(ErrorClass::NoRange) => Ok(Some(Vec::new())),
-            Err(gave_up) => Err(self.told(Verb::Read, key, gave_up)),
-        }
+            Some(ErrorClass::NoRange) => Ok(Some(Vec::new())),
+            _ => Err(self.told(Verb::Read, key, gave_up)),
+        })
     }
 
+    /// A HEAD's answer has no body, so a missing bucket is a missing object here.
     fn size(&self, key: &str) -> Result<Option<u64>, StoreError> {
-        Ok(self.head(key)?.map(|head| head.size))
+        let wanted = *locked(&self.wants);
+        let read = |answer: S3Response| {
+            answer.etag()?;
+            answer.length().ok_or_else(|| AttemptError::Garbage("no Content-Length".into()))
+        };
+        match self.exchange(within, || self.request("HEAD", Some(key)), read) {
+            Ok(size) => Ok(Some(size)),
+            Err(GaveUp { error: AttemptError::Refusal(refusal), .. }) if refusal.status == 404 => Ok(None),
+            Err(gave_up) => {
+                // The reason of a refusal is in the body that a HEAD does not have: ask for it.
+                if let AttemptError::Refusal(refusal) = &gave_up.error
+                    && !refusal.may_pass()
+                {
+                    self.get_start(key, 1)?;
+                    // A GET learns what the store wants, so that the HEAD can be asked again.
+                    if wanted != *locked(&self.wants) {
+                        return self.size(key);
+                    }
+                }
+                Err(self.told(Verb::Read, key, gave_up))
+            }
+        }
     }
 
     /// A write whose answer is lost is repeated, and the repetition of a conditional one finds its own work:
@@ -347,20 +284,14 @@ impl Store for S3Store {
         let condition = condition(when, locked(&self.wants).etags);
         let content_type =
             if key.ends_with(".json") { "application/json" } else { "application/octet-stream" };
-        let gave_up = match self.put_bytes(key, content_type, bytes, condition) {
-            Ok(etag) => return Ok(etag),
-            Err(gave_up) => gave_up,
-        };
-        let changed = match gave_up.error.meaning() {
-            Some(ErrorClass::ConditionFailed) => condition.is_some(),
+        self.put_bytes(key, content_type, bytes, condition).map_err(|gave_up| match gave_up.error.meaning() {
+            Some(ErrorClass::ConditionFailed) if condition.is_some() => StoreError::changed(key, self),
             // The object that was to be still the same is gone (PutObject, "If-Match").
-            Some(ErrorClass::NoObject) => matches!(when, Condition::IfMatch(_)),
-            _ => false,
-        };
-        if changed {
-            return Err(StoreError::changed(key, self));
-        }
-        Err(self.told(Verb::Write, key, gave_up))
+            Some(ErrorClass::NoObject) if matches!(when, Condition::IfMatch(_)) => {
+                StoreError::changed(key, self)
+            }
+            _ => self.told(Verb::Write, key, gave_up),
+        })
     }
 
     fn delete(&self, key: &str) -> Result<(), StoreError> {
@@ -374,7 +305,7 @@ impl Store for S3Store {
                 Ok(())
             }
         };
-        match self.exchange(Patience::within, || self.request("DELETE", Some(key)), read) {
+        match self.exchange(within, || self.request("DELETE", Some(key)), read) {
             Err(gave_up) if gave_up.error.meaning() != Some(ErrorClass::NoObject) => {
                 Err(self.told(Verb::Delete, key, gave_up))
             }
@@ -432,6 +363,7 @@ impl Store for S3Store {
 mod tests {
     use super::*;
     use crate::store::StoreUrl;
+    use std::sync::Arc;
 
     pub(super) fn store(url: &str, vars: &'static [(&str, &str)]) -> S3Store {
         let StoreUrl::S3(location) = StoreUrl::parse(url).unwrap() else { panic!("{url} is not s3") };

@@ -38,6 +38,10 @@ pub enum Addressing {
     Virtual,
 }
 
+/// Its words.
+const ADDRESSING: [(&str, Addressing); 3] =
+    [("auto", Addressing::Auto), ("path", Addressing::Path), ("virtual", Addressing::Virtual)];
+
 /// The store of the manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreUrl {
@@ -109,19 +113,16 @@ impl CacheUrl {
         if let Some(rest) = text.strip_prefix("s3://") {
             return Ok(CacheUrl::Store(StoreUrl::S3(s3_location(rest)?)));
         }
+        let in_scheme = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.');
         match text.split_once("://") {
             Some((scheme, rest))
-                if !rest.is_empty() && scheme.chars().all(scheme_char) && !scheme.is_empty() =>
+                if !rest.is_empty() && scheme.chars().all(in_scheme) && !scheme.is_empty() =>
             {
                 Ok(CacheUrl::Nix(text.to_string()))
             }
             _ => Err("is not a URL; expected s3://BUCKET or file:///DIR".into()),
         }
     }
-}
-
-fn scheme_char(c: char) -> bool {
-    c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.')
 }
 
 fn s3_location(rest: &str) -> Result<S3Location, String> {
@@ -167,16 +168,10 @@ fn s3_location(rest: &str) -> Result<S3Location, String> {
             "scheme" => location.scheme = value,
             "profile" => location.profile = Some(value),
             "addressing-style" => {
-                location.addressing = match value.as_str() {
-                    "auto" => Addressing::Auto,
-                    "path" => Addressing::Path,
-                    "virtual" => Addressing::Virtual,
-                    _ => {
-                        return Err(format!(
-                            "has the addressing-style '{value}'; expected auto, path or virtual"
-                        ));
-                    }
-                };
+                let known = ADDRESSING.iter().find(|(word, _)| *word == value);
+                location.addressing = known.map(|(_, addressing)| *addressing).ok_or_else(|| {
+                    format!("has the addressing-style '{value}'; expected auto, path or virtual")
+                })?;
             }
             // Nix's own settings of an s3 store are Nix's affair.
             "compression"
@@ -239,12 +234,9 @@ pub fn without_secrets(url: &str) -> String {
 }
 
 impl S3Location {
-    /// Takes the endpoint that `from` names, unless the URL has one. From here on it is as if the URL had: two
+    /// Takes the endpoint that `from` names, for want of one in the URL. From here on it is as if the URL had one: two
     /// buckets of one name at two addresses are two stores.
     pub fn take_endpoint(&mut self, url: &str, from: &str) -> Result<(), String> {
-        if self.endpoint.is_some() {
-            return Ok(());
-        }
         match url.split_once("://") {
             Some((scheme @ ("http" | "https"), host))
                 if !host.trim_matches('/').is_empty()
@@ -283,11 +275,8 @@ impl S3Location {
 impl fmt::Display for S3Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.without_query())?;
-        let addressing = match self.addressing {
-            Addressing::Auto => None,
-            Addressing::Path => Some("path"),
-            Addressing::Virtual => Some("virtual"),
-        };
+        let addressing = ADDRESSING.iter().find(|(_, addressing)| *addressing == self.addressing);
+        let addressing = addressing.map(|(word, _)| *word).filter(|word| *word != "auto");
         let query = [
             ("region", self.region.as_deref()),
             ("endpoint", self.endpoint.as_deref()),

@@ -59,20 +59,18 @@ pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMa
     }
     let dir = crate::durable::scratch(scratch)?;
     let _effect = failpoint::mark("verify below", scratch.display());
-    let mut files: Vec<(ServiceName, PathBuf)> = Vec::new();
+    let file = |name: &ServiceName| dir.path().join(name.unit());
     for (name, text) in units {
-        let file = dir.path().join(name.unit());
         // Gone in a moment: nothing that the disk would have to hear of.
-        fs_err::write(&file, text)?;
-        files.push((name.clone(), file));
+        fs_err::write(file(name), text)?;
     }
-    let all: Vec<&Path> = files.iter().map(|(_, f)| f.as_path()).collect();
+    let all: Vec<PathBuf> = units.iter().map(|(name, _)| file(name)).collect();
     if analyze(&all)?.is_none() {
         return Ok(complaints);
     }
     // Something was said: one by one, so that it is known of whom.
-    for (name, file) in &files {
-        if let Some(complaint) = analyze(&[file])? {
+    for (name, _) in units {
+        if let Some(complaint) = analyze(&[file(name)])? {
             let text = complaint.replace(&format!("{}/", dir.path().display()), "");
             complaints.insert(name.clone(), text);
         }
@@ -80,7 +78,7 @@ pub fn verify(units: &[(ServiceName, String)], scratch: &Path) -> Result<BTreeMa
     Ok(complaints)
 }
 
-fn analyze(files: &[&Path]) -> Result<Option<String>> {
+fn analyze(files: &[PathBuf]) -> Result<Option<String>> {
     let output = Run::new("systemd-analyze")
         .args(["verify", "--man=no", "--recursive-errors=no", "--"])
         .args(files)

@@ -7,7 +7,7 @@ use common::{BUCKET, DEVELOPER, HOST, KEY, S3Server, SECRET};
 use omni_deploy::store::dir::DirStore;
 use omni_deploy::store::s3::{MAX_SINGLE_PUT, S3Store};
 use omni_deploy::store::{Condition, Etag, GetResult, Opened, Store, StoreError, StoreUrl, Upload, probe};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -68,7 +68,7 @@ fn keeps_the_contract(store: &dyn Store) {
     assert!(matches!(store.get("hosts/a b+c&ü%.json", None, 9), Err(StoreError::TooLarge(_))));
     assert!(matches!(store.get("hosts/a b+c&ü%.json", None, 10), Ok(GetResult::Found { .. })));
     let probed = probe(store).unwrap();
-    assert_eq!((probed.complaint, probed.leftover), (None, None));
+    assert!(probed.conditions.is_ok() && probed.leftover.is_none(), "{probed:?}");
     store.delete("hosts/empty").unwrap();
     assert_eq!(store.list("").unwrap(), ["hosts/a b+c&ü%.json", key]);
 }
@@ -467,16 +467,16 @@ fn a_store_that_ignores_or_refuses_conditions_is_found_out() {
     let server = S3Server::start();
     let store = open(&server.url(""));
     server.faults(r#"{"ignore_conditions": true}"#);
-    let complaint = probe(&store).unwrap().complaint.unwrap();
+    let complaint = probe(&store).unwrap().conditions.unwrap_err();
     assert!(complaint.contains("ignores If-None-Match") && complaint.contains("; use"), "{complaint}");
     server.faults(r#"{"always_412": true}"#);
-    let complaint = probe(&store).unwrap().complaint.unwrap();
+    let complaint = probe(&store).unwrap().conditions.unwrap_err();
     assert!(complaint.contains("rejects conditional writes"), "{complaint}");
     server.faults("{}");
-    assert_eq!(probe(&store).unwrap().complaint, None);
+    probe(&store).unwrap().conditions.unwrap();
     // A conflict for a moment is neither.
     server.faults(r#"{"fail": {"status": 409, "code": "ConditionalRequestConflict", "count": 1}}"#);
-    assert_eq!(probe(&store).unwrap().complaint, None);
+    probe(&store).unwrap().conditions.unwrap();
     assert_eq!(store.list("").unwrap(), Vec::<String>::new(), "the probes' own objects are gone");
 }
 
@@ -489,20 +489,40 @@ fn pattern(length: usize) -> Vec<u8> {
 fn streams_go_both_ways_whole() {
     let server = S3Server::start();
     let store = open(&server.url("cache"));
-    assert!(store.head("nar/x").unwrap().is_none());
+    assert_eq!(store.size("nar/x"), Ok(None));
     for length in [0, 1, 100_000, 200_000, 9_000_000] {
         let bytes = pattern(length);
         // What comes after the promised bytes is not taken.
         let open = || -> std::io::Result<Content> {
             Ok(Box::new(std::io::Cursor::new(pattern(length)).chain(&b"rest"[..])))
         };
-        let kind = "application/x-nix-nar";
-        store
-            .write_from("nar/x", &Upload { length: length as u64, content_type: kind, open: &open })
-            .unwrap();
-        let head = store.head("nar/x").unwrap().unwrap();
-        assert_eq!((head.size, head.content_type.as_deref()), (length as u64, Some(kind)));
+        let upload = Upload { length: length as u64, content_type: "application/x-nix-nar", open: &open };
+        store.write_from("nar/x", &upload).unwrap();
+        assert_eq!(store.size("nar/x"), Ok(Some(length as u64)));
         assert!(rest(&store, "nar/x", 0, None).0 == bytes, "{length} bytes differ");
+    }
+}
+
+#[test]
+fn an_object_is_written_with_its_media_type() {
+    for length in [10, 200_000, 3_000_000] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let store = open(&format!("s3://box?endpoint={}&scheme=http", listener.local_addr().unwrap()));
+        let server = std::thread::spawn(move || {
+            let mut reader = BufReader::new(listener.accept().unwrap().0);
+            let mut head = String::new();
+            while reader.read_line(&mut head).unwrap() > 2 {}
+            if head.contains("100-continue") {
+                reader.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n").unwrap();
+            }
+            std::io::copy(&mut (&mut reader).take(length as u64), &mut std::io::sink()).unwrap();
+            let answer = b"HTTP/1.1 200 OK\r\nETag: \"x\"\r\nContent-Length: 0\r\n\r\n";
+            reader.get_mut().write_all(answer).unwrap();
+            head
+        });
+        write(&store, "nar/x", &pattern(length)).unwrap();
+        let head = server.join().unwrap().to_lowercase();
+        assert!(head.contains("\r\ncontent-type: application/x-nix-nar\r\n"), "{head}");
     }
 }
 
@@ -521,7 +541,7 @@ fn a_store_of_another_vendor_keeps_the_contract() {
     };
     let store = below("contract");
     // Finds out in which form it takes versions.
-    assert_eq!(probe(&store).unwrap().complaint, None);
+    probe(&store).unwrap().conditions.unwrap();
     keeps_the_contract(&store);
     assert!(matches!(
         store.put("missing", b"no", &Condition::IfMatch(Etag("\"0123456789abcdef0123456789abcdef\"".into()))),
@@ -529,7 +549,7 @@ fn a_store_of_another_vendor_keeps_the_contract() {
     ));
     let store = below("writers");
     store.put("count", b"0", &Condition::IfAbsent).unwrap();
-    assert_eq!(probe(&store).unwrap().complaint, None);
+    probe(&store).unwrap().conditions.unwrap();
     std::thread::scope(|scope| {
         (0..8).for_each(|_| drop(scope.spawn(|| (0..5).for_each(|_| count_up(&store)))));
     });
@@ -582,7 +602,6 @@ fn a_read_goes_on_where_it_was_cut_unless_the_object_is_another_now() {
     assert!(matches!(store.read_from("nar/x", 0, None), Ok(Opened::Missing)));
     let bytes: &[u8] = &pattern(3_000_000);
     write(&store, "nar/x", bytes).unwrap();
-    assert_eq!(store.head("nar/x").unwrap().unwrap().content_type.as_deref(), Some("application/x-nix-nar"));
     server.faults(r#"{"cut": {"bytes": 1000000, "count": 1}}"#);
     let Ok(Opened::Found(mut cut)) = store.read_from("nar/x", 0, None) else { panic!("nothing there") };
     assert_eq!(cut.length, 3_000_000);
@@ -792,7 +811,7 @@ fn a_bucket_that_wants_checksums_gets_them_with_small_and_large_objects() {
         assert_eq!(found(&store, "manifest.json").0, b"two");
         let refused = server.log()[before..].iter().filter(|l| l.ends_with(" 400")).count();
         assert_eq!(refused, 1, "{:?}", server.log());
-        assert_eq!(probe(&store).unwrap().complaint, None);
+        probe(&store).unwrap().conditions.unwrap();
     }
 }
 
@@ -838,9 +857,9 @@ fn a_store_that_wants_the_bucket_in_the_hosts_name_is_addressed_so() {
     for (style, refused) in [("", 1), ("&addressing-style=auto", 1), ("&addressing-style=virtual", 0)] {
         let before = server.log().len();
         keeps_the_contract(&open(style));
-        assert_eq!(open(style).head("missing").unwrap(), None);
+        assert_eq!(open(style).size("missing"), Ok(None));
         let store = open(style);
-        assert_eq!(store.head("hosts/a b+c&ü%.json").unwrap().unwrap().size, 10);
+        assert_eq!(store.size("hosts/a b+c&ü%.json"), Ok(Some(10)));
         write(&store, "nar/x", &pattern(2 << 20)).unwrap();
         let log = server.log();
         // Each of the three asks once; a HEAD has no body with the reason, so that it takes a GET as well.

@@ -22,7 +22,7 @@ pub(super) struct S3Response {
 
 impl S3Response {
     pub(super) fn header(&self, name: &str) -> Option<String> {
-        header(&self.headers, name)
+        self.headers.get(name)?.to_str().ok().map(str::to_string)
     }
 
     pub(super) fn length(&self) -> Option<u64> {
@@ -61,10 +61,6 @@ impl S3Response {
     }
 }
 
-fn header(headers: &HeaderMap, name: &str) -> Option<String> {
-    headers.get(name)?.to_str().ok().map(str::to_string)
-}
-
 /// An answer that is no success. The code and the message are those of S3's error document (Amazon S3 API
 /// reference, "Error responses"); empty when there is none.
 #[derive(Debug)]
@@ -74,7 +70,8 @@ pub(super) struct Refusal {
     pub(super) message: String,
     /// The bucket's region, of an answer that says it is another.
     pub(super) region: Option<String>,
-    pub(super) headers: HeaderMap,
+    /// When it was given, by the store's clock.
+    pub(super) date: Option<String>,
 }
 
 /// Why a try failed.
@@ -93,13 +90,6 @@ pub(super) enum AttemptError {
 }
 
 impl AttemptError {
-    pub(super) fn status(&self) -> u16 {
-        match self {
-            AttemptError::Refusal(refusal) => refusal.status,
-            _ => 0,
-        }
-    }
-
     pub(super) fn meaning(&self) -> Option<ErrorClass> {
         match self {
             AttemptError::Refusal(refusal) => Some(refusal.meaning()),
@@ -127,10 +117,10 @@ impl Refusal {
         matches!(self.meaning(), ErrorClass::Transient | ErrorClass::Conflict)
     }
 
-    pub(super) fn read(answer: S3Response) -> Result<Self, AttemptError> {
-        let (status, headers) = (answer.status, answer.headers.clone());
-        let mut refusal =
-            Refusal { status, code: String::new(), message: String::new(), region: None, headers };
+    pub(super) fn read(answer: S3Response) -> Self {
+        let (status, date) = (answer.status, answer.header("date"));
+        let region = answer.header("x-amz-bucket-region");
+        let mut refusal = Refusal { status, code: String::new(), message: String::new(), region, date };
         // An error page that is cut short is still the error its status says.
         if let Ok((bytes, true)) = answer.read(ERROR_LIMIT) {
             let mut fields = [String::new(), String::new(), String::new()];
@@ -145,11 +135,10 @@ impl Refusal {
             if read.is_ok() {
                 let [code, message, region] = fields;
                 (refusal.code, refusal.message) = (code, message);
-                refusal.region = Some(region).filter(|r| !r.is_empty());
+                refusal.region = Some(region).filter(|r| !r.is_empty()).or(refusal.region);
             }
         }
-        refusal.region = refusal.region.or_else(|| header(&refusal.headers, "x-amz-bucket-region"));
-        Ok(refusal)
+        refusal
     }
 
     /// Its words, for people.
@@ -164,8 +153,8 @@ impl Refusal {
 
     /// How far this machine's clock is ahead of the store's, in seconds, by the answer's `Date`.
     pub(super) fn skew(&self, now: Timestamp) -> Option<i64> {
-        let date = header(&self.headers, "date")?;
-        Some(now.0 - chrono::DateTime::parse_from_rfc2822(&date).ok()?.timestamp())
+        let date = self.date.as_deref()?;
+        Some(now.0 - chrono::DateTime::parse_from_rfc2822(date).ok()?.timestamp())
     }
 }
 
@@ -174,10 +163,10 @@ pub(super) mod tests {
     use super::*;
 
     pub fn refusal(status: u16, code: &str) -> Refusal {
-        let mut headers = HeaderMap::new();
-        headers.insert("date", "Sun, 22 Nov 2026 18:31:05 GMT".parse().unwrap());
+        let two_hours_ago = chrono::DateTime::from_timestamp(Timestamp::now().0 - 7200, 0).unwrap();
+        let date = Some(two_hours_ago.to_rfc2822());
         let region = (code == "PermanentRedirect").then(|| "eu-2".to_string());
-        Refusal { status, code: code.into(), message: "because".into(), region, headers }
+        Refusal { status, code: code.into(), message: "because".into(), region, date }
     }
 
     #[test]

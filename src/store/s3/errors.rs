@@ -68,7 +68,14 @@ impl S3Store {
                 "{what}: {place} answers {how}, which is not S3; check the store's endpoint and the proxy"
             )),
             AttemptError::Refusal(refusal) => {
-                self.refused(verb, key, &what, &tried, &refusal, Timestamp::now())
+                let why = self.why_refused(verb, key, &refusal);
+                match refusal.meaning() {
+                    ErrorClass::Transient | ErrorClass::Conflict => {
+                        StoreError::Unreachable(format!("{what}: {why}{tried}; try again later"))
+                    }
+                    ErrorClass::Denied => StoreError::Denied(format!("{what}: {why}")),
+                    _ => StoreError::Refused(format!("{what}: {why}")),
+                }
             }
             AttemptError::Trouble(trouble) => {
                 let proxy = self.agent.config().proxy();
@@ -112,29 +119,18 @@ impl S3Store {
         }
     }
 
-    fn refused(
-        &self,
-        verb: Verb,
-        key: &str,
-        what: &str,
-        tried: &str,
-        refusal: &Refusal,
-        now: Timestamp,
-    ) -> StoreError {
-        let Refusal { status: _, code, message: _, region, headers: _ } = refusal;
+    /// The cause, and the next move but where that is to try again.
+    fn why_refused(&self, verb: Verb, key: &str, refusal: &Refusal) -> String {
+        let now = Timestamp::now();
         let place = &self.place;
         let bucket = &self.location.bucket;
         let (id, source) = match self.credentials.get(now) {
-            Ok(c) => (c.id.clone(), c.source.to_string()),
+            Ok(c) => (c.id.clone(), c.source.clone()),
             Err(_) => ("unknown".into(), "the credentials' source".into()),
         };
         let said = refusal.said();
-        let why = match refusal.meaning() {
-            ErrorClass::Transient | ErrorClass::Conflict => {
-                return StoreError::Unreachable(format!(
-                    "{what}: {place} answers {said}{tried}; try again later"
-                ));
-            }
+        match refusal.meaning() {
+            ErrorClass::Transient | ErrorClass::Conflict => format!("{place} answers {said}"),
             ErrorClass::NoBucket => {
                 format!("there is no bucket '{bucket}' at {place}; create it, or correct the store's URL")
             }
@@ -158,7 +154,7 @@ impl S3Store {
                 };
                 format!("this machine's clock is {skew}; run 'timedatectl set-ntp true'")
             }
-            ErrorClass::Elsewhere => match region {
+            ErrorClass::Elsewhere => match &refusal.region {
                 Some(region) => format!(
                     "the bucket is in region {region}, not {}; write region={region} in the store's URL",
                     self.region
@@ -190,18 +186,15 @@ impl S3Store {
                 "{place} answers {said}, also when a checksum is sent with it; if the bucket has Object Lock, \
                  take its default retention away or use another bucket"
             ),
-            ErrorClass::Denied => {
-                return StoreError::Denied(format!(
-                    "{what}: {place} denies it to access key {id} ({said}); allow {}",
-                    verb.permission(bucket, &self.full_key(key))
-                ));
-            }
-            _ if code.is_empty() => {
+            ErrorClass::Denied => format!(
+                "{place} denies it to access key {id} ({said}); allow {}",
+                verb.permission(bucket, &self.full_key(key))
+            ),
+            _ if refusal.code.is_empty() => {
                 format!("{place} answers {said} without S3's reason; check the store's endpoint")
             }
             _ => format!("{place} answers {said}; check the store's URL"),
-        };
-        StoreError::Refused(format!("{what}: {why}"))
+        }
     }
 }
 
@@ -214,8 +207,6 @@ mod tests {
     #[test]
     fn every_refusal_names_the_object_the_cause_and_the_next_move() {
         let store = store("s3://bucket/p?endpoint=h:1&scheme=http", &[]);
-        // Two hours after the answer's date.
-        let now = Timestamp::parse("2026-11-22T20:31:05Z").unwrap();
         for (status, code, parts) in [
             (404, "NoSuchBucket", &["no bucket 'bucket'", "http://h:1", "create it"][..]),
             (403, "InvalidAccessKeyId", &["does not know the access key AKID", "AWS_SECRET_ACCESS_KEY"]),
@@ -227,26 +218,21 @@ mod tests {
             (301, "PermanentRedirect", &["region eu-2, not us-east-1", "region=eu-2"]),
             (501, "NotImplemented", &["conditional writes"]),
             (405, "", &["405", "endpoint"]),
-            (409, "OperationAborted", &["OperationAborted (because) (7 tries)", "try again later"]),
+            (409, "OperationAborted", &["OperationAborted (because) (7 tries in 9 s)", "try again later"]),
             (409, "BucketNotEmpty", &["BucketNotEmpty (because)"]),
             (400, "InvalidRequest", &["InvalidRequest (because)", "Object Lock"]),
             (403, "SecondLevelDomainForbidden", &["bucket in the host's name"]),
-            (503, "SlowDown", &["503 SlowDown", "(7 tries)", "try again later"]),
+            (503, "SlowDown", &["503 SlowDown", "(7 tries in 9 s)", "try again later"]),
             (429, "", &["429", "try again later"]),
         ] {
-            let error = store.refused(
-                Verb::Write,
-                "k",
-                "cannot write k in x",
-                " (7 tries)",
-                &refusal(status, code),
-                now,
-            );
+            let error = AttemptError::Refusal(Box::new(refusal(status, code)));
+            let gave_up = GaveUp { error, tries: 7, after: std::time::Duration::from_secs(9) };
+            let error = store.told(Verb::Write, "k", gave_up);
             let passing = ["OperationAborted", "SlowDown"].contains(&code) || status == 429;
             assert_eq!(matches!(error, StoreError::Denied(_)), code == "AccessDenied", "{error}");
             assert_eq!(matches!(error, StoreError::Unreachable(_)), passing, "{error}");
             let text = error.to_string();
-            assert!(text.starts_with("cannot write k in x: ") && text.contains("; "), "{text}");
+            assert!(text.starts_with("cannot write k in s3://bucket/p?") && text.contains("; "), "{text}");
             assert!(parts.iter().all(|p| text.contains(p)), "{text}");
             assert!(!text.contains("hush") && !text.contains('\n'), "{text}");
         }

@@ -2,7 +2,7 @@
 
 use super::answer::{AttemptError, S3Response};
 use super::errors::Verb;
-use super::{Patience, S3Store};
+use super::{S3Store, within};
 use crate::store::{StoreError, xml};
 
 const PAGE_LIMIT: u64 = 16 << 20;
@@ -61,7 +61,7 @@ impl S3Store {
                 ("continuation-token", token),
             ];
             let given = query.into_iter().filter_map(|(name, value)| Some((name, value?)));
-            given.fold(self.request("GET", None), |request, (name, value)| request.query(name, value))
+            self.request("GET", None).query(given)
         };
         let read = |answer: S3Response| {
             let (bytes, whole) = answer.read(PAGE_LIMIT)?;
@@ -76,9 +76,8 @@ impl S3Store {
             }
             Ok(page)
         };
-        let page = self
-            .exchange(Patience::within, request, read)
-            .map_err(|gave_up| self.told(Verb::List, prefix, gave_up))?;
+        let page =
+            self.exchange(within, request, read).map_err(|gave_up| self.told(Verb::List, prefix, gave_up))?;
         let own = |key: &String| Some(key.strip_prefix(&self.location.prefix)?.to_string());
         let keys: Vec<String> = page.keys.iter().filter_map(own).collect();
         let sizes = if keys.len() == page.keys.len() { page.sizes } else { Vec::new() };

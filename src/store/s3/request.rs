@@ -2,9 +2,8 @@
 //! ureq. Addresses are path-style (what other people's servers understand, and what keeps TLS names right for buckets
 //! with dots) unless the URL or the store wants the bucket in the host's name.
 
-use super::Patience;
 use super::answer::{AttemptError, Refusal, S3Response};
-use crate::http::TransferError;
+use crate::http::{HttpLimits, TransferError};
 use crate::store::credentials::Credentials;
 use rusoto_signature::credential::AwsCredentials;
 use rusoto_signature::{ByteStream, Region, SignedRequest};
@@ -23,13 +22,13 @@ impl S3Request {
         S3Request(SignedRequest::new(method, "s3", &region, &path))
     }
 
-    pub(super) fn header(mut self, name: &str, value: &str) -> Self {
-        self.0.add_header(name, value);
+    pub(super) fn headers<'a>(mut self, headers: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        headers.into_iter().for_each(|(name, value)| self.0.add_header(name, value));
         self
     }
 
-    pub(super) fn query(mut self, name: &str, value: &str) -> Self {
-        self.0.add_param(name, value);
+    pub(super) fn query<'a>(mut self, params: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        params.into_iter().for_each(|(name, value)| self.0.add_param(name, value));
         self
     }
 
@@ -74,7 +73,7 @@ impl S3Request {
         agent: &ureq::Agent,
         unsigned: &[(&str, &str)],
         body: impl AsSendBody,
-        patience: Patience,
+        limits: HttpLimits,
     ) -> Result<S3Response, AttemptError> {
         let odd = |e: ureq::http::Error| AttemptError::Trouble(TransferError::Other(e.to_string()));
         let request = &self.0;
@@ -93,8 +92,8 @@ impl S3Request {
         }
         let request = agent
             .configure_request(builder.body(body).map_err(odd)?)
-            .timeout_global(patience.total)
-            .timeout_recv_response(Some(patience.answer))
+            .timeout_global(limits.total)
+            .timeout_recv_response(Some(limits.answer))
             .build();
         let (head, body) = agent.run(request).map_err(|e| AttemptError::Trouble(e.into()))?.into_parts();
         let answer =
@@ -102,6 +101,6 @@ impl S3Request {
         if (200..300).contains(&answer.status) {
             return Ok(answer);
         }
-        Err(AttemptError::Refusal(Box::new(Refusal::read(answer)?)))
+        Err(AttemptError::Refusal(Box::new(Refusal::read(answer))))
     }
 }

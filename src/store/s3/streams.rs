@@ -3,7 +3,7 @@
 
 use super::answer::{AttemptError, S3Response};
 use super::errors::Verb;
-use super::{LIMITS, MAX_SINGLE_PUT, Patience, S3Store};
+use super::{LIMITS, MAX_SINGLE_PUT, S3Store, STREAM_LIMITS};
 use crate::hash::Sha256;
 use crate::http::{GaveUp, Retry, TransferError};
 use crate::store::codes::ErrorClass;
@@ -61,15 +61,12 @@ impl S3Store {
             let body = Box::new(Exact::new(body, length).map_err(cut)?);
             Ok(Opened::Found(Download { length, etag, body }))
         };
-        let patience = |_| Patience { answer: LIMITS.answer, ..Patience::STREAM };
-        match self.get_object(key, range, patience, read) {
-            Ok(opened) => Ok(opened),
-            Err(gave_up) => match gave_up.error.meaning() {
-                Some(ErrorClass::NoObject) => Ok(Opened::Missing),
-                Some(ErrorClass::NoRange) if offset > 0 => Ok(Opened::Changed),
-                _ => Err(self.told(Verb::Read, key, gave_up)),
-            },
-        }
+        let request = || self.request("GET", Some(key)).headers(range);
+        self.exchange(|_| LIMITS, request, read).or_else(|gave_up| match gave_up.error.meaning() {
+            Some(ErrorClass::NoObject) => Ok(Opened::Missing),
+            Some(ErrorClass::NoRange) if offset > 0 => Ok(Opened::Changed),
+            _ => Err(self.told(Verb::Read, key, gave_up)),
+        })
     }
 
     pub(super) fn write_stream(&self, key: &str, upload: &Upload<'_>) -> Result<(), StoreError> {
@@ -104,7 +101,7 @@ impl S3Store {
         let said_length = length.to_string();
         let checksum: OnceCell<String> = OnceCell::new();
         self.tried(RETRY, |_, wants| {
-            let request = self.request("PUT", Some(key)).header("content-type", content_type);
+            let request = self.request("PUT", Some(key)).headers([("content-type", content_type)]);
             let mut request = request.unsigned_payload();
             if wants.checksum {
                 let sha256 = match checksum.get() {
@@ -114,8 +111,10 @@ impl S3Store {
                         checksum.get_or_init(|| sum)
                     }
                 };
-                request = request.header("x-amz-sdk-checksum-algorithm", "SHA256");
-                request = request.header("x-amz-checksum-sha256", sha256);
+                request = request.headers([
+                    ("x-amz-sdk-checksum-algorithm", "SHA256"),
+                    ("x-amz-checksum-sha256", sha256.as_str()),
+                ]);
             }
             let mut unsigned = vec![("content-length", said_length.as_str())];
             if length > EXPECT && !wants.no_expect {
@@ -123,7 +122,7 @@ impl S3Store {
             }
             let mut content = Witnessed { inner: opened()?, failed: None };
             let body = SendBody::from_reader(&mut content);
-            let sent = self.signed(request, wants)?.send(&self.agent, &unsigned, body, Patience::STREAM);
+            let sent = self.signed(request, wants)?.send(&self.agent, &unsigned, body, STREAM_LIMITS);
             match (sent, content.failed.take()) {
                 // What becomes of the request does not tell.
                 (Err(_), Some(e)) => Err(source(e)),
