@@ -1,9 +1,9 @@
 //! A host as a whole.
 
-use super::{Expected, HostReport, HostRow, Progress, STALE_SEC};
+use super::{Expected, HostReport, HostRow, Progress};
 use crate::clock::{Timestamp, human_seconds};
 use crate::deployer::live::Live;
-use crate::deployer::state::{RouteStatus, State};
+use crate::deployer::state::{RouteStatus, SILENT_SEC, State};
 use crate::names::HostName;
 use crate::status::hint;
 use crate::systemd;
@@ -63,10 +63,11 @@ fn problems(wanted: &Expected<'_>, host: &HostName, state: &State, now: Timestam
         draining: _,
         services: _,
     } = state;
-    if let (Some(theirs), Some(ours)) = (wanted.other_store(state), &wanted.store) {
+    if let Some(theirs) = wanted.other_store(state) {
         problems.push(format!(
-            "it reads {theirs}, and this is {ours}; correct 'store' here ('omni-deploy config') or in \
-             /etc/omni-deploy/config.json there"
+            "it reads {theirs}, and this is {}; correct 'store' here ('omni-deploy config') or in \
+             /etc/omni-deploy/config.json there",
+            wanted.store
         ));
     }
     let said = |text: &str| hint::translated(text, host, here);
@@ -81,7 +82,7 @@ fn problems(wanted: &Expected<'_>, host: &HostName, state: &State, now: Timestam
         problems.push(other.text(host, this));
     }
     let age = now.0.saturating_sub(checked_at.0);
-    if age > STALE_SEC {
+    if age > SILENT_SEC {
         problems.push(format!(
             "silent for {}; check '{}'",
             human_seconds(age),
