@@ -182,12 +182,8 @@ fn drop_ins(state: &State) -> Finding {
 }
 
 fn failed_units() -> String {
-    let names = systemd::failed_units();
-    if names.is_empty() {
-        "see 'systemctl --failed'".to_string()
-    } else {
-        printable(&names.join(", ")).into()
-    }
+    let names = systemd::failed_units().join(", ");
+    if names.is_empty() { "see 'systemctl --failed'".into() } else { printable(&names).into() }
 }
 
 fn timer() -> Result<Finding, RunError> {
