@@ -15,9 +15,6 @@ const PROGRAM: &str = "omni-deploy";
 /// The names of the program that stand for a command of it.
 pub const ALIASES: [(&str, &str); 2] = [("deploy-manifest", "manifest"), ("deployer", "deployer")];
 
-/// What a command does when none of those below it is named.
-const DEFAULT_COMMANDS: [(&str, &str); 1] = [("deployer", "run")];
-
 /// Words that people know from other programs, and what does it here.
 const HINTS: [(&str, &str); 7] = [
     ("restart", "'sudo systemctl restart SERVICE' on its host does that"),
@@ -32,22 +29,15 @@ const HINTS: [(&str, &str); 7] = [
     ("rm", "'deploy-manifest remove-service' removes a service"),
 ];
 
-/// What a person asked for instead of having a command done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Information {
-    /// Its usage text.
-    Help,
-    /// The program's version.
-    Version,
-}
-
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// The command.
     Run,
-    /// What was asked for.
-    Answer(Information),
+    /// Its usage text is to be printed.
+    Help,
+    /// The program's version is to be printed.
+    Version,
     /// Nothing was named; exit 2.
     Nothing,
 }
@@ -68,11 +58,12 @@ pub struct Line<'t> {
     pub words: Vec<String>,
     /// The name of the value that the last word, a flag, still needs.
     pub awaits: Option<&'static str>,
-    asked: Option<Information>,
+    /// What a person asked for instead of having the command done.
+    asked: Option<Action>,
     /// The first thing that was not understood.
     wrong: Option<String>,
-    /// How the program was called, if by the name of a command.
-    called: Option<&'static str>,
+    /// Whether the program was called by the name of a command.
+    by_alias: bool,
 }
 
 /// Reads a whole argument vector: argv[0] or the first word names the command; the configuration's flags may stand
@@ -90,7 +81,7 @@ pub fn read<'t>(tree: &'t Command, argv: &[String]) -> Line<'t> {
         awaits: None,
         asked: None,
         wrong: None,
-        called: called.map(|(name, _)| *name),
+        by_alias: called.is_some(),
     };
     if let Some((_, command)) = called {
         line.descend(command);
@@ -100,10 +91,8 @@ pub fn read<'t>(tree: &'t Command, argv: &[String]) -> Line<'t> {
     while let Some(word) = rest.next() {
         match word.as_str() {
             "--" if !flags_end => flags_end = true,
-            "help" if !flags_end && line.words.is_empty() => line.asked = Some(Information::Help),
-            "version" if line.path.is_empty() && line.words.is_empty() => {
-                line.asked = Some(Information::Version)
-            }
+            "help" if !flags_end && line.words.is_empty() => line.asked = Some(Action::Help),
+            "version" if line.path.is_empty() && line.words.is_empty() => line.asked = Some(Action::Version),
             flag if !flags_end && flag.len() > 1 && flag.starts_with('-') => line.flag(flag, &mut rest),
             word if line.words.is_empty() && line.descend(word) => {}
             word => line.words.push(word.into()),
@@ -136,10 +125,7 @@ pub fn flags(command: &Command) -> impl Iterator<Item = &'static FlagInfo<'stati
 
 /// What is done when none of the commands below is named.
 pub fn default_command(command: &Command) -> Option<&'static str> {
-    DEFAULT_COMMANDS
-        .iter()
-        .find(|(name, _)| *name == command.name)
-        .map(|(_, default_command)| *default_command)
+    (command.name == "deployer").then_some("run")
 }
 
 /// How a command is called: `deploy-manifest set`, `omni-deploy push`.
@@ -168,8 +154,8 @@ impl Line<'_> {
 
     fn flag<'a>(&mut self, word: &str, rest: &mut impl Iterator<Item = &'a String>) {
         match word {
-            "--help" | "-h" => return self.asked = Some(Information::Help),
-            "--version" | "-V" if self.is_group() => return self.asked = Some(Information::Version),
+            "--help" | "-h" => return self.asked = Some(Action::Help),
+            "--version" | "-V" if self.is_group() => return self.asked = Some(Action::Version),
             _ => {}
         }
         let is_long = word.starts_with("--");
@@ -285,9 +271,9 @@ impl Line<'_> {
 
     /// How the command is called, for texts: `deploy-manifest set`, or `omni-deploy manifest set`.
     pub fn name(&self) -> String {
-        match self.called {
-            Some(_) => invocation(&self.path),
-            None => [&[PROGRAM], self.path.as_slice()].concat().join(" "),
+        match self.by_alias {
+            true => invocation(&self.path),
+            false => [&[PROGRAM], self.path.as_slice()].concat().join(" "),
         }
     }
 
@@ -314,7 +300,7 @@ impl Line<'_> {
             });
         }
         if let Some(asked) = self.asked {
-            return Ok(Action::Answer(asked));
+            return Ok(asked);
         }
         if let Some(default_command) = default_command(self.command) {
             self.descend(default_command);
@@ -483,7 +469,7 @@ mod tests {
             let tree = tree();
             let mut read = read(&tree, &words(line));
             let meaning = read.meaning().unwrap();
-            assert_eq!((meaning, read.name().as_str()), (Action::Answer(Information::Help), name), "{line}");
+            assert_eq!((meaning, read.name().as_str()), (Action::Help, name), "{line}");
         }
     }
 
@@ -498,7 +484,7 @@ mod tests {
         for line in
             ["omni-deploy --version", "omni-deploy version", "deployer --version", "deploy-manifest -V"]
         {
-            assert_eq!(meaning(line), Action::Answer(Information::Version), "{line}");
+            assert_eq!(meaning(line), Action::Version, "{line}");
         }
     }
 
@@ -509,9 +495,12 @@ mod tests {
         for (name, command) in ALIASES {
             assert!(all.iter().any(|(path, _)| *path == [command]), "{name}");
         }
-        for (group, below) in DEFAULT_COMMANDS {
-            assert!(all.iter().any(|(path, _)| *path == [group, below]), "{group} {below}");
-        }
+        let defaults: Vec<Vec<&str>> = all
+            .iter()
+            .filter_map(|(path, command)| Some([path.as_slice(), &[default_command(command)?]].concat()))
+            .collect();
+        assert_eq!(defaults, [["deployer", "run"]]);
+        assert!(all.iter().any(|(path, _)| *path == defaults[0]));
         for (word, what) in HINTS {
             assert!(!all.iter().any(|(path, _)| path.last() == Some(&word)), "{word} is a command");
             for quoted in what.split('\'').skip(1).step_by(2) {

@@ -49,30 +49,32 @@ enum Kind {
 
 /// What can be offered for the values that usage texts name so. Of several, as in `deployer|caddy`, those that are not
 /// here are to be typed as they are.
-const KINDS: &[(&str, Kind)] = &[
-    ("service", Kind::Service),
-    ("host", Kind::Host),
-    ("version", Kind::Version),
-    ("file", Kind::File),
-    ("directory", Kind::File),
-    ("storepath", Kind::File),
-    ("target", Kind::File),
-    ("@file", Kind::Free),
-    ("-", Kind::Free),
-    ("json", Kind::Free),
-    ("name", Kind::Free),
-    ("key", Kind::Free),
-    ("url", Kind::Free),
-    ("command", Kind::Free),
-    ("commit", Kind::Free),
-    ("hash", Kind::Free),
-    ("count", Kind::Free),
-    ("lines", Kind::Free),
-    ("number", Kind::Free),
-    ("serial", Kind::Free),
-    ("seconds", Kind::Free),
-    ("time", Kind::Free),
-    ("field=value", Kind::Free),
+const KINDS: [(Kind, &[&str]); 5] = [
+    (Kind::Service, &["service"]),
+    (Kind::Host, &["host"]),
+    (Kind::Version, &["version"]),
+    (Kind::File, &["file", "directory", "storepath", "target"]),
+    (
+        Kind::Free,
+        &[
+            "@file",
+            "-",
+            "json",
+            "name",
+            "key",
+            "url",
+            "command",
+            "commit",
+            "hash",
+            "count",
+            "lines",
+            "number",
+            "serial",
+            "seconds",
+            "time",
+            "field=value",
+        ],
+    ),
 ];
 
 /// How long a shell waits for names.
@@ -156,10 +158,10 @@ fn offered(
     flags: &config::Flags,
     names: &dyn Fn(Kind, &config::Flags) -> Vec<String>,
 ) -> Vec<String> {
-    match KINDS.iter().find(|(known, _)| *known == part) {
-        Some((_, Kind::Free)) => Vec::new(),
-        Some((_, Kind::File)) => vec![FILES.into()],
-        Some((_, kind)) => names(*kind, flags),
+    match KINDS.iter().find(|(_, known)| known.contains(&part)) {
+        Some((Kind::Free, _)) => Vec::new(),
+        Some((Kind::File, _)) => vec![FILES.into()],
+        Some((kind, _)) => names(*kind, flags),
         None if part == name => Vec::new(),
         None => vec![part.into()],
     }
@@ -269,11 +271,11 @@ mod tests {
         let mut names: BTreeSet<&str> = KEYS.iter().map(|k| k.value).collect();
         used(&tree(), &mut names);
         for name in &names {
-            let known = KINDS.iter().any(|(known, _)| known == name) || name.contains('|');
+            let known = KINDS.iter().any(|(_, known)| known.contains(name)) || name.contains('|');
             assert!(known, "what can be offered for <{name}>? KINDS does not say");
         }
         let parts: BTreeSet<&str> = names.iter().flat_map(|name| name.split('|')).collect();
-        for (known, _) in KINDS {
+        for known in KINDS.iter().flat_map(|(_, known)| *known) {
             assert!(parts.contains(known), "nothing is called <{known}>");
         }
     }

@@ -160,13 +160,8 @@ struct RollbackArgs {
 
 pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     match args.command {
-        Command::Run(a) => {
-            let asks = RunOptions {
-                timer: a.timer,
-                retry: a.retry,
-                allow_empty: a.allow_empty,
-                accept_serial: a.accept_serial,
-            };
+        Command::Run(RunArgs { timer, retry, allow_empty, accept_serial }) => {
+            let asks = RunOptions { timer, retry, allow_empty, accept_serial };
             // Whoever looks from afar sees it, as far as that goes without a configuration.
             let settings = call.settings().inspect_err(|e| {
                 // Of what was typed for this call nobody else need hear.
@@ -176,19 +171,14 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
             })?;
             pass::run(&settings, &asks)
         }
-        Command::Plan(a) => {
-            let asks = RunOptions {
-                timer: false,
-                retry: a.retry,
-                allow_empty: a.allow_empty,
-                accept_serial: a.accept_serial,
-            };
+        Command::Plan(PlanArgs { json, retry, allow_empty, accept_serial }) => {
+            let asks = RunOptions { timer: false, retry, allow_empty, accept_serial };
             let settings = call.settings()?;
             let preview = pass::preview(&settings, &asks)?;
             if let Some(error) = &preview.manifest_error {
                 log::warning(format!("{error}; planned from the last good manifest"));
             }
-            print(&if a.json { plan_json(&preview) } else { plan_text(&preview, &settings) })?;
+            print(&if json { plan_json(&preview) } else { plan_text(&preview, &settings) })?;
             Ok(Exit::Done)
         }
         Command::State(a) if a.live => live(call, &a),
@@ -229,48 +219,44 @@ fn seconds(text: &str) -> Result<i64> {
 }
 
 fn plan_text(preview: &Preview, settings: &Settings) -> String {
-    let mut text =
-        format!("host {}, manifest version {} of {}\n", settings.host, preview.serial, preview.generation);
+    let mut lines = vec![format!(
+        "host {}, manifest version {} of {}",
+        settings.host, preview.serial, preview.generation
+    )];
     let plan = &preview.plan;
     for service in plan.services.iter().chain(&plan.gone) {
-        if let Some(failure) = &service.failure {
-            text.push_str(&format!("{}: {}\n", service.name, log::printable(&failure.record().reason)));
-        }
-        if let Some(attention) = attention(&service.name, &service.drop_ins) {
-            text.push_str(&format!("{}: {}\n", service.name, log::printable(&attention)));
-        }
-        if let Some(remark) = &service.remark {
-            text.push_str(&format!("{}: {}\n", service.name, log::printable(remark)));
-        }
-        for step in &service.steps {
-            text.push_str(&format!("{}: {}\n", service.name, step));
-        }
+        let failure = service.failure.as_ref().map(|failure| failure.record().reason.clone());
+        let remarks = [failure, attention(&service.name, &service.drop_ins), service.remark.clone()];
+        let steps = service.steps.iter().map(ToString::to_string);
+        let said = remarks.into_iter().flatten().chain(steps);
+        lines.extend(said.map(|said| format!("{}: {said}", service.name)));
     }
     for name in &plan.candidates {
-        text.push_str(&format!("{name}: stop and remove the candidate that an earlier pass left\n"));
+        lines.push(format!("{name}: stop and remove the candidate that an earlier pass left"));
     }
     if preview.trial {
-        text.push_str("route: try whether Caddy reads ports from files\n");
+        lines.push("route: try whether Caddy reads ports from files".into());
     }
-    for file in &preview.ports.write {
-        text.push_str(&format!("route: write port {} into {}\n", file.port, file.path.display()));
-    }
+    let written = preview.ports.write.iter();
+    lines.extend(written.map(|file| format!("route: write port {} into {}", file.port, file.path.display())));
     match &preview.route {
         RoutePlan::None | RoutePlan::Current => {}
-        RoutePlan::Pending(why) => text.push_str(&format!("route: pending: {}\n", log::printable(why))),
+        RoutePlan::Pending(why) => lines.push(format!("route: pending: {why}")),
         RoutePlan::Write(requests) => {
-            for request in requests {
-                text.push_str(&format!("route: {}\n", log::printable(&request.what)));
-            }
+            lines.extend(requests.iter().map(|request| format!("route: {}", request.what)));
         }
     }
-    for path in &preview.ports.remove {
-        text.push_str(&format!("route: remove {}\n", path.display()));
-    }
+    let removed = preview.ports.remove.iter();
+    lines.extend(removed.map(|path| format!("route: remove {}", path.display())));
     if is_empty(preview) {
-        text.push_str("nothing to do\n");
+        lines.push("nothing to do".into());
     }
-    text
+    shown(&lines)
+}
+
+/// Lines for a terminal, of which none steers it.
+fn shown(lines: &[String]) -> String {
+    lines.iter().map(|line| format!("{}\n", log::printable(line))).collect()
 }
 
 fn is_empty(preview: &Preview) -> bool {
@@ -360,68 +346,61 @@ fn state(json: bool) -> Result<Exit> {
         Error::new(format!("{STATE_FILE} cannot be used: {e}; run 'deployer' to write it anew"))
     })?;
     let now = Timestamp::now();
-    let mut text = format!(
-        "host {}, manifest version {}, last written {} ago\n",
+    let mut text = vec![format!(
+        "host {}, manifest version {}, last written {} ago",
         state.host,
         state.serial.map_or("none".to_string(), |s| s.to_string()),
         state.checked_at.age(now)
-    );
+    )];
     if let Some(LastError { reason, since }) = &state.last_error {
-        text.push_str(&format!("passes have failed for {}: {}\n", since.age(now), log::printable(reason)));
+        text.push(format!("passes have failed for {}: {reason}", since.age(now)));
     }
     if let Some(error) = state.manifest_error.as_ref().filter(|e| !state.failed_with(e)) {
-        text.push_str(&format!("manifest: {}\n", log::printable(error)));
+        text.push(format!("manifest: {error}"));
     }
     if let (Some(other), Some(this)) = (&state.other_machine, &state.machine) {
-        text.push_str(&format!("{}\n", log::printable(&other.text(&state.host, this))));
+        text.push(other.text(&state.host, this));
     }
     if !state.manager_environment.is_empty() {
-        text.push_str(&format!("{}\n", log::printable(&systemd::given_text(&state.manager_environment))));
+        text.push(systemd::given_text(&state.manager_environment));
     }
     for name in &state.draining {
-        text.push_str(&format!("{name}: the last connections to its candidate are ending\n"));
+        text.push(format!("{name}: the last connections to its candidate are ending"));
     }
     for service in state.services.values() {
         let path = service.store_path.as_ref().map_or("nothing runs".to_string(), ToString::to_string);
-        text.push_str(&format!(
-            "{:<24} {:<9} {:>5}  {path}\n",
+        text.push(format!(
+            "{:<24} {:<9} {:>5}  {path}",
             service.name,
             if service.removing { "removing".to_string() } else { service.status.to_string() },
             service.since.age(now)
         ));
-        if let Some(exposure) = service.exposure {
-            text.push_str(&format!(
-                "    exposure {exposure} ('systemd-analyze security {}')\n",
-                service.name
-            ));
-        }
+        text.extend(service.exposure.map(|exposure| {
+            format!("    exposure {exposure} ('systemd-analyze security {}')", service.name)
+        }));
         if let Some(since) = service.pinned_since {
-            text.push_str(&format!("    held there by 'deployer rollback' for {}\n", since.age(now)));
+            text.push(format!("    held there by 'deployer rollback' for {}", since.age(now)));
         }
         if service.status == ServicePhase::Stopped {
             let until = service.paused_until.map_or("it is resumed".to_string(), |t| t.to_string());
-            text.push_str(&format!("    paused until {until}\n"));
+            text.push(format!("    paused until {until}"));
         }
         if service.secrets_changed {
-            text.push_str("    its secrets file was changed after it started; restart it to pick that up\n");
+            text.push("    its secrets file was changed after it started; restart it to pick that up".into());
         }
         if let Some(failure) = &service.failure {
-            text.push_str(&format!("    {}\n", log::printable(&failure.reason)));
-            for line in &failure.journal {
-                text.push_str(&format!("    | {}\n", log::printable(line)));
-            }
+            text.push(format!("    {}", failure.reason));
+            text.extend(failure.journal.iter().map(|line| format!("    | {line}")));
             if failure.journal.is_empty() && lines::hidden(&root.lines()) {
-                text.push_str("    only root can see its last lines: sudo deployer state\n");
+                text.push("    only root can see its last lines: sudo deployer state".into());
             }
         }
-        if let Some(attention) = service.attention() {
-            text.push_str(&format!("    {}\n", log::printable(&attention)));
-        }
+        text.extend(service.attention().map(|attention| format!("    {attention}")));
     }
     if let (RouteStatus::Pending, Some(reason)) = (state.route.status, &state.route.reason) {
-        text.push_str(&format!("route pending: {}\n", log::printable(reason)));
+        text.push(format!("route pending: {reason}"));
     }
-    print(&text)?;
+    print(&shown(&text))?;
     Ok(Exit::Done)
 }
 

@@ -15,12 +15,8 @@ pub fn ignore_its_signals(call: &Call) -> Result<()> {
     if std::env::var_os(SIGNALS_IGNORED).is_some() {
         return Ok(());
     }
-    let mut run = Run::new(std::env::current_exe()?.to_string_lossy());
-    for key in KEYS {
-        if let Some(value) = call.flags.get(key.name) {
-            run = run.arg(format!("{}={value}", key.flag));
-        }
-    }
+    let flags = KEYS.iter().filter_map(|key| Some(format!("{}={}", key.flag, call.flags.get(key.name)?)));
+    let run = Run::new(std::env::current_exe()?.to_string_lossy()).args(flags);
     Ok(run.args(&call.args).env(SIGNALS_IGNORED, "1").ignore_signals()?)
 }
 

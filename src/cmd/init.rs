@@ -4,7 +4,7 @@
 
 use super::{Call, print};
 use crate::clock::Timestamp;
-use crate::config::{self, KEYS, Settings};
+use crate::config::{self, KEYS, Key, Settings};
 use crate::durable;
 use crate::error::{Error, Exit, Result};
 use crate::files::if_there;
@@ -83,14 +83,9 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
         new.insert("trustedPublicKeys".into(), json!([public.to_string()]));
     }
     save(&file, &old, &new)?;
-    for key in KEYS.iter().filter(|k| flags.contains_key(k.name)) {
-        if std::env::var_os(key.env).is_some_and(|v| !v.is_empty()) {
-            log::warning(format!(
-                "{} is set and beats '{}' of {}; unset it",
-                key.env,
-                key.name,
-                file.display()
-            ));
+    for Key { name, env, .. } in KEYS.iter().filter(|key| flags.contains_key(key.name)) {
+        if std::env::var_os(env).is_some_and(|v| !v.is_empty()) {
+            log::warning(format!("{env} is set and beats '{name}' of {}; unset it", file.display()));
         }
     }
     let mut trusted = signature::trusted(&settings)?;

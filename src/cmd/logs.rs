@@ -116,7 +116,6 @@ pub(super) fn run(call: &Call, args: Args) -> Result<Exit> {
     let settings = call.settings()?;
     let (unit, hosts) = which(&settings, &args)?;
     let words = journalctl(&unit, &args);
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let failed = if args.follow || hosts.len() == 1 {
         together(&settings, &hosts, &words)?
     } else {
@@ -166,11 +165,12 @@ fn journalctl(unit: &str, args: &Args) -> Vec<String> {
 fn stream(
     settings: &Settings,
     host: &HostName,
-    words: &[&str],
+    words: &[String],
     ends: Option<&Arc<AtomicBool>>,
     mut line: impl FnMut(Stream, &str),
 ) -> Option<String> {
-    let mut run = ssh::run_on(settings, host, true, words).keep_end();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mut run = ssh::run_on(settings, host, true, &words).keep_end();
     if let Some(stop) = ends {
         run = run.deadline(ENDS_WITHIN).stop(stop);
     }
@@ -182,25 +182,21 @@ fn stream(
 }
 
 /// Line by line as they come, from all hosts at once. Returns whether some host failed.
-fn together(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<bool> {
-    enum Event {
-        Line(usize, Stream, String),
-        Failed(String),
-    }
-    // Bounded: a reader that is slower than the journal holds it up instead of filling the memory.
-    let (sender, events) = mpsc::sync_channel(1024);
+fn together(settings: &Settings, hosts: &[HostName], words: &[String]) -> Result<bool> {
+    // A line of one of the hosts, or why one failed. Bounded: a reader that is slower than the journal holds it up
+    // instead of filling the memory.
+    let (sender, events) = mpsc::sync_channel::<Result<(usize, Stream, String), String>>(1024);
     for (i, host) in hosts.iter().enumerate() {
-        let (sender, settings, host) = (sender.clone(), settings.clone(), host.clone());
-        let words: Vec<String> = words.iter().map(|w| w.to_string()).collect();
+        let (sender, settings, host, words) =
+            (sender.clone(), settings.clone(), host.clone(), words.to_vec());
         // Plain threads: when our reader goes away we end, whatever the hosts are about to say.
         std::thread::spawn(move || {
-            let words: Vec<&str> = words.iter().map(String::as_str).collect();
             let failed = stream(&settings, &host, &words, None, |stream, line| {
                 // Nobody listens any more only when the process is about to end.
-                drop(sender.send(Event::Line(i, stream, line.to_string())));
+                drop(sender.send(Ok((i, stream, line.to_string()))));
             });
             if let Some(why) = failed {
-                drop(sender.send(Event::Failed(why)));
+                drop(sender.send(Err(why)));
             }
         });
     }
@@ -208,8 +204,8 @@ fn together(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<b
     let mut failed = false;
     for event in events {
         match event {
-            Event::Line(i, stream, line) => show(hosts, &hosts[i], stream, &line)?,
-            Event::Failed(why) => {
+            Ok((i, stream, line)) => show(hosts, &hosts[i], stream, &line)?,
+            Err(why) => {
                 failed = true;
                 log::error(why);
             }
@@ -219,7 +215,7 @@ fn together(settings: &Settings, hosts: &[HostName], words: &[&str]) -> Result<b
 }
 
 /// Asked all at once for `most` entries, shown host after host: of each the last lines. Returns whether some host failed.
-fn in_turn(settings: &Settings, hosts: &[HostName], words: &[&str], most: usize) -> Result<bool> {
+fn in_turn(settings: &Settings, hosts: &[HostName], words: &[String], most: usize) -> Result<bool> {
     std::thread::scope(|scope| {
         let ask = |host: &HostName| {
             let (mut tail, stop) = (Tail::default(), Arc::new(AtomicBool::new(false)));

@@ -18,12 +18,13 @@ mod table;
 mod usage;
 
 use crate::config::{Flags, Settings};
-use crate::dispatch::{self, Action, Information};
+use crate::dispatch::{self, Action};
 use crate::error::{Error, Exit, Result, did_you_mean};
 use crate::log::{self, printable};
 use crate::manifest::Service;
 use crate::names::HostName;
 use argh::{ArgsInfo, FromArgs};
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -114,11 +115,7 @@ fn hosts_of(service: &Service, named: Option<&str>) -> Result<Vec<HostName>> {
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let newline = if text.ends_with('\n') || text.is_empty() { "" } else { "\n" };
-    match out
-        .write_all(text.as_bytes())
-        .and_then(|()| out.write_all(newline.as_bytes()))
-        .and_then(|()| out.flush())
-    {
+    match write!(out, "{text}{newline}").and_then(|()| out.flush()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Err(Error::ReaderGone),
         Err(e) => Err(Error::new(format!("cannot write to stdout: {e}"))),
         Ok(()) => Ok(()),
@@ -128,16 +125,13 @@ pub fn print(text: &str) -> Result<()> {
 /// The whole program.
 pub fn main() -> ExitCode {
     crate::coredump::forbid();
-    let mut argv = Vec::new();
-    for arg in std::env::args_os() {
-        match arg.into_string() {
-            Ok(arg) => argv.push(arg),
-            Err(arg) => {
-                log::error(format!("the argument {arg:?} is not UTF-8; write it in UTF-8"));
-                return ExitCode::from(Exit::Usage.code());
-            }
+    let argv: Vec<String> = match std::env::args_os().map(OsString::into_string).collect() {
+        Ok(argv) => argv,
+        Err(arg) => {
+            log::error(format!("the argument {arg:?} is not UTF-8; write it in UTF-8"));
+            return ExitCode::from(Exit::Usage.code());
         }
-    }
+    };
     let exit = run(argv).unwrap_or_else(|e| {
         if e != Error::ReaderGone {
             log::error(format!("error: {e}"));
@@ -152,10 +146,10 @@ fn run(argv: Vec<String>) -> Result<Exit> {
     let mut line = dispatch::read(&tree, &argv);
     match line.meaning()? {
         Action::Run => {}
-        Action::Answer(Information::Help) => {
+        Action::Help => {
             return print(&usage::help(line.command, &line.name())).map(|()| Exit::Done);
         }
-        Action::Answer(Information::Version) => {
+        Action::Version => {
             return print(&format!("omni-deploy {}", env!("CARGO_PKG_VERSION"))).map(|()| Exit::Done);
         }
         Action::Nothing => {

@@ -143,8 +143,7 @@ fn on_host(verb: &str, service: &str, form: FileFormat, path: &str) -> Result<Ex
     }
     let path = Path::new(path);
     let answer = match verb {
-        "look" => serde_json::to_string(&secrets::look(&name, path, form, false)?),
-        "read" => serde_json::to_string(&secrets::look(&name, path, form, true)?),
+        "look" | "read" => serde_json::to_string(&secrets::look(&name, path, form, verb == "read")?),
         "write" => {
             let mut wanted = Vec::new();
             std::io::stdin().take(MAX_FILE * 2).read_to_end(&mut wanted)?;
@@ -321,8 +320,7 @@ fn edit_on_host(call: &Call, args: &SecretsEditArgs) -> Result<Exit> {
         }));
     };
     let found: FileState = ask(&settings, host, "read", &service.name, file, Vec::new())?;
-    let old = found.content.as_deref().map(secrets::decode).transpose()?;
-    if !edited(&settings, host, &service, file, old, found.hash.clone())? {
+    if !edited(&settings, host, &service, file, &found)? {
         return Ok(Exit::Done);
     }
     log::info(format!("{host}: wrote {}", file.path));
@@ -337,9 +335,9 @@ struct DraftFolder {
 
 impl DraftFolder {
     fn new() -> Result<Self> {
-        let place = secrets::scratch();
-        let folder = durable::scratch(&place.dir)?;
-        if !place.in_memory {
+        let in_memory = secrets::folder_in_memory();
+        let folder = durable::scratch(in_memory.as_deref().unwrap_or(&std::env::temp_dir()))?;
+        if in_memory.is_none() {
             log::warning(format!(
                 "this machine has no folder in memory for you (/dev/shm, XDG_RUNTIME_DIR): while you edit, the text is on \
                  the disk, in {}",
@@ -364,19 +362,19 @@ impl DraftFolder {
     }
 }
 
-/// Has a file edited and written back. Returns whether it was; an error keeps what the person has written.
+/// Has a file edited, of which this was found, and written back. Returns whether it was; an error keeps what the person
+/// has written.
 fn edited(
     settings: &Settings,
     host: &HostName,
     service: &Service,
     file: &SecretFile,
-    old: Option<Vec<u8>>,
-    hash: Option<String>,
+    found: &FileState,
 ) -> Result<bool> {
+    let before = found.content.as_deref().map(secrets::decode).transpose()?.unwrap_or_default();
     let drafts = DraftFolder::new()?;
     let name = Path::new(&file.path).file_name().unwrap_or_default();
     let draft = drafts.folder.join(name);
-    let before = old.clone().unwrap_or_default();
     let result = durable::write(&draft, &before, 0o600).map_err(Error::from).and_then(|()| {
         let text = editor::edit(&draft, Traces::None)?;
         if text == before {
@@ -391,7 +389,7 @@ fn edited(
         if text.len() as u64 > MAX_FILE {
             return Err(Error::new(format!("nothing was written: it has more than {MAX_FILE} bytes")));
         }
-        let wanted = WriteRequest { instead_of: hash, content: secrets::encode(&text) };
+        let wanted = WriteRequest { instead_of: found.hash.clone(), content: secrets::encode(&text) };
         let wanted = serde_json::to_vec(&wanted)
             .map_err(|_| Error::new("nothing was written: it cannot be put into a message"))?;
         match ask(settings, host, "write", &service.name, file, wanted)? {

@@ -10,10 +10,10 @@ use crate::log::{self, printable, printable_json};
 use crate::manifest::publish;
 use crate::manifest::trust::Author;
 use crate::manifest::{edit, entry};
-use crate::names::{HostName, StorePath};
+use crate::names::{HostName, ServiceName, StorePath};
 use crate::parallel;
 use crate::push::namespace::DIRTY;
-use crate::status::judge::{Expected, Only, ServiceRow, ServiceStatus, StatusReport, judge};
+use crate::status::judge::{Expected, ServiceRow, ServiceStatus, StatusReport, judge};
 use crate::status::reports;
 use crate::store::HOSTS_PREFIX;
 use argh::{ArgsInfo, FromArgs};
@@ -104,23 +104,18 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
         let service = manifest.service(name).ok_or_else(|| edit::unknown_service(name, &manifest))?;
         hosts.retain(|h| service.hosts.contains(h));
     }
-    let mut left_out = 0;
-    let reports = match listed {
+    hosts.retain(asked_for);
+    let (reports, left_out) = match listed {
         Some(listed) => {
             let (placed, others): (BTreeSet<_>, BTreeSet<_>) =
                 listed?.into_iter().filter(asked_for).partition(|host| named.contains(host));
             hosts.extend(placed);
-            hosts.retain(asked_for);
             let mut reports = reports::stored(store.as_ref(), &hosts)?;
-            let others = reports::stored_others(store.as_ref(), &others)?;
-            reports.extend(others.0);
-            left_out = others.1;
-            reports
+            let (others, left_out) = reports::stored_others(store.as_ref(), &others)?;
+            reports.extend(others);
+            (reports, left_out)
         }
-        None => {
-            hosts.retain(asked_for);
-            reports::live(settings, store.as_ref(), &hosts)?
-        }
+        None => (reports::live(settings, store.as_ref(), &hosts)?, 0),
     };
     let left_out = (left_out > 0).then(|| {
         format!(
@@ -135,14 +130,16 @@ fn look(settings: &Settings, args: &Args) -> Result<(StatusReport, Option<String
         let near = did_you_mean(host, named.iter().map(|h| h.as_str()));
         return Err(Error::new(format!("no host '{host}' in the manifest{near}")));
     }
-    let only = Only { service: args.service.as_deref(), host: args.host.as_deref() };
+    let shown = |service: &ServiceName, host: &HostName| {
+        asked_for(host) && args.service.as_deref().is_none_or(|only| only == service.as_str())
+    };
     let wanted = Expected {
         manifest: &manifest,
         entries: entry::digests(&bytes),
-        store: Some(store.identity()),
+        store: store.identity(),
         here: settings.host.clone(),
     };
-    Ok((judge(&wanted, &reports, Timestamp::now(), only), left_out))
+    Ok((judge(&wanted, &reports, Timestamp::now(), shown), left_out))
 }
 
 /// Shows it until it is interrupted. A store that is out of reach for a while is said once and waited for.
@@ -197,12 +194,9 @@ fn short(path: &StorePath) -> String {
 
 /// The beginning of a commit; what was built from more than that is not shown as it.
 fn commit(revision: &str) -> String {
-    let (commit, dirty) = match revision.strip_suffix(DIRTY) {
-        Some(commit) => (commit, DIRTY),
-        None => (revision, ""),
-    };
+    let commit = revision.strip_suffix(DIRTY).unwrap_or(revision);
     let start: String = commit.chars().take(10).collect();
-    format!("{start}{dirty}")
+    start + &revision[commit.len()..]
 }
 
 fn wanted(row: &ServiceRow) -> String {
@@ -255,15 +249,10 @@ fn table(report: &StatusReport, now: Timestamp, colour: bool, detail: bool) -> S
             below.push_str(&format!("{}: {}\n", host.host, clipped(problem)));
         }
     }
-    for row in &report.rows {
-        // Of a host as a whole it was said above, once.
-        let Some(problem) = row
-            .problem
-            .as_ref()
-            .filter(|_| !matches!(row.status, ServiceStatus::Unknown | ServiceStatus::Pending))
-        else {
-            continue;
-        };
+    // Of a host as a whole it was said above, once.
+    let is_of_host = |row: &ServiceRow| matches!(row.status, ServiceStatus::Unknown | ServiceStatus::Pending);
+    for row in report.rows.iter().filter(|row| !is_of_host(row)) {
+        let Some(problem) = &row.problem else { continue };
         let tried = row.attempted.as_ref().map_or(String::new(), |path| format!(" {}", short(path)));
         below.push_str(&format!(
             "{} on {}: {}{tried}: {}\n",
@@ -296,7 +285,6 @@ fn table(report: &StatusReport, now: Timestamp, colour: bool, detail: bool) -> S
 mod tests {
     use super::*;
     use crate::deployer::state::Exposure;
-    use crate::names::ServiceName;
     use crate::status::judge::HostRow;
 
     fn report() -> StatusReport {

@@ -27,12 +27,8 @@ pub fn synopsis(command: &Command) -> Vec<String> {
     let arguments = command.positionals.iter().filter(|p| !p.hidden);
     pieces.extend(arguments.map(|p| piece(format!("<{}>", p.name), &p.optionality)));
     if !command.commands.is_empty() {
-        let optionality = if dispatch::default_command(command).is_some() {
-            Optionality::Optional
-        } else {
-            Optionality::Required
-        };
-        pieces.extend([piece("<command>".into(), &optionality), "[<args>]".into()]);
+        let named = if dispatch::default_command(command).is_some() { "[<command>]" } else { "<command>" };
+        pieces.extend([named, "[<args>]"].map(String::from));
     }
     pieces
 }

@@ -73,7 +73,7 @@ pub fn of_host(
         }
     }
     let all: Vec<(&str, Vec<&Service>)> = domains.into_iter().collect();
-    let trust = CertificateTrust::of_the_system();
+    let trust = visitor::trust_of_the_system();
     let some = &all[..all.len().min(MOST)];
     let seen = parallel::map(some, MOST, |(name, services)| look(name, services, caddy, &trust));
     // Caddy is only asked for its reasons where something is missing.

@@ -145,14 +145,13 @@ fn sudo() -> Option<Finding> {
     if !output.status.ok() {
         return None;
     }
-    let missing: Vec<String> = output.text().lines().map(String::from).collect();
+    let missing = output.text().lines().collect::<Vec<_>>().join(", ");
     Some(if missing.is_empty() {
         ok("finds the commands")
     } else {
         warn(format!(
-            "does not find {} ('command not found'): run contrib/install.sh again, or add their folder to \
-                 secure_path in /etc/sudoers (visudo)",
-            missing.join(", ")
+            "does not find {missing} ('command not found'): run contrib/install.sh again, or add their folder to \
+                 secure_path in /etc/sudoers (visudo)"
         ))
     })
 }
@@ -184,12 +183,8 @@ fn drop_ins(state: &State) -> Finding {
 }
 
 fn failed_units() -> String {
-    let names = systemd::failed_units();
-    if names.is_empty() {
-        "see 'systemctl --failed'".to_string()
-    } else {
-        printable(&names.join(", ")).into()
-    }
+    let names = systemd::failed_units().join(", ");
+    if names.is_empty() { "see 'systemctl --failed'".into() } else { printable(&names).into() }
 }
 
 fn timer() -> Result<Finding, RunError> {
@@ -206,11 +201,8 @@ fn timer() -> Result<Finding, RunError> {
 
 /// The state that the last pass left, or what is wrong with it.
 fn state_file() -> Result<State, Finding> {
-    let bytes = match if_there(fs_err::read(STATE_FILE)) {
-        Ok(Some(bytes)) => bytes,
-        Ok(None) => return Err(warn("there was none; systemctl start deployer")),
-        Err(e) => return Err(warn(crate::error::io_text(&e))),
-    };
+    let found = if_there(fs_err::read(STATE_FILE)).map_err(|e| warn(crate::error::io_text(&e)))?;
+    let bytes = found.ok_or_else(|| warn("there was none; systemctl start deployer"))?;
     let unreadable = |why| format!("{STATE_FILE} cannot be read: {why}; the next pass writes it anew");
     State::parse(&bytes).map_err(|why| fail(unreadable(why)))
 }

@@ -66,10 +66,10 @@ pub struct SecretFile {
 
 /// The files of secrets that a service's entry names.
 pub fn files(service: &Service) -> Vec<SecretFile> {
-    let environment =
-        |path: &AbsolutePath| SecretFile { path: path.to_string(), form: FileFormat::Environment };
-    let bytes = |path: &AbsolutePath| SecretFile { path: path.to_string(), form: FileFormat::Bytes };
-    service.env_file.iter().map(environment).chain(service.credentials.values().map(bytes)).collect()
+    let file = |path: &AbsolutePath, form| SecretFile { path: path.to_string(), form };
+    let environment = service.env_file.iter().map(|path| file(path, FileFormat::Environment));
+    let credentials = service.credentials.values().map(|path| file(path, FileFormat::Bytes));
+    environment.chain(credentials).collect()
 }
 
 /// What a host says of a file.
@@ -275,28 +275,19 @@ fn guarded(folder: &Path) -> Result<()> {
     folders::insecure(folder).map_or(Ok(()), |why| Err(Error::new(why)))
 }
 
-/// Where a person's draft of secrets is while it is edited.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Scratch {
-    /// A folder in which one of our own is made.
-    pub dir: PathBuf,
-    /// Whether it is in memory: it never reaches a disk, but for swap.
-    pub in_memory: bool,
-}
-
 /// The kernel's number for tmpfs (statfs(2)); ramfs is for root alone.
 const TMPFS: i128 = 0x0102_1994;
 
-/// A temporary folder that is in memory, if this machine has such a place for this user; else the usual one.
-pub fn scratch() -> Scratch {
+/// A temporary folder that is in memory, if this machine has such a place for this user: what is in it never reaches a
+/// disk, but for swap.
+pub fn folder_in_memory() -> Option<PathBuf> {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|p| p.is_absolute());
     let in_memory = |dir: &PathBuf| {
         rustix::fs::statfs(dir).is_ok_and(|of| i128::from(of.f_type) == TMPFS)
             && tempfile::tempfile_in(dir).is_ok()
     };
     let places = [Some(PathBuf::from("/dev/shm")), runtime, Some(std::env::temp_dir())];
-    let found = places.into_iter().flatten().find(in_memory);
-    Scratch { in_memory: found.is_some(), dir: found.unwrap_or_else(std::env::temp_dir) }
+    places.into_iter().flatten().find(in_memory)
 }
 
 #[cfg(test)]

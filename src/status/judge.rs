@@ -7,7 +7,7 @@ mod service;
 use crate::clock::Timestamp;
 use crate::deployer::live::Live;
 use crate::deployer::state::{Exposure, SILENT_SEC, State};
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, Service};
 use crate::names::{HostName, ServiceName, StorePath};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -26,8 +26,8 @@ pub struct Expected<'a> {
     pub manifest: &'a Manifest,
     /// The digest of each of its entries ([`crate::manifest::entry`]).
     pub entries: BTreeMap<ServiceName, String>,
-    /// The identity of the store that it was read from; None: not compared.
-    pub store: Option<String>,
+    /// The identity of the store that it was read from.
+    pub store: String,
     /// The host that the reader sits at.
     pub here: HostName,
 }
@@ -35,8 +35,7 @@ pub struct Expected<'a> {
 impl Expected<'_> {
     /// The store that a host obeys, if it is another one.
     fn other_store<'s>(&self, state: &'s State) -> Option<&'s str> {
-        let theirs = state.store.as_deref()?;
-        self.store.as_deref().is_some_and(|ours| ours != theirs).then_some(theirs)
+        state.store.as_deref().filter(|theirs| *theirs != self.store)
     }
 }
 
@@ -185,32 +184,13 @@ impl StatusReport {
     }
 }
 
-/// What is shown: everything, or one service, or one host, or one service on one host.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Only<'a> {
-    /// This service alone.
-    pub service: Option<&'a str>,
-    /// This host alone.
-    pub host: Option<&'a str>,
-}
-
-impl Only<'_> {
-    fn service(&self, name: &ServiceName) -> bool {
-        self.service.is_none_or(|s| s == name.as_str())
-    }
-
-    fn host(&self, name: &HostName) -> bool {
-        self.host.is_none_or(|h| h == name.as_str())
-    }
-}
-
 /// Holds reports against the manifest. Hosts that no service names are shown only if they still run something
-/// of ours and still report.
+/// of ours and still report. `shown`: whether a service is looked at on a host.
 pub fn judge(
     wanted: &Expected<'_>,
     reports: &BTreeMap<HostName, HostReport>,
     now: Timestamp,
-    only: Only<'_>,
+    shown: impl Fn(&ServiceName, &HostName) -> bool,
 ) -> StatusReport {
     let manifest = wanted.manifest;
     let mut status = StatusReport {
@@ -220,28 +200,27 @@ pub fn judge(
         hosts: Vec::new(),
         rows: Vec::new(),
     };
-    for service in manifest.services.iter().filter(|s| only.service(&s.name)) {
-        for host in service.hosts.iter().filter(|h| only.host(h)) {
+    for service in &manifest.services {
+        for host in service.hosts.iter().filter(|host| shown(&service.name, host)) {
             let report = reports.get(host).unwrap_or(&HostReport::Missing);
             status.rows.push(service::row(wanted, service, host, report, now));
         }
     }
-    for (host, report) in reports.iter().filter(|(h, _)| only.host(h)) {
-        let placed = |name: &ServiceName| {
-            manifest.service(name.as_str()).is_some_and(|service| service.hosts.contains(host))
-        };
-        let named = manifest.services.iter().any(|s| s.hosts.contains(host));
+    for (host, report) in reports {
+        let is_placed = |service: &Service| service.hosts.contains(host);
+        let is_stranger =
+            |name: &ServiceName| shown(name, host) && !manifest.service(name.as_str()).is_some_and(is_placed);
+        let named = manifest.services.iter().any(is_placed);
         if let Some(state) = report.state()
             && (named || now.0.saturating_sub(state.checked_at.0) <= SILENT_SEC)
             && wanted.other_store(state).is_none()
         {
-            let strangers = state.services.values().filter(|s| only.service(&s.name) && !placed(&s.name));
+            let strangers = state.services.values().filter(|s| is_stranger(&s.name));
             status.rows.extend(strangers.map(|s| service::leftover(wanted, state, s, now)));
             // What the state does not know: a pass that ended before it could take that down.
             let unknown = report.live().into_iter().flat_map(|live| &live.services);
-            let unknown = unknown.filter(|(name, _)| {
-                only.service(name) && !placed(name) && !state.services.contains_key(*name)
-            });
+            let unknown =
+                unknown.filter(|(name, _)| is_stranger(name) && !state.services.contains_key(*name));
             status.rows.extend(unknown.map(|(name, unit)| service::unknown_unit(state, name, unit)));
         }
     }
@@ -280,7 +259,7 @@ impl Progress {
 mod tests {
     use super::*;
     use crate::deployer::state::{FailureRecord, RouteState, RouteStatus, ServicePhase, ServiceState};
-    use crate::manifest::{Artifact, ArtifactPath, Exec, Hardening, Rollout, Service, Systemd};
+    use crate::manifest::{Artifact, ArtifactPath, Exec, Hardening, Rollout, Systemd};
     use serde_json::Map;
 
     const NOW: Timestamp = Timestamp(1_800_000_000);
@@ -338,13 +317,13 @@ mod tests {
         BTreeMap::from([(host("biz"), report)])
     }
 
-    /// The manifest alone: entries and stores are not compared.
+    /// The manifest alone: entries are not compared, and no state names a store.
     fn expected(manifest: &Manifest) -> Expected<'_> {
-        Expected { manifest, entries: BTreeMap::new(), store: None, here: host("laptop") }
+        Expected { manifest, entries: BTreeMap::new(), store: "file:///s".into(), here: host("laptop") }
     }
 
     fn judged(manifest: &Manifest, state: State) -> StatusReport {
-        judge(&expected(manifest), &reports(HostReport::Read(Box::new(state))), NOW, Only::default())
+        judge(&expected(manifest), &reports(HostReport::Read(Box::new(state))), NOW, |_, _| true)
     }
 
     #[test]
@@ -435,7 +414,7 @@ mod tests {
             HostReport::Unreadable("EOF".into()),
             HostReport::Silent("ssh: refused".into()),
         ] {
-            let report = judge(&expected(&manifest), &reports(report.clone()), NOW, Only::default());
+            let report = judge(&expected(&manifest), &reports(report.clone()), NOW, |_, _| true);
             assert_eq!(report.rows[0].status, ServiceStatus::Unknown);
             assert!(report.needs_attention() && report.hosts[0].problems.len() == 1, "{report:?}");
         }
@@ -521,8 +500,10 @@ mod tests {
         second.name = name("web");
         second.hosts.push(host("two"));
         manifest.services.push(second);
-        let shown = |service, host| {
-            let report = judge(&expected(&manifest), &BTreeMap::new(), NOW, Only { service, host });
+        let shown = |service: Option<&str>, host: Option<&str>| {
+            let report = judge(&expected(&manifest), &BTreeMap::new(), NOW, |name, of| {
+                service.is_none_or(|s| s == name.as_str()) && host.is_none_or(|h| h == of.as_str())
+            });
             report.rows.iter().map(|r| format!("{}@{}", r.service, r.host)).collect::<Vec<_>>()
         };
         assert_eq!(shown(None, None), ["ava@biz", "web@biz", "web@two"]);

@@ -47,7 +47,8 @@ pub fn listed(store: &dyn Store) -> Result<BTreeSet<HostName>> {
 /// The reports of all these hosts in the store.
 pub fn stored(store: &dyn Store, hosts: &BTreeSet<HostName>) -> Result<BTreeMap<HostName, HostReport>> {
     let identity = store.identity();
-    each(hosts, REPORTS_AT_ONCE, |host| Ok(one(store, &identity, host)?.0))
+    let hosts: Vec<&HostName> = hosts.iter().collect();
+    each(&hosts, REPORTS_AT_ONCE, |host| Ok(one(store, &identity, host)?.0))
 }
 
 /// The reports of hosts that the manifest does not name, as far as they cost little; with how many were left out.
@@ -63,8 +64,7 @@ pub fn stored_others(
         if bytes.load(Ordering::Relaxed) >= OTHERS_BYTES {
             break;
         }
-        let some: BTreeSet<HostName> = some.iter().map(|host| (*host).clone()).collect();
-        reports.extend(each(&some, OTHERS_AT_ONCE, |host| {
+        reports.extend(each(some, OTHERS_AT_ONCE, |host| {
             let (report, size) = one(store, &identity, host)?;
             bytes.fetch_add(size, Ordering::Relaxed);
             Ok(report)
@@ -77,19 +77,7 @@ pub fn stored_others(
 /// A host's report, with its bytes.
 fn one(store: &dyn Store, identity: &str, host: &HostName) -> Result<(HostReport, u64)> {
     Ok(match store.read(&key(host), MAX_REPORT) {
-        Ok(Some(bytes)) => {
-            let report = match read(host, &bytes) {
-                // It is in this store: its host reaches it, by whatever address.
-                HostReport::Read(mut state)
-                    if state.store.as_deref().is_some_and(|s| but_for_address(s, identity)) =>
-                {
-                    state.store = Some(identity.to_string());
-                    HostReport::Read(state)
-                }
-                report => report,
-            };
-            (report, bytes.len() as u64)
-        }
+        Ok(Some(bytes)) => (read(host, &bytes, identity), bytes.len() as u64),
         Ok(None) => (HostReport::Missing, 0),
         Err(StoreError::TooLarge(why)) => (HostReport::Unreadable(why), 0),
         Err(e) => return Err(e.into()),
@@ -125,7 +113,8 @@ pub fn live(
     store: &dyn Store,
     hosts: &BTreeSet<HostName>,
 ) -> Result<BTreeMap<HostName, HostReport>> {
-    each(hosts, HOSTS_AT_ONCE, |host| {
+    let hosts: Vec<&HostName> = hosts.iter().collect();
+    each(&hosts, HOSTS_AT_ONCE, |host| {
         Ok(match ask(settings, host, With::Domains, LIVE_DEADLINE) {
             Err(e) => HostReport::Silent(e.to_string()),
             Ok(LiveState { state: Some(mut state), live, .. }) if state.host == *host => {
@@ -231,22 +220,28 @@ fn by_another(state: &State) -> HostReport {
     HostReport::Unreadable(format!("it is from a host that calls itself {}", state.host))
 }
 
-fn read(host: &HostName, bytes: &[u8]) -> HostReport {
+/// A report that is in the store of this identity.
+fn read(host: &HostName, bytes: &[u8], identity: &str) -> HostReport {
     match parsed(bytes) {
-        Ok(state) if state.host == *host => HostReport::Read(Box::new(state)),
-        Ok(state) => by_another(&state),
         Err(why) => HostReport::Unreadable(why),
+        Ok(state) if state.host != *host => by_another(&state),
+        Ok(mut state) => {
+            // Its host reaches this store, by whatever address.
+            if state.store.as_deref().is_some_and(|theirs| but_for_address(theirs, identity)) {
+                state.store = Some(identity.to_string());
+            }
+            HostReport::Read(Box::new(state))
+        }
     }
 }
 
 /// Asks for every host in parallel; the first error ends it.
 fn each(
-    hosts: &BTreeSet<HostName>,
+    hosts: &[&HostName],
     at_once: usize,
     ask: impl Fn(&HostName) -> Result<HostReport> + Sync,
 ) -> Result<BTreeMap<HostName, HostReport>> {
-    let hosts: Vec<&HostName> = hosts.iter().collect();
-    let reports = parallel::try_map(&hosts, at_once, |host| Ok::<_, Error>(((*host).clone(), ask(host)?)))?;
+    let reports = parallel::try_map(hosts, at_once, |host| Ok::<_, Error>(((*host).clone(), ask(host)?)))?;
     Ok(reports.into_iter().collect())
 }
 
@@ -261,7 +256,7 @@ mod tests {
         let now = crate::clock::Timestamp(1_800_000_000);
         let bytes =
             |name: &str| serde_json::to_vec(&State::new(HostName::parse(name).unwrap(), now)).unwrap();
-        assert!(matches!(read(&biz, &bytes("biz")), HostReport::Read(_)));
+        assert!(matches!(read(&biz, &bytes("biz"), ""), HostReport::Read(_)));
         for (bytes, word) in [
             (bytes("other"), "other"),
             (b"".to_vec(), "EOF"),
@@ -270,7 +265,7 @@ mod tests {
             (format!("{{\"version\": 1, \"x\": [{}0]}}", "0,".repeat(BOUNDS.values)).into_bytes(), "values"),
             (format!("{{\"version\": 1, \"x\": {}", "[".repeat(100)).into_bytes(), "nested"),
         ] {
-            match read(&biz, &bytes) {
+            match read(&biz, &bytes, "") {
                 HostReport::Unreadable(why) => assert!(why.contains(word), "{why}"),
                 other => panic!("{other:?}"),
             }
@@ -307,6 +302,7 @@ mod tests {
     fn every_host_is_asked_once_and_an_error_ends_it() {
         let hosts: BTreeSet<HostName> =
             (0..100).map(|i| HostName::parse(&format!("h{i}")).unwrap()).collect();
+        let hosts: Vec<&HostName> = hosts.iter().collect();
         let asked = Mutex::new(Vec::new());
         let reports = each(&hosts, 7, |host| {
             asked.lock().unwrap().push(host.clone());

@@ -29,30 +29,26 @@ const MAX_HEAD: usize = 32 << 10;
 const ROOTS: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
 
-/// What a certificate is held against.
-#[derive(Debug, Clone)]
-pub struct CertificateTrust {
-    /// None: this machine trusts nobody.
-    roots: Option<Arc<WebPkiServerVerifier>>,
-    signatures: WebPkiSupportedAlgorithms,
-}
+/// What a certificate is held against; None: this machine trusts nobody.
+pub type CertificateTrust = Option<Arc<WebPkiServerVerifier>>;
 
-impl CertificateTrust {
-    /// The authorities that this system trusts.
-    pub fn of_the_system() -> Self {
-        let named = std::env::var_os("SSL_CERT_FILE").filter(|file| !file.is_empty());
-        let files = named.as_deref().map(Path::new).into_iter().chain(ROOTS.iter().map(Path::new));
-        let pem = files.filter_map(|file| fs_err::read(file).ok()).next().unwrap_or_default();
-        let mut roots = RootCertStore::empty();
-        // Some of a bundle may be of a form that rustls does not take; the others count.
-        roots.add_parsable_certificates(CertificateDer::pem_slice_iter(&pem).flatten());
-        let roots = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider()).build().ok();
-        CertificateTrust { roots, signatures: provider().signature_verification_algorithms }
-    }
+/// The authorities that this system trusts.
+pub fn trust_of_the_system() -> CertificateTrust {
+    let named = std::env::var_os("SSL_CERT_FILE").filter(|file| !file.is_empty());
+    let files = named.as_deref().map(Path::new).into_iter().chain(ROOTS.iter().map(Path::new));
+    let pem = files.filter_map(|file| fs_err::read(file).ok()).next().unwrap_or_default();
+    let mut roots = RootCertStore::empty();
+    // Some of a bundle may be of a form that rustls does not take; the others count.
+    roots.add_parsable_certificates(CertificateDer::pem_slice_iter(&pem).flatten());
+    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider()).build().ok()
 }
 
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
+}
+
+fn signatures() -> WebPkiSupportedAlgorithms {
+    provider().signature_verification_algorithms
 }
 
 /// What is wrong with a certificate.
@@ -309,7 +305,7 @@ impl ServerCertVerifier for RecordingVerifier {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let fault = match &self.trust.roots {
+        let fault = match &self.trust {
             None => Some(CertificateFault::NotVerified),
             Some(roots) => match roots.verify_server_cert(leaf, between, name, ocsp, now) {
                 Ok(_) => None,
@@ -327,7 +323,7 @@ impl ServerCertVerifier for RecordingVerifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signed, &self.trust.signatures)
+        verify_tls12_signature(message, certificate, signed, &signatures())
     }
 
     fn verify_tls13_signature(
@@ -336,11 +332,11 @@ impl ServerCertVerifier for RecordingVerifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signed, &self.trust.signatures)
+        verify_tls13_signature(message, certificate, signed, &signatures())
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.trust.signatures.supported_schemes()
+        signatures().supported_schemes()
     }
 }
 
@@ -368,50 +364,46 @@ mod x509 {
     /// The longest name that is told, in characters.
     const MAX_NAME: usize = 100;
 
-    /// One element: its tag, its content, what comes after it.
-    fn element(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
-        let (&tag, rest) = bytes.split_first()?;
-        let (&first, rest) = rest.split_first()?;
-        let (length, rest) = match first {
-            0..=0x7f => (usize::from(first), rest),
-            0x81..=0x84 => {
-                let (digits, rest) = rest.split_at_checked(usize::from(first & 0x7f))?;
-                (digits.iter().fold(0, |n, d| n << 8 | usize::from(*d)), rest)
-            }
-            _ => return None,
-        };
-        let (content, after) = rest.split_at_checked(length)?;
-        Some((tag, content, after))
+    /// One element after the other, each with its tag and its content; it ends before what cannot be read.
+    fn elements(mut bytes: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+        std::iter::from_fn(move || {
+            let (&tag, rest) = bytes.split_first()?;
+            let (&first, rest) = rest.split_first()?;
+            let (length, rest) = match first {
+                0..=0x7f => (usize::from(first), rest),
+                0x81..=0x84 => {
+                    let (digits, rest) = rest.split_at_checked(usize::from(first & 0x7f))?;
+                    (digits.iter().fold(0, |n, d| n << 8 | usize::from(*d)), rest)
+                }
+                _ => return None,
+            };
+            let (content, after) = rest.split_at_checked(length)?;
+            bytes = after;
+            Some((tag, content))
+        })
     }
 
     /// The issuer's name, whether the subject is the same, and the end of the certificate's time.
     pub fn read(der: &[u8]) -> Option<(String, bool, Option<Timestamp>)> {
-        let (_, certificate, _) = element(der)?;
-        let (_, mut rest, _) = element(certificate)?;
+        let (_, certificate) = elements(der).next()?;
+        let (_, signed) = elements(certificate).next()?;
+        let mut fields = elements(signed).peekable();
         // The version may be left out.
-        if let Some((0xa0, _, after)) = element(rest) {
-            rest = after;
-        }
-        let mut next = || {
-            let (_, content, after) = element(rest)?;
-            rest = after;
-            Some(content)
-        };
+        fields.next_if(|(tag, _)| *tag == 0xa0);
+        let mut next = || Some(fields.next()?.1);
         let (_serial, _algorithm) = (next()?, next()?);
         let (issuer, validity, subject) = (next()?, next()?, next()?);
-        let (_, _, after) = element(validity)?;
-        let (tag, until, _) = element(after)?;
+        let (tag, until) = elements(validity).nth(1)?;
         Some((name(issuer), issuer == subject, time(tag, until)))
     }
 
     /// The common name, else the organization.
-    fn name(mut sets: &[u8]) -> String {
+    fn name(sets: &[u8]) -> String {
         let mut found = [None, None];
-        while let Some((_, set, after)) = element(sets) {
-            sets = after;
-            let Some((_, pair, _)) = element(set) else { continue };
-            let Some((_, oid, value)) = element(pair) else { continue };
-            let Some((_, text, _)) = element(value) else { continue };
+        for (_, set) in elements(sets) {
+            let Some((_, pair)) = elements(set).next() else { continue };
+            let mut pair = elements(pair);
+            let (Some((_, oid)), Some((_, text))) = (pair.next(), pair.next()) else { continue };
             if let Some(at) = NAMES.iter().position(|name| *name == oid) {
                 found[at] = Some(String::from_utf8_lossy(text).chars().take(MAX_NAME).collect());
             }

@@ -63,10 +63,11 @@ fn problems(wanted: &Expected<'_>, host: &HostName, state: &State, now: Timestam
         draining: _,
         services: _,
     } = state;
-    if let (Some(theirs), Some(ours)) = (wanted.other_store(state), &wanted.store) {
+    if let Some(theirs) = wanted.other_store(state) {
         problems.push(format!(
-            "it reads {theirs}, and this is {ours}; correct 'store' here ('omni-deploy config') or in \
-             /etc/omni-deploy/config.json there"
+            "it reads {theirs}, and this is {}; correct 'store' here ('omni-deploy config') or in \
+             /etc/omni-deploy/config.json there",
+            wanted.store
         ));
     }
     let said = |text: &str| hint::translated(text, host, here);
