@@ -234,9 +234,6 @@ fn plan_text(preview: &Preview, settings: &Settings) -> String {
     for name in &plan.candidates {
         lines.push(format!("{name}: stop and remove the candidate that an earlier pass left"));
     }
-    if preview.trial {
-        lines.push("route: try whether Caddy reads ports from files".into());
-    }
     let written = preview.ports.write.iter();
     lines.extend(written.map(|file| format!("route: write port {} into {}", file.port, file.path.display())));
     match &preview.route {
@@ -292,6 +289,7 @@ fn plan_json(preview: &Preview) -> String {
         "understudies": preview.plan.candidates,
         "route": route,
         "ports": preview.ports,
+        "trial": preview.trial,
     });
     log::printable_json(&format!("{value:#}")).into_owned()
 }

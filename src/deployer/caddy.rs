@@ -5,7 +5,7 @@
 
 use super::admin;
 use super::listeners::{self, Answers};
-use super::ports::PortFiles;
+use super::ports::{self, PortFiles};
 use super::routes::Route;
 use crate::bounds::{self, Bounds};
 use crate::config::Settings;
@@ -368,13 +368,13 @@ pub fn with_view(plan: RoutePlan, socket: Option<&Path>, observed: &CaddyState) 
 /// Adds to a plan that the server of a trial is removed, which a pass that was killed has left.
 fn without_trial(plan: RoutePlan, observed: &CaddyState) -> RoutePlan {
     let CaddyState::Servers(servers) = observed else { return plan };
-    if !servers.contains_key(TRIAL_SERVER) {
-        return plan;
-    }
-    let mut requests = vec![AdminRequest::trial("DELETE", None)];
-    if let RoutePlan::Write(others) = plan {
-        requests.extend(others);
-    }
+    let mut requests = match plan {
+        _ if !servers.contains_key(TRIAL_SERVER) => return plan,
+        RoutePlan::Pending(_) => return plan,
+        RoutePlan::None | RoutePlan::Current => Vec::new(),
+        RoutePlan::Write(requests) => requests,
+    };
+    requests.push(AdminRequest::trial("DELETE", None));
     RoutePlan::Write(requests)
 }
 
@@ -421,11 +421,20 @@ impl CaddyState {
     /// The same, of whatever an upstream is.
     pub fn may_dial(&self, dial: &str) -> bool {
         match self {
-            CaddyState::Servers(servers) => {
-                servers.values().flat_map(routes_of).filter(|route| is_ours(route)).any(|r| dials(r, dial))
-            }
+            CaddyState::Servers(servers) => servers
+                .values()
+                .flat_map(routes_of)
+                .filter(|route| is_ours(route))
+                .any(|r| dials(r, &|to| to == dial)),
             CaddyState::Unavailable(_) => true,
         }
+    }
+
+    /// Whether our route has an upstream whose port is in a file.
+    pub fn reads_ports(&self) -> bool {
+        let CaddyState::Servers(servers) = self else { return false };
+        let mut ours = servers.values().flat_map(routes_of).filter(|route| is_ours(route));
+        ours.any(|route| dials(route, &|to| to.starts_with(ports::DIALS_FILE)))
     }
 
     /// The ports that its servers listen on.
@@ -521,13 +530,14 @@ fn listen(text: &str) -> Option<(IpAddr, u16, u16)> {
     Some((address, first, last))
 }
 
-/// Whether something in a route has this address for its upstream.
-fn dials(value: &Value, to: &str) -> bool {
+/// Whether something in a route has such an address for its upstream.
+fn dials(value: &Value, such: &dyn Fn(&str) -> bool) -> bool {
     match value {
         Value::Object(members) => {
-            members.get("dial").and_then(Value::as_str) == Some(to) || members.values().any(|v| dials(v, to))
+            members.get("dial").and_then(Value::as_str).is_some_and(such)
+                || members.values().any(|v| dials(v, such))
         }
-        Value::Array(items) => items.iter().any(|item| dials(item, to)),
+        Value::Array(items) => items.iter().any(|item| dials(item, such)),
         _ => false,
     }
 }

@@ -277,10 +277,15 @@ fn words(text: &str) -> Option<Ipv6Addr> {
     }
 }
 
+/// The processes of Caddy's units, one a line.
+fn caddys_processes(slice: &Path) -> String {
+    let processes = |unit: &str| files::read_virtual(&slice.join(unit).join("cgroup.procs")).ok();
+    CADDYS.into_iter().filter(|unit| is_caddys_unit(unit)).filter_map(processes).collect()
+}
+
 /// The user that Caddy's unit runs as.
 fn caddys_user(slice: &Path) -> Option<u32> {
-    let processes = |unit: &str| fs_err::read_to_string(slice.join(unit).join("cgroup.procs")).ok();
-    let all: String = CADDYS.into_iter().filter(|unit| is_caddys_unit(unit)).filter_map(processes).collect();
+    let all = caddys_processes(slice);
     let status = fs_err::read_to_string(format!("/proc/{}/status", all.lines().next()?)).ok()?;
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
     uids.split_whitespace().next()?.parse().ok()
@@ -289,9 +294,7 @@ fn caddys_user(slice: &Path) -> Option<u32> {
 /// Which program the Caddy of this host's packages is, as far as another one can be told from it; None where none runs.
 pub fn caddys_program() -> Option<String> {
     let slice = SLICES.iter().map(Path::new).find(|dir| dir.is_dir())?;
-    let processes =
-        CADDYS.iter().filter_map(|unit| files::read_virtual(&slice.join(unit).join("cgroup.procs")).ok());
-    let all = processes.collect::<String>();
+    let all = caddys_processes(slice);
     // Its unit may run something besides, while it starts.
     let named = |pid: &&str| {
         files::read_virtual(&Path::new("/proc").join(pid).join("comm")).is_ok_and(|c| c == "caddy\n")

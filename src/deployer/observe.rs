@@ -65,8 +65,8 @@ pub fn observe(
         let foreign_next = foreign_next(root, desired, persisted, &units, &candidates)?;
         let ports = joined(listening);
         let kept_out = kept_out(desired, persisted);
-        let switching = switching(root, persisted)?;
         let caddy = joined(caddy).unwrap_or_else(|asked| caddy::read(caddy_admin, asked));
+        let switching = switching(root, persisted, &caddy)?;
         Ok(Observed {
             units,
             active,
@@ -83,17 +83,19 @@ pub fn observe(
     })
 }
 
-/// How requests move to another port, with the Caddy that runs.
-fn switching(root: &Root, persisted: &PersistedState) -> Result<Switching> {
-    let Some(program) = listeners::caddys_program() else { return Ok(Switching::Configuration) };
-    let tried = persisted.trial.as_ref().filter(|trial| trial.program == program);
-    if tried.is_some_and(|trial| !trial.port_files) {
+/// How requests move to another port, with the Caddy that runs. While nothing is known of it, as they did.
+fn switching(root: &Root, persisted: &PersistedState, caddy: &CaddyState) -> Result<Switching> {
+    let program = listeners::caddys_program();
+    let tried = persisted.trial.as_ref().filter(|trial| Some(&trial.program) == program.as_ref());
+    let reads = tried.and_then(|trial| trial.port_files);
+    if reads == Some(false) {
         return Ok(Switching::Configuration);
     }
-    Ok(match (PortFiles::read(root)?, tried) {
-        (None, _) => Switching::Configuration,
-        (Some(_), None) => Switching::Untried(program),
-        (Some(files), Some(_)) => Switching::Files(files),
+    let Some(files) = PortFiles::read(root)? else { return Ok(Switching::Configuration) };
+    Ok(match (reads, program) {
+        (None, Some(program)) => Switching::Untried(program, caddy.reads_ports().then_some(files)),
+        (None, None) if !caddy.reads_ports() => Switching::Configuration,
+        (Some(_), _) | (None, None) => Switching::Files(files),
     })
 }
 

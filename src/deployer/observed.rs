@@ -42,8 +42,8 @@ pub struct Observed {
 pub enum Switching {
     /// By a change of Caddy's configuration.
     Configuration,
-    /// The same, until it is tried whether this program of Caddy's reads ports from files.
-    Untried(String),
+    /// As it was, until it is tried whether this program of Caddy's reads ports from files: by these, if its route does.
+    Untried(String, Option<PortFiles>),
     /// By these files.
     Files(PortFiles),
 }
@@ -53,7 +53,8 @@ impl Switching {
     pub fn files(&self) -> Option<&PortFiles> {
         match self {
             Switching::Files(files) => Some(files),
-            Switching::Configuration | Switching::Untried(_) => None,
+            Switching::Untried(_, files) => files.as_ref(),
+            Switching::Configuration => None,
         }
     }
 }

@@ -141,8 +141,12 @@ pub fn preview(settings: &Settings, requested: &RunOptions) -> Result<Preview> {
     let host = Host::new(settings, &root, requested, &services, now);
     let mut host = host.map_err(|ended| ended.error)?;
     let observed = host.observe_first(&persisted)?;
-    let Planned { plan, route, ports } = host.plan(&observed, &persisted, &Outcome::default())?;
+    let Planned { plan, mut route, mut ports } = host.plan(&observed, &persisted, &Outcome::default())?;
     let trial = host.untried(&observed).is_some();
+    if trial {
+        let why = "it is to be tried first whether this Caddy reads ports from files";
+        (route, ports) = (RoutePlan::Pending(why.into()), PortChanges::default());
+    }
     Ok(Preview {
         serial: source.manifest.serial,
         generation: source.manifest.generation,
@@ -177,7 +181,6 @@ fn pass(settings: &Settings, requested: &RunOptions, root: &Root, now: Timestamp
     if let Some(program) = host.untried(&observed) {
         match Trial::run(&settings.caddy_admin, root, program) {
             Ok(trial) => {
-                trial.save(root)?;
                 persisted.trial = Some(trial);
                 observed = host.observe_again(&persisted, observed, None)?;
             }
@@ -313,7 +316,7 @@ impl<'a> Host<'a> {
     /// The program that Caddy is, if it is to be tried whether it reads ports from files.
     fn untried<'o>(&self, observed: &'o Observed) -> Option<&'o str> {
         match &observed.switching {
-            Switching::Untried(program)
+            Switching::Untried(program, _)
                 if observed.caddy.is_available() && self.desired.iter().any(|s| s.http.is_some()) =>
             {
                 Some(program)

@@ -58,7 +58,7 @@ impl PersistedState {
         let overrides = overrides::load(root)?;
         let verified = state.services.iter();
         let verified = verified.filter_map(|(name, s)| Some((name.clone(), s.invocation.clone()?))).collect();
-        let trial = Trial::load(root)?;
+        let trial = Trial::load(root);
         Ok((PersistedState { state, applied, readable, interrupted, overrides, verified, trial }, exposed))
     }
 

@@ -47,9 +47,12 @@ pub struct PortChanges {
     pub remove: Vec<PathBuf>,
 }
 
+/// How an address begins whose port is in a file.
+pub const DIALS_FILE: &str = "127.0.0.1:{file.";
+
 /// What Caddy dials for a service whose port is in a file of this folder.
 pub fn dial(dir: &Path, name: &ServiceName) -> String {
-    format!("127.0.0.1:{{file.{}/{name}}}", dir.display())
+    format!("{DIALS_FILE}{}/{name}}}", dir.display())
 }
 
 /// Where a service's requests are led now, as far as Caddy goes by the files.

@@ -7,8 +7,7 @@ use super::caddy;
 use super::root::Root;
 use crate::config::admin::{Address, Endpoint};
 use crate::durable;
-use crate::error::Result;
-use crate::files::{self, if_there};
+use crate::files;
 use crate::hash;
 use crate::random;
 use serde::{Deserialize, Serialize};
@@ -21,38 +20,42 @@ use std::time::Duration;
 /// The form of the file that the outcome is kept in.
 const VERSION: u64 = 1;
 
-/// What came of a trial.
+/// What is known of a Caddy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Trial {
     version: u64,
-    /// Which Caddy was tried.
+    /// Which program it is.
     pub program: String,
-    /// Whether it reads ports from files, and keeps WebSockets when its configuration changes.
-    pub port_files: bool,
+    /// Whether it reads ports from files, and keeps WebSockets when its configuration changes. None: a pass ended before
+    /// it knew.
+    pub port_files: Option<bool>,
 }
 
 impl Trial {
-    /// The last one. What cannot be read is tried again.
-    pub fn load(root: &Root) -> io::Result<Option<Self>> {
-        let bytes = if_there(fs_err::read(root.trial()))?;
-        Ok(bytes.and_then(|bytes| files::versioned(&bytes, VERSION).ok()))
+    /// What came of the last one. What cannot be read is tried again.
+    pub fn load(root: &Root) -> Option<Self> {
+        let bytes = fs_err::read(root.trial()).ok()?;
+        files::versioned(&bytes, VERSION).ok()
     }
 
-    /// Keeps it for the passes that follow.
-    pub fn save(&self, root: &Root) -> Result<()> {
+    fn save(&self, root: &Root) -> Result<(), String> {
         let text = serde_json::to_vec(self).expect("plain data serializes");
-        Ok(durable::write(&root.trial(), &text, 0o644)?)
+        durable::write(&root.trial(), &text, 0o644).map_err(|e| e.to_string())
     }
 
-    /// Tries the Caddy that runs, which is this program; the error is why nothing can be said of it now.
-    pub fn run(admin: &Address, root: &Root, program: &str) -> std::result::Result<Self, String> {
-        let port_files = try_it(admin, root)?;
-        Ok(Trial { version: VERSION, program: program.to_string(), port_files })
+    /// Tries the Caddy that runs, which is this program, and keeps what came of it for the passes that follow; the error is
+    /// why nothing can be said of it now. Nothing is tried where it could not be kept: every pass would try again.
+    pub fn run(admin: &Address, root: &Root, program: &str) -> Result<Self, String> {
+        let mut trial = Trial { version: VERSION, program: program.to_string(), port_files: None };
+        trial.save(root)?;
+        trial.port_files = Some(try_it(admin, root)?);
+        trial.save(root)?;
+        Ok(trial)
     }
 }
 
-fn try_it(at: &Address, root: &Root) -> std::result::Result<bool, String> {
+fn try_it(at: &Address, root: &Root) -> Result<bool, String> {
     let failed = |e: io::Error| format!("cannot try whether Caddy reads ports from files: {e}");
     let upstream = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
     // Free a moment ago; should somebody have it now, Caddy refuses the server and the next pass tries again.

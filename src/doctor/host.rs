@@ -322,7 +322,7 @@ fn caddy_unit() -> Result<Finding, RunError> {
 /// How requests move to another instance, with the Caddy that runs. Nothing to be said without one.
 fn switching(root: &Root) -> Option<Finding> {
     let program = listeners::caddys_program()?;
-    let tried = Trial::load(root).ok().flatten().filter(|trial| trial.program == program);
+    let tried = Trial::load(root).filter(|trial| trial.program == program).and_then(|trial| trial.port_files);
     let by_change =
         "a deploy with \"rollout\": \"overlap\" changes Caddy's configuration, which ends WebSockets";
     Some(match tried {
@@ -330,8 +330,8 @@ fn switching(root: &Root) -> Option<Finding> {
             "{by_change}: {} is missing; install contrib/systemd/tmpfiles.d with contrib/install.sh",
             root.ports_in_force().display()
         )),
-        Some(trial) if trial.port_files => ok("by files: a deploy does not change Caddy's configuration"),
-        Some(_) => {
+        Some(true) => ok("by files: a deploy does not change Caddy's configuration"),
+        Some(false) => {
             ok(format!("by its configuration: {by_change}; Caddy 2.8 and later read ports from files"))
         }
         None => ok("not tried yet: the first pass with a service that has a domain finds out"),

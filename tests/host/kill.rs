@@ -279,22 +279,23 @@ fn a_pass_killed_at_any_point_is_finished_or_undone_by_the_next() {
     on_hosts(&HOSTS, scenarios(), campaign);
 }
 
-/// A host at the start of a scenario, and the number of the first effect that has these words.
-fn at(name: &'static str, scenario: &str, words: &str) -> (Host, String) {
+/// A host at the start of a scenario, and the number of the first effect that is like this.
+fn at(name: &'static str, scenario: &str, pattern: &str) -> (Host, String) {
     let host = boot(name);
     let scenario = scenarios().into_iter().find(|s| s.name == scenario).unwrap();
     prepare(&host, &scenario);
     let point = host.sh(&format!(
         "{QUICK}; restore; rm -f /tmp/effects; OMNI_DEPLOY_EFFECTS=/tmp/effects deployer run >&2 || true
-         grep -F -m 1 '{words}' /tmp/effects | cut -d ' ' -f 1"
+         grep -E -m 1 '{pattern}' /tmp/effects | cut -d ' ' -f 1"
     ));
-    assert!(!point.is_empty(), "no effect '{words}'");
+    assert!(!point.is_empty(), "no effect '{pattern}'");
     (host, point)
 }
 
 #[test]
 fn a_candidate_that_visitors_are_led_to_stays_until_caddy_can_be_told() {
-    let (host, point) = at("stays", "overlap", "after PATCH /id/deployer");
+    let (host, point) =
+        at("stays", "overlap", "after (PATCH /id/deployer|write /run/omni-deploy/ports/web)$");
     let said = host.sh(&format!(
         "{QUICK}; restore; code=0
          OMNI_DEPLOY_KILL_AT={point} deployer run >&2 || code=$?; echo ended with $code

@@ -23,6 +23,8 @@ restore() {
     /etc/systemd/system/web* /etc/systemd/system/.omni* /etc/systemd/system/multi-user.target.wants/{web,.omni}* \
     /nix/var/nix/gcroots/omni-deploy/{*,.fetch} /run/omni-deploy/* /tmp/omni-deploy-* /var/cache/deployer/omni-deploy
   tar -C / -xf "$start/files.tar"
+  # As at boot.
+  systemd-tmpfiles --create /etc/tmpfiles.d/omni-deploy.conf
   systemctl daemon-reload
   systemctl reset-failed
   if [[ -s $start/units ]]; then xargs systemctl start <"$start/units"; fi
@@ -64,6 +66,7 @@ facts() {
   # The state, and then the report, which is to say the same.
   jq -S "$times" state.json /var/lib/omni-deploy/hosts/*.json
   systemctl list-units --all --plain --no-legend --type=service 'web*' 'other*' | awk '{ print $1, $2, $3, $4 }'
+  grep -r . /run/omni-deploy/ports | sort
   # Of several units, one block each, with the properties in whatever order this systemd has.
   { systemctl show --property=Id,MainPID,NeedDaemonReload 'web*.service' other.service; echo; } |
     awk -F= '/=/ { is[$1] = $2 } /^$/ && is["Id"] { print is["MainPID"], "Id=" is["Id"], "NeedDaemonReload=" is["NeedDaemonReload"]; delete is }' |

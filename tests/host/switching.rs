@@ -81,7 +81,7 @@ fn a_deploy_renames_a_file_where_caddy_reads_it_and_changes_its_configuration_el
         assert_eq!(dials(&host), "127.0.0.1:8003");
         host.serves("echo", "first");
         host.sh("rm /var/lib/deployer/caddy.json");
-        assert!(host.sh("deployer plan").contains("try whether Caddy reads ports from files"));
+        assert!(host.sh("deployer plan").contains("tried first whether this Caddy reads ports from files"));
         host.good_pass();
         assert_eq!(dials(&host), before);
         host.serves("echo", "first");

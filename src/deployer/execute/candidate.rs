@@ -3,6 +3,7 @@
 //! go through every phase together. Nothing here is remembered: what an interruption leaves (a candidate, a route to it)
 //! is seen by the next pass and undone or finished by it.
 
+use super::route::Moved;
 use super::watch::{NotUp, SETTLE, Watched, watch};
 use super::{EVERYBODY_WAITS, Round, Situation, with_goal};
 use crate::clock;
@@ -42,6 +43,9 @@ const LEAST_DRAIN: Duration = Duration::from_secs(1);
 
 /// The same where the port is in a file: a request may be between that and the connection.
 const LEAST_DRAIN_BY_FILES: Duration = Duration::from_millis(300);
+
+/// How long a connection that Caddy keeps for another request may be there after its last one, and a look.
+const IDLE_BY_FILES: Duration = Duration::from_millis(1300);
 
 /// How long the old route may still serve a client that was connected before the change and sends its first
 /// request after it, as browsers do that connect ahead: Go's HTTP server ends such connections after 5 s.
@@ -148,17 +152,20 @@ pub(super) fn switch(round: &Round) -> Outcome {
             return Ok(());
         }
         let (led, caddy) = round.at.lead(&well);
-        if let Err(why) = led {
-            log::error(format!("route: {why}; the new versions take over by a plain restart"));
-            return Ok(());
-        }
+        let moved = match led {
+            Ok(moved) => moved,
+            Err(why) => {
+                log::error(format!("route: {why}; the new versions take over by a plain restart"));
+                return Ok(());
+            }
+        };
         done.led.extend(well.keys().map(|name| (*name).clone()));
         let old = well.keys().filter_map(|name| {
             let before = &round.at.persisted.applied.get(*name)?.service;
             Some((*name, before.port()?, before.drain_sec()))
         });
         let old: Vec<(&ServiceName, u16, u32)> = old.collect();
-        drain_ports(round.at, &old, &caddy)
+        drain_ports(moved, &old, &caddy)
     })
 }
 
@@ -176,11 +183,15 @@ pub(in crate::deployer) fn undo_abandoned(at: Situation) -> Result<bool> {
     }
     let mut left: Vec<&ServiceName> = names.iter().collect();
     let (led, caddy) = at.lead(&BTreeMap::new());
-    if let Err(why) = led {
-        log::warning(format!("route: {why}"));
-        left = led_past(at.root, left, &caddy)?;
-    }
-    drain_units(at, &left, &caddy)?;
+    let moved = match led {
+        Ok(moved) => moved,
+        Err(why) => {
+            log::warning(format!("route: {why}"));
+            left = led_past(at.root, left, &caddy)?;
+            Moved::ByChange
+        }
+    };
+    drain_units(at, moved, &left, &caddy)?;
     remove_units(at.root, &left)?;
     Ok(true)
 }
@@ -224,7 +235,7 @@ pub(super) fn drain(round: &Round) -> Outcome {
     let leaving: Vec<&ServiceName> = round.so_far.leaving.iter().collect();
     Outcome::of(|_| match leaving.is_empty() {
         true => Ok(()),
-        false => drain_units(round.at, &leaving, &round.caddy_now()),
+        false => drain_units(round.at, round.at.moved_by(round.route), &leaving, &round.caddy_now()),
     })
 }
 
@@ -266,7 +277,7 @@ fn port_of(root: &Root, name: &ServiceName) -> Result<Option<u16>> {
     Ok(text.and_then(|text| unit::next_port(&text)))
 }
 
-fn drain_units(at: Situation, names: &[&ServiceName], caddy: &CaddyState) -> Result<()> {
+fn drain_units(at: Situation, moved: Moved, names: &[&ServiceName], caddy: &CaddyState) -> Result<()> {
     let mut ports = Vec::new();
     for name in names {
         if let Some(port) = port_of(at.root, name)? {
@@ -274,7 +285,7 @@ fn drain_units(at: Situation, names: &[&ServiceName], caddy: &CaddyState) -> Res
             ports.push((*name, port, good.map_or(DEFAULT_DRAIN_SEC, |a| a.service.drain_sec())));
         }
     }
-    drain_ports(at, &ports, caddy)
+    drain_ports(moved, &ports, caddy)
 }
 
 fn remove_units(root: &Root, names: &[&ServiceName]) -> Result<()> {
@@ -328,8 +339,7 @@ fn nobody_listens(port: u16) -> bool {
 /// client may still come by the old route: Caddy ends what it has from before the change, idle ones at once, and until
 /// then nobody can tell old from new, nor where Caddy's ports are not known. Where a file was renamed instead, every
 /// request that comes goes by it, whoever is connected.
-fn drain_ports(at: Situation, ports: &[(&ServiceName, u16, u32)], caddy: &CaddyState) -> Result<()> {
-    let by_files = at.observed.switching.files().is_some();
+fn drain_ports(moved: Moved, ports: &[(&ServiceName, u16, u32)], caddy: &CaddyState) -> Result<()> {
     let (front, known) = (caddy.ports(), caddy.is_available());
     let begun = Instant::now();
     let mut open: Vec<&(&ServiceName, u16, u32)> = ports.iter().collect();
@@ -347,15 +357,15 @@ fn drain_ports(at: Situation, ports: &[(&ServiceName, u16, u32)], caddy: &CaddyS
         let peers = established()?;
         clients = clients.intersection(&clients_of(&peers)).cloned().collect();
         let waited = begun.elapsed();
-        let least = match by_files {
-            true => LEAST_DRAIN_BY_FILES,
-            false if clients.is_empty() && known => LEAST_DRAIN,
-            false => SILENT_CLIENTS,
+        let (least, idle) = match moved {
+            Moved::ByFiles => (LEAST_DRAIN_BY_FILES, IDLE_BY_FILES),
+            Moved::ByChange if clients.is_empty() && known => (LEAST_DRAIN, LEAST_DRAIN),
+            Moved::ByChange => (SILENT_CLIENTS, LEAST_DRAIN),
         };
         let quiet = waited >= failpoint::shortened(least);
         open.retain(|(name, port, seconds)| {
             let count = peers.get(port).map_or(0, BTreeSet::len);
-            let late = waited >= Duration::from_secs((*seconds).into()).max(LEAST_DRAIN);
+            let late = waited >= Duration::from_secs((*seconds).into()).max(idle);
             if count > 0 && late {
                 log::warning(format!(
                     "{name}: {count} connection(s) to port {port} still open after {seconds} s"

@@ -26,11 +26,20 @@ pub(super) fn write(round: &Round) -> Outcome {
             log::error(format!("route: {why}; the next pass tries again"));
             pending(why.clone())
         }
-        (Ok(()), _) if round.plan.routes.is_empty() => RouteState::default(),
-        (Ok(()), _) => current,
+        (Ok(_), _) if round.plan.routes.is_empty() => RouteState::default(),
+        (Ok(_), _) => current,
     };
     let changed = matches!(round.route, RoutePlan::Write(_)) || !round.ports.is_empty();
     Outcome { changed, route: Some(route), ..Outcome::default() }
+}
+
+/// How requests were led elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Moved {
+    /// By files alone: whatever comes from now on goes there.
+    ByFiles,
+    /// By a change of Caddy's configuration, maybe: some clients may still come by what it had before.
+    ByChange,
 }
 
 /// Whether requests are led as they should be, or nobody can change that now.
@@ -40,11 +49,11 @@ pub(in crate::deployer) fn is_settled(route: &RoutePlan, ports: &PortChanges) ->
 
 impl Situation<'_> {
     /// Leads requests, if Caddy does not have it already, to these candidates, and for all other services to what was last
-    /// known to be good; whether it worked, and what Caddy has then.
+    /// known to be good; how, or why not, and what Caddy has then.
     pub(super) fn lead(
         &self,
         candidates: &BTreeMap<&ServiceName, &Http>,
-    ) -> (Result<(), String>, CaddyState) {
+    ) -> (Result<Moved, String>, CaddyState) {
         let admin = &self.settings.caddy_admin;
         let routes = self.interim_routes(candidates);
         let plan = |seen: &CaddyState| {
@@ -61,7 +70,7 @@ impl Situation<'_> {
         // Also of what failed: the answer may have been lost to a change that was made, and what follows must know.
         let now = caddy::observe(admin);
         let led = given.or_else(|why: String| match plan(&now) {
-            Ok((RoutePlan::None | RoutePlan::Current, ports)) if ports.is_empty() => Ok(()),
+            Ok((RoutePlan::None | RoutePlan::Current, ports)) if ports.is_empty() => Ok(Moved::ByChange),
             _ => Err(why),
         });
         (led, now)
@@ -69,7 +78,7 @@ impl Situation<'_> {
 
     /// Leads requests as these say; the error is the reason why they are not. A file must be there before Caddy reads it,
     /// and go after that.
-    fn give(&self, route: &RoutePlan, ports: &PortChanges) -> Result<(), String> {
+    fn give(&self, route: &RoutePlan, ports: &PortChanges) -> Result<Moved, String> {
         let requests = match route {
             RoutePlan::Pending(why) => return Err(why.clone()),
             RoutePlan::None | RoutePlan::Current => &[][..],
@@ -77,7 +86,16 @@ impl Situation<'_> {
         };
         ports.write(self.root)?;
         caddy::perform(&self.settings.caddy_admin, requests)?;
-        ports.remove()
+        ports.remove()?;
+        Ok(self.moved_by(route))
+    }
+
+    /// How requests are led elsewhere where this is what it takes.
+    pub(super) fn moved_by(&self, route: &RoutePlan) -> Moved {
+        match (self.observed.switching.files(), route) {
+            (Some(_), RoutePlan::None | RoutePlan::Current) => Moved::ByFiles,
+            _ => Moved::ByChange,
+        }
     }
 
     /// What was never known to be good is led to where it will be.
