@@ -188,7 +188,7 @@ do_install() {
   folder /etc/omni-deploy 755
   folder /var/lib/deployer 755
   folder /var/lib/deployer-secrets 700
-  # Where it is missing, systemd-tmpfiles skips the line that copies it.
+  # Where it is not there yet, systemd-tmpfiles skips the line that copies it.
   folder /var/lib/deployer/ports 755
 
   before=$changes
@@ -239,11 +239,18 @@ drop_marked() {
   fi
 }
 
+# The units of the services that were deployed.
+services() {
+  local unit
+  for unit in "$UNITS"/*.service; do
+    if head -n 1 "$unit" 2>/dev/null | grep -qF "$SERVICE_MARK"; then printf '%s\n' "$unit"; fi
+  done
+}
+
 # Names the services that were deployed and stay, and how each is removed: that is for a person to decide.
 services_left() {
   local unit name
-  for unit in "$UNITS"/*.service; do
-    head -n 1 "$unit" 2>/dev/null | grep -qF "$SERVICE_MARK" || continue
+  for unit in $(services); do
     name=$(basename "$unit" .service)
     echo "kept service $name, which goes on running; to remove it:"
     echo "  systemctl disable --now $name; rm $unit; rm -rf /nix/var/nix/gcroots/omni-deploy/$name; systemctl daemon-reload"
@@ -268,7 +275,8 @@ do_uninstall() {
   drop_marked "$UNITS/deployer.service"
   drop_marked "$DROPIN"
   drop_marked "$SYSCTL"
-  drop_marked "$TMPFILES"
+  # What goes on running is reached through it after a boot.
+  if [[ -z $(services) ]]; then drop_marked "$TMPFILES"; else echo "kept $TMPFILES, by which Caddy knows their ports"; fi
   if [[ -e $CADDY_START ]]; then
     rm "$CADDY_START"
     changed "removed $CADDY_START"

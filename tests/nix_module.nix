@@ -53,7 +53,7 @@ let
         };
         config = {
           system.etc = { inherit overlay; };
-          services.caddy = { enable = caddy; inherit enableReload; configFile = "/nix/store/caddyfile"; };
+          services.caddy = { enable = caddy; package = "/nix/store/caddy"; inherit enableReload; configFile = "/nix/store/caddyfile"; };
           services.omni-deploy = builtins.mapAttrs (_: option: option.default) module.options.services.omni-deploy
             // { enable = true; } // removeAttrs values [ "caddy" "enableReload" "overlay" ];
           nix.package = "/nix/store/nix";

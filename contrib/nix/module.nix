@@ -76,8 +76,10 @@ let
   caddyStart = pkgs.writeShellScript "omni-deploy-caddy-start" ''
     dir=''${XDG_CONFIG_HOME:-$HOME/.config}/caddy
     saved=$dir/autosave.json
-    if [ "''${1:-}" != reloaded ] && grep -qs '"deployer-view":' "$saved"; then
-      (umask 077 && sed 's/\("deployer-view":{"automatic_https":{"disable":true},"listen":\)\["127\.0\.0\.1:2019","\[::1\]:2019"\]/\1[]/' \
+    if [ "''${1:-}" != reloaded ] && [ -s "$saved" ]; then
+      unknown=
+      grep -qsF stream_close_delay ${config.services.caddy.package}/bin/caddy || unknown='; s/"stream_close_delay":"24h",//g'
+      (umask 077 && sed 's/\("deployer-[a-z]*":{"automatic_https":{"disable":true},"listen":\)\["127[^]]*\(\[::1\]:2019"\)\{0,1\}\]/\1[]/g'"$unknown" \
         "$saved" >"$saved.new") && mv -f "$saved.new" "$saved"
     fi
     now=${caddyConfig}

@@ -8,7 +8,9 @@
 # It never keeps Caddy from starting: a Caddyfile that cannot be used leaves the saved configuration in force.
 #
 # Port 2019 is anybody's while Caddy is down, and Caddy does not start at all when it cannot have one of its ports. So the
-# deployer's server there, which shows the configuration, resumes without an address; the next pass gives it back.
+# deployer's server there, which shows the configuration, resumes without an address; the next pass gives it back. So does
+# one of a trial that was interrupted; the next pass removes it. Nor does Caddy start with a setting that it does not know,
+# as one that was put back to before 2.7 would have to.
 caddyfile=/etc/caddy/Caddyfile
 dir=${XDG_CONFIG_HOME:-$HOME/.config}/caddy
 record=$dir/omni-deploy.seen
@@ -32,8 +34,10 @@ if [ "${1:-}" = ask ]; then
   exit
 fi
 
-if [ "${1:-}" != reloaded ] && grep -qs '"deployer-view":' "$saved"; then
-  (umask 077 && sed 's/\("deployer-view":{"automatic_https":{"disable":true},"listen":\)\["127\.0\.0\.1:2019","\[::1\]:2019"\]/\1[]/' \
+if [ "${1:-}" != reloaded ] && [ -s "$saved" ]; then
+  unknown=
+  grep -qsF stream_close_delay /usr/bin/caddy || unknown='; s/"stream_close_delay":"24h",//g'
+  (umask 077 && sed 's/\("deployer-[a-z]*":{"automatic_https":{"disable":true},"listen":\)\["127[^]]*\(\[::1\]:2019"\)\{0,1\}\]/\1[]/g'"$unknown" \
     "$saved" >"$saved.new") && mv -f "$saved.new" "$saved"
 fi
 

@@ -46,6 +46,11 @@ impl AdminResponse {
         AdminResponse { status, body, proven: true, viewed: false }
     }
 
+    /// Whether what was asked for is done.
+    pub fn is_success(&self) -> bool {
+        (200..=299).contains(&self.status)
+    }
+
     /// What an answer that was not meant to be says, in one line for people.
     pub fn summary(&self) -> String {
         if !self.proven {

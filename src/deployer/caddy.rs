@@ -379,16 +379,20 @@ fn without_trial(plan: RoutePlan, observed: &CaddyState) -> RoutePlan {
 }
 
 /// Whether something holds while Caddy has this server besides what it has; Ok(false) where it does not know all of it.
-pub(super) fn with_trial(at: &Address, server: Value, holds: impl FnOnce() -> bool) -> Result<bool, String> {
-    let made = perform_one(at, &AdminRequest::trial("POST", Some(server)));
-    match made {
+pub(super) fn with_trial(
+    at: &Address,
+    server: Value,
+    holds: impl FnOnce() -> Result<bool, String>,
+) -> Result<bool, String> {
+    let answer = sent(at, &AdminRequest::trial("POST", Some(server)))?;
+    if !answer.is_success() {
         // As every Caddy puts it that does not know a setting.
-        Err(why) if why.contains("unknown field") => return Ok(false),
-        made => made?,
+        let unknown = String::from_utf8_lossy(&answer.body).contains("unknown field");
+        return if unknown { Ok(false) } else { Err(format!("Caddy answered {}", answer.summary())) };
     }
     let held = holds();
     perform_one(at, &AdminRequest::trial("DELETE", None))?;
-    Ok(held)
+    held
 }
 
 /// Where a server listens: every address is `[NETWORK/]HOST:PORT[-LAST]`.
@@ -616,14 +620,17 @@ fn perform_one(at: &Address, request: &AdminRequest) -> Result<(), String> {
     {
         return Err(format!("cannot {}: {why}", request.what));
     }
+    let answer = sent(at, request).map_err(|why| format!("cannot {}: {why}", request.what))?;
+    match answer.is_success() {
+        true => Ok(()),
+        false => Err(format!("cannot {}: Caddy answered {}", request.what, answer.summary())),
+    }
+}
+
+fn sent(at: &Address, request: &AdminRequest) -> AdminResult {
     let body = request.body.as_ref().map(Value::to_string).unwrap_or_default();
     let _effect = crate::failpoint::mark(request.method, &request.path);
-    let answer = admin::exchange(at, request.method, &request.path, &body);
-    let answer = answer.map_err(|why| format!("cannot {}: {why}", request.what))?;
-    match answer.status {
-        200..=299 => Ok(()),
-        _ => Err(format!("cannot {}: Caddy answered {}", request.what, answer.summary())),
-    }
+    admin::exchange(at, request.method, &request.path, &body)
 }
 
 #[cfg(test)]
@@ -872,7 +879,7 @@ mod tests {
     }
 
     #[test]
-    fn caddy_resumes_without_a_port_that_anybody_may_have() {
+    fn caddy_resumes_without_a_port_that_anybody_may_have_and_without_a_setting_that_it_does_not_know() {
         let contrib = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/contrib"));
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join(".config/caddy");
@@ -900,6 +907,19 @@ mod tests {
         assert_eq!(starts(&saved, "reloaded"), saved);
         let none = json!({"apps": {"http": {"servers": {"a": theirs}}}}).to_string();
         assert_eq!(starts(&none, ""), none);
+        let trial = |listen: Value, proxy: Value| {
+            let off = json!({"disable": true});
+            let tried = json!({"automatic_https": off, "listen": listen, "routes": [{"handle": [proxy]}]});
+            json!({"apps": {"http": {"servers": {TRIAL_SERVER: tried, "z": theirs}}}}).to_string()
+        };
+        let without = json!({"handler": "reverse_proxy", "upstreams": [{"dial": "127.0.0.1:1"}]});
+        let mut proxy = without.clone();
+        proxy["stream_close_delay"] = STREAMS_STAY.into();
+        let caddy = fs_err::read("/usr/bin/caddy").unwrap_or_default();
+        let setting = b"stream_close_delay";
+        let knows = caddy.windows(setting.len()).any(|at| at == setting);
+        let closed_trial = trial(json!([]), if knows { proxy.clone() } else { without });
+        assert_eq!(starts(&trial(json!(["127.0.0.1:4567"]), proxy), ""), closed_trial);
         assert_eq!(starts("", ""), "");
 
         // The pass gives it back.
@@ -912,9 +932,10 @@ mod tests {
         // NixOS has a script of its own.
         let lines = |file: &str| {
             let text = fs_err::read_to_string(contrib.join(file)).unwrap();
+            let those = text.lines().filter(|l| l.contains("sed 's/") || l.contains("stream_close_delay"));
             let it: Vec<String> =
-                text.lines().filter(|l| l.contains("sed 's/")).map(|l| l.trim().into()).collect();
-            assert_eq!(it.len(), 1, "{file}");
+                those.map(|l| l.trim().replace("${config.services.caddy.package}", "/usr")).collect();
+            assert_eq!(it.len(), 2, "{file}");
             it
         };
         assert_eq!(lines("systemd/caddy-start.sh"), lines("nix/module.nix"));

@@ -280,7 +280,9 @@ fn words(text: &str) -> Option<Ipv6Addr> {
 /// The processes of Caddy's units, one a line.
 fn caddys_processes(slice: &Path) -> String {
     let processes = |unit: &str| files::read_virtual(&slice.join(unit).join("cgroup.procs")).ok();
-    CADDYS.into_iter().filter(|unit| is_caddys_unit(unit)).filter_map(processes).collect()
+    let running =
+        CADDYS.into_iter().filter_map(|unit| Some((unit, processes(unit).filter(|p| !p.is_empty())?)));
+    running.filter(|(unit, _)| is_caddys_unit(unit)).map(|(_, processes)| processes).collect()
 }
 
 /// The user that Caddy's unit runs as.
@@ -301,7 +303,10 @@ pub fn caddys_program() -> Option<String> {
     };
     let exe = Path::new("/proc").join(all.lines().find(named)?).join("exe");
     let (path, meta) = (fs_err::read_link(&exe).ok()?, fs_err::metadata(&exe).ok()?);
-    Some(format!("{} {} {} {}", path.display(), meta.ino(), meta.len(), meta.mtime()))
+    // What runs on after its package was upgraded is the same as before.
+    let path = path.to_string_lossy();
+    let path = path.strip_suffix(" (deleted)").unwrap_or(&path);
+    Some(format!("{path} {} {} {}", meta.ino(), meta.len(), meta.mtime()))
 }
 
 /// A process, for people.

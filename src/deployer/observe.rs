@@ -66,7 +66,7 @@ pub fn observe(
         let ports = joined(listening);
         let kept_out = kept_out(desired, persisted);
         let caddy = joined(caddy).unwrap_or_else(|asked| caddy::read(caddy_admin, asked));
-        let switching = switching(root, persisted, &caddy)?;
+        let switching = switching(root, persisted, &caddy);
         Ok(Observed {
             units,
             active,
@@ -84,19 +84,19 @@ pub fn observe(
 }
 
 /// How requests move to another port, with the Caddy that runs. While nothing is known of it, as they did.
-fn switching(root: &Root, persisted: &PersistedState, caddy: &CaddyState) -> Result<Switching> {
+fn switching(root: &Root, persisted: &PersistedState, caddy: &CaddyState) -> Switching {
     let program = listeners::caddys_program();
     let tried = persisted.trial.as_ref().filter(|trial| Some(&trial.program) == program.as_ref());
     let reads = tried.and_then(|trial| trial.port_files);
     if reads == Some(false) {
-        return Ok(Switching::Configuration);
+        return Switching::Configuration;
     }
-    let Some(files) = PortFiles::read(root)? else { return Ok(Switching::Configuration) };
-    Ok(match (reads, program) {
+    let Some(files) = PortFiles::read(root) else { return Switching::Configuration };
+    match (reads, program) {
         (None, Some(program)) => Switching::Untried(program, caddy.reads_ports().then_some(files)),
         (None, None) if !caddy.reads_ports() => Switching::Configuration,
         (Some(_), _) | (None, None) => Switching::Files(files),
-    })
+    }
 }
 
 /// The units in question (files, boot links and what systemd says), and the names of all active units.
@@ -125,7 +125,10 @@ pub fn units(
     without.retain(|name| !units.contains_key(*name));
     // A name that waits for its first push is asked for when it is about to be taken.
     let asked = desired.iter().filter(|s| s.artifact.store_path.path().is_some()).map(|s| &s.name);
-    let asked: Vec<String> = asked.filter(|name| without.contains(name)).map(ServiceName::unit).collect();
+    let asked = asked.filter(|name| without.contains(name)).map(ServiceName::unit);
+    // Of thousands of new ones nobody has heard: systemd would look for each on the disk.
+    let asked: Vec<String> =
+        asked.filter(|unit| listed.contains_key(unit) || folders.anywhere(unit)).collect();
     let shown = systemd::show(&asked)?;
     for name in without {
         let was_ours = applied.contains_key(name);
@@ -323,6 +326,11 @@ impl<'a> Folders<'a> {
         let others = others.filter(|dir| *dir != root.unit_dir && !(merged && dir.starts_with("/lib")));
         let all = std::iter::once(root.unit_dir.as_path()).chain(others);
         Ok(Folders { units: all.map(|dir| Ok((dir, names_in(dir)?))).collect::<Result<_>>()? })
+    }
+
+    /// Whether a unit's name is in any of them.
+    fn anywhere(&self, unit: &str) -> bool {
+        self.units.iter().any(|(_, names)| names.contains(OsStr::new(unit)))
     }
 
     /// Whether a unit's name is also in another folder than this.

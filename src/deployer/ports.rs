@@ -6,13 +6,14 @@
 
 use super::root::Root;
 use super::routes::Route;
-use crate::durable::Batch;
-use crate::files::if_there;
+use crate::durable::{self, Batch};
 use crate::log;
 use crate::names::ServiceName;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::fs::Metadata;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Both files of every service, as they are.
@@ -27,6 +28,8 @@ pub struct PortFiles {
 struct Folder {
     path: PathBuf,
     ports: BTreeMap<ServiceName, String>,
+    /// Whether something else than a file has the name of a service there.
+    strange: bool,
 }
 
 /// A file that is to have another port.
@@ -47,6 +50,12 @@ pub struct PortChanges {
     pub remove: Vec<PathBuf>,
 }
 
+/// Everybody may read them, Caddy among them; root alone decides what visitors get.
+const FILE_MODE: u32 = 0o644;
+const FOLDER_MODE: u32 = 0o755;
+/// The most bytes that a port has.
+const LONGEST: u64 = 5;
+
 /// How an address begins whose port is in a file.
 pub const DIALS_FILE: &str = "127.0.0.1:{file.";
 
@@ -56,18 +65,31 @@ pub fn dial(dir: &Path, name: &ServiceName) -> String {
 }
 
 /// Where a service's requests are led now, as far as Caddy goes by the files.
-pub fn in_force(root: &Root, name: &ServiceName) -> io::Result<Option<u16>> {
-    let text = if_there(fs_err::read_to_string(root.ports_in_force().join(name.as_str())))?;
-    Ok(text.and_then(|text| text.parse().ok()))
+pub fn in_force(root: &Root, name: &ServiceName) -> Option<u16> {
+    read_port(&root.ports_in_force().join(name.as_str()))?.parse().ok()
+}
+
+/// What is in such a file; nothing where it is another than was made. None: something else than a file is there, which is
+/// not opened: a pass must not wait for whoever writes into a pipe.
+fn read_port(path: &Path) -> Option<String> {
+    let meta = fs_err::symlink_metadata(path).ok().filter(|meta| meta.is_file())?;
+    let as_made = is_ours(&meta, FILE_MODE) && meta.len() <= LONGEST;
+    Some(if as_made { fs_err::read_to_string(path).unwrap_or_default() } else { String::new() })
+}
+
+/// Whether root, who makes passes, and nobody else may write there.
+fn is_ours(meta: &Metadata, mode: u32) -> bool {
+    meta.uid() == rustix::process::geteuid().as_raw() && meta.mode() & 0o7777 == mode
 }
 
 impl PortFiles {
-    /// Reads them; None where systemd-tmpfiles has not made their folder, and so would not fill it at boot either.
-    pub fn read(root: &Root) -> io::Result<Option<Self>> {
-        let Some(in_force) = Folder::read(root.ports_in_force())? else { return Ok(None) };
+    /// Reads them; None where Caddy is not to go by them: where systemd-tmpfiles has not made their folder, and so would not
+    /// fill it at boot either, and where it is not as it should be.
+    pub fn read(root: &Root) -> Option<Self> {
+        let in_force = Folder::read(root.ports_in_force()).filter(Folder::is_well)?;
         let at_boot = root.ports_at_boot();
-        let missing = Folder { path: at_boot.clone(), ports: BTreeMap::new() };
-        Ok(Some(PortFiles { in_force, at_boot: Folder::read(at_boot)?.unwrap_or(missing) }))
+        let missing = Folder { path: at_boot.clone(), ports: BTreeMap::new(), strange: false };
+        Some(PortFiles { in_force, at_boot: Folder::read(at_boot).unwrap_or(missing) })
     }
 
     /// What Caddy dials for a service.
@@ -89,17 +111,23 @@ impl PortFiles {
 }
 
 impl Folder {
-    /// None where there is none. What cannot be read of it is written anew.
-    fn read(path: PathBuf) -> io::Result<Option<Self>> {
-        let Some(entries) = if_there(fs_err::read_dir(&path))? else { return Ok(None) };
-        let mut ports = BTreeMap::new();
-        for entry in entries {
-            let entry = entry?;
+    /// None where there is none. What cannot be read of it, or is not as it was made, is written anew.
+    fn read(path: PathBuf) -> Option<Self> {
+        let (mut ports, mut strange) = (BTreeMap::new(), false);
+        for entry in fs_err::read_dir(&path).ok()?.flatten() {
             if let Some(name) = entry.file_name().to_str().and_then(|name| ServiceName::parse(name).ok()) {
-                ports.insert(name, fs_err::read_to_string(entry.path()).unwrap_or_default());
+                let text = read_port(&entry.path());
+                strange |= text.is_none();
+                ports.insert(name, text.unwrap_or_default());
             }
         }
-        Ok(Some(Folder { path, ports }))
+        Some(Folder { path, ports, strange })
+    }
+
+    /// Whether everybody can read what is there, and root alone change it.
+    fn is_well(&self) -> bool {
+        let meta = fs_err::symlink_metadata(&self.path);
+        !self.strange && meta.is_ok_and(|m| m.is_dir() && is_ours(&m, FOLDER_MODE))
     }
 
     fn compare(&self, wanted: &BTreeMap<&ServiceName, u16>, changes: &mut PortChanges) {
@@ -119,36 +147,44 @@ impl PortChanges {
         self.write.is_empty() && self.remove.is_empty()
     }
 
-    /// Writes those that are to be written; the error is the reason.
+    /// Writes those that are to be written; the error is the reason. What a boot begins with keeps nobody from being led
+    /// where he should be now.
     pub fn write(&self, root: &Root) -> Result<(), String> {
-        if self.write.is_empty() {
-            return Ok(());
+        let in_force = root.ports_in_force();
+        if !self.write.is_empty()
+            && let Err(e) = durable::folder(&root.ports_at_boot(), FOLDER_MODE)
+        {
+            log::warning(format!("{e}; the next pass tries again"));
         }
-        crate::durable::folder(&root.ports_at_boot(), 0o755).map_err(|e| e.to_string())?;
         let mut batch = Batch::default();
         for PortFile { path, port } in &self.write {
             // Nothing but the number: Caddy takes what is there as it is.
-            batch.write(path, port.to_string().as_bytes(), 0o644);
+            batch.write(path, port.to_string().as_bytes(), FILE_MODE);
         }
-        finish(batch)?;
-        for PortFile { path, port } in self.write.iter().filter(|f| f.path.starts_with(root.ports_in_force()))
-        {
+        let (failed, at_boot): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            batch.finish().into_iter().partition(|(path, _)| path.starts_with(&in_force));
+        warn(at_boot);
+        let written =
+            self.write.iter().filter(|f| f.path.starts_with(&in_force) && !failed.contains_key(&f.path));
+        for PortFile { path, port } in written {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             log::notice(format!("route: requests for {name} go to port {port}"));
         }
-        Ok(())
+        failed.into_values().next().map_or(Ok(()), |e| Err(e.to_string()))
     }
 
-    /// Removes those that nobody reads any more; the error is the reason.
-    pub fn remove(&self) -> Result<(), String> {
+    /// Removes those that nobody reads any more.
+    pub fn remove(&self) {
         let mut batch = Batch::default();
         self.remove.iter().for_each(|path| batch.remove(path));
-        finish(batch)
+        warn(batch.finish());
     }
 }
 
-fn finish(batch: Batch) -> Result<(), String> {
-    batch.finish().into_values().next().map_or(Ok(()), |e| Err(e.to_string()))
+fn warn(failed: BTreeMap<PathBuf, io::Error>) {
+    for e in failed.into_values() {
+        log::warning(format!("{e}; the next pass tries again"));
+    }
 }
 
 #[cfg(test)]
@@ -172,10 +208,10 @@ mod tests {
     }
 
     fn perform(root: &Root, routes: &[Route]) -> PortChanges {
-        let changes = PortFiles::read(root).unwrap().unwrap().changes(routes);
+        let changes = PortFiles::read(root).unwrap().changes(routes);
         changes.write(root).unwrap();
-        changes.remove().unwrap();
-        assert!(PortFiles::read(root).unwrap().unwrap().changes(routes).is_empty());
+        changes.remove();
+        assert!(PortFiles::read(root).unwrap().changes(routes).is_empty());
         changes
     }
 
@@ -184,7 +220,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut root = Root::system(dir.path());
         (root.state_dir, root.run_dir) = (dir.path().join("state"), dir.path().join("run"));
-        assert_eq!(PortFiles::read(&root).unwrap(), None);
+        assert_eq!(PortFiles::read(&root), None);
         fs_err::create_dir_all(root.ports_in_force()).unwrap();
         fs_err::create_dir_all(&root.state_dir).unwrap();
         let text = |path: PathBuf| fs_err::read_to_string(path).unwrap();
@@ -197,7 +233,7 @@ mod tests {
         let moved = PortFile { path: root.ports_in_force().join("shop"), port: 20_001 };
         assert_eq!(changes, PortChanges { write: vec![moved], remove: vec![] });
         assert_eq!(text(root.ports_at_boot().join("shop")), "8080");
-        assert_eq!(in_force(&root, &shop).unwrap(), Some(20_001));
+        assert_eq!(in_force(&root, &shop), Some(20_001));
 
         // What somebody broke or took away is mended, and what is no service's stays.
         fs_err::write(root.ports_in_force().join("shop"), "8080\n").unwrap();
@@ -205,10 +241,7 @@ mod tests {
         fs_err::write(root.ports_in_force().join(".trial"), "1").unwrap();
         assert_eq!(perform(&root, &both).write.len(), 2);
         assert_eq!(perform(&root, &both[..1]).remove.len(), 2);
-        assert_eq!(
-            (in_force(&root, &shop).unwrap(), in_force(&root, &name("web")).unwrap()),
-            (Some(8080), None)
-        );
+        assert_eq!((in_force(&root, &shop), in_force(&root, &name("web"))), (Some(8080), None));
         assert!(root.ports_in_force().join(".trial").exists());
     }
 }

@@ -13,7 +13,7 @@ use crate::random;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -76,41 +76,50 @@ fn try_it(at: &Address, root: &Root) -> Result<bool, String> {
     });
     let seen = caddy::with_trial(at, server, || asked(port, &upstream));
     durable::remove(&file).map_err(failed)?;
-    seen
+    seen.map_err(|why| format!("cannot try whether Caddy reads ports from files: {why}"))
 }
 
-/// Whether a request to Caddy at this port arrives here.
-fn asked(port: u16, upstream: &TcpListener) -> bool {
+/// Whether a request to Caddy at this port arrives here. Only an answer of Caddy's says that it does not.
+fn asked(port: u16, upstream: &TcpListener) -> Result<bool, String> {
     let word = hash::hex(&random::bytes::<16>());
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        scope.spawn(|| answer(upstream, &word, &over));
+        scope.spawn(|| answer_all(upstream, &word, &over));
         let at = Address::At(Endpoint::Tcp(Ipv4Addr::LOCALHOST.to_string(), port));
         let answer = admin::exchange(&at, "GET", "/", "");
         over.store(true, Ordering::Relaxed);
-        answer.is_ok_and(|answer| answer.status == 200 && answer.body == word.as_bytes())
+        answer.map(|answer| answer.status == 200 && answer.body == word.as_bytes())
     })
 }
 
-/// Answers every request with this word, until it is over.
-fn answer(upstream: &TcpListener, word: &str, over: &AtomicBool) {
+/// How many may connect during a trial: anybody on the host can.
+const MOST: usize = 64;
+
+/// Answers every request with this word, until it is over. Whoever connects and says nothing holds up nobody else.
+fn answer_all(upstream: &TcpListener, word: &str, over: &AtomicBool) {
     let _ = upstream.set_nonblocking(true);
-    while !over.load(Ordering::Relaxed) {
-        let Ok((mut stream, _)) = upstream.accept() else {
-            std::thread::sleep(Duration::from_millis(1));
-            continue;
-        };
-        let length = word.len();
-        let _ = stream
-            .set_nonblocking(false)
-            .and_then(|()| stream.set_read_timeout(Some(Duration::from_secs(1))))
-            // The head of a request without a body comes in one piece.
-            .and_then(|()| stream.read(&mut [0; 4096]))
-            .and_then(|_| {
-                write!(
-                    stream,
-                    "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{word}"
-                )
-            });
-    }
+    std::thread::scope(|scope| {
+        let mut connected = 0;
+        while !over.load(Ordering::Relaxed) && connected < MOST {
+            match upstream.accept() {
+                Ok((stream, _)) => {
+                    connected += 1;
+                    scope.spawn(move || answer(stream, word));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    });
+}
+
+/// Where this fails, whoever asked goes without an answer.
+fn answer(mut stream: TcpStream, word: &str) {
+    let length = word.len();
+    let text = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{word}");
+    let _ = stream
+        .set_nonblocking(false)
+        .and_then(|()| stream.set_read_timeout(Some(Duration::from_secs(1))))
+        // The head of a request without a body comes in one piece.
+        .and_then(|()| stream.read(&mut [0; 4096]))
+        .and_then(|_| stream.write_all(text.as_bytes()));
 }

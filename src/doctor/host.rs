@@ -8,6 +8,7 @@ use crate::config::admin::{Endpoint, SOCKET};
 use crate::deployer::admin;
 use crate::deployer::caddy::{self, CaddyState, RoutePlan};
 use crate::deployer::live::Visit;
+use crate::deployer::ports::PortFiles;
 use crate::deployer::root::{Root, STATE_DIR, STATE_FILE};
 use crate::deployer::state::{Exposure, OtherMachine, SILENT_SEC, State};
 use crate::deployer::trial::Trial;
@@ -326,8 +327,8 @@ fn switching(root: &Root) -> Option<Finding> {
     let by_change =
         "a deploy with \"rollout\": \"overlap\" changes Caddy's configuration, which ends WebSockets";
     Some(match tried {
-        _ if !root.ports_in_force().is_dir() => warn(format!(
-            "{by_change}: {} is missing; install contrib/systemd/tmpfiles.d with contrib/install.sh",
+        _ if PortFiles::read(root).is_none() => warn(format!(
+            "{by_change}: {} is missing, or not root's with mode 755, or has something else than files; remove it and install contrib/systemd/tmpfiles.d with contrib/install.sh",
             root.ports_in_force().display()
         )),
         Some(true) => ok("by files: a deploy does not change Caddy's configuration"),

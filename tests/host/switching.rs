@@ -105,6 +105,9 @@ fn port_files_that_are_gone_or_wrong_are_put_right_by_the_next_pass() {
         format!("echo 1 >{IN_FORCE}"),
         format!(": >{IN_FORCE}; printf 8002 >{AT_BOOT}"),
         "rm -r /var/lib/deployer/ports".into(),
+        format!("chmod 600 {IN_FORCE}"),
+        format!("chmod 666 {IN_FORCE}"),
+        format!("rm {AT_BOOT}; mkfifo {AT_BOOT}"),
         "printf 7 >/run/omni-deploy/ports/other".into(),
     ] {
         host.sh(&damage);
@@ -115,6 +118,23 @@ fn port_files_that_are_gone_or_wrong_are_put_right_by_the_next_pass() {
             "80018001echo",
             "{damage}"
         );
+    }
+    // What is no file is not gone by at all, until it is gone; a pass does not wait for a pipe.
+    for damage in
+        [format!("mkfifo {IN_FORCE}"), format!("mkdir {IN_FORCE}"), "chmod 700 /run/omni-deploy/ports".into()]
+    {
+        host.sh(&format!(
+            "rm {IN_FORCE}; touch {IN_FORCE}; [[ '{damage}' == chmod* ]] || rm {IN_FORCE}; {damage}"
+        ));
+        host.good_pass();
+        host.serves("echo", "first");
+        assert_eq!(dials(&host), "127.0.0.1:8001", "{damage}");
+        let said = host.sh("omni-deploy doctor --host || true");
+        assert!(said.contains("remove it and install"), "{said}");
+        host.sh("rm -r /run/omni-deploy/ports; systemd-tmpfiles --create /etc/tmpfiles.d/omni-deploy.conf");
+        host.good_pass();
+        host.serves("echo", "first");
+        assert!(dials(&host).contains(IN_FORCE), "{damage}");
     }
     // While the file is missing, requests wait for it.
     host.sh(&format!("mv {IN_FORCE} /run/echo; (sleep 2; mv /run/echo {IN_FORCE}) >/dev/null 2>&1 &"));

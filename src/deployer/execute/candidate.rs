@@ -255,7 +255,7 @@ fn led_past<'n>(
     let mut left = Vec::new();
     for name in names {
         match port_of(root, name)? {
-            Some(port) if may_lead_to(root, name, port, caddy)? => log::warning(format!(
+            Some(port) if may_lead_to(root, name, port, caddy) => log::warning(format!(
                 "{name}: its candidate stays on port {port}, to which requests may still go; the next pass goes on"
             )),
             _ => left.push(name),
@@ -265,10 +265,10 @@ fn led_past<'n>(
 }
 
 /// Whether visitors of a service may be led to this port, by its number or by the file that Caddy reads.
-fn may_lead_to(root: &Root, name: &ServiceName, port: u16, caddy: &CaddyState) -> Result<bool> {
-    let by_file = ports::in_force(root, name)? == Some(port)
+fn may_lead_to(root: &Root, name: &ServiceName, port: u16, caddy: &CaddyState) -> bool {
+    let by_file = ports::in_force(root, name) == Some(port)
         && caddy.may_dial(&ports::dial(&root.ports_in_force(), name));
-    Ok(by_file || caddy.may_lead_to(port))
+    by_file || caddy.may_lead_to(port)
 }
 
 /// Where a candidate listens, by its unit; None where there is none.

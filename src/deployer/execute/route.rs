@@ -58,19 +58,17 @@ impl Situation<'_> {
         let routes = self.interim_routes(candidates);
         let plan = |seen: &CaddyState| {
             // As they are now: this pass may have changed them since it looked.
-            let files = match self.observed.switching.files() {
-                Some(_) => PortFiles::read(self.root).map_err(|e| e.to_string())?,
-                None => None,
-            };
+            let files = self.observed.switching.files().and_then(|_| PortFiles::read(self.root));
             let route = caddy::route(&routes, files.as_ref());
             let route = caddy::plan(self.settings.caddy_server.as_deref(), route.as_ref(), seen);
-            Ok((route, files.map(|files| files.changes(&routes)).unwrap_or_default()))
+            (route, files.map(|files| files.changes(&routes)).unwrap_or_default())
         };
-        let given = plan(&caddy::observe(admin)).and_then(|(route, ports)| self.give(&route, &ports));
+        let (route, ports) = plan(&caddy::observe(admin));
+        let given = self.give(&route, &ports);
         // Also of what failed: the answer may have been lost to a change that was made, and what follows must know.
         let now = caddy::observe(admin);
         let led = given.or_else(|why: String| match plan(&now) {
-            Ok((RoutePlan::None | RoutePlan::Current, ports)) if ports.is_empty() => Ok(Moved::ByChange),
+            (RoutePlan::None | RoutePlan::Current, ports) if ports.is_empty() => Ok(Moved::ByChange),
             _ => Err(why),
         });
         (led, now)
@@ -86,7 +84,7 @@ impl Situation<'_> {
         };
         ports.write(self.root)?;
         caddy::perform(&self.settings.caddy_admin, requests)?;
-        ports.remove()?;
+        ports.remove();
         Ok(self.moved_by(route))
     }
 
@@ -103,9 +101,9 @@ impl Situation<'_> {
         let desired = self.desired.iter().filter(|s| s.artifact.store_path.path().is_some());
         let reached = desired.filter_map(|s| {
             let good = self.persisted.applied.get(&s.name);
-            let own = good.map_or(s.http.as_ref(), |good| good.service.http.as_ref());
-            let http = candidates.get(&s.name).copied().or(own)?;
-            Some(Reached { service: &s.name, http, own })
+            let now = good.map_or(s.http.as_ref(), |good| good.service.http.as_ref());
+            let http = candidates.get(&s.name).copied().or(now)?;
+            Some(Reached { service: &s.name, http, own: now.or(s.http.as_ref()) })
         });
         routes::of(reached, &plan::closed(self.desired, self.observed, self.persisted))
     }
