@@ -14,7 +14,7 @@ usage: load.sh        (as root)
 Takes about ten minutes. The table goes to stdout, what was sent again and what failed to stderr after it.
 
 example: benches/load.sh >table.md
-environment: CARGO_TARGET_DIR; OMNI_LAB_DIR, OMNI_LAB_NET (see tests/lab/lab.sh)
+environment: CARGO_TARGET_DIR; OMNI_LAB_SUITE, OMNI_LAB_DIR, OMNI_LAB_NET (see tests/lab/lab.sh)
 TEXT
 }
 
