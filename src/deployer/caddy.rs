@@ -27,8 +27,8 @@ pub const OWN_SERVER: &str = "deployer";
 pub const VIEW_SERVER: &str = "deployer-view";
 /// The server we make for as long as one request, to see what this Caddy can do ([`super::trial`]).
 const TRIAL_SERVER: &str = "deployer-trial";
-/// How long what is no plain request (a WebSocket) may go on after a change of the configuration that it began before. A
-/// Caddy before 2.7 does not know the setting and ends such at every change.
+/// How long a WebSocket may go on after a change of the configuration. A Caddy before 2.7 does not know the setting, and
+/// closes WebSockets at every change.
 pub const STREAMS_STAY: &str = "24h";
 /// Where that listens: where people look for Caddy's configuration.
 const VIEW_PORT: u16 = 2019;
@@ -365,7 +365,7 @@ pub fn with_view(plan: RoutePlan, socket: Option<&Path>, observed: &CaddyState) 
     RoutePlan::Write(requests)
 }
 
-/// Adds to a plan that the server of a trial is removed, which a pass that was killed has left.
+/// Adds to a plan the removal of a trial's server that a killed pass has left.
 fn without_trial(plan: RoutePlan, observed: &CaddyState) -> RoutePlan {
     let CaddyState::Servers(servers) = observed else { return plan };
     let mut requests = match plan {
@@ -378,7 +378,7 @@ fn without_trial(plan: RoutePlan, observed: &CaddyState) -> RoutePlan {
     RoutePlan::Write(requests)
 }
 
-/// Whether something holds while Caddy has this server besides what it has; Ok(false) where it does not know all of it.
+/// Whether something holds while Caddy also has this server; false if Caddy does not know all of its settings.
 pub(super) fn with_trial(
     at: &Address,
     server: Value,
@@ -386,7 +386,7 @@ pub(super) fn with_trial(
 ) -> Result<bool, String> {
     let answer = sent(at, &AdminRequest::trial("POST", Some(server)))?;
     if !answer.is_success() {
-        // As every Caddy puts it that does not know a setting.
+        // This is how every Caddy words it that does not know a setting.
         let unknown = String::from_utf8_lossy(&answer.body).contains("unknown field");
         return if unknown { Ok(false) } else { Err(format!("Caddy answered {}", answer.summary())) };
     }

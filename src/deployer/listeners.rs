@@ -293,17 +293,17 @@ fn caddys_user(slice: &Path) -> Option<u32> {
     uids.split_whitespace().next()?.parse().ok()
 }
 
-/// Which program the Caddy of this host's packages is, as far as another one can be told from it; None where none runs.
+/// What identifies the program of the Caddy that runs under one of its packages' units; None if none runs.
 pub fn caddys_program() -> Option<String> {
     let slice = SLICES.iter().map(Path::new).find(|dir| dir.is_dir())?;
     let all = caddys_processes(slice);
-    // Its unit may run something besides, while it starts.
+    // While it starts, its unit may also run other programs.
     let named = |pid: &&str| {
         files::read_virtual(&Path::new("/proc").join(pid).join("comm")).is_ok_and(|c| c == "caddy\n")
     };
     let exe = Path::new("/proc").join(all.lines().find(named)?).join("exe");
     let (path, meta) = (fs_err::read_link(&exe).ok()?, fs_err::metadata(&exe).ok()?);
-    // What runs on after its package was upgraded is the same as before.
+    // A process that was not restarted after its package's upgrade is the same as before.
     let path = path.to_string_lossy();
     let path = path.strip_suffix(" (deleted)").unwrap_or(&path);
     Some(format!("{path} {} {} {}", meta.ino(), meta.len(), meta.mtime()))

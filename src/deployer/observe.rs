@@ -83,7 +83,7 @@ pub fn observe(
     })
 }
 
-/// How requests move to another port, with the Caddy that runs. While nothing is known of it, as they did.
+/// How requests move to another port, with the Caddy that runs. As long as nothing is known of it: as before.
 fn switching(root: &Root, persisted: &PersistedState, caddy: &CaddyState) -> Switching {
     let program = listeners::caddys_program();
     let tried = persisted.trial.as_ref().filter(|trial| Some(&trial.program) == program.as_ref());
@@ -126,7 +126,7 @@ pub fn units(
     // A name that waits for its first push is asked for when it is about to be taken.
     let asked = desired.iter().filter(|s| s.artifact.store_path.path().is_some()).map(|s| &s.name);
     let asked = asked.filter(|name| without.contains(name)).map(ServiceName::unit);
-    // Of thousands of new ones nobody has heard: systemd would look for each on the disk.
+    // Of thousands of new names systemd knows none, and would look for each on the disk.
     let asked: Vec<String> =
         asked.filter(|unit| listed.contains_key(unit) || folders.anywhere(unit)).collect();
     let shown = systemd::show(&asked)?;

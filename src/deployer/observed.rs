@@ -42,7 +42,8 @@ pub struct Observed {
 pub enum Switching {
     /// By a change of Caddy's configuration.
     Configuration,
-    /// As it was, until it is tried whether this program of Caddy's reads ports from files: by these, if its route does.
+    /// As before, until it has been tried whether this program reads ports from files: by these files, if the route that
+    /// Caddy has already does.
     Untried(String, Option<PortFiles>),
     /// By these files.
     Files(PortFiles),

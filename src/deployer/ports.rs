@@ -28,7 +28,7 @@ pub struct PortFiles {
 struct Folder {
     path: PathBuf,
     ports: BTreeMap<ServiceName, String>,
-    /// Whether something else than a file has the name of a service there.
+    /// Whether anything but a file has the name of a service there.
     strange: bool,
 }
 
@@ -69,22 +69,22 @@ pub fn in_force(root: &Root, name: &ServiceName) -> Option<u16> {
     read_port(&root.ports_in_force().join(name.as_str()))?.parse().ok()
 }
 
-/// What is in such a file; nothing where it is another than was made. None: something else than a file is there, which is
-/// not opened: a pass must not wait for whoever writes into a pipe.
+/// What is in such a file; an empty text if it is not as it was made. None if it is not a file: that is not opened, because a
+/// pass must not wait for whoever writes into a pipe.
 fn read_port(path: &Path) -> Option<String> {
     let meta = fs_err::symlink_metadata(path).ok().filter(|meta| meta.is_file())?;
     let as_made = is_ours(&meta, FILE_MODE) && meta.len() <= LONGEST;
     Some(if as_made { fs_err::read_to_string(path).unwrap_or_default() } else { String::new() })
 }
 
-/// Whether root, who makes passes, and nobody else may write there.
+/// Whether this belongs to whoever makes passes, root, with this mode.
 fn is_ours(meta: &Metadata, mode: u32) -> bool {
     meta.uid() == rustix::process::geteuid().as_raw() && meta.mode() & 0o7777 == mode
 }
 
 impl PortFiles {
-    /// Reads them; None where Caddy is not to go by them: where systemd-tmpfiles has not made their folder, and so would not
-    /// fill it at boot either, and where it is not as it should be.
+    /// Reads them. None if Caddy must not use them: systemd-tmpfiles has not made their folder, and so would not fill it at
+    /// boot either, or the folder is not as it was made.
     pub fn read(root: &Root) -> Option<Self> {
         let in_force = Folder::read(root.ports_in_force()).filter(Folder::is_well)?;
         let at_boot = root.ports_at_boot();
@@ -111,7 +111,7 @@ impl PortFiles {
 }
 
 impl Folder {
-    /// None where there is none. What cannot be read of it, or is not as it was made, is written anew.
+    /// None if there is none. What cannot be read, or is not as it was made, will be written anew.
     fn read(path: PathBuf) -> Option<Self> {
         let (mut ports, mut strange) = (BTreeMap::new(), false);
         for entry in fs_err::read_dir(&path).ok()?.flatten() {
@@ -147,8 +147,8 @@ impl PortChanges {
         self.write.is_empty() && self.remove.is_empty()
     }
 
-    /// Writes those that are to be written; the error is the reason. What a boot begins with keeps nobody from being led
-    /// where he should be now.
+    /// Writes those that are to be written; the error is the reason. A file for the next boot that cannot be written is
+    /// only warned about: requests go where they should all the same.
     pub fn write(&self, root: &Root) -> Result<(), String> {
         let in_force = root.ports_in_force();
         if !self.write.is_empty()

@@ -33,7 +33,7 @@ pub struct Trial {
 }
 
 impl Trial {
-    /// What came of the last one. What cannot be read is tried again.
+    /// The outcome of the last one. If it cannot be read, Caddy is tried again.
     pub fn load(root: &Root) -> Option<Self> {
         let bytes = fs_err::read(root.trial()).ok()?;
         files::versioned(&bytes, VERSION).ok()
@@ -44,8 +44,8 @@ impl Trial {
         durable::write(&root.trial(), &text, 0o644).map_err(|e| e.to_string())
     }
 
-    /// Tries the Caddy that runs, which is this program, and keeps what came of it for the passes that follow; the error is
-    /// why nothing can be said of it now. Nothing is tried where it could not be kept: every pass would try again.
+    /// Tries the Caddy that runs, which is this program, and keeps the outcome for later passes; the error is why nothing can
+    /// be said now. If the outcome could not be kept, nothing is tried, because every pass would try again.
     pub fn run(admin: &Address, root: &Root, program: &str) -> Result<Self, String> {
         let mut trial = Trial { version: VERSION, program: program.to_string(), port_files: None };
         trial.save(root)?;
@@ -58,10 +58,10 @@ impl Trial {
 fn try_it(at: &Address, root: &Root) -> Result<bool, String> {
     let failed = |e: io::Error| format!("cannot try whether Caddy reads ports from files: {e}");
     let upstream = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
-    // Free a moment ago; should somebody have it now, Caddy refuses the server and the next pass tries again.
+    // Free a moment ago. If somebody has taken it since, Caddy refuses the server and the next pass tries again.
     let port =
         TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|l| l.local_addr()).map_err(failed)?.port();
-    // The name of no service.
+    // No service can have this name.
     let file = root.ports_in_force().join(".trial");
     let dialed = upstream.local_addr().map_err(failed)?.port();
     durable::write(&file, dialed.to_string().as_bytes(), 0o644).map_err(failed)?;
@@ -79,7 +79,7 @@ fn try_it(at: &Address, root: &Root) -> Result<bool, String> {
     seen.map_err(|why| format!("cannot try whether Caddy reads ports from files: {why}"))
 }
 
-/// Whether a request to Caddy at this port arrives here. Only an answer of Caddy's says that it does not.
+/// Whether a request to Caddy at this port arrives here. Without an answer from Caddy that is not known.
 fn asked(port: u16, upstream: &TcpListener) -> Result<bool, String> {
     let word = hash::hex(&random::bytes::<16>());
     let over = AtomicBool::new(false);
@@ -112,7 +112,7 @@ fn answer_all(upstream: &TcpListener, word: &str, over: &AtomicBool) {
     });
 }
 
-/// Where this fails, whoever asked goes without an answer.
+/// If this fails, whoever asked gets no answer.
 fn answer(mut stream: TcpStream, word: &str) {
     let length = word.len();
     let text = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{word}");

@@ -41,10 +41,10 @@ const COUNT_EVERY: Duration = Duration::from_millis(50);
 /// route and the connection, and an HTTP/2 client has a second to learn that its connection ends.
 const LEAST_DRAIN: Duration = Duration::from_secs(1);
 
-/// The same where the port is in a file: a request may be between that and the connection.
+/// The same where the port is in a file: a request may have read the file and not be connected yet.
 const LEAST_DRAIN_BY_FILES: Duration = Duration::from_millis(300);
 
-/// How long a connection that Caddy keeps for another request may be there after its last one, and a look.
+/// How long Caddy keeps an idle connection for another request, and the time of one look.
 const IDLE_BY_FILES: Duration = Duration::from_millis(1300);
 
 /// How long the old route may still serve a client that was connected before the change and sends its first
@@ -337,8 +337,8 @@ fn nobody_listens(port: u16) -> bool {
 /// Waits until no connection to these ports is open, each at most its own time in seconds: while a request has no whole
 /// answer its connection is open, and Caddy ends those that have none. The connections to Caddy itself tell whether a
 /// client may still come by the old route: Caddy ends what it has from before the change, idle ones at once, and until
-/// then nobody can tell old from new, nor where Caddy's ports are not known. Where a file was renamed instead, every
-/// request that comes goes by it, whoever is connected.
+/// then nobody can tell old from new, nor where Caddy's ports are not known. If a file was renamed instead, every new
+/// request goes by it, whatever connection it comes over.
 fn drain_ports(moved: Moved, ports: &[(&ServiceName, u16, u32)], caddy: &CaddyState) -> Result<()> {
     let (front, known) = (caddy.ports(), caddy.is_available());
     let begun = Instant::now();

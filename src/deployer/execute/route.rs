@@ -36,9 +36,9 @@ pub(super) fn write(round: &Round) -> Outcome {
 /// How requests were led elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Moved {
-    /// By files alone: whatever comes from now on goes there.
+    /// By files alone: every new request goes there.
     ByFiles,
-    /// By a change of Caddy's configuration, maybe: some clients may still come by what it had before.
+    /// Perhaps by a change of Caddy's configuration: some clients may still come by the old one.
     ByChange,
 }
 
@@ -74,8 +74,8 @@ impl Situation<'_> {
         (led, now)
     }
 
-    /// Leads requests as these say; the error is the reason why they are not. A file must be there before Caddy reads it,
-    /// and go after that.
+    /// Leads requests as these say; the error is why they are not. A file must be there before Caddy reads it, and is
+    /// removed after Caddy has stopped reading it.
     fn give(&self, route: &RoutePlan, ports: &PortChanges) -> Result<Moved, String> {
         let requests = match route {
             RoutePlan::Pending(why) => return Err(why.clone()),
@@ -88,7 +88,7 @@ impl Situation<'_> {
         Ok(self.moved_by(route))
     }
 
-    /// How requests are led elsewhere where this is what it takes.
+    /// How requests are led elsewhere if this is what it takes.
     pub(super) fn moved_by(&self, route: &RoutePlan) -> Moved {
         match (self.observed.switching.files(), route) {
             (Some(_), RoutePlan::None | RoutePlan::Current) => Moved::ByFiles,
