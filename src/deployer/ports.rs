@@ -7,6 +7,7 @@
 use super::root::Root;
 use super::routes::Route;
 use crate::durable::{self, Batch};
+use crate::error::Error;
 use crate::log;
 use crate::names::ServiceName;
 use serde::Serialize;
@@ -154,7 +155,7 @@ impl PortChanges {
         if !self.write.is_empty()
             && let Err(e) = durable::folder(&root.ports_at_boot(), FOLDER_MODE)
         {
-            log::warning(format!("{e}; the next pass tries again"));
+            log::warning(Error::from(e));
         }
         let mut batch = Batch::default();
         for PortFile { path, port } in &self.write {
@@ -170,7 +171,7 @@ impl PortChanges {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             log::notice(format!("route: requests for {name} go to port {port}"));
         }
-        failed.into_values().next().map_or(Ok(()), |e| Err(e.to_string()))
+        failed.into_values().next().map_or(Ok(()), |e| Err(Error::from(e).to_string()))
     }
 
     /// Removes those that nobody reads any more.
@@ -183,7 +184,7 @@ impl PortChanges {
 
 fn warn(failed: BTreeMap<PathBuf, io::Error>) {
     for e in failed.into_values() {
-        log::warning(format!("{e}; the next pass tries again"));
+        log::warning(Error::from(e));
     }
 }
 

@@ -7,6 +7,7 @@ use super::caddy;
 use super::root::Root;
 use crate::config::admin::{Address, Endpoint};
 use crate::durable;
+use crate::error::Error;
 use crate::files;
 use crate::hash;
 use crate::random;
@@ -41,7 +42,7 @@ impl Trial {
 
     fn save(&self, root: &Root) -> Result<(), String> {
         let text = serde_json::to_vec(self).expect("plain data serializes");
-        durable::write(&root.trial(), &text, 0o644).map_err(|e| e.to_string())
+        durable::write(&root.trial(), &text, 0o644).map_err(|e| Error::from(e).to_string())
     }
 
     /// Tries the Caddy that runs, which is this program, and keeps the outcome for later passes; the error is why nothing can
@@ -56,7 +57,8 @@ impl Trial {
 }
 
 fn try_it(at: &Address, root: &Root) -> Result<bool, String> {
-    let failed = |e: io::Error| format!("cannot try whether Caddy reads ports from files: {e}");
+    let failed =
+        |e: io::Error| format!("cannot try whether Caddy reads ports from files: {}", Error::from(e));
     let upstream = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
     // Free a moment ago. If somebody has taken it since, Caddy refuses the server and the next pass tries again.
     let port =

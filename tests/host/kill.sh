@@ -66,7 +66,7 @@ facts() {
   # The state, and then the report, which is to say the same.
   jq -S "$times" state.json /var/lib/omni-deploy/hosts/*.json
   systemctl list-units --all --plain --no-legend --type=service 'web*' 'other*' | awk '{ print $1, $2, $3, $4 }'
-  grep -r . /run/omni-deploy/ports | sort
+  { grep -r . /run/omni-deploy/ports || true; } | sort
   # Of several units, one block each, with the properties in whatever order this systemd has.
   { systemctl show --property=Id,MainPID,NeedDaemonReload 'web*.service' other.service; echo; } |
     awk -F= '/=/ { is[$1] = $2 } /^$/ && is["Id"] { print is["MainPID"], "Id=" is["Id"], "NeedDaemonReload=" is["NeedDaemonReload"]; delete is }' |
