@@ -276,7 +276,7 @@ do_uninstall() {
   drop_marked "$DROPIN"
   drop_marked "$SYSCTL"
   # What goes on running is reached through it after a boot.
-  if [[ -z $(services) ]]; then drop_marked "$TMPFILES"; else echo "kept $TMPFILES, by which Caddy knows their ports"; fi
+  if [[ -z $(services) ]]; then drop_marked "$TMPFILES"; else echo "kept $TMPFILES: Caddy needs it after a boot to reach the services that stay"; fi
   if [[ -e $CADDY_START ]]; then
     rm "$CADDY_START"
     changed "removed $CADDY_START"

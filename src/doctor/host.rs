@@ -53,7 +53,9 @@ pub fn all(settings: &Settings, manifest: Option<&Manifest>, now: Timestamp) -> 
     let needed = manifest.is_some_and(|manifest| manifest.services.iter().any(is_routed));
     checks.extend(route(&observed, settings, needed));
     checks.push(caddy_unit().unwrap_or_else(fail).of("caddy unit"));
-    checks.extend(switching(&Root::system(&settings.unit_dir)).map(|found| found.of("caddy switching")));
+    checks.extend(
+        switching(&Root::system(&settings.unit_dir), &observed).map(|found| found.of("caddy switching")),
+    );
     checks.push(migrate_req(Path::new("/proc/sys/net/ipv4/tcp_migrate_req")).of("tcp_migrate_req"));
     if let Some(manifest) = manifest {
         checks.extend(domains(settings, manifest, &observed));
@@ -321,7 +323,7 @@ fn caddy_unit() -> Result<Finding, RunError> {
 }
 
 /// How requests move to another instance, with the Caddy that runs. Nothing to be said without one.
-fn switching(root: &Root) -> Option<Finding> {
+fn switching(root: &Root, observed: &CaddyState) -> Option<Finding> {
     let program = listeners::caddys_program()?;
     let tried = Trial::load(root).filter(|trial| trial.program == program).and_then(|trial| trial.port_files);
     let by_change =
@@ -330,6 +332,9 @@ fn switching(root: &Root) -> Option<Finding> {
         _ if PortFiles::read(root).is_none() => warn(format!(
             "{by_change}: {} is missing, or not root's with mode 755, or has something else than files; remove it and install contrib/systemd/tmpfiles.d with contrib/install.sh",
             root.ports_in_force().display()
+        )),
+        Some(true) if observed.server_of_ours().is_some() && !observed.reads_ports() => warn(format!(
+            "{by_change}: this Caddy reads ports from files, but its route has none; systemctl start deployer"
         )),
         Some(true) => ok("by files: a deploy does not change Caddy's configuration"),
         Some(false) => {
